@@ -1,0 +1,29 @@
+# Everything on a fresh machine: `make demo` runs the main job on the embedded model and text, `make test` the tests.
+VENV := .venv
+PYTHON ?= python3
+
+.PHONY: demo test check format clean
+
+demo: $(VENV)/.installed
+	$(VENV)/bin/qpruner fit --config configs/quickstart.yaml
+
+test: $(VENV)/.installed
+	$(VENV)/bin/python -m pytest
+
+check: $(VENV)/.installed
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/mypy
+	$(MAKE) test
+
+format: $(VENV)/.installed
+	$(VENV)/bin/ruff format .
+	$(VENV)/bin/ruff check --fix .
+
+$(VENV)/.installed: pyproject.toml
+	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/python -m pip install --quiet --editable '.[dev]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info

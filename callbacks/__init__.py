@@ -1,0 +1,11 @@
+"""When things happen in a Trainer; the mathematics lies in the rooms of `qpruner`."""
+
+if __name__ != "qpruner.callbacks":
+    raise ImportError("import qpruner.callbacks: the bare name would give its classes a second identity")
+
+from qpruner.callbacks.checkpoint import RunCheckpoint
+from qpruner.callbacks.predictions import PredictionsWriter
+from qpruner.callbacks.report import RunReport
+from qpruner.callbacks.throughput import Throughput
+
+__all__ = ["PredictionsWriter", "RunCheckpoint", "RunReport", "Throughput"]

@@ -1,0 +1,49 @@
+"""Keeps the one checkpoint that a run goes on from."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import Checkpoint
+
+
+class RunCheckpoint(Checkpoint):
+    """Writes a checkpoint every few optimizer steps and at the end of training, over the one before.
+
+    The file is whole at any moment: the new one is written beside the old one and takes its place when it is on disk.
+    Acts after a training batch and at the end of a fit.
+
+    Args:
+        path: the checkpoint.
+        every_n_steps: optimizer steps between two checkpoints, at least 1.
+    """
+
+    def __init__(self, path: str | Path, every_n_steps: int) -> None:
+        self.path = Path(path)
+        self.every_n_steps = every_n_steps
+        self._saved_step = 0  # no checkpoint is wanted before the first step
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._saved_step = trainer.global_step
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if trainer.global_step % self.every_n_steps == 0 and trainer.global_step != self._saved_step:
+            self.save(trainer)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.save(trainer)
+
+    def save(self, trainer: Trainer) -> None:
+        if trainer.fast_dev_run:  # type: ignore[attr-defined]
+            return
+        temporary = self.path.with_name(f".{self.path.name}.tmp")
+        trainer.save_checkpoint(temporary, weights_only=False)  # returns on every rank once the file is written
+        if trainer.is_global_zero:
+            with temporary.open("rb") as file:
+                os.fsync(file.fileno())
+            os.replace(temporary, self.path)
+        trainer.strategy.barrier("run_checkpoint")
+        self._saved_step = trainer.global_step

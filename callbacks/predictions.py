@@ -1,0 +1,49 @@
+"""Writes what `predict` finds, in the order of the data."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch.distributed
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+from qpruner.files import write_text
+
+
+class PredictionsWriter(Callback):
+    """Gathers the records of all ranks at the end of a prediction and writes them as JSON lines.
+
+    Args:
+        path: of the file; it appears whole at the end.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._records: list[dict[str, Any]] = []
+
+    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._records = []
+
+    def on_predict_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Sequence[dict[str, Any]],
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        self._records += outputs
+
+    def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        ranks = [self._records]
+        if trainer.world_size > 1:
+            ranks = [[] for _ in range(trainer.world_size)]
+            torch.distributed.all_gather_object(ranks, self._records)
+        if trainer.is_global_zero:
+            # Rows first, then examples of the choice task, each in the order of the split.
+            records = sorted(
+                (r for rank in ranks for r in rank), key=lambda r: ("example" in r, r.get("row", r.get("example")))
+            )
+            write_text(self.path, "".join(json.dumps(record) + "\n" for record in records))

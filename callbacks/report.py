@@ -1,0 +1,125 @@
+"""Measures the stages of a run and leaves the table, the summary and the report in its folder."""
+
+import time
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.utilities import rank_zero_info
+
+from qpruner.datamodules.base import TokenDataModule
+from qpruner.memory import num_parameters, peak_meaning, read_peak, reset_peak, tensor_bytes
+from qpruner.runs.folder import RunFolder
+from qpruner.runs.manifest import record_session
+from qpruner.runs.report import Stage, Summary, protocol_line, table, write_report
+from qpruner.training.evaluation import evaluate
+from qpruner.training.module import LoRAFinetuner
+
+
+class RunReport(Callback):
+    """Evaluates the model on the test split before and after the fit, and writes what a person reads.
+
+    In ``setup`` (fit only) it records the manifest and measures the dense model, unless an earlier session of the run
+    did; at the end of the fit it measures the recovered one and writes ``summary.json`` and ``report.md``. It stands
+    before every callback that changes the model. Without a test split the rows stay without a perplexity.
+
+    Args:
+        folder: of the run.
+    """
+
+    def __init__(self, folder: RunFolder) -> None:
+        self.folder = folder
+        self._seconds = 0.0  # of training in sessions that are over
+        self._peak: int | None = None  # of training in sessions that are over
+        self._since: float | None = None  # when training began in this session; None while nothing trains
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if stage != "fit":
+            return
+        module, data = _expect(trainer, pl_module)
+        since = time.perf_counter()
+        module.load_base()
+        loading = time.perf_counter() - since
+        if trainer.is_global_zero:
+            record_session(
+                self.folder.manifest,
+                seed=module.seed,
+                base={"name": module.base, "sha256": module.base_sha256},
+                data=data.fingerprint(),
+                devices=f"{trainer.world_size} x {trainer.strategy.root_device.type}",
+            )
+        # Rank zero tells, because only its view of the folder is sure to be up to date.
+        if not trainer.strategy.broadcast(self.folder.summary.exists()):
+            self._add_stage(trainer, "dense", seconds=loading, peak_training=None)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        reset_peak(trainer.strategy.root_device)
+        self._since = time.perf_counter()
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._seconds, self._peak = self._trained(trainer.strategy.root_device)
+        self._since = None
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        # In the checkpoint rather than in `state_dict`, which is not told the device.
+        seconds, peak = self._trained(trainer.strategy.root_device)
+        checkpoint["run_report"] = {"seconds": seconds, "peak": peak}
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        state = checkpoint.get("run_report", {"seconds": 0.0, "peak": None})
+        self._seconds, self._peak = state["seconds"], state["peak"]
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._add_stage(trainer, "recovered", seconds=self._seconds, peak_training=self._peak, last=True)
+        if trainer.is_global_zero:
+            summary = Summary.read(self.folder.summary)
+            if isinstance(trainer.logger, TensorBoardLogger):
+                results = {f"test/{name}": value for name, value in summary.stages[-1].results.items()}
+                trainer.logger.log_hyperparams(dict(pl_module.hparams), results)
+                trainer.logger.save()
+            write_report(self.folder)
+            print(f"\n{table(summary)}\n\n{protocol_line(summary)}\nReport: {self.folder.report}")
+
+    def _trained(self, device: torch.device) -> tuple[float, int | None]:
+        """Seconds and peak of training over all sessions up to now."""
+        if self._since is None:
+            return self._seconds, self._peak
+        peaks = [peak for peak in (self._peak, read_peak(device)) if peak is not None]
+        return self._seconds + time.perf_counter() - self._since, max(peaks, default=None)
+
+    def _add_stage(
+        self, trainer: Trainer, name: str, *, seconds: float, peak_training: int | None, last: bool = False
+    ) -> None:
+        """Measures the model as it is now and puts it into the summary."""
+        module, data = _expect(trainer, trainer.lightning_module)
+        device = trainer.strategy.root_device
+        reset_peak(device)
+        results: dict[str, float] = {}
+        if "test" in data.prepared.splits:
+            rank_zero_info(f"Evaluating the {name} model on the test split.")
+            results = evaluate(
+                module,
+                data.evaluation_loaders("test"),
+                device=device,
+                precision=trainer.precision_plugin,
+                title=f"Testing {name}",
+                progress=trainer.is_global_zero and trainer.progress_bar_callback is not None,
+            )
+        stage = Stage(
+            name, num_parameters(module.model), tensor_bytes(module.model), results, seconds, peak_training,
+            read_peak(device),
+        )  # fmt: skip
+        if trainer.is_global_zero:
+            earlier = Summary.read(self.folder.summary).stages if self.folder.summary.exists() else ()
+            Summary(last, data.protocol, peak_meaning(device), (*earlier, stage)).write(self.folder.summary)
+
+
+def _expect(trainer: Trainer, pl_module: LightningModule) -> tuple[LoRAFinetuner, TokenDataModule]:
+    data = trainer.datamodule  # type: ignore[attr-defined]
+    if not isinstance(pl_module, LoRAFinetuner) or not isinstance(data, TokenDataModule):
+        raise TypeError(
+            f"RunReport reports on a LoRAFinetuner with a data module of qpruner, not on a {type(pl_module).__name__} "
+            f"with a {type(data).__name__}."
+        )
+    return pl_module, data

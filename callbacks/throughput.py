@@ -1,0 +1,43 @@
+"""Tokens per second of training."""
+
+import time
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import Tensor
+
+
+class Throughput(Callback):
+    """Logs ``train/tokens_per_second``: tokens of all ranks, without padding, by the time since it was last logged.
+
+    Loading data counts, validation does not. Acts after every training batch and around validation; the device is
+    waited for only when the value is logged.
+    """
+
+    def __init__(self) -> None:
+        self._tokens: int | Tensor = 0  # on the device after the first batch
+        self._since = 0.0
+        self._paused = 0.0
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._begin()
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        self._tokens = self._tokens + batch["attention_mask"].sum()
+        every: int = trainer.log_every_n_steps  # type: ignore[attr-defined]
+        if (trainer.fit_loop.epoch_loop.total_batch_idx + 1) % every == 0:
+            rate = float(self._tokens) / (time.perf_counter() - self._since)
+            pl_module.log("train/tokens_per_second", rate, prog_bar=True, sync_dist=True, reduce_fx="sum")
+            self._begin()
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._paused = time.perf_counter()
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._since += time.perf_counter() - self._paused
+
+    def _begin(self) -> None:
+        self._tokens = 0
+        self._since = time.perf_counter()

@@ -1,0 +1,219 @@
+"""What all data modules share: tokenized splits, their cache, resumable loaders and calibration sequences."""
+
+from abc import abstractmethod
+from dataclasses import dataclass
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningDataModule
+from lightning.pytorch.utilities import rank_zero_info
+from torch import Tensor
+
+from qpruner.datamodules.cache import Prepared, cache_path, default_cache_dir, load, store
+from qpruner.datamodules.loader import Examples, ResumableLoader
+from qpruner.datamodules.rows import ChoiceExamples, TextExamples
+from qpruner.datamodules.splits import Split
+from qpruner.datamodules.tokens import tokenizer_fingerprint
+from qpruner.errors import UserError
+from qpruner.files import hash_json
+from qpruner.pretrained import load_tokenizer
+from qpruner.seeds import derive_seed
+
+FORMAT = 1  # raised when the same text and options begin to give other rows, so that old caches are left alone
+
+
+@dataclass(frozen=True)
+class LoaderConfig:
+    """How rows become batches.
+
+    Args:
+        batch_size: rows in a training batch, on each device.
+        eval_batch_size: rows (or choice examples) in a batch of validation, test and prediction, on each device.
+        num_workers: processes that prepare batches ahead; 0 prepares them in the training process. Changes no result.
+    """
+
+    batch_size: int = 8
+    eval_batch_size: int = 16
+    num_workers: int = 0
+
+    def __post_init__(self) -> None:
+        if self.batch_size < 1 or self.eval_batch_size < 1 or self.num_workers < 0:
+            raise UserError(f"Batch sizes must be at least 1 and num_workers at least 0, not {self}.")
+
+
+class TokenDataModule(LightningDataModule):
+    """A data module whose splits are rows of tokens.
+
+    Train fits and calibrates, validation chooses, test is reported. Set ``Trainer(use_distributed_sampler=False)``: the
+    loaders share the rows among the ranks themselves.
+
+    Args:
+        tokenizer: folder or hub name of the tokenizer; on the command line that of the model.
+        max_length: tokens in a row, at least 2; longer ones are cut.
+        loader: how rows become batches.
+        cache_dir: where tokenized splits are kept for the next run; default ``~/.cache/qpruner/tokens``.
+        seed: of the training order and of what is drawn for calibration; on the command line ``--seed_everything``.
+
+    Raises:
+        UserError: ``max_length`` below 2.
+    """
+
+    def __init__(
+        self,
+        tokenizer: str,
+        max_length: int = 256,
+        loader: LoaderConfig = LoaderConfig(),  # frozen
+        cache_dir: str | None = None,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        if max_length < 2:
+            raise UserError(f"max_length is {max_length}; a row needs at least 2 tokens, one to predict the other.")
+        self.max_length = max_length
+        self.loader = loader
+        self.cache_dir = Path(cache_dir).expanduser() if cache_dir else default_cache_dir()
+        self.seed = seed
+        self.tokenizer = load_tokenizer(tokenizer)
+        self._prepared: Prepared | None = None
+
+    # What a data module must say.
+
+    @abstractmethod
+    def options(self) -> dict[str, Any]:
+        """Plain data that, with the tokenizer, determine the rows."""
+
+    @abstractmethod
+    def build(self) -> Prepared:
+        """Reads and tokenizes; called once, then the cache answers."""
+
+    @property
+    @abstractmethod
+    def protocol(self) -> str:
+        """How text is laid out in rows, as stated beside a perplexity."""
+
+    def choices(self, split: Split) -> ChoiceExamples | None:
+        """A choice task of the split, if there is one."""
+        return None
+
+    # What they share.
+
+    @property
+    def pad_token(self) -> int:
+        tokenizer = self.tokenizer
+        return next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)
+
+    @property
+    def key(self) -> str:
+        """The name of the rows in the cache."""
+        return hash_json(
+            [FORMAT, type(self).__name__, self.max_length, tokenizer_fingerprint(self.tokenizer), self.options()]
+        )
+
+    def prepare_data(self) -> None:
+        """Tokenizes into the cache, unless that was done before; Lightning calls it in one process a machine."""
+        path = cache_path(self.cache_dir, self.key)
+        if not path.exists():
+            store(path, self.build())
+
+    def setup(self, stage: str | None = None) -> None:
+        if self._prepared is None:
+            self._prepared = load(cache_path(self.cache_dir, self.key))
+            for note in self._prepared.notes:
+                rank_zero_info(note)
+
+    @property
+    def prepared(self) -> Prepared:
+        if self._prepared is None:
+            self.prepare_data()
+            self.setup()
+        assert self._prepared is not None
+        return self._prepared
+
+    def examples(self, split: Split) -> TextExamples:
+        """The rows of a split.
+
+        Raises:
+            UserError: there are no data for it.
+        """
+        if split not in self.prepared.splits:
+            raise UserError(f"There is no {split} data: give --data.init_args.{split}.")
+        return TextExamples(self.prepared.splits[split], self.pad_token)
+
+    def fingerprint(self) -> dict[str, Any]:
+        """What the manifest of a run says of its data."""
+        return {
+            split: {
+                "rows": len(rows),
+                "tokens": len(rows.tokens),
+                "sha256": sha256(rows.tokens.numpy().tobytes()).hexdigest(),
+            }
+            for split, rows in self.prepared.splits.items()
+        }
+
+    def make_loader(self, examples: Examples, *, train: bool) -> ResumableLoader:
+        """This rank's loader over some examples; alone in the world when no Trainer is attached."""
+        return ResumableLoader(
+            examples,
+            batch_size=self.loader.batch_size if train else self.loader.eval_batch_size,
+            shuffle=train,
+            seed=self.seed,
+            rank=self.trainer.global_rank if self.trainer else 0,
+            world_size=self.trainer.world_size if self.trainer else 1,
+            num_workers=self.loader.num_workers,
+            limit=self.trainer.limit_train_batches if self.trainer and train else None,
+        )
+
+    def train_dataloader(self) -> ResumableLoader:
+        return self.make_loader(self.examples("train"), train=True)
+
+    def val_dataloader(self) -> list[ResumableLoader]:
+        # A fit without validation data is legal; `qpruner validate` without them is not.
+        if self.trainer and self.trainer.state.fn == "fit" and "validation" not in self.prepared.splits:
+            return []
+        return self.evaluation_loaders("validation")
+
+    def test_dataloader(self) -> list[ResumableLoader]:
+        return self.evaluation_loaders("test")
+
+    def predict_dataloader(self) -> list[ResumableLoader]:
+        return self.evaluation_loaders("test")
+
+    def evaluation_loaders(self, split: Split) -> list[ResumableLoader]:
+        """Every row of the split once over all ranks, then every example of its choice task."""
+        sets: list[Examples] = [self.examples(split)]
+        if (choices := self.choices(split)) is not None:
+            sets.append(choices)
+        return [self.make_loader(examples, train=False) for examples in sets]
+
+    def calibration(self, num_sequences: int, length: int, rank: int = 0, world_size: int = 1) -> Tensor:
+        """This rank's share of the sequences on which scores and error compensation are computed.
+
+        The sequences are the same whatever the number of ranks: drawn without repetition from the training rows that
+        are long enough, each cut at a place of its own, then dealt to the ranks in turn.
+
+        Args:
+            num_sequences: over all ranks, at least 1.
+            length: tokens in each, at least 2.
+            rank: this process's place.
+            world_size: number of processes.
+
+        Raises:
+            UserError: fewer training rows than that are long enough.
+        """  # [num_sequences / world_size, length] int64
+        if num_sequences < 1 or length < 2:
+            raise UserError(f"Calibration needs at least 1 sequence of 2 tokens, not {num_sequences} of {length}.")
+        rows = self.examples("train").rows
+        long_enough = (rows.lengths >= length).nonzero().flatten()
+        if len(long_enough) < num_sequences:
+            raise UserError(
+                f"Calibration asks for {num_sequences} sequences of {length} tokens; {len(long_enough)} of the "
+                f"{len(rows)} training rows are that long. Ask for fewer or shorter ones, or give more text."
+            )
+        generator = torch.Generator().manual_seed(derive_seed(self.seed, "calibration"))
+        chosen = long_enough[torch.randperm(len(long_enough), generator=generator)[:num_sequences]]
+        slack = rows.lengths[chosen] - length
+        starts = rows.offsets[chosen] + (torch.rand(len(chosen), generator=generator) * (slack + 1)).long()
+        mine = starts[rank::world_size]
+        return rows.tokens[mine[:, None] + torch.arange(length)].long()

@@ -1,0 +1,67 @@
+"""Tokenized splits on disk, keyed by everything that they depend on."""
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from qpruner.datamodules.rows import TokenRows
+from qpruner.datamodules.splits import SPLITS, Split
+from qpruner.errors import UserError
+from qpruner.files import replacing
+
+FIELDS = ("tokens", "scored", "num_bytes", "offsets")
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """The splits of a data module as token rows.
+
+    Args:
+        splits: those that there are data for.
+        notes: what a person should know of how they came about, such as records left out.
+    """
+
+    splits: dict[Split, TokenRows]
+    notes: tuple[str, ...]
+
+
+def default_cache_dir() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "qpruner" / "tokens"
+
+
+def cache_path(directory: Path, key: str) -> Path:
+    return directory / f"{key}.safetensors"
+
+
+def store(path: Path, prepared: Prepared) -> None:
+    """Writes the file whole or not at all.
+
+    Raises:
+        UserError: the folder cannot be written.
+    """
+    tensors = {f"{split}.{name}": getattr(rows, name) for split, rows in prepared.splits.items() for name in FIELDS}
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(path) as temporary:
+            save_file(tensors, temporary, metadata={"notes": json.dumps(prepared.notes)})
+    except OSError as error:
+        raise UserError(
+            f"Cannot write the token cache in {str(path.parent)!r} ({error}). Name another folder with "
+            f"--data.init_args.cache_dir."
+        ) from error
+
+
+def load(path: Path) -> Prepared:
+    """Reads what `store` wrote; the tensors are mapped from the file."""
+    with safe_open(path, framework="pt") as file:
+        names = set(file.keys())
+        splits = {
+            split: TokenRows(**{name: file.get_tensor(f"{split}.{name}") for name in FIELDS})
+            for split in SPLITS
+            if f"{split}.tokens" in names
+        }
+        return Prepared(splits, tuple(json.loads(file.metadata()["notes"])))

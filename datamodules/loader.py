@@ -1,0 +1,124 @@
+"""A loader whose order is a function of (seed, epoch), which shards without repetition and goes on where it stopped."""
+
+from collections.abc import Iterator, Sequence
+from typing import Any, Protocol
+
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from qpruner.datamodules.rows import FILLER, Batch
+from qpruner.errors import UserError
+from qpruner.seeds import derive_seed
+
+
+class Examples(Protocol):
+    """Numbered examples that can be gathered into a batch."""
+
+    def __len__(self) -> int: ...
+
+    def collate(self, indices: Sequence[int]) -> Batch: ...
+
+
+class _Numbers(Dataset[int]):
+    """Maps a number to itself: an example is gathered with its batch, by `Examples.collate`."""
+
+    def __getitem__(self, index: int) -> int:
+        return index
+
+
+class ResumableLoader:
+    """Batches of this rank's share of the examples, epoch after epoch.
+
+    Training (``shuffle=True``): every epoch has an order of its own, dealt to the ranks a batch at a time; the
+    examples that do not fill a batch on every rank wait for another epoch. Evaluation (``shuffle=False``): every
+    example exactly once over all ranks, in order; a rank that runs out is given batches of one `FILLER` example,
+    because ranks that disagree on the number of batches would wait for each other for ever.
+
+    The state counts the batches *handed out*, not those that worker processes have prepared, so it is right with any
+    number of workers.
+
+    Args:
+        examples: what to load.
+        batch_size: examples in a batch on one rank.
+        shuffle: training order (see above) instead of evaluation order.
+        seed: of the order.
+        rank: this process's place among the ``world_size`` that share the examples.
+        world_size: number of processes that share the examples.
+        num_workers: processes that prepare batches ahead; 0 prepares them here.
+        limit: how many batches of an epoch will be read, as a number or a share; see ``Trainer(limit_train_batches)``.
+
+    Raises:
+        UserError: in training, when there are fewer examples than one batch on every rank needs.
+    """
+
+    def __init__(
+        self,
+        examples: Examples,
+        *,
+        batch_size: int,
+        shuffle: bool,
+        seed: int,
+        rank: int = 0,
+        world_size: int = 1,
+        num_workers: int = 0,
+        limit: int | float | None = None,
+    ) -> None:
+        self.examples = examples
+        self.batch_size = batch_size
+        self.shuffle = shuffle
+        self.seed = seed
+        self.rank = rank
+        self.world_size = world_size
+        self.num_workers = num_workers
+        self.limit = limit
+        self.epoch = 0
+        self.consumed = 0
+        self._resume = True  # whether the next pass goes on at (epoch, consumed) instead of starting a new epoch
+        if shuffle and len(self) == 0:
+            raise UserError(
+                f"The training split has {len(examples)} rows, fewer than the {batch_size} x {world_size} of one step "
+                f"(batch size x processes). Give more text, or a smaller --data.init_args.loader.batch_size."
+            )
+
+    def __len__(self) -> int:
+        """Batches in an epoch, the same on every rank."""
+        step = self.batch_size * self.world_size
+        return len(self.examples) // step if self.shuffle else -(-len(self.examples) // step)
+
+    def batches(self, epoch: int) -> list[list[int]]:
+        """The numbers of the examples in each of this rank's batches."""
+        num_examples = len(self.examples)
+        if self.shuffle:
+            generator = torch.Generator().manual_seed(derive_seed(self.seed, "order", epoch))
+            order = torch.randperm(num_examples, generator=generator).tolist()
+        else:
+            order = list(range(num_examples))
+        step = self.batch_size * self.world_size
+        starts = range(self.rank * self.batch_size, len(self) * step, step)
+        return [order[start : start + self.batch_size] or [FILLER] for start in starts]
+
+    def __iter__(self) -> Iterator[Batch]:
+        # Being a generator, this runs at the first `next`, not at `iter`: Lightning makes iterators it never reads.
+        if not self._resume:
+            self.epoch, self.consumed = self.epoch + 1, 0
+        self._resume = False
+        loader = DataLoader(
+            _Numbers(),
+            batch_sampler=self.batches(self.epoch)[self.consumed :],
+            collate_fn=self.examples.collate,
+            num_workers=self.num_workers,
+            # Workers draw nothing; a generator of its own keeps the loader from drawing on the global one.
+            generator=torch.Generator(),
+        )
+        for batch in loader:
+            self.consumed += 1
+            yield batch
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"epoch": self.epoch, "consumed": self.consumed}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.epoch, self.consumed = state["epoch"], state["consumed"]
+        # A finished epoch is followed by the next one, as it would have been without the interruption.
+        limit = len(self) if self.limit is None else self.limit
+        self._resume = self.consumed < min(len(self), int(len(self) * limit) if isinstance(limit, float) else limit)

@@ -1,0 +1,157 @@
+"""Rows of token ids, the form in which every data module holds its splits, and the batches made of them.
+
+Shapes: N tokens in all, R rows in a split, B rows in a batch, T tokens in the longest of these, E examples.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import NotRequired, TypedDict
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+IGNORED = -100  # the label of a position that is not scored, as torch's cross entropy has it
+FILLER = -1  # the number of an example that only keeps the ranks in step
+
+
+class Batch(TypedDict):
+    """What a LightningModule is given: B rows of T tokens, right-padded.
+
+    The label at position t is the token *at* t, to be predicted from the positions before it; the first token of a row
+    is never scored.
+    """
+
+    input_ids: Tensor  # [B, T] int64
+    attention_mask: Tensor  # [B, T] int64, 1 on tokens, 0 on padding
+    labels: Tensor  # [B, T] int64, IGNORED where nothing is scored
+    num_bytes: Tensor  # [B] int64, bytes of text in the scored tokens; 0 where unknown
+    example: Tensor  # [B] int64, number of the row's example in its split; FILLER where the row fills a shard
+    option: NotRequired[Tensor]  # [B] int64, choice tasks: which of its example's options the row is
+    gold: NotRequired[Tensor]  # [B] int64, choice tasks: which option of its example is right
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row: its token ids, which of them are targets, and the bytes of text each stands for (zeros: unknown)."""
+
+    tokens: np.ndarray  # [T] int32
+    scored: np.ndarray  # [T] bool
+    num_bytes: np.ndarray  # [T] int32
+
+
+@dataclass(frozen=True)
+class TokenRows:
+    """The rows of a split laid end to end, so that they are stored and mapped into memory as they are.
+
+    Args:
+        tokens: [N] int32, token ids.
+        scored: [N] bool, whether a token is a target.
+        num_bytes: [N] int32, bytes of text a token stands for; zeros where unknown.
+        offsets: [R + 1] int64, where each row begins; the last entry is N.
+    """
+
+    tokens: Tensor
+    scored: Tensor
+    num_bytes: Tensor
+    offsets: Tensor
+
+    @classmethod
+    def of(cls, rows: Iterable[Row]) -> "TokenRows":
+        rows = list(rows)
+        lengths = np.array([0, *(len(row.tokens) for row in rows)], dtype=np.int64)
+        return cls(
+            tokens=_join((row.tokens for row in rows), np.int32),
+            scored=_join((row.scored for row in rows), np.bool_),
+            num_bytes=_join((row.num_bytes for row in rows), np.int32),
+            offsets=torch.from_numpy(lengths.cumsum()),
+        )
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+    @property
+    def lengths(self) -> Tensor:  # [R]
+        return self.offsets.diff()
+
+    @property
+    def num_scored(self) -> int:
+        """Targets in all rows, without the first token of each, which nothing predicts."""
+        return int(self.scored.sum() - self.scored[self.offsets[:-1]].sum())
+
+    def pad(self, indices: Sequence[int], pad_token: int) -> Batch:
+        """The rows with these numbers as a batch; a `FILLER` becomes a row of one unscored token."""
+        rows = [slice(*self.offsets[i : i + 2].tolist()) if i != FILLER else slice(0, 0) for i in indices]
+        nothing = torch.tensor([pad_token])
+        input_ids = [self.tokens[row].long() if row.stop else nothing for row in rows]
+        labels = [
+            tokens.where(self.scored[row], IGNORED) if row.stop else torch.full((1,), IGNORED)
+            for row, tokens in zip(rows, input_ids, strict=True)
+        ]
+        for label in labels:
+            label[0] = IGNORED
+        num_bytes = [
+            int(self.num_bytes[row][label != IGNORED].sum()) if row.stop else 0
+            for row, label in zip(rows, labels, strict=True)
+        ]
+        return Batch(
+            input_ids=pad_sequence(input_ids, batch_first=True, padding_value=pad_token),
+            attention_mask=pad_sequence([torch.ones_like(ids) for ids in input_ids], batch_first=True),
+            labels=pad_sequence(labels, batch_first=True, padding_value=IGNORED),
+            num_bytes=torch.tensor(num_bytes),
+            example=torch.tensor(list(indices)),
+        )
+
+
+@dataclass(frozen=True)
+class TextExamples:
+    """Each row is an example."""
+
+    rows: TokenRows
+    pad_token: int
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def collate(self, indices: Sequence[int]) -> Batch:
+        return self.rows.pad(indices, self.pad_token)
+
+
+@dataclass(frozen=True)
+class ChoiceExamples:
+    """Each example is a few rows, one an option; the option whose scored tokens are likeliest is the answer.
+
+    Args:
+        rows: the options of all examples, one after the other; only the tokens that differ are scored.
+        first_option: [E + 1] int64, the row at which each example begins; the last entry is the number of rows.
+        gold: [E] int64, the right option of each example, counted from 0.
+        pad_token: id to pad with.
+    """
+
+    rows: TokenRows
+    first_option: Tensor
+    gold: Tensor
+    pad_token: int
+
+    def __len__(self) -> int:
+        return len(self.gold)
+
+    def collate(self, indices: Sequence[int]) -> Batch:
+        rows: list[int] = []
+        examples: list[int] = []
+        options: list[int] = []
+        gold: list[int] = []
+        for index in indices:
+            first, last = (0, 1) if index == FILLER else self.first_option[index : index + 2].tolist()
+            rows += [FILLER] if index == FILLER else range(first, last)
+            examples += [index] * (last - first)
+            options += range(last - first)
+            gold += [0 if index == FILLER else int(self.gold[index])] * (last - first)
+        batch = self.rows.pad(rows, self.pad_token)
+        batch["example"], batch["option"], batch["gold"] = map(torch.tensor, (examples, options, gold))
+        return batch
+
+
+def _join(parts: Iterable[np.ndarray], dtype: type[np.generic]) -> Tensor:
+    return torch.from_numpy(np.concatenate([np.empty(0, dtype), *parts]).astype(dtype, copy=False))

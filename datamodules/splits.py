@@ -1,0 +1,61 @@
+"""Three splits, disjoint by content: train fits and calibrates, validation chooses, test is reported."""
+
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from typing import Literal, TypeVar
+
+from qpruner.errors import UserError
+
+Split = Literal["train", "validation", "test"]
+SPLITS: tuple[Split, ...] = ("train", "validation", "test")
+T = TypeVar("T")
+
+
+def hold_out(given: Mapping[Split, Sequence[T]], content: Callable[[T], str], share: float) -> dict[Split, list[T]]:
+    """Fills missing validation and test splits from the training one.
+
+    A record goes by the hash of its content, so that equal records stay together and adding records moves none.
+
+    Args:
+        given: the splits that the user named.
+        content: what makes two records the same.
+        share: of the training records for each missing split, in (0, 0.5).
+
+    Raises:
+        UserError: when a split is missing and the training split has too few records to give any.
+    """
+    splits: dict[Split, list[T]] = {split: list(records) for split, records in given.items()}
+    missing = [split for split in SPLITS[1:] if split not in given]
+    if not missing or "train" not in given:
+        return splits
+    kept: list[T] = []
+    splits |= {split: [] for split in missing}
+    for record in given["train"]:
+        place = int.from_bytes(_digest(content(record))[:8], "big") / 2**64
+        drawer = int(place / share)
+        (splits[missing[drawer]] if drawer < len(missing) else kept).append(record)
+    splits["train"] = kept
+    if empty := [split for split in ("train", *missing) if not splits[split]]:
+        raise UserError(
+            f"Holding {share:.0%} of {len(given['train'])} training record(s) out for {' and '.join(missing)} leaves "
+            f"nothing in {' and '.join(empty)}. Give these splits files of their own, or more records."
+        )
+    return splits
+
+
+def make_disjoint(
+    splits: Mapping[Split, Sequence[T]], content: Callable[[T], str]
+) -> tuple[dict[Split, list[T]], dict[Split, int]]:
+    """Takes from train what is in validation or test, and from validation what is in test; the counts say how many."""
+    seen: set[bytes] = set()
+    kept: dict[Split, list[T]] = {}
+    for split in reversed(SPLITS):
+        if split in splits:
+            digests = [_digest(content(record)) for record in splits[split]]
+            kept[split] = [record for record, digest in zip(splits[split], digests, strict=True) if digest not in seen]
+            seen.update(digests)
+    return kept, {split: len(splits[split]) - len(records) for split, records in kept.items()}
+
+
+def _digest(text: str) -> bytes:
+    return hashlib.sha256(text.strip().encode("utf-8", "surrogatepass")).digest()

@@ -1,0 +1,94 @@
+"""The embedded stories: any amount of text from a seeded grammar, with endings to choose between."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from qpruner.datamodules.base import TokenDataModule
+from qpruner.datamodules.cache import Prepared
+from qpruner.datamodules.rows import ChoiceExamples, TokenRows
+from qpruner.datamodules.splits import SPLITS, Split
+from qpruner.datamodules.text import Layout, layout_protocol, notes, rows_of_text
+from qpruner.datamodules.tokens import tokenize
+from qpruner.errors import UserError
+from qpruner.stories import Story, generate_stories
+
+
+class StoriesDataModule(TokenDataModule):
+    """Small English stories made by `qpruner.stories`; nothing is read or downloaded.
+
+    The three splits share no story, whatever the seed. Validation and test bring a choice task: the right ending of
+    a story against one that contradicts a fact told before.
+
+    Args:
+        num_train: stories that fit and calibrate.
+        num_validation: stories that choose.
+        num_test: stories that are reported.
+        num_choices: two-choice endings in validation and in test, from stories of their split; 0 for none.
+        story_seed: of the stories; other seeds give other stories.
+        layout: as in `TextDataModule`.
+        **kwargs: see `TokenDataModule`.
+
+    Raises:
+        UserError: a split without stories, or more choices than stories.
+    """
+
+    def __init__(
+        self,
+        num_train: int = 4000,
+        num_validation: int = 200,
+        num_test: int = 400,
+        num_choices: int = 200,
+        story_seed: int = 0,
+        layout: Layout = "per_document",
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(**kwargs)
+        if min(num_train, num_validation, num_test) < 1 or not 0 <= num_choices <= min(num_validation, num_test):
+            raise UserError(
+                f"Every split needs a story and num_choices must lie between 0 and the stories of validation and test, "
+                f"not {num_train}, {num_validation}, {num_test} stories and {num_choices} choices."
+            )
+        self.num_stories: Mapping[Split, int] = dict(zip(SPLITS, (num_train, num_validation, num_test), strict=True))
+        self.num_choices = num_choices
+        self.story_seed = story_seed
+        self.layout = layout
+
+    @property
+    def protocol(self) -> str:
+        return layout_protocol(self.layout, self.max_length)
+
+    def options(self) -> dict[str, Any]:
+        # A few stories stand for the grammar, so that a new grammar does not meet the old one's cache.
+        sample = [story.text for story in generate_stories("train", num_stories=20, seed=self.story_seed)]
+        return {"stories": dict(self.num_stories), "seed": self.story_seed, "layout": self.layout, "sample": sample}
+
+    def build(self) -> Prepared:
+        rows = {
+            split: rows_of_text(
+                self.tokenizer, [story.text for story in self.stories(split)], self.layout, self.max_length
+            )
+            for split in SPLITS
+        }
+        return Prepared(rows, notes(type(self).__name__, {}, {}, rows))
+
+    def stories(self, split: Split) -> list[Story]:
+        return list(generate_stories(split, num_stories=self.num_stories[split], seed=self.story_seed))
+
+    def choices(self, split: Split) -> ChoiceExamples | None:
+        if split == "train" or not self.num_choices:
+            return None
+        return ending_choices(self.tokenizer, self.stories(split)[: self.num_choices], self.seed, self.pad_token)
+
+
+def ending_choices(tokenizer: Any, stories: list[Story], seed: int, pad_token: int) -> ChoiceExamples:
+    """The two endings of each story as options, the right one first or second by a seeded coin."""
+    coins = torch.randint(2, (len(stories),), generator=torch.Generator().manual_seed(seed))
+    texts, spans = [], []
+    for story, gold in zip(stories, coins.tolist(), strict=True):
+        endings = [story.wrong_ending, story.ending] if gold else [story.ending, story.wrong_ending]
+        texts += [f"{story.prompt} {ending}" for ending in endings]
+        spans += [[(len(story.prompt), len(story.prompt) + 1 + len(ending))] for ending in endings]
+    rows = TokenRows.of(tokenize(tokenizer, texts, special_tokens=True, scored_from=spans))
+    return ChoiceExamples(rows, torch.arange(0, len(rows) + 1, 2), coins, pad_token)

@@ -1,0 +1,169 @@
+"""Plain text: files or a hub data set, packed into blocks or one document a row."""
+
+from collections.abc import Iterator
+from typing import Any, Literal
+
+import numpy as np
+
+from qpruner.datamodules.base import TokenDataModule
+from qpruner.datamodules.cache import Prepared
+from qpruner.datamodules.documents import Skipped, Source
+from qpruner.datamodules.rows import Row, TokenRows
+from qpruner.datamodules.splits import SPLITS, Split, hold_out, make_disjoint
+from qpruner.datamodules.tokens import tokenize
+from qpruner.errors import UserError
+
+Layout = Literal["packed", "per_document"]
+
+
+class TextDataModule(TokenDataModule):
+    """Documents as language-model rows.
+
+    Each split is a local file or folder (``.txt``, ``.jsonl``, ``.json``, each also ``.gz``, and ``.parquet``) or a hub
+    data set ``NAME``, ``NAME@SPLIT`` or ``NAME:CONFIG@SPLIT``. A split that is not given is held out of the training
+    documents by their content. Documents that stand in two splits are taken out of the one that fits or chooses.
+
+    Args:
+        train: documents that fit and calibrate; needed by ``fit`` only.
+        validation: documents that choose.
+        test: documents that are reported.
+        layout: ``packed`` joins the documents with the tokenizer's end-of-text token and cuts them into rows of
+            exactly ``max_length`` (the rest is dropped); ``per_document`` gives each a row, cut at ``max_length``.
+        separator: what stands between two documents in a text file, such as ``<|endoftext|>``; without it a text file
+            is one document. White space around a separated document is dropped.
+        text_column: field that holds the text of a JSON or parquet record.
+        held_out: share of the training documents for each split that is not given, in (0, 0.5).
+        **kwargs: see `TokenDataModule`.
+
+    Raises:
+        UserError: no split given, or a split without a usable document.
+    """
+
+    def __init__(
+        self,
+        train: str | None = None,
+        validation: str | None = None,
+        test: str | None = None,
+        layout: Layout = "packed",
+        separator: str | None = None,
+        text_column: str = "text",
+        held_out: float = 0.05,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(**kwargs)
+        self.sources = named_sources(train=train, validation=validation, test=test, held_out=held_out)
+        self.layout = layout
+        self.separator = separator
+        self.text_column = text_column
+        self.held_out = held_out
+
+    @property
+    def protocol(self) -> str:
+        return layout_protocol(self.layout, self.max_length)
+
+    def options(self) -> dict[str, Any]:
+        return {
+            "sources": {split: source.fingerprint() for split, source in self.sources.items()},
+            "layout": self.layout,
+            "separator": self.separator,
+            "text_column": self.text_column,
+            "held_out": self.held_out,
+        }
+
+    def build(self) -> Prepared:
+        skipped = {split: Skipped() for split in self.sources}
+        documents = {split: list(self._documents(split, skipped[split])) for split in self.sources}
+        for split, found in documents.items():
+            if not found:
+                raise UserError(f"{self.sources[split].spec!r} holds no usable text: {skipped[split]}.")
+        texts, repeated = make_disjoint(hold_out(documents, str, self.held_out), str)
+        rows = {split: rows_of_text(self.tokenizer, texts[split], self.layout, self.max_length) for split in texts}
+        return Prepared(rows, notes(type(self).__name__, skipped, repeated, rows))
+
+    def _documents(self, split: Split, skipped: Skipped) -> Iterator[str]:
+        for where, record in self.sources[split].records(skipped):
+            text = record.get(self.text_column)
+            if not isinstance(text, str):
+                skipped.add(f"without text in the field {self.text_column!r}", where)
+                continue
+            pieces = [text] if self.separator is None else [piece.strip() for piece in text.split(self.separator)]
+            kept = [piece for piece in pieces if piece.strip()]
+            if not kept:
+                skipped.add("empty", where)
+            yield from kept
+
+
+def named_sources(*, held_out: float, **specs: str | None) -> dict[Split, Source]:
+    """The splits that the user named.
+
+    Raises:
+        UserError: none was named, or the share to hold out is not in (0, 0.5).
+    """
+    sources = {split: Source(spec, split) for split in SPLITS if (spec := specs[split]) is not None}
+    if not sources:
+        raise UserError("No data: give at least one of --data.init_args.train, .validation and .test.")
+    if not 0 < held_out < 0.5:
+        raise UserError(f"held_out is {held_out}; it must lie between 0 and 0.5.")
+    return sources
+
+
+def rows_of_text(tokenizer: Any, texts: list[str], layout: Layout, max_length: int) -> TokenRows:
+    """The documents as rows; one with fewer than two tokens has nothing to predict and makes none.
+
+    Raises:
+        UserError: in the packed layout, fewer tokens than fill a row.
+    """
+    documents = tokenize(tokenizer, texts, special_tokens=True)
+    if layout == "per_document":
+        return TokenRows.of(
+            Row(row.tokens[:max_length], row.scored[:max_length], row.num_bytes[:max_length])
+            for row in documents
+            if len(row.tokens) > 1
+        )
+    stream = _join_documents(documents, tokenizer.eos_token_id)
+    num_rows = len(stream.tokens) // max_length
+    if num_rows == 0:
+        raise UserError(
+            f"{len(texts)} document(s) with {len(stream.tokens)} tokens in all do not fill one row of {max_length}. "
+            f"Give more text, a smaller --data.init_args.max_length, or --data.init_args.layout per_document."
+        )
+    cuts = [slice(start, start + max_length) for start in range(0, num_rows * max_length, max_length)]
+    return TokenRows.of(Row(stream.tokens[cut], stream.scored[cut], stream.num_bytes[cut]) for cut in cuts)
+
+
+def layout_protocol(layout: Layout, max_length: int) -> str:
+    if layout == "packed":
+        return f"packed rows of {max_length} tokens, stride {max_length}, first token of a row not scored"
+    return f"one document a row, cut at {max_length} tokens, first token of a row not scored"
+
+
+def notes(
+    name: str, skipped: dict[Split, Skipped], repeated: dict[Split, int], rows: dict[Split, TokenRows]
+) -> tuple[str, ...]:
+    """What a person should know of how the splits came about."""
+    lines = [
+        f"{name}: {split}: {len(rows[split]):,} rows, {len(rows[split].tokens):,} tokens"
+        for split in SPLITS
+        if split in rows
+    ]
+    lines += [f"{name}: {split}: skipped {left_out}" for split, left_out in skipped.items() if left_out.counts]
+    lines += [
+        f"{name}: {split}: left out {count:,} that also stand in a later split"
+        for split, count in repeated.items()
+        if count
+    ]
+    return tuple(lines)
+
+
+def _join_documents(documents: Iterator[Row], separator: int | None) -> Row:
+    parts: list[Row] = []
+    between = Row(np.array([separator or 0], np.int32), np.array([True]), np.array([0], np.int32))
+    for row in documents:
+        if parts and separator is not None:
+            parts.append(between)
+        parts.append(row)
+    return Row(
+        np.concatenate([part.tokens for part in parts]),
+        np.concatenate([part.scored for part in parts]),
+        np.concatenate([part.num_bytes for part in parts]),
+    )

@@ -1,0 +1,58 @@
+"""LoRA adapters on the projections of a decoder, by PEFT."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from qpruner.errors import UserError
+from qpruner.seeds import derive_seed
+
+
+@dataclass(frozen=True)
+class LoRAConfig:
+    """Low-rank adapters ``W x + alpha / r * B A x``, with A drawn at random and B zero.
+
+    Args:
+        r: rank of the adapters, at least 1.
+        alpha: scale of the adapters; their output is multiplied by ``alpha / r``.
+        dropout: probability with which an input of the adapters is zeroed in training, in [0, 1).
+        target_modules: last parts of the names of the linears that get adapters.
+    """
+
+    r: int = 8
+    alpha: float = 16.0
+    dropout: float = 0.05
+    target_modules: Sequence[str] = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+    def __post_init__(self) -> None:
+        if self.r < 1 or self.alpha <= 0 or not 0 <= self.dropout < 1:
+            raise UserError(f"LoRA needs r of at least 1, alpha above 0 and dropout in [0, 1), not {self}.")
+
+
+def attach_adapters(model: Any, config: LoRAConfig, *, seed: int) -> Any:
+    """Wraps the model in PEFT adapters, the only parameters that are left to train, in float32.
+
+    Raises:
+        UserError: a name in ``target_modules`` is the end of no linear's name.
+    """
+    import peft
+
+    ends = {name.rpartition(".")[2] for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
+    if missing := set(config.target_modules) - ends:
+        raise UserError(
+            f"LoRA target(s) {', '.join(sorted(missing))} match no linear of {type(model).__name__}, which has "
+            f"{', '.join(sorted(ends))}. Name some of these in --model.lora.target_modules."
+        )
+    lora = peft.LoraConfig(
+        r=config.r,
+        lora_alpha=config.alpha,
+        lora_dropout=config.dropout,
+        target_modules=list(config.target_modules),
+        task_type=peft.TaskType.CAUSAL_LM,
+    )
+    # Every rank and every resumed run draws the same A, whatever was drawn before.
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(derive_seed(seed, "adapters"))
+        return peft.get_peft_model(model, lora)

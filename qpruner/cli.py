@@ -1,0 +1,204 @@
+"""The command line as a LightningCLI: options are the signatures of the classes, explained by their docstrings."""
+
+import argparse
+import logging
+import time
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import yaml
+from lightning.pytorch import Trainer
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
+
+from qpruner.callbacks import PredictionsWriter, RunCheckpoint, RunReport, Throughput
+from qpruner.datamodules.base import TokenDataModule
+from qpruner.errors import UserError
+from qpruner.memory import num_parameters, peak_meaning, read_peak, reset_peak, tensor_bytes
+from qpruner.options import SuggestingParser
+from qpruner.runs.folder import RunConfig, RunFolder
+from qpruner.runs.report import Stage, Summary, protocol_line, table, write_report
+from qpruner.training.module import LoRAFinetuner
+
+TRAINER_DEFAULTS = {"use_distributed_sampler": False}  # the loaders share the rows among the ranks themselves
+
+
+DESCRIPTION = """Narrower layers, each at the bits it deserves, adapters that win back what was lost.
+Besides the commands below, `qpruner report RUN_FOLDER` writes the report of a run again."""
+
+
+class QPrunerCLI(LightningCLI):
+    """``fit``, ``validate``, ``test`` and ``predict`` over a run folder."""
+
+    def __init__(self, args: list[str] | None = None) -> None:
+        super().__init__(
+            LoRAFinetuner,
+            TokenDataModule,
+            subclass_mode_data=True,
+            trainer_defaults=TRAINER_DEFAULTS,
+            seed_everything_default=0,
+            save_config_callback=None,  # the run folder keeps the configuration
+            auto_configure_optimizers=False,
+            load_from_checkpoint_support=False,  # the module keeps its own options as plain data
+            parser_class=SuggestingParser,
+            parser_kwargs={"description": DESCRIPTION},
+            args=args,
+        )
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        parser.add_argument("--run", type=RunConfig, default=RunConfig(), help="Where the run is kept.")
+        parser.add_argument(
+            "--restart", action="store_true", help="Throw away what the run folder holds and begin anew (fit only)."
+        )
+        parser.link_arguments("model.base", "data.init_args.tokenizer")
+        parser.link_arguments("seed_everything", "model.seed")
+        parser.link_arguments("seed_everything", "data.init_args.seed")
+
+    def _parse_ckpt_path(self) -> None:
+        """Leaves the options alone: a checkpoint that does not fit them is an error, never a silent change of them."""
+
+    def before_instantiate_classes(self) -> None:
+        """Claims the run folder before anything is loaded, on rank zero; the others follow what it finds there."""
+        options = self.config[self.subcommand]
+        self.folder = RunFolder.of(RunConfig(**vars(options.run)))
+        self.continues = False
+        if getattr(rank_zero_only, "rank", 0) == 0:
+            self._lock = self.folder.lock()
+            if self.subcommand == "fit" and not options.trainer.fast_dev_run:
+                dumped = self._parser(self.subcommand).dump(options, skip_none=False)
+                self.continues = self.folder.claim(yaml.safe_load(dumped), restart=options.restart)
+            _log_to(self.folder.log)
+        elif self.subcommand == "fit":
+            self.continues = not options.restart
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        options = self.config_init[self.subcommand]
+        if options.trainer.logger in (None, True):
+            self.folder.tensorboard.mkdir(exist_ok=True)
+            kwargs["logger"] = TensorBoardLogger(
+                self.folder.path, name=self.folder.tensorboard.name, version="", default_hp_metric=False
+            )
+        kwargs["default_root_dir"] = str(self.folder.path)
+        ours = [
+            RunReport(self.folder),
+            Throughput(),
+            RunCheckpoint(self.folder.checkpoint, options.run.checkpoint_every_n_steps),
+        ]
+        kwargs["callbacks"] = [*ours[:1], *(options.trainer.callbacks or []), *ours[1:]]
+        if self.subcommand != "fit" or options.trainer.fast_dev_run:
+            kwargs["callbacks"] = options.trainer.callbacks or []
+        return super().instantiate_trainer(**kwargs)
+
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        """The commands, each with the arguments of the Trainer's method that are no options here."""
+        ours = {"model", "datamodule", "weights_only"}
+        return {
+            "fit": ours | {"train_dataloaders", "val_dataloaders"},
+            "validate": ours | {"dataloaders", "verbose"},
+            "test": ours | {"dataloaders", "verbose"},
+            "predict": ours | {"dataloaders", "return_predictions"},
+        }
+
+    # LightningCLI calls these in place of the Trainer's methods.
+
+    def fit(self, model: LoRAFinetuner, datamodule: TokenDataModule, ckpt_path: str | None = None) -> None:
+        if self.continues and self.folder.finished:
+            rank_zero_info(f"The run {self.folder.path} is finished.")
+            _show(Summary.read(self.folder.summary), "test")
+            return
+        if self.continues and self.folder.checkpoint.exists():
+            ckpt_path = str(self.folder.checkpoint)
+            rank_zero_info(f"Going on from {ckpt_path}.")
+        self.trainer.fit(model, datamodule=datamodule, ckpt_path=ckpt_path, weights_only=True)
+
+    def validate(self, model: LoRAFinetuner, datamodule: TokenDataModule, ckpt_path: str | None = None) -> None:
+        self._evaluate("validate", "validation", model, datamodule, ckpt_path)
+
+    def test(self, model: LoRAFinetuner, datamodule: TokenDataModule, ckpt_path: str | None = None) -> None:
+        self._evaluate("test", "test", model, datamodule, ckpt_path)
+
+    def predict(self, model: LoRAFinetuner, datamodule: TokenDataModule, ckpt_path: str | None = None) -> None:
+        path = self.folder.path / "predictions.jsonl"
+        self.trainer.callbacks.append(PredictionsWriter(path))  # type: ignore[attr-defined]
+        self.trainer.predict(
+            model,
+            datamodule=datamodule,
+            ckpt_path=self._trained(ckpt_path),
+            return_predictions=False,
+            weights_only=True,
+        )
+        rank_zero_info(f"Predictions: {path}")
+
+    def _trained(self, ckpt_path: str | None) -> str | None:
+        """The checkpoint to evaluate: the one given, else the run's, else none."""
+        return ckpt_path or (str(self.folder.checkpoint) if self.folder.checkpoint.exists() else None)
+
+    def _evaluate(
+        self, verb: str, split: str, model: LoRAFinetuner, datamodule: TokenDataModule, ckpt_path: str | None
+    ) -> None:
+        """Measures the dense model and, where there is a checkpoint, the recovered one."""
+        device = self.trainer.strategy.root_device
+        since = time.perf_counter()
+        model.load_base()
+        loading = time.perf_counter() - since
+        size = num_parameters(model.model), tensor_bytes(model.model)
+        model.configure_model()
+        checkpoint = self._trained(ckpt_path)
+        stages = []
+        for name, path in (("dense", None), ("recovered", checkpoint))[: 2 if checkpoint else 1]:
+            reset_peak(device)
+            with model.adapters_disabled() if path is None else nullcontext():
+                (results, *_) = getattr(self.trainer, verb)(
+                    model, datamodule=datamodule, ckpt_path=path, verbose=False, weights_only=True
+                )
+            if path is not None:
+                size = num_parameters(model.model), tensor_bytes(model.model)
+            results = {key.partition("/")[2]: value for key, value in results.items()}
+            stages.append(Stage(name, *size, results, loading, None, read_peak(device)))
+        summary = Summary(True, datamodule.protocol, peak_meaning(device), tuple(stages))
+        if self.trainer.is_global_zero:
+            summary.write(self.folder.path / f"{verb}.json")
+            _show(summary, split)
+
+
+def report(arguments: list[str]) -> None:
+    """Writes the report of a run again, from what its folder holds, and prints its table."""
+    parser = argparse.ArgumentParser("qpruner report", description=report.__doc__)
+    parser.add_argument("run", type=Path, help="folder of the run, such as runs/quickstart")
+    folder = RunFolder(parser.parse_args(arguments).run)
+    if not folder.summary.exists():
+        raise UserError(f"{str(folder.path)!r} holds no summary.json: no fit has measured anything there yet.")
+    write_report(folder)
+    _show(Summary.read(folder.summary), "test")
+
+
+WITHOUT_TRAINER = {"report": report}
+"""Commands that need no Trainer; the LightningCLI never sees them."""
+
+
+def run(arguments: list[str]) -> None:
+    """Runs one command.
+
+    Raises:
+        UserError: the command cannot be carried out as given.
+    """
+    if arguments and (command := WITHOUT_TRAINER.get(arguments[0])):
+        command(arguments[1:])
+    else:
+        QPrunerCLI()
+
+
+@rank_zero_only
+def _show(summary: Summary, split: str) -> None:
+    print(f"\n{table(summary)}\n\n{protocol_line(summary, split)}")
+
+
+def _log_to(path: Path) -> None:
+    """Adds what is logged from now on to the log of the run."""
+    handler = logging.FileHandler(path, encoding="utf-8")
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    for name in ("lightning.pytorch", "lightning.fabric", "qpruner"):
+        logging.getLogger(name).addHandler(handler)

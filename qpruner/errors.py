@@ -1,0 +1,17 @@
+"""The one error that means: what the user gave cannot be used, and this is what to do about it."""
+
+from collections.abc import Iterable
+from difflib import get_close_matches
+
+
+class UserError(ValueError):
+    """A mistake in a configuration, a file or a path; the command line prints it without a traceback.
+
+    Its text names the value given, what is allowed, and the remedy.
+    """
+
+
+def nearest(word: str, choices: Iterable[str]) -> str:
+    """A sentence that offers the choice most like ``word``, or an empty string when none is like it."""
+    close = get_close_matches(word, list(choices), n=1)
+    return f" Did you mean {close[0]!r}?" if close else ""

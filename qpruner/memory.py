@@ -1,0 +1,59 @@
+"""Parameters and bytes of a model, and the peak of a stretch of work; each said apart, never just "memory"."""
+
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+
+def distinct_tensors(model: nn.Module) -> Iterator[Tensor]:
+    """Parameters and persistent buffers, each storage once, so that tied weights do not count twice."""
+    seen: set[int] = set()
+    for tensor in model.state_dict(keep_vars=True).values():
+        if isinstance(tensor, Tensor) and tensor.data_ptr() not in seen:
+            seen.add(tensor.data_ptr())
+            yield tensor
+
+
+def num_parameters(model: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in model.parameters())  # `parameters` gives a shared one once
+
+
+def tensor_bytes(model: nn.Module) -> int:
+    """Bytes of all tensors that a checkpoint of the whole model would hold, file headers apart."""
+    return sum(tensor.numel() * tensor.element_size() for tensor in distinct_tensors(model))
+
+
+def peak_meaning(device: torch.device) -> str:
+    """What `read_peak` measures there."""
+    return f"allocated on {device.type}" if device.type == "cuda" else "resident set of the process"
+
+
+def reset_peak(device: torch.device) -> None:
+    """Forgets the highest use of memory so far."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    else:
+        _reset_resident_peak()
+
+
+def read_peak(device: torch.device) -> int | None:
+    """Highest use of memory since `reset_peak`, in bytes; None where the system does not tell."""
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else _resident_peak()
+
+
+def _reset_resident_peak() -> None:
+    # Without Linux, or without the permission, the peak is that of the process so far.
+    with suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")  # 5 forgets the peak; see proc(5)
+
+
+def _resident_peak() -> int | None:
+    """VmHWM of Linux, the one system that lets it start anew."""
+    try:
+        lines = Path("/proc/self/status").read_text().splitlines()
+    except OSError:
+        return None
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM")), None)

@@ -1,0 +1,80 @@
+"""Base models and tokenizers from a folder, a hub name, or the one that the package brings."""
+
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from qpruner.errors import UserError
+from qpruner.files import hash_file, hash_json
+
+EMBEDDED = "qpruner/stories"
+"""The name of the small story teller that comes with the package."""
+
+DType = Literal["float32", "bfloat16", "float16"]
+
+
+def resolve(name: str) -> str:
+    """A folder or a hub name that transformers understands.
+
+    Raises:
+        UserError: the name is a path and there is no such folder.
+    """
+    if name == EMBEDDED:
+        return str(Path(__file__).parent / "stories" / "checkpoint")
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return str(path)
+    if path.exists() or path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1:
+        raise UserError(f"There is no folder {name!r}. Give a model folder, a hub name or {EMBEDDED!r}.")
+    return name
+
+
+def load_model(name: str, *, dtype: DType, trust_remote_code: bool) -> Any:
+    """The causal language model, in evaluation mode on the CPU.
+
+    Raises:
+        UserError: nothing of that name, or not a causal language model.
+    """
+    from transformers import AutoModelForCausalLM
+
+    try:
+        return AutoModelForCausalLM.from_pretrained(
+            resolve(name), dtype=getattr(torch, dtype), trust_remote_code=trust_remote_code
+        )
+    except (OSError, ValueError) as error:
+        raise _cannot_load("model", name, error) from error
+
+
+def load_tokenizer(name: str, *, trust_remote_code: bool = False) -> Any:
+    """The tokenizer that belongs to a model.
+
+    Raises:
+        UserError: nothing of that name, or it holds no tokenizer.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(resolve(name), trust_remote_code=trust_remote_code)
+    except (OSError, ValueError) as error:
+        raise _cannot_load("tokenizer", name, error) from error
+
+
+def model_fingerprint(name: str) -> str:
+    """SHA-256 over configuration and weights of a base model, from its folder or the local hub cache."""
+    folder = Path(resolve(name))
+    if not folder.is_dir():
+        from huggingface_hub import snapshot_download
+
+        folder = Path(snapshot_download(name, local_files_only=True, allow_patterns=["config.json", "*.safetensors"]))
+    files = sorted(file for file in folder.iterdir() if file.name == "config.json" or file.suffix == ".safetensors")
+    return hash_json({file.name: hash_file(file) for file in files})
+
+
+def _cannot_load(kind: str, name: str, error: Exception) -> UserError:
+    if isinstance(error, UserError):
+        return error
+    return UserError(
+        f"Cannot load a {kind} from {name!r}: {error} Give a folder in the Hugging Face layout, the name of a hub "
+        f"model that is reachable or already downloaded, or {EMBEDDED!r}."
+    )

@@ -1,0 +1,165 @@
+"""The folder of a run: where its parts lie, who may write it, and which configuration it belongs to."""
+
+import fcntl
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+import yaml
+
+from qpruner.errors import UserError
+from qpruner.files import read_json, write_text
+
+FREE_OPTIONS = (
+    "ckpt_path",
+    "config",
+    "data.init_args.cache_dir",
+    "data.init_args.loader.num_workers",
+    "restart",
+    "run.dir",
+    "run.name",
+    "trainer.enable_model_summary",
+    "trainer.enable_progress_bar",
+    "weights_only",
+)
+"""Options that change no number of a run, so that a run may be continued with others."""
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Where a run is kept.
+
+    Args:
+        name: name of the run; the same command with the same name continues it.
+        dir: folder that holds the folders of all runs.
+        checkpoint_every_n_steps: optimizer steps between two checkpoints, at least 1; a run that is killed loses the
+            steps since the last one.
+    """
+
+    name: str = "default"
+    dir: str = "runs"
+    checkpoint_every_n_steps: int = 50
+
+    def __post_init__(self) -> None:
+        if not self.name or self.name in (".", "..") or "/" in self.name:
+            raise UserError(f"run.name is {self.name!r}; it must be the name of a folder, without '/'.")
+        if self.checkpoint_every_n_steps < 1:
+            raise UserError(f"run.checkpoint_every_n_steps is {self.checkpoint_every_n_steps}; it must be at least 1.")
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """The parts of ``runs/<name>/``."""
+
+    path: Path
+
+    @classmethod
+    def of(cls, config: RunConfig) -> "RunFolder":
+        return cls(Path(config.dir).expanduser() / config.name)
+
+    @property
+    def config(self) -> Path:
+        return self.path / "config.yaml"
+
+    @property
+    def log(self) -> Path:
+        return self.path / "run.log"
+
+    @property
+    def tensorboard(self) -> Path:
+        return self.path / "tensorboard"
+
+    @property
+    def checkpoint(self) -> Path:
+        return self.path / "checkpoints" / "last.ckpt"
+
+    @property
+    def manifest(self) -> Path:
+        return self.path / "manifest.json"
+
+    @property
+    def summary(self) -> Path:
+        return self.path / "summary.json"
+
+    @property
+    def report(self) -> Path:
+        return self.path / "report.md"
+
+    @property
+    def loss_picture(self) -> Path:
+        return self.path / "loss.png"
+
+    @property
+    def finished(self) -> bool:
+        return self.summary.exists() and bool(read_json(self.summary)["finished"])
+
+    def lock(self) -> IO[bytes]:
+        """Makes the folder and claims it for this process, until the file that is returned is closed or the process ends.
+
+        Raises:
+            UserError: the folder cannot be made or written, or another process works in it.
+        """
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            handle = (self.path / ".lock").open("wb")
+        except OSError as error:
+            raise UserError(
+                f"Cannot write the run folder {str(self.path)!r} ({error}). Name another place with --run.dir."
+            ) from error
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            handle.close()
+            raise UserError(
+                f"Another process is working in {str(self.path)!r}. Wait for it, or give this run another --run.name."
+            ) from error
+        return handle
+
+    def claim(self, config: dict[str, Any], *, restart: bool) -> bool:
+        """Binds the folder to a configuration, and says whether there is a run to continue.
+
+        Args:
+            config: all options of the command.
+            restart: whether to throw away what is there.
+
+        Raises:
+            UserError: the folder belongs to a run with other options (each is named), or there is no room.
+        """
+        if restart:
+            for item in self.path.iterdir():
+                if item.name != ".lock":
+                    shutil.rmtree(item) if item.is_dir() else item.unlink()
+        if (free := shutil.disk_usage(self.path).free) < 2**20:
+            raise UserError(f"The disk of {str(self.path)!r} is full ({free} bytes left). Free some, or use --run.dir.")
+        if not self.config.exists():
+            write_text(self.config, yaml.safe_dump(config, sort_keys=False))
+            return False
+        stored = yaml.safe_load(self.config.read_text(encoding="utf-8"))
+        if changes := changed_options(stored, config):
+            listed = "\n".join(f"  {name}: was {was}, is now {now}" for name, (was, now) in changes.items())
+            raise UserError(
+                f"{str(self.path)!r} holds a run with other options:\n{listed}\nContinue it with its own options, start "
+                f"it anew with --restart, or give this run another --run.name."
+            )
+        return True
+
+
+def changed_options(stored: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """Options, as dotted names, whose values differ and matter, each with its stored and its given value."""
+    before, after = _flat(stored), _flat(given)
+    names = sorted(before.keys() | after.keys())
+    return {
+        name: (before.get(name), after.get(name))
+        for name in names
+        if name not in FREE_OPTIONS and before.get(name) != after.get(name)
+    }
+
+
+def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        name = f"{prefix}{key}"
+        flat |= _flat(value, f"{name}.") if isinstance(value, Mapping) and value else {name: value}
+    return flat

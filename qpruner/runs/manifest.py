@@ -1,0 +1,57 @@
+"""What a run was made of: versions, seeds, the command, and hashes of its data and its base model."""
+
+import platform
+import sys
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from qpruner.errors import UserError
+from qpruner.files import read_json, write_json
+
+PACKAGES = ("qpruner", "torch", "lightning", "transformers", "peft", "bitsandbytes", "torchmetrics", "datasets", "numpy")
+
+
+def record_session(path: Path, *, seed: int, base: dict[str, Any], data: dict[str, Any], devices: str) -> None:
+    """Writes the manifest of a run, or adds to it the session that continues the run.
+
+    Args:
+        path: the manifest.
+        seed: of the run.
+        base: name and SHA-256 of the base model.
+        data: rows, tokens and SHA-256 of each split.
+        devices: what the session runs on.
+
+    Raises:
+        UserError: the run was begun with another base model or other data.
+    """
+    manifest: dict[str, Any] = {"seed": seed, "base": base, "data": data, "sessions": []}
+    if path.exists():
+        stored = read_json(path)
+        for part, remedy in (("base", "base model"), ("data", "data")):
+            if stored[part] != manifest[part]:
+                raise UserError(
+                    f"The {remedy} changed since {str(path.parent)!r} was begun: {_difference(stored[part], manifest[part])}. "
+                    f"Put it back, start anew with --restart, or give this run another --run.name."
+                )
+        manifest = stored
+    manifest["sessions"].append(
+        {
+            "started": datetime.now(UTC).isoformat(timespec="seconds"),
+            "command": sys.argv,
+            "devices": devices,
+            "python": platform.python_version(),
+            "system": platform.platform(),
+            "versions": {package: version(package) for package in PACKAGES},
+        }
+    )
+    write_json(path, manifest)
+
+
+def _difference(stored: dict[str, Any], given: dict[str, Any]) -> str:
+    return "; ".join(
+        f"{key} was {stored.get(key)}, is now {given.get(key)}"
+        for key in sorted(stored.keys() | given.keys())
+        if stored.get(key) != given.get(key)
+    )

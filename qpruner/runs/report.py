@@ -1,0 +1,149 @@
+"""The table of a run's stages, as text for the terminal and as a report with the loss curve."""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from qpruner.files import read_json, replacing, write_json, write_text
+from qpruner.runs.folder import RunFolder
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One row of the table: a state of the model and how it does on the test split.
+
+    Args:
+        name: ``dense``, ``recovered``, ...
+        parameters: of the model, adapters included.
+        tensor_bytes: bytes of its tensors.
+        results: what the metrics say: ``perplexity``, ``bits_per_byte``, ``accuracy``, ``tokens``, ...
+        seconds: what it took to reach the state from the one before: loading, or training.
+        peak_training: highest use of memory in training, in bytes; None where nothing was trained or it is unknown.
+        peak_inference: highest use of memory in evaluation, in bytes.
+    """
+
+    name: str
+    parameters: int
+    tensor_bytes: int
+    results: dict[str, float]
+    seconds: float
+    peak_training: int | None
+    peak_inference: int | None
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What ``summary.json`` holds.
+
+    Args:
+        finished: whether the run is over.
+        protocol: how the text was laid out and what was scored.
+        peak_of: what the peaks are peaks of.
+        stages: the rows of the table.
+    """
+
+    finished: bool
+    protocol: str
+    peak_of: str
+    stages: tuple[Stage, ...]
+
+    @classmethod
+    def read(cls, path: Path) -> "Summary":
+        content = read_json(path)
+        return cls(**{**content, "stages": tuple(Stage(**stage) for stage in content["stages"])})
+
+    def write(self, path: Path) -> None:
+        write_json(path, asdict(self))
+
+
+def table(summary: Summary) -> str:
+    """The stages as a Markdown table, aligned so that it reads well as plain text, too."""
+    header = [
+        "stage", "parameters", "bytes", "perplexity", "bits per byte", "accuracy", "time",
+        "peak training memory", "peak inference memory",
+    ]  # fmt: skip
+    rows = [
+        [
+            stage.name,
+            f"{stage.parameters:,}",
+            f"{stage.tensor_bytes:,}",
+            _number(stage.results.get("perplexity"), ".3f"),
+            _number(stage.results.get("bits_per_byte"), ".4f"),
+            _number(stage.results.get("accuracy"), ".1%"),
+            f"{stage.seconds:.1f} s",
+            _mib(stage.peak_training),
+            _mib(stage.peak_inference),
+        ]
+        for stage in summary.stages
+    ]
+    return markdown_table(header, rows)
+
+
+def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
+    first, *others = widths
+    lines = [header, *rows]
+    text = ["| " + " | ".join([line[0].ljust(first), *map(str.rjust, line[1:], others)]) + " |" for line in lines]
+    text.insert(1, "|" + "|".join(["-" * (first + 2), *("-" * (width + 1) + ":" for width in others)]) + "|")
+    return "\n".join(text)
+
+
+def protocol_line(summary: Summary, split: str = "test") -> str:
+    tokens = {int(stage.results["tokens"]) for stage in summary.stages if "tokens" in stage.results}
+    counted = " and ".join(f"{count:,}" for count in sorted(tokens))
+    return f"Perplexity on the {split} split: {summary.protocol}; {counted} tokens scored. Peak memory: {summary.peak_of}."
+
+
+def write_report(folder: RunFolder) -> None:
+    """Writes ``report.md`` and the picture of the losses from what the run folder holds."""
+    summary = Summary.read(folder.summary)
+    losses = {tag: scalars(folder.tensorboard, tag) for tag in ("train/loss", "val/loss")}
+    lines = [f"# Run {folder.path.name}", "", table(summary), "", protocol_line(summary)]
+    if any(losses.values()):
+        draw_losses(losses, folder.loss_picture)
+        lines += ["", f"![Loss over the optimizer steps]({folder.loss_picture.name})"]
+    lines += [
+        "",
+        f"The options of the run are in `{folder.config.name}`, the versions and hashes it was made with in "
+        f"`{folder.manifest.name}`, its log in `{folder.log.name}`. `tensorboard --logdir {folder.path.parent}` shows "
+        f"every curve.",
+    ]
+    write_text(folder.report, "\n".join(lines) + "\n")
+
+
+def scalars(tensorboard: Path, tag: str) -> list[tuple[int, float]]:
+    """A curve that was logged, as (step, value); where a resumed run logged a step again, the later value counts."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    if not tensorboard.exists():
+        return []
+    events = EventAccumulator(str(tensorboard), size_guidance={"scalars": 0})
+    events.Reload()
+    if tag not in events.Tags()["scalars"]:
+        return []
+    return sorted({event.step: event.value for event in events.Scalars(tag)}.items())
+
+
+def draw_losses(losses: dict[str, list[tuple[int, float]]], path: Path) -> None:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.subplots()
+    for tag, curve in losses.items():
+        if curve:
+            axes.plot(*zip(*curve, strict=True), label=tag, marker="o" if len(curve) < 20 else None, markersize=3)
+    axes.set_xlabel("optimizer step")
+    axes.set_ylabel("loss (nats per token)")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    with replacing(path) as temporary:
+        figure.savefig(temporary, dpi=120, format="png")
+
+
+def _number(value: Any, spec: str) -> str:
+    return "-" if value is None else format(value, spec)
+
+
+def _mib(num_bytes: int | None) -> str:
+    return "-" if num_bytes is None else f"{num_bytes / 2**20:,.0f} MiB"

@@ -1,0 +1,130 @@
+"""A story and the hand that writes it: facts are drawn once, sentences are free choices among paraphrases."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from random import Random
+from typing import TypeVar
+
+from qpruner.stories.vocabulary import BOYS, COLORS, GIRLS, NUMBERS, PEOPLE, THINGS, Person, Thing
+
+Item = TypeVar("Item")
+
+GAP = "_"
+
+
+@dataclass(frozen=True)
+class Story:
+    """A short story whose last sentence follows from the sentences before it.
+
+    Attributes:
+        facts: The plot and every fact value, in the order in which the plot draws them. Each value is told in
+            the text, so two stories with other facts have other texts.
+        prompt: All sentences but the last.
+        ending: The last sentence; the facts told in the prompt determine it up to paraphrase.
+        wrong_ending: The ending with one fact replaced by a value of its kind that the prompt contradicts.
+    """
+
+    facts: tuple[str, ...]
+    prompt: str
+    ending: str
+    wrong_ending: str
+
+    @property
+    def text(self) -> str:
+        """The whole story as one paragraph."""
+        return f"{self.prompt} {self.ending}"
+
+
+class Ending:
+    """One way to end a story: paraphrases with a gap, what belongs into the gap, and what does not."""
+
+    def __init__(self, right: object, wrong: object, *variants: str) -> None:
+        self.right = str(right)
+        self.wrong = str(wrong)
+        self.variants = variants
+
+
+class Tale:
+    """A story in the making.
+
+    Draws facts from a random generator, remembers them, and collects the sentences.
+    """
+
+    def __init__(self, plot: str, random: Random) -> None:
+        self._random = random
+        self._facts = [plot]
+        self._sentences: list[str] = []
+
+    def draw(self, options: Sequence[Item]) -> Item:
+        """A fact: one of the options."""
+        value = self._random.choice(options)
+        self._facts.append(str(value))
+        return value
+
+    def draw_two(self, options: Sequence[Item]) -> tuple[Item, Item]:
+        """Two facts: different options."""
+        first, second = self._random.sample(options, 2)
+        self._facts += (str(first), str(second))
+        return first, second
+
+    def friends(self) -> tuple[Person, Person]:
+        """A girl and a boy in either order, so that every pronoun has one possible owner."""
+        groups = (GIRLS, BOYS) if self._random.random() < 0.5 else (BOYS, GIRLS)
+        return self.draw(groups[0]), self.draw(groups[1])
+
+    def people(self, count: int) -> list[Person]:
+        """Different people of any gender; the plot gives pronouns to one of them at most."""
+        people = self._random.sample(PEOPLE, count)
+        self._facts += (person.name for person in people)
+        return people
+
+    def things(self, count: int) -> list[Thing]:
+        """Things that differ in both noun and color."""
+        nouns, colors = self._random.sample(THINGS, count), self._random.sample(COLORS, count)
+        things = [Thing(color, noun) for color, noun in zip(colors, nouns, strict=True)]
+        self._facts += (str(thing) for thing in things)
+        return things
+
+    def number(self, low: int, high: int) -> int:
+        """A count between `low` and `high`, both included."""
+        value = self._random.randrange(low, high + 1)
+        self._facts.append(NUMBERS[value])
+        return value
+
+    def pick(self, options: Sequence[Item]) -> Item:
+        """A free choice, which is no fact."""
+        return self._random.choice(options)
+
+    def shuffled(self, items: Sequence[Item]) -> list[Item]:
+        """The items in a free order."""
+        return self._random.sample(items, len(items))
+
+    def count_ending(self, right: int, told: tuple[int, ...], *variants: str) -> Ending:
+        """An ending that asks for a count; the wrong answer is another count told in the story."""
+        wrong = self.pick([count for count in told if count != right])
+        return Ending(NUMBERS[right], NUMBERS[wrong], *variants)
+
+    def say(self, *variants: str) -> None:
+        """Tell one of the paraphrases."""
+        self._sentences.append(_capitalized(self.pick(variants)))
+
+    def maybe(self, *variants: str) -> None:
+        """Tell one of the paraphrases or nothing; only for sentences that the facts can do without."""
+        if self._random.random() < 0.5:
+            self.say(*variants)
+
+    def end(self, *endings: Ending) -> Story:
+        """The finished story with one of the endings."""
+        ending = self.pick(endings)
+        sentence = self.pick(ending.variants)
+        return Story(
+            facts=tuple(self._facts),
+            prompt=" ".join(self._sentences),
+            ending=_capitalized(sentence.replace(GAP, ending.right)),
+            wrong_ending=_capitalized(sentence.replace(GAP, ending.wrong)),
+        )
+
+
+def _capitalized(sentence: str) -> str:
+    # str.capitalize would lower the names; a sentence that starts with a quote is written with its capital.
+    return sentence[0].upper() + sentence[1:]

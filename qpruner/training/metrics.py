@@ -1,0 +1,122 @@
+"""Perplexity and choice accuracy, exact under padding and over any number of ranks.
+
+Shapes: B rows, T tokens, V words of the vocabulary.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torchmetrics import Metric
+
+IGNORED = -100
+
+
+def token_nll(logits: Tensor, labels: Tensor) -> Tensor:
+    """Negative log-likelihood of each token given those before it, in nats.
+
+    The cross entropy is taken in float32 whatever the logits are: a softmax of its own, then a logarithm, would
+    overflow on confident models.
+
+    Args:
+        logits: [B, T, V], the prediction at t is for token t + 1.
+        labels: [B, T], the token at t, `IGNORED` where it is not scored.
+    """  # [B, T - 1] float32, 0 where not scored
+    targets = labels[:, 1:]
+    nll = F.cross_entropy(
+        logits[:, :-1].float().flatten(0, 1), targets.flatten(), ignore_index=IGNORED, reduction="none"
+    )
+    return nll.view(targets.shape)
+
+
+class Perplexity(Metric):
+    """Perplexity per token, mean loss and bits per byte over everything that it was shown.
+
+    Sums are float64 and counts are integers, so that neither the number of tokens, nor padding, nor the way rows are
+    dealt to batches and ranks changes the result.
+
+    Computes a dict: ``loss`` (nats per scored token), ``perplexity`` (its exponential), ``tokens`` (scored) and
+    ``bits_per_byte`` (nan where the bytes of the text are unknown).
+    """
+
+    higher_is_better = False
+    full_state_update = False
+    nll: Tensor
+    tokens: Tensor
+    num_bytes: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.add_state("nll", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
+        self.add_state("tokens", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
+        self.add_state("num_bytes", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
+
+    def update(self, nll: Tensor, labels: Tensor, num_bytes: Tensor) -> None:
+        """Adds a batch.
+
+        Args:
+            nll: [B, T - 1] from `token_nll`.
+            labels: [B, T].
+            num_bytes: [B], bytes of text in the scored tokens of each row.
+        """
+        self.nll += nll.double().sum()
+        self.tokens += (labels[:, 1:] != IGNORED).sum()
+        self.num_bytes += num_bytes.sum()
+
+    def compute(self) -> dict[str, Tensor]:
+        loss = self.nll / self.tokens
+        return {
+            "loss": loss,
+            "perplexity": loss.exp(),
+            "bits_per_byte": torch.where(self.num_bytes > 0, self.nll / math.log(2) / self.num_bytes, math.nan),
+            "tokens": self.tokens,
+        }
+
+
+class ChoiceAccuracy(Metric):
+    """Share of examples whose right option has the highest log-likelihood per scored token.
+
+    Computes a dict: ``accuracy`` in [0, 1] and ``examples``.
+    """
+
+    higher_is_better = True
+    full_state_update = False
+    correct: Tensor
+    examples: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.add_state("correct", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
+        self.add_state("examples", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
+
+    def update(self, nll: Tensor, labels: Tensor, example: Tensor, option: Tensor, gold: Tensor) -> None:
+        """Adds a batch that holds all options of its examples.
+
+        Args:
+            nll: [B, T - 1] from `token_nll`.
+            labels: [B, T], scored on the tokens of the option only.
+            example: [B], the example that a row is an option of; negative rows do not count.
+            option: [B], which option it is.
+            gold: [B], the right option of its example.
+        """
+        real = example >= 0
+        chosen = choose(nll[real], labels[real], example[real])
+        self.correct += (option[real][chosen] == gold[real][chosen]).sum()
+        self.examples += len(chosen)
+
+    def compute(self) -> dict[str, Tensor]:
+        return {"accuracy": self.correct / self.examples, "examples": self.examples}
+
+
+def choose(nll: Tensor, labels: Tensor, example: Tensor) -> Tensor:
+    """The row of the likeliest option of each example: lowest mean of ``nll`` over its scored tokens.
+
+    Args:
+        nll: [B, T - 1].
+        labels: [B, T].
+        example: [B].
+    """  # [examples] row numbers, in order of the example numbers
+    scores = nll.double().sum(1) / (labels[:, 1:] != IGNORED).sum(1)
+    rows = [(example == number).nonzero().flatten() for number in torch.unique(example)]
+    return torch.stack([row[scores[row].argmin()] for row in rows]) if rows else example.new_empty(0)

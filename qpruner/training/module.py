@@ -1,0 +1,220 @@
+"""The LightningModule that fine-tunes LoRA adapters on a frozen base model."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule
+from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
+from torch import Tensor
+
+from qpruner.adapters.lora import LoRAConfig, attach_adapters
+from qpruner.datamodules.rows import Batch
+from qpruner.errors import UserError
+from qpruner.pretrained import EMBEDDED, DType, load_model, model_fingerprint
+from qpruner.seeds import derive_seed
+from qpruner.training.metrics import IGNORED, ChoiceAccuracy, Perplexity, choose, token_nll
+from qpruner.training.optimization import OptimizerConfig, make_optimizer, make_scheduler
+
+
+class LoRAFinetuner(LightningModule):
+    """Recovers a causal language model by training LoRA adapters; the base never changes.
+
+    The base is loaded by `load_base` and adapted by `attach_adapters`, both at most once; `configure_model` calls them,
+    and a callback that changes the base calls the first in its ``setup`` and acts before the second. A checkpoint holds
+    the adapters and not the base. Every random draw of training depends on (seed, epoch, batch, rank) alone, so a
+    resumed fit repeats the numbers of an uninterrupted one.
+
+    Args:
+        base: model folder, hub name, or ``qpruner/stories`` for the model that comes with the package.
+        dtype: number format of the base in memory; computation follows ``--trainer.precision``.
+        trust_remote_code: whether code that comes with the model may run.
+        gradient_checkpointing: whether activations are computed again in the backward pass instead of kept.
+        lora: the adapters.
+        optimizer: how they are trained.
+        seed: of the adapters' start and of dropout; on the command line ``--seed_everything``.
+    """
+
+    def __init__(
+        self,
+        base: str = EMBEDDED,
+        dtype: DType = "float32",
+        trust_remote_code: bool = False,
+        gradient_checkpointing: bool = False,
+        lora: LoRAConfig = LoRAConfig(),  # noqa: B008  # frozen
+        optimizer: OptimizerConfig = OptimizerConfig(),  # noqa: B008  # frozen
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        # `load_from_checkpoint` gives back the plain data that a checkpoint holds.
+        lora = LoRAConfig(**lora) if isinstance(lora, dict) else lora
+        optimizer = OptimizerConfig(**optimizer) if isinstance(optimizer, dict) else optimizer
+        self.save_hyperparameters(
+            {
+                "base": base,
+                "dtype": dtype,
+                "trust_remote_code": trust_remote_code,
+                "gradient_checkpointing": gradient_checkpointing,
+                "lora": {**asdict(lora), "target_modules": list(lora.target_modules)},
+                "optimizer": asdict(optimizer),
+                "seed": seed,
+            }
+        )
+        self.base = base
+        self.dtype_of_base: DType = dtype
+        self.trust_remote_code = trust_remote_code
+        self.gradient_checkpointing = gradient_checkpointing
+        self.lora = lora
+        self.optimizer_config = optimizer
+        self.seed = seed
+        self.model: Any = None
+        self.adapted = False
+        self.base_sha256: str | None = None
+        self.perplexity = Perplexity()
+        self.accuracy = ChoiceAccuracy()
+        self.strict_loading = False  # checkpoints leave the base out; see `on_load_checkpoint`
+
+    # The model.
+
+    def load_base(self) -> None:
+        """Loads the base model unless it is there."""
+        if self.model is None:
+            self.model = load_model(self.base, dtype=self.dtype_of_base, trust_remote_code=self.trust_remote_code)
+            self.base_sha256 = model_fingerprint(self.base)
+            self.model.config.use_cache = False
+            self.model.requires_grad_(False)
+
+    def attach_adapters(self) -> None:
+        """Puts adapters on the base unless they are there."""
+        if not self.adapted:
+            if self.gradient_checkpointing:
+                # Non-reentrant: the reentrant form loses gradients where no input of a block requires them.
+                self.model.gradient_checkpointing_enable({"use_reentrant": False})
+            self.model = attach_adapters(self.model, self.lora, seed=self.seed)
+            self.adapted = True
+
+    def configure_model(self) -> None:
+        self.load_base()
+        self.attach_adapters()
+        self.model.train()
+
+    @contextmanager
+    def adapters_disabled(self) -> Iterator[None]:
+        """The base alone, as if there were no adapters."""
+        if self.adapted:
+            with self.model.disable_adapter():
+                yield
+        else:
+            yield
+
+    def forward(self, batch: Batch) -> Tensor:  # [B, T, V]
+        output = self.model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False)
+        logits: Tensor = output.logits
+        return logits
+
+    # Training.
+
+    def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
+        torch.manual_seed(derive_seed(self.seed, "batch", self.current_epoch, batch_idx, self.global_rank))
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        nll = token_nll(self(batch), batch["labels"])
+        loss = nll.sum() / (batch["labels"][:, 1:] != IGNORED).sum().clamp(min=1)
+        self.log("train/loss", loss, prog_bar=True, batch_size=len(batch["input_ids"]))
+        return loss
+
+    def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
+        optimizer = make_optimizer(self.optimizer_config, self.parameters())
+        scheduler = make_scheduler(
+            self.optimizer_config, optimizer, lambda: int(self.trainer.estimated_stepping_batches)
+        )
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    # Evaluation.
+
+    def evaluate(self, batch: Batch, perplexity: Perplexity, accuracy: ChoiceAccuracy) -> None:
+        """Adds a batch to the metric that it is for."""
+        labels = batch["labels"]
+        nll = token_nll(self(batch), labels)
+        if "gold" in batch:
+            accuracy.update(nll, labels, batch["example"], batch["option"], batch["gold"])
+        else:
+            perplexity.update(nll, labels, batch["num_bytes"])
+
+    def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
+        self.evaluate(batch, self.perplexity, self.accuracy)
+
+    def test_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
+        self.evaluate(batch, self.perplexity, self.accuracy)
+
+    def on_validation_epoch_end(self) -> None:
+        self._log_evaluation("val")
+
+    def on_test_epoch_end(self) -> None:
+        self._log_evaluation("test")
+
+    def predict_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> list[dict[str, Any]]:
+        """One record for each row of text (its loss), or for each example of a choice task (the option chosen)."""
+        labels = batch["labels"]
+        nll = token_nll(self(batch), labels)
+        if "gold" in batch:
+            real = batch["example"] >= 0
+            rows = real.nonzero().flatten()[choose(nll[real], labels[real], batch["example"][real])]
+            return [
+                {
+                    "example": int(batch["example"][row]),
+                    "option": int(batch["option"][row]),
+                    "gold": int(batch["gold"][row]),
+                }
+                for row in rows.tolist()
+            ]
+        tokens = (labels[:, 1:] != IGNORED).sum(1)
+        return [
+            {"row": int(row), "tokens": int(count), "nll": float(total)}
+            for row, count, total in zip(batch["example"], tokens, nll.double().sum(1), strict=True)
+            if row >= 0
+        ]
+
+    def _log_evaluation(self, stage: str) -> None:
+        results = evaluation_results(self.perplexity, self.accuracy)
+        self.log_dict({f"{stage}/{name}": float(value) for name, value in results.items()}, rank_zero_only=True)
+        self.perplexity.reset()
+        self.accuracy.reset()
+
+    # Checkpoints.
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        trained = {name for name, parameter in self.named_parameters() if parameter.requires_grad}
+        checkpoint["state_dict"] = {name: t for name, t in checkpoint["state_dict"].items() if name in trained}
+        checkpoint["base_sha256"] = self.base_sha256
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Loads the base if need be, and makes sure that the adapters were trained on it and fit.
+
+        Raises:
+            UserError: another base, or adapters of another kind or shape.
+        """
+        self.configure_model()
+        if checkpoint.get("base_sha256") != self.base_sha256:
+            raise UserError(
+                f"The checkpoint's adapters were trained on another base model ({checkpoint.get('base_sha256')}) than "
+                f"{self.base!r} ({self.base_sha256}). Give the base they were trained on as --model.base."
+            )
+        stored, ours = checkpoint["hyper_parameters"]["lora"], self.hparams["lora"]
+        if different := [key for key in ("r", "alpha", "target_modules") if stored[key] != ours[key]]:
+            listed = ", ".join(f"{key} {stored[key]} there, {ours[key]} here" for key in different)
+            raise UserError(
+                f"The checkpoint's adapters are of another kind: {listed}. Use the --model.lora of its run."
+            )
+
+
+def evaluation_results(perplexity: Perplexity, accuracy: ChoiceAccuracy) -> dict[str, float]:
+    """What the two metrics say over all ranks, leaving out what they saw nothing of."""
+    results: dict[str, float] = {}
+    if perplexity.update_called:
+        results |= {name: float(value) for name, value in perplexity.compute().items()}
+    if accuracy.update_called:
+        results |= {name: float(value) for name, value in accuracy.compute().items()}
+    return {name: value for name, value in results.items() if value == value}  # without nan: unknown bytes

@@ -1,0 +1,84 @@
+"""Optimizer and learning-rate schedule of the recovery fit."""
+
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch.nn import Parameter
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+
+from qpruner.errors import UserError
+
+OptimizerName = Literal["adamw", "adamw_8bit", "paged_adamw_8bit", "paged_adamw"]
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW with warm-up and decay.
+
+    Args:
+        name: ``adamw`` of torch; ``adamw_8bit`` of bitsandbytes holds its state in 8 bits; the ``paged`` ones also move
+            it to main memory when a CUDA device runs short.
+        lr: highest learning rate, above 0.
+        weight_decay: decoupled weight decay, at least 0.
+        beta1: decay of the mean of gradients, in [0, 1).
+        beta2: decay of the mean of their squares, in [0, 1).
+        schedule: of the learning rate after warm-up: ``cosine`` or ``linear`` to ``final_lr`` at the last step, or
+            ``constant``.
+        warmup_steps: optimizer steps over which the rate rises from 0.
+        final_lr: share of ``lr`` at the last step, in [0, 1].
+    """
+
+    name: OptimizerName = "adamw"
+    lr: float = 1e-4
+    weight_decay: float = 0.0
+    beta1: float = 0.9
+    beta2: float = 0.999
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    warmup_steps: int = 0
+    final_lr: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.lr <= 0 or self.weight_decay < 0 or self.warmup_steps < 0 or not 0 <= self.final_lr <= 1:
+            raise UserError(
+                f"lr must be above 0, weight_decay and warmup_steps at least 0, final_lr in [0, 1]: {self}."
+            )
+        if not (0 <= self.beta1 < 1 and 0 <= self.beta2 < 1):
+            raise UserError(f"beta1 and beta2 must lie in [0, 1), not {self.beta1} and {self.beta2}.")
+
+
+def make_optimizer(config: OptimizerConfig, parameters: Iterable[Parameter]) -> Optimizer:
+    """The optimizer over those of the parameters that require gradients, told apart by identity."""
+    trained = [parameter for parameter in parameters if parameter.requires_grad]
+    options = {"lr": config.lr, "betas": (config.beta1, config.beta2), "weight_decay": config.weight_decay}
+    if config.name == "adamw":
+        return torch.optim.AdamW(trained, **options)  # type: ignore[arg-type]
+    import bitsandbytes.optim as bnb
+
+    classes = {"adamw_8bit": bnb.AdamW8bit, "paged_adamw_8bit": bnb.PagedAdamW8bit, "paged_adamw": bnb.PagedAdamW}
+    return classes[config.name](trained, **options)
+
+
+def lr_factor(config: OptimizerConfig, step: int, total_steps: int) -> float:
+    """Share of the highest learning rate at an optimizer step, counted from 0."""
+    if step < config.warmup_steps:
+        return (step + 1) / (config.warmup_steps + 1)
+    done = (step - config.warmup_steps) / max(1, total_steps - config.warmup_steps)
+    decay = {
+        "constant": 0.0,
+        "linear": min(1.0, done),
+        "cosine": 0.5 - 0.5 * math.cos(math.pi * min(1.0, done)),
+    }[config.schedule]
+    return 1 - (1 - config.final_lr) * decay
+
+
+def make_scheduler(config: OptimizerConfig, optimizer: Optimizer, total_steps: Callable[[], int]) -> LambdaLR:
+    """The schedule; the number of steps is asked for when a step beyond the first is due.
+
+    Asking earlier would make Lightning build the training loader before it restores the loader's state, and that
+    state would then be lost.
+    """
+    return LambdaLR(optimizer, lambda step: lr_factor(config, step, total_steps() if step else 1))
