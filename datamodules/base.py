@@ -2,6 +2,7 @@
 
 from abc import abstractmethod
 from dataclasses import dataclass
+from functools import cached_property
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -104,9 +105,9 @@ class TokenDataModule(LightningDataModule):
         tokenizer = self.tokenizer
         return next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)
 
-    @property
+    @cached_property
     def key(self) -> str:
-        """The name of the rows in the cache."""
+        """The name of the rows in the cache; found once, because it reads the data through."""
         return hash_json(
             [FORMAT, type(self).__name__, self.max_length, tokenizer_fingerprint(self.tokenizer), self.options()]
         )

@@ -5,7 +5,7 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from qpruner.datamodules.rows import TokenRows
@@ -30,7 +30,7 @@ class Prepared:
 
 
 def default_cache_dir() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "qpruner" / "tokens"
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "qpruner" / "tokens"
 
 
 def cache_path(directory: Path, key: str) -> Path:
@@ -48,7 +48,7 @@ def store(path: Path, prepared: Prepared) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         with replacing(path) as temporary:
             save_file(tensors, temporary, metadata={"notes": json.dumps(prepared.notes)})
-    except OSError as error:
+    except (OSError, SafetensorError) as error:  # the second when the disk is full or the folder not ours
         raise UserError(
             f"Cannot write the token cache in {str(path.parent)!r} ({error}). Name another folder with "
             f"--data.init_args.cache_dir."
@@ -56,12 +56,21 @@ def store(path: Path, prepared: Prepared) -> None:
 
 
 def load(path: Path) -> Prepared:
-    """Reads what `store` wrote; the tensors are mapped from the file."""
-    with safe_open(path, framework="pt") as file:
-        names = set(file.keys())
-        splits = {
-            split: TokenRows(**{name: file.get_tensor(f"{split}.{name}") for name in FIELDS})
-            for split in SPLITS
-            if f"{split}.tokens" in names
-        }
-        return Prepared(splits, tuple(json.loads(file.metadata()["notes"])))
+    """Reads what `store` wrote; the tensors are mapped from the file.
+
+    Raises:
+        UserError: the file is damaged or gone.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            names = set(file.keys())
+            splits = {
+                split: TokenRows(**{name: file.get_tensor(f"{split}.{name}") for name in FIELDS})
+                for split in SPLITS
+                if f"{split}.tokens" in names
+            }
+            return Prepared(splits, tuple(json.loads(file.metadata()["notes"])))
+    except (OSError, SafetensorError) as error:
+        raise UserError(
+            f"Cannot read the token cache {str(path)!r} ({error}). Delete this file, if it is there, and run again."
+        ) from error

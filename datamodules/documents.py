@@ -3,6 +3,7 @@
 import gzip
 import io
 import json
+import zlib
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -13,6 +14,8 @@ from qpruner.errors import UserError
 from qpruner.files import hash_file, hash_json
 
 SUFFIXES = (".txt", ".jsonl", ".json", ".parquet")
+NOT_UNICODE = "with half a surrogate pair, which is no Unicode text"
+PARQUET_ROWS = 1000  # rows turned into Python objects at once
 Record = dict[str, Any]
 
 
@@ -64,9 +67,9 @@ class Source:
         return []
 
     def fingerprint(self) -> str:
-        """Changes when the content does; the name of a local file does not count."""
+        """Changes when the content does; of the name of a local file only what it says of the format counts."""
         if files := self.files:
-            return hash_json([hash_file(file) for file in files])
+            return hash_json([[_kind(file), hash_file(file)] for file in files])
         return str(self._hub()._fingerprint)
 
     def records(self, skipped: Skipped) -> Iterator[tuple[str, Record]]:
@@ -78,9 +81,12 @@ class Source:
         files = self.files
         found = False
         for file in files:
+            empty = True
             for where, record in _read(file, skipped):
-                found = True
+                found, empty = True, False
                 yield where, record
+            if empty:
+                skipped.add("file(s) without a record", file.name)
         if not files:
             for number, record in enumerate(self._hub()):
                 found = True
@@ -108,8 +114,9 @@ def _kind(path: Path) -> str:
 
 
 def _open(path: Path) -> io.TextIOBase:
+    # As Windows writes text, it may begin with a byte order mark and end its lines in two characters.
     opener = gzip.open if path.suffix == ".gz" else open
-    return opener(path, "rt", encoding="utf-8", errors="strict", newline="")
+    return opener(path, "rt", encoding="utf-8-sig", errors="strict", newline=None)
 
 
 def _read(path: Path, skipped: Skipped) -> Iterator[tuple[str, Record]]:
@@ -118,7 +125,7 @@ def _read(path: Path, skipped: Skipped) -> Iterator[tuple[str, Record]]:
             case ".txt":
                 with _open(path) as file:
                     if text := file.read():
-                        yield str(path), {"text": text}
+                        yield path.name, {"text": text}
             case ".jsonl":
                 with _open(path) as file:
                     for number, line in enumerate(file, 1):
@@ -126,18 +133,23 @@ def _read(path: Path, skipped: Skipped) -> Iterator[tuple[str, Record]]:
                             yield from _parsed(line, f"{path.name} line {number}", skipped)
             case ".json":
                 with _open(path) as file:
-                    content = json.load(file)
+                    content = json.loads(file.read() or "[]")
                 if not isinstance(content, list):
-                    raise UserError(f"{str(path)!r} must hold a JSON list of records, not a {type(content).__name__}.")
+                    raise ValueError(f"it must hold a list of records, not a {type(content).__name__}")
                 for number, record in enumerate(content):
                     yield from _checked(record, f"{path.name} record {number}", skipped)
             case ".parquet":
                 import pyarrow.parquet
 
-                for batch in pyarrow.parquet.ParquetFile(path).iter_batches():
-                    yield from ((f"{path.name}", record) for record in batch.to_pylist())
-    except (UnicodeDecodeError, gzip.BadGzipFile, EOFError, json.JSONDecodeError) as error:
-        raise UserError(f"{str(path)!r} is damaged or not what its name says: {error}.") from error
+                with pyarrow.parquet.ParquetFile(path) as file:
+                    records = (record for batch in file.iter_batches(PARQUET_ROWS) for record in batch.to_pylist())
+                    for number, record in enumerate(records):
+                        yield f"{path.name} row {number}", record
+    except (ValueError, EOFError, OSError, zlib.error) as error:  # wrong UTF-8, JSON and parquet are ValueErrors
+        raise UserError(
+            f"Cannot read {str(path)!r}: {error}. It is damaged or not what its name says: .txt is UTF-8 text, .jsonl "
+            f"has one record a line, .json is one list of records."
+        ) from error
 
 
 def _parsed(line: str, where: str, skipped: Skipped) -> Iterator[tuple[str, Record]]:
@@ -154,3 +166,12 @@ def _checked(record: Any, where: str, skipped: Skipped) -> Iterator[tuple[str, R
         yield where, record
     else:
         skipped.add("not a record with named fields", where)
+
+
+def is_unicode(text: str) -> bool:
+    """Whether the text is whole characters; JSON may spell half a surrogate pair, which no tokenizer takes."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True

@@ -2,13 +2,15 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from os.path import commonprefix
 from typing import Any
 
 import numpy as np
+from jinja2 import TemplateError
 
 from qpruner.datamodules.base import TokenDataModule
 from qpruner.datamodules.cache import Prepared
-from qpruner.datamodules.documents import Record, Skipped
+from qpruner.datamodules.documents import NOT_UNICODE, Record, Skipped, is_unicode
 from qpruner.datamodules.rows import Row, TokenRows
 from qpruner.datamodules.splits import Split, hold_out, make_disjoint
 from qpruner.datamodules.text import named_sources, notes
@@ -58,7 +60,8 @@ class InstructionDataModule(TokenDataModule):
         validation: records that choose.
         test: records that are reported.
         response_only: whether only what the assistant says is scored; otherwise the prompt is, too.
-        held_out: share of the training records for each split that is not given, in (0, 0.5).
+        held_out: share of the training records for each split that is not given, in [0, 0.5); at 0 there is no such
+            split.
         **kwargs: see `TokenDataModule`.
 
     Raises:
@@ -94,13 +97,16 @@ class InstructionDataModule(TokenDataModule):
     def build(self) -> Prepared:
         skipped = {split: Skipped() for split in self.sources}
         given = {split: list(self._dialogues(split, skipped[split])) for split in self.sources}
+        for split, found in given.items():
+            if not found:
+                raise UserError(f"{self.sources[split].spec!r} holds no usable record: {skipped[split]}.")
         dialogues, repeated = make_disjoint(hold_out(given, _content, self.held_out), _content)
         rows: dict[Split, TokenRows] = {}
         for split in dialogues:
             counter = skipped.setdefault(split, Skipped())
             rows[split] = TokenRows.of(self._rows(dialogues[split], counter))
             if not len(rows[split]):
-                raise UserError(f"The {split} split holds no usable record: {counter or 'none was given'}.")
+                raise UserError(f"The {split} split holds no usable record: {counter}.")
         return Prepared(rows, notes(type(self).__name__, skipped, repeated, rows))
 
     def _dialogues(self, split: Split, skipped: Skipped) -> Iterator[Dialogue]:
@@ -122,7 +128,7 @@ class InstructionDataModule(TokenDataModule):
             )
             for dialogue, row in zip(chosen, rows, strict=True):
                 whole = row if complete else _ended(row, self.tokenizer.eos_token_id)
-                cut = Row(*(part[: self.max_length] for part in (whole.tokens, whole.scored, whole.num_bytes)))
+                cut = whole[: self.max_length]
                 if cut.scored[1:].any():
                     yield cut
                 else:
@@ -131,8 +137,13 @@ class InstructionDataModule(TokenDataModule):
 
 def to_dialogue(record: Record, tokenizer: Any, where: str) -> Dialogue | str:
     """The record as one text, or the reason why it cannot be used."""
-    if "messages" in record:
-        return _from_messages(record["messages"], tokenizer, where)
+    # Where records of both kinds are mixed, a table has all the fields in every record.
+    of_chat = record.get("messages") is not None
+    dialogue = _from_messages(record["messages"], tokenizer, where) if of_chat else _from_alpaca(record, where)
+    return dialogue if isinstance(dialogue, str) or is_unicode(dialogue.text) else NOT_UNICODE
+
+
+def _from_alpaca(record: Record, where: str) -> Dialogue | str:
     instruction, output = record.get("instruction"), record.get("output")
     if not isinstance(instruction, str) or not isinstance(output, str):
         return "with neither 'messages' nor 'instruction' and 'output'"
@@ -146,33 +157,59 @@ def to_dialogue(record: Record, tokenizer: Any, where: str) -> Dialogue | str:
 
 def _from_messages(messages: Any, tokenizer: Any, where: str) -> Dialogue | str:
     if not isinstance(messages, list) or not all(
-        isinstance(message, dict) and isinstance(message.get("content"), str) and "role" in message
+        isinstance(message, dict) and isinstance(message.get("content"), str) and isinstance(message.get("role"), str)
         for message in messages
     ):
         return "whose 'messages' are not a list of role and content"
+    speakers = [message["role"] for message in messages]
+    if "assistant" not in speakers:
+        return "without a response"
+    if speakers[0] == "assistant":
+        return "that begins with a response"
     if tokenizer.chat_template is None:
         raise UserError(
             f"{where} is a chat, and the tokenizer {tokenizer.name_or_path!r} has no chat template. Use the tokenizer "
             f"of a chat model, or records with 'instruction' and 'output'."
         )
-    text = tokenizer.apply_chat_template(messages, tokenize=False)
     responses = []
-    for number, message in enumerate(messages):
-        if message["role"] == "assistant":
-            before = tokenizer.apply_chat_template(messages[:number], tokenize=False, add_generation_prompt=True)
-            after = tokenizer.apply_chat_template(messages[: number + 1], tokenize=False)
-            if not (text.startswith(before) and text.startswith(after)):
-                return "whose chat template rewrites earlier turns, so that responses have no fixed place"
-            responses.append((len(before), len(after)))
-    return Dialogue(text, tuple(responses), complete=True, where=where) if responses else "without a response"
+    try:
+        text = tokenizer.apply_chat_template(messages, tokenize=False)
+        for number, message in enumerate(messages):
+            if message["role"] == "assistant":
+                before = tokenizer.apply_chat_template(messages[:number], tokenize=False, add_generation_prompt=True)
+                after = tokenizer.apply_chat_template(messages[: number + 1], tokenize=False)
+                responses.append((len(before), _end_of_turn(text, before, after, message["content"].strip())))
+    except TemplateError as error:  # many demand that roles alternate, or know no system
+        return f"that the chat template refuses ({error})"
+    except ValueError:
+        return "whose responses the chat template puts at no fixed place"
+    return Dialogue(text, tuple(responses), complete=True, where=where)
+
+
+def _end_of_turn(text: str, before: str, after: str, content: str) -> int:
+    """Where in ``text`` the turn ends that comes after ``before`` and is the last of ``after``.
+
+    Raises:
+        ValueError: the turn does not come after ``before`` in ``text``.
+    """
+    if text.startswith(before) and text.startswith(after):
+        return len(after)
+    # Some templates dress the last turn of a chat: Qwen3 puts a thought before it, Phi-3 the end of text after it.
+    if not text.startswith(before + content):
+        raise ValueError
+    end = len(before + content)
+    return end + len(commonprefix([text[end:], after[after.rindex(content) + len(content) :]]))
 
 
 def _ended(row: Row, end_token: int | None) -> Row:
     """The row with the end-of-text token as a last target, which teaches the model to stop."""
-    if end_token is None or (len(row.tokens) and row.tokens[-1] == end_token):
+    if end_token is None:
         return row
+    body = row[:-1] if row.ends_with(end_token) else row  # a tokenizer may add it itself, and not as a target
     return Row(
-        np.append(row.tokens, np.int32(end_token)), np.append(row.scored, True), np.append(row.num_bytes, np.int32(0))
+        np.append(body.tokens, np.int32(end_token)),
+        np.append(body.scored, True),
+        np.append(body.num_bytes, np.int32(0)),
     )
 
 

@@ -40,6 +40,20 @@ class Row:
     scored: np.ndarray  # [T] bool
     num_bytes: np.ndarray  # [T] int32
 
+    def __getitem__(self, part: slice) -> "Row":
+        return Row(self.tokens[part], self.scored[part], self.num_bytes[part])
+
+    def ends_with(self, token: int) -> bool:
+        return bool(len(self.tokens)) and int(self.tokens[-1]) == token
+
+    @classmethod
+    def join(cls, rows: Sequence["Row"]) -> "Row":
+        return cls(
+            tokens=np.concatenate([row.tokens for row in rows]),
+            scored=np.concatenate([row.scored for row in rows]),
+            num_bytes=np.concatenate([row.num_bytes for row in rows]),
+        )
+
 
 @dataclass(frozen=True)
 class TokenRows:
@@ -78,11 +92,12 @@ class TokenRows:
     @property
     def num_scored(self) -> int:
         """Targets in all rows, without the first token of each, which nothing predicts."""
-        return int(self.scored.sum() - self.scored[self.offsets[:-1]].sum())
+        return int(self.scored.sum() - self.scored[self.offsets[:-1][self.lengths > 0]].sum())
 
     def pad(self, indices: Sequence[int], pad_token: int) -> Batch:
-        """The rows with these numbers as a batch; a `FILLER` becomes a row of one unscored token."""
-        rows = [slice(*self.offsets[i : i + 2].tolist()) if i != FILLER else slice(0, 0) for i in indices]
+        """The rows with these numbers as a batch; a `FILLER` or an empty row becomes one unscored token."""
+        bounds = [self.offsets[i : i + 2].tolist() if i != FILLER else (0, 0) for i in indices]
+        rows = [slice(first, last) if first < last else slice(0, 0) for first, last in bounds]
         nothing = torch.tensor([pad_token])
         input_ids = [self.tokens[row].long() if row.stop else nothing for row in rows]
         labels = [

@@ -19,14 +19,14 @@ def hold_out(given: Mapping[Split, Sequence[T]], content: Callable[[T], str], sh
     Args:
         given: the splits that the user named.
         content: what makes two records the same.
-        share: of the training records for each missing split, in (0, 0.5).
+        share: of the training records for each missing split, in [0, 0.5); at 0 they stay missing.
 
     Raises:
         UserError: when a split is missing and the training split has too few records to give any.
     """
     splits: dict[Split, list[T]] = {split: list(records) for split, records in given.items()}
     missing = [split for split in SPLITS[1:] if split not in given]
-    if not missing or "train" not in given:
+    if not missing or "train" not in given or share == 0:
         return splits
     kept: list[T] = []
     splits |= {split: [] for split in missing}
@@ -38,7 +38,8 @@ def hold_out(given: Mapping[Split, Sequence[T]], content: Callable[[T], str], sh
     if empty := [split for split in ("train", *missing) if not splits[split]]:
         raise UserError(
             f"Holding {share:.0%} of {len(given['train'])} training record(s) out for {' and '.join(missing)} leaves "
-            f"nothing in {' and '.join(empty)}. Give these splits files of their own, or more records."
+            f"nothing in {' and '.join(empty)}. Give these splits files of their own, give more records (a text file "
+            f"without --data.init_args.separator is one), or do without these splits: --data.init_args.held_out 0."
         )
     return splits
 
@@ -46,13 +47,22 @@ def hold_out(given: Mapping[Split, Sequence[T]], content: Callable[[T], str], sh
 def make_disjoint(
     splits: Mapping[Split, Sequence[T]], content: Callable[[T], str]
 ) -> tuple[dict[Split, list[T]], dict[Split, int]]:
-    """Takes from train what is in validation or test, and from validation what is in test; the counts say how many."""
+    """Takes from train what is in validation or test, and from validation what is in test; the counts say how many.
+
+    Raises:
+        UserError: nothing is left of a split.
+    """
     seen: set[bytes] = set()
     kept: dict[Split, list[T]] = {}
     for split in reversed(SPLITS):
         if split in splits:
             digests = [_digest(content(record)) for record in splits[split]]
             kept[split] = [record for record, digest in zip(splits[split], digests, strict=True) if digest not in seen]
+            if splits[split] and not kept[split]:
+                raise UserError(
+                    f"Nothing is left of the {split} split: all its {len(digests):,} record(s) also stand in a split "
+                    f"that comes after it (train, validation, test). Give it data of its own."
+                )
             seen.update(digests)
     return kept, {split: len(splits[split]) - len(records) for split, records in kept.items()}
 

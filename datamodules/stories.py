@@ -7,6 +7,7 @@ import torch
 
 from qpruner.datamodules.base import TokenDataModule
 from qpruner.datamodules.cache import Prepared
+from qpruner.datamodules.documents import Skipped
 from qpruner.datamodules.rows import ChoiceExamples, TokenRows
 from qpruner.datamodules.splits import SPLITS, Split
 from qpruner.datamodules.text import Layout, layout_protocol, notes, rows_of_text
@@ -65,13 +66,13 @@ class StoriesDataModule(TokenDataModule):
         return {"stories": dict(self.num_stories), "seed": self.story_seed, "layout": self.layout, "sample": sample}
 
     def build(self) -> Prepared:
+        skipped = {split: Skipped() for split in SPLITS}
+        texts = {split: [story.text for story in self.stories(split)] for split in SPLITS}
         rows = {
-            split: rows_of_text(
-                self.tokenizer, [story.text for story in self.stories(split)], self.layout, self.max_length
-            )
+            split: rows_of_text(self.tokenizer, texts[split], self.layout, self.max_length, skipped[split])
             for split in SPLITS
         }
-        return Prepared(rows, notes(type(self).__name__, {}, {}, rows))
+        return Prepared(rows, notes(type(self).__name__, skipped, {}, rows))
 
     def stories(self, split: Split) -> list[Story]:
         return list(generate_stories(split, num_stories=self.num_stories[split], seed=self.story_seed))

@@ -7,7 +7,7 @@ import numpy as np
 
 from qpruner.datamodules.base import TokenDataModule
 from qpruner.datamodules.cache import Prepared
-from qpruner.datamodules.documents import Skipped, Source
+from qpruner.datamodules.documents import NOT_UNICODE, Skipped, Source, is_unicode
 from qpruner.datamodules.rows import Row, TokenRows
 from qpruner.datamodules.splits import SPLITS, Split, hold_out, make_disjoint
 from qpruner.datamodules.tokens import tokenize
@@ -32,7 +32,8 @@ class TextDataModule(TokenDataModule):
         separator: what stands between two documents in a text file, such as ``<|endoftext|>``; without it a text file
             is one document. White space around a separated document is dropped.
         text_column: field that holds the text of a JSON or parquet record.
-        held_out: share of the training documents for each split that is not given, in (0, 0.5).
+        held_out: share of the training documents for each split that is not given, in [0, 0.5); at 0 there is no such
+            split.
         **kwargs: see `TokenDataModule`.
 
     Raises:
@@ -75,18 +76,30 @@ class TextDataModule(TokenDataModule):
         documents = {split: list(self._documents(split, skipped[split])) for split in self.sources}
         for split, found in documents.items():
             if not found:
-                raise UserError(f"{self.sources[split].spec!r} holds no usable text: {skipped[split]}.")
+                raise UserError(
+                    f"{self.sources[split].spec!r} holds no usable text: {skipped[split]}. The text of a JSON or "
+                    f"parquet record is taken from the field that --data.init_args.text_column names."
+                )
         texts, repeated = make_disjoint(hold_out(documents, str, self.held_out), str)
-        rows = {split: rows_of_text(self.tokenizer, texts[split], self.layout, self.max_length) for split in texts}
+        rows = {
+            split: rows_of_text(
+                self.tokenizer, texts[split], self.layout, self.max_length, skipped.setdefault(split, Skipped())
+            )
+            for split in texts
+        }
         return Prepared(rows, notes(type(self).__name__, skipped, repeated, rows))
 
     def _documents(self, split: Split, skipped: Skipped) -> Iterator[str]:
         for where, record in self.sources[split].records(skipped):
             text = record.get(self.text_column)
             if not isinstance(text, str):
-                skipped.add(f"without text in the field {self.text_column!r}", where)
+                fields = ", ".join(map(repr, record))
+                skipped.add(f"without text in the field {self.text_column!r}", f"{where}, with {fields or 'no field'}")
                 continue
-            pieces = [text] if self.separator is None else [piece.strip() for piece in text.split(self.separator)]
+            if not is_unicode(text):
+                skipped.add(NOT_UNICODE, where)
+                continue
+            pieces = [piece.strip() for piece in text.split(self.separator)] if self.separator else [text]
             kept = [piece for piece in pieces if piece.strip()]
             if not kept:
                 skipped.add("empty", where)
@@ -97,29 +110,33 @@ def named_sources(*, held_out: float, **specs: str | None) -> dict[Split, Source
     """The splits that the user named.
 
     Raises:
-        UserError: none was named, or the share to hold out is not in (0, 0.5).
+        UserError: none was named, or the share to hold out is not in [0, 0.5).
     """
     sources = {split: Source(spec, split) for split in SPLITS if (spec := specs[split]) is not None}
     if not sources:
         raise UserError("No data: give at least one of --data.init_args.train, .validation and .test.")
-    if not 0 < held_out < 0.5:
-        raise UserError(f"held_out is {held_out}; it must lie between 0 and 0.5.")
+    if not 0 <= held_out < 0.5:
+        raise UserError(f"held_out is {held_out}; it must be at least 0 and less than 0.5.")
     return sources
 
 
-def rows_of_text(tokenizer: Any, texts: list[str], layout: Layout, max_length: int) -> TokenRows:
-    """The documents as rows; one with fewer than two tokens has nothing to predict and makes none.
+def rows_of_text(tokenizer: Any, texts: list[str], layout: Layout, max_length: int, skipped: Skipped) -> TokenRows:
+    """The documents as rows; alone in a row, one with fewer than two tokens has nothing to predict and is skipped.
 
     Raises:
-        UserError: in the packed layout, fewer tokens than fill a row.
+        UserError: in the packed layout, fewer tokens than fill a row; in the other, no document of two tokens.
     """
     documents = tokenize(tokenizer, texts, special_tokens=True)
     if layout == "per_document":
-        return TokenRows.of(
-            Row(row.tokens[:max_length], row.scored[:max_length], row.num_bytes[:max_length])
-            for row in documents
-            if len(row.tokens) > 1
-        )
+        rows: list[Row] = []
+        for text, row in zip(texts, documents, strict=True):
+            if len(row.tokens) > 1:
+                rows.append(row[:max_length])
+            else:
+                skipped.add("with fewer than 2 tokens", repr(text[:40]))
+        if not rows:
+            raise UserError(f"None of {len(texts)} document(s) has the 2 tokens that a row needs. Give more text.")
+        return TokenRows.of(rows)
     stream = _join_documents(documents, tokenizer.eos_token_id)
     num_rows = len(stream.tokens) // max_length
     if num_rows == 0:
@@ -127,8 +144,7 @@ def rows_of_text(tokenizer: Any, texts: list[str], layout: Layout, max_length: i
             f"{len(texts)} document(s) with {len(stream.tokens)} tokens in all do not fill one row of {max_length}. "
             f"Give more text, a smaller --data.init_args.max_length, or --data.init_args.layout per_document."
         )
-    cuts = [slice(start, start + max_length) for start in range(0, num_rows * max_length, max_length)]
-    return TokenRows.of(Row(stream.tokens[cut], stream.scored[cut], stream.num_bytes[cut]) for cut in cuts)
+    return TokenRows.of(stream[start : start + max_length] for start in range(0, num_rows * max_length, max_length))
 
 
 def layout_protocol(layout: Layout, max_length: int) -> str:
@@ -155,15 +171,10 @@ def notes(
     return tuple(lines)
 
 
-def _join_documents(documents: Iterator[Row], separator: int | None) -> Row:
+def _join_documents(documents: Iterator[Row], end_token: int | None) -> Row:
     parts: list[Row] = []
-    between = Row(np.array([separator or 0], np.int32), np.array([True]), np.array([0], np.int32))
     for row in documents:
-        if parts and separator is not None:
-            parts.append(between)
+        if parts and end_token is not None and not parts[-1].ends_with(end_token):  # a tokenizer may add it itself
+            parts.append(Row(np.array([end_token], np.int32), np.array([True]), np.array([0], np.int32)))
         parts.append(row)
-    return Row(
-        np.concatenate([part.tokens for part in parts]),
-        np.concatenate([part.scored for part in parts]),
-        np.concatenate([part.num_bytes for part in parts]),
-    )
+    return Row.join(parts)

@@ -2,8 +2,11 @@
 
 import argparse
 import logging
+import sys
 import time
-from contextlib import nullcontext
+import warnings
+from collections.abc import Callable
+from contextlib import ExitStack, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +18,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 
 from qpruner.callbacks import PredictionsWriter, RunCheckpoint, RunReport, Throughput
 from qpruner.datamodules.base import TokenDataModule
-from qpruner.errors import UserError
+from qpruner.errors import UserError, user_error
 from qpruner.memory import num_parameters, peak_meaning, read_peak, reset_peak, tensor_bytes
 from qpruner.options import SuggestingParser
 from qpruner.runs.folder import RunConfig, RunFolder
@@ -43,7 +46,7 @@ class QPrunerCLI(LightningCLI):
             auto_configure_optimizers=False,
             load_from_checkpoint_support=False,  # the module keeps its own options as plain data
             parser_class=SuggestingParser,
-            parser_kwargs={"description": DESCRIPTION},
+            parser_kwargs={"prog": "qpruner", "description": DESCRIPTION},
             args=args,
         )
 
@@ -59,37 +62,45 @@ class QPrunerCLI(LightningCLI):
     def _parse_ckpt_path(self) -> None:
         """Leaves the options alone: a checkpoint that does not fit them is an error, never a silent change of them."""
 
-    def before_instantiate_classes(self) -> None:
-        """Claims the run folder before anything is loaded, on rank zero; the others follow what it finds there."""
-        options = self.config[self.subcommand]
-        self.folder = RunFolder.of(RunConfig(**vars(options.run)))
-        self.continues = False
-        if getattr(rank_zero_only, "rank", 0) == 0:
-            self._lock = self.folder.lock()
-            if self.subcommand == "fit" and not options.trainer.fast_dev_run:
-                dumped = self._parser(self.subcommand).dump(options, skip_none=False)
-                self.continues = self.folder.claim(yaml.safe_load(dumped), restart=options.restart)
-            _log_to(self.folder.log)
-        elif self.subcommand == "fit":
-            self.continues = not options.restart
+    def instantiate_classes(self) -> None:
+        try:
+            super().instantiate_classes()
+        except ValueError as error:  # jsonargparse buries the texts of our errors in its own
+            raise user_error(error) or error from None
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        """Claims the run folder, now that every option is known to be good and before any work is done."""
+        self._claim_folder()
         options = self.config_init[self.subcommand]
         if options.trainer.logger in (None, True):
-            self.folder.tensorboard.mkdir(exist_ok=True)
             kwargs["logger"] = TensorBoardLogger(
                 self.folder.path, name=self.folder.tensorboard.name, version="", default_hp_metric=False
             )
         kwargs["default_root_dir"] = str(self.folder.path)
-        ours = [
-            RunReport(self.folder),
-            Throughput(),
-            RunCheckpoint(self.folder.checkpoint, options.run.checkpoint_every_n_steps),
-        ]
-        kwargs["callbacks"] = [*ours[:1], *(options.trainer.callbacks or []), *ours[1:]]
-        if self.subcommand != "fit" or options.trainer.fast_dev_run:
-            kwargs["callbacks"] = options.trainer.callbacks or []
+        kwargs["callbacks"] = list(options.trainer.callbacks or [])
+        if self.subcommand == "fit" and not options.trainer.fast_dev_run:
+            checkpoint = RunCheckpoint(self.folder.checkpoint, options.run.checkpoint_every_n_steps)
+            kwargs["callbacks"] = [RunReport(self.folder), *kwargs["callbacks"], Throughput(), checkpoint]
         return super().instantiate_trainer(**kwargs)
+
+    def _claim_folder(self) -> None:
+        """On rank zero; the other ranks follow what it finds there."""
+        options = self.config[self.subcommand]
+        self.folder = RunFolder.of(RunConfig(**vars(options.run)))
+        self.continues = False
+        self._claim = ExitStack()
+        if getattr(rank_zero_only, "rank", 0) == 0:
+            self._claim.enter_context(self.folder.lock())
+            if self.subcommand == "fit" and not options.trainer.fast_dev_run:
+                dumped = self._parser(self.subcommand).dump(options, skip_none=False)
+                self.continues = self.folder.claim(yaml.safe_load(dumped), restart=options.restart)
+            self._claim.callback(_log_to(self.folder.log))
+        elif self.subcommand == "fit":
+            self.continues = not options.restart
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        with self._claim:
+            super()._run_subcommand(subcommand)
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
@@ -185,10 +196,12 @@ def run(arguments: list[str]) -> None:
     Raises:
         UserError: the command cannot be carried out as given.
     """
+    _quieten()
     if arguments and (command := WITHOUT_TRAINER.get(arguments[0])):
         command(arguments[1:])
     else:
-        QPrunerCLI()
+        # Lightning starts the other ranks with the command of this process, so it must be left to read that itself.
+        QPrunerCLI(None if arguments == sys.argv[1:] else arguments)
 
 
 @rank_zero_only
@@ -196,9 +209,30 @@ def _show(summary: Summary, split: str) -> None:
     print(f"\n{table(summary)}\n\n{protocol_line(summary, split)}")
 
 
-def _log_to(path: Path) -> None:
-    """Adds what is logged from now on to the log of the run."""
+def _quieten() -> None:
+    """Leaves out what libraries say to their developers or to sell, so that what matters stays in sight."""
+    noise = ("\N{ELECTRIC LIGHT BULB} Tip:", "Failed to load CPU gemm_4bit_forward")
+    for name in ("lightning.pytorch.utilities.rank_zero", "bitsandbytes.backends.cpu.ops"):
+        logging.getLogger(name).addFilter(lambda record: not record.getMessage().startswith(noise))
+    for category, message in (
+        (FutureWarning, "`is_gradient_checkpointing` is deprecated"),
+        (UserWarning, "`isinstance.treespec, LeafSpec.` is deprecated"),
+        (FutureWarning, "`isinstance.treespec, LeafSpec.` is deprecated"),
+    ):
+        warnings.filterwarnings("ignore", message, category)
+
+
+def _log_to(path: Path) -> Callable[[], None]:
+    """Adds what is logged from now on to the log of the run, until the function that is returned is called."""
     handler = logging.FileHandler(path, encoding="utf-8")
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
-    for name in ("lightning.pytorch", "lightning.fabric", "qpruner"):
-        logging.getLogger(name).addHandler(handler)
+    loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric", "qpruner")]
+    for logger in loggers:
+        logger.addHandler(handler)
+
+    def stop() -> None:
+        for logger in loggers:
+            logger.removeHandler(handler)
+        handler.close()
+
+    return stop

@@ -11,6 +11,13 @@ class UserError(ValueError):
     """
 
 
+def user_error(error: BaseException | None) -> UserError | None:
+    """The user's mistake behind an error that a library made of it, if there is one."""
+    while error is not None and not isinstance(error, UserError):
+        error = error.__cause__ or error.__context__
+    return error
+
+
 def nearest(word: str, choices: Iterable[str]) -> str:
     """A sentence that offers the choice most like ``word``, or an empty string when none is like it."""
     close = get_close_matches(word, list(choices), n=1)

@@ -7,34 +7,49 @@ from typing import Any, NoReturn
 from jsonargparse import ArgumentParser
 from lightning.pytorch.cli import LightningArgumentParser
 
-from qpruner.errors import nearest
+from qpruner.errors import UserError, nearest, user_error
 
-UNKNOWN = re.compile(
-    r"unrecognized arguments: --(?P<flag>[\w.\-]+)|[Oo]ption '(?P<option>[\w.]+)' is not accepted|"
-    r"Group '(?P<group>[\w.]+)' does not accept option '(?P<member>[\w.]+)'"
+UNKNOWN_OPTION = re.compile(
+    r"unrecognized arguments: --(?P<flag>[\w.\-]+)"
+    r"|(?:Group '(?P<group>[\w.]+)'|Subcommand '\w+') does not accept option '(?P<member>[\w.]+)'"
+    r"|[Oo]ption '(?P<option>[\w.]+)' is not accepted"
 )
-"""How jsonargparse names an option that it does not know."""
+UNKNOWN_CLASS = re.compile(r"Expected a dot import path string: (?P<name>\w+)$", re.MULTILINE)
+"""How jsonargparse names what it does not know."""
 
 
 class SuggestingParser(LightningArgumentParser):
-    """Adds the nearest known option to the message about an unknown one."""
+    """Ends with a `UserError` that says in a line what was wrong, and names the option or class nearest to it."""
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        if found := UNKNOWN.search(message):
+        if not self.exit_on_error:  # an inner parser, whose caller may try something else
+            super().error(message, ex)
+        if known := user_error(ex):
+            raise known
+        hint = f"\n`{self.prog.replace(' [options]', '')} --help` explains every option."
+        if found := UNKNOWN_OPTION.search(message):
             group = f"{found['group']}." if found["group"] else ""
-            word = group + next(filter(None, (found["flag"], found["option"], found["member"])))
-            message = f"Unknown option {word!r}.{nearest(word, self._known(word))}\n{message}"
-        super().error(message, ex)
+            word = group + next(filter(None, (found["flag"], found["member"], found["option"])))
+            message = f"There is no option {word!r}.{nearest(word, known_options(self))}"
+        elif found := UNKNOWN_CLASS.search(message):
+            message = f"There is no class {found['name']!r}.{nearest(found['name'], class_names())}"
+        raise UserError(message + hint) from ex
 
-    def _known(self, word: str) -> Iterator[str]:
-        """Names that the word may have meant, written in the way that the word is."""
-        for action in self._actions:
-            yield action.dest
-            for choice in getattr(action, "choices", None) or {}:
-                if isinstance(parser := getattr(action, "_name_parser_map", {}).get(choice), SuggestingParser):
-                    yield from parser._known(word)
-        for name in data_options():
-            yield from (name, f"data.{name}", f"data.init_args.{name}")
+
+def known_options(parser: ArgumentParser) -> Iterator[str]:
+    """Names of all options, those of the data modules in each way that they can be written."""
+    for action in parser._actions:
+        yield action.dest
+        for command in getattr(action, "_name_parser_map", {}).values():
+            yield from known_options(command)
+    for name in data_options():
+        yield from (name, f"data.{name}", f"data.init_args.{name}")
+
+
+def class_names() -> list[str]:
+    from qpruner import callbacks, datamodules
+
+    return [*datamodules.__all__, *callbacks.__all__]
 
 
 def data_options() -> set[str]:

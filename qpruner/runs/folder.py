@@ -96,7 +96,7 @@ class RunFolder:
         return self.summary.exists() and bool(read_json(self.summary)["finished"])
 
     def lock(self) -> IO[bytes]:
-        """Makes the folder and claims it for this process, until the file that is returned is closed or the process ends.
+        """Makes the folder and keeps others out, until the file that is returned is closed or the process ends.
 
         Raises:
             UserError: the folder cannot be made or written, or another process works in it.
@@ -120,6 +120,8 @@ class RunFolder:
     def claim(self, config: dict[str, Any], *, restart: bool) -> bool:
         """Binds the folder to a configuration, and says whether there is a run to continue.
 
+        A run that measured nothing yet has nothing to lose, so its options may still change.
+
         Args:
             config: all options of the command.
             restart: whether to throw away what is there.
@@ -127,23 +129,30 @@ class RunFolder:
         Raises:
             UserError: the folder belongs to a run with other options (each is named), or there is no room.
         """
-        if restart:
-            for item in self.path.iterdir():
-                if item.name != ".lock":
-                    shutil.rmtree(item) if item.is_dir() else item.unlink()
+        begun = self.config.exists() and (self.summary.exists() or self.checkpoint.exists())
+        if restart or not begun:
+            self._clear()
+            begun = False
         if (free := shutil.disk_usage(self.path).free) < 2**20:
             raise UserError(f"The disk of {str(self.path)!r} is full ({free} bytes left). Free some, or use --run.dir.")
-        if not self.config.exists():
+        if not begun:
             write_text(self.config, yaml.safe_dump(config, sort_keys=False))
             return False
         stored = yaml.safe_load(self.config.read_text(encoding="utf-8"))
         if changes := changed_options(stored, config):
             listed = "\n".join(f"  {name}: was {was}, is now {now}" for name, (was, now) in changes.items())
             raise UserError(
-                f"{str(self.path)!r} holds a run with other options:\n{listed}\nContinue it with its own options, start "
-                f"it anew with --restart, or give this run another --run.name."
+                f"{str(self.path)!r} holds a run with other options:\n{listed}\nContinue it with its own options, "
+                f"start it anew with --restart, or give this run another --run.name."
             )
         return True
+
+    def _clear(self) -> None:
+        """Removes what a run left here, and nothing else: the folder may hold more than runs."""
+        for folder in (self.tensorboard, self.checkpoint.parent):
+            shutil.rmtree(folder, ignore_errors=True)
+        for file in (self.config, self.manifest, self.summary, self.report, self.loss_picture):
+            file.unlink(missing_ok=True)
 
 
 def changed_options(stored: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:

@@ -10,7 +10,17 @@ from typing import Any
 from qpruner.errors import UserError
 from qpruner.files import read_json, write_json
 
-PACKAGES = ("qpruner", "torch", "lightning", "transformers", "peft", "bitsandbytes", "torchmetrics", "datasets", "numpy")
+PACKAGES = (
+    "qpruner",
+    "torch",
+    "lightning",
+    "transformers",
+    "peft",
+    "bitsandbytes",
+    "torchmetrics",
+    "datasets",
+    "numpy",
+)
 
 
 def record_session(path: Path, *, seed: int, base: dict[str, Any], data: dict[str, Any], devices: str) -> None:
@@ -29,10 +39,11 @@ def record_session(path: Path, *, seed: int, base: dict[str, Any], data: dict[st
     manifest: dict[str, Any] = {"seed": seed, "base": base, "data": data, "sessions": []}
     if path.exists():
         stored = read_json(path)
-        for part, remedy in (("base", "base model"), ("data", "data")):
+        for part, name in (("base", "base model"), ("data", "data")):
             if stored[part] != manifest[part]:
+                difference = _difference(stored[part], manifest[part])
                 raise UserError(
-                    f"The {remedy} changed since {str(path.parent)!r} was begun: {_difference(stored[part], manifest[part])}. "
+                    f"The {name} changed since {str(path.parent)!r} was begun: {difference}. "
                     f"Put it back, start anew with --restart, or give this run another --run.name."
                 )
         manifest = stored

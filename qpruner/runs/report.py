@@ -92,7 +92,10 @@ def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 def protocol_line(summary: Summary, split: str = "test") -> str:
     tokens = {int(stage.results["tokens"]) for stage in summary.stages if "tokens" in stage.results}
     counted = " and ".join(f"{count:,}" for count in sorted(tokens))
-    return f"Perplexity on the {split} split: {summary.protocol}; {counted} tokens scored. Peak memory: {summary.peak_of}."
+    return (
+        f"Perplexity on the {split} split: {summary.protocol}; {counted} tokens scored. "
+        f"Bytes: all tensors as held here. Peak memory: {summary.peak_of}."
+    )
 
 
 def write_report(folder: RunFolder) -> None:

@@ -179,7 +179,8 @@ class LoRAFinetuner(LightningModule):
 
     def _log_evaluation(self, stage: str) -> None:
         results = evaluation_results(self.perplexity, self.accuracy)
-        self.log_dict({f"{stage}/{name}": float(value) for name, value in results.items()}, rank_zero_only=True)
+        # The metrics have gathered all ranks already; `sync_dist` only spares Lightning a warning.
+        self.log_dict({f"{stage}/{name}": value for name, value in results.items()}, sync_dist=True)
         self.perplexity.reset()
         self.accuracy.reset()
 

@@ -1,0 +1,138 @@
+from collections.abc import Iterator
+from itertools import islice
+
+import pytest
+import torch
+
+from qpruner.datamodules.loader import ResumableLoader
+from qpruner.datamodules.rows import FILLER, TextExamples, TokenRows
+from qpruner.errors import UserError
+
+EPOCHS = 3
+
+
+def examples(number: int) -> TextExamples:
+    """Rows of one token each, the row's own number."""
+    numbers = torch.arange(number, dtype=torch.int32)
+    return TextExamples(
+        TokenRows(numbers, torch.ones(number, dtype=torch.bool), torch.zeros_like(numbers), torch.arange(number + 1)),
+        pad_token=0,
+    )
+
+
+def loader(number: int, batch_size: int = 2, **options: object) -> ResumableLoader:
+    options = {"shuffle": True, "seed": 5} | options
+    return ResumableLoader(examples(number), batch_size=batch_size, **options)  # type: ignore[arg-type]
+
+
+def read(source: ResumableLoader, limit: int | None = None) -> list[tuple[int, ...]]:
+    """One pass, of at most so many batches, as a Trainer makes it."""
+    return [tuple(batch["example"].tolist()) for batch in islice(source, limit)]
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+@pytest.mark.parametrize("number", [1, 7, 12, 13])
+def test_evaluation_shows_every_example_once_over_all_ranks(number: int, world_size: int) -> None:
+    ranks = [loader(number, shuffle=False, rank=rank, world_size=world_size) for rank in range(world_size)]
+    shares = [read(rank) for rank in ranks]
+    assert {len(share) for share in shares} == {len(rank) for rank in ranks} == {-(-number // (2 * world_size))}
+    seen = [index for batches in zip(*shares, strict=True) for batch in batches for index in batch]
+    assert [index for index in seen if index != FILLER] == list(range(number))
+    assert all(batch == (FILLER,) for share in shares for batch in share if FILLER in batch)
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_training_repeats_nothing_within_an_epoch(world_size: int) -> None:
+    number, batch_size = 31, 2
+    ranks = [loader(number, batch_size, rank=rank, world_size=world_size) for rank in range(world_size)]
+    for _ in range(EPOCHS):
+        shares = [read(rank) for rank in ranks]
+        seen = [index for share in shares for batch in share for index in batch]
+        assert len(set(seen)) == len(seen) == number - number % (batch_size * world_size)
+        assert {len(batch) for share in shares for batch in share} == {batch_size}
+        assert {len(share) for share in shares} == {len(rank) for rank in ranks}
+
+
+def test_order_is_a_function_of_seed_and_epoch() -> None:
+    one, same, other = loader(20), loader(20), loader(20, seed=6)
+    epochs = [read(one) for _ in range(EPOCHS)]
+    assert [read(same) for _ in range(EPOCHS)] == epochs
+    assert len({*map(tuple, epochs), tuple(read(other))}) == EPOCHS + 1
+    assert [one.batches(epoch) for epoch in range(EPOCHS)] == [[[*batch] for batch in epoch] for epoch in epochs]
+    assert sorted(sum(epochs[0], ())) == list(range(20)) != list(sum(epochs[0], ()))
+
+
+def test_order_neither_draws_on_nor_depends_on_the_global_generator() -> None:
+    state = torch.get_rng_state()
+    first = read(loader(20))
+    assert torch.equal(torch.get_rng_state(), state)
+    torch.manual_seed(99)
+    assert read(loader(20)) == first
+
+
+@pytest.mark.parametrize("limit", [None, 2, 0.7, 1.0, 100])
+@pytest.mark.parametrize(("num_workers", "number"), [(0, 11), (2, 7)])
+def test_resumed_at_every_position_equals_uninterrupted(
+    num_workers: int, number: int, limit: int | float | None
+) -> None:
+    per_epoch = {None: number // 2, 2: 2, 0.7: int(number // 2 * 0.7), 1.0: number // 2, 100: number // 2}[limit]
+
+    def run(source: ResumableLoader) -> Iterator[tuple[tuple[int, ...], dict]]:
+        """The batches up to the end of the last epoch, each with the state after it."""
+        batches = per_epoch - source.state_dict()["consumed"] or per_epoch
+        while source.state_dict() != {"epoch": EPOCHS - 1, "consumed": per_epoch}:
+            for batch in islice(source, batches):
+                yield tuple(batch["example"].tolist()), source.state_dict()
+            batches = per_epoch
+
+    def fresh() -> ResumableLoader:
+        return loader(number, limit=limit, num_workers=num_workers)
+
+    states = [fresh().state_dict()]
+    batches = []
+    for batch, state in run(fresh()):
+        batches.append(batch)
+        states.append(state)
+    assert batches == [batch for epoch in range(EPOCHS) for batch in read_epoch(number, epoch)[:per_epoch]]
+    for position, state in enumerate(states):
+        resumed = fresh()
+        resumed.load_state_dict(state)
+        assert [batch for batch, _ in run(resumed)] == batches[position:], position
+
+
+def read_epoch(number: int, epoch: int) -> list[tuple[int, ...]]:
+    return [tuple(batch) for batch in loader(number).batches(epoch)]
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_state_counts_what_was_handed_out_not_what_was_prepared(num_workers: int) -> None:
+    source = loader(20, num_workers=num_workers)
+    assert source.state_dict() == {"epoch": 0, "consumed": 0}
+    iterator = iter(source)
+    assert source.state_dict() == {"epoch": 0, "consumed": 0}
+    for count in (1, 2, 3):
+        next(iterator)
+        assert source.state_dict() == {"epoch": 0, "consumed": count}
+
+
+def test_an_iterator_never_read_moves_nothing() -> None:
+    source = loader(20)
+    iter(source), iter(source)
+    assert read(source) == read_epoch(20, 0)
+    iter(source)
+    assert read(source) == read_epoch(20, 1)
+
+
+def test_a_rank_resumes_its_own_share() -> None:
+    whole = [read(loader(20, rank=rank, world_size=2)) for rank in range(2)]
+    for rank in range(2):
+        resumed = loader(20, rank=rank, world_size=2)
+        resumed.load_state_dict({"epoch": 0, "consumed": 3})
+        assert read(resumed) == whole[rank][3:] != whole[1 - rank][3:]
+
+
+def test_too_few_examples_for_one_step() -> None:
+    with pytest.raises(UserError, match=r"5 rows, fewer than the 2 x 3 .* smaller --data.init_args.loader.batch_size"):
+        loader(5, world_size=3)
+    assert len(loader(6, world_size=3)) == 1
+    assert len(loader(0, shuffle=False)) == 0

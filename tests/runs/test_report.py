@@ -1,0 +1,66 @@
+from pathlib import Path
+
+import pytest
+from torch.utils.tensorboard import SummaryWriter
+
+from qpruner.runs.folder import RunFolder
+from qpruner.runs.report import Stage, Summary, markdown_table, protocol_line, scalars, table, write_report
+
+SUMMARY = Summary(
+    finished=True,
+    protocol="rows of 8",
+    peak_of="resident set of the process",
+    stages=(
+        Stage("dense", 1000, 4000, {"perplexity": 3.14159, "accuracy": 0.5, "tokens": 12.0}, 1.25, None, 3 * 2**20),
+        Stage("recovered", 1010, 4040, {}, 60.0, 7 * 2**20, None),
+    ),
+)
+
+
+def test_table_by_hand() -> None:
+    lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in table(SUMMARY).splitlines()]
+    assert lines[2] == ["dense", "1,000", "4,000", "3.142", "-", "50.0%", "1.2 s", "-", "3 MiB"]
+    assert lines[3] == ["recovered", "1,010", "4,040", "-", "-", "-", "60.0 s", "7 MiB", "-"]
+    assert len({len(line) for line in table(SUMMARY).splitlines()}) == 1
+
+
+def test_markdown_table_is_aligned_and_numbers_stand_right() -> None:
+    assert markdown_table(["a", "num"], [["bb", "1"]]) == "| a  | num |\n|----|----:|\n| bb |   1 |"
+
+
+def test_summary_round_trip(tmp_path: Path) -> None:
+    SUMMARY.write(tmp_path / "summary.json")
+    assert Summary.read(tmp_path / "summary.json") == SUMMARY
+
+
+def test_the_protocol_is_told_with_the_number_of_tokens() -> None:
+    line = protocol_line(SUMMARY, "validation")
+    assert "validation split: rows of 8; 12 tokens scored" in line
+    assert "resident set" in line
+
+
+def test_the_later_value_of_a_step_that_was_logged_twice_counts(tmp_path: Path) -> None:
+    for values in ({1: 10.0, 2: 20.0, 3: 30.0}, {2: 21.0, 3: 31.0, 4: 41.0}):
+        with SummaryWriter(str(tmp_path)) as writer:
+            for step, value in values.items():
+                writer.add_scalar("train/loss", value, step)
+    assert scalars(tmp_path, "train/loss") == [(1, 10.0), (2, 21.0), (3, 31.0), (4, 41.0)]
+    assert scalars(tmp_path, "val/loss") == []
+
+
+@pytest.mark.parametrize("logged", [False, True])
+def test_report_holds_the_table_and_a_picture_of_what_was_logged(tmp_path: Path, logged: bool) -> None:
+    folder = RunFolder(tmp_path / "run")
+    folder.path.mkdir()
+    SUMMARY.write(folder.summary)
+    if logged:
+        with SummaryWriter(str(folder.tensorboard)) as writer:
+            writer.add_scalar("train/loss", 1.0, 1)
+            writer.add_scalar("train/loss", 0.5, 2)
+    write_report(folder)
+    text = folder.report.read_text()
+    assert table(SUMMARY) in text and protocol_line(SUMMARY) in text
+    assert ("loss.png" in text) is logged
+    assert folder.loss_picture.exists() is logged
+    if logged:
+        assert folder.loss_picture.read_bytes().startswith(b"\x89PNG")

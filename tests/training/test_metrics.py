@@ -1,0 +1,96 @@
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from qpruner.training.metrics import ChoiceAccuracy, Perplexity, choose, token_nll
+
+B, T, V = 4, 9, 11
+
+
+@pytest.fixture
+def logits() -> torch.Tensor:
+    return torch.randn(B, T, V)
+
+
+@pytest.fixture
+def labels() -> torch.Tensor:
+    labels = torch.randint(V, (B, T))
+    labels[0, 5:] = -100
+    labels[1, :3] = -100
+    return labels
+
+
+def test_nll_is_minus_the_log_of_the_softmax_of_the_prediction_before(
+    logits: torch.Tensor, labels: torch.Tensor
+) -> None:
+    nll = token_nll(logits, labels)
+    assert nll.shape == (B, T - 1)
+    for row in range(B):
+        for position in range(1, T):
+            label = int(labels[row, position])
+            expected = 0.0 if label == -100 else float(-logits[row, position - 1].softmax(0)[label].log())
+            assert float(nll[row, position - 1]) == pytest.approx(expected, abs=1e-6)
+
+
+def test_nll_of_a_confident_model_is_exact_where_a_softmax_would_underflow() -> None:
+    logits = torch.tensor([[[300.0, 0.0], [0.0, 0.0]]])
+    assert float(token_nll(logits, torch.tensor([[0, 1]]))) == 300.0
+    assert float(token_nll(logits.half(), torch.tensor([[0, 0]]))) == 0.0
+
+
+def test_perplexity_is_the_exponential_of_the_mean_over_all_tokens(logits: torch.Tensor, labels: torch.Tensor) -> None:
+    metric = Perplexity()
+    metric.update(token_nll(logits, labels), labels, torch.tensor([7, 5, 0, 0]))
+    result = metric.compute()
+    expected = F.cross_entropy(logits[:, :-1].flatten(0, 1).double(), labels[:, 1:].flatten())
+    assert float(result["loss"]) == pytest.approx(float(expected), rel=1e-7)
+    assert float(result["perplexity"]) == pytest.approx(math.exp(expected), rel=1e-7)
+    assert int(result["tokens"]) == 4 + 6 + 8 + 8
+    assert float(result["bits_per_byte"]) == pytest.approx(float(expected) * 26 / math.log(2) / 12, rel=1e-7)
+
+
+def test_batches_padding_and_ranks_do_not_change_the_sums(logits: torch.Tensor, labels: torch.Tensor) -> None:
+    whole, parts = Perplexity(), [Perplexity(), Perplexity()]
+    whole.update(token_nll(logits, labels), labels, torch.ones(B, dtype=torch.int64))
+    for row in range(B):
+        padded_logits = F.pad(logits[row : row + 1], (0, 0, 0, 3), value=5.0)
+        padded_labels = F.pad(labels[row : row + 1], (0, 3), value=-100)
+        parts[row % 2].update(token_nll(padded_logits, padded_labels), padded_labels, torch.ones(1, dtype=torch.int64))
+    assert sum(int(part.tokens) for part in parts) == int(whole.tokens)
+    assert sum(int(part.num_bytes) for part in parts) == B
+    assert float(sum(part.nll for part in parts)) == pytest.approx(float(whole.nll), rel=1e-12)
+    assert all(part.nll.dtype == torch.float64 and part.tokens.dtype == torch.int64 for part in parts)
+
+
+def test_unknown_bytes_give_no_bits_per_byte(logits: torch.Tensor, labels: torch.Tensor) -> None:
+    metric = Perplexity()
+    metric.update(token_nll(logits, labels), labels, torch.zeros(B, dtype=torch.int64))
+    assert math.isnan(metric.compute()["bits_per_byte"])
+
+
+def test_choice_goes_to_the_lowest_mean_and_fillers_do_not_count() -> None:
+    # Example 7 has three options of 1, 2 and 2 scored tokens, example 9 has two; the last row fills a shard.
+    labels = torch.full((6, 4), -100)
+    for row, (first, last) in enumerate([(1, 2), (1, 3), (2, 4), (1, 4), (1, 2), (0, 0)]):
+        labels[row, first:last] = 0
+    nll = torch.zeros(6, 3)
+    nll[0, 0] = 3.0  # mean 3.0
+    nll[1, :2] = torch.tensor([2.0, 3.0])  # mean 2.5: the answer, although its sum is larger than that of row 0
+    nll[2, 1:] = torch.tensor([4.0, 4.0])
+    nll[3, :] = 1.0  # mean 1.0
+    nll[4, 0] = 0.5  # mean 0.5: the answer
+    example = torch.tensor([7, 7, 7, 9, 9, -1])
+    option = torch.tensor([0, 1, 2, 0, 1, 0])
+    gold = torch.tensor([1, 1, 1, 0, 0, 0])
+    assert choose(nll[:5], labels[:5], example[:5]).tolist() == [1, 4]
+    metric = ChoiceAccuracy()
+    metric.update(nll, labels, example, option, gold)
+    assert {name: float(value) for name, value in metric.compute().items()} == {"accuracy": 0.5, "examples": 2.0}
+
+
+def test_a_batch_of_fillers_alone_adds_nothing() -> None:
+    metric = ChoiceAccuracy()
+    metric.update(torch.zeros(1, 0), torch.full((1, 1), -100), torch.tensor([-1]), torch.tensor([0]), torch.tensor([0]))
+    assert int(metric.examples) == 0
