@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from os.path import commonprefix
 from typing import Any
 
-import numpy as np
 from jinja2 import TemplateError
 
 from qpruner.datamodules.base import TokenDataModule
@@ -13,7 +12,7 @@ from qpruner.datamodules.cache import Prepared
 from qpruner.datamodules.documents import NOT_UNICODE, Record, Skipped, is_unicode
 from qpruner.datamodules.rows import Row, TokenRows
 from qpruner.datamodules.splits import Split, hold_out, make_disjoint
-from qpruner.datamodules.text import named_sources, notes
+from qpruner.datamodules.text import ended, named_sources, notes
 from qpruner.datamodules.tokens import tokenize
 from qpruner.errors import UserError
 
@@ -127,7 +126,7 @@ class InstructionDataModule(TokenDataModule):
                 scored_from=[dialogue.responses for dialogue in chosen] if self.response_only else (),
             )
             for dialogue, row in zip(chosen, rows, strict=True):
-                whole = row if complete else _ended(row, self.tokenizer.eos_token_id)
+                whole = row if complete else ended(row, self.tokenizer.eos_token_id)
                 cut = whole[: self.max_length]
                 if cut.scored[1:].any():
                     yield cut
@@ -199,18 +198,6 @@ def _end_of_turn(text: str, before: str, after: str, content: str) -> int:
         raise ValueError
     end = len(before + content)
     return end + len(commonprefix([text[end:], after[after.rindex(content) + len(content) :]]))
-
-
-def _ended(row: Row, end_token: int | None) -> Row:
-    """The row with the end-of-text token as a last target, which teaches the model to stop."""
-    if end_token is None:
-        return row
-    body = row[:-1] if row.ends_with(end_token) else row  # a tokenizer may add it itself, and not as a target
-    return Row(
-        np.append(body.tokens, np.int32(end_token)),
-        np.append(body.scored, True),
-        np.append(body.num_bytes, np.int32(0)),
-    )
 
 
 def _content(dialogue: Dialogue) -> str:

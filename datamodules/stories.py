@@ -29,6 +29,7 @@ class StoriesDataModule(TokenDataModule):
         num_choices: two-choice endings in validation and in test, from stories of their split; 0 for none.
         story_seed: of the stories; other seeds give other stories.
         layout: as in `TextDataModule`.
+        end_token: as in `TextDataModule`.
         **kwargs: see `TokenDataModule`.
 
     Raises:
@@ -43,6 +44,7 @@ class StoriesDataModule(TokenDataModule):
         num_choices: int = 200,
         story_seed: int = 0,
         layout: Layout = "per_document",
+        end_token: bool = False,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
@@ -55,6 +57,7 @@ class StoriesDataModule(TokenDataModule):
         self.num_choices = num_choices
         self.story_seed = story_seed
         self.layout = layout
+        self.end_token = end_token
 
     @property
     def protocol(self) -> str:
@@ -63,13 +66,26 @@ class StoriesDataModule(TokenDataModule):
     def options(self) -> dict[str, Any]:
         # A few stories stand for the grammar, so that a new grammar does not meet the old one's cache.
         sample = [story.text for story in generate_stories("train", num_stories=20, seed=self.story_seed)]
-        return {"stories": dict(self.num_stories), "seed": self.story_seed, "layout": self.layout, "sample": sample}
+        return {
+            "stories": dict(self.num_stories),
+            "seed": self.story_seed,
+            "layout": self.layout,
+            "end_token": self.end_token,
+            "sample": sample,
+        }
 
     def build(self) -> Prepared:
         skipped = {split: Skipped() for split in SPLITS}
         texts = {split: [story.text for story in self.stories(split)] for split in SPLITS}
         rows = {
-            split: rows_of_text(self.tokenizer, texts[split], self.layout, self.max_length, skipped[split])
+            split: rows_of_text(
+                self.tokenizer,
+                texts[split],
+                layout=self.layout,
+                end_token=self.end_token,
+                max_length=self.max_length,
+                skipped=skipped[split],
+            )
             for split in SPLITS
         }
         return Prepared(rows, notes(type(self).__name__, skipped, {}, rows))

@@ -31,6 +31,8 @@ class TextDataModule(TokenDataModule):
             exactly ``max_length`` (the rest is dropped); ``per_document`` gives each a row, cut at ``max_length``.
         separator: what stands between two documents in a text file, such as ``<|endoftext|>``; without it a text file
             is one document. White space around a separated document is dropped.
+        end_token: whether a ``per_document`` row that is not cut ends with the end-of-text token, as a target;
+            packed rows have it between documents.
         text_column: field that holds the text of a JSON or parquet record.
         held_out: share of the training documents for each split that is not given, in [0, 0.5); at 0 there is no such
             split.
@@ -47,6 +49,7 @@ class TextDataModule(TokenDataModule):
         test: str | None = None,
         layout: Layout = "packed",
         separator: str | None = None,
+        end_token: bool = False,
         text_column: str = "text",
         held_out: float = 0.05,
         **kwargs: Any,
@@ -55,6 +58,7 @@ class TextDataModule(TokenDataModule):
         self.sources = named_sources(train=train, validation=validation, test=test, held_out=held_out)
         self.layout = layout
         self.separator = separator
+        self.end_token = end_token
         self.text_column = text_column
         self.held_out = held_out
 
@@ -67,6 +71,7 @@ class TextDataModule(TokenDataModule):
             "sources": {split: source.fingerprint() for split, source in self.sources.items()},
             "layout": self.layout,
             "separator": self.separator,
+            "end_token": self.end_token,
             "text_column": self.text_column,
             "held_out": self.held_out,
         }
@@ -83,7 +88,12 @@ class TextDataModule(TokenDataModule):
         texts, repeated = make_disjoint(hold_out(documents, str, self.held_out), str)
         rows = {
             split: rows_of_text(
-                self.tokenizer, texts[split], self.layout, self.max_length, skipped.setdefault(split, Skipped())
+                self.tokenizer,
+                texts[split],
+                layout=self.layout,
+                end_token=self.end_token,
+                max_length=self.max_length,
+                skipped=skipped.setdefault(split, Skipped()),
             )
             for split in texts
         }
@@ -120,7 +130,9 @@ def named_sources(*, held_out: float, **specs: str | None) -> dict[Split, Source
     return sources
 
 
-def rows_of_text(tokenizer: Any, texts: list[str], layout: Layout, max_length: int, skipped: Skipped) -> TokenRows:
+def rows_of_text(
+    tokenizer: Any, texts: list[str], *, layout: Layout, end_token: bool, max_length: int, skipped: Skipped
+) -> TokenRows:
     """The documents as rows; alone in a row, one with fewer than two tokens has nothing to predict and is skipped.
 
     Raises:
@@ -131,7 +143,7 @@ def rows_of_text(tokenizer: Any, texts: list[str], layout: Layout, max_length: i
         rows: list[Row] = []
         for text, row in zip(texts, documents, strict=True):
             if len(row.tokens) > 1:
-                rows.append(row[:max_length])
+                rows.append((ended(row, tokenizer.eos_token_id) if end_token else row)[:max_length])
             else:
                 skipped.add("with fewer than 2 tokens", repr(text[:40]))
         if not rows:
@@ -145,6 +157,18 @@ def rows_of_text(tokenizer: Any, texts: list[str], layout: Layout, max_length: i
             f"Give more text, a smaller --data.init_args.max_length, or --data.init_args.layout per_document."
         )
     return TokenRows.of(stream[start : start + max_length] for start in range(0, num_rows * max_length, max_length))
+
+
+def ended(row: Row, end_token: int | None) -> Row:
+    """The row with the end-of-text token as a last target, which teaches the model to stop."""
+    if end_token is None:
+        return row
+    body = row[:-1] if row.ends_with(end_token) else row  # a tokenizer may add it itself, and not as a target
+    return Row(
+        np.append(body.tokens, np.int32(end_token)),
+        np.append(body.scored, True),
+        np.append(body.num_bytes, np.int32(0)),
+    )
 
 
 def layout_protocol(layout: Layout, max_length: int) -> str:

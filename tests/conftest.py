@@ -30,7 +30,7 @@ def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("models") / "tiny_llama"
     torch.manual_seed(1)
     config = LlamaConfig(
-        vocab_size=1024,
+        vocab_size=2048,
         hidden_size=32,
         intermediate_size=48,
         num_hidden_layers=2,

@@ -39,6 +39,7 @@ def test_config_runs_on_a_tiny_stand_in(
             *local_data[path.stem],
             "--trainer.accelerator=cpu",
             "--trainer.max_steps=1",
+            "--trainer.limit_val_batches=1",
             "--trainer.enable_progress_bar=false",
             "--trainer.enable_model_summary=false",
         ]

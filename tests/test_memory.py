@@ -15,8 +15,8 @@ def test_bytes_equal_the_tensors_in_the_file_with_tied_weights_once(tiny_llama: 
     assert model.lm_head.weight is model.model.embed_tokens.weight
     assert tensor_bytes(model) == sum(tensor.nbytes for tensor in stored)
     assert num_parameters(model) == sum(tensor.numel() for tensor in stored)
-    # 1024 x 32 embeddings; two layers of q, o (32 x 32), k, v (32 x 16), three FFN (32 x 48), two norms; a last norm
-    assert num_parameters(model) == 1024 * 32 + 2 * (2 * 1024 + 2 * 512 + 3 * 1536 + 64) + 32
+    # 2048 x 32 embeddings; two layers of q, o (32 x 32), k, v (32 x 16), three FFN (32 x 48), two norms; a last norm
+    assert num_parameters(model) == 2048 * 32 + 2 * (2 * 1024 + 2 * 512 + 3 * 1536 + 64) + 32
 
 
 def test_buffers_that_are_saved_count_and_others_do_not() -> None:

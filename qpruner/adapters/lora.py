@@ -27,6 +27,7 @@ class LoRAConfig:
     target_modules: Sequence[str] = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "target_modules", tuple(self.target_modules))  # a list from YAML compares as a tuple
         if self.r < 1 or self.alpha <= 0 or not 0 <= self.dropout < 1:
             raise UserError(f"LoRA needs r of at least 1, alpha above 0 and dropout in [0, 1), not {self}.")
 

@@ -119,9 +119,13 @@ class LoRAFinetuner(LightningModule):
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         torch.manual_seed(derive_seed(self.seed, "batch", self.current_epoch, batch_idx, self.global_rank))
 
-    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+    def loss(self, batch: Batch) -> Tensor:
+        """Mean negative log-likelihood of the scored tokens of the batch, in nats; 0 when there are none."""  # []
         nll = token_nll(self(batch), batch["labels"])
-        loss = nll.sum() / (batch["labels"][:, 1:] != IGNORED).sum().clamp(min=1)
+        return nll.sum() / (batch["labels"][:, 1:] != IGNORED).sum().clamp(min=1)
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        loss = self.loss(batch)
         self.log("train/loss", loss, prog_bar=True, batch_size=len(batch["input_ids"]))
         return loss
 
@@ -189,7 +193,9 @@ class LoRAFinetuner(LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         trained = {name for name, parameter in self.named_parameters() if parameter.requires_grad}
         checkpoint["state_dict"] = {name: t for name, t in checkpoint["state_dict"].items() if name in trained}
+        # Beside the hyper-parameters, which `load_from_checkpoint` overwrites with what it is given.
         checkpoint["base_sha256"] = self.base_sha256
+        checkpoint["lora"] = self.hparams["lora"]
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Loads the base if need be, and makes sure that the adapters were trained on it and fit.
@@ -203,7 +209,7 @@ class LoRAFinetuner(LightningModule):
                 f"The checkpoint's adapters were trained on another base model ({checkpoint.get('base_sha256')}) than "
                 f"{self.base!r} ({self.base_sha256}). Give the base they were trained on as --model.base."
             )
-        stored, ours = checkpoint["hyper_parameters"]["lora"], self.hparams["lora"]
+        stored, ours = checkpoint["lora"], self.hparams["lora"]
         if different := [key for key in ("r", "alpha", "target_modules") if stored[key] != ours[key]]:
             listed = ", ".join(f"{key} {stored[key]} there, {ours[key]} here" for key in different)
             raise UserError(

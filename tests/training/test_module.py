@@ -78,11 +78,11 @@ def test_adapters_depend_on_the_seed_and_on_nothing_drawn_before(tiny_llama: Pat
 def test_training_loss_is_the_mean_over_scored_tokens_of_the_batch(tiny_llama: Path, batch: Any) -> None:
     module = make(tiny_llama).eval()
     batch["labels"][0, 4:] = -100
-    loss = module.training_step(batch, 0)
+    loss = module.loss(batch)
     expected = F.cross_entropy(module(batch)[:, :-1].flatten(0, 1), batch["labels"][:, 1:].flatten())
     assert float(loss.detach()) == pytest.approx(float(expected.detach()), rel=1e-6)
     batch["labels"][:] = -100
-    assert float(module.training_step(batch, 0).detach()) == 0.0
+    assert float(module.loss(batch).detach()) == 0.0
 
 
 def test_gradient_checkpointing_changes_no_gradient(tiny_llama: Path, batch: Any) -> None:
@@ -92,7 +92,7 @@ def test_gradient_checkpointing_changes_no_gradient(tiny_llama: Path, batch: Any
         torch.manual_seed(0)
         disturb(module)
         assert module.model.is_gradient_checkpointing is checkpointing
-        module.training_step(batch, 0).backward()
+        module.loss(batch).backward()
         gradients.append({n: p.grad for n, p in module.named_parameters() if p.requires_grad})
     assert all(gradient.abs().max() > 0 for gradient in gradients[0].values())
     for name, gradient in gradients[0].items():
@@ -153,9 +153,9 @@ def test_training_lowers_the_loss(trained: tuple[LoRAFinetuner, Path], stories: 
     module, _ = trained
     everything = stories.examples("train").collate(range(20))
     module.eval()
-    after = float(module.training_step(everything, 0).detach())
+    after = float(module.loss(everything).detach())
     with module.adapters_disabled():
-        before = float(module.training_step(everything, 0).detach())
+        before = float(module.loss(everything).detach())
     assert after < before - 0.01
 
 
