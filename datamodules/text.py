@@ -120,13 +120,15 @@ def named_sources(*, held_out: float, **specs: str | None) -> dict[Split, Source
     """The splits that the user named.
 
     Raises:
-        UserError: none was named, or the share to hold out is not in [0, 0.5).
+        UserError: none was named, a local one is not there, or the share to hold out is not in [0, 0.5).
     """
     sources = {split: Source(spec, split) for split in SPLITS if (spec := specs[split]) is not None}
     if not sources:
         raise UserError("No data: give at least one of --data.init_args.train, .validation and .test.")
     if not 0 <= held_out < 0.5:
         raise UserError(f"held_out is {held_out}; it must be at least 0 and less than 0.5.")
+    for source in sources.values():
+        _ = source.files  # a path that is not there is told before anything is loaded
     return sources
 
 

@@ -138,7 +138,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("output", type=Path, help="folder for the checkpoint")
     parser.add_argument("--stories", type=int, default=64_000, help="training stories")
-    parser.add_argument("--steps", type=int, default=4000, help="optimizer steps of 32 stories")
+    parser.add_argument("--steps", type=int, default=6000, help="optimizer steps of 32 stories")
     parser.add_argument("--describe", action="store_true", help="only measure the checkpoint that is there")
     options = parser.parse_args()
     if not options.describe:

@@ -1,0 +1,137 @@
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from qpruner.datamodules import InstructionDataModule
+from qpruner.datamodules.instructions import to_dialogue
+from qpruner.errors import UserError
+from qpruner.pretrained import EMBEDDED, load_tokenizer
+
+CHAT = (
+    "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{% if m['role'] == 'assistant' %}</s>{% endif %}{{ '\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+RECORD = {"instruction": "Name a colour.", "input": "", "output": "It is red."}
+
+
+@pytest.fixture
+def tokenizer() -> Any:
+    tokenizer = load_tokenizer(EMBEDDED)
+    tokenizer.chat_template = CHAT
+    return tokenizer
+
+
+def make(records: list[Any], tmp_path: Path, chat_template: str | None = None, **options: Any) -> InstructionDataModule:
+    path = tmp_path / "records.json"
+    path.write_text(json.dumps(records))
+    module = InstructionDataModule(test=str(path), tokenizer=EMBEDDED, **options)
+    module.tokenizer.chat_template = chat_template
+    return module
+
+
+def scored_text(module: InstructionDataModule, row: int) -> str:
+    rows = module.examples("test").rows
+    span = slice(int(rows.offsets[row]), int(rows.offsets[row + 1]))
+    return str(module.tokenizer.decode(rows.tokens[span][rows.scored[span]]))
+
+
+def test_alpaca_prompts_to_the_letter(tokenizer: Any) -> None:
+    dialogue = to_dialogue(RECORD, tokenizer, "")
+    assert not isinstance(dialogue, str)
+    assert dialogue.text == (
+        "Below is an instruction that describes a task. Write a response that appropriately completes the request."
+        "\n\n### Instruction:\nName a colour.\n\n### Response:\nIt is red."
+    )
+    assert [dialogue.text[first:last] for first, last in dialogue.responses] == ["It is red."]
+    dialogue = to_dialogue({**RECORD, "input": "{not} green"}, tokenizer, "")
+    assert not isinstance(dialogue, str)
+    assert dialogue.text == (
+        "Below is an instruction that describes a task, paired with an input that provides further context. "
+        "Write a response that appropriately completes the request."
+        "\n\n### Instruction:\nName a colour.\n\n### Input:\n{not} green\n\n### Response:\nIt is red."
+    )
+
+
+def test_the_response_and_its_end_are_scored_or_everything_is(tmp_path: Path) -> None:
+    module = make([RECORD], tmp_path)
+    assert scored_text(module, 0) == "It is red.</s>"
+    rows = module.examples("test").rows
+    assert rows.tokens[0] == module.tokenizer.bos_token_id
+    everything = make([RECORD], tmp_path, response_only=False)
+    assert scored_text(everything, 0).startswith("<s>Below is") and scored_text(everything, 0).endswith("red.</s>")
+    assert torch.equal(everything.examples("test").rows.tokens, rows.tokens)
+    assert "responses scored" in module.protocol and "prompts and responses scored" in everything.protocol
+
+
+def test_every_turn_of_the_assistant_is_scored(tmp_path: Path) -> None:
+    chat = [
+        {"role": "user", "content": "Who left?"},
+        {"role": "assistant", "content": "Tom left."},
+        {"role": "user", "content": "When?"},
+        {"role": "assistant", "content": "On Friday."},
+    ]
+    module = make([{"messages": chat}], tmp_path, CHAT)
+    rows = module.examples("test").rows
+    text = "<user>Who left?\n<assistant>Tom left.</s>\n<user>When?\n<assistant>On Friday.</s>\n"
+    assert module.tokenizer.decode(rows.tokens) == text
+    assert scored_text(module, 0) == "Tom left.</s>\nOn Friday.</s>\n"
+
+
+def test_records_that_cannot_be_used_are_counted(tmp_path: Path) -> None:
+    user = {"role": "user", "content": "Who?"}
+    records: list[Any] = [
+        RECORD,
+        {"instruction": "x", "output": ""},
+        {"question": "x"},
+        {"messages": [user]},
+        {"messages": "x"},
+        {"instruction": "word " * 300, "output": "y"},
+        {"messages": None, **RECORD, "output": "It is blue."},
+        7,
+    ]
+    module = make(records, tmp_path, CHAT, max_length=250)
+    assert [scored_text(module, row) for row in range(2)] == ["It is red.</s>", "It is blue.</s>"]
+    (note,) = [note for note in module.prepared.notes if "skipped" in note]
+    for reason in (
+        "1 with an empty instruction or output (first: records.json record 1)",
+        "1 with neither 'messages' nor 'instruction' and 'output' (first: records.json record 2)",
+        "1 without a response (first: records.json record 3)",
+        "1 whose 'messages' are not a list of role and content (first: records.json record 4)",
+        "1 with no response within 250 tokens (first: records.json record 5)",
+        "1 not a record with named fields (first: records.json record 7)",
+    ):
+        assert reason in note
+
+
+def test_rows_are_cut_and_padded(tmp_path: Path) -> None:
+    long = {**RECORD, "output": "red " * 200}
+    module = make([RECORD, long], tmp_path, max_length=200)
+    batch = module.examples("test").collate([0, 1])
+    assert batch["input_ids"].shape == (2, 200)
+    length = int(batch["attention_mask"][0].sum())
+    assert length < 200
+    assert (batch["input_ids"][0, length:] == module.tokenizer.pad_token_id).all()
+    assert (batch["labels"][0, length:] == -100).all()
+
+
+def test_nothing_usable_and_no_template_are_errors(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="holds no usable record: 1 with neither"):
+        make([{"question": "x"}], tmp_path).examples("test")
+    chat = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    with pytest.raises(UserError, match=r"records.json record 0 is a chat.*has no chat template"):
+        make([{"messages": chat}], tmp_path).examples("test")
+
+
+def test_the_same_instruction_never_stands_in_two_splits(tmp_path: Path) -> None:
+    records = [{"instruction": f"Name number {n}.", "output": f"It is {n}."} for n in range(300)]
+    (tmp_path / "train.json").write_text(json.dumps(records * 2))
+    module = InstructionDataModule(train=str(tmp_path / "train.json"), tokenizer=EMBEDDED, held_out=0.1)
+    found = []
+    for split in ("train", "validation", "test"):
+        rows = module.examples(split).rows  # type: ignore[arg-type]
+        found.append({tuple(rows.tokens[rows.offsets[i] : rows.offsets[i + 1]].tolist()) for i in range(len(rows))})
+    assert [bool(split) for split in found] == [True] * 3
+    assert sum(map(len, found)) == len(set.union(*found)) == 300
