@@ -1,22 +1,28 @@
 """Keeps the one checkpoint that a run goes on from."""
 
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
 
+from qpruner.errors import UserError
+
 
 class RunCheckpoint(Checkpoint):
     """Writes a checkpoint every few optimizer steps and at the end of training, over the one before.
 
     The file is whole at any moment: the new one is written beside the old one and takes its place when it is on disk.
-    Acts after a training batch and at the end of a fit.
+    Acts at the start of training, after its batches and at its end.
 
     Args:
         path: the checkpoint.
         every_n_steps: optimizer steps between two checkpoints, at least 1.
+
+    Raises:
+        UserError: before the first step, when the disk has no room for a checkpoint.
     """
 
     def __init__(self, path: str | Path, every_n_steps: int) -> None:
@@ -26,6 +32,16 @@ class RunCheckpoint(Checkpoint):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._saved_step = trainer.global_step
+        if trainer.is_global_zero:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            # Weights and the two moments of AdamW, twice, because the old file stays until the new one is whole.
+            trained = sum(p.numel() * p.element_size() for p in pl_module.parameters() if p.requires_grad)
+            needed, free = 2 * 3 * trained, shutil.disk_usage(self.path.parent).free
+            if free < needed:
+                raise UserError(
+                    f"Checkpoints in {str(self.path.parent)!r} need {needed:,} bytes and the disk has {free:,} left. "
+                    f"Free some, or name another place with --run.dir."
+                )
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int

@@ -101,6 +101,7 @@ class RunReport(Callback):
             results = evaluate(
                 module,
                 data.evaluation_loaders("test"),
+                limit=trainer.limit_test_batches,
                 device=device,
                 precision=trainer.precision_plugin,
                 title=f"Testing {name}",

@@ -31,7 +31,7 @@ def resolve(name: str) -> str:
 
 
 def load_model(name: str, *, dtype: DType, trust_remote_code: bool) -> Any:
-    """The causal language model, in evaluation mode on the CPU.
+    """The causal language model, in evaluation mode on the CPU; only safetensors are read, never a pickle.
 
     Raises:
         UserError: nothing of that name, or not a causal language model.
@@ -40,7 +40,7 @@ def load_model(name: str, *, dtype: DType, trust_remote_code: bool) -> Any:
 
     try:
         return AutoModelForCausalLM.from_pretrained(
-            resolve(name), dtype=getattr(torch, dtype), trust_remote_code=trust_remote_code
+            resolve(name), dtype=getattr(torch, dtype), trust_remote_code=trust_remote_code, use_safetensors=True
         )
     except (OSError, ValueError) as error:
         raise _cannot_load("model", name, error) from error

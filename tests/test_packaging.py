@@ -38,7 +38,7 @@ ALLOWED: dict[str, set[str]] = {
     "runs": {"errors", "files"},
     "datamodules": {"errors", "files", "seeds", "pretrained", "stories"},
     "training": {"adapters", "datamodules", "errors", "pretrained", "seeds"},
-    "callbacks": {"datamodules", "files", "memory", "runs", "training"},
+    "callbacks": {"datamodules", "errors", "files", "memory", "runs", "training"},
     "options": {"callbacks", "datamodules", "errors"},
     "cli": {"callbacks", "datamodules", "errors", "memory", "options", "runs", "training"},
     "__main__": {"cli", "errors"},

@@ -127,14 +127,12 @@ class RunFolder:
             restart: whether to throw away what is there.
 
         Raises:
-            UserError: the folder belongs to a run with other options (each is named), or there is no room.
+            UserError: the folder belongs to a run with other options; each is named.
         """
         begun = self.config.exists() and (self.summary.exists() or self.checkpoint.exists())
         if restart or not begun:
             self._clear()
             begun = False
-        if (free := shutil.disk_usage(self.path).free) < 2**20:
-            raise UserError(f"The disk of {str(self.path)!r} is full ({free} bytes left). Free some, or use --run.dir.")
         if not begun:
             write_text(self.config, yaml.safe_dump(config, sort_keys=False))
             return False

@@ -1,13 +1,14 @@
 """Evaluates a module on a split outside of a Trainer's own loops, as the stages of a run need it."""
 
-from collections.abc import Iterable
+from collections.abc import Sequence
+from itertools import islice
 
 import torch
 from lightning.fabric.utilities import move_data_to_device
 from lightning.pytorch.plugins import Precision
 from tqdm import tqdm
 
-from qpruner.datamodules.rows import Batch
+from qpruner.datamodules.loader import ResumableLoader
 from qpruner.training.metrics import ChoiceAccuracy, Perplexity
 from qpruner.training.module import LoRAFinetuner, evaluation_results
 
@@ -15,8 +16,9 @@ from qpruner.training.module import LoRAFinetuner, evaluation_results
 @torch.no_grad()
 def evaluate(
     module: LoRAFinetuner,
-    loaders: Iterable[Iterable[Batch]],
+    loaders: Sequence[ResumableLoader],
     *,
+    limit: int | float,
     device: torch.device,
     precision: Precision,
     title: str,
@@ -27,6 +29,7 @@ def evaluate(
     Args:
         module: it is moved to ``device`` and left there, in the mode that it was in.
         loaders: batches of text and of choice tasks.
+        limit: how many batches of each loader are read, as a number or a share; see ``Trainer(limit_test_batches)``.
         device: where to compute.
         precision: the Trainer's, so that an evaluation computes as the fit does.
         title: of the progress bar.
@@ -38,7 +41,8 @@ def evaluate(
     module.model.eval()
     try:
         for loader in loaders:
-            for batch in tqdm(loader, desc=title, disable=not progress, leave=False):
+            number = int(len(loader) * limit) if isinstance(limit, float) else min(len(loader), limit)
+            for batch in tqdm(islice(loader, number), title, number, disable=not progress, leave=False):
                 with precision.forward_context():
                     module.evaluate(move_data_to_device(batch, device), perplexity, accuracy)
     finally:

@@ -11,8 +11,8 @@ from qpruner.errors import UserError
 from qpruner.pretrained import EMBEDDED, load_tokenizer
 
 CHAT = (
-    "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{% if m['role'] == 'assistant' %}</s>{% endif %}{{ '\n' }}"
-    "{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
+    "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{% if m['role'] == 'assistant' %}</s>{% endif %}"
+    "{{ '\n' }}{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
 )
 RECORD = {"instruction": "Name a colour.", "input": "", "output": "It is red."}
 

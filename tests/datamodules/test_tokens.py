@@ -2,120 +2,218 @@ from typing import Any
 
 import numpy as np
 import pytest
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import PreTrainedTokenizerFast
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
 
 from qpruner.datamodules import tokens
+from qpruner.datamodules.rows import Row
 from qpruner.datamodules.tokens import bytes_per_token, tokenize, tokenizer_fingerprint
 from qpruner.errors import UserError
 from qpruner.pretrained import EMBEDDED, load_tokenizer
 
-TEXTS = ["One day Tom left.", "naïve café — 東京 🙂🙂 end", "", " leading  and   inner spaces ", "a\nb\n\n\tc"]
+TEXTS = [
+    "Lily saw a cat.",
+    "  Ärger in the café:\n\n\tnaïve 猫 and 👩‍👩‍👧 🏳️‍🌈!  ",
+    "",
+    "    indented\n        deeper\n",
+]
 
 
-@pytest.fixture(scope="module")
-def byte_level() -> Any:
-    return load_tokenizer(EMBEDDED)
+def wrapped(tokenizer: Tokenizer, *, begin: bool = True, end: bool = False) -> PreTrainedTokenizerFast:
+    """A tokenizer of transformers that puts <s> before a text, or </s> after it."""
+    tokenizer.add_special_tokens(["<s>", "</s>"])
+    tokenizer.post_processor = processors.Sequence(
+        [
+            *([tokenizer.post_processor] if tokenizer.post_processor else []),
+            processors.TemplateProcessing(
+                single="<s> " * begin + "$A" + " </s>" * end,
+                special_tokens=[(token, tokenizer.token_to_id(token)) for token in ("<s>", "</s>")],
+            ),
+        ]
+    )
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>")
 
 
-@pytest.fixture(scope="module")
-def metaspace() -> Any:
-    """A tokenizer in the manner of SentencePiece: it puts a space before the text and falls back to bytes."""
-    tokenizer = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True))
-    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always")
+def unigram(**options: bool) -> PreTrainedTokenizerFast:
+    """As sentencepiece makes them: no words, spaces written as ▁, one put before the text, unknown characters."""
+    tokenizer = Tokenizer(models.Unigram())
+    tokenizer.normalizer = normalizers.Sequence([normalizers.NFKC(), normalizers.Replace(Regex(" {2,}"), " ")])
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(split=False)
     tokenizer.decoder = decoders.Metaspace()
-    special = ["<unk>", "<s>", *(f"<0x{byte:02X}>" for byte in range(256))]
-    tokenizer.train_from_iterator(TEXTS[:1] * 3, trainers.BpeTrainer(vocab_size=400, special_tokens=special))
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>")
+    trainer = trainers.UnigramTrainer(
+        vocab_size=90, unk_token="<unk>", special_tokens=["<unk>"], show_progress=False, initial_alphabet=[]
+    )
+    tokenizer.train_from_iterator([STORY], trainer)
+    return wrapped(tokenizer, **options)
 
 
-def test_tokens_are_the_tokenizers_own(byte_level: Any) -> None:
-    for special in (True, False):
-        rows = list(tokenize(byte_level, TEXTS, special_tokens=special))
-        expected = [byte_level(text, add_special_tokens=special)["input_ids"] for text in TEXTS]
-        assert [row.tokens.tolist() for row in rows] == expected
-        assert all(row.scored.all() for row in rows)
+def trimming(**options: bool) -> PreTrainedTokenizerFast:
+    """As those of GPT-2 and Pythia: bytes, with the spaces trimmed off the offsets of a token."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.post_processor = processors.ByteLevel(trim_offsets=True)
+    trainer = trainers.BpeTrainer(
+        vocab_size=400, show_progress=False, initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
+    )
+    tokenizer.train_from_iterator(["def f(x):\n        return x\n" * 9, STORY], trainer)
+    return wrapped(tokenizer, **options)
 
 
-@pytest.mark.parametrize("kind", ["byte_level", "metaspace"])
-def test_every_byte_of_a_text_is_counted_once(kind: str, request: pytest.FixtureRequest) -> None:
-    tokenizer = request.getfixturevalue(kind)
-    for text, row in zip(TEXTS, tokenize(tokenizer, TEXTS, special_tokens=False), strict=True):
-        trailing = len(text) - len(text.rstrip()) if kind == "metaspace" else 0
-        assert len(text.encode()) - trailing <= row.num_bytes.sum() <= len(text.encode())
+STORY = " ".join(f"Lily had {n} red apples and Ben, who was {n % 7} years old, gave her one more!\n" for n in range(60))
+MAKERS: dict[str, Any] = {
+    "embedded": lambda: load_tokenizer(EMBEDDED),
+    "unigram": unigram,
+    "trimming": trimming,
+    "both ends": lambda: trimming(end=True),
+}
+
+
+@pytest.fixture(scope="module", params=MAKERS)
+def tokenizer(request: pytest.FixtureRequest) -> Any:
+    return MAKERS[request.param]()
+
+
+def rows(tokenizer: Any, texts: list[str], **options: Any) -> list[Row]:
+    return list(tokenize(tokenizer, texts, **({"special_tokens": True} | options)))
+
+
+@pytest.mark.parametrize("special_tokens", [True, False])
+def test_tokens_are_those_of_the_tokenizer(tokenizer: Any, special_tokens: bool) -> None:
+    found = rows(tokenizer, TEXTS, special_tokens=special_tokens)
+    assert [row.tokens.tolist() for row in found] == [
+        tokenizer(text, add_special_tokens=special_tokens)["input_ids"] for text in TEXTS
+    ]
+    assert all(row.scored.all() and len(row.scored) == len(row.tokens) == len(row.num_bytes) for row in found)
+    assert {(row.tokens.dtype, row.scored.dtype, row.num_bytes.dtype) for row in found} == {
+        (np.dtype(np.int32), np.dtype(np.bool_), np.dtype(np.int32))
+    }
+
+
+def test_bytes_of_the_tokens_sum_to_the_bytes_of_the_text(tokenizer: Any) -> None:
+    for text, row in zip(TEXTS, rows(tokenizer, TEXTS), strict=True):
+        # The unigram's rule on runs of spaces leaves those at the end of a text outside every token.
+        expected = len(text.encode()) - (1 if text.endswith("  ") and "▁" in tokenizer.get_vocab() else 0)
+        assert row.num_bytes.sum() == expected, text
         assert (row.num_bytes >= 0).all()
+        special = np.isin(row.tokens, tokenizer.all_special_ids) & (row.tokens != tokenizer.unk_token_id)
+        assert not row.num_bytes[special].any()
 
 
-def test_bytes_by_hand() -> None:
-    # <s>, "é" (2 bytes), " a" of which the offsets leave the space out, two halves of one emoji (4 bytes), </s>
-    offsets = np.array([[0, 0], [0, 1], [2, 3], [3, 4], [3, 4], [0, 0]])
-    assert bytes_per_token("é a🙂", offsets).tolist() == [0, 2, 2, 4, 0, 0]
-    assert bytes_per_token("", np.empty((0, 2), dtype=np.int64)).tolist() == []
+def test_bytes_per_token_by_hand() -> None:
+    # <s>, "é", " a" without its space, both tokens of "👋", a token of trimmed spaces, </s>
+    offsets = np.array([(0, 0), (0, 1), (2, 3), (3, 4), (3, 4), (6, 6), (0, 0)])
+    assert bytes_per_token("é a👋  ", offsets).tolist() == [0, 2, 2, 4, 0, 2, 0]
+    assert bytes_per_token("", np.empty((0, 2), int)).tolist() == []
 
 
-def test_only_the_given_spans_are_scored(byte_level: Any) -> None:
-    text = "ask: What? say: A red ball. ask: And? say: Tom."
-    first, second = text.index("A red"), text.index("Tom")
-    (row,) = tokenize(byte_level, [text], special_tokens=True, scored_from=[[(first, first + 11), (second, len(text))]])
-    assert byte_level.decode(row.tokens[row.scored]).split() == ["A", "red", "ball.", "Tom."]
+def test_spans_are_scored_and_nothing_else() -> None:
+    tokenizer = load_tokenizer(EMBEDDED)
+    text = "Ben said: Hello 👋 there. Lily said: Bye, Ben."
+    spans = [tuple(text.index(said) + n for n in (0, len(said))) for said in (" Hello 👋 there.", " Bye, Ben.")]
+    (row,) = rows(tokenizer, [text], scored_from=[spans])
+    assert tokenizer.decode(row.tokens[row.scored]) == " Hello 👋 there. Bye, Ben."
+    assert not row.scored[0]  # <s>
+    assert not rows(tokenizer, [text], scored_from=[[]])[0].scored.any()
 
 
-def test_a_long_text_in_pieces_has_the_tokens_of_the_whole(byte_level: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    text = " ".join(f"Story {n}: Tom had {n} naïve cats 🙂 and, well, {n * n} dogs." for n in range(3000))
-    assert len(text) > 120_000
-    whole = byte_level(text)["input_ids"]
-    spans = [(500, 900), (100_000, 100_300)]
-    encoded = []
-    original = tokens._encode
-    monkeypatch.setattr(tokens, "_encode", lambda *a: encoded.append(a) or original(*a))
-    (row,) = tokenize(byte_level, [text], special_tokens=True, scored_from=[spans])
-    assert len(encoded) == 1  # the pieces agreed
-    assert row.tokens.tolist() == whole
-    assert row.num_bytes.sum() == len(text.encode())
-    monkeypatch.setattr(tokens, "WINDOW", 10**9)
-    (at_once,) = tokenize(byte_level, [text], special_tokens=True, scored_from=[spans])
-    assert np.array_equal(row.scored, at_once.scored)
-    assert np.array_equal(row.num_bytes, at_once.num_bytes)
+def test_a_token_across_the_border_belongs_to_the_response() -> None:
+    tokenizer = load_tokenizer(EMBEDDED)
+    text = "Ben saw the cat"  # tokens: <s> B en Ġsaw Ġthe ...
+    for first in range(text.index(" the"), text.index("the") + 3):
+        (row,) = rows(tokenizer, [text], scored_from=[[(first, len(text))]])
+        assert tokenizer.decode(row.tokens[row.scored]) == " the cat", first
+    (row,) = rows(tokenizer, [text], scored_from=[[(0, text.index("the") + 2)]])
+    assert tokenizer.decode(row.tokens[row.scored]) == "Ben saw"
 
 
-def test_pieces_that_never_agree_fall_back_to_the_whole(byte_level: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tokens, "WINDOW", 100)
-    monkeypatch.setattr(tokens, "OVERLAP", 10)  # too few tokens for an agreement
-    text = "One day Tom went to the valley and heard something cry. " * 10
-    (row,) = tokenize(byte_level, [text], special_tokens=True)
-    assert row.tokens.tolist() == byte_level(text)["input_ids"]
+def test_spaces_of_which_trimmed_offsets_leave_nothing_are_scored() -> None:
+    tokenizer = trimming()
+    prompt, response = "Code:\n", "def f(x):\n        return x\n"
+    text = prompt + response
+    spans = [[(len(prompt), len(text))]]
+    assert any(first == last > 0 for first, last in tokenizer(text, return_offsets_mapping=True)["offset_mapping"])
+    (row,) = rows(tokenizer, [text], scored_from=spans)
+    assert tokenizer.decode(row.tokens[row.scored]) == response
 
 
-def test_many_texts_cross_batches(byte_level: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tokens, "BATCH", 150)
-    rows = list(tokenize(byte_level, TEXTS * 3, special_tokens=False))
-    assert [row.tokens.tolist() for row in rows] == [
-        byte_level(t, add_special_tokens=False)["input_ids"] for t in TEXTS
-    ] * 3
+def test_a_slow_tokenizer_gives_tokens_without_bytes() -> None:
+    tokenizer = ByT5Tokenizer()  # a token a byte, 3 above it, and </s> = 1
+    (row,) = rows(tokenizer, ["hé"])
+    assert row.tokens.tolist() == [ord("h") + 3, 0xC3 + 3, 0xA9 + 3, 1]
+    assert row.num_bytes.tolist() == [0, 0, 0, 0]
+    assert row.scored.all()
+    with pytest.raises(UserError, match=r"ByT5Tokenizer does not say where.*fast tokenizer.*response_only false"):
+        rows(tokenizer, ["hé"], scored_from=[[(0, 1)]])
 
 
-class Slow:
-    """As much of a slow tokenizer as is asked of it: no offsets."""
-
-    is_fast = False
-
-    def __call__(self, texts: list[str], **_: Any) -> dict[str, list[list[int]]]:
-        return {"input_ids": [[ord(letter) for letter in text] for text in texts]}
+@pytest.mark.parametrize("batch", [1, 300, 10**6])
+def test_batching_changes_nothing(monkeypatch: pytest.MonkeyPatch, batch: int) -> None:
+    tokenizer = load_tokenizer(EMBEDDED)
+    monkeypatch.setattr(tokens, "BATCH", batch)
+    assert [row.tokens.tolist() for row in rows(tokenizer, TEXTS * 3)] == [tokenizer(t)["input_ids"] for t in TEXTS * 3]
 
 
-def test_a_slow_tokenizer_gives_tokens_without_bytes_and_cannot_score_parts() -> None:
-    (row,) = tokenize(Slow(), ["abc"], special_tokens=False)
-    assert row.tokens.tolist() == [97, 98, 99]
-    assert row.num_bytes.tolist() == [0, 0, 0]
-    with pytest.raises(UserError, match="Slow does not say where.*response_only false"):
-        list(tokenize(Slow(), ["abc"], special_tokens=False, scored_from=[[(0, 1)]]))
+@pytest.mark.parametrize("window", [700, 701, 997])
+def test_a_long_text_in_pieces_equals_the_whole(
+    tokenizer: Any, window: int, monkeypatch: pytest.MonkeyPatch, encoded: list[int]
+) -> None:
+    text = f"{TEXTS[1]}{STORY}{TEXTS[1]}"
+    spans = [(100, 1500), (2000, 2100), (4000, len(text))]
+    long, short = f"{text}", "Ben."
+    expected = rows(tokenizer, [short, long, long, short], scored_from=[[(0, 3)], spans, [], []])
+    assert encoded[-4:] == [len(short), len(text), len(text), len(short)]
+    monkeypatch.setattr(tokens, "WINDOW", window)
+    monkeypatch.setattr(tokens, "OVERLAP", 500)
+    encoded.clear()
+    found = rows(tokenizer, [short, long, long, short], scored_from=[[(0, 3)], spans, [], []])
+    assert max(encoded) == window + 500 < len(text)
+    for mine, whole in zip(found, expected, strict=True):
+        assert mine.tokens.tolist() == whole.tokens.tolist()
+        assert mine.scored.tolist() == whole.scored.tolist()
+        assert mine.num_bytes.tolist() == whole.num_bytes.tolist()
 
 
-def test_fingerprint_knows_tokenizers_apart_and_not_their_state(byte_level: Any, metaspace: Any) -> None:
-    before = tokenizer_fingerprint(byte_level)
-    byte_level(["a", "a b c"], padding=True, truncation=True, max_length=2)
-    assert tokenizer_fingerprint(byte_level) == before
-    assert tokenizer_fingerprint(metaspace) != before
-    other = load_tokenizer(EMBEDDED)
-    other.chat_template = "{{ messages }}"
-    assert tokenizer_fingerprint(other) != before
+def test_a_text_whose_pieces_do_not_agree_is_tokenized_whole(
+    monkeypatch: pytest.MonkeyPatch, encoded: list[int]
+) -> None:
+    # Three spaces make a token, so where a piece of nothing but spaces begins decides on all its tokens.
+    tokenizer = trimming()
+    text = " " * 3000
+    expected = tokenizer(text)["input_ids"]
+    monkeypatch.setattr(tokens, "WINDOW", 701)
+    monkeypatch.setattr(tokens, "OVERLAP", 500)
+    (row,) = rows(tokenizer, [text])
+    assert row.tokens.tolist() == expected
+    assert encoded[-1] == len(text)
+
+
+@pytest.fixture
+def encoded(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The lengths of the texts that a tokenizer was given."""
+    lengths: list[int] = []
+    batches = tokens._batches
+
+    def spy(texts: Any) -> Any:
+        for batch in batches(texts):
+            lengths.extend(map(len, batch))
+            yield batch
+
+    monkeypatch.setattr(tokens, "_batches", spy)
+    return lengths
+
+
+def test_fingerprint_tells_tokenizers_apart() -> None:
+    base = tokenizer_fingerprint(load_tokenizer(EMBEDDED))
+    assert tokenizer_fingerprint(load_tokenizer(EMBEDDED)) == base
+    chatty, ended = load_tokenizer(EMBEDDED), load_tokenizer(EMBEDDED)
+    chatty.chat_template = "{{ messages[0]['content'] }}"
+    ended.eos_token = "<pad>"
+    prints = [base, *map(tokenizer_fingerprint, (chatty, ended, unigram(), unigram(end=True), ByT5Tokenizer()))]
+    assert len(set(prints)) == len(prints)
+
+
+def test_fingerprint_outlives_a_call() -> None:
+    tokenizer = load_tokenizer(EMBEDDED)
+    base = tokenizer_fingerprint(tokenizer)
+    tokenizer(["some text", "more"], truncation=True, max_length=3, padding=True)
+    assert tokenizer_fingerprint(tokenizer) == base

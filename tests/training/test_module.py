@@ -175,3 +175,18 @@ def test_a_base_that_is_not_there_is_refused(tmp_path: Path) -> None:
         make(tmp_path / "nothing")
     with pytest.raises(UserError, match="Cannot load a model from"):
         make(tmp_path)
+
+
+def test_a_full_disk_is_found_before_the_first_step(
+    tiny_llama: Path, stories: StoriesDataModule, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = make(tiny_llama)
+    trained = sum(parameter.numel() for parameter in module.parameters() if parameter.requires_grad)
+    needed = 2 * 3 * 4 * trained
+    for free in (needed - 1, needed):
+        monkeypatch.setattr("shutil.disk_usage", lambda path, free=free: type("Usage", (), {"free": free}))
+        if free < needed:
+            with pytest.raises(UserError, match=rf"need {needed:,} bytes and the disk has {free:,} left.*--run.dir"):
+                train(module, stories, tmp_path / "new" / "last.ckpt")
+        else:
+            train(module, stories, tmp_path / "new" / "last.ckpt")
