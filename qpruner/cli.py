@@ -26,8 +26,6 @@ from qpruner.runs.report import Stage, Summary, protocol_line, table, write_repo
 from qpruner.training.module import LoRAFinetuner
 
 TRAINER_DEFAULTS = {"use_distributed_sampler": False}  # the loaders share the rows among the ranks themselves
-
-
 DESCRIPTION = """Narrower layers, each at the bits it deserves, adapters that win back what was lost.
 Besides the commands below, `qpruner report RUN_FOLDER` writes the report of a run again."""
 
@@ -41,13 +39,17 @@ class QPrunerCLI(LightningCLI):
             TokenDataModule,
             subclass_mode_data=True,
             trainer_defaults=TRAINER_DEFAULTS,
-            seed_everything_default=0,
             save_config_callback=None,  # the run folder keeps the configuration
             auto_configure_optimizers=False,
             load_from_checkpoint_support=False,  # the module keeps its own options as plain data
             parser_class=SuggestingParser,
             parser_kwargs={"prog": "qpruner", "description": DESCRIPTION},
             args=args,
+        )
+
+    def add_default_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        parser.add_argument(
+            "--seed_everything", type=int, default=0, help="Seed of the adapters, the order of the data and dropout."
         )
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
@@ -78,7 +80,9 @@ class QPrunerCLI(LightningCLI):
             )
         kwargs["default_root_dir"] = str(self.folder.path)
         kwargs["callbacks"] = list(options.trainer.callbacks or [])
-        if self.subcommand == "fit" and not options.trainer.fast_dev_run:
+        if self.subcommand == "predict":
+            kwargs["callbacks"].append(PredictionsWriter(self.folder.predictions))
+        elif self.subcommand == "fit" and not options.trainer.fast_dev_run:
             checkpoint = RunCheckpoint(self.folder.checkpoint, options.run.checkpoint_every_n_steps)
             kwargs["callbacks"] = [RunReport(self.folder), *kwargs["callbacks"], Throughput(), checkpoint]
         return super().instantiate_trainer(**kwargs)
@@ -132,8 +136,6 @@ class QPrunerCLI(LightningCLI):
         self._evaluate("test", "test", model, datamodule, ckpt_path)
 
     def predict(self, model: LoRAFinetuner, datamodule: TokenDataModule, ckpt_path: str | None = None) -> None:
-        path = self.folder.path / "predictions.jsonl"
-        self.trainer.callbacks.append(PredictionsWriter(path))  # type: ignore[attr-defined]
         self.trainer.predict(
             model,
             datamodule=datamodule,
@@ -141,7 +143,7 @@ class QPrunerCLI(LightningCLI):
             return_predictions=False,
             weights_only=True,
         )
-        rank_zero_info(f"Predictions: {path}")
+        rank_zero_info(f"Predictions: {self.folder.predictions}")
 
     def _trained(self, ckpt_path: str | None) -> str | None:
         """The checkpoint to evaluate: the one given, else the run's, else none."""
@@ -152,15 +154,14 @@ class QPrunerCLI(LightningCLI):
     ) -> None:
         """Measures the dense model and, where there is a checkpoint, the recovered one."""
         device = self.trainer.strategy.root_device
-        since = time.perf_counter()
         model.load_base()
-        loading = time.perf_counter() - since
         size = num_parameters(model.model), tensor_bytes(model.model)
         model.configure_model()
         checkpoint = self._trained(ckpt_path)
         stages = []
         for name, path in (("dense", None), ("recovered", checkpoint))[: 2 if checkpoint else 1]:
             reset_peak(device)
+            since = time.perf_counter()
             with model.adapters_disabled() if path is None else nullcontext():
                 (results, *_) = getattr(self.trainer, verb)(
                     model, datamodule=datamodule, ckpt_path=path, verbose=False, weights_only=True
@@ -168,7 +169,7 @@ class QPrunerCLI(LightningCLI):
             if path is not None:
                 size = num_parameters(model.model), tensor_bytes(model.model)
             results = {key.partition("/")[2]: value for key, value in results.items()}
-            stages.append(Stage(name, *size, results, loading, None, read_peak(device)))
+            stages.append(Stage(name, *size, results, time.perf_counter() - since, None, read_peak(device)))
         summary = Summary(True, datamodule.protocol, peak_meaning(device), tuple(stages))
         if self.trainer.is_global_zero:
             summary.write(self.folder.path / f"{verb}.json")

@@ -88,6 +88,10 @@ class RunFolder:
         return self.path / "report.md"
 
     @property
+    def predictions(self) -> Path:
+        return self.path / "predictions.jsonl"
+
+    @property
     def loss_picture(self) -> Path:
         return self.path / "loss.png"
 

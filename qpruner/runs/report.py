@@ -18,7 +18,8 @@ class Stage:
         parameters: of the model, adapters included.
         tensor_bytes: bytes of its tensors.
         results: what the metrics say: ``perplexity``, ``bits_per_byte``, ``accuracy``, ``tokens``, ...
-        seconds: what it took to reach the state from the one before: loading, or training.
+        seconds: what it took to reach the state, loading or training; where nothing is reached but only measured, what
+            the evaluation took.
         peak_training: highest use of memory in training, in bytes; None where nothing was trained or it is unknown.
         peak_inference: highest use of memory in evaluation, in bytes.
     """
