@@ -58,7 +58,7 @@ class RunCheckpoint(Checkpoint):
         temporary = self.path.with_name(f".{self.path.name}.tmp")
         trainer.save_checkpoint(temporary, weights_only=False)  # returns on every rank once the file is written
         if trainer.is_global_zero:
-            with temporary.open("rb") as file:
+            with temporary.open("r+b") as file:
                 os.fsync(file.fileno())
             os.replace(temporary, self.path)
         trainer.strategy.barrier("run_checkpoint")

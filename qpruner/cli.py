@@ -94,7 +94,7 @@ class QPrunerCLI(LightningCLI):
         self.continues = False
         self._claim = ExitStack()
         if getattr(rank_zero_only, "rank", 0) == 0:
-            self._claim.enter_context(self.folder.lock())
+            self._claim.callback(self.folder.lock().release)
             if self.subcommand == "fit" and not options.trainer.fast_dev_run:
                 dumped = self._parser(self.subcommand).dump(options, skip_none=False)
                 self.continues = self.folder.claim(yaml.safe_load(dumped), restart=options.restart)

@@ -1,13 +1,13 @@
 """The folder of a run: where its parts lie, who may write it, and which configuration it belongs to."""
 
-import fcntl
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import yaml
+from filelock import FileLock, Timeout
 
 from qpruner.errors import UserError
 from qpruner.files import read_json, write_text
@@ -99,27 +99,25 @@ class RunFolder:
     def finished(self) -> bool:
         return self.summary.exists() and bool(read_json(self.summary)["finished"])
 
-    def lock(self) -> IO[bytes]:
-        """Makes the folder and keeps others out, until the file that is returned is closed or the process ends.
+    def lock(self) -> FileLock:
+        """Makes the folder and keeps others out, until the lock that is returned is released or the process ends.
 
         Raises:
             UserError: the folder cannot be made or written, or another process works in it.
         """
+        lock = FileLock(self.path / ".lock", timeout=0)
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            handle = (self.path / ".lock").open("wb")
+            lock.acquire()
+        except Timeout:
+            raise UserError(
+                f"Another process is working in {str(self.path)!r}. Wait for it, or give this run another --run.name."
+            ) from None
         except OSError as error:
             raise UserError(
                 f"Cannot write the run folder {str(self.path)!r} ({error}). Name another place with --run.dir."
             ) from error
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            handle.close()
-            raise UserError(
-                f"Another process is working in {str(self.path)!r}. Wait for it, or give this run another --run.name."
-            ) from error
-        return handle
+        return lock
 
     def claim(self, config: dict[str, Any], *, restart: bool) -> bool:
         """Binds the folder to a configuration, and says whether there is a run to continue.

@@ -74,9 +74,11 @@ def test_restart_removes_what_the_run_left_and_nothing_else(folder: RunFolder) -
 
 
 def test_two_processes_cannot_work_in_one_folder(folder: RunFolder) -> None:
-    with folder.lock(), pytest.raises(UserError, match="Another process is working"):
+    lock = folder.lock()
+    with pytest.raises(UserError, match="Another process is working"):
         folder.lock()
-    folder.lock().close()
+    lock.release()
+    folder.lock().release()
 
 
 def test_a_place_that_cannot_be_written_is_named(tmp_path: Path) -> None:
