@@ -51,11 +51,12 @@ def trimming(**options: bool) -> PreTrainedTokenizerFast:
     """As those of GPT-2 and Pythia: bytes, with the spaces trimmed off the offsets of a token."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
     tokenizer.post_processor = processors.ByteLevel(trim_offsets=True)
     trainer = trainers.BpeTrainer(
         vocab_size=400, show_progress=False, initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
     )
-    tokenizer.train_from_iterator(["def f(x):\n        return x\n" * 9, STORY], trainer)
+    tokenizer.train_from_iterator(["if x:        return x\n" * 9, STORY], trainer)
     return wrapped(tokenizer, **options)
 
 
@@ -91,9 +92,7 @@ def test_tokens_are_those_of_the_tokenizer(tokenizer: Any, special_tokens: bool)
 
 def test_bytes_of_the_tokens_sum_to_the_bytes_of_the_text(tokenizer: Any) -> None:
     for text, row in zip(TEXTS, rows(tokenizer, TEXTS), strict=True):
-        # The unigram's rule on runs of spaces leaves those at the end of a text outside every token.
-        expected = len(text.encode()) - (1 if text.endswith("  ") and "▁" in tokenizer.get_vocab() else 0)
-        assert row.num_bytes.sum() == expected, text
+        assert row.num_bytes.sum() == len(text.encode()), text
         assert (row.num_bytes >= 0).all()
         special = np.isin(row.tokens, tokenizer.all_special_ids) & (row.tokens != tokenizer.unk_token_id)
         assert not row.num_bytes[special].any()
@@ -128,7 +127,7 @@ def test_a_token_across_the_border_belongs_to_the_response() -> None:
 
 def test_spaces_of_which_trimmed_offsets_leave_nothing_are_scored() -> None:
     tokenizer = trimming()
-    prompt, response = "Code:\n", "def f(x):\n        return x\n"
+    prompt, response = "Code:\n", "if x:        return x\n"
     text = prompt + response
     spans = [[(len(prompt), len(text))]]
     assert any(first == last > 0 for first, last in tokenizer(text, return_offsets_mapping=True)["offset_mapping"])
