@@ -1,15 +1,16 @@
 """What all data modules share, on the stories."""
 
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
-from qpruner.datamodules import StoriesDataModule
+from qpruner.datamodules import StoriesDataModule, TextDataModule
 from qpruner.datamodules.base import LoaderConfig
 from qpruner.errors import UserError
 from qpruner.pretrained import EMBEDDED
-from qpruner.stories import generate_stories
 
 
 def make(**options: Any) -> StoriesDataModule:
@@ -73,29 +74,45 @@ def test_fingerprint_is_of_the_tokens(data: StoriesDataModule) -> None:
     assert make(max_length=60, story_seed=1).fingerprint()["test"]["sha256"] != fingerprint["test"]["sha256"]
 
 
-def test_the_endings_to_choose_between(data: StoriesDataModule) -> None:
-    stories = list(generate_stories("test", num_stories=5, seed=0))[:4]
-    choices = data.choices("test")
-    assert choices is not None and data.choices("train") is None
-    batch = choices.collate(range(4))
-    for row in range(8):
-        story = stories[row // 2]
-        right = int(batch["option"][row]) == int(batch["gold"][row])
-        ending = story.ending if right else story.wrong_ending
-        tokens = batch["input_ids"][row][batch["attention_mask"][row].bool()]
-        assert data.tokenizer.decode(tokens) == f"<s>{story.prompt} {ending}"
-        scored = batch["labels"][row][batch["labels"][row] != -100]
-        assert data.tokenizer.decode(scored) == f" {ending}"
-    assert set(make(num_choices=5).choices("test").gold.tolist()) <= {0, 1}  # type: ignore[union-attr]
-
-
-@pytest.mark.parametrize("wrong", [{"num_train": 0}, {"num_choices": 6}, {"num_choices": -1}])
-def test_impossible_numbers_of_stories(wrong: dict[str, int]) -> None:
-    with pytest.raises(UserError, match="num_choices must lie between"):
-        make(**wrong)
-
-
 @pytest.mark.parametrize("wrong", [{"batch_size": 0}, {"eval_batch_size": 0}, {"num_workers": -1}])
 def test_impossible_batches(wrong: dict[str, int]) -> None:
     with pytest.raises(UserError, match="Batch sizes must be at least 1"):
         LoaderConfig(**wrong)
+
+
+def test_ranks_of_a_trainer_share_the_rows(data: StoriesDataModule) -> None:
+    ranks = [make(max_length=60, loader=LoaderConfig(batch_size=4)) for _ in range(2)]
+    for number, rank in enumerate(ranks):
+        state = SimpleNamespace(fn="fit")
+        rank.trainer = SimpleNamespace(global_rank=number, world_size=2, limit_train_batches=0.7, state=state)  # type: ignore[assignment]
+    train = [rank.train_dataloader() for rank in ranks]
+    assert {len(loader) for loader in train} == {3}
+    assert {loader.limit for loader in train} == {0.7}
+    seen = [index for loader in train for batch in loader for index in batch["example"].tolist()]
+    assert len(set(seen)) == len(seen) == 24
+    text = [next(iter(rank.val_dataloader()[0]))["example"].tolist() for rank in ranks]
+    assert text == [[0, 1, 2, 3, 4], [-1]]
+
+
+def test_a_fit_may_go_without_validation_data(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("One day Tom went home. " * 20)
+    module = TextDataModule(train=str(tmp_path / "a.txt"), held_out=0.0, tokenizer=EMBEDDED, max_length=16)
+    module.trainer = SimpleNamespace(state=SimpleNamespace(fn="fit"))  # type: ignore[assignment]
+    assert module.val_dataloader() == []
+    module.trainer = SimpleNamespace(state=SimpleNamespace(fn="validate"))  # type: ignore[assignment]
+    with pytest.raises(UserError, match="There is no validation data: give --data.init_args.validation"):
+        module.val_dataloader()
+
+
+def test_padding_without_a_padding_token() -> None:
+    module = make()
+    assert module.pad_token == module.tokenizer.convert_tokens_to_ids("<pad>")
+    module.tokenizer.pad_token = None
+    assert module.pad_token == module.tokenizer.eos_token_id == 1
+    module.tokenizer.eos_token = None
+    assert module.pad_token == 0
+
+
+def test_a_row_needs_two_tokens() -> None:
+    with pytest.raises(UserError, match="max_length is 1; a row needs at least 2 tokens"):
+        make(max_length=1)

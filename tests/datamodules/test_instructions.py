@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 import torch
+from tokenizers import processors
 
 from qpruner.datamodules import InstructionDataModule
 from qpruner.datamodules.instructions import to_dialogue
@@ -135,3 +136,113 @@ def test_the_same_instruction_never_stands_in_two_splits(tmp_path: Path) -> None
         found.append({tuple(rows.tokens[rows.offsets[i] : rows.offsets[i + 1]].tolist()) for i in range(len(rows))})
     assert [bool(split) for split in found] == [True] * 3
     assert sum(map(len, found)) == len(set.union(*found)) == 300
+
+
+TURNS = [
+    {"role": "user", "content": "Who left?"},
+    {"role": "assistant", "content": "Tom left."},
+    {"role": "user", "content": "When?"},
+    {"role": "assistant", "content": "On Friday."},
+]
+# What matters here of the templates of well-known models, with what is to be scored of the four turns.
+TEMPLATES = {
+    "chatml": (
+        "{% if messages[0]['role'] != 'system' %}<|im_start|>system\nBe good.<|im_end|>\n{% endif %}"
+        "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}",
+        "Tom left.<|im_end|>\nOn Friday.<|im_end|>\n",
+    ),
+    "llama 2": (
+        "{% for m in messages %}{% if m['role'] == 'user' %}<s>[INST] {{ m['content'] }} [/INST]"
+        "{% else %} {{ m['content'] | trim }} </s>{% endif %}{% endfor %}",
+        " Tom left. </s> On Friday. </s>",
+    ),
+    "qwen 3": (  # a thought before the last answer
+        "{% for m in messages %}<|im_start|>{{ m['role'] }}\n"
+        "{% if m['role'] == 'assistant' and loop.last %}<think>\n\n</think>\n\n{% endif %}"
+        "{{ m['content'] }}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}",
+        "Tom left.<|im_end|>\n<think>\n\n</think>\n\nOn Friday.<|im_end|>\n",
+    ),
+    "phi 3": (  # the end of text after the last turn
+        "{% for m in messages %}<|{{ m['role'] }}|>\n{{ m['content'] }}<|end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|assistant|>\n{% else %}</s>{% endif %}",
+        "Tom left.<|end|>\nOn Friday.<|end|>\n</s>",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_templates_of_well_known_models(name: str, tokenizer: Any, tmp_path: Path) -> None:
+    template, scored = TEMPLATES[name]
+    special = ["<|im_start|>", "<|im_end|>", "<|user|>", "<|assistant|>", "<|end|>", "[INST]", "[/INST]"]
+    module = make([{"messages": TURNS}], tmp_path, template)
+    for each in (tokenizer, module.tokenizer):
+        each.add_special_tokens({"additional_special_tokens": special})
+        each.chat_template = template
+    assert scored_text(module, 0) == scored
+    assert module.tokenizer.decode(module.examples("test").rows.tokens) == tokenizer.apply_chat_template(
+        TURNS, tokenize=False
+    )
+
+
+def test_a_system_message_is_not_scored(tmp_path: Path) -> None:
+    module = make([{"messages": [{"role": "system", "content": "Be kind."}, *TURNS]}], tmp_path, CHAT)
+    assert scored_text(module, 0) == "Tom left.</s>\nOn Friday.</s>\n"
+
+
+def test_chats_that_a_template_has_no_place_for_are_counted(tmp_path: Path) -> None:
+    strict = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('No system, please') }}{% endif %}" + CHAT
+    upper = CHAT.replace("{{ m['content'] }}", "{{ m['content'] if loop.last else m['content'] | upper }}")
+    chats: list[Any] = [
+        TURNS,
+        [{"role": "system", "content": "Be kind."}, *TURNS],
+        TURNS[1:],
+        [*TURNS[:1], {"role": "assistant", "content": None}],
+        [*TURNS[:1], {"role": None, "content": "x"}],
+        [],
+        [*TURNS[:1], {"role": "assistant", "content": "half \ud83d"}],
+    ]
+    module = make([{"messages": chat} for chat in chats], tmp_path, strict)
+    assert len(module.examples("test")) == 1
+    (note,) = [note for note in module.prepared.notes if "skipped" in note]
+    for reason in (
+        "1 that the chat template refuses (No system, please) (first: records.json record 1)",
+        "1 that begins with a response (first: records.json record 2)",
+        "2 whose 'messages' are not a list of role and content (first: records.json record 3)",
+        "1 without a response (first: records.json record 5)",
+        "1 with half a surrogate pair, which is no Unicode text (first: records.json record 6)",
+    ):
+        assert reason in note
+    with pytest.raises(UserError, match="1 whose responses the chat template puts at no fixed place"):
+        make([{"messages": TURNS}], tmp_path, upper).examples("test")
+
+
+def test_an_end_of_text_that_the_tokenizer_adds_is_a_target_too(tmp_path: Path) -> None:
+    tokenizer = load_tokenizer(EMBEDDED)
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A </s>", special_tokens=[("<s>", 0), ("</s>", 1)]
+    )
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    plain = make([RECORD], tmp_path)
+    (tmp_path / "a.json").write_text(json.dumps([RECORD]))
+    module = InstructionDataModule(test=str(tmp_path / "a.json"), tokenizer=str(tmp_path / "tokenizer"))
+    assert scored_text(module, 0) == "It is red.</s>"
+    assert torch.equal(module.examples("test").rows.tokens, plain.examples("test").rows.tokens)
+
+
+def test_a_response_beyond_the_cut_is_skipped_and_one_across_it_is_cut(tmp_path: Path) -> None:
+    whole = make([RECORD], tmp_path).examples("test").rows
+    first = int(whole.scored.nonzero()[0])
+    module = make([RECORD, {**RECORD, "input": "x" * 50}], tmp_path, max_length=first + 2)
+    assert module.examples("test").rows.tokens.tolist() == whole.tokens[: first + 2].tolist()
+    assert module.examples("test").rows.num_scored == 2
+    (note,) = [note for note in module.prepared.notes if "skipped" in note]
+    assert f"1 with no response within {first + 2} tokens (first: records.json record 1)" in note
+    with pytest.raises(UserError, match=f"The test split holds no usable record: 1 with no response within {first}"):
+        make([RECORD], tmp_path, max_length=first).examples("test")
+
+
+def test_the_reason_is_told_before_anything_is_held_out(tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_text('[{"prompt": "x"}]')
+    with pytest.raises(UserError, match="a.json' holds no usable record: 1 with neither 'messages' nor"):
+        InstructionDataModule(train=str(tmp_path / "a.json"), tokenizer=EMBEDDED).prepare_data()

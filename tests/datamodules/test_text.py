@@ -4,11 +4,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from transformers import PreTrainedTokenizerFast
 
 from qpruner.datamodules import TextDataModule
 from qpruner.errors import UserError
 from qpruner.pretrained import EMBEDDED, load_tokenizer
 
+WORDS = {"<unk>": 0, "a": 1, "b": 2, "c": 3, "é": 4, "</s>": 5}
 STORIES = ["One day Tom went home.", "Max had six stamps and looked a little sad.", "It was raining."]
 
 
@@ -19,6 +22,16 @@ def tokenizer() -> Any:
 
 def make(**options: Any) -> TextDataModule:
     return TextDataModule(tokenizer=EMBEDDED, **options)
+
+
+def word_module(sources: dict[str, str], folder: Path, *, end: str | None = None, **options: Any) -> TextDataModule:
+    """With a tokenizer that has a token a word, and perhaps an end-of-text token that it adds itself."""
+    words = Tokenizer(models.WordLevel(WORDS, unk_token="<unk>"))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    if end:
+        words.post_processor = processors.TemplateProcessing(single=f"$A {end}", special_tokens=[(end, WORDS[end])])
+    PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<unk>", eos_token=end).save_pretrained(folder / "words")
+    return TextDataModule(**sources, tokenizer=str(folder / "words"), **({"layout": "per_document"} | options))
 
 
 def rows(module: TextDataModule, split: Any) -> list[list[int]]:
@@ -112,9 +125,8 @@ def test_splits_that_are_not_given_are_held_out_and_all_are_disjoint(tmp_path: P
     assert len(found["test"]) == 10
     assert not found["test"] & found["train"] and not found["test"] & found["validation"]
     assert sum(map(len, found.values())) == 400
-    assert any(
-        "left out 20 that also stand in a later split" in note or "left out" in note for note in both.prepared.notes
-    )
+    left_out = [int(note.split("left out ")[1].split()[0]) for note in both.prepared.notes if "left out" in note]
+    assert sum(left_out) == 20  # each of ten stands in the training file twice
 
 
 def test_bad_records_are_counted_with_the_first_and_the_rest_is_used(tmp_path: Path) -> None:
@@ -150,5 +162,68 @@ def test_what_cannot_be_used_is_an_error_that_says_what_to_do(tmp_path: Path) ->
     for options, said in wrong:
         with pytest.raises(UserError, match=said):
             make(**options).examples("test")
+    with pytest.raises(UserError, match="None of 1 document.* has the 2 tokens that a row needs"):
+        word_module({"test": write("word.txt", "a")}, tmp_path).examples("test")
+    with pytest.raises(UserError, match="Nothing is left of the train split"):
+        make(train=str(tmp_path / "one.txt"), validation=str(tmp_path / "one.txt"), held_out=0.0).examples("train")
     with pytest.raises(UserError, match="There is no train data: give --data.init_args.train"):
         make(test=write("long.txt", "One day. " * 200)).train_dataloader()
+
+
+def write_lines(path: Path, texts: list[str]) -> str:
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    return str(path)
+
+
+def test_an_end_of_text_that_the_tokenizer_adds_is_not_doubled(tmp_path: Path) -> None:
+    path = write_lines(tmp_path / "a.jsonl", ["a b", "c", "b a"])
+    packed = word_module({"test": path}, tmp_path, end="</s>", layout="packed", max_length=2)
+    assert rows(packed, "test") == [[1, 2], [5, 3], [5, 2], [1, 5]]
+    assert packed.examples("test").rows.scored.all()
+    alone = word_module({"test": path}, tmp_path, end="</s>", end_token=True)
+    assert rows(alone, "test") == [[1, 2, 5], [3, 5], [2, 1, 5]]
+
+
+def test_without_an_end_of_text_nothing_stands_between(tmp_path: Path) -> None:
+    path = write_lines(tmp_path / "a.jsonl", ["a b", "c", "b a"])
+    assert rows(word_module({"test": path}, tmp_path, layout="packed", max_length=2), "test") == [[1, 2], [3, 2]]
+    assert rows(word_module({"test": path}, tmp_path, end_token=True), "test") == [[1, 2], [2, 1]]
+
+
+def test_bytes_of_a_tokenizer_of_words_include_the_spaces_between(tmp_path: Path) -> None:
+    path = write_lines(tmp_path / "a.jsonl", ["é  a nothing b"])
+    batch = word_module({"test": path}, tmp_path).examples("test").collate([0])
+    assert batch["labels"].tolist() == [[-100, 1, 0, 2]]
+    assert batch["num_bytes"].tolist() == [len("  a nothing b")]
+
+
+def test_documents_that_make_no_row_are_counted(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"text": "a"}\n{"text": "b c"}\n{"text": "a\\ud83d"}\n{"text": "c"}\n')
+    module = word_module({"test": str(tmp_path / "a.jsonl")}, tmp_path)
+    assert rows(module, "test") == [[2, 3]]
+    (note,) = [note for note in module.prepared.notes if "skipped" in note]
+    assert "1 with half a surrogate pair, which is no Unicode text (first: a.jsonl line 3)" in note
+    assert "2 with fewer than 2 tokens (first: 'a')" in note
+
+
+def test_windows_line_ends_and_plain_ones_are_the_same_text(tmp_path: Path) -> None:
+    text = "One day\nTom went home.\n\n" * 20
+    (tmp_path / "plain.txt").write_bytes(text.encode())
+    (tmp_path / "windows.txt").write_bytes(text.replace("\n", "\r\n").encode())
+    plain, windows = (make(test=str(tmp_path / f"{name}.txt"), max_length=16) for name in ("plain", "windows"))
+    assert rows(windows, "test") == rows(plain, "test")
+    with pytest.raises(UserError, match="Nothing is left of the train split"):
+        make(train=str(tmp_path / "windows.txt"), test=str(tmp_path / "plain.txt"), held_out=0.0).prepared  # noqa: B018
+
+
+def test_one_training_document_alone(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("One day Tom went home. " * 20)
+    module = make(train=str(tmp_path / "a.txt"), held_out=0.0, max_length=16)
+    assert module.prepared.splits.keys() == {"train"}
+    assert module.fingerprint().keys() == {"train"}
+
+
+def test_notes_say_what_there_is(stories_file: Path, tokenizer: Any) -> None:
+    module = make(test=str(stories_file), layout="per_document", separator="<|endoftext|>")
+    tokens = sum(len(tokenizer(story)["input_ids"]) for story in STORIES)
+    assert module.prepared.notes == (f"TextDataModule: test: 3 rows, {tokens} tokens",)

@@ -47,6 +47,17 @@ def unigram(**options: bool) -> PreTrainedTokenizerFast:
     return wrapped(tokenizer, **options)
 
 
+def falling_back(**options: bool) -> PreTrainedTokenizerFast:
+    """As that of Llama 2: ▁ before every word, and bytes for the characters that it does not know."""
+    tokenizer = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True))
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
+    special = ["<unk>", *(f"<0x{byte:02X}>" for byte in range(256))]
+    tokenizer.train_from_iterator(
+        [STORY], trainers.BpeTrainer(vocab_size=400, special_tokens=special, show_progress=False)
+    )
+    return wrapped(tokenizer, **options)
+
+
 def trimming(**options: bool) -> PreTrainedTokenizerFast:
     """As those of GPT-2 and Pythia: bytes, with the spaces trimmed off the offsets of a token."""
     tokenizer = Tokenizer(models.BPE())
@@ -64,6 +75,7 @@ STORY = " ".join(f"Lily had {n} red apples and Ben, who was {n % 7} years old, g
 MAKERS: dict[str, Any] = {
     "embedded": lambda: load_tokenizer(EMBEDDED),
     "unigram": unigram,
+    "falling back": falling_back,
     "trimming": trimming,
     "both ends": lambda: trimming(end=True),
 }
