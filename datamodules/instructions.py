@@ -76,8 +76,9 @@ class InstructionDataModule(TokenDataModule):
         held_out: float = 0.05,
         **kwargs: Any,
     ) -> None:
-        super().__init__(**kwargs)
-        self.sources = named_sources(train=train, validation=validation, test=test, held_out=held_out)
+        sources = named_sources(train=train, validation=validation, test=test, held_out=held_out)
+        super().__init__(**kwargs)  # loads the tokenizer
+        self.sources = sources
         self.response_only = response_only
         self.held_out = held_out
 

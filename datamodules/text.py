@@ -54,8 +54,9 @@ class TextDataModule(TokenDataModule):
         held_out: float = 0.05,
         **kwargs: Any,
     ) -> None:
-        super().__init__(**kwargs)
-        self.sources = named_sources(train=train, validation=validation, test=test, held_out=held_out)
+        sources = named_sources(train=train, validation=validation, test=test, held_out=held_out)
+        super().__init__(**kwargs)  # loads the tokenizer
+        self.sources = sources
         self.layout = layout
         self.separator = separator
         self.end_token = end_token

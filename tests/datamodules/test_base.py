@@ -45,6 +45,12 @@ def test_calibration_sequences_are_parts_of_different_training_rows(data: Storie
     assert sorted(found) == list(range(30))
     assert len(starts) > 10  # cut at places of their own
     assert not torch.equal(make(max_length=60, seed=1).calibration(30, 20), data.calibration(30, 20))
+    assert sorted(data.calibration(30, 60).tolist()) == sorted(texts)  # whole rows, where there is no more
+
+
+def test_calibration_on_whole_rows(data: StoriesDataModule) -> None:
+    rows = data.examples("train").rows
+    assert sorted(data.calibration(30, 60).tolist()) == sorted(rows.tokens.view(30, 60).tolist())
 
 
 def test_calibration_that_cannot_be_had(data: StoriesDataModule) -> None:

@@ -1,5 +1,6 @@
 import gzip
 import json
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -7,7 +8,7 @@ import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from qpruner.datamodules import TextDataModule
+from qpruner.datamodules import InstructionDataModule, TextDataModule
 from qpruner.errors import UserError
 from qpruner.pretrained import EMBEDDED, load_tokenizer
 
@@ -129,6 +130,15 @@ def test_splits_that_are_not_given_are_held_out_and_all_are_disjoint(tmp_path: P
     assert sum(left_out) == 20  # each of ten stands in the training file twice
 
 
+def test_a_document_in_two_files_of_a_folder_stays_on_one_side(tmp_path: Path) -> None:
+    for name in ("a.jsonl", "b.jsonl"):
+        write_lines(tmp_path / name, [f"Story {n} of Tom." for n in range(200)])
+    module = make(train=str(tmp_path), layout="per_document", held_out=0.2)
+    found = {split: Counter(map(tuple, rows(module, split))) for split in ("train", "validation", "test")}
+    assert {count for counter in found.values() for count in counter.values()} == {2}
+    assert sum(map(len, found.values())) == 200 and all(found.values())
+
+
 def test_bad_records_are_counted_with_the_first_and_the_rest_is_used(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     path.write_text(
@@ -168,6 +178,23 @@ def test_what_cannot_be_used_is_an_error_that_says_what_to_do(tmp_path: Path) ->
         make(train=str(tmp_path / "one.txt"), validation=str(tmp_path / "one.txt"), held_out=0.0).examples("train")
     with pytest.raises(UserError, match="There is no train data: give --data.init_args.train"):
         make(test=write("long.txt", "One day. " * 200)).train_dataloader()
+
+
+def test_a_path_that_is_not_there_is_told_before_anything_is_loaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[str] = []
+    monkeypatch.setattr("qpruner.datamodules.base.load_tokenizer", lambda name: calls.append("tokenizer"))
+    monkeypatch.setattr("datasets.load_dataset", lambda *args, **kwargs: calls.append("hub"))
+    (tmp_path / "empty").mkdir()
+    for kind in (TextDataModule, InstructionDataModule):
+        for wrong, said in (("none.jsonl", "There is no file or folder"), ("empty", "holds no .txt, .jsonl")):
+            with pytest.raises(UserError, match=said):
+                kind(train="owner/NAME", test=str(tmp_path / wrong), tokenizer=EMBEDDED)
+        assert calls == []
+        assert kind(train="owner/NAME", tokenizer=EMBEDDED).sources.keys() == {"train"}
+        assert calls == ["tokenizer"]  # of the hub nothing is asked yet
+        calls.clear()
 
 
 def write_lines(path: Path, texts: list[str]) -> str:

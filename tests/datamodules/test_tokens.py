@@ -169,7 +169,7 @@ def test_a_long_text_in_pieces_equals_the_whole(
     tokenizer: Any, window: int, monkeypatch: pytest.MonkeyPatch, encoded: list[int]
 ) -> None:
     text = f"{TEXTS[1]}{STORY}{TEXTS[1]}"
-    spans = [(100, 1500), (2000, 2100), (4000, len(text))]
+    spans = [(100, 1500), (2000, 2100), (2500, len(text))]
     long, short = f"{text}", "Ben."
     expected = rows(tokenizer, [short, long, long, short], scored_from=[[(0, 3)], spans, [], []])
     assert encoded[-4:] == [len(short), len(text), len(text), len(short)]
@@ -182,6 +182,15 @@ def test_a_long_text_in_pieces_equals_the_whole(
         assert mine.tokens.tolist() == whole.tokens.tolist()
         assert mine.scored.tolist() == whole.scored.tolist()
         assert mine.num_bytes.tolist() == whole.num_bytes.tolist()
+
+
+def test_a_text_longer_than_the_window_as_it_is(encoded: list[int]) -> None:
+    tokenizer = load_tokenizer(EMBEDDED)
+    text = " ".join(f"{n}: {TEXTS[1]} {TEXTS[3]}{STORY[n % 50 :]}" for n in range(50))
+    (row,) = rows(tokenizer, [text])
+    assert encoded == [105_000, 105_000, len(text) - 200_000]
+    assert row.tokens.tolist() == tokenizer(text)["input_ids"]
+    assert row.num_bytes.sum() == len(text.encode()) > len(text)
 
 
 def test_a_text_whose_pieces_do_not_agree_is_tokenized_whole(
