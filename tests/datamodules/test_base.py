@@ -48,11 +48,6 @@ def test_calibration_sequences_are_parts_of_different_training_rows(data: Storie
     assert sorted(data.calibration(30, 60).tolist()) == sorted(texts)  # whole rows, where there is no more
 
 
-def test_calibration_on_whole_rows(data: StoriesDataModule) -> None:
-    rows = data.examples("train").rows
-    assert sorted(data.calibration(30, 60).tolist()) == sorted(rows.tokens.view(30, 60).tolist())
-
-
 def test_calibration_that_cannot_be_had(data: StoriesDataModule) -> None:
     with pytest.raises(UserError, match="asks for 31 sequences of 20 tokens; 30 of the 30 training rows are that long"):
         data.calibration(31, 20)
