@@ -5,7 +5,16 @@ if __name__ != "qpruner.callbacks":
 
 from qpruner.callbacks.checkpoint import RunCheckpoint
 from qpruner.callbacks.predictions import PredictionsWriter
-from qpruner.callbacks.report import RunReport
+from qpruner.callbacks.pruning import PlannedCompression, StructuredPruning
+from qpruner.callbacks.report import MeasuredStage, RunReport
 from qpruner.callbacks.throughput import Throughput
 
-__all__ = ["PredictionsWriter", "RunCheckpoint", "RunReport", "Throughput"]
+__all__ = [
+    "MeasuredStage",
+    "PlannedCompression",
+    "PredictionsWriter",
+    "RunCheckpoint",
+    "RunReport",
+    "StructuredPruning",
+    "Throughput",
+]

@@ -12,6 +12,7 @@ from qpruner.datamodules.base import TokenDataModule
 from qpruner.memory import num_parameters, peak_meaning, read_peak, reset_peak, tensor_bytes
 from qpruner.runs.folder import RunFolder
 from qpruner.runs.manifest import record_session
+from qpruner.runs.pictures import plan_figure
 from qpruner.runs.report import Stage, Summary, protocol_line, table, write_report
 from qpruner.training.evaluation import evaluate
 from qpruner.training.module import LoRAFinetuner
@@ -21,8 +22,9 @@ class RunReport(Callback):
     """Evaluates the model on the test split before and after the fit, and writes what a person reads.
 
     In ``setup`` (fit only) it records the manifest and measures the dense model, unless an earlier session of the run
-    did; at the end of the fit it measures the recovered one and writes ``summary.json`` and ``report.md``. It stands
-    before every callback that changes the model. Without a test split the rows stay without a perplexity.
+    did; before the first step it writes ``plan.json``; at the end of the fit it measures the recovered model and writes
+    ``summary.json`` and ``report.md``. It stands before every callback that changes the model; a `MeasuredStage` stands
+    behind each. Without a test split the rows stay without a perplexity.
 
     Args:
         folder: of the run.
@@ -33,6 +35,7 @@ class RunReport(Callback):
         self._seconds = 0.0  # of training in sessions that are over
         self._peak: int | None = None  # of training in sessions that are over
         self._since: float | None = None  # when training began in this session; None while nothing trains
+        self._measured = 0.0  # when the last stage was measured
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if stage != "fit":
@@ -49,9 +52,29 @@ class RunReport(Callback):
                 data=data.fingerprint(),
                 devices=f"{trainer.world_size} x {trainer.strategy.root_device.type}",
             )
+        self.measure(trainer, "dense", seconds=loading)
+
+    def measure(self, trainer: Trainer, name: str, *, seconds: float | None = None) -> None:
+        """Measures the model as it is, unless an earlier session of the run did.
+
+        Args:
+            trainer: of the fit.
+            name: of the stage.
+            seconds: that it took to reach; by default the time since the stage before was measured.
+        """
         # Rank zero tells, because only its view of the folder is sure to be up to date.
-        if not trainer.strategy.broadcast(self.folder.summary.exists()):
-            self._add_stage(trainer, "dense", seconds=loading, peak_training=None)
+        if name not in trainer.strategy.broadcast([stage.name for stage in self._stages()]):
+            if seconds is None:
+                seconds = time.perf_counter() - self._measured
+            self._add_stage(trainer, name, seconds=seconds, peak_training=None)
+        self._measured = time.perf_counter()
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        plan = _expect(trainer, pl_module)[0].plan
+        if plan is not None and trainer.is_global_zero:
+            plan.write(self.folder.plan)
+            if isinstance(trainer.logger, TensorBoardLogger):
+                trainer.logger.experiment.add_figure("plan/kept", plan_figure(plan))
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         reset_peak(trainer.strategy.root_device)
@@ -71,6 +94,7 @@ class RunReport(Callback):
         self._seconds, self._peak = state["seconds"], state["peak"]
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        _expect(trainer, pl_module)[0].keep_adapters()  # before the run is called finished
         self._add_stage(trainer, "recovered", seconds=self._seconds, peak_training=self._peak, last=True)
         if trainer.is_global_zero:
             summary = Summary.read(self.folder.summary)
@@ -112,8 +136,27 @@ class RunReport(Callback):
             read_peak(device),
         )  # fmt: skip
         if trainer.is_global_zero:
-            earlier = Summary.read(self.folder.summary).stages if self.folder.summary.exists() else ()
-            Summary(last, data.protocol, peak_meaning(device), (*earlier, stage)).write(self.folder.summary)
+            Summary(last, data.protocol, peak_meaning(device), (*self._stages(), stage)).write(self.folder.summary)
+
+    def _stages(self) -> tuple[Stage, ...]:
+        return Summary.read(self.folder.summary).stages if self.folder.summary.exists() else ()
+
+
+class MeasuredStage(Callback):
+    """Measures what the callback before it made of the model, in ``setup`` of a fit.
+
+    Args:
+        report: that gets the stage.
+        name: of the stage.
+    """
+
+    def __init__(self, report: RunReport, name: str) -> None:
+        self.report = report
+        self.name = name
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if stage == "fit":
+            self.report.measure(trainer, self.name)
 
 
 def _expect(trainer: Trainer, pl_module: LightningModule) -> tuple[LoRAFinetuner, TokenDataModule]:

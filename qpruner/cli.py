@@ -1,33 +1,44 @@
 """The command line as a LightningCLI: options are the signatures of the classes, explained by their docstrings."""
 
-import argparse
 import logging
 import sys
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, nullcontext
 from pathlib import Path
 from typing import Any
 
 import yaml
-from lightning.pytorch import Trainer
+from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 
-from qpruner.callbacks import PredictionsWriter, RunCheckpoint, RunReport, Throughput
+from qpruner.callbacks import (
+    MeasuredStage,
+    PlannedCompression,
+    PredictionsWriter,
+    RunCheckpoint,
+    RunReport,
+    StructuredPruning,
+    Throughput,
+)
+from qpruner.checkpoint import is_compressed
+from qpruner.commands import plan_command, report, show_summary
 from qpruner.datamodules.base import TokenDataModule
-from qpruner.errors import UserError, user_error
+from qpruner.errors import user_error
 from qpruner.memory import num_parameters, peak_meaning, read_peak, reset_peak, tensor_bytes
 from qpruner.options import SuggestingParser
+from qpruner.plan import CompressionPlan
 from qpruner.runs.folder import RunConfig, RunFolder
-from qpruner.runs.report import Stage, Summary, protocol_line, table, write_report
+from qpruner.runs.report import Stage, Summary
 from qpruner.training.module import LoRAFinetuner
 
 TRAINER_DEFAULTS = {"use_distributed_sampler": False}  # the loaders share the rows among the ranks themselves
 DESCRIPTION = """Narrower layers, each at the bits it deserves, adapters that win back what was lost.
-Besides the commands below, `qpruner report RUN_FOLDER` writes the report of a run again."""
+Besides the commands below, `qpruner report RUN_FOLDER` writes the report of a run again, and `qpruner plan` shows,
+compares and checks plans and lists the ratios that a model can be pruned to."""
 
 
 class QPrunerCLI(LightningCLI):
@@ -54,6 +65,12 @@ class QPrunerCLI(LightningCLI):
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_argument("--run", type=RunConfig, default=RunConfig(), help="Where the run is kept.")
+        parser.add_argument(
+            "--plan",
+            type=str | None,
+            default=None,
+            help="A plan to carry out instead of making one (fit only); see `qpruner plan`.",
+        )
         parser.add_argument(
             "--restart", action="store_true", help="Throw away what the run folder holds and begin anew (fit only)."
         )
@@ -83,8 +100,11 @@ class QPrunerCLI(LightningCLI):
         if self.subcommand == "predict":
             kwargs["callbacks"].append(PredictionsWriter(self.folder.predictions))
         elif self.subcommand == "fit" and not options.trainer.fast_dev_run:
+            report = RunReport(self.folder)
             checkpoint = RunCheckpoint(self.folder.checkpoint, options.run.checkpoint_every_n_steps)
-            kwargs["callbacks"] = [RunReport(self.folder), *kwargs["callbacks"], Throughput(), checkpoint]
+            compression = list(_measured(_planned(kwargs["callbacks"], options.plan), report))
+            kwargs["callbacks"] = [report, *compression, Throughput(), checkpoint]
+            self.model.kept_in = self.folder.model
         return super().instantiate_trainer(**kwargs)
 
     def _claim_folder(self) -> None:
@@ -122,7 +142,7 @@ class QPrunerCLI(LightningCLI):
     def fit(self, model: LoRAFinetuner, datamodule: TokenDataModule, ckpt_path: str | None = None) -> None:
         if self.continues and self.folder.finished:
             rank_zero_info(f"The run {self.folder.path} is finished.")
-            _show(Summary.read(self.folder.summary), "test")
+            show_summary(Summary.read(self.folder.summary), "test")
             return
         if self.continues and self.folder.checkpoint.exists():
             ckpt_path = str(self.folder.checkpoint)
@@ -152,42 +172,61 @@ class QPrunerCLI(LightningCLI):
     def _evaluate(
         self, verb: str, split: str, model: LoRAFinetuner, datamodule: TokenDataModule, ckpt_path: str | None
     ) -> None:
-        """Measures the dense model and, where there is a checkpoint, the recovered one."""
+        """Measures the dense model and, where a fit has left them, the pruned and the recovered one."""
         device = self.trainer.strategy.root_device
-        model.load_base()
-        size = num_parameters(model.model), tensor_bytes(model.model)
-        model.configure_model()
-        checkpoint = self._trained(ckpt_path)
-        stages = []
-        for name, path in (("dense", None), ("recovered", checkpoint))[: 2 if checkpoint else 1]:
+        stages: list[Stage] = []
+
+        def measure(name: str, *, adapters: str | None = None) -> None:
+            if adapters is None:
+                size = num_parameters(model.model), tensor_bytes(model.model)
+            model.configure_model()
             reset_peak(device)
             since = time.perf_counter()
-            with model.adapters_disabled() if path is None else nullcontext():
+            with model.adapters_disabled() if adapters is None else nullcontext():
                 (results, *_) = getattr(self.trainer, verb)(
-                    model, datamodule=datamodule, ckpt_path=path, verbose=False, weights_only=True
+                    model, datamodule=datamodule, ckpt_path=adapters, verbose=False, weights_only=True
                 )
-            if path is not None:
+            if adapters is not None:
                 size = num_parameters(model.model), tensor_bytes(model.model)
             results = {key.partition("/")[2]: value for key, value in results.items()}
             stages.append(Stage(name, *size, results, time.perf_counter() - since, None, read_peak(device)))
+
+        model.load_base()
+        measure("dense")
+        if is_compressed(self.folder.model):
+            model.load_kept_base(self.folder.model)
+            measure("pruned")
+        if checkpoint := self._trained(ckpt_path):
+            measure("recovered", adapters=checkpoint)
         summary = Summary(True, datamodule.protocol, peak_meaning(device), tuple(stages))
         if self.trainer.is_global_zero:
             summary.write(self.folder.path / f"{verb}.json")
-            _show(summary, split)
+            show_summary(summary, split)
 
 
-def report(arguments: list[str]) -> None:
-    """Writes the report of a run again, from what its folder holds, and prints its table."""
-    parser = argparse.ArgumentParser("qpruner report", description=report.__doc__)
-    parser.add_argument("run", type=Path, help="folder of the run, such as runs/quickstart")
-    folder = RunFolder(parser.parse_args(arguments).run)
-    if not folder.summary.exists():
-        raise UserError(f"{str(folder.path)!r} holds no summary.json: no fit has measured anything there yet.")
-    write_report(folder)
-    _show(Summary.read(folder.summary), "test")
+def _planned(callbacks: Sequence[Callback], path: str | None) -> list[Callback]:
+    """The callbacks, with those that decide on a compression replaced by the one that carries out the plan."""
+    if path is None:
+        return list(callbacks)
+    plan = CompressionPlan.read(Path(path).expanduser())
+    replaced = [callback for callback in callbacks if isinstance(callback, StructuredPruning)]
+    for callback in replaced:
+        rank_zero_info(
+            f"The plan {path} replaces StructuredPruning(ratio={callback.ratio}, criterion={callback.criterion!r}); "
+            f"no scores are computed."
+        )
+    return [PlannedCompression(plan), *(callback for callback in callbacks if callback not in replaced)]
 
 
-WITHOUT_TRAINER = {"report": report}
+def _measured(callbacks: Sequence[Callback], report: RunReport) -> Iterator[Callback]:
+    """The callbacks, with a measurement behind each that compresses the base."""
+    for callback in callbacks:
+        yield callback
+        if isinstance(callback, StructuredPruning | PlannedCompression):
+            yield MeasuredStage(report, "pruned")
+
+
+WITHOUT_TRAINER = {"plan": plan_command, "report": report}
 """Commands that need no Trainer; the LightningCLI never sees them."""
 
 
@@ -203,11 +242,6 @@ def run(arguments: list[str]) -> None:
     else:
         # Lightning starts the other ranks with the command of this process, so it must be left to read that itself.
         QPrunerCLI(None if arguments == sys.argv[1:] else arguments)
-
-
-@rank_zero_only
-def _show(summary: Summary, split: str) -> None:
-    print(f"\n{table(summary)}\n\n{protocol_line(summary, split)}")
 
 
 def _quieten() -> None:

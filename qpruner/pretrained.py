@@ -46,6 +46,20 @@ def load_model(name: str, *, dtype: DType, trust_remote_code: bool) -> Any:
         raise _cannot_load("model", name, error) from error
 
 
+def load_config(name: str) -> Any:
+    """The configuration of a model, without its weights.
+
+    Raises:
+        UserError: nothing of that name.
+    """
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(resolve(name))
+    except (OSError, ValueError) as error:
+        raise _cannot_load("configuration", name, error) from error
+
+
 def load_tokenizer(name: str, *, trust_remote_code: bool = False) -> Any:
     """The tokenizer that belongs to a model.
 

@@ -33,18 +33,27 @@ ALLOWED: dict[str, set[str]] = {
     "files": set(),
     "memory": set(),
     "stories": set(),
+    "plan": {"errors", "files"},
+    "anatomy": {"errors", "plan"},
     "pretrained": {"errors", "files"},
     "adapters": {"errors", "seeds"},
-    "runs": {"errors", "files"},
+    "pruning": {"anatomy", "errors", "memory", "plan", "seeds"},
+    "checkpoint": {"anatomy", "errors", "files", "plan", "pruning"},
+    "runs": {"errors", "files", "plan"},
     "datamodules": {"errors", "files", "seeds", "pretrained", "stories"},
-    "training": {"adapters", "datamodules", "errors", "pretrained", "seeds"},
-    "callbacks": {"datamodules", "errors", "files", "memory", "runs", "training"},
+    "training": {
+        "adapters", "anatomy", "checkpoint", "datamodules", "errors", "plan", "pretrained", "pruning", "seeds",
+    },
+    "callbacks": {"anatomy", "datamodules", "errors", "files", "memory", "plan", "pruning", "runs", "training"},
     "options": {"callbacks", "datamodules", "errors"},
-    "cli": {"callbacks", "datamodules", "errors", "memory", "options", "runs", "training"},
+    "commands": {"anatomy", "checkpoint", "errors", "memory", "plan", "pretrained", "pruning", "runs"},
+    "cli": {
+        "callbacks", "checkpoint", "commands", "datamodules", "errors", "memory", "options", "plan", "runs", "training",
+    },
     "__main__": {"cli", "errors"},
-    "__init__": set(),
-}
-OUTSIDERS = {"lightning": {"callbacks", "cli", "datamodules", "options", "training"}, "nevergrad": set()}
+    "__init__": {"checkpoint"},
+}  # fmt: skip
+OUTSIDERS = {"lightning": {"callbacks", "cli", "commands", "datamodules", "options", "training"}, "nevergrad": set()}
 
 
 def imports(file: Path) -> set[str]:

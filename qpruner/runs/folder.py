@@ -96,6 +96,18 @@ class RunFolder:
         return self.path / "loss.png"
 
     @property
+    def plan(self) -> Path:
+        return self.path / "plan.json"
+
+    @property
+    def model(self) -> Path:
+        return self.path / "model"
+
+    @property
+    def plan_picture(self) -> Path:
+        return self.path / "plan.png"
+
+    @property
     def finished(self) -> bool:
         return self.summary.exists() and bool(read_json(self.summary)["finished"])
 
@@ -149,9 +161,10 @@ class RunFolder:
 
     def _clear(self) -> None:
         """Removes what a run left here, and nothing else: the folder may hold more than runs."""
-        for folder in (self.tensorboard, self.checkpoint.parent):
+        for folder in (self.tensorboard, self.checkpoint.parent, self.model):
             shutil.rmtree(folder, ignore_errors=True)
-        for file in (self.config, self.manifest, self.summary, self.report, self.loss_picture):
+        pictures = (self.loss_picture, self.plan_picture)
+        for file in (self.config, self.manifest, self.summary, self.report, self.plan, *pictures):
             file.unlink(missing_ok=True)
 
 

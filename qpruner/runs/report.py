@@ -5,8 +5,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from qpruner.files import read_json, replacing, write_json, write_text
+from qpruner.files import read_json, write_json, write_text
+from qpruner.plan import CompressionPlan
 from qpruner.runs.folder import RunFolder
+from qpruner.runs.pictures import loss_figure, plan_figure, save_figure
 
 
 @dataclass(frozen=True)
@@ -14,7 +16,7 @@ class Stage:
     """One row of the table: a state of the model and how it does on the test split.
 
     Args:
-        name: ``dense``, ``recovered``, ...
+        name: ``dense``, ``pruned``, ``recovered``, ...
         parameters: of the model, adapters included.
         tensor_bytes: bytes of its tensors.
         results: what the metrics say: ``perplexity``, ``bits_per_byte``, ``accuracy``, ``tokens``, ...
@@ -100,13 +102,22 @@ def protocol_line(summary: Summary, split: str = "test") -> str:
 
 
 def write_report(folder: RunFolder) -> None:
-    """Writes ``report.md`` and the picture of the losses from what the run folder holds."""
+    """Writes ``report.md`` and its pictures from what the run folder holds."""
     summary = Summary.read(folder.summary)
     losses = {tag: scalars(folder.tensorboard, tag) for tag in ("train/loss", "val/loss")}
     lines = [f"# Run {folder.path.name}", "", table(summary), "", protocol_line(summary)]
     if any(losses.values()):
-        draw_losses(losses, folder.loss_picture)
+        save_figure(loss_figure(losses), folder.loss_picture)
         lines += ["", f"![Loss over the optimizer steps]({folder.loss_picture.name})"]
+    if folder.plan.exists():
+        save_figure(plan_figure(CompressionPlan.read(folder.plan)), folder.plan_picture)
+        lines += [
+            "",
+            f"The compressed model is in `{folder.model.name}/`; what it keeps of the dense one, in `{folder.plan.name}`, "
+            f"layer by layer:",
+            "",
+            f"![What each layer keeps]({folder.plan_picture.name})",
+        ]
     lines += [
         "",
         f"The options of the run are in `{folder.config.name}`, the versions and hashes it was made with in "
@@ -127,22 +138,6 @@ def scalars(tensorboard: Path, tag: str) -> list[tuple[int, float]]:
     if tag not in events.Tags()["scalars"]:
         return []
     return sorted({event.step: event.value for event in events.Scalars(tag)}.items())
-
-
-def draw_losses(losses: dict[str, list[tuple[int, float]]], path: Path) -> None:
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(7, 4), layout="constrained")
-    axes = figure.subplots()
-    for tag, curve in losses.items():
-        if curve:
-            axes.plot(*zip(*curve, strict=True), label=tag, marker="o" if len(curve) < 20 else None, markersize=3)
-    axes.set_xlabel("optimizer step")
-    axes.set_ylabel("loss (nats per token)")
-    axes.grid(alpha=0.3)
-    axes.legend()
-    with replacing(path) as temporary:
-        figure.savefig(temporary, dpi=120, format="png")
 
 
 def _number(value: Any, spec: str) -> str:

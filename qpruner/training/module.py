@@ -3,17 +3,23 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule
+from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor
 
+from qpruner import checkpoint as model_folder
 from qpruner.adapters.lora import LoRAConfig, attach_adapters
+from qpruner.anatomy import architecture_of
 from qpruner.datamodules.rows import Batch
 from qpruner.errors import UserError
-from qpruner.pretrained import EMBEDDED, DType, load_model, model_fingerprint
+from qpruner.plan import CompressionPlan
+from qpruner.pretrained import EMBEDDED, DType, load_model, model_fingerprint, resolve
+from qpruner.pruning.surgery import apply_pruning_
 from qpruner.seeds import derive_seed
 from qpruner.training.metrics import IGNORED, ChoiceAccuracy, Perplexity, choose, token_nll
 from qpruner.training.optimization import OptimizerConfig, make_optimizer, make_scheduler
@@ -23,9 +29,11 @@ class LoRAFinetuner(LightningModule):
     """Recovers a causal language model by training LoRA adapters; the base never changes.
 
     The base is loaded by `load_base` and adapted by `attach_adapters`, both at most once; `configure_model` calls them,
-    and a callback that changes the base calls the first in its ``setup`` and acts before the second. A checkpoint holds
-    the adapters and not the base. Every random draw of training depends on (seed, epoch, batch, rank) alone, so a
-    resumed fit repeats the numbers of an uninterrupted one.
+    and a callback that compresses the base calls the first in its ``setup``, acts before the second and leaves its
+    ``plan``. A checkpoint holds the plan and the adapters and not the base. Where ``kept_in`` names a folder, the
+    compressed base is written there before training and taken from there by later sessions, and `keep_adapters` puts
+    the trained adapters to it. Every random draw of training depends on (seed, epoch, batch, rank) alone, so a resumed
+    fit repeats the numbers of an uninterrupted one.
 
     Args:
         base: model folder, hub name, or ``qpruner/stories`` for the model that comes with the package.
@@ -70,6 +78,8 @@ class LoRAFinetuner(LightningModule):
         self.optimizer_config = optimizer
         self.seed = seed
         self.model: Any = None
+        self.plan: CompressionPlan | None = None
+        self.kept_in: Path | None = None
         self.adapted = False
         self.base_sha256: str | None = None
         self.perplexity = Perplexity()
@@ -79,12 +89,41 @@ class LoRAFinetuner(LightningModule):
     # The model.
 
     def load_base(self) -> None:
-        """Loads the base model unless it is there."""
+        """Loads the base unless it is there: the compressed one where it is kept, else the dense one."""
         if self.model is None:
+            if self.kept_in is not None and model_folder.is_compressed(self.kept_in):
+                self.load_kept_base(self.kept_in)
+            else:
+                self.load_dense_base()
+
+    def load_dense_base(self) -> None:
+        """Loads the dense base in place of whatever is there, adapters included."""
+        if model_folder.is_compressed(folder := Path(resolve(self.base))):
+            self.model = model_folder.load_base(folder).model
+            if model_folder.has_adapters(folder):
+                rank_zero_warn(f"{self.base!r} is taken as the base without its adapters.")
+        else:
             self.model = load_model(self.base, dtype=self.dtype_of_base, trust_remote_code=self.trust_remote_code)
-            self.base_sha256 = model_fingerprint(self.base)
-            self.model.config.use_cache = False
-            self.model.requires_grad_(False)
+        self.model.requires_grad_(False)
+        self.base_sha256 = model_fingerprint(self.base)
+        self.plan = None
+        self.adapted = False
+
+    def load_kept_base(self, folder: Path) -> None:
+        """Loads the compressed base of a folder in place of whatever is there, adapters included."""
+        kept = model_folder.load_base(folder)
+        self.model, self.plan, self.base_sha256 = kept.model, kept.plan, kept.base_sha256
+        self.adapted = False
+
+    def apply_plan(self, plan: CompressionPlan) -> None:
+        """Compresses the dense base as a plan says.
+
+        Raises:
+            UserError: the plan is for a model of another shape.
+        """
+        plan.check(architecture_of(self.model.config), self.base_sha256)
+        apply_pruning_(self.model, plan)
+        self.plan = plan
 
     def attach_adapters(self) -> None:
         """Puts adapters on the base unless they are there."""
@@ -94,6 +133,19 @@ class LoRAFinetuner(LightningModule):
                 self.model.gradient_checkpointing_enable({"use_reentrant": False})
             self.model = attach_adapters(self.model, self.lora, seed=self.seed)
             self.adapted = True
+
+    def setup(self, stage: str) -> None:
+        """Keeps what the callbacks, whose ``setup`` comes before this one, made of the base."""
+        if stage == "fit" and self.kept_in is not None and self.plan is not None:
+            if self.trainer.is_global_zero and not model_folder.is_compressed(self.kept_in):
+                tokenizer = getattr(self.trainer.datamodule, "tokenizer", None)  # type: ignore[attr-defined]
+                model_folder.save_base(self.kept_in, self.model, self.plan, base_name=self.base, tokenizer=tokenizer)
+            self.trainer.strategy.barrier("compressed_base")
+
+    def keep_adapters(self) -> None:
+        """Puts the trained adapters to the compressed base, where that is kept."""
+        if self.kept_in is not None and self.plan is not None and self.trainer.is_global_zero:
+            model_folder.save_adapters(self.kept_in, self.model)
 
     def configure_model(self) -> None:
         self.load_base()
@@ -195,20 +247,28 @@ class LoRAFinetuner(LightningModule):
         checkpoint["state_dict"] = {name: t for name, t in checkpoint["state_dict"].items() if name in trained}
         # Beside the hyper-parameters, which `load_from_checkpoint` overwrites with what it is given.
         checkpoint["base_sha256"] = self.base_sha256
+        checkpoint["plan"] = self.plan and self.plan.to_json()
         checkpoint["lora"] = self.hparams["lora"]
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Loads the base if need be, and makes sure that the adapters were trained on it and fit.
+        """Gives the base the shapes of the checkpoint, and makes sure that its adapters were trained on it and fit.
 
         Raises:
-            UserError: another base, or adapters of another kind or shape.
+            UserError: another base or plan, or adapters of another kind or shape.
         """
-        self.configure_model()
+        self.load_base()
         if checkpoint.get("base_sha256") != self.base_sha256:
             raise UserError(
                 f"The checkpoint's adapters were trained on another base model ({checkpoint.get('base_sha256')}) than "
                 f"{self.base!r} ({self.base_sha256}). Give the base they were trained on as --model.base."
             )
+        plan = CompressionPlan.from_json(checkpoint["plan"]) if checkpoint.get("plan") else None
+        if plan != self.plan:
+            if plan is None or self.plan is not None:
+                raise UserError("The checkpoint's adapters were trained on a base that was compressed by another plan.")
+            self.load_dense_base()  # adapters of the dense shapes may be on it by now
+            self.apply_plan(plan)
+        self.configure_model()
         stored, ours = checkpoint["lora"], self.hparams["lora"]
         if different := [key for key in ("r", "alpha", "target_modules") if stored[key] != ours[key]]:
             listed = ", ".join(f"{key} {stored[key]} there, {ours[key]} here" for key in different)

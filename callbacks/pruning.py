@@ -1,0 +1,193 @@
+"""Makes the base narrower before the fit that recovers it."""
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_info
+
+from qpruner.anatomy import architecture_of
+from qpruner.datamodules.base import TokenDataModule
+from qpruner.errors import UserError
+from qpruner.memory import tensor_bytes
+from qpruner.plan import CompressionPlan
+from qpruner.pruning.calibration import Calibration, micro_batches
+from qpruner.pruning.criteria import Aggregate, Criterion
+from qpruner.pruning.rounds import Size, describe, prune_, step_parameters
+from qpruner.pruning.scores import LayerScores, needs_text, score_units
+from qpruner.pruning.selection import Kept, SelectionConfig
+from qpruner.training.module import LoRAFinetuner
+
+COARSE = 0.01  # a step of more than this share of all parameters is worth a word
+
+
+@dataclass(frozen=True)
+class CalibrationConfig:
+    """The text on which units are scored, drawn from the training split.
+
+    Args:
+        num_sequences: over all devices, at least 1.
+        length: tokens in each, at least 2.
+        batch_size: sequences that pass through the model together; default all of them. With ``param_first`` and
+            ``param_mix`` part of the result, see `qpruner.pruning.criteria`.
+    """
+
+    num_sequences: int = 10
+    length: int = 64
+    batch_size: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.num_sequences < 1 or self.length < 2 or (self.batch_size is not None and self.batch_size < 1):
+            raise UserError(f"Calibration needs at least 1 sequence of 2 tokens, in batches of at least 1, not {self}.")
+
+
+class StructuredPruning(Callback):
+    """Removes KV groups and FFN channels of the base, the least important first (LLM-Pruner, arXiv 2305.11627).
+
+    Acts in ``setup`` of a fit, once: where the module has a plan already, from its run folder, nothing is scored; where
+    the fit goes on from a checkpoint, the module takes the plan from that. With several devices each scores its share
+    of the micro-batches, the first decides, and all keep the same.
+
+    Args:
+        ratio: share of all parameters to remove, in (0, 1).
+        criterion: how a unit is scored; see `qpruner.pruning.criteria`.
+        aggregate: what a unit's coupled weights make together.
+        rounds: of scoring and pruning, at least 1; later rounds score the model that earlier ones left.
+        selection: how layers share what is removed.
+        calibration: the text for criteria that need one.
+
+    Raises:
+        UserError: a ratio that no legal widths reach, an unsupported model family, no room on the device, too little
+            calibration text, or a gradient that is not finite.
+    """
+
+    def __init__(
+        self,
+        ratio: float,
+        criterion: Criterion = "param_first",
+        aggregate: Aggregate = "sum",
+        rounds: int = 1,
+        selection: SelectionConfig = SelectionConfig(),  # noqa: B008  # frozen
+        calibration: CalibrationConfig = CalibrationConfig(),  # frozen
+    ) -> None:
+        if not 0 < ratio < 1:
+            raise UserError(f"StructuredPruning has ratio {ratio}; the share of all parameters to remove is in (0, 1).")
+        if rounds < 1:
+            raise UserError(f"StructuredPruning has rounds {rounds}; it takes at least 1.")
+        self.ratio = ratio
+        self.criterion: Criterion = criterion
+        self.aggregate: Aggregate = aggregate
+        self.rounds = rounds
+        self.selection = selection
+        self.calibration = calibration
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if stage != "fit" or trainer.ckpt_path is not None:
+            return
+        module = expect_finetuner(pl_module)
+        module.load_base()
+        if module.plan is None:
+            before = Size.of(module.model)
+            step = step_parameters(module.model, self.selection) / before.parameters
+            module.plan = self.prune(trainer, module)
+            coarse = f" One step is {step:.2%} of all parameters." if step > COARSE else ""
+            rank_zero_info(describe(module.plan, before, Size.of(module.model)) + coarse)
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if expect_finetuner(pl_module).plan is None:
+            raise UserError(
+                "The checkpoint is of a model that was not pruned, and the fit is to prune it. Drop StructuredPruning, "
+                "or begin a new fit."
+            )
+
+    def prune(self, trainer: Trainer, module: LoRAFinetuner) -> CompressionPlan:
+        """Narrows the module's base in place, the same on all devices."""
+        dense = CompressionPlan.dense(architecture_of(module.model.config), module.base_sha256)
+        calibration = self._calibration(trainer, module)
+
+        def score(model: Any) -> list[LayerScores]:
+            return score_units(model, self.criterion, self.aggregate, calibration, seed=module.seed)
+
+        def agree(kept: Kept) -> Kept:
+            return trainer.strategy.broadcast(kept)
+
+        return prune_(
+            module.model,
+            dense,
+            ratio=self.ratio,
+            rounds=self.rounds,
+            selection=self.selection,
+            score=score,
+            agree=agree,
+        )
+
+    def _calibration(self, trainer: Trainer, module: LoRAFinetuner) -> Calibration | None:
+        """This device's share of the text, with the model moved to the device; None where no text is needed."""
+        if not needs_text(self.criterion):
+            return None
+        data = trainer.datamodule  # type: ignore[attr-defined]
+        if not isinstance(data, TokenDataModule):
+            raise UserError(f"The criterion {self.criterion!r} needs calibration text; give fit a data module.")
+        config = self.calibration
+        tokens = data.calibration(config.num_sequences, config.length)
+        _move(module.model, trainer.strategy.root_device)
+        context: Callable[[], AbstractContextManager[Any]] = trainer.precision_plugin.forward_context
+        return Calibration(
+            batches=micro_batches(tokens, config.batch_size)[trainer.global_rank :: trainer.world_size],
+            num_sequences=len(tokens),
+            forward_context=context,
+            reduce=lambda total: trainer.strategy.reduce(total, reduce_op="sum"),
+        )
+
+
+class PlannedCompression(Callback):
+    """Carries out a plan instead of making one: no scores, no calibration.
+
+    Acts in ``setup`` of a fit, once.
+
+    Args:
+        plan: to carry out.
+    """
+
+    def __init__(self, plan: CompressionPlan) -> None:
+        self.plan = plan
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if stage != "fit" or trainer.ckpt_path is not None:
+            return
+        module = expect_finetuner(pl_module)
+        module.load_base()
+        if module.plan is None:
+            before = Size.of(module.model)
+            module.apply_plan(self.plan)
+            rank_zero_info(describe(self.plan, before, Size.of(module.model)))
+        elif module.plan.layers != self.plan.layers:
+            raise UserError(
+                "The run was begun with another plan. Start anew with --restart, or give another --run.name."
+            )
+
+
+def expect_finetuner(pl_module: LightningModule) -> LoRAFinetuner:
+    if not isinstance(pl_module, LoRAFinetuner):
+        raise TypeError(f"Compression acts on a LoRAFinetuner, not on a {type(pl_module).__name__}.")
+    return pl_module
+
+
+def _move(model: Any, device: torch.device) -> None:
+    """Moves a model to the device that scores it.
+
+    Raises:
+        UserError: the device has no room for its weights.
+    """
+    if device.type == "cuda":
+        needed, (free, _) = tensor_bytes(model), torch.cuda.mem_get_info(device)
+        if next(model.parameters()).device.type != "cuda" and needed > free:
+            raise UserError(
+                f"Scoring needs the whole model on the device: {needed:,} bytes of weights, and {device} has {free:,} "
+                f"free. Use a larger device, --model.dtype bfloat16, or a criterion that needs no text, such as "
+                f"magnitude_l2, which is computed where the weights are."
+            )
+    model.to(device)

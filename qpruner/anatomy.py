@@ -1,0 +1,201 @@
+"""What a decoder layer is made of, for each model family: the only place that knows a family's names.
+
+To add a family whose layers hold ``self_attn`` with q, k, v and o projections and ``mlp`` with gate, up and down
+projections, add its line to `FAMILIES`; for other names give the line the names, too.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from qpruner.errors import UserError
+from qpruner.plan import Architecture
+
+
+@dataclass(frozen=True)
+class Family:
+    """Where a family's parts are.
+
+    Args:
+        model_class: name in transformers of the causal language model.
+        config_class: name in transformers of its configuration.
+        layers: path from the model to its list of decoder layers.
+        projections: path in a layer to each projection.
+    """
+
+    model_class: str
+    config_class: str
+    layers: str = "model.layers"
+    projections: dict[str, str] = field(
+        default_factory=lambda: {
+            **{name: f"self_attn.{name}_proj" for name in ("q", "k", "v", "o")},
+            **{name: f"mlp.{name}_proj" for name in ("gate", "up", "down")},
+        }
+    )
+
+
+FAMILIES = {
+    "llama": Family("LlamaForCausalLM", "LlamaConfig"),
+    "mistral": Family("MistralForCausalLM", "MistralConfig"),
+    "qwen2": Family("Qwen2ForCausalLM", "Qwen2Config"),
+    "qwen3": Family("Qwen3ForCausalLM", "Qwen3Config"),
+    "gemma": Family("GemmaForCausalLM", "GemmaConfig"),
+    "gemma2": Family("Gemma2ForCausalLM", "Gemma2Config"),
+}
+"""The families whose layers can be pruned, by the ``model_type`` of their configuration."""
+
+PRUNED = "pruned_"
+"""What the ``model_type`` of a model begins with when its widths need a configuration class of ours."""
+
+
+def family_of(config: Any) -> tuple[str, Family]:
+    """Name and anatomy of the family of a model's configuration.
+
+    Raises:
+        UserError: an unsupported family.
+    """
+    name = config.model_type.removeprefix(PRUNED)
+    if name not in FAMILIES:
+        raise UserError(
+            f"Models of type {config.model_type!r} cannot be pruned; {', '.join(FAMILIES)} can. "
+            f"A family is added in qpruner/anatomy.py."
+        )
+    return name, FAMILIES[name]
+
+
+@dataclass(frozen=True)
+class Coupled:
+    """The part of a projection's weight that belongs to one kind of unit.
+
+    Unit u owns the rows (``axis`` 0) or columns (``axis`` 1) from ``u * width`` to ``(u + 1) * width``.
+    """
+
+    name: str
+    linear: nn.Linear
+    axis: int
+    width: int
+
+    @property
+    def num_units(self) -> int:
+        return self.linear.weight.shape[self.axis] // self.width
+
+    def by_unit(self, values: torch.Tensor) -> torch.Tensor:
+        """Values of the weight's shape, or of its bias, with the units along the first axis."""  # [units, ...]
+        values = values.movedim(self.axis if values.ndim > 1 else 0, 0)
+        return values.reshape(-1, self.width, *values.shape[1:])
+
+
+@dataclass(frozen=True)
+class DecoderLayer:
+    """One decoder layer's projections, and its removable units.
+
+    A KV group is a key-value head with the query heads that read it; an FFN channel is a row of gate and up with a
+    column of down. With multi-head attention a group is one head, with multi-query attention there is one group.
+    """
+
+    head_dim: int
+    queries_per_group: int
+    q: nn.Linear
+    k: nn.Linear
+    v: nn.Linear
+    o: nn.Linear
+    gate: nn.Linear
+    up: nn.Linear
+    down: nn.Linear
+
+    @property
+    def kv_groups(self) -> int:
+        return self.k.out_features // self.head_dim
+
+    @property
+    def ffn_channels(self) -> int:
+        return self.down.in_features
+
+    @property
+    def linears(self) -> dict[str, nn.Linear]:
+        return {name: getattr(self, name) for name in ("q", "k", "v", "o", "gate", "up", "down")}
+
+    @property
+    def group_weights(self) -> tuple[Coupled, ...]:
+        """What a KV group owns."""
+        queries = self.queries_per_group * self.head_dim
+        return (
+            Coupled("q", self.q, 0, queries),
+            Coupled("k", self.k, 0, self.head_dim),
+            Coupled("v", self.v, 0, self.head_dim),
+            Coupled("o", self.o, 1, queries),
+        )
+
+    @property
+    def channel_weights(self) -> tuple[Coupled, ...]:
+        """What an FFN channel owns."""
+        return Coupled("gate", self.gate, 0, 1), Coupled("up", self.up, 0, 1), Coupled("down", self.down, 1, 1)
+
+
+def decoder_layers(model: nn.Module) -> list[DecoderLayer]:
+    """The decoder layers of a causal language model, in order.
+
+    Raises:
+        UserError: an unsupported family.
+    """
+    config: Any = model.config
+    _, family = family_of(config)
+    head_dim, queries_per_group = head_shape(config)
+    layers: Any = model.get_submodule(family.layers)
+    return [
+        DecoderLayer(
+            head_dim,
+            queries_per_group,
+            **{name: layer.get_submodule(path) for name, path in family.projections.items()},
+        )
+        for layer in layers
+    ]
+
+
+def head_shape(config: Any) -> tuple[int, int]:
+    """Channels of a head, and query heads to a key-value head; neither changes when groups are removed."""
+    first = config.per_layer_config[0]
+    head_dim = getattr(first, "head_dim", None) or first.hidden_size // first.num_attention_heads
+    return head_dim, first.num_attention_heads // first.num_key_value_heads
+
+
+def architecture_of(config: Any) -> Architecture:
+    """The widths that a configuration states.
+
+    Raises:
+        UserError: an unsupported family.
+    """
+    name, _ = family_of(config)
+    head_dim, queries_per_group = head_shape(config)
+    layers = list(config.per_layer_config)
+    return Architecture(
+        model_type=name,
+        hidden_size=config.hidden_size,
+        head_dim=head_dim,
+        queries_per_group=queries_per_group,
+        kv_groups=tuple(layer.num_key_value_heads for layer in layers),
+        ffn_channels=tuple(layer.intermediate_size for layer in layers),
+    )
+
+
+def unit_parameters(layer: DecoderLayer) -> tuple[int, int]:
+    """Parameters that go with one KV group, and with one FFN channel, biases included."""
+
+    def count(weights: tuple[Coupled, ...]) -> int:
+        return sum(
+            c.width * (c.linear.weight.shape[1 - c.axis] + (c.axis == 0 and c.linear.bias is not None)) for c in weights
+        )
+
+    return count(layer.group_weights), count(layer.channel_weights)
+
+
+def num_linear_parameters(model: nn.Module) -> int:
+    """Parameters of the decoder's projections, biases included."""
+    return sum(
+        parameter.numel()
+        for layer in decoder_layers(model)
+        for linear in layer.linears.values()
+        for parameter in linear.parameters()
+    )

@@ -1,0 +1,152 @@
+"""Commands that need no Trainer: they read files, print, and are done."""
+
+import argparse
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch.utilities import rank_zero_only
+
+from qpruner.anatomy import architecture_of
+from qpruner.checkpoint import build_skeleton, is_compressed, read_config
+from qpruner.errors import UserError
+from qpruner.memory import num_parameters
+from qpruner.plan import UNITS, CompressionPlan, LayerPlan, format_ranges
+from qpruner.pretrained import load_config, model_fingerprint, resolve
+from qpruner.pruning.rounds import Size, describe, legal_ratios
+from qpruner.pruning.selection import SelectionConfig
+from qpruner.pruning.surgery import apply_pruning_
+from qpruner.runs.folder import RunFolder
+from qpruner.runs.report import Summary, markdown_table, protocol_line, table, write_report
+
+
+def report(arguments: list[str]) -> None:
+    """Writes the report of a run again, from what its folder holds, and prints its table."""
+    parser = argparse.ArgumentParser("qpruner report", description=report.__doc__)
+    parser.add_argument("run", type=Path, help="folder of the run, such as runs/quickstart")
+    folder = RunFolder(parser.parse_args(arguments).run)
+    if not folder.summary.exists():
+        raise UserError(f"{str(folder.path)!r} holds no summary.json: no fit has measured anything there yet.")
+    write_report(folder)
+    show_summary(Summary.read(folder.summary), "test")
+
+
+@rank_zero_only
+def show_summary(summary: Summary, split: str) -> None:
+    print(f"\n{table(summary)}\n\n{protocol_line(summary, split)}")
+
+
+def plan_command(arguments: list[str]) -> None:
+    """Shows, compares and checks compression plans, and lists the ratios that a model can be pruned to."""
+    parser = argparse.ArgumentParser("qpruner plan", description=plan_command.__doc__)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    base_help = "model folder or hub name; only its configuration is read"
+
+    show = commands.add_parser("show", help="what a plan keeps of each layer")
+    show.add_argument("plan", type=Path)
+    show.set_defaults(run=lambda given: show_plan(CompressionPlan.read(given.plan)))
+
+    diff = commands.add_parser("diff", help="in which layers two plans differ; exit status 1 if they do")
+    diff.add_argument("before", type=Path)
+    diff.add_argument("after", type=Path)
+    diff.set_defaults(run=lambda given: diff_plans(*map(CompressionPlan.read, (given.before, given.after))))
+
+    check = commands.add_parser("check", help="whether a plan is for a model, and what would be left of that")
+    check.add_argument("plan", type=Path)
+    check.add_argument("--base", required=True, help="model folder or hub name; its weights are only hashed")
+    check.set_defaults(run=lambda given: check_plan(CompressionPlan.read(given.plan), given.base))
+
+    ratios = commands.add_parser("ratios", help="the ratios that a model can be pruned to locally, without its weights")
+    ratios.add_argument("base", help=base_help)
+    ratios.add_argument("--step", type=float, default=0.05, help="between two ratios listed (default: %(default)s)")
+    ratios.add_argument("--floor", type=float, default=SelectionConfig.floor, help="share of a layer that stays")
+    ratios.add_argument("--round-to", type=int, help="multiple for FFN widths")
+    ratios.add_argument("--leave-alone", type=int, nargs="*", default=(), metavar="LAYER")
+    ratios.set_defaults(run=list_ratios)
+
+    given = parser.parse_args(arguments)
+    given.run(given)
+
+
+def show_plan(plan: CompressionPlan) -> None:
+    """Prints what a plan keeps."""
+    dense = plan.architecture
+    rows = [
+        [
+            str(number),
+            f"{len(layer.kv_groups)} of {dense.kv_groups[number]}",
+            f"{len(layer.ffn_channels)} of {dense.ffn_channels[number]}",
+            *(str(layer.precision[unit]) for unit in UNITS),
+        ]
+        for number, layer in enumerate(plan.layers)
+    ]
+    print(f"A plan for a {dense.model_type} of {dense.num_layers} layers, hidden size {dense.hidden_size}.\n")
+    print(markdown_table(["layer", "KV groups", "FFN channels", *UNITS], rows))
+
+
+def diff_plans(before: CompressionPlan, after: CompressionPlan) -> None:
+    """Prints the layers in which two plans differ, unit by unit; ends with exit status 1 when there are any."""
+    before.check(after.architecture, after.base_sha256)
+    lines = [
+        f"layer {number}: {change}"
+        for number, layers in enumerate(zip(before.layers, after.layers, strict=True))
+        for change in _changes(*layers)
+    ]
+    print("\n".join(lines) or "The plans are equal.")
+    if lines:
+        raise SystemExit(1)
+
+
+def _changes(before: LayerPlan, after: LayerPlan) -> list[str]:
+    changes = []
+    for name, kept in (("KV groups", "kv_groups"), ("FFN channels", "ffn_channels")):
+        old, new = set(getattr(before, kept)), set(getattr(after, kept))
+        if gone := format_ranges(sorted(old - new)):
+            changes.append(f"{name} {gone} no longer kept")
+        if added := format_ranges(sorted(new - old)):
+            changes.append(f"{name} {added} kept")
+    changes += [
+        f"{unit} {before.precision[unit]} becomes {after.precision[unit]}"
+        for unit in UNITS
+        if before.precision[unit] != after.precision[unit]
+    ]
+    return changes
+
+
+def check_plan(plan: CompressionPlan, base: str) -> None:
+    """Says what a plan makes of a model.
+
+    Raises:
+        UserError: the plan is for a model of another shape.
+    """
+    config = _config(base)
+    plan.check(architecture_of(config), model_fingerprint(base))
+    model = build_skeleton(config)
+    before = Size.of(model)
+    apply_pruning_(model, plan)
+    print(f"The plan fits {base}. {describe(plan, before, Size.of(model)).replace('Pruned', 'It takes', 1)}")
+
+
+def _config(base: str) -> Any:
+    folder = Path(resolve(base))
+    return read_config(folder) if is_compressed(folder) else load_config(base)
+
+
+def list_ratios(given: Any) -> None:
+    """Prints the ratios near multiples of a step that local pruning can reach, and what they mean."""
+    selection = replace(SelectionConfig(), floor=given.floor, round_to=given.round_to, leave_alone=given.leave_alone)
+    if not 0 < given.step < 1:
+        raise UserError(f"--step is {given.step}; the distance between two ratios lies in (0, 1).")
+    model = build_skeleton(_config(given.base))
+    rows = [
+        [
+            f"{legal.ratio:.4f}",
+            f"{legal.parameters:,}",
+            f"{legal.linears_removed:.1%}",
+            legal.kv_groups,
+            legal.ffn_channels,
+        ]
+        for legal in legal_ratios(model, selection, given.step)
+    ]
+    print(f"{given.base} has {num_parameters(model):,} parameters. It can be pruned to:\n")
+    print(markdown_table(["ratio", "parameters", "of the linears", "KV groups", "FFN channels"], rows))

@@ -1,0 +1,92 @@
+"""How much a unit matters: element scores, their sum over a unit, and what a unit's coupled weights make together.
+
+With w a weight, g the gradient of the calibration loss L = mean over N sequences of their mean loss, and g_n that of
+sequence n alone, removing a weight changes the loss by about -w g + w^2 H / 2 (Taylor), with the Fisher information
+F = mean of g_n^2 in place of the Hessian H. LLM-Pruner (arXiv 2305.11627) scores a weight or a whole unit by it:
+
+    vectorize      | sum over the unit of w g |         the derivative of L in a gate on the unit
+    param_first    sum of | w g |
+    param_second   sum of w^2 F
+    param_mix      sum of | w g - w^2 F / 2 |
+
+and without data or without gradients
+
+    magnitude_l1, magnitude_l2   L1 or L2 norm of the unit's weights
+    wanda                        sum of |w| |x|, x the inputs that w meets (arXiv 2306.11695, summed over a unit)
+    random                       uniform in [0, 1)
+
+Scores accumulate over micro-batches: g is then the part of the gradient that comes from a micro-batch, so the absolute
+values make ``param_first`` and ``param_mix`` depend on the size of the micro-batches; the others do not.
+"""
+
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+from qpruner.anatomy import Coupled
+
+GradientCriterion = Literal["vectorize", "param_first", "param_second", "param_mix"]
+Criterion = Literal[
+    "vectorize", "param_first", "param_second", "param_mix", "wanda", "magnitude_l1", "magnitude_l2", "random"
+]
+Aggregate = Literal["sum", "prod", "max", "mean", "first"]
+
+GRADIENT_CRITERIA: tuple[str, ...] = get_args(GradientCriterion)
+SECOND_ORDER: tuple[GradientCriterion, ...] = ("param_second", "param_mix")
+"""Criteria that need the gradient of each sequence alone."""
+
+
+def element_scores(
+    criterion: GradientCriterion,
+    weight: Tensor,  # [out, in]
+    gradient: Tensor,  # [out, in], of the micro-batch, divided by the number of all sequences
+    squared: Tensor | None,  # [out, in], sum of squared gradients of its sequences, divided likewise
+) -> Tensor:
+    """What each weight adds to the score of its unit; signed for ``vectorize``."""  # [out, in]
+    first = weight * gradient
+    if squared is None:
+        return first if criterion == "vectorize" else first.abs()
+    second = weight.square() * squared
+    return second if criterion == "param_second" else (first - second / 2).abs()
+
+
+def sum_by_unit(coupled: Coupled, values: Tensor) -> Tensor:
+    """Sums values of the shape of a weight over each unit, in float64."""  # [units]
+    return coupled.by_unit(values).flatten(1).sum(1, dtype=torch.float64)
+
+
+def magnitude(coupled: Coupled, order: int) -> Tensor:
+    """Norm of the part of a weight that belongs to each unit."""  # [units]
+    return coupled.by_unit(coupled.linear.weight.detach()).flatten(1).double().norm(p=order, dim=1)
+
+
+def wanda(coupled: Coupled, input_norm: Tensor) -> Tensor:
+    """Sum over each unit of |w| times the norm of the inputs that w meets.
+
+    Args:
+        coupled: the weight.
+        input_norm: [in], L2 norm of each input channel over all calibration tokens.
+    """  # [units]
+    return sum_by_unit(coupled, coupled.linear.weight.detach().abs() * input_norm)
+
+
+def aggregate(scores: list[Tensor], how: Aggregate) -> Tensor:
+    """What a unit's coupled weights make together.
+
+    Args:
+        scores: [weights] of [units], in the order in which a layer names its weights.
+        how: sum, product, largest, mean, or the first (q, or gate) alone.
+    """  # [units]
+    stacked = torch.stack(scores)
+    match how:
+        case "sum":
+            return stacked.sum(0)
+        case "prod":
+            return stacked.prod(0)
+        case "max":
+            return stacked.amax(0)
+        case "mean":
+            return stacked.mean(0)
+        case "first":
+            return stacked[0]

@@ -1,0 +1,191 @@
+"""Prunes a model to a ratio, in one or several rounds of scoring and narrowing, and says what came of it."""
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from qpruner.anatomy import decoder_layers, num_linear_parameters, unit_parameters
+from qpruner.errors import UserError
+from qpruner.memory import num_parameters
+from qpruner.plan import Architecture, CompressionPlan, format_ranges
+from qpruner.pruning.scores import LayerScores
+from qpruner.pruning.selection import Kept, SelectionConfig, Supply, choose_kept, default_round_to, local_widths
+from qpruner.pruning.surgery import narrow_, stated_by_weights
+
+
+def prune_(
+    model: Any,
+    plan: CompressionPlan,
+    *,
+    ratio: float,
+    rounds: int,
+    selection: SelectionConfig,
+    score: Callable[[Any], list[LayerScores]],
+    agree: Callable[[Kept], Kept],
+) -> CompressionPlan:
+    """Narrows a model in place until a share of all its parameters is gone, and returns the plan of what it keeps.
+
+    Args:
+        model: as the plan has it; its weights may also lie on the meta device if ``score`` can do without them.
+        plan: of the model, which keeps everything.
+        ratio: share of all parameters to remove, in (0, 1).
+        rounds: of scoring and narrowing, each removing the same number of parameters.
+        selection: how layers share what is removed.
+        score: the units of the model as it is.
+        agree: makes all processes keep the same.
+
+    Raises:
+        UserError: a ratio that no legal widths reach; see also `supplies`.
+    """
+    total = num_parameters(model)
+    check_ratio(ratio, sum(supply.parameters for supply in supplies(model, selection)), total)
+    for number in range(1, rounds + 1):
+        remove = round(total * ratio * number / rounds) - (total - num_parameters(model))
+        if remove > 0:
+            offers = supplies(model, selection, plan.architecture)
+            kept = agree(choose_kept(score(model), offers, remove, selection, round_to(model, selection)))
+            narrow_(model, kept)
+            plan = plan.keeping(kept)
+    if num_parameters(model) == total:
+        raise UserError(
+            f"A ratio of {ratio} is less than half a step and would remove nothing; the smallest step removes "
+            f"{step_parameters(model, selection) / total:.2%} of all parameters. Ask for more, or lower "
+            f"selection.round_to."
+        )
+    return plan
+
+
+def check_ratio(ratio: float, removable: int, total: int) -> None:
+    """Makes sure that a ratio can be reached.
+
+    Raises:
+        UserError: it cannot; the highest that can is named.
+    """
+    if not 0 < ratio < 1 or ratio * total > removable:
+        highest = math.floor(removable / total * 10_000) / 10_000
+        raise UserError(
+            f"The ratio is {ratio}; it is the share of all parameters to remove and must be above 0 and at most "
+            f"{highest} with this model and selection. Lower it, lower selection.floor, or leave fewer layers alone."
+        )
+
+
+def round_to(model: Any, selection: SelectionConfig) -> int:
+    """What FFN widths of a model become multiples of."""
+    return selection.round_to or default_round_to(model.config.hidden_size)
+
+
+def supplies(model: Any, selection: SelectionConfig, dense: Architecture | None = None) -> list[Supply]:
+    """What each layer of a model can give.
+
+    Args:
+        model: as it is.
+        selection: layers to leave alone, floor and rounding.
+        dense: widths that the floor is a share of; those of the model when not given.
+
+    Raises:
+        UserError: a layer to leave alone that is not there, none but such layers, or layers that differ already and
+            shall end equal.
+    """
+    layers = decoder_layers(model)
+    dense = dense or stated_by_weights(model)
+    multiple = round_to(model, selection)
+    if wrong := [number for number in selection.leave_alone if not -len(layers) <= number < len(layers)]:
+        raise UserError(f"selection.leave_alone names layers {wrong}; the model has 0 to {len(layers) - 1}.")
+    alone = {number % len(layers) for number in selection.leave_alone}
+    if len(alone) == len(layers):
+        raise UserError("selection.leave_alone names every layer, so that nothing can be pruned. Leave fewer alone.")
+    widths = {(layer.kv_groups, layer.ffn_channels) for layer in layers}
+    if selection.uniform and len(widths) > 1:
+        raise UserError(
+            f"selection.uniform is true, but the layers already differ: {sorted(widths)} KV groups and FFN channels. "
+            f"Start from a model whose layers are equal, or drop the option."
+        )
+    found = []
+    for number, layer in enumerate(layers):
+        least_groups = max(1, math.ceil(selection.floor * dense.kv_groups[number]))
+        least_channels = math.ceil(selection.floor * dense.ffn_channels[number] / multiple) * multiple
+        if number in alone:
+            least_groups, least_channels = layer.kv_groups, layer.ffn_channels
+        found.append(
+            Supply(
+                layer.kv_groups,
+                layer.ffn_channels,
+                *unit_parameters(layer),
+                min(least_groups, layer.kv_groups),
+                min(least_channels, layer.ffn_channels),
+            )
+        )
+    return found
+
+
+def step_parameters(model: Any, selection: SelectionConfig) -> int:
+    """Parameters of the smallest step: `round_to` channels of one layer, or of all that change together."""
+    costs = [s.channel_parameters * round_to(model, selection) for s in supplies(model, selection) if s.parameters]
+    return sum(costs) if selection.scope == "local" or selection.uniform else max(costs)
+
+
+@dataclass(frozen=True)
+class Size:
+    """Parameters of a model, all of them and those of the decoder's projections."""
+
+    parameters: int
+    in_linears: int
+
+    @classmethod
+    def of(cls, model: Any) -> "Size":
+        return cls(num_parameters(model), num_linear_parameters(model))
+
+
+def describe(plan: CompressionPlan, before: Size, after: Size) -> str:
+    """What pruning did, and what it left alone, in one line."""
+    dense, widths = plan.architecture, plan.widths
+    whole = [n for n in range(dense.num_layers) if (dense.kv_groups[n], dense.ffn_channels[n])
+             == (widths.kv_groups[n], widths.ffn_channels[n])]  # fmt: skip
+    alone = ["embeddings, norms and head"]
+    if max(dense.kv_groups) == 1:
+        alone.append("attention, which has one key-value head, so that the FFN gave all")
+    elif dense.kv_groups == widths.kv_groups:
+        alone.append("attention")
+    if whole:
+        alone.append(f"layers {format_ranges(whole)}")
+    return (
+        f"Pruned {before.parameters:,} to {after.parameters:,} parameters: "
+        f"{1 - after.parameters / before.parameters:.2%} of all, "
+        f"{1 - after.in_linears / before.in_linears:.2%} of the decoder linears. "
+        f"Layers keep {_range(widths.kv_groups)} of {_range(dense.kv_groups)} KV groups and "
+        f"{_range(widths.ffn_channels)} of {_range(dense.ffn_channels)} FFN channels. Left alone: {'; '.join(alone)}."
+    )
+
+
+def _range(numbers: Sequence[int]) -> str:
+    low, high = min(numbers), max(numbers)
+    return str(low) if low == high else f"{low}-{high}"
+
+
+@dataclass(frozen=True)
+class LegalRatio:
+    """A ratio that local pruning can reach, and the widths that it means, for each layer that is pruned."""
+
+    ratio: float
+    parameters: int
+    linears_removed: float
+    kv_groups: str
+    ffn_channels: str
+
+
+def legal_ratios(model: Any, selection: SelectionConfig, step: float) -> Iterator[LegalRatio]:
+    """The ratios nearest to the multiples of a step, up to the highest legal one, and their widths.
+
+    Only shapes are read: the weights may lie on the meta device.
+    """
+    offers, total = supplies(model, selection), num_parameters(model)
+    linears = num_linear_parameters(model)
+    removable = sum(offer.parameters for offer in offers)
+    targets = [round(number * step * total) for number in range(1, int(removable / total / step) + 1)]
+    for target in [*targets, removable]:
+        widths = local_widths(offers, target, round_to(model, selection))
+        pruned = [kept for kept, offer in zip(widths, offers, strict=True) if offer.parameters]
+        removed = sum(offer.cost(*kept) for kept, offer in zip(widths, offers, strict=True))
+        groups, channels = zip(*pruned, strict=True)
+        yield LegalRatio(removed / total, total - removed, removed / linears, _range(groups), _range(channels))

@@ -1,0 +1,106 @@
+"""Scores of all removable units of a model."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qpruner.anatomy import Coupled, decoder_layers
+from qpruner.pruning.calibration import Calibration, gradient_sums, input_norms
+from qpruner.pruning.criteria import (
+    GRADIENT_CRITERIA,
+    SECOND_ORDER,
+    Aggregate,
+    Criterion,
+    aggregate,
+    element_scores,
+    magnitude,
+    sum_by_unit,
+    wanda,
+)
+from qpruner.seeds import derive_seed
+
+
+@dataclass(frozen=True)
+class LayerScores:
+    """How much each unit of a layer matters, at least 0; float64, on the CPU.
+
+    Args:
+        kv_groups: [groups].
+        ffn_channels: [channels].
+    """
+
+    kv_groups: Tensor
+    ffn_channels: Tensor
+
+
+def score_units(
+    model: Any, criterion: Criterion, how: Aggregate, calibration: Calibration | None, *, seed: int
+) -> list[LayerScores]:
+    """Scores the units of every layer, the same on all processes.
+
+    Args:
+        model: causal language model of a supported family, where it is to compute; it is left as it was.
+        criterion: see `qpruner.pruning.criteria`.
+        how: what coupled weights make together.
+        calibration: the text; None for criteria that need none.
+        seed: of ``random``.
+    """
+    layers = decoder_layers(model)
+    coupled = {
+        f"{number}.{part.name}": part
+        for number, layer in enumerate(layers)
+        for part in (*layer.group_weights, *layer.channel_weights)
+    }
+    scores = {name: score.cpu() for name, score in _weight_scores(model, coupled, criterion, calibration, seed).items()}
+
+    def together(number: int, parts: Iterable[Coupled]) -> Tensor:
+        return aggregate([scores[f"{number}.{part.name}"] for part in parts], how)
+
+    return [
+        LayerScores(together(number, layer.group_weights), together(number, layer.channel_weights))
+        for number, layer in enumerate(layers)
+    ]
+
+
+def needs_text(criterion: Criterion) -> bool:
+    return criterion in GRADIENT_CRITERIA or criterion == "wanda"
+
+
+def _weight_scores(
+    model: Any, coupled: dict[str, Coupled], criterion: Criterion, calibration: Calibration | None, seed: int
+) -> dict[str, Tensor]:
+    """The score of each unit by each of its coupled weights."""  # name: [units]
+    linears = {name: part.linear for name, part in coupled.items()}
+    match criterion:
+        case "random":
+            return {name: _random(part, derive_seed(seed, "random scores", name)) for name, part in coupled.items()}
+        case "magnitude_l1" | "magnitude_l2":
+            return {name: magnitude(part, 1 if criterion == "magnitude_l1" else 2) for name, part in coupled.items()}
+        case "wanda":
+            assert calibration is not None
+            norms = input_norms(model, linears, calibration)
+            return {name: wanda(part, norms[name]) for name, part in coupled.items()}
+        case _:
+            assert calibration is not None
+
+            def by_unit(name: str, gradient: Tensor, squared: Tensor | None) -> Tensor:
+                part = coupled[name]
+                weight = part.linear.weight.detach().float()
+                return sum_by_unit(part, element_scores(criterion, weight, gradient, squared))
+
+            sums = gradient_sums(
+                model,
+                linears,
+                calibration,
+                by_unit,
+                sizes={name: part.num_units for name, part in coupled.items()},
+                per_sequence=criterion in SECOND_ORDER,
+            )
+            return {name: total.abs() for name, total in sums.items()}
+
+
+def _random(part: Coupled, seed: int) -> Tensor:
+    return torch.rand(part.num_units, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)

@@ -1,0 +1,252 @@
+"""Which units go: from scores and a number of parameters to what every layer keeps.
+
+Removing is done in steps: one KV group of a layer, or as many of its FFN channels as bring its width to the next
+multiple of ``round_to``. Three ways to take them:
+
+- local: every layer gives the same share of its groups and of its channels. The share of groups is rounded to the
+  nearest, the channels take the rest.
+- global: the steps of all layers compete, cheapest score per parameter first.
+- global, uniform: as global, with a step taken in all layers at once, so that they end equal.
+"""
+
+import heapq
+import math
+from bisect import bisect_left
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from qpruner.errors import UserError
+from qpruner.pruning.scores import LayerScores
+
+Kept = list[tuple[list[int], list[int]]]
+"""[layers], places of the KV groups and of the FFN channels that stay."""
+
+
+@dataclass(frozen=True)
+class SelectionConfig:
+    """How layers share what is removed.
+
+    Args:
+        scope: ``local``, every layer gives the same share; ``global``, layers compete by score per parameter.
+        uniform: whether all layers must end equally wide, as engines without widths for each layer need it.
+        leave_alone: numbers of layers, from 0, that stay whole; negative ones count from the last.
+        floor: share of the units of a layer that always stays, in (0, 1].
+        round_to: FFN widths become multiples of it; default ``hidden_size / 32`` down to a power of two, at most 128.
+    """
+
+    scope: Literal["local", "global"] = "local"
+    uniform: bool = False
+    leave_alone: Sequence[int] = ()
+    floor: float = 0.1
+    round_to: int | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "leave_alone", tuple(self.leave_alone))  # a list from YAML compares as a tuple
+        if not 0 < self.floor <= 1:
+            raise UserError(f"selection.floor is {self.floor}; the share that a layer keeps lies in (0, 1].")
+        if self.round_to is not None and self.round_to < 1:
+            raise UserError(f"selection.round_to is {self.round_to}; FFN widths are multiples of at least 1.")
+        if self.uniform and self.leave_alone:
+            raise UserError(
+                f"selection.leave_alone is {list(self.leave_alone)} and selection.uniform is true; layers that stay "
+                f"whole and others that do not cannot end equal. Drop one of the two."
+            )
+
+
+def default_round_to(hidden_size: int) -> int:
+    """A thirty-second of the hidden size, down to a power of two, from 1 to 128."""
+    return min(128, 1 << max(0, (hidden_size // 32).bit_length() - 1))
+
+
+@dataclass(frozen=True)
+class Supply:
+    """What one layer can give.
+
+    Args:
+        kv_groups: that it has.
+        ffn_channels: that it has.
+        group_parameters: that go with one KV group.
+        channel_parameters: that go with one FFN channel.
+        least_groups: that must stay; all of them in a layer that is left alone.
+        least_channels: that must stay, a legal width.
+    """
+
+    kv_groups: int
+    ffn_channels: int
+    group_parameters: int
+    channel_parameters: int
+    least_groups: int
+    least_channels: int
+
+    @property
+    def parameters(self) -> int:
+        """The most that can go."""
+        return self.cost(self.least_groups, self.least_channels)
+
+    def cost(self, groups: int, channels: int) -> int:
+        """Parameters that go when so many groups and channels stay."""
+        gone = self.kv_groups - groups, self.ffn_channels - channels
+        return gone[0] * self.group_parameters + gone[1] * self.channel_parameters
+
+    def ffn_widths(self, round_to: int) -> list[int]:
+        """The widths that the FFN may end with, widest first."""
+        first = (self.ffn_channels - 1) // round_to * round_to
+        return [self.ffn_channels, *range(first, self.least_channels - 1, -round_to)]
+
+    def ffn_width_near(self, ideal: float, round_to: int) -> int:
+        """The legal FFN width nearest to a number."""
+        width = max(self.least_channels, round(ideal / round_to) * round_to)
+        nearer_to_all = self.ffn_channels - ideal <= abs(width - ideal)
+        return self.ffn_channels if nearer_to_all or width > self.ffn_channels else width
+
+
+def choose_kept(
+    scores: Sequence[LayerScores], supplies: Sequence[Supply], remove: int, config: SelectionConfig, round_to: int
+) -> Kept:
+    """What every layer keeps, so that the number of parameters removed is as near to ``remove`` as steps allow.
+
+    Args:
+        scores: [layers].
+        supplies: [layers].
+        remove: parameters to remove, at most what the supplies can give.
+        config: how layers share it.
+        round_to: FFN widths become multiples of it.
+    """
+    if config.scope == "local":
+        widths = local_widths(supplies, remove, round_to)
+    else:
+        widths = competing_widths(scores, supplies, remove, round_to, uniform=config.uniform)
+    return [
+        (_highest(score.kv_groups, groups), _highest(score.ffn_channels, channels))
+        for score, (groups, channels) in zip(scores, widths, strict=True)
+    ]
+
+
+def local_widths(supplies: Sequence[Supply], remove: int, round_to: int) -> list[tuple[int, int]]:
+    """KV groups and FFN channels that each layer keeps when all give the same share.
+
+    The share of groups nearest to the share of all that goes is taken with which the channels can meet the total.
+    """  # [layers]
+    prunable = [supply for supply in supplies if supply.parameters]
+    share = remove / sum(supply.cost(0, 0) for supply in prunable)
+    grouped = max(prunable, key=lambda supply: supply.kv_groups)
+    widest = max(prunable, key=lambda supply: supply.ffn_channels)
+    group_shares = [gone / grouped.kv_groups for gone in range(grouped.kv_groups - grouped.least_groups + 1)]
+    channel_shares = [1 - width / widest.ffn_channels for width in widest.ffn_widths(round_to)]
+
+    def widths(group_share: float, channel_share: float) -> list[tuple[int, int]]:
+        return [
+            (
+                max(s.least_groups, s.kv_groups - round(group_share * s.kv_groups)),
+                s.ffn_width_near(s.ffn_channels * (1 - channel_share), round_to),
+            )
+            if s.parameters
+            else (s.kv_groups, s.ffn_channels)
+            for s in supplies
+        ]
+
+    def removed(group_share: float, channel_share: float) -> int:
+        kept = widths(group_share, channel_share)
+        return sum(supply.cost(*one) for supply, one in zip(supplies, kept, strict=True))
+
+    def miss(shares: tuple[float, float]) -> int:
+        return abs(removed(*shares) - remove)
+
+    half_step = sum(supply.channel_parameters for supply in prunable) * round_to / 2
+    found: list[tuple[float, float]] = []
+    for group_share in sorted(group_shares, key=lambda one: abs(one - share)):
+        # More goes with a larger share of channels, so the place where it suffices is found by halving.
+        place = bisect_left(channel_shares, remove, key=lambda one: removed(group_share, one))
+        found += [(group_share, one) for one in channel_shares[max(0, place - 1) : place + 1]]
+        best = min(found, key=miss)
+        if miss(best) <= half_step:
+            break
+    return widths(*best)
+
+
+def competing_widths(
+    scores: Sequence[LayerScores], supplies: Sequence[Supply], remove: int, round_to: int, *, uniform: bool
+) -> list[tuple[int, int]]:
+    """KV groups and FFN channels that each layer keeps when steps compete by score per parameter."""  # [layers]
+    groups = [
+        _steps(score.kv_groups, range(s.kv_groups, s.least_groups - 1, -1), s.group_parameters)
+        for score, s in zip(scores, supplies, strict=True)
+    ]
+    channels = [
+        _steps(score.ffn_channels, s.ffn_widths(round_to), s.channel_parameters)
+        for score, s in zip(scores, supplies, strict=True)
+    ]
+    if uniform:
+        group_steps, channel_steps = _take([_everywhere(groups), _everywhere(channels)], remove)
+        taken = [(group_steps, channel_steps)] * len(supplies)
+    else:
+        each = _take([*groups, *channels], remove)
+        taken = list(zip(each[: len(supplies)], each[len(supplies) :], strict=True))
+    return [
+        (s.kv_groups - sum(step.units for step in mine), s.ffn_channels - sum(step.units for step in ffn))
+        for s, (mine, ffn) in zip(supplies, taken, strict=True)
+    ]
+
+
+@dataclass(frozen=True)
+class Step:
+    """Units that go together: one KV group, or the channels down to the next legal width.
+
+    Args:
+        units: how many, in each layer that the step is taken in.
+        parameters: that go with them.
+        score: of them all.
+    """
+
+    units: int
+    parameters: int
+    score: float
+
+    @property
+    def price(self) -> float:
+        return self.score / self.parameters
+
+
+def _steps(scores: Tensor, widths: Sequence[int], parameters: int) -> list[Step]:
+    """The steps from each width to the next, weakest units first."""
+    weakest_first = scores.sort().values
+    total = len(scores)
+    return [
+        Step(wide - narrow, (wide - narrow) * parameters, float(weakest_first[total - wide : total - narrow].sum()))
+        for wide, narrow in zip(widths, widths[1:], strict=False)
+    ]
+
+
+def _everywhere(layers: Sequence[Sequence[Step]]) -> list[Step]:
+    """Steps taken in all layers at once."""
+    return [
+        Step(same[0].units, sum(step.parameters for step in same), math.fsum(step.score for step in same))
+        for same in zip(*layers, strict=True)
+    ]
+
+
+def _take(places: Sequence[Sequence[Step]], remove: int) -> list[list[Step]]:
+    """Takes steps, cheapest first and in order within each place, while they bring the total nearer to ``remove``."""
+    taken: list[list[Step]] = [[] for _ in places]
+    closed: set[int] = set()  # where a step was too large, those behind it cannot be reached
+
+    def numbered(place: int) -> Iterator[tuple[int, Step]]:
+        return ((place, step) for step in places[place])
+
+    for place, step in heapq.merge(*map(numbered, range(len(places))), key=lambda entry: entry[1].price):
+        if place in closed or step.parameters > 2 * remove:
+            closed.add(place)
+        else:
+            taken[place].append(step)
+            remove -= step.parameters
+    return taken
+
+
+def _highest(scores: Tensor, count: int) -> list[int]:
+    """Places of the highest scores, ascending; among equal scores the first."""
+    order = torch.argsort(scores, descending=True, stable=True)
+    return sorted(order[:count].tolist())

@@ -1,0 +1,98 @@
+"""Configurations of models whose layers have widths of their own.
+
+Widths that differ between layers stand in ``config.per_layer_config``, transformers' own record of them. Its model
+classes cannot build from that record yet, and some of its configurations (Llama, Gemma2) refuse head counts that do not
+divide the hidden size, although ``head_dim`` is given. So a narrowed model has a configuration class of ours, of type
+``pruned_<family>``; where transformers alone can express the widths, `portable_config` says how.
+"""
+
+from contextlib import suppress
+from functools import cache
+from typing import Any
+
+import transformers
+from huggingface_hub.dataclasses import strict
+from huggingface_hub.errors import StrictDataclassError
+from torch import nn
+
+from qpruner.anatomy import FAMILIES, PRUNED, family_of, head_shape
+from qpruner.plan import Architecture
+
+LLAMA_ONLY = ("attention_bias", "mlp_bias")
+"""What a Llama may have and a Mistral does not."""
+
+
+@cache
+def pruned_config_class(family: str) -> type:
+    """The configuration class of a family's narrowed models: the family's own, with any head count allowed."""
+    parent = getattr(transformers, FAMILIES[family].config_class)
+    members = {
+        "model_type": PRUNED + family,
+        "validate_architecture": lambda self: None,
+        "__module__": __name__,
+        "__annotations__": {},
+    }
+    # Without the decorator the parent's validators still run.
+    made: type = strict(type(f"Pruned{parent.__name__}", (parent,), members))
+    return made
+
+
+def with_widths(config: Any, widths: Architecture) -> Any:
+    """The configuration of the same model with other widths.
+
+    Equal widths stand in the usual fields; others in ``per_layer_config``, beside the usual fields of ``config``.
+    """
+    family, _ = family_of(config)
+    content = plain_dict(config)
+    head_dim, queries_per_group = head_shape(config)
+    overrides = [
+        {
+            "num_attention_heads": groups * queries_per_group,
+            "num_key_value_heads": groups,
+            "intermediate_size": channels,
+        }
+        for groups, channels in zip(widths.kv_groups, widths.ffn_channels, strict=True)
+    ]
+    content["head_dim"] = head_dim
+    content.pop("per_layer_config", None)
+    if all(layer == overrides[0] for layer in overrides):
+        content |= overrides[0]
+    else:
+        content["per_layer_config"] = dict(enumerate(overrides))
+    made = pruned_config_class(family)(**content)
+    made._attn_implementation = config._attn_implementation
+    return made
+
+
+def portable_config(config: Any) -> Any:
+    """The same widths as a configuration that transformers alone can load, or ``config`` where there is none.
+
+    A Llama whose head count does not divide its hidden size is the same function as a Mistral without a sliding window.
+    """
+    family, _ = family_of(config)
+    if config.is_heterogeneous:
+        return config
+    content = plain_dict(config)
+    candidates = [(FAMILIES[family].config_class, content)]
+    if family == "llama" and not any(content.get(name) for name in LLAMA_ONLY):
+        candidates.append(("MistralConfig", content | {"sliding_window": None}))
+    for class_name, fields in candidates:
+        with suppress(StrictDataclassError):
+            return getattr(transformers, class_name)(**fields)
+    return config
+
+
+def plain_dict(config: Any) -> dict[str, Any]:
+    """The configuration's own fields, without its type and what transformers adds when it writes one."""
+    content: dict[str, Any] = config.to_dict()
+    for name in ("model_type", "architectures", "transformers_version", "auto_map"):
+        content.pop(name, None)
+    return content
+
+
+def set_config(model: nn.Module, config: Any) -> None:
+    """Gives the model and every part of it the configuration in place of the one that they share."""
+    shared = model.config
+    for module in model.modules():
+        if getattr(module, "config", None) is shared:
+            module.config = config
