@@ -10,13 +10,14 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 
 from qpruner.anatomy import architecture_of
+from qpruner.checkpoint import build_skeleton
 from qpruner.datamodules.base import TokenDataModule
 from qpruner.errors import UserError
-from qpruner.memory import tensor_bytes
+from qpruner.memory import num_parameters, tensor_bytes
 from qpruner.plan import CompressionPlan
 from qpruner.pruning.calibration import Calibration, micro_batches
 from qpruner.pruning.criteria import Aggregate, Criterion
-from qpruner.pruning.rounds import Size, describe, prune_, step_parameters
+from qpruner.pruning.rounds import Size, check_ratio, describe, prune_, step_parameters, supplies
 from qpruner.pruning.scores import LayerScores, needs_text, score_units
 from qpruner.pruning.selection import Kept, SelectionConfig
 from qpruner.training.module import LoRAFinetuner
@@ -47,8 +48,8 @@ class CalibrationConfig:
 class StructuredPruning(Callback):
     """Removes KV groups and FFN channels of the base, the least important first (LLM-Pruner, arXiv 2305.11627).
 
-    Acts in ``setup`` of a fit, once: where the module has a plan already, from its run folder, nothing is scored; where
-    the fit goes on from a checkpoint, the module takes the plan from that. With several devices each scores its share
+    Acts in ``setup`` of a fit, once: where the module has a plan already, from the folder that its base is kept in,
+    nothing is scored and the dense model is not needed. With several devices each scores its share
     of the micro-batches, the first decides, and all keep the same.
 
     Args:
@@ -84,8 +85,17 @@ class StructuredPruning(Callback):
         self.selection = selection
         self.calibration = calibration
 
+    def check(self, config: Any) -> None:
+        """Finds, from a model's configuration alone, what the options ask and cannot be had.
+
+        Raises:
+            UserError: an unsupported family, or a ratio that no legal widths reach.
+        """
+        skeleton = build_skeleton(config)
+        check_ratio(self.ratio, supplies(skeleton, self.selection), num_parameters(skeleton))
+
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        if stage != "fit" or trainer.ckpt_path is not None:
+        if stage != "fit":
             return
         module = expect_finetuner(pl_module)
         module.load_base()
@@ -95,13 +105,6 @@ class StructuredPruning(Callback):
             module.plan = self.prune(trainer, module)
             coarse = f" One step is {step:.2%} of all parameters." if step > COARSE else ""
             rank_zero_info(describe(module.plan, before, Size.of(module.model)) + coarse)
-
-    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if expect_finetuner(pl_module).plan is None:
-            raise UserError(
-                "The checkpoint is of a model that was not pruned, and the fit is to prune it. Drop StructuredPruning, "
-                "or begin a new fit."
-            )
 
     def prune(self, trainer: Trainer, module: LoRAFinetuner) -> CompressionPlan:
         """Narrows the module's base in place, the same on all devices."""
@@ -155,8 +158,16 @@ class PlannedCompression(Callback):
     def __init__(self, plan: CompressionPlan) -> None:
         self.plan = plan
 
+    def check(self, config: Any) -> None:
+        """Finds, from a model's configuration alone, whether the plan is for another one.
+
+        Raises:
+            UserError: it is.
+        """
+        self.plan.check(architecture_of(config), None)
+
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        if stage != "fit" or trainer.ckpt_path is not None:
+        if stage != "fit":
             return
         module = expect_finetuner(pl_module)
         module.load_base()

@@ -11,7 +11,7 @@ manifest.json                          version, base model, size and SHA-256 of 
 import os
 import shutil
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,8 @@ from torch import Tensor
 from qpruner.anatomy import FAMILIES, PRUNED, architecture_of, family_of
 from qpruner.errors import UserError
 from qpruner.files import hash_file, read_json, write_json
-from qpruner.plan import CompressionPlan
+from qpruner.plan import CompressionPlan, describe_differences
+from qpruner.pretrained import load_config, resolve
 from qpruner.pruning.surgery import narrow_
 from qpruner.pruning.widths import plain_dict, portable_config, pruned_config_class
 
@@ -73,7 +74,11 @@ def load_base(folder: str | Path) -> CompressedBase:
     """
     folder = Path(folder).expanduser()
     manifest = _checked_manifest(folder)
-    config = read_config(folder)
+    config, plan = read_config(folder), CompressionPlan.read(folder / PLAN)
+    # A uniform Llama may have been written as a Mistral.
+    written = replace(architecture_of(config), model_type=plan.architecture.model_type)
+    if differences := describe_differences(plan.widths, written):
+        raise UserError(f"The plan in {str(folder)!r} is not that of its weights: {differences}.")
     model = build_skeleton(config)
     state: dict[str, Tensor] = {}
     for name in manifest["files"]:
@@ -82,7 +87,10 @@ def load_base(folder: str | Path) -> CompressedBase:
                 state |= load_file(folder / name)
             except SafetensorError as error:
                 raise UserError(f"{str(folder / name)!r} is not a safetensors file: {error}.") from error
-    left = model.load_state_dict(state, strict=False, assign=True)
+    try:
+        left = model.load_state_dict(state, strict=False, assign=True)
+    except RuntimeError as error:  # another shape
+        raise UserError(f"The weights in {str(folder)!r} are not those of its configuration: {error}") from error
     model.tie_weights()
     missing = [name for name, tensor in model.state_dict().items() if tensor.is_meta]
     if missing or left.unexpected_keys:
@@ -91,11 +99,9 @@ def load_base(folder: str | Path) -> CompressedBase:
             f"unexpected {left.unexpected_keys or 'none'}."
         )
     model.requires_grad_(False)
-    if (folder / "generation_config.json").exists():
+    if "generation_config.json" in manifest["files"]:
         model.generation_config = transformers.GenerationConfig.from_pretrained(folder)
-    return CompressedBase(
-        model.eval(), CompressionPlan.read(folder / PLAN), manifest["base"]["name"], manifest["base"]["sha256"]
-    )
+    return CompressedBase(model.eval(), plan, manifest["base"]["name"], manifest["base"]["sha256"])
 
 
 def save_base(folder: Path, model: Any, plan: CompressionPlan, *, base_name: str, tokenizer: Any | None) -> None:
@@ -108,14 +114,13 @@ def save_base(folder: Path, model: Any, plan: CompressionPlan, *, base_name: str
         base_name: folder or hub name of the dense model.
         tokenizer: to put beside it.
     """
-    temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
+    temporary = folder.with_name(f".{folder.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     try:
         model.save_pretrained(temporary)
         # In place of what `save_pretrained` makes of the configuration that the model computes with.
         portable = portable_config(model.config)
         portable.architectures = [_model_class_name(portable)]
-        portable.dtype = model.dtype
         portable.save_pretrained(temporary)
         if tokenizer is not None:
             tokenizer.save_pretrained(temporary)
@@ -137,6 +142,8 @@ def save_adapters(folder: Path, model: Any) -> None:
         model: the PEFT model.
     """
     base = _manifest(folder)["base"]
+    shutil.rmtree(folder / ADAPTER, ignore_errors=True)
+    _write_manifest(folder, base)  # cut off from here on, the folder is that of the base alone
     # Left to itself, PEFT looks the base up by its name, to see whether embeddings were resized.
     model.save_pretrained(folder / ADAPTER, save_embedding_layers=False)
     # It names the place of the base as this machine has it; the base is the folder above.
@@ -170,6 +177,16 @@ def read_config(folder: Path) -> Any:
     return pruned_config_class(family).from_pretrained(folder)  # type: ignore[attr-defined]
 
 
+def read_base_config(name: str) -> Any:
+    """The configuration of a base model, which may be a compressed folder, without its weights.
+
+    Raises:
+        UserError: nothing of that name.
+    """
+    folder = Path(resolve(name))
+    return read_config(folder) if is_compressed(folder) else load_config(name)
+
+
 def build_skeleton(config: Any) -> Any:
     """A model of a configuration's widths: parameters on the meta device, to be assigned; buffers real."""
     from accelerate import init_empty_weights
@@ -195,11 +212,21 @@ def _manifest(folder: Path) -> dict[str, Any]:
         manifest: dict[str, Any] = read_json(path)
     except (OSError, ValueError) as error:
         raise UserError(f"{str(folder)!r} holds no compressed model: cannot read its {MANIFEST} ({error}).") from error
+    if not isinstance(manifest, dict):
+        raise UserError(f"{str(path)!r} holds no manifest of a compressed model. Copy the folder again.")
     if manifest.get("kind") != KIND or manifest.get("version") != VERSION:
         raise UserError(
             f"{str(path)!r} is of kind {manifest.get('kind')!r}, version {manifest.get('version')!r}; "
             f"this qpruner reads {KIND!r}, version {VERSION}."
         )
+    try:
+        listed = {name: (entry["size"], entry["sha256"]) for name, entry in manifest["files"].items()}
+        unlisted = {"config.json", PLAN} - listed.keys()
+        _ = manifest["base"]["name"], manifest["base"]["sha256"]
+    except (KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{str(path)!r} lacks {error}. Copy the folder again.") from error
+    if unlisted:
+        raise UserError(f"{str(path)!r} does not list {', '.join(sorted(unlisted))}. Copy the folder again.")
     return manifest
 
 
@@ -223,7 +250,7 @@ def _checked_manifest(folder: Path) -> dict[str, Any]:
 
 def _write_manifest(folder: Path, base: dict[str, Any]) -> None:
     files = {
-        str(path.relative_to(folder)): {"size": path.stat().st_size, "sha256": hash_file(path)}
+        path.relative_to(folder).as_posix(): {"size": path.stat().st_size, "sha256": hash_file(path)}
         for path in _files(folder)
     }
     write_json(folder / MANIFEST, {"kind": KIND, "version": VERSION, "base": base, "files": files})

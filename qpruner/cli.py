@@ -24,7 +24,7 @@ from qpruner.callbacks import (
     StructuredPruning,
     Throughput,
 )
-from qpruner.checkpoint import is_compressed
+from qpruner.checkpoint import is_compressed, read_base_config
 from qpruner.commands import plan_command, report, show_summary
 from qpruner.datamodules.base import TokenDataModule
 from qpruner.errors import user_error
@@ -96,6 +96,7 @@ class QPrunerCLI(LightningCLI):
                 self.folder.path, name=self.folder.tensorboard.name, version="", default_hp_metric=False
             )
         kwargs["default_root_dir"] = str(self.folder.path)
+        self.model.kept_in = self.folder.model
         kwargs["callbacks"] = list(options.trainer.callbacks or [])
         if self.subcommand == "predict":
             kwargs["callbacks"].append(PredictionsWriter(self.folder.predictions))
@@ -104,7 +105,6 @@ class QPrunerCLI(LightningCLI):
             checkpoint = RunCheckpoint(self.folder.checkpoint, options.run.checkpoint_every_n_steps)
             compression = list(_measured(_planned(kwargs["callbacks"], options.plan), report))
             kwargs["callbacks"] = [report, *compression, Throughput(), checkpoint]
-            self.model.kept_in = self.folder.model
         return super().instantiate_trainer(**kwargs)
 
     def _claim_folder(self) -> None:
@@ -144,6 +144,10 @@ class QPrunerCLI(LightningCLI):
             rank_zero_info(f"The run {self.folder.path} is finished.")
             show_summary(Summary.read(self.folder.summary), "test")
             return
+        if not is_compressed(self.folder.model):
+            for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
+                if isinstance(callback, StructuredPruning | PlannedCompression):
+                    callback.check(read_base_config(model.base))
         if self.continues and self.folder.checkpoint.exists():
             ckpt_path = str(self.folder.checkpoint)
             rank_zero_info(f"Going on from {ckpt_path}.")
@@ -191,7 +195,7 @@ class QPrunerCLI(LightningCLI):
             results = {key.partition("/")[2]: value for key, value in results.items()}
             stages.append(Stage(name, *size, results, time.perf_counter() - since, None, read_peak(device)))
 
-        model.load_base()
+        model.load_dense_base()
         measure("dense")
         if is_compressed(self.folder.model):
             model.load_kept_base(self.folder.model)

@@ -8,11 +8,11 @@ from typing import Any
 from lightning.pytorch.utilities import rank_zero_only
 
 from qpruner.anatomy import architecture_of
-from qpruner.checkpoint import build_skeleton, is_compressed, read_config
+from qpruner.checkpoint import build_skeleton, read_base_config
 from qpruner.errors import UserError
 from qpruner.memory import num_parameters
 from qpruner.plan import UNITS, CompressionPlan, LayerPlan, format_ranges
-from qpruner.pretrained import load_config, model_fingerprint, resolve
+from qpruner.pretrained import model_fingerprint
 from qpruner.pruning.rounds import Size, describe, legal_ratios
 from qpruner.pruning.selection import SelectionConfig
 from qpruner.pruning.surgery import apply_pruning_
@@ -119,7 +119,7 @@ def check_plan(plan: CompressionPlan, base: str) -> None:
     Raises:
         UserError: the plan is for a model of another shape.
     """
-    config = _config(base)
+    config = read_base_config(base)
     plan.check(architecture_of(config), model_fingerprint(base))
     model = build_skeleton(config)
     before = Size.of(model)
@@ -127,17 +127,12 @@ def check_plan(plan: CompressionPlan, base: str) -> None:
     print(f"The plan fits {base}. {describe(plan, before, Size.of(model)).replace('Pruned', 'It takes', 1)}")
 
 
-def _config(base: str) -> Any:
-    folder = Path(resolve(base))
-    return read_config(folder) if is_compressed(folder) else load_config(base)
-
-
 def list_ratios(given: Any) -> None:
     """Prints the ratios near multiples of a step that local pruning can reach, and what they mean."""
     selection = replace(SelectionConfig(), floor=given.floor, round_to=given.round_to, leave_alone=given.leave_alone)
     if not 0 < given.step < 1:
         raise UserError(f"--step is {given.step}; the distance between two ratios lies in (0, 1).")
-    model = build_skeleton(_config(given.base))
+    model = build_skeleton(read_base_config(given.base))
     rows = [
         [
             f"{legal.ratio:.4f}",

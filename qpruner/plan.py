@@ -31,9 +31,11 @@ class Precision:
     group: int | None = None
 
     def __post_init__(self) -> None:
-        if not isinstance(self.bits, int) or not 1 <= self.bits <= 16:
+        if not isinstance(self.format, str):
+            raise UserError(f"A format is a name, not {self.format!r}.")
+        if type(self.bits) is not int or not 1 <= self.bits <= 16:
             raise UserError(f"A weight has 1 to 16 bits, not {self.bits!r}.")
-        if self.group is not None and self.group < 1:
+        if self.group is not None and (type(self.group) is not int or self.group < 1):
             raise UserError(f"A group holds at least 1 weight, not {self.group!r}.")
 
     def __str__(self) -> str:
@@ -54,6 +56,9 @@ class Architecture:
         queries_per_group: query heads that read one key-value head.
         kv_groups: [layers], key-value heads of each layer, with their query heads.
         ffn_channels: [layers], intermediate channels of each layer.
+
+    Raises:
+        UserError: a width that is not a positive whole number, or lists of different lengths.
     """
 
     model_type: str
@@ -62,6 +67,13 @@ class Architecture:
     queries_per_group: int
     kv_groups: tuple[int, ...]
     ffn_channels: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        numbers = self.hidden_size, self.head_dim, self.queries_per_group, *self.kv_groups, *self.ffn_channels
+        if not all(type(number) is int and number > 0 for number in numbers):
+            raise UserError(f"The widths of an architecture are whole numbers above 0: {self}.")
+        if not self.kv_groups or len(self.kv_groups) != len(self.ffn_channels):
+            raise UserError(f"An architecture has KV groups and FFN channels for each of its layers: {self}.")
 
     @property
     def num_layers(self) -> int:
@@ -112,6 +124,8 @@ class CompressionPlan:
 
     def __post_init__(self) -> None:
         model = self.architecture
+        if not isinstance(self.base_sha256, str | None):
+            raise UserError(f"base_sha256 is a hash in hexadecimal or null, not {self.base_sha256!r}.")
         if len(self.layers) != model.num_layers:
             raise UserError(f"The plan has {len(self.layers)} layers; its model has {model.num_layers}.")
         for number, layer in enumerate(self.layers):
@@ -201,7 +215,7 @@ class CompressionPlan:
         """
         try:
             content = json.loads(text)
-        except json.JSONDecodeError as error:
+        except (ValueError, RecursionError) as error:
             raise UserError(f"This is no plan: not valid JSON ({error}).") from error
         if not isinstance(content, dict) or content.get("kind") != KIND:
             raise UserError(f'This is no plan: it does not say "kind": "{KIND}".')

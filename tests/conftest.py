@@ -13,6 +13,7 @@ from qpruner.datamodules.base import LoaderConfig
 from qpruner.pretrained import EMBEDDED, load_tokenizer
 
 transformers.logging.disable_progress_bar()
+torch.set_num_threads(1)  # in models as small as these a second thread only waits
 
 
 @pytest.fixture(autouse=True)

@@ -10,11 +10,12 @@ from typing import Any
 import lightning.fabric.plugins.io.torch_io as torch_io
 
 from qpruner import __main__ as command_line
-from qpruner.callbacks import checkpoint
+from qpruner import checkpoint as model_folder
+from qpruner.callbacks import checkpoint, pruning
 from qpruner.training.module import LoRAFinetuner
 
 
-def die(*_: Any) -> None:
+def die(*_: Any, **__: Any) -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
@@ -40,6 +41,10 @@ match moment:
         LoRAFinetuner.training_step = at_call(int(number), LoRAFinetuner.training_step, die)  # type: ignore[method-assign]
     case "validation":
         LoRAFinetuner.validation_step = at_call(int(number), LoRAFinetuner.validation_step, die)  # type: ignore[method-assign]
+    case "scoring":
+        pruning.score_units = at_call(int(number), pruning.score_units, die)
+    case "keeping":
+        model_folder.os.replace = at_call(int(number), os.replace, die)  # type: ignore[attr-defined]
     case "writing":
         torch_io._atomic_save = at_call(int(number), torch_io._atomic_save, half_written)
     case "replacing":

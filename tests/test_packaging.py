@@ -38,13 +38,15 @@ ALLOWED: dict[str, set[str]] = {
     "pretrained": {"errors", "files"},
     "adapters": {"errors", "seeds"},
     "pruning": {"anatomy", "errors", "memory", "plan", "seeds"},
-    "checkpoint": {"anatomy", "errors", "files", "plan", "pruning"},
+    "checkpoint": {"anatomy", "errors", "files", "plan", "pretrained", "pruning"},
     "runs": {"errors", "files", "plan"},
     "datamodules": {"errors", "files", "seeds", "pretrained", "stories"},
     "training": {
         "adapters", "anatomy", "checkpoint", "datamodules", "errors", "plan", "pretrained", "pruning", "seeds",
     },
-    "callbacks": {"anatomy", "datamodules", "errors", "files", "memory", "plan", "pruning", "runs", "training"},
+    "callbacks": {
+        "anatomy", "checkpoint", "datamodules", "errors", "files", "memory", "plan", "pruning", "runs", "training",
+    },
     "options": {"callbacks", "datamodules", "errors"},
     "commands": {"anatomy", "checkpoint", "errors", "memory", "plan", "pretrained", "pruning", "runs"},
     "cli": {

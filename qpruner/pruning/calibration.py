@@ -125,8 +125,8 @@ def _backward(
 
     def on_gradient(name: str, inputs: Tensor, at_output: Tensor) -> None:
         gradient, squared = _weight_gradient(at_output, inputs, per_sequence)
-        scale = 1 / calibration.num_sequences
-        found[name] = consume(name, gradient * scale, None if squared is None else squared * scale)
+        share = calibration.num_sequences
+        found[name] = consume(name, gradient.div_(share), None if squared is None else squared.div_(share))
 
     def on_forward(name: str, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
         if output.requires_grad:  # not in the first of the two passes of gradient checkpointing

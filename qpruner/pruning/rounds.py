@@ -10,7 +10,17 @@ from qpruner.errors import UserError
 from qpruner.memory import num_parameters
 from qpruner.plan import Architecture, CompressionPlan, format_ranges
 from qpruner.pruning.scores import LayerScores
-from qpruner.pruning.selection import Kept, SelectionConfig, Supply, choose_kept, default_round_to, local_widths
+from qpruner.pruning.selection import (
+    Kept,
+    SelectionConfig,
+    Supply,
+    Widths,
+    competing_widths,
+    default_round_to,
+    keep_highest,
+    local_widths,
+    part_way,
+)
 from qpruner.pruning.surgery import narrow_, stated_by_weights
 
 
@@ -38,15 +48,21 @@ def prune_(
     Raises:
         UserError: a ratio that no legal widths reach; see also `supplies`.
     """
-    total = num_parameters(model)
-    check_ratio(ratio, sum(supply.parameters for supply in supplies(model, selection)), total)
+    total, multiple = num_parameters(model), round_to(model, selection)
+    dense = supplies(model, selection)
+    check_ratio(ratio, dense, total)
+    goal = local_widths(dense, round(total * ratio), multiple)
     for number in range(1, rounds + 1):
-        remove = round(total * ratio * number / rounds) - (total - num_parameters(model))
-        if remove > 0:
+        scores = score(model)
+        if selection.scope == "local":
+            widths = part_way(dense, goal, number / rounds)
+        else:
+            remove = round(total * ratio * number / rounds) - (total - num_parameters(model))
             offers = supplies(model, selection, plan.architecture)
-            kept = agree(choose_kept(score(model), offers, remove, selection, round_to(model, selection)))
-            narrow_(model, kept)
-            plan = plan.keeping(kept)
+            widths = competing_widths(scores, offers, remove, multiple, uniform=selection.uniform)
+        kept = agree(keep_highest(scores, widths))
+        narrow_(model, kept)
+        plan = plan.keeping(kept)
     if num_parameters(model) == total:
         raise UserError(
             f"A ratio of {ratio} is less than half a step and would remove nothing; the smallest step removes "
@@ -56,12 +72,18 @@ def prune_(
     return plan
 
 
-def check_ratio(ratio: float, removable: int, total: int) -> None:
+def check_ratio(ratio: float, offers: Sequence[Supply], total: int) -> None:
     """Makes sure that a ratio can be reached.
+
+    Args:
+        ratio: share of all parameters to remove.
+        offers: what each layer can give.
+        total: parameters of the model.
 
     Raises:
         UserError: it cannot; the highest that can is named.
     """
+    removable = sum(offer.parameters for offer in offers)
     if not 0 < ratio < 1 or ratio * total > removable:
         highest = math.floor(removable / total * 10_000) / 10_000
         raise UserError(
@@ -103,8 +125,8 @@ def supplies(model: Any, selection: SelectionConfig, dense: Architecture | None 
         )
     found = []
     for number, layer in enumerate(layers):
-        least_groups = max(1, math.ceil(selection.floor * dense.kv_groups[number]))
-        least_channels = math.ceil(selection.floor * dense.ffn_channels[number] / multiple) * multiple
+        least_groups = max(1, _ceil(selection.floor * dense.kv_groups[number]))
+        least_channels = max(1, _ceil(selection.floor * dense.ffn_channels[number] / multiple)) * multiple
         if number in alone:
             least_groups, least_channels = layer.kv_groups, layer.ffn_channels
         found.append(
@@ -116,7 +138,16 @@ def supplies(model: Any, selection: SelectionConfig, dense: Architecture | None 
                 min(least_channels, layer.ffn_channels),
             )
         )
+    if not any(supply.parameters for supply in found):
+        raise UserError(
+            f"With selection.floor {selection.floor} and FFN widths in multiples of {multiple} nothing can be removed. "
+            f"Lower one of them."
+        )
     return found
+
+
+def _ceil(number: float) -> int:
+    return math.ceil(round(number, 6))  # 0.55 * 6400 is a little more than 3520
 
 
 def step_parameters(model: Any, selection: SelectionConfig) -> int:
@@ -175,17 +206,30 @@ class LegalRatio:
 
 
 def legal_ratios(model: Any, selection: SelectionConfig, step: float) -> Iterator[LegalRatio]:
-    """The ratios nearest to the multiples of a step, up to the highest legal one, and their widths.
+    """Ratios near the multiples of a step, up to the highest legal one, each of which gives the widths beside it.
 
     Only shapes are read: the weights may lie on the meta device.
     """
     offers, total = supplies(model, selection), num_parameters(model)
     linears = num_linear_parameters(model)
     removable = sum(offer.parameters for offer in offers)
-    targets = [round(number * step * total) for number in range(1, int(removable / total / step) + 1)]
-    for target in [*targets, removable]:
-        widths = local_widths(offers, target, round_to(model, selection))
-        pruned = [kept for kept, offer in zip(widths, offers, strict=True) if offer.parameters]
-        removed = sum(offer.cost(*kept) for kept, offer in zip(widths, offers, strict=True))
-        groups, channels = zip(*pruned, strict=True)
-        yield LegalRatio(removed / total, total - removed, removed / linears, _range(groups), _range(channels))
+
+    def legal(target: int) -> tuple[int, Widths]:
+        """What is removed near a target, and gives the same widths when it is asked for."""
+        tried: set[int] = set()
+        while True:
+            widths = local_widths(offers, target, round_to(model, selection))
+            removed = sum(offer.cost(*kept) for kept, offer in zip(widths, offers, strict=True))
+            if removed == target or removed in tried:
+                return removed, widths
+            tried.add(removed)
+            target = removed
+
+    last = 0
+    for target in [*(round(n * step * total) for n in range(1, int(removable / total / step) + 1)), removable]:
+        removed, widths = legal(target)
+        if removed > last:
+            last = removed
+            pruned = [kept for kept, offer in zip(widths, offers, strict=True) if offer.parameters]
+            groups, channels = zip(*pruned, strict=True)
+            yield LegalRatio(removed / total, total - removed, removed / linears, _range(groups), _range(channels))

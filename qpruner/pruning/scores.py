@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from qpruner.anatomy import Coupled, decoder_layers
+from qpruner.errors import UserError
 from qpruner.pruning.calibration import Calibration, gradient_sums, input_norms
 from qpruner.pruning.criteria import (
     GRADIENT_CRITERIA,
@@ -42,11 +43,15 @@ def score_units(
     """Scores the units of every layer, the same on all processes.
 
     Args:
-        model: causal language model of a supported family, where it is to compute; it is left as it was.
+        model: causal language model of a supported family with frozen weights, on the device that computes; it is left
+            as it was.
         criterion: see `qpruner.pruning.criteria`.
         how: what coupled weights make together.
         calibration: the text; None for criteria that need none.
         seed: of ``random``.
+
+    Raises:
+        UserError: a score is not finite; see also `gradient_sums`.
     """
     layers = decoder_layers(model)
     coupled = {
@@ -55,6 +60,11 @@ def score_units(
         for part in (*layer.group_weights, *layer.channel_weights)
     }
     scores = {name: score.cpu() for name, score in _weight_scores(model, coupled, criterion, calibration, seed).items()}
+    if broken := [name for name, score in scores.items() if not score.isfinite().all()]:
+        raise UserError(
+            f"Scores by {criterion} are not finite in {', '.join(broken)} (layer.projection): the weights there, or "
+            f"what reaches them, are not finite. Use --model.dtype float32, or another base model."
+        )
 
     def together(number: int, parts: Iterable[Coupled]) -> Tensor:
         return aggregate([scores[f"{number}.{part.name}"] for part in parts], how)

@@ -12,7 +12,7 @@ multiple of ``round_to``. Three ways to take them:
 import heapq
 import math
 from bisect import bisect_left
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -25,6 +25,9 @@ from qpruner.pruning.scores import LayerScores
 Kept = list[tuple[list[int], list[int]]]
 """[layers], places of the KV groups and of the FFN channels that stay."""
 
+Widths = list[tuple[int, int]]
+"""[layers], numbers of KV groups and of FFN channels."""
+
 
 @dataclass(frozen=True)
 class SelectionConfig:
@@ -34,7 +37,7 @@ class SelectionConfig:
         scope: ``local``, every layer gives the same share; ``global``, layers compete by score per parameter.
         uniform: whether all layers must end equally wide, as engines without widths for each layer need it.
         leave_alone: numbers of layers, from 0, that stay whole; negative ones count from the last.
-        floor: share of the units of a layer that always stays, in (0, 1].
+        floor: share of the units of a layer that always stays, in (0, 1).
         round_to: FFN widths become multiples of it; default ``hidden_size / 32`` down to a power of two, at most 128.
     """
 
@@ -46,8 +49,8 @@ class SelectionConfig:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "leave_alone", tuple(self.leave_alone))  # a list from YAML compares as a tuple
-        if not 0 < self.floor <= 1:
-            raise UserError(f"selection.floor is {self.floor}; the share that a layer keeps lies in (0, 1].")
+        if not 0 < self.floor < 1:
+            raise UserError(f"selection.floor is {self.floor}; the share that a layer keeps lies in (0, 1).")
         if self.round_to is not None and self.round_to < 1:
             raise UserError(f"selection.round_to is {self.round_to}; FFN widths are multiples of at least 1.")
         if self.uniform and self.leave_alone:
@@ -104,29 +107,26 @@ class Supply:
         return self.ffn_channels if nearer_to_all or width > self.ffn_channels else width
 
 
-def choose_kept(
-    scores: Sequence[LayerScores], supplies: Sequence[Supply], remove: int, config: SelectionConfig, round_to: int
-) -> Kept:
-    """What every layer keeps, so that the number of parameters removed is as near to ``remove`` as steps allow.
-
-    Args:
-        scores: [layers].
-        supplies: [layers].
-        remove: parameters to remove, at most what the supplies can give.
-        config: how layers share it.
-        round_to: FFN widths become multiples of it.
-    """
-    if config.scope == "local":
-        widths = local_widths(supplies, remove, round_to)
-    else:
-        widths = competing_widths(scores, supplies, remove, round_to, uniform=config.uniform)
+def keep_highest(scores: Sequence[LayerScores], widths: Widths) -> Kept:
+    """The units of each layer with the highest scores; among equal scores the first."""
     return [
         (_highest(score.kv_groups, groups), _highest(score.ffn_channels, channels))
         for score, (groups, channels) in zip(scores, widths, strict=True)
     ]
 
 
-def local_widths(supplies: Sequence[Supply], remove: int, round_to: int) -> list[tuple[int, int]]:
+def part_way(supplies: Sequence[Supply], goal: Widths, share: float) -> Widths:
+    """Widths at a share of the way from what the layers have to a goal."""
+    return [
+        (
+            s.kv_groups - round(share * (s.kv_groups - groups)),
+            s.ffn_channels - round(share * (s.ffn_channels - channels)),
+        )
+        for s, (groups, channels) in zip(supplies, goal, strict=True)
+    ]
+
+
+def local_widths(supplies: Sequence[Supply], remove: int, round_to: int) -> Widths:
     """KV groups and FFN channels that each layer keeps when all give the same share.
 
     The share of groups nearest to the share of all that goes is taken with which the channels can meet the total.
@@ -138,7 +138,7 @@ def local_widths(supplies: Sequence[Supply], remove: int, round_to: int) -> list
     group_shares = [gone / grouped.kv_groups for gone in range(grouped.kv_groups - grouped.least_groups + 1)]
     channel_shares = [1 - width / widest.ffn_channels for width in widest.ffn_widths(round_to)]
 
-    def widths(group_share: float, channel_share: float) -> list[tuple[int, int]]:
+    def widths(group_share: float, channel_share: float) -> Widths:
         return [
             (
                 max(s.least_groups, s.kv_groups - round(group_share * s.kv_groups)),
@@ -156,21 +156,20 @@ def local_widths(supplies: Sequence[Supply], remove: int, round_to: int) -> list
     def miss(shares: tuple[float, float]) -> int:
         return abs(removed(*shares) - remove)
 
-    half_step = sum(supply.channel_parameters for supply in prunable) * round_to / 2
-    found: list[tuple[float, float]] = []
+    candidates: list[tuple[float, float]] = []
     for group_share in sorted(group_shares, key=lambda one: abs(one - share)):
         # More goes with a larger share of channels, so the place where it suffices is found by halving.
         place = bisect_left(channel_shares, remove, key=lambda one: removed(group_share, one))
-        found += [(group_share, one) for one in channel_shares[max(0, place - 1) : place + 1]]
-        best = min(found, key=miss)
-        if miss(best) <= half_step:
-            break
-    return widths(*best)
+        around = [(group_share, one) for one in channel_shares[max(0, place - 1) : place + 1]]
+        if removed(group_share, 0) <= remove <= removed(group_share, channel_shares[-1]):
+            return widths(*min(around, key=miss))
+        candidates += around
+    return widths(*min(candidates, key=miss))
 
 
 def competing_widths(
     scores: Sequence[LayerScores], supplies: Sequence[Supply], remove: int, round_to: int, *, uniform: bool
-) -> list[tuple[int, int]]:
+) -> Widths:
     """KV groups and FFN channels that each layer keeps when steps compete by score per parameter."""  # [layers]
     groups = [
         _steps(score.kv_groups, range(s.kv_groups, s.least_groups - 1, -1), s.group_parameters)
@@ -181,10 +180,11 @@ def competing_widths(
         for score, s in zip(scores, supplies, strict=True)
     ]
     if uniform:
-        group_steps, channel_steps = _take([_everywhere(groups), _everywhere(channels)], remove)
+        step = round_to * sum(s.channel_parameters for s in supplies)
+        group_steps, channel_steps = _take([_everywhere(groups), _everywhere(channels)], remove, step)
         taken = [(group_steps, channel_steps)] * len(supplies)
     else:
-        each = _take([*groups, *channels], remove)
+        each = _take([*groups, *channels], remove, round_to * max(s.channel_parameters for s in supplies))
         taken = list(zip(each[: len(supplies)], each[len(supplies) :], strict=True))
     return [
         (s.kv_groups - sum(step.units for step in mine), s.ffn_channels - sum(step.units for step in ffn))
@@ -229,24 +229,32 @@ def _everywhere(layers: Sequence[Sequence[Step]]) -> list[Step]:
     ]
 
 
-def _take(places: Sequence[Sequence[Step]], remove: int) -> list[list[Step]]:
-    """Takes steps, cheapest first and in order within each place, while they bring the total nearer to ``remove``."""
+def _take(places: Sequence[Sequence[Step]], remove: int, step_parameters: int) -> list[list[Step]]:
+    """Takes steps, cheapest first and in order within each place, while they bring the total nearer to ``remove``.
+
+    One that would go beyond it by more than half of ``step_parameters`` waits until there is nothing smaller left.
+    """
     taken: list[list[Step]] = [[] for _ in places]
-    closed: set[int] = set()  # where a step was too large, those behind it cannot be reached
-
-    def numbered(place: int) -> Iterator[tuple[int, Step]]:
-        return ((place, step) for step in places[place])
-
-    for place, step in heapq.merge(*map(numbered, range(len(places))), key=lambda entry: entry[1].price):
-        if place in closed or step.parameters > 2 * remove:
-            closed.add(place)
-        else:
-            taken[place].append(step)
-            remove -= step.parameters
+    for beyond in (step_parameters / 2, math.inf):
+        closed: set[int] = set()  # where a step has to wait, those behind it cannot be reached
+        for place, step in heapq.merge(*_numbered(places, taken), key=lambda entry: entry[1].price):
+            if place in closed or step.parameters > min(2 * remove, remove + beyond):
+                closed.add(place)
+            else:
+                taken[place].append(step)
+                remove -= step.parameters
     return taken
 
 
+def _numbered(places: Sequence[Sequence[Step]], taken: Sequence[Sequence[Step]]) -> list[list[tuple[int, Step]]]:
+    """The steps of each place that are not taken yet, with its number."""
+    return [
+        [(number, step) for step in steps[len(mine) :]]
+        for number, (steps, mine) in enumerate(zip(places, taken, strict=True))
+    ]
+
+
 def _highest(scores: Tensor, count: int) -> list[int]:
-    """Places of the highest scores, ascending; among equal scores the first."""
+    """Places of the highest scores, ascending."""
     order = torch.argsort(scores, descending=True, stable=True)
     return sorted(order[:count].tolist())

@@ -37,6 +37,14 @@ def pruned_config_class(family: str) -> type:
     return made
 
 
+def __getattr__(name: str) -> type:
+    """Makes the classes members of this module, as pickling a model needs them."""
+    for family, anatomy in FAMILIES.items():
+        if name == f"Pruned{anatomy.config_class}":
+            return pruned_config_class(family)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
 def with_widths(config: Any, widths: Architecture) -> Any:
     """The configuration of the same model with other widths.
 

@@ -134,7 +134,7 @@ class RunFolder:
     def claim(self, config: dict[str, Any], *, restart: bool) -> bool:
         """Binds the folder to a configuration, and says whether there is a run to continue.
 
-        A run that measured nothing yet has nothing to lose, so its options may still change.
+        As long as a run has neither compressed nor trained anything its options may still change; it then begins anew.
 
         Args:
             config: all options of the command.
@@ -143,15 +143,14 @@ class RunFolder:
         Raises:
             UserError: the folder belongs to a run with other options; each is named.
         """
-        begun = self.config.exists() and (self.summary.exists() or self.checkpoint.exists())
-        if restart or not begun:
+        stored = yaml.safe_load(self.config.read_text(encoding="utf-8")) if self.config.exists() else {}
+        changes = changed_options(stored, config)
+        begun = self.checkpoint.exists() or self.model.exists() or self.finished
+        if restart or not stored or (changes and not begun):
             self._clear()
-            begun = False
-        if not begun:
             write_text(self.config, yaml.safe_dump(config, sort_keys=False))
             return False
-        stored = yaml.safe_load(self.config.read_text(encoding="utf-8"))
-        if changes := changed_options(stored, config):
+        if changes:
             listed = "\n".join(f"  {name}: was {was}, is now {now}" for name, (was, now) in changes.items())
             raise UserError(
                 f"{str(self.path)!r} holds a run with other options:\n{listed}\nContinue it with its own options, "
@@ -183,5 +182,7 @@ def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     flat: dict[str, Any] = {}
     for key, value in tree.items():
         name = f"{prefix}{key}"
+        if isinstance(value, list) and any(isinstance(entry, Mapping) for entry in value):
+            value = dict(enumerate(value))  # callbacks: each option by its own name
         flat |= _flat(value, f"{name}.") if isinstance(value, Mapping) and value else {name: value}
     return flat

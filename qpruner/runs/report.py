@@ -113,8 +113,7 @@ def write_report(folder: RunFolder) -> None:
         save_figure(plan_figure(CompressionPlan.read(folder.plan)), folder.plan_picture)
         lines += [
             "",
-            f"The compressed model is in `{folder.model.name}/`; what it keeps of the dense one, in `{folder.plan.name}`, "
-            f"layer by layer:",
+            f"The compressed model is in `{folder.model.name}/`; `{folder.plan.name}` says what it keeps of the dense:",
             "",
             f"![What each layer keeps]({folder.plan_picture.name})",
         ]

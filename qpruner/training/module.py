@@ -265,7 +265,11 @@ class LoRAFinetuner(LightningModule):
         plan = CompressionPlan.from_json(checkpoint["plan"]) if checkpoint.get("plan") else None
         if plan != self.plan:
             if plan is None or self.plan is not None:
-                raise UserError("The checkpoint's adapters were trained on a base that was compressed by another plan.")
+                how = "that was not compressed" if plan is None else "that was compressed by another plan"
+                raise UserError(
+                    f"The checkpoint's adapters were trained on a base {how}. Compress it as the run of the "
+                    f"checkpoint did, or begin a new fit."
+                )
             self.load_dense_base()  # adapters of the dense shapes may be on it by now
             self.apply_plan(plan)
         self.configure_model()

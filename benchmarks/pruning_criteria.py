@@ -1,0 +1,144 @@
+"""Perplexity after pruning by each criterion, before and after an equal recovery; rows are kept, so it can be resumed.
+
+    python benchmarks/pruning_criteria.py --base MODEL --train TRAIN.txt --validation VALID.txt --rows rows.jsonl
+
+A row that is in the file already is not computed again; ``--table`` prints what is there.
+"""
+
+import argparse
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+
+from qpruner.callbacks import StructuredPruning
+from qpruner.callbacks.pruning import CalibrationConfig
+from qpruner.datamodules import TextDataModule
+from qpruner.datamodules.base import LoaderConfig
+from qpruner.memory import num_parameters
+from qpruner.pruning.selection import SelectionConfig
+from qpruner.runs.report import markdown_table
+from qpruner.training.evaluation import evaluate
+from qpruner.training.module import LoRAFinetuner
+from qpruner.training.optimization import OptimizerConfig
+
+CRITERIA = ("param_first", "param_second", "param_mix", "vectorize", "wanda", "magnitude_l2", "magnitude_l1", "random")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--base", required=True)
+    parser.add_argument("--train", required=True)
+    parser.add_argument("--validation", required=True)
+    parser.add_argument("--max-length", type=int, default=256)
+    parser.add_argument("--ratios", type=float, nargs="+", default=[0.2, 0.5])
+    parser.add_argument("--criteria", nargs="+", default=list(CRITERIA))
+    parser.add_argument("--scopes", nargs="+", default=["local"], choices=["local", "global", "uniform"])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--sequences", type=int, default=10)
+    parser.add_argument("--length", type=int, default=64)
+    parser.add_argument("--steps", type=int, default=100)
+    parser.add_argument("--rows", type=Path, required=True)
+    parser.add_argument("--table", action="store_true", help="print the rows that are there and stop")
+    given = parser.parse_args()
+    rows = [json.loads(line) for line in given.rows.read_text().splitlines()] if given.rows.exists() else []
+    if not given.table:
+        logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+        for key in wanted(given):
+            if not any(key.items() <= row.items() for row in rows):
+                rows.append(key | measure(given, key))
+                with given.rows.open("a") as file:
+                    file.write(json.dumps(rows[-1]) + "\n")
+                print(json.dumps(rows[-1]), flush=True)
+    print(table(rows))
+
+
+def wanted(given: argparse.Namespace) -> list[dict[str, Any]]:
+    """What tells a row from the others."""
+    shared = {"base": Path(given.base).name, "steps": given.steps, "calibration": [given.sequences, given.length]}
+    return [
+        shared | {"ratio": ratio, "criterion": criterion, "scope": scope, "seed": seed}
+        for ratio in given.ratios
+        for scope in given.scopes
+        for criterion in given.criteria
+        for seed in given.seeds
+    ]
+
+
+def measure(given: argparse.Namespace, key: dict[str, Any]) -> dict[str, Any]:
+    """Prunes, measures, recovers and measures again."""
+    data = TextDataModule(
+        tokenizer=given.base,
+        train=given.train,
+        validation=given.validation,
+        held_out=0.0,
+        layout="packed",
+        max_length=given.max_length,
+        loader=LoaderConfig(batch_size=16, eval_batch_size=32),
+        seed=key["seed"],
+    )
+    module = LoRAFinetuner(given.base, optimizer=OptimizerConfig(lr=2e-3, warmup_steps=10), seed=key["seed"])
+    scope = "local" if key["scope"] == "local" else "global"
+    pruning = StructuredPruning(
+        key["ratio"],
+        criterion=key["criterion"],
+        selection=SelectionConfig(scope=scope, uniform=key["scope"] == "uniform"),  # type: ignore[arg-type]
+        calibration=CalibrationConfig(given.sequences, given.length),
+    )
+    after_pruning = Measurement(data)
+    trainer = L.Trainer(
+        max_steps=given.steps,
+        limit_val_batches=0,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        use_distributed_sampler=False,
+        callbacks=[pruning, after_pruning],
+    )
+    module.load_base()
+    total = num_parameters(module.model)
+    trainer.fit(module, datamodule=data)
+    return {
+        "removed": round(1 - after_pruning.parameters / total, 4),
+        "pruned": round(after_pruning.perplexity, 3),
+        "recovered": round(perplexity(trainer, module, data), 3),
+    }
+
+
+class Measurement(L.Callback):
+    """Measures the model as the callbacks before it left it."""
+
+    def __init__(self, data: TextDataModule) -> None:
+        self.data = data
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        assert isinstance(pl_module, LoRAFinetuner)
+        self.parameters = num_parameters(pl_module.model)
+        self.perplexity = perplexity(trainer, pl_module, self.data)
+
+
+def perplexity(trainer: L.Trainer, module: LoRAFinetuner, data: TextDataModule) -> float:
+    results = evaluate(
+        module,
+        data.evaluation_loaders("validation"),
+        limit=1.0,
+        device=trainer.strategy.root_device,
+        precision=trainer.precision_plugin,
+        title="",
+        progress=False,
+    )
+    return results["perplexity"]
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    columns = ("base", "calibration", "ratio", "removed", "scope", "criterion", "seed", "pruned", "recovered")
+    return markdown_table(list(columns), [[str(row[name]) for name in columns] for row in rows])
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    main()

@@ -1,0 +1,108 @@
+"""Peak memory of scoring, as a multiple of the weights, beside a plain full backward pass.
+
+    python benchmarks/scoring_memory.py                      a random Llama of 110 M parameters, on this device
+    python benchmarks/scoring_memory.py --layers 32 --hidden 2048 --ffn 5504 --dtype bfloat16
+
+Each pass runs in a process of its own. On a CPU the peak is that of the resident set above what it was with the model
+loaded; on CUDA what was allocated. Activations are those of a forward pass that keeps what a backward pass needs, and are
+measured, too.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+from contextlib import nullcontext
+
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from qpruner.memory import read_peak, reset_peak, tensor_bytes
+from qpruner.pruning.calibration import Calibration, micro_batches
+from qpruner.pruning.scores import score_units
+from qpruner.runs.report import markdown_table
+
+PASSES = ("activations", "full backward", "vectorize", "param_first", "param_second", "param_mix", "wanda")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--layers", type=int, default=12)
+    parser.add_argument("--hidden", type=int, default=768)
+    parser.add_argument("--ffn", type=int, default=2048)
+    parser.add_argument("--vocabulary", type=int, default=16384)
+    parser.add_argument("--sequences", type=int, default=10)
+    parser.add_argument("--length", type=int, default=64)
+    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--only", choices=PASSES, help=argparse.SUPPRESS)
+    given = parser.parse_args()
+    if given.only:
+        print(json.dumps(measure(given)))
+        return
+    found = {name: run_alone(name) for name in PASSES}
+    kept = found["activations"]["above"]
+    rows = [
+        [
+            name,
+            f"{result['above'] / 2**20:,.0f}",
+            f"{1 + result['above'] / result['weights']:.2f}",
+            f"{1 + max(0, result['above'] - kept) / result['weights']:.2f}",
+        ]
+        for name, result in found.items()
+    ]
+    print(f"weights {found['activations']['weights'] / 2**20:,.0f} MiB, {given.device}, {given.dtype}")
+    header = ["pass", "MiB above weights", "peak / weights", "peak / weights, without activations"]
+    print(markdown_table(header, rows))
+
+
+def run_alone(name: str) -> dict[str, int]:
+    command = [sys.executable, *sys.argv, "--only", name]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    result: dict[str, int] = json.loads(done.stdout.splitlines()[-1])
+    return result
+
+
+def measure(given: argparse.Namespace) -> dict[str, int]:
+    device = torch.device(given.device)
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=given.vocabulary,
+        hidden_size=given.hidden,
+        intermediate_size=given.ffn,
+        num_hidden_layers=given.layers,
+        num_attention_heads=given.hidden // 64,
+        num_key_value_heads=given.hidden // 64,
+        tie_word_embeddings=True,
+    )
+    model = LlamaForCausalLM(config).to(device, getattr(torch, given.dtype)).requires_grad_(False)
+    tokens = torch.randint(0, given.vocabulary, (given.sequences, given.length))
+    model(input_ids=tokens[:1, :2].to(device))  # libraries allocate what they need for themselves
+    reset_peak(device)
+    before = read_peak(device)
+    assert before is not None
+    if given.only in ("activations", "full backward"):
+        loss = forward(model, tokens.to(device), backward=given.only == "full backward")
+        assert loss.isfinite()
+    else:
+        calibration = Calibration(micro_batches(tokens, None), len(tokens), nullcontext, lambda total: total)
+        score_units(model, given.only, "sum", calibration, seed=0)
+    after = read_peak(device)
+    assert after is not None
+    return {"above": after - before, "weights": tensor_bytes(model)}
+
+
+def forward(model: LlamaForCausalLM, tokens: torch.Tensor, *, backward: bool) -> torch.Tensor:
+    """The loss; with the gradients of all weights, or with nothing but what a backward pass would need kept."""
+    if backward:
+        model.requires_grad_(True)
+    else:
+        model.get_input_embeddings().register_forward_hook(lambda module, inputs, output: output.requires_grad_())
+    loss: torch.Tensor = model(input_ids=tokens, labels=tokens).loss
+    if backward:
+        loss.backward()
+    return loss
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,62 @@
+"""A tiny random model of every family that can be pruned, with nothing left at a value that would hide a mistake."""
+
+from typing import Any
+
+import torch
+import transformers
+
+from qpruner.anatomy import FAMILIES
+
+HIDDEN, LAYERS, FFN, VOCAB = 64, 3, 48, 100
+KEPT = [((0, 2, 3), (0, 1, *range(5, 40))), ((1,), tuple(range(3, 48, 2))), ((0, 1, 2, 3), (7,))]
+"""A pruning of the default tiny model in which no two layers end equal."""
+
+EXPLICIT = {
+    "llama": {"head_dim": 16},
+    "mistral": {"head_dim": 16, "sliding_window": 8},
+    "qwen2": {},  # 64 / 8 = 8
+    "qwen3": {"head_dim": 16},
+    "gemma": {"head_dim": 16},
+    "gemma2": {"head_dim": 16, "query_pre_attn_scalar": 16, "sliding_window": 8},
+}
+"""What a configuration says beyond the sizes that all have; the sliding window is shorter than the tests' text."""
+
+
+def tiny_config(family: str, **changes: Any) -> Any:
+    """3 layers, width 64, 8 query heads on 4 key-value heads, 48 FFN channels and 100 tokens."""
+    sizes = {
+        "vocab_size": VOCAB,
+        "hidden_size": HIDDEN,
+        "intermediate_size": FFN,
+        "num_hidden_layers": LAYERS,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 4,
+        "max_position_embeddings": 128,
+        "initializer_range": 0.2,
+    }
+    return getattr(transformers, FAMILIES[family].config_class)(**{**sizes, **EXPLICIT[family], **changes})
+
+
+def tiny_model(family: str, **changes: Any) -> Any:
+    """Random weights, norms and biases included, in evaluation mode; the same ones at every call.
+
+    ``num_key_value_heads=8`` makes it multi-head and ``num_key_value_heads=1`` multi-query.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(3)
+        model = getattr(transformers, FAMILIES[family].model_class)(tiny_config(family, **changes))
+        for name, parameter in model.named_parameters():
+            if "norm" in name or name.endswith("bias"):
+                parameter.data += 0.2 * torch.randn_like(parameter)
+    return model.eval()
+
+
+def random_tokens(rows: int = 2, length: int = 12) -> torch.Tensor:
+    """[rows, length], without the special tokens at the start of the vocabulary."""
+    return torch.randint(5, VOCAB, (rows, length), generator=torch.Generator().manual_seed(4))
+
+
+@torch.no_grad()
+def logits_of(model: Any, tokens: torch.Tensor | None = None) -> torch.Tensor:
+    """[rows, length, vocabulary], of the `random_tokens` unless told."""
+    return model(input_ids=random_tokens() if tokens is None else tokens, use_cache=False).logits

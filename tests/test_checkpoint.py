@@ -1,0 +1,528 @@
+import hashlib
+import json
+import os
+import pickle
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from families import KEPT, logits_of, tiny_model
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+import qpruner
+from qpruner import checkpoint
+from qpruner.adapters.lora import LoRAConfig, attach_adapters
+from qpruner.anatomy import FAMILIES, architecture_of
+from qpruner.checkpoint import (
+    has_adapters,
+    is_compressed,
+    load_base,
+    load_compressed,
+    read_config,
+    save_adapters,
+    save_base,
+)
+from qpruner.errors import UserError
+from qpruner.plan import CompressionPlan
+from qpruner.pruning.surgery import apply_pruning_, stated_by_weights
+
+TESTS = Path(__file__).parent
+SHAPES = {"unequal": KEPT, "three groups": [((0, 1, 3), range(40))] * 3, "two groups": [((0, 3), range(9, 40))] * 3}
+"""Layers that differ, and equal ones with 6 and with 4 heads; some configurations refuse 6: 64 is no multiple."""
+
+
+def compress(family: str, kept: Any = KEPT, model: Any = None) -> tuple[Any, CompressionPlan]:
+    model = model or tiny_model(family)
+    plan = CompressionPlan.dense(architecture_of(model.config), "ab12").keeping(kept)
+    apply_pruning_(model, plan)
+    return model, plan
+
+
+def write(folder: Path, family: str = "llama", kept: Any = KEPT) -> tuple[Any, CompressionPlan]:
+    model, plan = compress(family, kept)
+    save_base(folder, model, plan, base_name="models/dense", tokenizer=None)
+    return model, plan
+
+
+def with_adapters(model: Any) -> Any:
+    """Adapters of rank 2 that have an effect, in evaluation mode."""
+    adapted = attach_adapters(model, LoRAConfig(r=2, dropout=0.5), seed=5)
+    generator = torch.Generator().manual_seed(6)
+    for name, parameter in adapted.named_parameters():
+        if "lora_B" in name:
+            parameter.data.normal_(std=0.1, generator=generator)
+    return adapted.eval()
+
+
+def digest(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
+
+
+def read_manifest(folder: Path) -> Any:
+    return json.loads((folder / "manifest.json").read_text())
+
+
+def list_files(folder: Path) -> dict[str, Any]:
+    """Sizes and hashes as the manifest should have them."""
+    return {
+        path.relative_to(folder).as_posix(): {"size": len(data := path.read_bytes()), "sha256": digest(data)}
+        for path in folder.rglob("*")
+        if path.is_file() and path.name != "manifest.json"
+    }
+
+
+def edit_manifest(folder: Path, change: Callable[[Any], Any]) -> None:
+    manifest = read_manifest(folder)
+    change(manifest)
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+
+
+def state(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def refused(folder: Path, message: str) -> None:
+    for load in (load_base, load_compressed):
+        with pytest.raises(UserError, match=re.escape(message)):
+            load(folder)
+
+
+# What was saved comes back.
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("kept", SHAPES.values(), ids=list(SHAPES))
+def test_the_model_comes_back_with_identical_logits(tmp_path: Path, family: str, kept: Any) -> None:
+    model, plan = write(tmp_path / "model", family, kept)
+    expected = logits_of(model)
+    loaded = load_base(tmp_path / "model")
+    assert torch.equal(logits_of(loaded.model), expected)
+    assert torch.equal(logits_of(load_compressed(str(tmp_path / "model"))), expected)
+    assert (loaded.plan, loaded.base_name, loaded.base_sha256) == (plan, "models/dense", "ab12")
+    assert stated_by_weights(loaded.model) == architecture_of(loaded.model.config)
+    assert architecture_of(read_config(tmp_path / "model")) == architecture_of(loaded.model.config)
+    as_mistral = family == "llama" and kept == SHAPES["three groups"]  # what transformers can load
+    expected_family = "mistral" if as_mistral else family
+    assert architecture_of(loaded.model.config) == replace(plan.widths, model_type=expected_family)
+
+
+@pytest.mark.parametrize("kept", SHAPES.values(), ids=list(SHAPES))
+def test_biases_of_every_projection_come_back(tmp_path: Path, kept: Any) -> None:
+    model, plan = compress("llama", kept, model=tiny_model("llama", attention_bias=True, mlp_bias=True))
+    save_base(tmp_path / "model", model, plan, base_name="dense", tokenizer=None)
+    loaded = load_compressed(tmp_path / "model")
+    assert loaded.model.layers[1].mlp.down_proj.bias.abs().max() > 0
+    assert torch.equal(logits_of(loaded), logits_of(model))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_loaded_model_is_frozen_in_evaluation_mode_and_on_the_cpu(tmp_path: Path, family: str) -> None:
+    write(tmp_path / "model", family)
+    model = load_base(tmp_path / "model").model
+    assert not model.training
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+    assert {tensor.device.type for tensor in [*model.parameters(), *model.buffers()]} == {"cpu"}
+    assert (model.lm_head.weight is model.model.embed_tokens.weight) == family.startswith("gemma")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_loaded_model_generates_the_same(tmp_path: Path, family: str) -> None:
+    model, plan = compress(family)
+    model.generation_config.eos_token_id = [3, 4]
+    save_base(tmp_path / "model", model, plan, base_name="dense", tokenizer=None)
+    loaded = load_compressed(tmp_path / "model")
+    assert loaded.generation_config.eos_token_id == [3, 4]
+    tokens = torch.tensor([[7, 8, 9]])
+    options = {"attention_mask": torch.ones_like(tokens), "max_new_tokens": 4, "do_sample": False, "pad_token_id": 0}
+    assert torch.equal(loaded.generate(tokens, **options), model.generate(tokens, **options))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("kept", SHAPES.values(), ids=list(SHAPES))
+def test_saving_what_was_loaded_writes_the_same_files(tmp_path: Path, family: str, kept: Any) -> None:
+    write(tmp_path / "first", family, kept)
+    loaded = load_base(tmp_path / "first")
+    save_base(tmp_path / "second", loaded.model, loaded.plan, base_name=loaded.base_name, tokenizer=None)
+    first, second = list_files(tmp_path / "first"), list_files(tmp_path / "second")
+    assert "model.safetensors" in first
+    assert second == first
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_bfloat16_is_kept(tmp_path: Path, family: str) -> None:
+    tiny_model(family).save_pretrained(tmp_path / "dense")
+    dense = AutoModelForCausalLM.from_pretrained(tmp_path / "dense", dtype=torch.bfloat16)
+    model, plan = compress(family, model=dense)
+    save_base(tmp_path / "model", model, plan, base_name="dense", tokenizer=None)
+    assert json.loads((tmp_path / "model/config.json").read_text())["dtype"] == "bfloat16"
+    assert {tensor.dtype for tensor in load_file(tmp_path / "model/model.safetensors").values()} == {torch.bfloat16}
+    loaded = load_compressed(tmp_path / "model")
+    assert {parameter.dtype for parameter in loaded.parameters()} == {torch.bfloat16}
+    assert loaded.dtype == torch.bfloat16
+    assert torch.equal(logits_of(loaded), logits_of(model))
+
+
+@pytest.mark.parametrize("kept", SHAPES.values(), ids=list(SHAPES))
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_the_configuration_states_the_dtype_of_the_weights(tmp_path: Path, kept: Any, dtype: str) -> None:
+    model, plan = compress("llama", kept, model=tiny_model("llama").to(getattr(torch, dtype)))
+    save_base(tmp_path / "model", model, plan, base_name="dense", tokenizer=None)
+    assert json.loads((tmp_path / "model/config.json").read_text())["dtype"] == dtype
+
+
+def test_weights_in_several_files_come_back(tmp_path: Path) -> None:
+    model, plan = compress("gemma2")
+    expected = logits_of(model)
+    model.save_pretrained = partial(model.save_pretrained, max_shard_size="100KB")
+    save_base(tmp_path / "model", model, plan, base_name="dense", tokenizer=None)
+    assert len(list((tmp_path / "model").glob("model-*.safetensors"))) > 1
+    assert "model.safetensors.index.json" in read_manifest(tmp_path / "model")["files"]
+    assert torch.equal(logits_of(load_compressed(tmp_path / "model")), expected)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("kept", [KEPT, SHAPES["three groups"]], ids=["unequal", "three groups"])
+def test_adapters_come_back_with_identical_logits(tmp_path: Path, family: str, kept: Any) -> None:
+    model, _ = write(tmp_path / "model", family, kept)
+    plain = logits_of(model)
+    assert not has_adapters(tmp_path / "model")
+    adapted = with_adapters(model)
+    expected = logits_of(adapted)
+    assert (expected - plain).abs().max() > 0.01
+    save_adapters(tmp_path / "model", adapted)
+    assert has_adapters(tmp_path / "model")
+    assert torch.equal(logits_of(load_compressed(tmp_path / "model")), expected)
+    assert torch.equal(logits_of(load_base(tmp_path / "model").model), plain)
+    assert json.loads((tmp_path / "model/adapter/adapter_config.json").read_text())["base_model_name_or_path"] == ".."
+
+
+def test_a_new_process_computes_identical_logits(tmp_path: Path) -> None:
+    model, _ = write(tmp_path / "model", "gemma2")
+    adapted = with_adapters(model)
+    save_adapters(tmp_path / "model", adapted)
+    script = (
+        "import hashlib, sys, qpruner\n"
+        "from families import logits_of\n"
+        "logits = logits_of(qpruner.load_compressed(sys.argv[1]))\n"
+        "print(hashlib.sha256(logits.numpy().tobytes()).hexdigest())\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script, str(tmp_path / "model")],
+        env={**os.environ, "PYTHONPATH": f"{TESTS}:{TESTS.parent}", "HF_HUB_OFFLINE": "1"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout.split()[-1] == digest(logits_of(adapted).numpy().tobytes())
+    assert qpruner.load_compressed is load_compressed
+
+
+# The folder.
+
+
+def test_the_manifest_has_the_size_and_hash_of_every_file(tmp_path: Path) -> None:
+    model, _ = write(tmp_path / "model")
+    base = {"config.json", "generation_config.json", "model.safetensors", "plan.json"}
+    manifest = read_manifest(tmp_path / "model")
+    assert (manifest["kind"], manifest["version"]) == ("qpruner model", 1)
+    assert manifest["base"] == {"name": "models/dense", "sha256": "ab12"}
+    assert manifest["files"] == list_files(tmp_path / "model")
+    assert manifest["files"].keys() == base
+    save_adapters(tmp_path / "model", with_adapters(model))
+    manifest = read_manifest(tmp_path / "model")
+    assert manifest["base"] == {"name": "models/dense", "sha256": "ab12"}
+    assert manifest["files"] == list_files(tmp_path / "model")
+    assert manifest["files"].keys() == base | {"adapter/adapter_config.json", "adapter/adapter_model.safetensors"}
+
+
+def test_the_tokenizer_is_beside_the_model(tmp_path: Path, tiny_llama: Path) -> None:
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(tiny_llama)
+    model, plan = compress("llama")
+    save_base(tmp_path / "model", model, plan, base_name="dense", tokenizer=tokenizer)
+    files = read_manifest(tmp_path / "model")["files"]
+    assert {"tokenizer.json", "tokenizer_config.json"} <= files.keys() and files == list_files(tmp_path / "model")
+    text = "Tom has a red ball."
+    assert AutoTokenizer.from_pretrained(tmp_path / "model")(text).input_ids == tokenizer(text).input_ids
+
+
+def test_a_folder_says_what_it_holds(tmp_path: Path) -> None:
+    write(tmp_path / "model")
+    assert is_compressed(tmp_path / "model")
+    assert not is_compressed(tmp_path) and not is_compressed(tmp_path / "nothing")
+    (tmp_path / "model/plan.json").unlink()
+    assert not is_compressed(tmp_path / "model")
+
+
+def test_loading_needs_no_pickle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, _ = write(tmp_path / "model")
+    adapted = with_adapters(model)
+    save_adapters(tmp_path / "model", adapted)
+    assert {path.suffix for path in (tmp_path / "model").rglob("*") if path.is_file()} == {".json", ".safetensors"}
+
+    def unpickled(*_: Any, **__: Any) -> None:
+        raise AssertionError("something was unpickled")
+
+    for owner, name in ((torch, "load"), (pickle, "load"), (pickle, "loads"), (pickle, "Unpickler")):
+        monkeypatch.setattr(owner, name, unpickled)
+    loaded = load_compressed(tmp_path / "model")
+    assert torch.equal(logits_of(loaded), logits_of(adapted))
+
+
+def test_a_file_that_is_not_listed_is_not_read(tmp_path: Path) -> None:
+    model, _ = write(tmp_path / "model")
+    expected = logits_of(model)
+    bogus = {name: torch.zeros_like(tensor) for name, tensor in model.state_dict().items()}
+    for name in ("extra.safetensors", "a.safetensors", "zzz.safetensors"):
+        save_file(bogus, tmp_path / "model" / name)
+    (tmp_path / "model/pytorch_model.bin").write_bytes(b"no pickle")
+    (tmp_path / "model/adapter").mkdir()
+    (tmp_path / "model/adapter/adapter_config.json").write_text("{}")
+    assert torch.equal(logits_of(load_compressed(tmp_path / "model")), expected)
+
+
+# What is refused.
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "plan.json", "generation_config.json"])
+def test_a_missing_file_is_refused(tmp_path: Path, name: str) -> None:
+    write(tmp_path / "model")
+    (tmp_path / "model" / name).unlink()
+    refused(tmp_path / "model", f"{str(tmp_path / 'model' / name)!r} is missing. Copy the whole folder again.")
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "plan.json"])
+def test_a_cut_file_is_refused(tmp_path: Path, name: str) -> None:
+    write(tmp_path / "model")
+    path = tmp_path / "model" / name
+    data = path.read_bytes()
+    path.write_bytes(data[:-7])
+    message = f"{str(path)!r} has {len(data) - 7:,} bytes instead of {len(data):,}: it was cut off or altered."
+    refused(tmp_path / "model", message)
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "plan.json"])
+def test_one_altered_byte_is_refused(tmp_path: Path, name: str) -> None:
+    write(tmp_path / "model")
+    path = tmp_path / "model" / name
+    data = bytearray(path.read_bytes())
+    expected = digest(bytes(data))
+    data[-9] ^= 1
+    path.write_bytes(data)
+    refused(tmp_path / "model", f"{str(path)!r} was altered: its SHA-256 is not {expected}. Copy it again.")
+
+
+@pytest.mark.parametrize("name", ["adapter_config.json", "adapter_model.safetensors"])
+def test_adapters_that_are_missing_or_altered_are_refused(tmp_path: Path, name: str) -> None:
+    model, _ = write(tmp_path / "model")
+    save_adapters(tmp_path / "model", with_adapters(model))
+    path = tmp_path / "model/adapter" / name
+    data = bytearray(path.read_bytes())
+    data[-2] ^= 1
+    path.write_bytes(data)
+    refused(tmp_path / "model", f"{str(path)!r} was altered")
+    path.unlink()
+    refused(tmp_path / "model", f"{str(path)!r} is missing.")
+
+
+@pytest.mark.parametrize(
+    ("change", "found"),
+    [
+        ({"version": 2}, "kind 'qpruner model', version 2"),
+        ({"version": None}, "kind 'qpruner model', version None"),
+        ({"kind": "qpruner plan"}, "kind 'qpruner plan', version 1"),
+    ],
+)
+def test_another_kind_or_version_is_refused(tmp_path: Path, change: dict[str, Any], found: str) -> None:
+    write(tmp_path / "model")
+    edit_manifest(tmp_path / "model", lambda manifest: manifest.update(change))
+    path = str(tmp_path / "model/manifest.json")
+    refused(tmp_path / "model", f"{path!r} is of {found}; this qpruner reads 'qpruner model', version 1.")
+
+
+def test_a_folder_without_a_readable_manifest_is_refused(tmp_path: Path) -> None:
+    write(tmp_path / "model")
+    message = f"{str(tmp_path / 'model')!r} holds no compressed model: cannot read its manifest.json ("
+    (tmp_path / "model/manifest.json").write_text("size: 3")
+    refused(tmp_path / "model", message + "Expecting value")
+    (tmp_path / "model/manifest.json").write_bytes(b"\xff\xfe")
+    refused(tmp_path / "model", message + "'utf-8'")
+    (tmp_path / "model/manifest.json").unlink()
+    refused(tmp_path / "model", message + "[Errno 2] No such file")
+    refused(tmp_path / "nowhere", f"{str(tmp_path / 'nowhere')!r} holds no compressed model")
+
+
+def relist(folder: Path) -> None:
+    """Makes the manifest fit what is in the folder."""
+    edit_manifest(folder, lambda manifest: manifest.update(files=list_files(folder)))
+
+
+def test_weights_that_are_not_those_of_the_configuration_are_refused(tmp_path: Path) -> None:
+    write(tmp_path / "model")
+    path, name = tmp_path / "model/model.safetensors", "model.layers.1.mlp.up_proj.weight"
+    weights = load_file(path)
+    tensor = weights.pop(name)
+    save_file(weights, path)
+    relist(tmp_path / "model")
+    whose = f"The weights in {str(tmp_path / 'model')!r} are not those of its configuration:"
+    refused(tmp_path / "model", f"{whose} missing ['{name}'], unexpected none.")
+    save_file({**weights, name: tensor, "model.layers.9.weight": tensor.clone()}, path)
+    relist(tmp_path / "model")
+    refused(tmp_path / "model", f"{whose} missing none, unexpected ['model.layers.9.weight'].")
+    path.write_bytes(b"no weights")
+    relist(tmp_path / "model")
+    refused(tmp_path / "model", f"{str(path)!r} is not a safetensors file: ")
+
+
+@pytest.mark.parametrize(
+    ("model_type", "message"),
+    [
+        ("pruned_gpt2", "{!r} holds a model of type 'pruned_gpt2', which this qpruner does not know."),
+        ("gpt2", "Models of type 'gpt2' cannot be pruned; llama, mistral, qwen2, qwen3, gemma, gemma2 can."),
+    ],
+)
+def test_a_model_of_an_unknown_type_is_refused(tmp_path: Path, model_type: str, message: str) -> None:
+    write(tmp_path / "model")
+    path = tmp_path / "model/config.json"
+    path.write_text(json.dumps({"model_type": model_type}))
+    relist(tmp_path / "model")
+    refused(tmp_path / "model", message.format(str(tmp_path / "model")))
+
+
+# Whole or not at all.
+
+
+def stop(*_: Any, **__: Any) -> None:
+    raise KeyboardInterrupt
+
+
+def half_written(folder: Path) -> None:
+    folder.mkdir()
+    (folder / "model.safetensors").write_bytes(b"half")
+    raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("moment", ["weights", "plan", "manifest"])
+@pytest.mark.parametrize("before", ["nothing", "a model"])
+def test_a_folder_is_written_whole_or_not_at_all(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str, before: str
+) -> None:
+    if before == "a model":
+        write(tmp_path / "model", "llama")
+    old = state(tmp_path)
+    model, plan = compress("qwen2")
+    owner, name, then = {
+        "weights": (model, "save_pretrained", half_written),
+        "plan": (CompressionPlan, "write", stop),
+        "manifest": (checkpoint, "_write_manifest", stop),
+    }[moment]
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, name, then)
+        with pytest.raises(KeyboardInterrupt):
+            save_base(tmp_path / "model", model, plan, base_name="dense", tokenizer=None)
+    assert state(tmp_path) == old
+    assert [path.name for path in tmp_path.iterdir()] == (["model"] if before == "a model" else [])
+    save_base(tmp_path / "model", model, plan, base_name="dense", tokenizer=None)
+    assert torch.equal(logits_of(load_compressed(tmp_path / "model")), logits_of(model))
+
+
+def test_a_stop_at_the_last_moment_leaves_the_old_model_or_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(tmp_path / "model", "llama")
+    old, rename = state(tmp_path), os.replace
+    model, plan = compress("qwen2")
+
+    def stop_at_the_folder(source: Path, target: Path) -> None:
+        if Path(target) == tmp_path / "model":
+            raise KeyboardInterrupt
+        rename(source, target)
+
+    monkeypatch.setattr(os, "replace", stop_at_the_folder)
+    with pytest.raises(KeyboardInterrupt):
+        save_base(tmp_path / "model", model, plan, base_name="dense", tokenizer=None)
+    assert state(tmp_path) in (old, {})
+    assert [path.name for path in tmp_path.iterdir()] in (["model"], [])
+
+
+def test_what_was_in_the_folder_goes(tmp_path: Path) -> None:
+    model, _ = write(tmp_path / "model", "llama")
+    save_adapters(tmp_path / "model", with_adapters(model))
+    new, _ = write(tmp_path / "model", "qwen2")
+    assert not has_adapters(tmp_path / "model") and not (tmp_path / "model/adapter").exists()
+    assert torch.equal(logits_of(load_compressed(tmp_path / "model")), logits_of(new))
+
+
+def test_a_weight_of_another_shape_is_refused(tmp_path: Path) -> None:
+    write(tmp_path / "model")
+    path, name = tmp_path / "model/model.safetensors", "model.layers.1.mlp.up_proj.weight"
+    weights = load_file(path)
+    weights[name] = weights[name][:-1].clone()
+    save_file(weights, path)
+    relist(tmp_path / "model")
+    refused(tmp_path / "model", "are not those of its configuration")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda manifest: manifest.pop("files"),
+        lambda manifest: manifest.pop("base"),
+        lambda manifest: manifest.update(files=[]),
+        lambda manifest: manifest["files"]["config.json"].pop("size"),
+        lambda manifest: manifest["files"].pop("config.json"),
+        lambda manifest: manifest["files"].pop("plan.json"),
+    ],
+)
+def test_a_manifest_that_lacks_something_is_refused(tmp_path: Path, change: Callable[[Any], Any]) -> None:
+    write(tmp_path / "model")
+    edit_manifest(tmp_path / "model", change)
+    refused(tmp_path / "model", "Copy the folder again")
+
+
+@pytest.mark.parametrize("text", ["[]", "null", "3"])
+def test_a_manifest_that_is_no_object_is_refused(tmp_path: Path, text: str) -> None:
+    write(tmp_path / "model")
+    (tmp_path / "model/manifest.json").write_text(text)
+    refused(tmp_path / "model", "no manifest of a compressed model")
+
+
+def test_an_unlisted_generation_config_is_not_read(tmp_path: Path) -> None:
+    write(tmp_path / "model")
+    edit_manifest(tmp_path / "model", lambda manifest: manifest["files"].pop("generation_config.json", None))
+    (tmp_path / "model/generation_config.json").write_text("{bad")
+    load_base(tmp_path / "model")
+
+
+def test_a_plan_that_is_not_that_of_the_weights_is_refused(tmp_path: Path) -> None:
+    _, plan = write(tmp_path / "model")
+    dense = CompressionPlan.dense(plan.architecture, plan.base_sha256)
+    dense.write(tmp_path / "model/plan.json")
+    relist(tmp_path / "model")
+    refused(tmp_path / "model", "is not that of its weights: kv_groups")
+
+
+def test_a_narrowed_model_can_be_pickled(tmp_path: Path) -> None:
+    """Processes that are spawned get their model that way."""
+    model, _ = write(tmp_path / "model")
+    again = pickle.loads(pickle.dumps(model))
+    assert torch.equal(logits_of(again), logits_of(model))
+
+
+def test_adapters_cut_off_while_written_leave_the_base(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, _ = write(tmp_path / "model")
+    adapted = with_adapters(model)
+    save_adapters(tmp_path / "model", adapted)
+    monkeypatch.setattr(checkpoint, "_sync", stop)
+    with pytest.raises(KeyboardInterrupt):
+        save_adapters(tmp_path / "model", adapted)
+    assert type(load_compressed(tmp_path / "model")).__name__ == "LlamaForCausalLM"

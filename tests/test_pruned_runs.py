@@ -1,0 +1,245 @@
+"""Runs that prune, from the command line: the row, the folder, the plan, kills and ranks."""
+
+import hashlib
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+import qpruner
+from qpruner.cli import run
+from qpruner.errors import UserError
+from qpruner.files import read_json
+from qpruner.plan import CompressionPlan
+
+TESTS = Path(__file__).parent
+RESULTS = """
+import hashlib, sys, torch, qpruner
+logits = qpruner.load_compressed(sys.argv[1])(input_ids=torch.arange(20).view(2, 10)).logits
+print(hashlib.sha256(logits.detach().numpy().tobytes()).hexdigest())
+"""
+
+
+@pytest.fixture
+def config(tiny_llama: Path, tmp_path: Path) -> dict[str, Any]:
+    """Pruning and a fit of six steps."""
+    return {
+        "run": {"name": "x", "dir": str(tmp_path / "runs"), "checkpoint_every_n_steps": 2},
+        "model": {"base": str(tiny_llama), "lora": {"r": 2}, "optimizer": {"lr": 0.01}},
+        "data": {
+            "class_path": "StoriesDataModule",
+            "init_args": {
+                "max_length": 24,
+                "num_train": 24,
+                "num_validation": 6,
+                "num_test": 6,
+                "num_choices": 0,
+                "loader": {"batch_size": 4},
+            },
+        },
+        "trainer": {
+            "accelerator": "cpu",
+            "max_epochs": 1,
+            "limit_val_batches": 1,
+            "log_every_n_steps": 1,
+            "enable_progress_bar": False,
+            "enable_model_summary": False,
+            "callbacks": [
+                {
+                    "class_path": "StructuredPruning",
+                    "init_args": {"ratio": 0.05, "calibration": {"num_sequences": 6, "length": 8, "batch_size": 2}},
+                }
+            ],
+        },
+    }
+
+
+@pytest.fixture
+def arguments(config: dict[str, Any], tmp_path: Path) -> list[str]:
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(config))
+    return ["--config", str(path)]
+
+
+def command(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, *arguments], capture_output=True, text=True, timeout=300)
+
+
+def adapters(folder: Path) -> dict[str, torch.Tensor]:
+    return torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
+
+
+def test_a_run_measures_the_pruned_model_and_leaves_one_that_loads_anywhere(
+    arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run(["fit", *arguments])
+    folder = tmp_path / "runs" / "x"
+    dense, pruned, recovered = read_json(folder / "summary.json")["stages"]
+    assert [dense["name"], pruned["name"], recovered["name"]] == ["dense", "pruned", "recovered"]
+    plan = CompressionPlan.read(folder / "plan.json")
+    assert plan == CompressionPlan.read(folder / "model" / "plan.json")
+    gone = sum(  # rows of q, k, v and columns of o; rows of gate and up and columns of down; 32 wide, heads of 8
+        32 * (2 - len(layer.kv_groups)) * 8 * (2 + 1 + 1 + 2) + 32 * (48 - len(layer.ffn_channels)) * 3
+        for layer in plan.layers
+    )
+    assert dense["parameters"] - pruned["parameters"] == gone
+    assert gone / dense["parameters"] == pytest.approx(0.05, abs=0.002)
+    assert dense["results"]["perplexity"] != pruned["results"]["perplexity"]
+    assert recovered["results"]["perplexity"] < pruned["results"]["perplexity"]
+    assert (folder / "plan.png").stat().st_size > 5000 and "plan.png" in (folder / "report.md").read_text()
+    log = (folder / "run.log").read_text()
+    assert f"Pruned {dense['parameters']:,} to {pruned['parameters']:,} parameters" in log
+    # The same logits in another process; nothing is read that could run code.
+    there = command("-c", RESULTS, str(folder / "model"))
+    assert there.returncode == 0, there.stderr
+    monkeypatch.setattr(torch, "load", None)
+    with torch.no_grad():
+        logits = qpruner.load_compressed(folder / "model")(input_ids=torch.arange(20).view(2, 10)).logits
+    assert there.stdout.split()[-1] == hashlib.sha256(logits.numpy().tobytes()).hexdigest()
+
+
+def test_test_measures_all_three_stages_again(arguments: list[str], tmp_path: Path) -> None:
+    run(["fit", *arguments])
+    folder = tmp_path / "runs" / "x"
+    run(["test", *arguments])
+    fitted, tested = (read_json(folder / name)["stages"] for name in ("summary.json", "test.json"))
+    for stage, expected in zip(tested, fitted, strict=True):
+        assert stage["name"] == expected["name"] and stage["parameters"] == expected["parameters"]
+        assert stage["results"] == pytest.approx(expected["results"], rel=1e-6)
+    run(["predict", *arguments])
+    assert len((folder / "predictions.jsonl").read_text().splitlines()) == 6
+
+
+@pytest.mark.parametrize(
+    ("scope", "kills"),
+    [
+        ({"scope": "local"}, [("training", "1"), ("training", "4")]),
+        ({"scope": "global"}, [("keeping", "1")]),
+        ({"scope": "global", "uniform": True}, [("scoring", "1")]),
+    ],
+    ids=["local", "global", "uniform"],
+)
+def test_killed_and_repeated_equals_uninterrupted(
+    config: dict[str, Any], tmp_path: Path, scope: dict[str, Any], kills: list[tuple[str, str]]
+) -> None:
+    """What was kept is taken from the folder; what was scored and not kept is scored again."""
+    config["trainer"]["callbacks"][0]["init_args"]["selection"] = scope
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(config))
+    whole = command("-m", "qpruner", "fit", "--config", str(path), "--run.name", "whole")
+    assert whole.returncode == 0, whole.stderr
+    for moment, number in kills:
+        killed = command(str(TESTS / "kill_at.py"), moment, number, "fit", "--config", str(path))
+        assert killed.returncode == -9, killed.stderr
+    last = command("-m", "qpruner", "fit", "--config", str(path))
+    assert last.returncode == 0, last.stderr
+    runs = tmp_path / "runs"
+    assert (runs / "x" / "plan.json").read_text() == (runs / "whole" / "plan.json").read_text()
+    found = adapters(runs / "x")
+    assert all(torch.equal(found[name], tensor) for name, tensor in adapters(runs / "whole").items())
+    stages = [read_json(runs / name / "summary.json")["stages"] for name in ("whole", "x")]
+    assert [(s["name"], s["results"]) for s in stages[0]] == [(s["name"], s["results"]) for s in stages[1]]
+    scored = 2 if kills[0][0] == "keeping" else 1
+    assert (runs / "x" / "run.log").read_text().count("Pruned ") == scored
+
+
+def test_two_gloo_ranks_make_the_plan_of_one(arguments: list[str], tmp_path: Path) -> None:
+    for devices in ("1", "2"):
+        options = ["--trainer.strategy", "ddp", "--trainer.devices", devices, "--run.name", devices]
+        done = command("-m", "qpruner", "fit", *arguments, *options)
+        assert done.returncode == 0, done.stderr
+    one, two = (tmp_path / "runs" / name for name in ("1", "2"))
+    assert (one / "plan.json").read_text() == (two / "plan.json").read_text()
+    stages = [read_json(folder / "summary.json")["stages"] for folder in (one, two)]
+    for alone, shared in zip(*stages, strict=True):
+        assert alone["parameters"] == shared["parameters"]
+        if alone["name"] != "recovered":  # two ranks train on batches twice as large
+            assert alone["results"] == pytest.approx(shared["results"], rel=1e-6)
+
+
+def test_a_given_plan_replaces_what_was_configured(
+    arguments: list[str], config: dict[str, Any], tmp_path: Path
+) -> None:
+    run(["fit", *arguments])
+    folder = tmp_path / "runs" / "x"
+    plan = CompressionPlan.read(folder / "plan.json")
+    edited = plan.keeping([([0], range(20)), (range(len(plan.layers[1].kv_groups)), range(30))])
+    edited.write(tmp_path / "edited.json")
+    given = ["--plan", str(tmp_path / "edited.json"), "--run.name", "y"]
+    run(["fit", *arguments, *given])
+    log = (tmp_path / "runs" / "y" / "run.log").read_text()
+    assert "replaces StructuredPruning(ratio=0.05, criterion='param_first'); no scores are computed" in log
+    assert CompressionPlan.read(tmp_path / "runs" / "y" / "plan.json") == edited
+    model = qpruner.load_compressed(tmp_path / "runs" / "y" / "model").get_base_model()
+    assert [layer.mlp.up_proj.out_features for layer in model.model.layers] == [20, 30]
+    # Also where nothing was configured; and another plan for the same run is refused by name.
+    config["trainer"].pop("callbacks")
+    (tmp_path / "bare.yaml").write_text(yaml.safe_dump(config))
+    run(["fit", "--config", str(tmp_path / "bare.yaml"), "--plan", str(folder / "plan.json"), "--run.name", "z"])
+    assert CompressionPlan.read(tmp_path / "runs" / "z" / "plan.json") == plan
+    with pytest.raises(UserError, match=r"plan: was .*edited.json, is now"):
+        run(["fit", *arguments, "--run.name", "y", "--plan", str(folder / "plan.json")])
+
+
+def test_changed_pruning_options_are_refused_by_name(arguments: list[str]) -> None:
+    run(["fit", *arguments])
+    with pytest.raises(UserError, match=r"trainer.callbacks.0.init_args.ratio: was 0.05, is now 0.08") as caught:
+        run(["fit", *arguments, "--trainer.callbacks.ratio", "0.08"])
+    assert "criterion" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        (["--trainer.callbacks.ratio", "0.9"], "at most 0.1"),
+        (["--trainer.callbacks.ratio", "1"], "ratio 1.0"),
+        (["--trainer.callbacks.ratio", "-0.1"], "ratio -0.1"),
+        (["--trainer.callbacks.ratio", "0"], "ratio 0.0"),
+        (["--trainer.callbacks.criterion", "param_frist"], "Did you mean 'param_first'?"),
+        (["--trainer.callbacks.criterium", "param_first"], "Did you mean 'criterion'?"),
+        (["--trainer.callbacks.selection.scope", "globl"], "Did you mean 'global'?"),
+        (["--trainer.callbacks.selection.leave_alone", "[0,1]"], "names every layer"),
+        (["--trainer.callbacks.selection.leave_alone", "[7]"], "the model has 0 to 1"),
+        (["--plan", "nothing.json"], "Cannot read a plan from 'nothing.json'"),
+    ],
+)
+def test_mistakes_are_told_before_any_model_is_loaded(
+    arguments: list[str], wrong: list[str], said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("qpruner.training.module.load_model", None)
+    with pytest.raises(UserError) as caught:
+        run(["fit", *arguments, *wrong])
+    assert said in str(caught.value)
+
+
+def test_a_plan_for_another_model_is_refused(arguments: list[str], tmp_path: Path) -> None:
+    run(["fit", *arguments])
+    plan = str(tmp_path / "runs" / "x" / "plan.json")
+    with pytest.raises(UserError, match="for another model: hidden_size is 32 there and 128 here"):
+        run(["fit", *arguments, "--model.base", "qpruner/stories", "--plan", plan, "--run.name", "y"])
+
+
+def test_a_run_that_failed_before_it_compressed_anything_may_change_its_options(arguments: list[str]) -> None:
+    with pytest.raises(UserError, match="0 of the 24 training rows"):
+        run(["fit", *arguments, "--trainer.callbacks.calibration.length", "999"])
+    run(["fit", *arguments])
+
+
+def test_a_pruned_model_is_a_base_like_any_other(arguments: list[str], tmp_path: Path) -> None:
+    """Pruning a pruned model again, from its folder."""
+    run(["fit", *arguments, "--trainer.callbacks.selection.scope", "global"])
+    first = tmp_path / "runs" / "x"
+    with pytest.warns(UserWarning, match="without its adapters"):
+        run(["fit", *arguments, "--model.base", str(first / "model"), "--run.name", "y"])
+    widths = CompressionPlan.read(first / "plan.json").widths
+    again = CompressionPlan.read(tmp_path / "runs" / "y" / "plan.json")
+    assert again.architecture == widths
+    assert sum(again.widths.ffn_channels) <= sum(widths.ffn_channels)
+    assert os.path.getsize(tmp_path / "runs" / "y" / "model" / "model.safetensors") < os.path.getsize(
+        first / "model" / "model.safetensors"
+    )
