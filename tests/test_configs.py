@@ -13,16 +13,25 @@ CONFIGS = sorted((Path(__file__).parents[1] / "configs").rglob("*.yaml"))
 
 @pytest.fixture
 def local_data(tmp_path: Path) -> dict[str, list[str]]:
-    """What takes the place of hub data, by configuration."""
+    """What takes the place of hub data, and of what only a large model has, by configuration."""
     records = [{"instruction": f"Name number {n}.", "output": f"It is {n}."} for n in range(300)]
     (tmp_path / "alpaca.json").write_text(json.dumps(records))
     for split in ("train", "validation", "test"):
         (tmp_path / f"{split}.txt").write_text(f"The {split} split has words and words. " * 400)
     text = [f"--data.init_args.{split}={tmp_path / split}.txt" for split in ("train", "validation", "test")]
+    alpaca = [f"--data.init_args.train={tmp_path / 'alpaca.json'}", "--data.init_args.held_out=0.1"]
+    pruning = ["--trainer.callbacks.ratio=0.05", "--trainer.callbacks.calibration.length=8"]
     return {
-        "alpaca": [f"--data.init_args.train={tmp_path / 'alpaca.json'}", "--data.init_args.held_out=0.1"],
+        "alpaca": alpaca,
+        "llm_pruner": [*alpaca, *pruning, "--trainer.callbacks.selection.leave_alone=[-1]"],
         "text": [*text, "--data.init_args.max_length=64"],
-        "quickstart": ["--data.num_train=40", "--data.num_validation=4", "--data.num_test=4", "--data.num_choices=2"],
+        "quickstart": [
+            *pruning,
+            "--data.num_train=40",
+            "--data.num_validation=4",
+            "--data.num_test=4",
+            "--data.num_choices=2",
+        ],
     }
 
 
@@ -47,11 +56,12 @@ def test_config_runs_on_a_tiny_stand_in(
     (folder,) = (tmp_path / "runs").iterdir()
     assert folder.name == path.stem
     summary = read_json(folder / "summary.json")
-    assert [stage["name"] for stage in summary["stages"]] == ["dense", "recovered"]
+    pruned = ["pruned"] if "StructuredPruning" in path.read_text() else []
+    assert [stage["name"] for stage in summary["stages"]] == ["dense", *pruned, "recovered"]
     assert all(stage["results"]["perplexity"] > 1 for stage in summary["stages"])
 
 
 def test_configs_name_what_they_are_for() -> None:
-    assert {path.stem for path in CONFIGS} >= {"alpaca", "quickstart", "text"}
+    assert {path.stem for path in CONFIGS} >= {"alpaca", "llm_pruner", "quickstart", "text"}
     assert all(path.read_text().startswith("# ") for path in CONFIGS)
     assert QPrunerCLI.subcommands().keys() == {"fit", "validate", "test", "predict"}
