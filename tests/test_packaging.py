@@ -34,6 +34,8 @@ ALLOWED: dict[str, set[str]] = {
     "memory": set(),
     "stories": set(),
     "pretrained": {"errors", "files"},
+    "plan": {"errors"},
+    "quantization": {"errors", "plan"},
     "adapters": {"errors", "seeds"},
     "runs": {"errors", "files"},
     "datamodules": {"errors", "files", "seeds", "pretrained", "stories"},
