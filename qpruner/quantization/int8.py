@@ -47,7 +47,7 @@ class Int8:
         # Not by bitsandbytes, which rounds the weight to float16 first.
         weight = weight.float().contiguous()
         scales = weight.abs().amax(dim=1)  # [out]
-        steps = torch.where(scales > 0, scales, 1.0).unsqueeze(1)  # a row of zeros stays zero
+        steps = torch.where(scales > 0, scales, 1.0).unsqueeze(1)  # rows of zeros: not 0 / 0
         return {"codes": (weight / steps * 127).round().to(torch.int8), "scales": scales}
 
     def decode(self, state: Mapping[str, Tensor], out_features: int, in_features: int, precision: Precision) -> Tensor:
