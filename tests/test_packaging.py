@@ -36,6 +36,8 @@ ALLOWED: dict[str, set[str]] = {
     "plan": {"errors", "files"},
     "anatomy": {"errors", "plan"},
     "pretrained": {"errors", "files"},
+    "plan": {"errors"},
+    "quantization": {"errors", "plan"},
     "adapters": {"errors", "seeds"},
     "pruning": {"anatomy", "errors", "memory", "plan", "seeds"},
     "checkpoint": {"anatomy", "errors", "files", "plan", "pretrained", "pruning"},

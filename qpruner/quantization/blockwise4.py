@@ -1,0 +1,241 @@
+"""Four-bit floats in blocks that share a scale (NF4, FP4), by bitsandbytes."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import bitsandbytes as bnb
+import torch
+from bitsandbytes.functional import QuantState, dequantize_blockwise, quantize_4bit, quantize_blockwise
+from torch import Tensor, nn
+
+from qpruner.plan import Precision
+from qpruner.quantization.packed import PackedLinear
+
+CODE_BOOKS: dict[str, tuple[float, ...]] = {
+    # Quantiles of the normal distribution scaled to [-1, 1], with an exact zero.
+    "nf4": (
+        -1.0,
+        -0.6961928009986877,
+        -0.5250730514526367,
+        -0.39491748809814453,
+        -0.28444138169288635,
+        -0.18477343022823334,
+        -0.09105003625154495,
+        0.0,
+        0.07958029955625534,
+        0.16093020141124725,
+        0.24611230194568634,
+        0.33791524171829224,
+        0.44070982933044434,
+        0.5626170039176941,
+        0.7229568362236023,
+        1.0,
+    ),
+    # Sign, two bits of exponent and one of mantissa, over 12.
+    "fp4": tuple(sign * value / 12 for sign in (1, -1) for value in (0, 0.0625, 8, 12, 4, 6, 2, 3)),
+}
+SCALE_GROUP = 256
+"""Scales that share a scale of their own in double quantization."""
+
+
+@dataclass(frozen=True)
+class Blockwise4:
+    """NF4 or FP4: each weight is the nearest of 16 values, times the largest magnitude in its block.
+
+    Blocks run over the weights in row order, across the ends of rows; the last one may be short. Four bits and a
+    float32 scale for 64 weights make 4.5 bits per weight; with double quantization (``-double``) 4.13.
+
+    Layout, for n = out * in weights, m = ceil(n / group) blocks:
+
+    - ``codes``: uint8 [ceil(n / 2)], two weights a byte, the earlier one in the upper four bits; each is an index into
+      ``CODE_BOOKS``. When n is odd the last four bits mean nothing.
+    - ``scales``: float32 [m]; weight = code book[code] * scale of its block.
+
+    With double quantization, instead of ``scales``:
+
+    - ``scale_codes``: uint8 [m], indices into ``scale_code_book()``;
+    - ``scale_scales``: float32 [ceil(m / 256)];
+    - ``scale_offset``: float32 []; scale = scale code book[scale code] * scale scale of its 256 scales + scale offset.
+
+    Source: Dettmers et al., QLoRA, 2023 (arXiv:2305.14314), section 3 and appendix E.
+    """
+
+    code_book: str
+    double: bool = False
+
+    @property
+    def name(self) -> str:
+        return f"{self.code_book}-double" if self.double else self.code_book
+
+    @property
+    def bits(self) -> tuple[int, ...]:
+        return (4,)
+
+    @property
+    def groups(self) -> tuple[int, ...]:
+        return (64, 32, 128, 256, 512, 1024)
+
+    def layout(self, out_features: int, in_features: int, precision: Precision) -> dict[str, Tensor]:
+        num_weights = out_features * in_features
+        num_blocks = -(-num_weights // self.group(precision))
+        layout = {"codes": torch.empty(-(-num_weights // 2), dtype=torch.uint8, device="meta")}
+        if not self.double:
+            return {**layout, "scales": torch.empty(num_blocks, dtype=torch.float32, device="meta")}
+        return {
+            **layout,
+            "scale_codes": torch.empty(num_blocks, dtype=torch.uint8, device="meta"),
+            "scale_scales": torch.empty(-(-num_blocks // SCALE_GROUP), dtype=torch.float32, device="meta"),
+            "scale_offset": torch.empty((), dtype=torch.float32, device="meta"),
+        }
+
+    def encode(self, weight: Tensor, precision: Precision) -> dict[str, Tensor]:
+        codes, state = quantize_4bit(
+            weight.float().contiguous(), blocksize=self.group(precision), quant_type=self.code_book
+        )
+        if not self.double:
+            return {"codes": codes.flatten(), "scales": state.absmax}
+        offset = state.absmax.mean()
+        scale_codes, scale_state = quantize_blockwise(
+            state.absmax - offset, code=scale_code_book().to(offset.device), blocksize=SCALE_GROUP
+        )
+        return {
+            "codes": codes.flatten(),
+            "scale_codes": scale_codes,
+            "scale_scales": scale_state.absmax,
+            "scale_offset": offset,
+        }
+
+    def decode(self, state: Mapping[str, Tensor], out_features: int, in_features: int, precision: Precision) -> Tensor:
+        num_weights, group = out_features * in_features, self.group(precision)
+        codes = state["codes"]
+        book = self.book(codes.device)  # [16]
+        pairs = torch.stack([book.repeat_interleave(16), book.repeat(16)], dim=1)  # [256, 2], a byte's two values
+        values = pairs.index_select(0, codes.int()).flatten()[:num_weights]
+        return (values * _spread(self._scales(state), group, num_weights)).view(out_features, in_features)
+
+    def build(
+        self,
+        state: Mapping[str, Tensor],
+        out_features: int,
+        in_features: int,
+        precision: Precision,
+        bias: nn.Parameter | None,
+    ) -> PackedLinear:
+        return Blockwise4Linear(state, out_features, in_features, precision, bias, self)
+
+    def book(self, device: torch.device) -> Tensor:
+        return torch.tensor(CODE_BOOKS[self.code_book], dtype=torch.float32, device=device)
+
+    def group(self, precision: Precision) -> int:
+        return precision.group or self.groups[0]
+
+    def _scales(self, state: Mapping[str, Tensor]) -> Tensor:  # [m]
+        if not self.double:
+            return state["scales"]
+        codes = state["scale_codes"]
+        values = scale_code_book().to(codes.device)[codes.int()]
+        return values * _spread(state["scale_scales"], SCALE_GROUP, len(codes)) + state["scale_offset"]
+
+
+class Blockwise4Linear(PackedLinear, bnb.nn.Linear4bit):
+    """A ``bnb.nn.Linear4bit`` whose results are right on every CPU, in evaluation and after it.
+
+    On CPUs with AVX512-BF16 the class of bitsandbytes rewrites the weight in place at the first forward in evaluation;
+    from then on no gradient passes through it, silently, and its codes and scales mean something else. On CPUs with
+    AVX512 its kernel mixes up scales when ``in`` is a multiple of 32 but not of the group. And it computes for good in
+    the dtype of the first input that it sees.
+    """
+
+    def __init__(
+        self,
+        state: Mapping[str, Tensor],
+        out_features: int,
+        in_features: int,
+        precision: Precision,
+        bias: nn.Parameter | None,
+        number_format: Blockwise4,
+    ) -> None:
+        # On the meta device: neither memory nor random draws.
+        super().__init__(in_features, out_features, bias=False, device="meta")
+        self.support_avx512bf16_for_cpu = False
+        self.precision = precision
+        self.bias = bias
+        group = number_format.group(precision)
+        codes = state["codes"]
+        scales = {"absmax": state.get("scales")}
+        if number_format.double:
+            scale_state = QuantState(
+                absmax=state["scale_scales"],
+                blocksize=SCALE_GROUP,
+                code=scale_code_book().to(codes.device),
+                dtype=torch.float32,
+            )
+            scales = {"absmax": state["scale_codes"], "offset": state["scale_offset"], "state2": scale_state}
+        self.weight = bnb.nn.Params4bit(
+            codes.view(-1, 1),
+            quant_state=QuantState(
+                shape=torch.Size((out_features, in_features)),
+                code=number_format.book(codes.device),
+                blocksize=group,
+                quant_type=number_format.code_book,
+                dtype=torch.float32,
+                **scales,
+            ),
+            blocksize=group,
+            compress_statistics=number_format.double,
+            quant_type=number_format.code_book,
+            bnb_quantized=True,
+        )
+
+    def packed(self) -> dict[str, Tensor]:
+        codes, state = self.weight.data.flatten(), self.weight.quant_state
+        if not state.nested:
+            return {"codes": codes, "scales": state.absmax}
+        return {
+            "codes": codes,
+            "scale_codes": state.absmax,
+            "scale_scales": state.state2.absmax,
+            "scale_offset": state.offset,
+        }
+
+    def unpack(self, dtype: torch.dtype) -> Tensor:
+        codes, state = self.weight.data, self.weight.quant_state
+        scales = state.absmax
+        if state.nested:
+            scales = dequantize_blockwise(scales, state.state2) + state.offset
+        # The kernel is told of a matrix with a block in each row, or of one long row: these it reads rightly. It knows
+        # three dtypes, and leaves memory as it is for others.
+        group, length = state.blocksize, 2 * codes.numel()
+        shape = (1, length) if length % group else (length // group, group)
+        values = torch.ops.bitsandbytes.dequantize_4bit(codes, scales, group, state.quant_type, shape, torch.float32)
+        weight = values.flatten()[: self.out_features * self.in_features].view(self.out_features, self.in_features)
+        return weight.to(dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not x.is_cuda:
+            return super().forward(x)
+        state = self.weight.quant_state
+        state.dtype = x.dtype  # the backward pass dequantizes to this
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        return bnb.matmul_4bit(x, self.weight, bias=bias, quant_state=state)
+
+
+def scale_code_book() -> Tensor:
+    """The 256 values, ascending, of the signed dynamic type for scales; float32 [256].
+
+    Zero, one, and, for each power of ten from 1e-6 to 1, with either sign, the middles of 1, 2, 4, .. 64 equal parts of
+    [0.1, 1] times that power.
+
+    Source: Dettmers, 8-Bit Approximations for Parallelism in Deep Learning, 2015 (arXiv:1511.04561).
+    """
+    values = [torch.tensor([0, 1], dtype=torch.float32, device="cpu")]
+    for exponent in range(7):
+        edges = torch.linspace(0.1, 1, 2**exponent + 1, dtype=torch.float32, device="cpu")
+        middles = 10 ** (exponent - 6) * (edges[:-1] + edges[1:]) / 2
+        values += [middles, -middles]
+    return torch.cat(values).sort().values
+
+
+def _spread(scales: Tensor, group: int, length: int) -> Tensor:
+    """Each scale repeated for the members of its group, of which the last may be short."""
+    return scales.repeat_interleave(group)[:length]

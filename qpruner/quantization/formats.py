@@ -1,0 +1,154 @@
+"""The number formats of weights, and what every one of them can do; a new format is a new file and a line here."""
+
+from collections.abc import Mapping, Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from qpruner.errors import UserError, nearest
+from qpruner.plan import DENSE, Precision
+from qpruner.quantization.blockwise4 import Blockwise4
+from qpruner.quantization.int8 import Int8
+from qpruner.quantization.packed import PackedLinear
+
+
+class Format(Protocol):
+    """A number format: which widths it has, how it lays out a weight, and the linear that computes with it.
+
+    A state is a set of tensors by name, as ``layout`` describes them. Everything after ``encode`` is exact.
+    """
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def bits(self) -> tuple[int, ...]:
+        """Bits per weight that are offered."""
+
+    @property
+    def groups(self) -> Sequence[int | None]:
+        """Weights per scale that are offered, the default first; None where the format leaves no choice."""
+
+    def layout(self, out_features: int, in_features: int, precision: Precision) -> dict[str, Tensor]:
+        """The state of a weight of that shape as tensors without storage (on the meta device)."""
+
+    def encode(self, weight: Tensor, precision: Precision) -> dict[str, Tensor]:
+        """The state nearest to a weight [out, in] of any float dtype, on its device."""
+
+    def decode(self, state: Mapping[str, Tensor], out_features: int, in_features: int, precision: Precision) -> Tensor:
+        """The weight of a state, by torch alone; float32 [out, in]."""
+
+    def build(
+        self,
+        state: Mapping[str, Tensor],
+        out_features: int,
+        in_features: int,
+        precision: Precision,
+        bias: nn.Parameter | None,
+    ) -> PackedLinear:
+        """A linear on the tensors of a state, which it takes over without a copy."""
+
+
+FORMATS: tuple[Format, ...] = (
+    Blockwise4("nf4"),
+    Blockwise4("nf4", double=True),
+    Blockwise4("fp4"),
+    Blockwise4("fp4", double=True),
+    Int8(),
+)
+
+
+def format_for(precision: Precision) -> Format:
+    """The format that offers a precision.
+
+    Raises:
+        UserError: there is no format of that name, or it does not offer these bits or this group.
+    """
+    formats = {number_format.name: number_format for number_format in FORMATS}
+    if precision.format not in formats:
+        raise UserError(
+            f"There is no number format {precision.format!r} to quantize to.{nearest(precision.format, formats)} "
+            f"Choose one of {', '.join(formats)}; {DENSE.format!r} leaves a weight alone."
+        )
+    found = formats[precision.format]
+    if precision.bits not in found.bits:
+        closest = min(found.bits, key=lambda bits: abs(bits - precision.bits))
+        others = sorted({bits for number_format in FORMATS for bits in number_format.bits})
+        raise UserError(
+            f"{precision.format} has no {precision.bits} bits. Give {closest} bits, the nearest that it offers, or "
+            f"another format; all of them together offer {', '.join(map(str, others))} bits."
+        )
+    if precision.group is not None and precision.group not in found.groups:
+        allowed = [group for group in found.groups if group is not None]
+        remedy = f"Give one of {', '.join(map(str, sorted(allowed)))}, or none" if allowed else "Leave the group out"
+        raise UserError(f"{precision.format} has no groups of {precision.group} weights. {remedy}.")
+    return found
+
+
+def quantize(linear: nn.Linear, precision: Precision) -> PackedLinear:
+    """The packed linear nearest to a dense one, on its device and in its mode; the bias is copied, frozen.
+
+    Raises:
+        UserError: no format offers the precision.
+    """
+    out_features, in_features = linear.weight.shape
+    state = format_for(precision).encode(linear.weight.detach(), precision)
+    bias = None if linear.bias is None else linear.bias.detach().clone()
+    return rebuild(state, out_features, in_features, precision=precision, bias=bias).train(linear.training)
+
+
+def dequantize(module: PackedLinear) -> Tensor:
+    """The weight that a packed linear computes with; float32 [out, in]."""
+    return module.unpack(torch.float32)
+
+
+def quantize_dequantize(weight: Tensor, precision: Precision) -> Tensor:
+    """What a precision makes of a weight [out, in]; float32 of the same shape.
+
+    Raises:
+        UserError: no format offers the precision.
+    """
+    out_features, in_features = weight.shape
+    number_format = format_for(precision)
+    return number_format.decode(number_format.encode(weight, precision), out_features, in_features, precision)
+
+
+def num_bytes(out_features: int, in_features: int, precision: Precision) -> int:
+    """Bytes of codes and scales, the bias and the header of a file apart.
+
+    Raises:
+        UserError: no format offers the precision.
+    """
+    layout = format_for(precision).layout(out_features, in_features, precision)
+    return sum(tensor.nbytes for tensor in layout.values())
+
+
+def rebuild(
+    state: Mapping[str, Tensor], out_features: int, in_features: int, *, precision: Precision, bias: Tensor | None
+) -> PackedLinear:
+    """The packed linear of a state, bit for bit, on the state's device; it takes the tensors over without a copy.
+
+    Args:
+        state: the tensors of ``PackedLinear.packed``; others are ignored.
+        out_features: rows of the weight.
+        in_features: columns of the weight.
+        precision: what the state was made with.
+        bias: [out] or None.
+
+    Raises:
+        UserError: no format offers the precision, or a tensor is missing or not of the shape and dtype of the layout.
+    """
+    number_format = format_for(precision)
+    layout = number_format.layout(out_features, in_features, precision)
+    for name, expected in layout.items():
+        given = state.get(name)
+        if given is None or given.shape != expected.shape or given.dtype != expected.dtype:
+            found = "missing" if given is None else f"{given.dtype} {list(given.shape)}"
+            raise UserError(
+                f"The tensor {name!r} of {out_features} x {in_features} weights in {precision} is {found}, but must be "
+                f"{expected.dtype} {list(expected.shape)}. The file was altered or belongs to another plan; give the "
+                "plan that it was saved with, or quantize again."
+            )
+    frozen = None if bias is None else nn.Parameter(bias, requires_grad=False)
+    return number_format.build({name: state[name] for name in layout}, out_features, in_features, precision, frozen)

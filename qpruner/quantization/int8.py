@@ -1,0 +1,100 @@
+"""Eight-bit integers with a scale for every row, by bitsandbytes."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import bitsandbytes as bnb
+import torch
+from torch import Tensor, nn
+
+from qpruner.plan import Precision
+from qpruner.quantization.packed import PackedLinear
+
+
+@dataclass(frozen=True)
+class Int8:
+    """Symmetric int8: the largest magnitude of each row of the weight becomes 127.
+
+    Eight bits and a float32 scale for each row.
+
+    Layout:
+
+    - ``codes``: int8 [out, in], from -127 to 127;
+    - ``scales``: float32 [out], the largest magnitudes; weight = code * (scale * (1 / 127)), computed in float32.
+
+    Source: Dettmers et al., LLM.int8(), 2022 (arXiv:2208.07339), section 2, without the decomposition of outliers.
+    """
+
+    @property
+    def name(self) -> str:
+        return "int8"
+
+    @property
+    def bits(self) -> tuple[int, ...]:
+        return (8,)
+
+    @property
+    def groups(self) -> tuple[None]:
+        return (None,)
+
+    def layout(self, out_features: int, in_features: int, precision: Precision) -> dict[str, Tensor]:
+        return {
+            "codes": torch.empty(out_features, in_features, dtype=torch.int8, device="meta"),
+            "scales": torch.empty(out_features, dtype=torch.float32, device="meta"),
+        }
+
+    def encode(self, weight: Tensor, precision: Precision) -> dict[str, Tensor]:
+        # Not by bitsandbytes, which rounds the weight to float16 first.
+        weight = weight.float().contiguous()
+        scales = weight.abs().amax(dim=1)  # [out]
+        steps = torch.where(scales > 0, scales, 1.0).unsqueeze(1)  # rows of zeros: not 0 / 0
+        return {"codes": (weight / steps * 127).round().to(torch.int8), "scales": scales}
+
+    def decode(self, state: Mapping[str, Tensor], out_features: int, in_features: int, precision: Precision) -> Tensor:
+        return state["codes"].float() * (state["scales"] * (1 / 127)).unsqueeze(1)
+
+    def build(
+        self,
+        state: Mapping[str, Tensor],
+        out_features: int,
+        in_features: int,
+        precision: Precision,
+        bias: nn.Parameter | None,
+    ) -> PackedLinear:
+        return Int8Linear(state, out_features, in_features, precision, bias)
+
+
+class Int8Linear(PackedLinear, bnb.nn.Linear8bitLt):
+    """A ``bnb.nn.Linear8bitLt`` that is int8 from the start, on every device, and leaves activations alone.
+
+    The class of bitsandbytes casts activations to float16 and rounds each row of them to int8, on CUDA always and on
+    CPUs in evaluation but not in training. Here only the weight is int8, so a result is the same in both modes, on both
+    devices and from the stored codes and scales. The threshold is 0: no outliers are kept apart.
+    """
+
+    def __init__(
+        self,
+        state: Mapping[str, Tensor],
+        out_features: int,
+        in_features: int,
+        precision: Precision,
+        bias: nn.Parameter | None,
+    ) -> None:
+        # On the meta device: neither memory nor random draws.
+        super().__init__(in_features, out_features, bias=False, has_fp16_weights=False, threshold=0.0, device="meta")
+        self.precision = precision
+        self.bias = bias
+        self.weight = bnb.nn.Int8Params(state["codes"], requires_grad=False, SCB=state["scales"])
+
+    def packed(self) -> dict[str, Tensor]:
+        return {"codes": self.weight.data, "scales": self.weight.SCB}
+
+    def unpack(self, dtype: torch.dtype) -> Tensor:
+        codes = self.weight.data.to(dtype)  # exact in all of them
+        return codes.mul_((self.weight.SCB * (1 / 127)).unsqueeze(1))  # in float32, then rounded
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Int8Linear":
+        scales = self.weight.SCB  # a move of the whole model comes by here and would leave them behind
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        self.weight.SCB = scales.to(self.weight.device)
+        return self

@@ -1,0 +1,75 @@
+"""Packed linears in the place of the dense ones of a model."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from qpruner.errors import UserError, nearest
+from qpruner.plan import DENSE, Precision
+from qpruner.quantization.formats import format_for, quantize, rebuild
+
+
+def quantize_linears_(model: nn.Module, precisions: Mapping[str, Precision]) -> None:
+    """Replaces linears by packed ones, one at a time; all precisions are checked before the first.
+
+    Args:
+        model: changed in place.
+        precisions: by name of the linear in ``model``; linears that are not named, or dense, stay as they are.
+
+    Raises:
+        UserError: a name is not that of a dense linear, or no format offers a precision.
+    """
+    for name, linear in _dense_linears(model, precisions).items():
+        model.set_submodule(name, quantize(linear, precisions[name]))
+    _announce(model, precisions)
+
+
+def rebuild_linears_(model: nn.Module, precisions: Mapping[str, Precision], state: Mapping[str, Tensor]) -> None:
+    """Puts packed linears from a state dict in the place of dense ones, whose weights are not read.
+
+    The rest of the state dict is for ``model.load_state_dict``, which then finds the names that it saved.
+
+    Args:
+        model: changed in place; its dense linears may be on the meta device.
+        precisions: those with which ``quantize_linears_`` made the model that was saved.
+        state: that model's state dict; packed linears take its tensors over without a copy.
+
+    Raises:
+        UserError: as `quantize_linears_`, or the state lacks a tensor or has one of another shape.
+    """
+    for name, linear in _dense_linears(model, precisions).items():
+        own = {key.removeprefix(f"{name}."): tensor for key, tensor in state.items() if key.startswith(f"{name}.")}
+        if (linear.bias is not None) != ("bias" in own):
+            raise UserError(
+                f"{name} {'lacks the' if linear.bias is not None else 'has a'} bias in the file, unlike in the model. "
+                "The file belongs to another model; give the one that it was saved from."
+            )
+        try:
+            packed = rebuild(
+                own, linear.out_features, linear.in_features, precision=precisions[name], bias=own.get("bias")
+            )
+        except UserError as error:
+            raise UserError(f"{name}: {error}") from error
+        model.set_submodule(name, packed.train(linear.training))
+    _announce(model, precisions)
+
+
+def _dense_linears(model: nn.Module, precisions: Mapping[str, Precision]) -> dict[str, nn.Linear]:
+    """The linears to replace, by name; exactly `nn.Linear`, since packed ones are subclasses of it."""
+    linears = {name: module for name, module in model.named_modules() if type(module) is nn.Linear}
+    chosen = {name: precision for name, precision in precisions.items() if precision.format != DENSE.format}
+    for name, precision in chosen.items():
+        format_for(precision)
+        if name not in linears:
+            raise UserError(
+                f"{name!r} is not the name of a dense linear of {type(model).__name__}.{nearest(name, linears)} "
+                f"It has {len(linears)} of them; give names from its `named_modules`."
+            )
+    return {name: linears[name] for name in chosen}
+
+
+def _announce(model: Any, precisions: Mapping[str, Precision]) -> None:
+    if any(precision.format != DENSE.format for precision in precisions.values()):
+        # PEFT chooses a LoRA layer by the class of each linear, but looks at a class only when the model says so.
+        model.is_loaded_in_4bit = model.is_loaded_in_8bit = True

@@ -1,0 +1,47 @@
+"""Linears and LoRA on them, for every format."""
+
+import peft
+import torch
+from torch import Tensor, nn
+
+from qpruner.plan import Precision
+
+PRECISIONS = [
+    Precision("nf4", 4),
+    Precision("nf4", 4, group=128),
+    Precision("nf4-double", 4),
+    Precision("fp4", 4),
+    Precision("fp4-double", 4, group=32),
+    Precision("int8", 8),
+]
+
+
+def random_linear(in_features: int, out_features: int, dtype: torch.dtype = torch.float32) -> nn.Linear:
+    return nn.Linear(in_features, out_features).to(dtype)
+
+
+class Chain(nn.Module):
+    """Two linears one after the other, so that a gradient of the first adapter passes through the second linear."""
+
+    def __init__(self, first: nn.Module, second: nn.Module) -> None:
+        super().__init__()
+        self.first, self.second = first, second
+        self.is_loaded_in_4bit = self.is_loaded_in_8bit = True
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.second(self.first(x))
+
+
+def with_lora(model: nn.Module) -> nn.Module:
+    """The same adapters each time, with both factors drawn at random so that both have gradients."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(7)
+        config = peft.LoraConfig(r=4, target_modules=["first", "second"], init_lora_weights=False)
+        return peft.get_peft_model(model, config)
+
+
+def lora_gradients(model: nn.Module, x: Tensor) -> dict[str, Tensor]:
+    model.train()
+    model.zero_grad()
+    model(x).float().square().mean().backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad and p.grad is not None}
