@@ -79,7 +79,7 @@ def loftq(
     Args:
         weight: [out, in], of any float dtype.
         quantize: the number format; gets [out, in] in float32.
-        dequantize: its inverse, up to rounding; gives [out, in] in any float dtype.
+        dequantize: its inverse, up to rounding; gives [out, in] in float32 or half precision.
         name: the layer's; its random draws depend on it and on ``seed`` only, so that all ranks agree.
         rank: r of the adapters.
         scale: what the forward pass multiplies ``B A`` by, ``alpha / r``, above 0.
@@ -106,7 +106,7 @@ def loftq(
     errors: list[float] = []
     for _ in range(num_iterations):
         quantized = quantize(torch.addmm(weight, lora_B, lora_A, alpha=-scale))
-        residual = weight - dequantize(quantized).float()
+        residual = weight - dequantize(quantized)
         if not errors:
             quantization_error = float(torch.linalg.vector_norm(residual) / norm)
         u, s, vh = truncated_svd(residual, rank, generator=generator)
