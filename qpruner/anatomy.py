@@ -46,8 +46,8 @@ FAMILIES = {
 }
 """The families whose layers can be pruned, by the ``model_type`` of their configuration."""
 
-PRUNED = "pruned_"
-"""What the ``model_type`` of a model begins with when its widths need a configuration class of ours."""
+COMPRESSED = "compressed_"
+"""What the ``model_type`` of a model begins with when transformers alone cannot make it."""
 
 
 def family_of(config: Any) -> tuple[str, Family]:
@@ -56,7 +56,7 @@ def family_of(config: Any) -> tuple[str, Family]:
     Raises:
         UserError: an unsupported family.
     """
-    name = config.model_type.removeprefix(PRUNED)
+    name = config.model_type.removeprefix(COMPRESSED)
     if name not in FAMILIES:
         raise UserError(
             f"Models of type {config.model_type!r} cannot be pruned; {', '.join(FAMILIES)} can. "

@@ -20,13 +20,13 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from qpruner.anatomy import FAMILIES, PRUNED, architecture_of, family_of
+from qpruner.anatomy import COMPRESSED, FAMILIES, architecture_of, family_of
 from qpruner.errors import UserError
 from qpruner.files import hash_file, read_json, write_json
 from qpruner.plan import CompressionPlan, describe_differences
 from qpruner.pretrained import load_config, resolve
 from qpruner.pruning.surgery import narrow_
-from qpruner.pruning.widths import plain_dict, portable_config, pruned_config_class
+from qpruner.pruning.widths import compressed_config_class, plain_dict, portable_config
 
 KIND, VERSION = "qpruner model", 1
 MANIFEST, PLAN, ADAPTER = "manifest.json", "plan.json", "adapter"
@@ -169,12 +169,12 @@ def read_config(folder: Path) -> Any:
     """The configuration of a compressed folder, of a class that can express its widths."""
     content = read_json(folder / "config.json")
     model_type = content.get("model_type", "")
-    if not model_type.startswith(PRUNED):
+    if not model_type.startswith(COMPRESSED):
         return transformers.AutoConfig.from_pretrained(folder)
-    family = model_type.removeprefix(PRUNED)
+    family = model_type.removeprefix(COMPRESSED)
     if family not in FAMILIES:
         raise UserError(f"{str(folder)!r} holds a model of type {model_type!r}, which this qpruner does not know.")
-    return pruned_config_class(family).from_pretrained(folder)  # type: ignore[attr-defined]
+    return compressed_config_class(family).from_pretrained(folder)  # type: ignore[attr-defined]
 
 
 def read_base_config(name: str) -> Any:
@@ -192,7 +192,9 @@ def build_skeleton(config: Any) -> Any:
     from accelerate import init_empty_weights
 
     family, anatomy = family_of(config)
-    uniform = pruned_config_class(family)(**{k: v for k, v in plain_dict(config).items() if k != "per_layer_config"})
+    uniform = compressed_config_class(family)(
+        **{k: v for k, v in plain_dict(config).items() if k != "per_layer_config"}
+    )
     with init_empty_weights(include_buffers=False):
         model = getattr(transformers, anatomy.model_class)(uniform)
     widths = architecture_of(config)
@@ -203,7 +205,7 @@ def build_skeleton(config: Any) -> Any:
 
 def _model_class_name(config: Any) -> str:
     name: str = family_of(config)[1].model_class
-    return f"Pruned{name}" if config.model_type.startswith(PRUNED) else name
+    return f"Compressed{name}" if config.model_type.startswith(COMPRESSED) else name
 
 
 def _manifest(folder: Path) -> dict[str, Any]:

@@ -130,7 +130,7 @@ def test_a_head_is_the_hidden_size_over_the_heads_where_nothing_else_is_said() -
 def test_a_narrowed_model_is_of_its_family(family: str) -> None:
     model = tiny_model(family)
     narrow_(model, KEPT)
-    assert model.config.model_type == f"pruned_{family}"
+    assert model.config.model_type == f"compressed_{family}"
     assert family_of(model.config) == (family, FAMILIES[family])
 
 

@@ -386,7 +386,7 @@ def test_weights_that_are_not_those_of_the_configuration_are_refused(tmp_path: P
 @pytest.mark.parametrize(
     ("model_type", "message"),
     [
-        ("pruned_gpt2", "{!r} holds a model of type 'pruned_gpt2', which this qpruner does not know."),
+        ("compressed_gpt2", "{!r} holds a model of type 'compressed_gpt2', which this qpruner does not know."),
         ("gpt2", "Models of type 'gpt2' cannot be pruned; llama, mistral, qwen2, qwen3, gemma, gemma2 can."),
     ],
 )

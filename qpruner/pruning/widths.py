@@ -3,7 +3,7 @@
 Widths that differ between layers stand in ``config.per_layer_config``, transformers' own record of them. Its model
 classes cannot build from that record yet, and some of its configurations (Llama, Gemma2) refuse head counts that do not
 divide the hidden size, although ``head_dim`` is given. So a narrowed model has a configuration class of ours, of type
-``pruned_<family>``; where transformers alone can express the widths, `portable_config` says how.
+``compressed_<family>``; where transformers alone can express the widths, `portable_config` says how.
 """
 
 from contextlib import suppress
@@ -15,7 +15,7 @@ from huggingface_hub.dataclasses import strict
 from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 
-from qpruner.anatomy import FAMILIES, PRUNED, family_of, head_shape
+from qpruner.anatomy import COMPRESSED, FAMILIES, family_of, head_shape
 from qpruner.plan import Architecture
 
 LLAMA_ONLY = ("attention_bias", "mlp_bias")
@@ -23,25 +23,25 @@ LLAMA_ONLY = ("attention_bias", "mlp_bias")
 
 
 @cache
-def pruned_config_class(family: str) -> type:
+def compressed_config_class(family: str) -> type:
     """The configuration class of a family's narrowed models: the family's own, with any head count allowed."""
     parent = getattr(transformers, FAMILIES[family].config_class)
     members = {
-        "model_type": PRUNED + family,
+        "model_type": COMPRESSED + family,
         "validate_architecture": lambda self: None,
         "__module__": __name__,
         "__annotations__": {},
     }
     # Without the decorator the parent's validators still run.
-    made: type = strict(type(f"Pruned{parent.__name__}", (parent,), members))
+    made: type = strict(type(f"Compressed{parent.__name__}", (parent,), members))
     return made
 
 
 def __getattr__(name: str) -> type:
     """Makes the classes members of this module, as pickling a model needs them."""
     for family, anatomy in FAMILIES.items():
-        if name == f"Pruned{anatomy.config_class}":
-            return pruned_config_class(family)
+        if name == f"Compressed{anatomy.config_class}":
+            return compressed_config_class(family)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
@@ -67,7 +67,7 @@ def with_widths(config: Any, widths: Architecture) -> Any:
         content |= overrides[0]
     else:
         content["per_layer_config"] = dict(enumerate(overrides))
-    made = pruned_config_class(family)(**content)
+    made = compressed_config_class(family)(**content)
     made._attn_implementation = config._attn_implementation
     return made
 

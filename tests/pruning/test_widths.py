@@ -13,7 +13,7 @@ from qpruner.anatomy import FAMILIES, architecture_of
 from qpruner.checkpoint import save_base
 from qpruner.plan import CompressionPlan
 from qpruner.pruning.surgery import apply_pruning_, narrow_
-from qpruner.pruning.widths import plain_dict, portable_config, pruned_config_class, with_widths
+from qpruner.pruning.widths import compressed_config_class, plain_dict, portable_config, with_widths
 
 LLAMA3 = {
     "rope_type": "llama3",
@@ -80,13 +80,13 @@ def test_a_llama_as_mistral_has_no_sliding_window_and_its_own_positions(tmp_path
 def test_a_llama_with_biases_is_no_mistral(biases: dict[str, bool]) -> None:
     model = uniform("llama", 3, **biases)
     assert portable_config(model.config) is model.config
-    assert model.config.model_type == "pruned_llama"
+    assert model.config.model_type == "compressed_llama"
     assert portable_config(uniform("llama", 2, **biases).config).model_type == "llama"
 
 
 def test_a_gemma2_that_does_not_divide_stays_a_type_of_ours(tmp_path: Path) -> None:
     _, content = saved(tmp_path / "model", "gemma2", THREE)
-    assert content["model_type"] == "pruned_gemma2"
+    assert content["model_type"] == "compressed_gemma2"
     assert content["architectures"] == ["PrunedGemma2ForCausalLM"]
     assert (content["num_attention_heads"], content["num_key_value_heads"], content["head_dim"]) == (6, 3, 16)
 
@@ -105,8 +105,8 @@ def test_a_dense_model_stays_what_it_is(family: str) -> None:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_unequal_layers_stand_in_per_layer_config(tmp_path: Path, family: str) -> None:
     model, content = saved(tmp_path / "model", family, KEPT)
-    assert content["model_type"] == f"pruned_{family}"
-    assert content["architectures"] == [f"Pruned{FAMILIES[family].model_class}"]
+    assert content["model_type"] == f"compressed_{family}"
+    assert content["architectures"] == [f"Compressed{FAMILIES[family].model_class}"]
     usual = {name: content[name] for name in ("num_attention_heads", "num_key_value_heads", "intermediate_size")}
     assert usual == {"num_attention_heads": 8, "num_key_value_heads": 4, "intermediate_size": 48}  # of the dense model
     assert [usual | content["per_layer_config"].get(str(number), {}) for number in range(3)] == [
@@ -182,8 +182,8 @@ def test_the_original_configuration_is_left_alone(family: str) -> None:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_our_configuration_is_the_familys_own_with_any_head_count(family: str) -> None:
-    made = pruned_config_class(family)
+    made = compressed_config_class(family)
     assert issubclass(made, getattr(transformers, FAMILIES[family].config_class))
-    assert made is pruned_config_class(family)
+    assert made is compressed_config_class(family)
     assert made(hidden_size=64, num_attention_heads=6, num_key_value_heads=3, head_dim=16).num_attention_heads == 6
-    assert made.__name__ == f"Pruned{FAMILIES[family].config_class}"
+    assert made.__name__ == f"Compressed{FAMILIES[family].config_class}"
