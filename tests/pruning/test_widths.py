@@ -87,7 +87,7 @@ def test_a_llama_with_biases_is_no_mistral(biases: dict[str, bool]) -> None:
 def test_a_gemma2_that_does_not_divide_stays_a_type_of_ours(tmp_path: Path) -> None:
     _, content = saved(tmp_path / "model", "gemma2", THREE)
     assert content["model_type"] == "compressed_gemma2"
-    assert content["architectures"] == ["PrunedGemma2ForCausalLM"]
+    assert content["architectures"] == ["CompressedGemma2ForCausalLM"]
     assert (content["num_attention_heads"], content["num_key_value_heads"], content["head_dim"]) == (6, 3, 16)
 
 
