@@ -4,14 +4,18 @@ if __name__ != "qpruner.callbacks":
     raise ImportError("import qpruner.callbacks: the bare name would give its classes a second identity")
 
 from qpruner.callbacks.checkpoint import RunCheckpoint
+from qpruner.callbacks.compression import Compression
 from qpruner.callbacks.predictions import PredictionsWriter
-from qpruner.callbacks.pruning import PlannedCompression, StructuredPruning
+from qpruner.callbacks.pruning import PlannedPruning, StructuredPruning
+from qpruner.callbacks.quantization import MixedPrecisionQuantization
 from qpruner.callbacks.report import MeasuredStage, RunReport
 from qpruner.callbacks.throughput import Throughput
 
 __all__ = [
+    "Compression",
     "MeasuredStage",
-    "PlannedCompression",
+    "MixedPrecisionQuantization",
+    "PlannedPruning",
     "PredictionsWriter",
     "RunCheckpoint",
     "RunReport",

@@ -6,10 +6,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 
 from qpruner.anatomy import architecture_of
+from qpruner.callbacks.compression import Compression, expect_finetuner
 from qpruner.checkpoint import build_skeleton
 from qpruner.datamodules.base import TokenDataModule
 from qpruner.errors import UserError
@@ -45,7 +46,7 @@ class CalibrationConfig:
             raise UserError(f"Calibration needs at least 1 sequence of 2 tokens, in batches of at least 1, not {self}.")
 
 
-class StructuredPruning(Callback):
+class StructuredPruning(Compression):
     """Removes KV groups and FFN channels of the base, the least important first (LLM-Pruner, arXiv 2305.11627).
 
     Acts in ``setup`` of a fit, once: where the module has a plan already, from the folder that its base is kept in,
@@ -64,6 +65,8 @@ class StructuredPruning(Callback):
         UserError: a ratio that no legal widths reach, an unsupported model family, no room on the device, too little
             calibration text, or a gradient that is not finite.
     """
+
+    leaves = "pruned"
 
     def __init__(
         self,
@@ -106,6 +109,10 @@ class StructuredPruning(Callback):
             coarse = f" One step is {step:.2%} of all parameters." if step > COARSE else ""
             rank_zero_info(describe(module.plan, before, Size.of(module.model)) + coarse)
 
+    @property
+    def described(self) -> str:
+        return f"StructuredPruning(ratio={self.ratio}, criterion={self.criterion!r})"
+
     def prune(self, trainer: Trainer, module: LoRAFinetuner) -> CompressionPlan:
         """Narrows the module's base in place, the same on all devices."""
         dense = CompressionPlan.dense(architecture_of(module.model.config), module.base_sha256)
@@ -146,14 +153,16 @@ class StructuredPruning(Callback):
         )
 
 
-class PlannedCompression(Callback):
-    """Carries out a plan instead of making one: no scores, no calibration.
+class PlannedPruning(Compression):
+    """Narrows the base as a plan says, instead of making one: no scores, no calibration.
 
     Acts in ``setup`` of a fit, once.
 
     Args:
         plan: to carry out.
     """
+
+    leaves = "pruned"
 
     def __init__(self, plan: CompressionPlan) -> None:
         self.plan = plan
@@ -173,18 +182,12 @@ class PlannedCompression(Callback):
         module.load_base()
         if module.plan is None:
             before = Size.of(module.model)
-            module.apply_plan(self.plan)
+            module.prune(self.plan)
             rank_zero_info(describe(self.plan, before, Size.of(module.model)))
         elif module.plan.layers != self.plan.layers:
             raise UserError(
                 "The run was begun with another plan. Start anew with --restart, or give another --run.name."
             )
-
-
-def expect_finetuner(pl_module: LightningModule) -> LoRAFinetuner:
-    if not isinstance(pl_module, LoRAFinetuner):
-        raise TypeError(f"Compression acts on a LoRAFinetuner, not on a {type(pl_module).__name__}.")
-    return pl_module
 
 
 def _move(model: Any, device: torch.device) -> None:

@@ -70,11 +70,14 @@ class RunReport(Callback):
         self._measured = time.perf_counter()
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        plan = _expect(trainer, pl_module)[0].plan
+        module, _ = _expect(trainer, pl_module)
+        plan = module.plan
+        if module.starts_from_loftq:
+            self.measure(trainer, "quantized + LoftQ")
         if plan is not None and trainer.is_global_zero:
             plan.write(self.folder.plan)
             if isinstance(trainer.logger, TensorBoardLogger):
-                trainer.logger.experiment.add_figure("plan/kept", plan_figure(plan))
+                trainer.logger.experiment.add_figure("plan/layers", plan_figure(plan))
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         reset_peak(trainer.strategy.root_device)
@@ -132,8 +135,8 @@ class RunReport(Callback):
                 progress=trainer.is_global_zero and trainer.progress_bar_callback is not None,
             )
         stage = Stage(
-            name, num_parameters(module.model), tensor_bytes(module.model), results, seconds, peak_training,
-            read_peak(device),
+            name, num_parameters(module.model), tensor_bytes(module.model), module.average_bits, results, seconds,
+            peak_training, read_peak(device),
         )  # fmt: skip
         if trainer.is_global_zero:
             Summary(last, data.protocol, peak_meaning(device), (*self._stages(), stage)).write(self.folder.summary)

@@ -3,10 +3,12 @@
 import sys
 
 from qpruner.errors import UserError
+from qpruner.quiet import quieten
 
 
 def main() -> None:
     """Runs a command; a user's mistake is told in a line or two, without a traceback, with exit status 2."""
+    quieten()
     try:
         # Imported here, so that `import qpruner` stays light and an interrupt while torch loads ends quietly.
         from qpruner.cli import run

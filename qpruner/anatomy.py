@@ -65,6 +65,24 @@ def family_of(config: Any) -> tuple[str, Family]:
     return name, FAMILIES[name]
 
 
+def unit_linears(model: nn.Module) -> list[dict[str, tuple[str, ...]]]:
+    """The names of the linears of each quantization unit, layer by layer.
+
+    Raises:
+        UserError: an unsupported family.
+    """  # [layers]
+    _, family = family_of(model.config)
+    members = {"qkv": ("q", "k", "v"), "o": ("o",), "gate_up": ("gate", "up"), "down": ("down",)}
+    num_layers = len(model.get_submodule(family.layers))  # type: ignore[arg-type]
+    return [
+        {
+            unit: tuple(f"{family.layers}.{number}.{family.projections[name]}" for name in names)
+            for unit, names in members.items()
+        }
+        for number in range(num_layers)
+    ]
+
+
 @dataclass(frozen=True)
 class Coupled:
     """The part of a projection's weight that belongs to one kind of unit.

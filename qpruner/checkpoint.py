@@ -26,7 +26,9 @@ from qpruner.files import hash_file, read_json, write_json
 from qpruner.plan import CompressionPlan, describe_differences
 from qpruner.pretrained import load_config, resolve
 from qpruner.pruning.surgery import narrow_
-from qpruner.pruning.widths import compressed_config_class, plain_dict, portable_config
+from qpruner.pruning.widths import compressed_config_class, plain_dict, portable_config, with_widths
+from qpruner.quantization.apply import linear_precisions
+from qpruner.quantization.model import rebuild_linears_
 
 KIND, VERSION = "qpruner model", 1
 MANIFEST, PLAN, ADAPTER = "manifest.json", "plan.json", "adapter"
@@ -87,6 +89,8 @@ def load_base(folder: str | Path) -> CompressedBase:
                 state |= load_file(folder / name)
             except SafetensorError as error:
                 raise UserError(f"{str(folder / name)!r} is not a safetensors file: {error}.") from error
+    if plan.quantized:
+        rebuild_linears_(model, linear_precisions(model, plan), state)
     try:
         left = model.load_state_dict(state, strict=False, assign=True)
     except RuntimeError as error:  # another shape
@@ -119,7 +123,7 @@ def save_base(folder: Path, model: Any, plan: CompressionPlan, *, base_name: str
     try:
         model.save_pretrained(temporary)
         # In place of what `save_pretrained` makes of the configuration that the model computes with.
-        portable = portable_config(model.config)
+        portable = with_widths(model.config, plan.widths) if plan.quantized else portable_config(model.config)
         portable.architectures = [_model_class_name(portable)]
         portable.save_pretrained(temporary)
         if tokenizer is not None:
@@ -155,13 +159,20 @@ def save_adapters(folder: Path, model: Any) -> None:
     _write_manifest(folder, base)
 
 
+def load_adapters(folder: Path, model: Any) -> None:
+    """Gives a PEFT model the adapters of its base's folder."""
+    from peft import set_peft_model_state_dict
+
+    set_peft_model_state_dict(model, load_file(folder / ADAPTER / "adapter_model.safetensors"))
+
+
 def is_compressed(folder: Path) -> bool:
     """Whether a folder says that it holds a compressed model."""
     return (folder / MANIFEST).is_file() and (folder / PLAN).is_file()
 
 
 def has_adapters(folder: Path) -> bool:
-    """Whether the adapters of a compressed folder are trained and there."""
+    """Whether a compressed folder holds adapters."""
     return f"{ADAPTER}/adapter_config.json" in _manifest(folder)["files"]
 
 

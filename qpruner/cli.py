@@ -3,7 +3,6 @@
 import logging
 import sys
 import time
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, nullcontext
 from pathlib import Path
@@ -16,12 +15,13 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 
 from qpruner.callbacks import (
+    Compression,
     MeasuredStage,
-    PlannedCompression,
+    MixedPrecisionQuantization,
+    PlannedPruning,
     PredictionsWriter,
     RunCheckpoint,
     RunReport,
-    StructuredPruning,
     Throughput,
 )
 from qpruner.checkpoint import is_compressed, read_base_config
@@ -31,6 +31,7 @@ from qpruner.errors import user_error
 from qpruner.memory import num_parameters, peak_meaning, read_peak, reset_peak, tensor_bytes
 from qpruner.options import SuggestingParser
 from qpruner.plan import CompressionPlan
+from qpruner.quiet import quieten
 from qpruner.runs.folder import RunConfig, RunFolder
 from qpruner.runs.report import Stage, Summary
 from qpruner.training.module import LoRAFinetuner
@@ -146,7 +147,7 @@ class QPrunerCLI(LightningCLI):
             return
         if not is_compressed(self.folder.model):
             for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
-                if isinstance(callback, StructuredPruning | PlannedCompression):
+                if isinstance(callback, Compression):
                     callback.check(read_base_config(model.base))
         if self.continues and self.folder.checkpoint.exists():
             ckpt_path = str(self.folder.checkpoint)
@@ -193,13 +194,14 @@ class QPrunerCLI(LightningCLI):
             if adapters is not None:
                 size = num_parameters(model.model), tensor_bytes(model.model)
             results = {key.partition("/")[2]: value for key, value in results.items()}
-            stages.append(Stage(name, *size, results, time.perf_counter() - since, None, read_peak(device)))
+            seconds = time.perf_counter() - since
+            stages.append(Stage(name, *size, model.average_bits, results, seconds, None, read_peak(device)))
 
         model.load_dense_base()
         measure("dense")
         if is_compressed(self.folder.model):
             model.load_kept_base(self.folder.model)
-            measure("pruned")
+            measure("quantized" if model.plan and model.plan.quantized else "pruned")
         if checkpoint := self._trained(ckpt_path):
             measure("recovered", adapters=checkpoint)
         summary = Summary(True, datamodule.protocol, peak_meaning(device), tuple(stages))
@@ -209,25 +211,26 @@ class QPrunerCLI(LightningCLI):
 
 
 def _planned(callbacks: Sequence[Callback], path: str | None) -> list[Callback]:
-    """The callbacks, with those that decide on a compression replaced by the one that carries out the plan."""
+    """The callbacks, with those that decide on a compression replaced by those that carry out the plan."""
     if path is None:
         return list(callbacks)
     plan = CompressionPlan.read(Path(path).expanduser())
-    replaced = [callback for callback in callbacks if isinstance(callback, StructuredPruning)]
+    replaced = [callback for callback in callbacks if isinstance(callback, Compression)]
+    loftq_iterations = 1
     for callback in replaced:
-        rank_zero_info(
-            f"The plan {path} replaces StructuredPruning(ratio={callback.ratio}, criterion={callback.criterion!r}); "
-            f"no scores are computed."
-        )
-    return [PlannedCompression(plan), *(callback for callback in callbacks if callback not in replaced)]
+        if isinstance(callback, MixedPrecisionQuantization):
+            loftq_iterations = callback.loftq_iterations
+        rank_zero_info(f"The plan {path} replaces {callback.described}; nothing is scored.")
+    quantization = [MixedPrecisionQuantization.of_plan(plan, loftq_iterations)] if plan.quantized else []
+    return [PlannedPruning(plan), *quantization, *(callback for callback in callbacks if callback not in replaced)]
 
 
 def _measured(callbacks: Sequence[Callback], report: RunReport) -> Iterator[Callback]:
     """The callbacks, with a measurement behind each that compresses the base."""
     for callback in callbacks:
         yield callback
-        if isinstance(callback, StructuredPruning | PlannedCompression):
-            yield MeasuredStage(report, "pruned")
+        if isinstance(callback, Compression):
+            yield MeasuredStage(report, callback.leaves)
 
 
 WITHOUT_TRAINER = {"plan": plan_command, "report": report}
@@ -240,25 +243,12 @@ def run(arguments: list[str]) -> None:
     Raises:
         UserError: the command cannot be carried out as given.
     """
-    _quieten()
+    quieten()
     if arguments and (command := WITHOUT_TRAINER.get(arguments[0])):
         command(arguments[1:])
     else:
         # Lightning starts the other ranks with the command of this process, so it must be left to read that itself.
         QPrunerCLI(None if arguments == sys.argv[1:] else arguments)
-
-
-def _quieten() -> None:
-    """Leaves out what libraries say to their developers or to sell, so that what matters stays in sight."""
-    noise = ("\N{ELECTRIC LIGHT BULB} Tip:", "Failed to load CPU gemm_4bit_forward")
-    for name in ("lightning.pytorch.utilities.rank_zero", "bitsandbytes.backends.cpu.ops"):
-        logging.getLogger(name).addFilter(lambda record: not record.getMessage().startswith(noise))
-    for category, message in (
-        (FutureWarning, "`is_gradient_checkpointing` is deprecated"),
-        (UserWarning, "`isinstance.treespec, LeafSpec.` is deprecated"),
-        (FutureWarning, "`isinstance.treespec, LeafSpec.` is deprecated"),
-    ):
-        warnings.filterwarnings("ignore", message, category)
 
 
 def _log_to(path: Path) -> Callable[[], None]:

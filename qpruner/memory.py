@@ -7,6 +7,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from qpruner.quantization.packed import PackedLinear
+
 
 def distinct_tensors(model: nn.Module) -> Iterator[Tensor]:
     """Parameters and persistent buffers, each storage once, so that tied weights do not count twice."""
@@ -18,7 +20,11 @@ def distinct_tensors(model: nn.Module) -> Iterator[Tensor]:
 
 
 def num_parameters(model: nn.Module) -> int:
-    return sum(parameter.numel() for parameter in model.parameters())  # `parameters` gives a shared one once
+    """Weights of a model, shared ones once; of a packed linear, as many as it stands for, whatever its bytes."""
+    packed = [module for module in model.modules() if isinstance(module, PackedLinear)]
+    codes = {id(parameter) for module in packed for parameter in module.parameters() if parameter is not module.bias}
+    plain = sum(parameter.numel() for parameter in model.parameters() if id(parameter) not in codes)
+    return plain + sum(module.out_features * module.in_features for module in packed)
 
 
 def tensor_bytes(model: nn.Module) -> int:

@@ -163,6 +163,24 @@ class CompressionPlan:
             ),
         )
 
+    def with_precision(self, precision: Sequence[Mapping[str, Precision]]) -> "CompressionPlan":
+        """The plan that holds the units of each layer at these precisions.
+
+        Args:
+            precision: [layers], of each of the `UNITS`.
+        """
+        return replace(
+            self,
+            layers=tuple(
+                replace(layer, precision=dict(units)) for layer, units in zip(self.layers, precision, strict=True)
+            ),
+        )
+
+    @property
+    def quantized(self) -> bool:
+        """Whether any unit is held in fewer bits than it came with."""
+        return any(precision != DENSE for layer in self.layers for precision in layer.precision.values())
+
     @property
     def widths(self) -> Architecture:
         """The architecture of the model once the plan is carried out."""

@@ -1,6 +1,6 @@
 """LoRA adapters on the projections of a decoder, by PEFT."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -57,3 +57,17 @@ def attach_adapters(model: Any, config: LoRAConfig, *, seed: int) -> Any:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derive_seed(seed, "adapters"))
         return peft.get_peft_model(model, lora)
+
+
+def set_factors_(model: Any, factors: Mapping[str, tuple[torch.Tensor, torch.Tensor]]) -> None:
+    """Starts the adapters of some linears from given factors A [r, in] and B [out, r].
+
+    Args:
+        model: the PEFT model.
+        factors: by the name of the linear in the model below PEFT.
+    """
+    with torch.no_grad():
+        for name, (lora_A, lora_B) in factors.items():
+            layer = model.get_base_model().get_submodule(name)
+            layer.lora_A["default"].weight.copy_(lora_A)
+            layer.lora_B["default"].weight.copy_(lora_B)

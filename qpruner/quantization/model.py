@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from qpruner.errors import UserError, nearest
 from qpruner.plan import DENSE, Precision
 from qpruner.quantization.formats import format_for, quantize, rebuild
+from qpruner.quantization.packed import PackedLinear
 
 
 def quantize_linears_(model: nn.Module, precisions: Mapping[str, Precision]) -> None:
@@ -22,7 +23,7 @@ def quantize_linears_(model: nn.Module, precisions: Mapping[str, Precision]) -> 
     """
     for name, linear in _dense_linears(model, precisions).items():
         model.set_submodule(name, quantize(linear, precisions[name]))
-    _announce(model, precisions)
+    announce_packed(model)
 
 
 def rebuild_linears_(model: nn.Module, precisions: Mapping[str, Precision], state: Mapping[str, Tensor]) -> None:
@@ -52,7 +53,7 @@ def rebuild_linears_(model: nn.Module, precisions: Mapping[str, Precision], stat
         except UserError as error:
             raise UserError(f"{name}: {error}") from error
         model.set_submodule(name, packed.train(linear.training))
-    _announce(model, precisions)
+    announce_packed(model)
 
 
 def _dense_linears(model: nn.Module, precisions: Mapping[str, Precision]) -> dict[str, nn.Linear]:
@@ -69,7 +70,8 @@ def _dense_linears(model: nn.Module, precisions: Mapping[str, Precision]) -> dic
     return {name: linears[name] for name in chosen}
 
 
-def _announce(model: Any, precisions: Mapping[str, Precision]) -> None:
-    if any(precision.format != DENSE.format for precision in precisions.values()):
+def announce_packed(model: Any) -> None:
+    """Says so on a model that has packed linears."""
+    if any(isinstance(module, PackedLinear) for module in model.modules()):
         # PEFT chooses a LoRA layer by the class of each linear, but looks at a class only when the model says so.
         model.is_loaded_in_4bit = model.is_loaded_in_8bit = True

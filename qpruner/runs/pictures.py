@@ -1,10 +1,10 @@
 """Pictures of a run, for the report and for TensorBoard."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from qpruner.files import replacing
-from qpruner.plan import CompressionPlan
+from qpruner.plan import UNITS, CompressionPlan
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -27,18 +27,19 @@ def loss_figure(losses: dict[str, list[tuple[int, float]]]) -> "Figure":
 
 
 def plan_figure(plan: CompressionPlan) -> "Figure":
-    """Which share of its KV groups and of its FFN channels each layer keeps; layers downwards."""
+    """What each layer keeps, layers downwards: its share of KV groups and FFN channels, and the bits of its units."""
     from matplotlib.figure import Figure
 
     dense, widths = plan.architecture, plan.widths
     layers = range(dense.num_layers)
-    figure = Figure(figsize=(8, 1.4 + 0.26 * len(layers)), layout="constrained")
+    figure = Figure(figsize=(10 if plan.quantized else 8, 1.4 + 0.26 * len(layers)), layout="constrained")
+    panels = figure.subplots(1, 3 if plan.quantized else 2, sharey=True)
     for axes, title, kept, of in zip(
-        figure.subplots(1, 2, sharey=True),
+        panels,
         ("KV groups", "FFN channels"),
         (widths.kv_groups, widths.ffn_channels),
         (dense.kv_groups, dense.ffn_channels),
-        strict=True,
+        strict=False,
     ):
         axes.barh(layers, [1.0] * len(layers), color="#e4e4e4")
         bars = axes.barh(layers, [k / n for k, n in zip(kept, of, strict=True)], color="#3b6ea5")
@@ -47,10 +48,23 @@ def plan_figure(plan: CompressionPlan) -> "Figure":
         axes.set_xlim(0, 1)
         axes.set_xlabel("share kept")
         axes.set_title(title)
-        axes.set_yticks(layers)
-    axes.invert_yaxis()  # shared by both
+    if plan.quantized:
+        _draw_bits(panels[2], plan)
+    panels[0].set_yticks(layers)
+    panels[0].set_ylim(len(layers) - 0.5, -0.5)  # shared by all
     figure.supylabel("layer", fontsize="medium")
     return figure
+
+
+def _draw_bits(axes: Any, plan: CompressionPlan) -> None:
+    """The bits of every unit, units across."""
+    bits = [[layer.precision[unit].bits for unit in UNITS] for layer in plan.layers]
+    axes.imshow(bits, aspect="auto", cmap="YlOrBr", vmin=0, vmax=20)
+    for row, layer in enumerate(bits):
+        for column, value in enumerate(layer):
+            axes.text(column, row, str(value), ha="center", va="center", fontsize=8)
+    axes.set_xticks(range(len(UNITS)), UNITS)
+    axes.set_title("bits")
 
 
 def save_figure(figure: "Figure", path: Path) -> None:

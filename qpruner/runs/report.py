@@ -16,9 +16,10 @@ class Stage:
     """One row of the table: a state of the model and how it does on the test split.
 
     Args:
-        name: ``dense``, ``pruned``, ``recovered``, ...
+        name: ``dense``, ``pruned``, ``quantized``, ``recovered``, ...
         parameters: of the model, adapters included.
         tensor_bytes: bytes of its tensors.
+        average_bits: bits per weight of the decoder linears, scales included; None where nothing was compressed.
         results: what the metrics say: ``perplexity``, ``bits_per_byte``, ``accuracy``, ``tokens``, ...
         seconds: what it took to reach the state, loading or training; where nothing is reached but only measured, what
             the evaluation took.
@@ -29,6 +30,7 @@ class Stage:
     name: str
     parameters: int
     tensor_bytes: int
+    average_bits: float | None
     results: dict[str, float]
     seconds: float
     peak_training: int | None
@@ -63,7 +65,7 @@ class Summary:
 def table(summary: Summary) -> str:
     """The stages as a Markdown table, aligned so that it reads well as plain text, too."""
     header = [
-        "stage", "parameters", "bytes", "perplexity", "bits per byte", "accuracy", "time",
+        "stage", "parameters", "bytes", "average bits", "perplexity", "bits per byte", "accuracy", "time",
         "peak training memory", "peak inference memory",
     ]  # fmt: skip
     rows = [
@@ -71,6 +73,7 @@ def table(summary: Summary) -> str:
             stage.name,
             f"{stage.parameters:,}",
             f"{stage.tensor_bytes:,}",
+            _number(stage.average_bits, ".2f"),
             _number(stage.results.get("perplexity"), ".3f"),
             _number(stage.results.get("bits_per_byte"), ".4f"),
             _number(stage.results.get("accuracy"), ".1%"),
@@ -97,7 +100,8 @@ def protocol_line(summary: Summary, split: str = "test") -> str:
     counted = " and ".join(f"{count:,}" for count in sorted(tokens))
     return (
         f"Perplexity on the {split} split: {summary.protocol}; {counted} tokens scored. "
-        f"Bytes: all tensors as held here. Peak memory: {summary.peak_of}."
+        f"Bytes: all tensors as held here and on disk. "
+        f"Average bits: of the decoder linears, scales included. Peak memory: {summary.peak_of}."
     )
 
 

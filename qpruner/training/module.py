@@ -13,13 +13,15 @@ from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor
 
 from qpruner import checkpoint as model_folder
-from qpruner.adapters.lora import LoRAConfig, attach_adapters
+from qpruner.adapters.lora import LoRAConfig, attach_adapters, set_factors_
 from qpruner.anatomy import architecture_of
 from qpruner.datamodules.rows import Batch
 from qpruner.errors import UserError
-from qpruner.plan import CompressionPlan
+from qpruner.plan import DENSE, UNITS, CompressionPlan
 from qpruner.pretrained import EMBEDDED, DType, load_model, model_fingerprint, resolve
+from qpruner.pricing import average_bits
 from qpruner.pruning.surgery import apply_pruning_
+from qpruner.quantization.apply import Factors, LoftQSettings, quantize_
 from qpruner.seeds import derive_seed
 from qpruner.training.metrics import IGNORED, ChoiceAccuracy, Perplexity, choose, token_nll
 from qpruner.training.optimization import OptimizerConfig, make_optimizer, make_scheduler
@@ -79,6 +81,9 @@ class LoRAFinetuner(LightningModule):
         self.seed = seed
         self.model: Any = None
         self.plan: CompressionPlan | None = None
+        self.initial_adapters: dict[str, Factors] = {}
+        self.loftq_iterations = 0
+        self.taken_from: Path | None = None  # the folder that the base was loaded from, when it is compressed
         self.kept_in: Path | None = None
         self.adapted = False
         self.base_sha256: str | None = None
@@ -107,23 +112,51 @@ class LoRAFinetuner(LightningModule):
         self.model.requires_grad_(False)
         self.base_sha256 = model_fingerprint(self.base)
         self.plan = None
-        self.adapted = False
+        self.adapted, self.taken_from, self.initial_adapters = False, None, {}
 
     def load_kept_base(self, folder: Path) -> None:
         """Loads the compressed base of a folder in place of whatever is there, adapters included."""
         kept = model_folder.load_base(folder)
         self.model, self.plan, self.base_sha256 = kept.model, kept.plan, kept.base_sha256
-        self.adapted = False
+        self.adapted, self.taken_from, self.initial_adapters = False, folder, {}
 
-    def apply_plan(self, plan: CompressionPlan) -> None:
-        """Compresses the dense base as a plan says.
+    def prune(self, plan: CompressionPlan) -> None:
+        """Narrows the dense base as a plan says; its precisions are left for `quantize`.
 
         Raises:
             UserError: the plan is for a model of another shape.
         """
         plan.check(architecture_of(self.model.config), self.base_sha256)
         apply_pruning_(self.model, plan)
+        self.plan = plan.with_precision([dict.fromkeys(UNITS, DENSE)] * len(plan.layers))
+
+    def quantize(self, plan: CompressionPlan, loftq_iterations: int, *, device: torch.device) -> None:
+        """Holds the narrowed base as a plan says, and starts the adapters from what rounding left.
+
+        Args:
+            plan: with the widths that the base has.
+            loftq_iterations: of LoftQ; 0 starts the adapters from zero.
+            device: that quantizes.
+
+        Raises:
+            UserError: no format offers a precision, or the rank of the adapters is above that of a linear.
+        """
+        scale = self.lora.alpha / self.lora.r
+        loftq = LoftQSettings(self.lora.r, scale, tuple(self.lora.target_modules), loftq_iterations, self.seed)
+        self.initial_adapters = quantize_(self.model, plan, loftq if loftq_iterations else None, device=device)
+        self.loftq_iterations = loftq_iterations
         self.plan = plan
+
+    @property
+    def average_bits(self) -> float | None:
+        """Bits per weight of the decoder linears, scales included; None where the base is as it came."""
+        return None if self.plan is None else average_bits(self.plan, self.model.dtype.itemsize)
+
+    @property
+    def starts_from_loftq(self) -> bool:
+        """Whether the adapters start from what quantization left."""
+        kept = self.taken_from is not None and model_folder.has_adapters(self.taken_from)
+        return self.plan is not None and self.plan.quantized and (kept or bool(self.initial_adapters))
 
     def attach_adapters(self) -> None:
         """Puts adapters on the base unless they are there."""
@@ -133,6 +166,9 @@ class LoRAFinetuner(LightningModule):
                 self.model.gradient_checkpointing_enable({"use_reentrant": False})
             self.model = attach_adapters(self.model, self.lora, seed=self.seed)
             self.adapted = True
+            set_factors_(self.model, self.initial_adapters)
+            if self.taken_from is not None and model_folder.has_adapters(self.taken_from):
+                model_folder.load_adapters(self.taken_from, self.model)
 
     def setup(self, stage: str) -> None:
         """Keeps what the callbacks, whose ``setup`` comes before this one, made of the base."""
@@ -140,6 +176,9 @@ class LoRAFinetuner(LightningModule):
             if self.trainer.is_global_zero and not model_folder.is_compressed(self.kept_in):
                 tokenizer = getattr(self.trainer.datamodule, "tokenizer", None)  # type: ignore[attr-defined]
                 model_folder.save_base(self.kept_in, self.model, self.plan, base_name=self.base, tokenizer=tokenizer)
+                if self.initial_adapters:
+                    self.attach_adapters()
+                    model_folder.save_adapters(self.kept_in, self.model)
             self.trainer.strategy.barrier("compressed_base")
 
     def keep_adapters(self) -> None:
@@ -248,6 +287,8 @@ class LoRAFinetuner(LightningModule):
         # Beside the hyper-parameters, which `load_from_checkpoint` overwrites with what it is given.
         checkpoint["base_sha256"] = self.base_sha256
         checkpoint["plan"] = self.plan and self.plan.to_json()
+        checkpoint["loftq_iterations"] = self.loftq_iterations
+        checkpoint["kept_in"] = self.kept_in and str(self.kept_in.absolute())
         checkpoint["lora"] = self.hparams["lora"]
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -270,8 +311,7 @@ class LoRAFinetuner(LightningModule):
                     f"The checkpoint's adapters were trained on a base {how}. Compress it as the run of the "
                     f"checkpoint did, or begin a new fit."
                 )
-            self.load_dense_base()  # adapters of the dense shapes may be on it by now
-            self.apply_plan(plan)
+            self._rebuild(plan, checkpoint)
         self.configure_model()
         stored, ours = checkpoint["lora"], self.hparams["lora"]
         if different := [key for key in ("r", "alpha", "target_modules") if stored[key] != ours[key]]:
@@ -279,6 +319,17 @@ class LoRAFinetuner(LightningModule):
             raise UserError(
                 f"The checkpoint's adapters are of another kind: {listed}. Use the --model.lora of its run."
             )
+
+    def _rebuild(self, plan: CompressionPlan, checkpoint: dict[str, Any]) -> None:
+        """Compresses the base as it was for a checkpoint; adapters of other shapes may be on it by now."""
+        if (kept := checkpoint["kept_in"]) and model_folder.is_compressed(Path(kept)):
+            self.load_kept_base(Path(kept))
+            if self.plan == plan:
+                return
+        self.load_dense_base()
+        self.prune(plan)
+        if plan.quantized:
+            self.quantize(plan, checkpoint["loftq_iterations"], device=self.device)
 
 
 def evaluation_results(perplexity: Perplexity, accuracy: ChoiceAccuracy) -> dict[str, float]:

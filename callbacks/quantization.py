@@ -1,0 +1,120 @@
+"""Quantizes the base before the fit that recovers it, and starts the adapters from what rounding left."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_info
+
+from qpruner.anatomy import architecture_of
+from qpruner.callbacks.compression import Compression, expect_finetuner
+from qpruner.callbacks.pruning import PlannedPruning, StructuredPruning
+from qpruner.errors import UserError
+from qpruner.memory import tensor_bytes
+from qpruner.plan import DENSE, UNITS, CompressionPlan, Precision
+from qpruner.quantization.formats import format_for
+
+Bits = int | Sequence[int] | Mapping[str, int] | Sequence[Mapping[str, int]]
+FourBits = Literal["nf4", "nf4-double", "fp4", "fp4-double"]
+OFFERED = (4, 8, 16)
+
+
+class MixedPrecisionQuantization(Compression):
+    """Holds each unit of the base in its number of bits, and initialises the adapters by LoftQ (arXiv 2310.08659).
+
+    4 bits are NF4 or FP4 in blocks that share a scale, 8 bits are integers with a scale a row, 16 bits leave a unit as
+    it is. Units are what serving engines fuse: ``qkv``, ``o``, ``gate_up``, ``down``. Acts in ``setup`` of a fit, once,
+    and stands behind the callback that prunes: where the module has a quantized base already, from the folder that it
+    is kept in, nothing is done.
+
+    Args:
+        bits: one number for all units; or a number for each layer; or one for each unit, as a mapping; or such a
+            mapping for each layer. Each is 4, 8 or 16.
+        four_bit: number format of 4 bits; ``-double`` quantizes the scales, too.
+        group: weights that share a scale in 4 bits.
+        loftq_iterations: alternating steps of LoftQ, at least 0; with 0 the adapters start from zero, as plain LoRA.
+
+    Raises:
+        UserError: bits that are not offered, a list of another length than the layers, a callback that prunes behind
+            this one, or a LoRA rank above that of a linear.
+    """
+
+    leaves = "quantized"
+
+    def __init__(self, bits: Bits = 4, four_bit: FourBits = "nf4", group: int = 64, loftq_iterations: int = 1) -> None:
+        self.four_bit = Precision(four_bit, 4, group)
+        format_for(self.four_bit)
+        if loftq_iterations < 0:
+            raise UserError(f"loftq_iterations is {loftq_iterations}; it is at least 0, which leaves LoftQ out.")
+        self.bits = bits
+        self.loftq_iterations = loftq_iterations
+        self.plan: CompressionPlan | None = None
+        for entry in bits if isinstance(bits, Sequence) else (bits,):
+            self._units(entry)
+
+    @classmethod
+    def of_plan(cls, plan: CompressionPlan, loftq_iterations: int) -> "MixedPrecisionQuantization":
+        """Quantizes to the precisions of a plan."""
+        made = cls(loftq_iterations=loftq_iterations)
+        made.plan = plan
+        return made
+
+    def check(self, config: Any) -> None:
+        """Finds, from a model's configuration alone, what the options ask and cannot be had.
+
+        Raises:
+            UserError: an unsupported family, or as many bits as the model has no layers.
+        """
+        self.precision(architecture_of(config).num_layers)
+
+    def precision(self, num_layers: int) -> list[dict[str, Precision]]:
+        """The precision of each unit of each layer.
+
+        Raises:
+            UserError: bits for another number of layers.
+        """
+        if self.plan is not None:
+            return [dict(layer.precision) for layer in self.plan.layers]
+        if not isinstance(self.bits, Sequence):
+            return [self._units(self.bits)] * num_layers
+        if len(self.bits) != num_layers:
+            raise UserError(f"bits has {len(self.bits)} entries; the model has {num_layers} layers.")
+        return [self._units(entry) for entry in self.bits]
+
+    def _units(self, entry: int | Mapping[str, int]) -> dict[str, Precision]:
+        """The precision of each unit of one layer."""
+        bits = dict.fromkeys(UNITS, entry) if isinstance(entry, int) else dict(entry)
+        if bits.keys() != set(UNITS):
+            raise UserError(f"bits names the units {', '.join(bits)}; a layer has {', '.join(UNITS)}.")
+        found = {4: self.four_bit, 8: Precision("int8", 8), 16: DENSE}
+        if wrong := [value for value in bits.values() if value not in found]:
+            raise UserError(f"bits asks for {wrong[0]}; choose from {', '.join(map(str, OFFERED))}.")
+        return {unit: found[value] for unit, value in bits.items()}
+
+    @property
+    def described(self) -> str:
+        return f"MixedPrecisionQuantization(bits={self.bits})"
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if stage != "fit":
+            return
+        callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+        behind = callbacks[callbacks.index(self) :]
+        if any(isinstance(callback, StructuredPruning | PlannedPruning) for callback in behind):
+            raise UserError(
+                "StructuredPruning stands behind MixedPrecisionQuantization; packed weights cannot be narrowed. "
+                "Put it before."
+            )
+        module = expect_finetuner(pl_module)
+        module.load_base()
+        if module.plan is not None and module.plan.quantized:
+            return
+        plan = module.plan or CompressionPlan.dense(architecture_of(module.model.config), module.base_sha256)
+        plan = plan.with_precision(self.precision(plan.architecture.num_layers))
+        before = tensor_bytes(module.model)
+        module.quantize(plan, self.loftq_iterations, device=trainer.strategy.root_device)
+        left = "" if all(DENSE not in layer.precision.values() for layer in plan.layers) else " and units of 16 bits"
+        rank_zero_info(
+            f"Quantized {before:,} to {tensor_bytes(module.model):,} bytes, {module.average_bits:.2f} bits per weight "
+            f"of the decoder linears with scales. Left alone: embeddings, norms and head{left}."
+        )

@@ -1,0 +1,115 @@
+"""What a plan costs in bytes before it is carried out: the sum of the tensors that its folder will hold."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from qpruner.anatomy import unit_linears
+from qpruner.memory import tensor_bytes
+from qpruner.plan import DENSE, Architecture, CompressionPlan, Precision
+from qpruner.pruning.surgery import apply_pruning_
+from qpruner.quantization.apply import linear_precisions
+from qpruner.quantization.formats import num_bytes
+
+ADAPTER_BYTES = 4  # adapters are float32
+
+
+@dataclass(frozen=True)
+class Price:
+    """Bytes of tensors, the headers of files apart.
+
+    Args:
+        units: of the decoder's projections: codes, scales, weights that stay dense, and biases.
+        rest: embeddings (tied ones once), norms and head.
+        adapters: of LoRA.
+        weights: number of weights in the units, biases not counted.
+        unit_weight_bytes: of these weights: ``units`` without the biases.
+    """
+
+    units: int
+    rest: int
+    adapters: int
+    weights: int
+    unit_weight_bytes: int
+
+    @property
+    def total(self) -> int:
+        return self.units + self.rest + self.adapters
+
+    @property
+    def average_bits(self) -> float:
+        """All bits that hold the weights of units, scales included, over the number of these weights."""
+        return 8 * self.unit_weight_bytes / self.weights
+
+
+def price(model: torch.nn.Module, plan: CompressionPlan, *, rank: int = 0, targets: tuple[str, ...] = ()) -> Price:
+    """Prices a plan.
+
+    Args:
+        model: dense, of the plan's architecture and in the dtype that dense parts will be stored in; narrowed in place.
+            Its weights may lie on the meta device.
+        plan: to price.
+        rank: r of the adapters; 0 for none.
+        targets: last parts of the names of the linears that get adapters.
+    """
+    apply_pruning_(model, plan)
+    linears: dict[str, Any] = {
+        name: model.get_submodule(name) for units in unit_linears(model) for names in units.values() for name in names
+    }
+    in_units = weight_bytes_in_units = weights = adapters = 0
+    for name, precision in linear_precisions(model, plan).items():
+        linear = linears[name]
+        shape, dense_bytes = tuple(linear.weight.shape), linear.weight.nbytes
+        stored = weight_bytes(shape, precision, linear.weight.element_size())
+        weight_bytes_in_units += stored
+        in_units += stored + tensor_bytes(linear) - dense_bytes
+        weights += linear.weight.numel()
+        if name.rpartition(".")[2] in targets:
+            adapters += rank * sum(shape) * ADAPTER_BYTES
+    rest = tensor_bytes(model) - sum(map(tensor_bytes, linears.values()))
+    return Price(in_units, rest, adapters, weights, weight_bytes_in_units)
+
+
+def weight_bytes(shape: tuple[int, int], precision: Precision, dense_size: int) -> int:
+    """Bytes of a weight [out, in], its scales included.
+
+    Args:
+        shape: of the weight.
+        precision: that it is held in.
+        dense_size: bytes of one weight that stays dense.
+    """
+    out_features, in_features = shape
+    return out_features * in_features * dense_size if precision == DENSE else num_bytes(*shape, precision)
+
+
+def unit_shapes(widths: Architecture, layer: int) -> Mapping[str, tuple[tuple[int, int], ...]]:
+    """Shapes [out, in] of the weights of each unit of a layer."""
+    hidden, channels = widths.hidden_size, widths.ffn_channels[layer]
+    keys = widths.kv_groups[layer] * widths.head_dim
+    queries = keys * widths.queries_per_group
+    return {
+        "qkv": ((queries, hidden), (keys, hidden), (keys, hidden)),
+        "o": ((hidden, queries),),
+        "gate_up": ((channels, hidden), (channels, hidden)),
+        "down": ((hidden, channels),),
+    }
+
+
+def average_bits(plan: CompressionPlan, dense_size: int) -> float:
+    """All bits that hold the weights of the plan's units, scales included, over the number of these weights.
+
+    Args:
+        plan: with the widths that are left.
+        dense_size: bytes of one weight that stays dense.
+    """
+    widths = plan.widths
+    held = [
+        (shape, layer.precision[unit])
+        for number, layer in enumerate(plan.layers)
+        for unit, shapes in unit_shapes(widths, number).items()
+        for shape in shapes
+    ]
+    stored = sum(weight_bytes(shape, precision, dense_size) for shape, precision in held)
+    return 8 * stored / sum(out_features * in_features for (out_features, in_features), _ in held)

@@ -1,0 +1,127 @@
+"""Carries out the precisions of a plan on a model, with adapters that start from what rounding left."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qpruner.adapters.loftq import LoftQResult, loftq
+from qpruner.anatomy import unit_linears
+from qpruner.errors import UserError
+from qpruner.plan import DENSE, CompressionPlan, Precision
+from qpruner.quantization.formats import dequantize, format_for, quantize, rebuild
+from qpruner.quantization.model import announce_packed
+from qpruner.quantization.packed import PackedLinear
+
+Factors = tuple[Tensor, Tensor]
+"""A [r, in] and B [out, r] of an adapter, float32."""
+
+
+@dataclass(frozen=True)
+class LoftQSettings:
+    """How the adapters of quantized linears start.
+
+    Args:
+        rank: r of the adapters.
+        scale: what the forward pass multiplies ``B A`` by.
+        targets: last parts of the names of the linears that get adapters.
+        num_iterations: T of LoftQ, at least 1.
+        seed: of the run.
+    """
+
+    rank: int
+    scale: float
+    targets: tuple[str, ...]
+    num_iterations: int
+    seed: int
+
+
+def linear_precisions(model: nn.Module, plan: CompressionPlan) -> dict[str, Precision]:
+    """The precision of each linear of a model's layers, by name."""
+    return {
+        name: layer.precision[unit]
+        for layer, units in zip(plan.layers, unit_linears(model), strict=True)
+        for unit, names in units.items()
+        for name in names
+    }
+
+
+def quantize_(
+    model: Any, plan: CompressionPlan, settings: LoftQSettings | None, *, device: torch.device
+) -> dict[str, Factors]:
+    """Replaces the linears of a narrowed model by packed ones, one at a time, as its plan says.
+
+    Args:
+        model: changed in place.
+        plan: whose widths the model has.
+        settings: of LoftQ; None quantizes alone, and adapters start from zero.
+        device: where each linear is computed; it stays where the model is.
+
+    Returns:
+        The factors that adapters start from, by the name of their linear; none without ``settings``.
+
+    Raises:
+        UserError: no format offers a precision, or the rank is above that of a linear.
+    """
+    precisions = linear_precisions(model, plan)
+    check_rank(model, precisions, settings)
+    factors: dict[str, Factors] = {}
+    for name, precision in precisions.items():
+        if precision == DENSE:
+            continue
+        linear: Any = model.get_submodule(name)
+        if settings is not None and name.rpartition(".")[2] in settings.targets:
+            result = quantize_with_adapter(linear, precision, name, settings, device)
+            packed = result.quantized
+            factors[name] = result.lora_A.cpu(), result.lora_B.cpu()
+        else:
+            packed = quantize(linear.to(device), precision)
+        model.set_submodule(name, packed.to(next(model.parameters()).device).train(linear.training))
+    announce_packed(model)
+    return factors
+
+
+def quantize_with_adapter(
+    linear: nn.Linear, precision: Precision, name: str, settings: LoftQSettings, device: torch.device
+) -> LoftQResult[PackedLinear]:
+    """LoftQ of one linear, on a device."""
+    bias = None if linear.bias is None else linear.bias.detach().clone().to(device)
+
+    def packed(weight: Tensor) -> PackedLinear:
+        state = format_for(precision).encode(weight, precision)
+        return rebuild(state, linear.out_features, linear.in_features, precision=precision, bias=bias)
+
+    return loftq(
+        linear.weight.detach().to(device),
+        packed,
+        dequantize,
+        name=name,
+        rank=settings.rank,
+        scale=settings.scale,
+        num_iterations=settings.num_iterations,
+        seed=settings.seed,
+    )
+
+
+def check_rank(model: nn.Module, precisions: Mapping[str, Precision], settings: LoftQSettings | None) -> None:
+    """Makes sure that no adapter has a higher rank than its linear.
+
+    Raises:
+        UserError: one does; it is named, with the highest rank that all allow.
+    """
+    if settings is None:
+        return
+    linears: dict[str, Any] = {name: model.get_submodule(name) for name in precisions if precisions[name] != DENSE}
+    ranks = {
+        name: min(linear.in_features, linear.out_features)
+        for name, linear in linears.items()
+        if name.rpartition(".")[2] in settings.targets
+    }
+    if ranks and settings.rank > min(ranks.values()):
+        name = min(ranks, key=lambda one: ranks[one])
+        raise UserError(
+            f"LoRA rank {settings.rank} is above that of {name}, which is {ranks[name]}. Lower --model.lora.r to at "
+            f"most {ranks[name]}, or prune less."
+        )

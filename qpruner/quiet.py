@@ -1,0 +1,20 @@
+"""Leaves out what libraries say to their developers or to sell, so that what matters stays in sight."""
+
+import logging
+import warnings
+
+NOISE = ("\N{ELECTRIC LIGHT BULB} Tip:", "Failed to load CPU gemm_4bit_forward")
+SPEAKERS = ("lightning.pytorch.utilities.rank_zero", "bitsandbytes.backends.cpu.ops")
+WARNINGS = (
+    (FutureWarning, "`is_gradient_checkpointing` is deprecated"),
+    (UserWarning, "`isinstance.treespec, LeafSpec.` is deprecated"),
+    (FutureWarning, "`isinstance.treespec, LeafSpec.` is deprecated"),
+)
+
+
+def quieten() -> None:
+    """To be called before the libraries are imported: some of them speak then."""
+    for name in SPEAKERS:
+        logging.getLogger(name).addFilter(lambda record: not record.getMessage().startswith(NOISE))
+    for category, message in WARNINGS:
+        warnings.filterwarnings("ignore", message, category)
