@@ -31,7 +31,6 @@ from qpruner.errors import user_error
 from qpruner.memory import num_parameters, peak_meaning, read_peak, reset_peak, tensor_bytes
 from qpruner.options import SuggestingParser
 from qpruner.plan import CompressionPlan
-from qpruner.quiet import quieten
 from qpruner.runs.folder import RunConfig, RunFolder
 from qpruner.runs.report import Stage, Summary
 from qpruner.training.module import LoRAFinetuner
@@ -243,7 +242,6 @@ def run(arguments: list[str]) -> None:
     Raises:
         UserError: the command cannot be carried out as given.
     """
-    quieten()
     if arguments and (command := WITHOUT_TRAINER.get(arguments[0])):
         command(arguments[1:])
     else:

@@ -54,8 +54,7 @@ ALLOWED: dict[str, set[str]] = {
     "options": {"callbacks", "datamodules", "errors"},
     "commands": {"anatomy", "checkpoint", "errors", "memory", "plan", "pretrained", "pricing", "pruning", "runs"},
     "cli": {
-        "callbacks", "checkpoint", "commands", "datamodules", "errors", "memory", "options", "plan", "quiet", "runs",
-        "training",
+        "callbacks", "checkpoint", "commands", "datamodules", "errors", "memory", "options", "plan", "runs", "training",
     },
     "quiet": set(),
     "__main__": {"cli", "errors", "quiet"},

@@ -173,7 +173,7 @@ def test_a_given_plan_replaces_what_was_configured(
     given = ["--plan", str(tmp_path / "edited.json"), "--run.name", "y"]
     run(["fit", *arguments, *given])
     log = (tmp_path / "runs" / "y" / "run.log").read_text()
-    assert "replaces StructuredPruning(ratio=0.05, criterion='param_first'); no scores are computed" in log
+    assert "replaces StructuredPruning(ratio=0.05, criterion='param_first'); nothing is scored" in log
     assert CompressionPlan.read(tmp_path / "runs" / "y" / "plan.json") == edited
     model = qpruner.load_compressed(tmp_path / "runs" / "y" / "model").get_base_model()
     assert [layer.mlp.up_proj.out_features for layer in model.model.layers] == [20, 30]

@@ -11,7 +11,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from qpruner.adapters.lora import LoRAConfig
 from qpruner.anatomy import architecture_of, decoder_layers
-from qpruner.callbacks import PlannedCompression, RunCheckpoint, StructuredPruning
+from qpruner.callbacks import PlannedPruning, RunCheckpoint, StructuredPruning
 from qpruner.callbacks.pruning import CalibrationConfig
 from qpruner.checkpoint import load_compressed
 from qpruner.datamodules import StoriesDataModule
@@ -186,7 +186,7 @@ def test_a_plan_is_carried_out_without_scores(
     plan = fit(finetuner(tiny_llama), stories, StructuredPruning(**PRUNING)).plan
     assert plan is not None
     monkeypatch.setattr("qpruner.callbacks.pruning.score_units", None)
-    followed = fit(finetuner(tiny_llama), stories, PlannedCompression(plan))
+    followed = fit(finetuner(tiny_llama), stories, PlannedPruning(plan))
     assert followed.plan == plan
     layers = followed.model.get_base_model().model.layers
     assert [layer.mlp.up_proj.out_features for layer in layers] == list(plan.widths.ffn_channels)
