@@ -138,12 +138,13 @@ def save_base(folder: Path, model: Any, plan: CompressionPlan, *, base_name: str
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def save_adapters(folder: Path, model: Any) -> None:
+def save_adapters(folder: Path, model: Any, *, trained: bool) -> None:
     """Adds the adapters of a PEFT model to the folder of its base, and to the manifest.
 
     Args:
         folder: that `save_base` wrote.
         model: the PEFT model.
+        trained: whether a fit has trained them, or they are what a fit starts from.
     """
     base = _manifest(folder)["base"]
     shutil.rmtree(folder / ADAPTER, ignore_errors=True)
@@ -156,7 +157,7 @@ def save_adapters(folder: Path, model: Any) -> None:
     (folder / ADAPTER / "README.md").unlink(missing_ok=True)  # a form to fill in
     for file in (folder / ADAPTER).iterdir():
         _sync(file)
-    _write_manifest(folder, base)
+    _write_manifest(folder, base, adapters="trained" if trained else "initial")
 
 
 def load_adapters(folder: Path, model: Any) -> None:
@@ -174,6 +175,11 @@ def is_compressed(folder: Path) -> bool:
 def has_adapters(folder: Path) -> bool:
     """Whether a compressed folder holds adapters."""
     return f"{ADAPTER}/adapter_config.json" in _manifest(folder)["files"]
+
+
+def has_initial_adapters(folder: Path) -> bool:
+    """Whether a compressed folder holds adapters that no fit has trained yet."""
+    return has_adapters(folder) and _manifest(folder).get("adapters") == "initial"
 
 
 def read_config(folder: Path) -> Any:
@@ -261,12 +267,14 @@ def _checked_manifest(folder: Path) -> dict[str, Any]:
     return manifest
 
 
-def _write_manifest(folder: Path, base: dict[str, Any]) -> None:
+def _write_manifest(folder: Path, base: dict[str, Any], adapters: str | None = None) -> None:
     files = {
         path.relative_to(folder).as_posix(): {"size": path.stat().st_size, "sha256": hash_file(path)}
         for path in _files(folder)
     }
-    write_json(folder / MANIFEST, {"kind": KIND, "version": VERSION, "base": base, "files": files})
+    write_json(
+        folder / MANIFEST, {"kind": KIND, "version": VERSION, "base": base, "adapters": adapters, "files": files}
+    )
 
 
 def _files(folder: Path) -> Iterator[Path]:

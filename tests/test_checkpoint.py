@@ -197,7 +197,7 @@ def test_adapters_come_back_with_identical_logits(tmp_path: Path, family: str, k
     adapted = with_adapters(model)
     expected = logits_of(adapted)
     assert (expected - plain).abs().max() > 0.01
-    save_adapters(tmp_path / "model", adapted)
+    save_adapters(tmp_path / "model", adapted, trained=True)
     assert has_adapters(tmp_path / "model")
     assert torch.equal(logits_of(load_compressed(tmp_path / "model")), expected)
     assert torch.equal(logits_of(load_base(tmp_path / "model").model), plain)
@@ -207,7 +207,7 @@ def test_adapters_come_back_with_identical_logits(tmp_path: Path, family: str, k
 def test_a_new_process_computes_identical_logits(tmp_path: Path) -> None:
     model, _ = write(tmp_path / "model", "gemma2")
     adapted = with_adapters(model)
-    save_adapters(tmp_path / "model", adapted)
+    save_adapters(tmp_path / "model", adapted, trained=True)
     script = (
         "import hashlib, sys, qpruner\n"
         "from families import logits_of\n"
@@ -236,7 +236,7 @@ def test_the_manifest_has_the_size_and_hash_of_every_file(tmp_path: Path) -> Non
     assert manifest["base"] == {"name": "models/dense", "sha256": "ab12"}
     assert manifest["files"] == list_files(tmp_path / "model")
     assert manifest["files"].keys() == base
-    save_adapters(tmp_path / "model", with_adapters(model))
+    save_adapters(tmp_path / "model", with_adapters(model), trained=True)
     manifest = read_manifest(tmp_path / "model")
     assert manifest["base"] == {"name": "models/dense", "sha256": "ab12"}
     assert manifest["files"] == list_files(tmp_path / "model")
@@ -266,7 +266,7 @@ def test_a_folder_says_what_it_holds(tmp_path: Path) -> None:
 def test_loading_needs_no_pickle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model, _ = write(tmp_path / "model")
     adapted = with_adapters(model)
-    save_adapters(tmp_path / "model", adapted)
+    save_adapters(tmp_path / "model", adapted, trained=True)
     assert {path.suffix for path in (tmp_path / "model").rglob("*") if path.is_file()} == {".json", ".safetensors"}
 
     def unpickled(*_: Any, **__: Any) -> None:
@@ -324,7 +324,7 @@ def test_one_altered_byte_is_refused(tmp_path: Path, name: str) -> None:
 @pytest.mark.parametrize("name", ["adapter_config.json", "adapter_model.safetensors"])
 def test_adapters_that_are_missing_or_altered_are_refused(tmp_path: Path, name: str) -> None:
     model, _ = write(tmp_path / "model")
-    save_adapters(tmp_path / "model", with_adapters(model))
+    save_adapters(tmp_path / "model", with_adapters(model), trained=True)
     path = tmp_path / "model/adapter" / name
     data = bytearray(path.read_bytes())
     data[-2] ^= 1
@@ -456,7 +456,7 @@ def test_a_stop_at_the_last_moment_leaves_the_old_model_or_nothing(
 
 def test_what_was_in_the_folder_goes(tmp_path: Path) -> None:
     model, _ = write(tmp_path / "model", "llama")
-    save_adapters(tmp_path / "model", with_adapters(model))
+    save_adapters(tmp_path / "model", with_adapters(model), trained=True)
     new, _ = write(tmp_path / "model", "qwen2")
     assert not has_adapters(tmp_path / "model") and not (tmp_path / "model/adapter").exists()
     assert torch.equal(logits_of(load_compressed(tmp_path / "model")), logits_of(new))
@@ -521,8 +521,8 @@ def test_a_narrowed_model_can_be_pickled(tmp_path: Path) -> None:
 def test_adapters_cut_off_while_written_leave_the_base(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model, _ = write(tmp_path / "model")
     adapted = with_adapters(model)
-    save_adapters(tmp_path / "model", adapted)
+    save_adapters(tmp_path / "model", adapted, trained=True)
     monkeypatch.setattr(checkpoint, "_sync", stop)
     with pytest.raises(KeyboardInterrupt):
-        save_adapters(tmp_path / "model", adapted)
+        save_adapters(tmp_path / "model", adapted, trained=True)
     assert type(load_compressed(tmp_path / "model")).__name__ == "LlamaForCausalLM"

@@ -155,8 +155,8 @@ class LoRAFinetuner(LightningModule):
     @property
     def starts_from_loftq(self) -> bool:
         """Whether the adapters start from what quantization left."""
-        kept = self.taken_from is not None and model_folder.has_adapters(self.taken_from)
-        return self.plan is not None and self.plan.quantized and (kept or bool(self.initial_adapters))
+        kept = self.taken_from is not None and model_folder.has_initial_adapters(self.taken_from)
+        return kept or bool(self.initial_adapters)
 
     def attach_adapters(self) -> None:
         """Puts adapters on the base unless they are there."""
@@ -167,7 +167,7 @@ class LoRAFinetuner(LightningModule):
             self.model = attach_adapters(self.model, self.lora, seed=self.seed)
             self.adapted = True
             set_factors_(self.model, self.initial_adapters)
-            if self.taken_from is not None and model_folder.has_adapters(self.taken_from):
+            if self.taken_from is not None and model_folder.has_initial_adapters(self.taken_from):
                 model_folder.load_adapters(self.taken_from, self.model)
 
     def setup(self, stage: str) -> None:
@@ -178,13 +178,13 @@ class LoRAFinetuner(LightningModule):
                 model_folder.save_base(self.kept_in, self.model, self.plan, base_name=self.base, tokenizer=tokenizer)
                 if self.initial_adapters:
                     self.attach_adapters()
-                    model_folder.save_adapters(self.kept_in, self.model)
+                    model_folder.save_adapters(self.kept_in, self.model, trained=False)
             self.trainer.strategy.barrier("compressed_base")
 
     def keep_adapters(self) -> None:
         """Puts the trained adapters to the compressed base, where that is kept."""
         if self.kept_in is not None and self.plan is not None and self.trainer.is_global_zero:
-            model_folder.save_adapters(self.kept_in, self.model)
+            model_folder.save_adapters(self.kept_in, self.model, trained=True)
 
     def configure_model(self) -> None:
         self.load_base()
