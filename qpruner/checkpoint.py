@@ -76,7 +76,7 @@ def load_base(folder: str | Path) -> CompressedBase:
     """
     folder = Path(folder).expanduser()
     manifest = _checked_manifest(folder)
-    config, plan = read_config(folder), CompressionPlan.read(folder / PLAN)
+    config, plan = read_config(folder), read_plan(folder)
     # A uniform Llama may have been written as a Mistral.
     written = replace(architecture_of(config), model_type=plan.architecture.model_type)
     if differences := describe_differences(plan.widths, written):
@@ -170,6 +170,11 @@ def load_adapters(folder: Path, model: Any) -> None:
 def is_compressed(folder: Path) -> bool:
     """Whether a folder says that it holds a compressed model."""
     return (folder / MANIFEST).is_file() and (folder / PLAN).is_file()
+
+
+def read_plan(folder: Path) -> CompressionPlan:
+    """The plan of a compressed folder."""
+    return CompressionPlan.read(folder / PLAN)
 
 
 def has_adapters(folder: Path) -> bool:

@@ -29,6 +29,7 @@ from qpruner.commands import plan_command, report, show_summary
 from qpruner.datamodules.base import TokenDataModule
 from qpruner.errors import user_error
 from qpruner.memory import num_parameters, peak_meaning, read_peak, reset_peak, tensor_bytes
+from qpruner.merge import merge_command
 from qpruner.options import SuggestingParser
 from qpruner.plan import CompressionPlan
 from qpruner.runs.folder import RunConfig, RunFolder
@@ -37,8 +38,9 @@ from qpruner.training.module import LoRAFinetuner
 
 TRAINER_DEFAULTS = {"use_distributed_sampler": False}  # the loaders share the rows among the ranks themselves
 DESCRIPTION = """Narrower layers, each at the bits it deserves, adapters that win back what was lost.
-Besides the commands below, `qpruner report RUN_FOLDER` writes the report of a run again, and `qpruner plan` shows,
-compares and checks plans and lists the ratios that a model can be pruned to."""
+Besides the commands below, `qpruner report RUN` writes the report of a run again, `qpruner plan` shows, compares and
+checks plans and lists the ratios that a model can be pruned to, and `qpruner merge RUN FOLDER` writes a dense copy of
+the run's model."""
 
 
 class QPrunerCLI(LightningCLI):
@@ -232,7 +234,7 @@ def _measured(callbacks: Sequence[Callback], report: RunReport) -> Iterator[Call
             yield MeasuredStage(report, callback.leaves)
 
 
-WITHOUT_TRAINER = {"plan": plan_command, "report": report}
+WITHOUT_TRAINER = {"merge": merge_command, "plan": plan_command, "report": report}
 """Commands that need no Trainer; the LightningCLI never sees them."""
 
 

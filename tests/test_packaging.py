@@ -54,13 +54,20 @@ ALLOWED: dict[str, set[str]] = {
     "options": {"callbacks", "datamodules", "errors"},
     "commands": {"anatomy", "checkpoint", "errors", "memory", "plan", "pretrained", "pricing", "pruning", "runs"},
     "cli": {
-        "callbacks", "checkpoint", "commands", "datamodules", "errors", "memory", "options", "plan", "runs", "training",
+        "callbacks", "checkpoint", "commands", "datamodules", "errors", "memory", "merge", "options", "plan", "runs",
+        "training",
     },
     "quiet": set(),
+    "merge": {
+        "checkpoint", "datamodules", "errors", "memory", "plan", "quantization", "runs", "training",
+    },
     "__main__": {"cli", "errors", "quiet"},
     "__init__": {"checkpoint"},
 }  # fmt: skip
-OUTSIDERS = {"lightning": {"callbacks", "cli", "commands", "datamodules", "options", "training"}, "nevergrad": set()}
+OUTSIDERS = {
+    "lightning": {"callbacks", "cli", "commands", "merge", "datamodules", "options", "training"},
+    "nevergrad": set(),
+}
 
 
 def imports(file: Path) -> set[str]:
