@@ -1,54 +1,70 @@
 """Every file in configs/ is a complete run: it parses, its classes can be made, and it trains on a stand-in."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from qpruner.cli import QPrunerCLI, run
 from qpruner.files import read_json
+from qpruner.pretrained import EMBEDDED, load_tokenizer
 
 CONFIGS = sorted((Path(__file__).parents[1] / "configs").rglob("*.yaml"))
 
 
+LAYERS = {"quickstart": 6, "llama32_1b": 16, "qwen3_06b": 28}
+"""Of the models that configurations are for; 32 where nothing is said."""
+
+
 @pytest.fixture
 def local_data(tmp_path: Path) -> dict[str, list[str]]:
-    """What takes the place of hub data, and of what only a large model has, by configuration."""
-    records = [{"instruction": f"Name number {n}.", "output": f"It is {n}."} for n in range(300)]
+    """What takes the place of hub data, by configuration."""
+    records = [{"instruction": f"Name number {n}.", "output": f"It is {n}. " * 60} for n in range(300)]
     (tmp_path / "alpaca.json").write_text(json.dumps(records))
     for split in ("train", "validation", "test"):
         (tmp_path / f"{split}.txt").write_text(f"The {split} split has words and words. " * 400)
     text = [f"--data.init_args.{split}={tmp_path / split}.txt" for split in ("train", "validation", "test")]
-    alpaca = [f"--data.init_args.train={tmp_path / 'alpaca.json'}", "--data.init_args.held_out=0.1"]
-    pruning = ["--trainer.callbacks.ratio=0.05", "--trainer.callbacks.calibration.length=8"]
-    return {
-        "alpaca": alpaca,
-        "llm_pruner": [*alpaca, *pruning, "--trainer.callbacks.selection.leave_alone=[-1]"],
+    alpaca = [f"--data.init_args.train={tmp_path / 'alpaca.json'}", "--data.init_args.held_out=0.02"]
+    return {path.stem: alpaca for path in CONFIGS} | {
         "text": [*text, "--data.init_args.max_length=64"],
-        "quickstart": [
-            *pruning,
-            "--data.num_train=40",
-            "--data.num_validation=4",
-            "--data.num_test=4",
-            "--data.num_choices=2",
-        ],
+        "quickstart": ["--data.num_train=40", "--data.num_validation=4", "--data.num_test=4", "--data.num_choices=2"],
     }
 
 
+def stand_in(folder: Path, layers: int) -> Path:
+    """A random Llama of as many layers as the model that a configuration is for, and of no width."""
+    config = LlamaConfig(
+        vocab_size=2048,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=layers,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        max_position_embeddings=512,
+        tie_word_embeddings=True,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    load_tokenizer(EMBEDDED).save_pretrained(folder)
+    return folder
+
+
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
-def test_config_runs_on_a_tiny_stand_in(
-    path: Path, tiny_llama: Path, tmp_path: Path, local_data: dict[str, list[str]], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_config_runs_on_a_tiny_stand_in(path: Path, tmp_path: Path, local_data: dict[str, list[str]]) -> None:
     run(
         [
             "fit",
             f"--config={path}",
             f"--run.dir={tmp_path / 'runs'}",
-            f"--model.base={tiny_llama}",
+            f"--model.base={stand_in(tmp_path / 'model', LAYERS.get(path.stem, 32))}",
+            "--model.gradient_checkpointing=false",
             *local_data[path.stem],
             "--trainer.accelerator=cpu",
             "--trainer.max_steps=1",
+            "--trainer.accumulate_grad_batches=1",
             "--trainer.limit_val_batches=1",
+            "--trainer.limit_test_batches=1",
             "--trainer.enable_progress_bar=false",
             "--trainer.enable_model_summary=false",
         ]
@@ -57,11 +73,19 @@ def test_config_runs_on_a_tiny_stand_in(
     assert folder.name == path.stem
     summary = read_json(folder / "summary.json")
     pruned = ["pruned"] if "StructuredPruning" in path.read_text() else []
-    assert [stage["name"] for stage in summary["stages"]] == ["dense", *pruned, "recovered"]
+    quantized = ["quantized", "quantized + LoftQ"] if "MixedPrecisionQuantization" in path.read_text() else []
+    assert [stage["name"] for stage in summary["stages"]] == ["dense", *pruned, *quantized, "recovered"]
     assert all(stage["results"]["perplexity"] > 1 for stage in summary["stages"])
+    if pruned:
+        ratio = float(re.search(r"ratio: ([\d.]+)", path.read_text())[1])  # type: ignore[index]
+        dense, narrow = (stage["parameters"] for stage in summary["stages"][:2])
+        assert 1 - narrow / dense == pytest.approx(ratio, abs=0.01)
 
 
 def test_configs_name_what_they_are_for() -> None:
-    assert {path.stem for path in CONFIGS} >= {"alpaca", "llm_pruner", "quickstart", "text"}
+    assert {path.stem for path in CONFIGS} >= {
+        "alpaca", "llama32_1b", "llm_pruner", "quickstart", "qwen3_06b", "text",
+        *(f"qpruner_llama2_7b_{share}" for share in (20, 30, 50)),
+    }  # fmt: skip
     assert all(path.read_text().startswith("# ") for path in CONFIGS)
     assert QPrunerCLI.subcommands().keys() == {"fit", "validate", "test", "predict"}

@@ -1,0 +1,134 @@
+"""Perplexity of a pruned and quantized model, before and after an equal recovery; rows are kept, so it can be resumed.
+
+    python benchmarks/quantization.py --base MODEL --train TRAIN.txt --validation VALID.txt --rows rows.jsonl
+
+A row that is in the file already is not computed again; ``--table`` prints means and spreads over the seeds.
+"""
+
+import argparse
+import json
+import logging
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+import lightning as L
+import torch
+from pruning_criteria import Measurement, perplexity
+
+from qpruner.callbacks import MixedPrecisionQuantization, StructuredPruning
+from qpruner.datamodules import TextDataModule
+from qpruner.datamodules.base import LoaderConfig
+from qpruner.runs.report import markdown_table
+from qpruner.training.module import LoRAFinetuner
+from qpruner.training.optimization import OptimizerConfig
+
+NUM_LAYERS = 6
+WIDTHS: dict[str, int | list[int]] = {"4": 4, "8": 8, "mixed": [8, *[4] * (NUM_LAYERS - 2), 8], "16": 16}
+"""Bits of the blocks; mixed leaves the first and the last of six at 8."""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--base", required=True)
+    parser.add_argument("--train", required=True)
+    parser.add_argument("--validation", required=True)
+    parser.add_argument("--max-length", type=int, default=256)
+    parser.add_argument("--ratios", type=float, nargs="+", default=[0.0, 0.2, 0.5])
+    parser.add_argument("--bits", nargs="+", default=["4", "8", "mixed"], choices=WIDTHS)
+    parser.add_argument("--loftq", type=int, nargs="+", default=[0, 1], help="iterations; 0 starts from zero")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--steps", type=int, default=50)
+    parser.add_argument("--rows", type=Path, required=True)
+    parser.add_argument("--table", action="store_true", help="print the rows that are there and stop")
+    given = parser.parse_args()
+    rows = [json.loads(line) for line in given.rows.read_text().splitlines()] if given.rows.exists() else []
+    if not given.table:
+        logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+        for key in wanted(given):
+            if not any(key.items() <= row.items() for row in rows):
+                rows.append(key | measure(given, key))
+                with given.rows.open("a") as file:
+                    file.write(json.dumps(rows[-1]) + "\n")
+                print(json.dumps(rows[-1]), flush=True)
+    print(table(rows))
+
+
+def wanted(given: argparse.Namespace) -> list[dict[str, Any]]:
+    """What tells a row from the others; whole tables of a seed first."""
+    shared = {"base": Path(given.base).name, "steps": given.steps}
+    return [
+        shared | {"ratio": ratio, "bits": bits, "loftq": loftq, "seed": seed}
+        for seed in given.seeds
+        for ratio in given.ratios
+        for bits in given.bits
+        for loftq in given.loftq
+    ]
+
+
+def measure(given: argparse.Namespace, key: dict[str, Any]) -> dict[str, Any]:
+    """Compresses, measures, recovers and measures again."""
+    data = TextDataModule(
+        tokenizer=given.base,
+        train=given.train,
+        validation=given.validation,
+        held_out=0.0,
+        layout="packed",
+        max_length=given.max_length,
+        loader=LoaderConfig(batch_size=16, eval_batch_size=32),
+        seed=key["seed"],
+    )
+    module = LoRAFinetuner(given.base, optimizer=OptimizerConfig(lr=2e-3, warmup_steps=10), seed=key["seed"])
+    pruning = [StructuredPruning(key["ratio"])] if key["ratio"] else []
+    quantization = MixedPrecisionQuantization(WIDTHS[key["bits"]], loftq_iterations=key["loftq"])
+    compressed, started = Measurement(data), Start(data)
+    trainer = L.Trainer(
+        max_steps=given.steps,
+        limit_val_batches=0,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        use_distributed_sampler=False,
+        callbacks=[*pruning, quantization, compressed, started],
+    )
+    trainer.fit(module, datamodule=data)
+    bits = module.average_bits
+    assert bits is not None
+    return {
+        "average_bits": round(bits, 2),
+        "quantized": round(compressed.perplexity, 3),
+        "start": round(started.perplexity, 3),
+        "recovered": round(perplexity(trainer, module, data), 3),
+    }
+
+
+class Start(L.Callback):
+    """Measures the model with its adapters as they start."""
+
+    def __init__(self, data: TextDataModule) -> None:
+        self.data = data
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        assert isinstance(pl_module, LoRAFinetuner)
+        self.perplexity = perplexity(trainer, pl_module, self.data)
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    keys = list(dict.fromkeys((row["ratio"], row["bits"], row["loftq"]) for row in rows))
+    lines = []
+    for key in sorted(keys, key=str):
+        same = [row for row in rows if (row["ratio"], row["bits"], row["loftq"]) == key]
+        measured = [spread([row[name] for row in same]) for name in ("quantized", "start", "recovered")]
+        lines.append([f"{key[0]}", key[1], f"{same[0]['average_bits']}", "LoftQ" if key[2] else "zero", *measured])
+    header = ["ratio", "bits", "average bits", "start", "quantized", "with adapters", "recovered"]
+    return markdown_table(header, lines)
+
+
+def spread(values: list[float]) -> str:
+    return f"{mean(values):.2f}" + (f" ± {stdev(values):.2f}" if len(values) > 1 else "")
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    main()
