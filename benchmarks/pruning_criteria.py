@@ -112,20 +112,22 @@ def measure(given: argparse.Namespace, key: dict[str, Any]) -> dict[str, Any]:
 class Measurement(L.Callback):
     """Measures the model as the callbacks before it left it."""
 
-    def __init__(self, data: TextDataModule) -> None:
+    def __init__(self, data: TextDataModule, share: float = 1.0) -> None:
         self.data = data
+        self.share = share
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         assert isinstance(pl_module, LoRAFinetuner)
         self.parameters = num_parameters(pl_module.model)
-        self.perplexity = perplexity(trainer, pl_module, self.data)
+        self.perplexity = perplexity(trainer, pl_module, self.data, self.share)
 
 
-def perplexity(trainer: L.Trainer, module: LoRAFinetuner, data: TextDataModule) -> float:
+def perplexity(trainer: L.Trainer, module: LoRAFinetuner, data: TextDataModule, share: float = 1.0) -> float:
+    """On a share of the batches of the validation split."""
     results = evaluate(
         module,
         data.evaluation_loaders("validation"),
-        limit=1.0,
+        limit=share,
         device=trainer.strategy.root_device,
         precision=trainer.precision_plugin,
         title="",

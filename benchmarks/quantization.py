@@ -38,7 +38,8 @@ def main() -> None:
     parser.add_argument("--bits", nargs="+", default=["4", "8", "mixed"], choices=WIDTHS)
     parser.add_argument("--loftq", type=int, nargs="+", default=[0, 1], help="iterations; 0 starts from zero")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--steps", type=int, default=50)
+    parser.add_argument("--steps", type=int, default=30)
+    parser.add_argument("--share", type=float, default=0.25, help="of the validation text, from its start")
     parser.add_argument("--rows", type=Path, required=True)
     parser.add_argument("--table", action="store_true", help="print the rows that are there and stop")
     given = parser.parse_args()
@@ -56,7 +57,7 @@ def main() -> None:
 
 def wanted(given: argparse.Namespace) -> list[dict[str, Any]]:
     """What tells a row from the others; whole tables of a seed first."""
-    shared = {"base": Path(given.base).name, "steps": given.steps}
+    shared = {"base": Path(given.base).name, "steps": given.steps, "share": given.share}
     return [
         shared | {"ratio": ratio, "bits": bits, "loftq": loftq, "seed": seed}
         for seed in given.seeds
@@ -81,7 +82,7 @@ def measure(given: argparse.Namespace, key: dict[str, Any]) -> dict[str, Any]:
     module = LoRAFinetuner(given.base, optimizer=OptimizerConfig(lr=2e-3, warmup_steps=10), seed=key["seed"])
     pruning = [StructuredPruning(key["ratio"])] if key["ratio"] else []
     quantization = MixedPrecisionQuantization(WIDTHS[key["bits"]], loftq_iterations=key["loftq"])
-    compressed, started = Measurement(data), Start(data)
+    compressed, started = Measurement(data, given.share), Start(data, given.share)
     trainer = L.Trainer(
         max_steps=given.steps,
         limit_val_batches=0,
@@ -99,19 +100,20 @@ def measure(given: argparse.Namespace, key: dict[str, Any]) -> dict[str, Any]:
         "average_bits": round(bits, 2),
         "quantized": round(compressed.perplexity, 3),
         "start": round(started.perplexity, 3),
-        "recovered": round(perplexity(trainer, module, data), 3),
+        "recovered": round(perplexity(trainer, module, data, given.share), 3),
     }
 
 
 class Start(L.Callback):
     """Measures the model with its adapters as they start."""
 
-    def __init__(self, data: TextDataModule) -> None:
+    def __init__(self, data: TextDataModule, share: float) -> None:
         self.data = data
+        self.share = share
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         assert isinstance(pl_module, LoRAFinetuner)
-        self.perplexity = perplexity(trainer, pl_module, self.data)
+        self.perplexity = perplexity(trainer, pl_module, self.data, self.share)
 
 
 def table(rows: list[dict[str, Any]]) -> str:

@@ -3,16 +3,25 @@
 from abc import abstractmethod
 from typing import Any, ClassVar
 
-from lightning.pytorch import Callback, LightningModule
+from lightning.pytorch import Callback, LightningModule, Trainer
 
+from qpruner.errors import UserError
 from qpruner.training.module import LoRAFinetuner
 
 
 class Compression(Callback):
-    """Compresses the base of a `LoRAFinetuner` in ``setup`` of a fit, before adapters and optimizers exist."""
+    """Compresses the base of a `LoRAFinetuner` in ``setup`` of a fit, before adapters and optimizers exist.
+
+    Does so once: where the base comes compressed from the folder that it is kept in, nothing is done.
+    """
 
     leaves: ClassVar[str]
     """Name of the stage in which it leaves the model."""
+
+    @property
+    @abstractmethod
+    def options(self) -> dict[str, Any]:
+        """What it was asked for, as plain data."""
 
     @abstractmethod
     def check(self, config: Any) -> None:
@@ -22,13 +31,43 @@ class Compression(Callback):
             UserError: something cannot be had.
         """
 
-    @property
-    def described(self) -> str:
-        """Its name and what it was asked for, for the log."""
-        return type(self).__name__
+    @abstractmethod
+    def is_done(self, module: LoRAFinetuner) -> bool:
+        """Whether the base is already as this callback would leave it."""
+
+    @abstractmethod
+    def compress(self, trainer: Trainer, module: LoRAFinetuner) -> None:
+        """Compresses the base, the same on all devices."""
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if stage != "fit":
+            return
+        if not isinstance(pl_module, LoRAFinetuner):
+            raise TypeError(f"Compression acts on a LoRAFinetuner, not on a {type(pl_module).__name__}.")
+        check_order(trainer)
+        pl_module.load_base()
+        if not self.is_done(pl_module):
+            if pl_module.adapted:
+                raise UserError(
+                    f"{type(self).__name__} compresses a base before it gets adapters, and this module has them "
+                    f"already. Make a new LoRAFinetuner for the fit."
+                )
+            self.compress(trainer, pl_module)
+
+    def __str__(self) -> str:
+        return f"{type(self).__name__}({', '.join(f'{name}={value!r}' for name, value in self.options.items())})"
 
 
-def expect_finetuner(pl_module: LightningModule) -> LoRAFinetuner:
-    if not isinstance(pl_module, LoRAFinetuner):
-        raise TypeError(f"Compression acts on a LoRAFinetuner, not on a {type(pl_module).__name__}.")
-    return pl_module
+def check_order(trainer: Trainer) -> None:
+    """Makes sure that a fit prunes at most once, and before it quantizes.
+
+    Raises:
+        UserError: it does not.
+    """
+    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    stages = [callback.leaves for callback in callbacks if isinstance(callback, Compression)]
+    if stages not in ([], ["pruned"], ["quantized"], ["pruned", "quantized"]):
+        raise UserError(
+            f"The callbacks leave the base {', then '.join(stages)}; a fit prunes at most once, then quantizes at most "
+            f"once, since packed weights cannot be narrowed. Reorder or drop callbacks."
+        )

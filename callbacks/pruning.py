@@ -1,20 +1,20 @@
 """Makes the base narrower before the fit that recovers it."""
 
+import hashlib
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
-import torch
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import Trainer
 from lightning.pytorch.utilities import rank_zero_info
 
 from qpruner.anatomy import architecture_of
-from qpruner.callbacks.compression import Compression, expect_finetuner
+from qpruner.callbacks.compression import Compression
 from qpruner.checkpoint import build_skeleton
 from qpruner.datamodules.base import TokenDataModule
 from qpruner.errors import UserError
-from qpruner.memory import num_parameters, tensor_bytes
+from qpruner.memory import check_room, num_parameters
 from qpruner.plan import CompressionPlan
 from qpruner.pruning.calibration import Calibration, micro_batches
 from qpruner.pruning.criteria import Aggregate, Criterion
@@ -49,8 +49,8 @@ class CalibrationConfig:
 class StructuredPruning(Compression):
     """Removes KV groups and FFN channels of the base, the least important first (LLM-Pruner, arXiv 2305.11627).
 
-    Acts in ``setup`` of a fit, once: where the module has a plan already, from the folder that its base is kept in,
-    nothing is scored and the dense model is not needed. With several devices each scores its share
+    Acts in ``setup`` of a fit, once: where the base comes from the folder that it is kept in, nothing is scored and the
+    dense model is not needed. With several devices each scores its share
     of the micro-batches, the first decides, and all keep the same.
 
     Args:
@@ -97,21 +97,26 @@ class StructuredPruning(Compression):
         skeleton = build_skeleton(config)
         check_ratio(self.ratio, supplies(skeleton, self.selection), num_parameters(skeleton))
 
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        if stage != "fit":
-            return
-        module = expect_finetuner(pl_module)
-        module.load_base()
-        if module.plan is None:
-            before = Size.of(module.model)
-            step = step_parameters(module.model, self.selection) / before.parameters
-            module.plan = self.prune(trainer, module)
-            coarse = f" One step is {step:.2%} of all parameters." if step > COARSE else ""
-            rank_zero_info(describe(module.plan, before, Size.of(module.model)) + coarse)
-
     @property
-    def described(self) -> str:
-        return f"StructuredPruning(ratio={self.ratio}, criterion={self.criterion!r})"
+    def options(self) -> dict[str, Any]:
+        return {
+            "ratio": self.ratio,
+            "criterion": self.criterion,
+            "aggregate": self.aggregate,
+            "rounds": self.rounds,
+            "selection": {**asdict(self.selection), "leave_alone": list(self.selection.leave_alone)},
+            "calibration": asdict(self.calibration),
+        }
+
+    def is_done(self, module: LoRAFinetuner) -> bool:
+        return module.plan is not None
+
+    def compress(self, trainer: Trainer, module: LoRAFinetuner) -> None:
+        before = Size.of(module.model)
+        step = step_parameters(module.model, self.selection) / before.parameters
+        module.plan = self.prune(trainer, module)
+        asked = f"asked for {self.ratio:.2%}" + (f", in steps of {step:.2%}" if step > COARSE else "")
+        rank_zero_info(describe(module.plan, before, Size.of(module.model), asked, self.selection.leave_alone))
 
     def prune(self, trainer: Trainer, module: LoRAFinetuner) -> CompressionPlan:
         """Narrows the module's base in place, the same on all devices."""
@@ -143,7 +148,8 @@ class StructuredPruning(Compression):
             raise UserError(f"The criterion {self.criterion!r} needs calibration text; give fit a data module.")
         config = self.calibration
         tokens = data.calibration(config.num_sequences, config.length)
-        _move(module.model, trainer.strategy.root_device)
+        check_room(module.model, trainer.strategy.root_device)
+        module.model.to(trainer.strategy.root_device)
         context: Callable[[], AbstractContextManager[Any]] = trainer.precision_plugin.forward_context
         return Calibration(
             batches=micro_batches(tokens, config.batch_size)[trainer.global_rank :: trainer.world_size],
@@ -175,33 +181,14 @@ class PlannedPruning(Compression):
         """
         self.plan.check(architecture_of(config), None)
 
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        if stage != "fit":
-            return
-        module = expect_finetuner(pl_module)
-        module.load_base()
-        if module.plan is None:
-            before = Size.of(module.model)
-            module.prune(self.plan)
-            rank_zero_info(describe(self.plan, before, Size.of(module.model)))
-        elif module.plan.layers != self.plan.layers:
-            raise UserError(
-                "The run was begun with another plan. Start anew with --restart, or give another --run.name."
-            )
+    @property
+    def options(self) -> dict[str, Any]:
+        return {"plan_sha256": hashlib.sha256(self.plan.to_json().encode()).hexdigest()}
 
+    def is_done(self, module: LoRAFinetuner) -> bool:
+        return module.plan is not None
 
-def _move(model: Any, device: torch.device) -> None:
-    """Moves a model to the device that scores it.
-
-    Raises:
-        UserError: the device has no room for its weights.
-    """
-    if device.type == "cuda":
-        needed, (free, _) = tensor_bytes(model), torch.cuda.mem_get_info(device)
-        if next(model.parameters()).device.type != "cuda" and needed > free:
-            raise UserError(
-                f"Scoring needs the whole model on the device: {needed:,} bytes of weights, and {device} has {free:,} "
-                f"free. Use a larger device, --model.dtype bfloat16, or a criterion that needs no text, such as "
-                f"magnitude_l2, which is computed where the weights are."
-            )
-    model.to(device)
+    def compress(self, trainer: Trainer, module: LoRAFinetuner) -> None:
+        before = Size.of(module.model)
+        module.prune(self.plan)
+        rank_zero_info(describe(self.plan, before, Size.of(module.model), "as the plan says", ()))

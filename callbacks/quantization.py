@@ -1,18 +1,18 @@
 """Quantizes the base before the fit that recovers it, and starts the adapters from what rounding left."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import Trainer
 from lightning.pytorch.utilities import rank_zero_info
 
 from qpruner.anatomy import architecture_of
-from qpruner.callbacks.compression import Compression, expect_finetuner
-from qpruner.callbacks.pruning import PlannedPruning, StructuredPruning
+from qpruner.callbacks.compression import Compression
 from qpruner.errors import UserError
 from qpruner.memory import tensor_bytes
 from qpruner.plan import DENSE, UNITS, CompressionPlan, Precision
 from qpruner.quantization.formats import format_for
+from qpruner.training.module import LoRAFinetuner
 
 Bits = int | Sequence[int] | Mapping[str, int] | Sequence[Mapping[str, int]]
 FourBits = Literal["nf4", "nf4-double", "fp4", "fp4-double"]
@@ -53,9 +53,9 @@ class MixedPrecisionQuantization(Compression):
             self._units(entry)
 
     @classmethod
-    def of_plan(cls, plan: CompressionPlan, loftq_iterations: int) -> "MixedPrecisionQuantization":
-        """Quantizes to the precisions of a plan."""
-        made = cls(loftq_iterations=loftq_iterations)
+    def of_plan(cls, plan: CompressionPlan, configured: "MixedPrecisionQuantization | None") -> Self:
+        """Quantizes to the precisions of a plan, with the LoftQ of what was configured, if anything was."""
+        made = cls() if configured is None else cls(loftq_iterations=configured.loftq_iterations)
         made.plan = plan
         return made
 
@@ -92,23 +92,21 @@ class MixedPrecisionQuantization(Compression):
         return {unit: found[value] for unit, value in bits.items()}
 
     @property
-    def described(self) -> str:
-        return f"MixedPrecisionQuantization(bits={self.bits})"
+    def options(self) -> dict[str, Any]:
+        if self.plan is not None:
+            return {"bits": "as the plan says", "loftq_iterations": self.loftq_iterations}
+        bits = list(self.bits) if isinstance(self.bits, Sequence) else self.bits
+        return {
+            "bits": bits,
+            "four_bit": self.four_bit.format,
+            "group": self.four_bit.group,
+            "loftq_iterations": self.loftq_iterations,
+        }
 
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        if stage != "fit":
-            return
-        callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
-        behind = callbacks[callbacks.index(self) :]
-        if any(isinstance(callback, StructuredPruning | PlannedPruning) for callback in behind):
-            raise UserError(
-                "StructuredPruning stands behind MixedPrecisionQuantization; packed weights cannot be narrowed. "
-                "Put it before."
-            )
-        module = expect_finetuner(pl_module)
-        module.load_base()
-        if module.plan is not None and module.plan.quantized:
-            return
+    def is_done(self, module: LoRAFinetuner) -> bool:
+        return module.plan is not None and module.plan.quantized
+
+    def compress(self, trainer: Trainer, module: LoRAFinetuner) -> None:
         plan = module.plan or CompressionPlan.dense(architecture_of(module.model.config), module.base_sha256)
         plan = plan.with_precision(self.precision(plan.architecture.num_layers))
         before = tensor_bytes(module.model)

@@ -8,6 +8,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_info
 
+from qpruner.callbacks.compression import Compression
 from qpruner.datamodules.base import TokenDataModule
 from qpruner.memory import num_parameters, peak_meaning, read_peak, reset_peak, tensor_bytes
 from qpruner.runs.folder import RunFolder
@@ -50,9 +51,15 @@ class RunReport(Callback):
                 seed=module.seed,
                 base={"name": module.base, "sha256": module.base_sha256},
                 data=data.fingerprint(),
+                compression=[
+                    {"callback": type(callback).__name__, **callback.options}
+                    for callback in trainer.callbacks  # type: ignore[attr-defined]
+                    if isinstance(callback, Compression)
+                ],
                 devices=f"{trainer.world_size} x {trainer.strategy.root_device.type}",
             )
-        self.measure(trainer, "dense", seconds=loading)
+        if module.plan is None:  # else an earlier session has compressed it, and measured it before
+            self.measure(trainer, "dense", seconds=loading)
 
     def measure(self, trainer: Trainer, name: str, *, seconds: float | None = None) -> None:
         """Measures the model as it is, unless an earlier session of the run did.

@@ -10,7 +10,7 @@ manifest.json                          version, base model, size and SHA-256 of 
 
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from torch import Tensor
 from qpruner.anatomy import COMPRESSED, FAMILIES, architecture_of, family_of
 from qpruner.errors import UserError
 from qpruner.files import hash_file, read_json, write_json
+from qpruner.memory import tensor_bytes
 from qpruner.plan import CompressionPlan, describe_differences
 from qpruner.pretrained import load_config, resolve
 from qpruner.pruning.surgery import narrow_
@@ -32,6 +33,7 @@ from qpruner.quantization.model import rebuild_linears_
 
 KIND, VERSION = "qpruner model", 1
 MANIFEST, PLAN, ADAPTER = "manifest.json", "plan.json", "adapter"
+ADAPTER_WEIGHTS = f"{ADAPTER}/adapter_model.safetensors"
 
 
 @dataclass(frozen=True)
@@ -64,7 +66,10 @@ def load_compressed(folder: str | Path) -> Any:
 
     model = load_base(folder).model
     if has_adapters(Path(folder)):
-        model = peft.PeftModel.from_pretrained(model, str(Path(folder) / ADAPTER))
+        config = peft.PeftConfig.from_pretrained(str(Path(folder) / ADAPTER))
+        model = peft.PeftModelForCausalLM(model, config)
+        load_adapters(Path(folder), model)
+        model.requires_grad_(False)
     return model.eval()
 
 
@@ -117,7 +122,16 @@ def save_base(folder: Path, model: Any, plan: CompressionPlan, *, base_name: str
         plan: that made it.
         base_name: folder or hub name of the dense model.
         tokenizer: to put beside it.
+
+    Raises:
+        UserError: the disk has no room for it.
     """
+    needed, free = tensor_bytes(model), shutil.disk_usage(folder.parent).free
+    if needed > free:
+        raise UserError(
+            f"The compressed base needs {needed:,} bytes in {str(folder.parent)!r} and the disk has {free:,} left. "
+            f"Free some, or name another place with --run.dir."
+        )
     temporary = folder.with_name(f".{folder.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     try:
@@ -129,7 +143,10 @@ def save_base(folder: Path, model: Any, plan: CompressionPlan, *, base_name: str
         if tokenizer is not None:
             tokenizer.save_pretrained(temporary)
         plan.write(temporary / PLAN)
-        _write_manifest(temporary, {"name": base_name, "sha256": plan.base_sha256})
+        base = {"name": base_name, "sha256": plan.base_sha256}
+        files = _entries(temporary, temporary.iterdir())
+        manifest = {"kind": KIND, "version": VERSION, "base": base, "adapters": None, "files": files}
+        write_json(temporary / MANIFEST, manifest)
         for file in temporary.rglob("*"):
             _sync(file)
         shutil.rmtree(folder, ignore_errors=True)
@@ -146,9 +163,11 @@ def save_adapters(folder: Path, model: Any, *, trained: bool) -> None:
         model: the PEFT model.
         trained: whether a fit has trained them, or they are what a fit starts from.
     """
-    base = _manifest(folder)["base"]
+    manifest = _manifest(folder)
+    of_base = {name: entry for name, entry in manifest["files"].items() if not name.startswith(f"{ADAPTER}/")}
+    # Cut off from here on, the folder is that of the base alone.
+    write_json(folder / MANIFEST, manifest | {"files": of_base, "adapters": None})
     shutil.rmtree(folder / ADAPTER, ignore_errors=True)
-    _write_manifest(folder, base)  # cut off from here on, the folder is that of the base alone
     # Left to itself, PEFT looks the base up by its name, to see whether embeddings were resized.
     model.save_pretrained(folder / ADAPTER, save_embedding_layers=False)
     # It names the place of the base as this machine has it; the base is the folder above.
@@ -157,14 +176,15 @@ def save_adapters(folder: Path, model: Any, *, trained: bool) -> None:
     (folder / ADAPTER / "README.md").unlink(missing_ok=True)  # a form to fill in
     for file in (folder / ADAPTER).iterdir():
         _sync(file)
-    _write_manifest(folder, base, adapters="trained" if trained else "initial")
+    files = of_base | _entries(folder, (folder / ADAPTER).iterdir())
+    write_json(folder / MANIFEST, manifest | {"files": files, "adapters": "trained" if trained else "initial"})
 
 
 def load_adapters(folder: Path, model: Any) -> None:
     """Gives a PEFT model the adapters of its base's folder."""
     from peft import set_peft_model_state_dict
 
-    set_peft_model_state_dict(model, load_file(folder / ADAPTER / "adapter_model.safetensors"))
+    set_peft_model_state_dict(model, load_file(folder / ADAPTER_WEIGHTS))
 
 
 def is_compressed(folder: Path) -> bool:
@@ -179,7 +199,8 @@ def read_plan(folder: Path) -> CompressionPlan:
 
 def has_adapters(folder: Path) -> bool:
     """Whether a compressed folder holds adapters."""
-    return f"{ADAPTER}/adapter_config.json" in _manifest(folder)["files"]
+    listed = _manifest(folder)["files"].keys()
+    return {f"{ADAPTER}/adapter_config.json", ADAPTER_WEIGHTS} <= listed
 
 
 def has_initial_adapters(folder: Path) -> bool:
@@ -272,18 +293,12 @@ def _checked_manifest(folder: Path) -> dict[str, Any]:
     return manifest
 
 
-def _write_manifest(folder: Path, base: dict[str, Any], adapters: str | None = None) -> None:
-    files = {
+def _entries(folder: Path, files: Iterable[Path]) -> dict[str, dict[str, Any]]:
+    """What a manifest says of files: their sizes and hashes, by their path in the folder."""
+    return {
         path.relative_to(folder).as_posix(): {"size": path.stat().st_size, "sha256": hash_file(path)}
-        for path in _files(folder)
+        for path in sorted(files)
     }
-    write_json(
-        folder / MANIFEST, {"kind": KIND, "version": VERSION, "base": base, "adapters": adapters, "files": files}
-    )
-
-
-def _files(folder: Path) -> Iterator[Path]:
-    return (path for path in sorted(folder.rglob("*")) if path.is_file() and path.name != MANIFEST)
 
 
 def _sync(path: Path) -> None:

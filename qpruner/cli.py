@@ -24,14 +24,15 @@ from qpruner.callbacks import (
     RunReport,
     Throughput,
 )
-from qpruner.checkpoint import is_compressed, read_base_config
+from qpruner.checkpoint import is_compressed, read_base_config, read_plan
 from qpruner.commands import plan_command, report, show_summary
 from qpruner.datamodules.base import TokenDataModule
-from qpruner.errors import user_error
+from qpruner.errors import UserError, user_error
 from qpruner.memory import num_parameters, peak_meaning, read_peak, reset_peak, tensor_bytes
 from qpruner.merge import merge_command
 from qpruner.options import SuggestingParser
 from qpruner.plan import CompressionPlan
+from qpruner.pretrained import is_reachable
 from qpruner.runs.folder import RunConfig, RunFolder
 from qpruner.runs.report import Stage, Summary
 from qpruner.training.module import LoRAFinetuner
@@ -89,32 +90,73 @@ class QPrunerCLI(LightningCLI):
         except ValueError as error:  # jsonargparse buries the texts of our errors in its own
             raise user_error(error) or error from None
 
+    def before_instantiate_classes(self) -> None:
+        """Lets a run whose base is kept go on when the dense model is gone: the tokenizer is kept, too."""
+        options = self.config[self.subcommand]
+        self.folder = RunFolder.of(RunConfig(**vars(options.run)))
+        self.kept = is_compressed(self.folder.model) and not options.restart
+        if self.kept and not is_reachable(options.model.base):
+            options.data.init_args.tokenizer = str(self.folder.model)
+
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Claims the run folder, now that every option is known to be good and before any work is done."""
-        self._claim_folder()
         options = self.config_init[self.subcommand]
+        callbacks: list[Callback] = list(options.trainer.callbacks or [])
+        fits, rehearses = self.subcommand == "fit", bool(options.trainer.fast_dev_run)
+        notes: list[str] = []
+        if fits:
+            callbacks, notes = self._compression(callbacks, options.plan)
+        self._claim_folder()
+        for note in notes:
+            rank_zero_info(note)
         if options.trainer.logger in (None, True):
             kwargs["logger"] = TensorBoardLogger(
                 self.folder.path, name=self.folder.tensorboard.name, version="", default_hp_metric=False
             )
         kwargs["default_root_dir"] = str(self.folder.path)
-        self.model.kept_in = self.folder.model
-        kwargs["callbacks"] = list(options.trainer.callbacks or [])
+        if not (fits and rehearses):
+            self.model.kept_in = self.folder.model
         if self.subcommand == "predict":
-            kwargs["callbacks"].append(PredictionsWriter(self.folder.predictions))
-        elif self.subcommand == "fit" and not options.trainer.fast_dev_run:
+            callbacks = [*callbacks, PredictionsWriter(self.folder.predictions)]
+        elif fits and not rehearses:
             report = RunReport(self.folder)
             checkpoint = RunCheckpoint(self.folder.checkpoint, options.run.checkpoint_every_n_steps)
-            compression = list(_measured(_planned(kwargs["callbacks"], options.plan), report))
-            kwargs["callbacks"] = [report, *compression, Throughput(), checkpoint]
-        return super().instantiate_trainer(**kwargs)
+            callbacks = [report, *_measured(callbacks, report), Throughput(), checkpoint]
+        return super().instantiate_trainer(**kwargs, callbacks=callbacks)
+
+    def _compression(self, callbacks: list[Callback], path: str | None) -> tuple[list[Callback], list[str]]:
+        """The callbacks, with those that decide on a compression replaced by those that carry out a given plan.
+
+        Returns:
+            The callbacks, and what the log shall say of it.
+
+        Raises:
+            UserError: one of them asks for what the model cannot give.
+        """
+        notes = []
+        if path is not None:
+            # Once its base is kept, a run needs the file no more.
+            plan = read_plan(self.folder.model) if self.kept else CompressionPlan.read(Path(path).expanduser())
+            replaced = [callback for callback in callbacks if isinstance(callback, Compression)]
+            notes = [f"The plan {path} replaces {callback}; nothing is scored." for callback in replaced]
+            callbacks = _planned(callbacks, plan)
+        compressing = [callback for callback in callbacks if isinstance(callback, Compression)]
+        if compressing and not self.kept:
+            config = read_base_config(self.model.base)
+            for callback in compressing:
+                callback.check(config)
+        return callbacks, notes
 
     def _claim_folder(self) -> None:
         """On rank zero; the other ranks follow what it finds there."""
         options = self.config[self.subcommand]
-        self.folder = RunFolder.of(RunConfig(**vars(options.run)))
         self.continues = False
         self._claim = ExitStack()
+        if options.restart and Path(options.model.base).absolute().is_relative_to(self.folder.path.absolute()):
+            raise UserError(
+                f"--restart would throw away the base {options.model.base!r}, which lies in the folder of this run. "
+                f"Give the run another --run.name."
+            )
         if getattr(rank_zero_only, "rank", 0) == 0:
             self._claim.callback(self.folder.lock().release)
             if self.subcommand == "fit" and not options.trainer.fast_dev_run:
@@ -146,10 +188,6 @@ class QPrunerCLI(LightningCLI):
             rank_zero_info(f"The run {self.folder.path} is finished.")
             show_summary(Summary.read(self.folder.summary), "test")
             return
-        if not is_compressed(self.folder.model):
-            for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
-                if isinstance(callback, Compression):
-                    callback.check(read_base_config(model.base))
         if self.continues and self.folder.checkpoint.exists():
             ckpt_path = str(self.folder.checkpoint)
             rank_zero_info(f"Going on from {ckpt_path}.")
@@ -211,19 +249,12 @@ class QPrunerCLI(LightningCLI):
             show_summary(summary, split)
 
 
-def _planned(callbacks: Sequence[Callback], path: str | None) -> list[Callback]:
+def _planned(callbacks: Sequence[Callback], plan: CompressionPlan) -> list[Callback]:
     """The callbacks, with those that decide on a compression replaced by those that carry out the plan."""
-    if path is None:
-        return list(callbacks)
-    plan = CompressionPlan.read(Path(path).expanduser())
-    replaced = [callback for callback in callbacks if isinstance(callback, Compression)]
-    loftq_iterations = 1
-    for callback in replaced:
-        if isinstance(callback, MixedPrecisionQuantization):
-            loftq_iterations = callback.loftq_iterations
-        rank_zero_info(f"The plan {path} replaces {callback.described}; nothing is scored.")
-    quantization = [MixedPrecisionQuantization.of_plan(plan, loftq_iterations)] if plan.quantized else []
-    return [PlannedPruning(plan), *quantization, *(callback for callback in callbacks if callback not in replaced)]
+    configured = next((callback for callback in callbacks if isinstance(callback, MixedPrecisionQuantization)), None)
+    quantization = [MixedPrecisionQuantization.of_plan(plan, configured)] if plan.quantized else []
+    others = [callback for callback in callbacks if not isinstance(callback, Compression)]
+    return [PlannedPruning(plan), *quantization, *others]
 
 
 def _measured(callbacks: Sequence[Callback], report: RunReport) -> Iterator[Callback]:

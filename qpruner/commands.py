@@ -11,7 +11,7 @@ from qpruner.anatomy import architecture_of
 from qpruner.checkpoint import build_skeleton, read_base_config
 from qpruner.errors import UserError
 from qpruner.memory import num_parameters
-from qpruner.plan import UNITS, CompressionPlan, LayerPlan, format_ranges
+from qpruner.plan import UNITS, CompressionPlan, LayerPlan, describe_differences, format_ranges
 from qpruner.pretrained import model_fingerprint
 from qpruner.pruning.rounds import Size, describe, legal_ratios
 from qpruner.pruning.selection import SelectionConfig
@@ -86,7 +86,8 @@ def show_plan(plan: CompressionPlan) -> None:
 
 def diff_plans(before: CompressionPlan, after: CompressionPlan) -> None:
     """Prints the layers in which two plans differ, unit by unit; ends with exit status 1 when there are any."""
-    before.check(after.architecture, after.base_sha256)
+    if differences := describe_differences(before.architecture, after.architecture):
+        raise UserError(f"The plans are for models of different shapes: {differences}.")
     lines = [
         f"layer {number}: {change}"
         for number, layers in enumerate(zip(before.layers, after.layers, strict=True))
@@ -124,7 +125,8 @@ def check_plan(plan: CompressionPlan, base: str) -> None:
     model = build_skeleton(config)
     before = Size.of(model)
     apply_pruning_(model, plan)
-    print(f"The plan fits {base}. {describe(plan, before, Size.of(model)).replace('Pruned', 'It takes', 1)}")
+    line = describe(plan, before, Size.of(model), "as the plan says", ())
+    print(f"The plan fits {base}. {line.replace('Pruned', 'It takes', 1)}")
 
 
 def list_ratios(given: Any) -> None:

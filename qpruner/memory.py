@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from qpruner.errors import UserError
 from qpruner.quantization.packed import PackedLinear
 
 
@@ -30,6 +31,21 @@ def num_parameters(model: nn.Module) -> int:
 def tensor_bytes(model: nn.Module) -> int:
     """Bytes of all tensors that a checkpoint of the whole model would hold, file headers apart."""
     return sum(tensor.numel() * tensor.element_size() for tensor in distinct_tensors(model))
+
+
+def check_room(model: nn.Module, device: torch.device) -> None:
+    """Makes sure that a model's weights fit on a device before they are moved there.
+
+    Raises:
+        UserError: they do not.
+    """
+    if device.type == "cuda" and next(model.parameters()).device.type != "cuda":
+        needed, (free, _) = tensor_bytes(model), torch.cuda.mem_get_info(device)
+        if needed > free:
+            raise UserError(
+                f"The model needs {needed:,} bytes for its weights alone, and {device} has {free:,} free. Use a larger "
+                f"device or --model.dtype bfloat16."
+            )
 
 
 def peak_meaning(device: torch.device) -> str:

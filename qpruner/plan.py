@@ -12,6 +12,7 @@ from qpruner.errors import UserError
 from qpruner.files import write_text
 
 KIND, VERSION = "qpruner plan", 1
+LARGEST = 10_000_000  # no layer has more units, and a slip of the pen shall not fill the memory
 UNITS = ("qkv", "o", "gate_up", "down")
 """The quantization units of a layer: what serving engines fuse shares one width."""
 
@@ -97,7 +98,9 @@ class LayerPlan:
     def __post_init__(self) -> None:
         for name in ("kv_groups", "ffn_channels"):
             kept = getattr(self, name)
-            if not kept or kept[0] < 0 or any(a >= b for a, b in zip(kept, kept[1:], strict=False)):
+            if not kept or any(type(unit) is not int for unit in kept):
+                raise UserError(f"{name} are whole numbers, at least one, not {kept!r}.")
+            if kept[0] < 0 or any(a >= b for a, b in zip(kept, kept[1:], strict=False)):
                 raise UserError(f"{name} must be ascending numbers from 0, at least one, not {format_ranges(kept)!r}.")
         if self.precision.keys() != set(UNITS):
             raise UserError(
@@ -298,7 +301,7 @@ def parse_ranges(text: str) -> tuple[int, ...]:
     for part in text.split():
         bounds = re.fullmatch(r"(\d+)(?:-(\d+))?", part)
         run = range(int(bounds[1]), int(bounds[2] or bounds[1]) + 1) if bounds else range(0)
-        if not run or (numbers and run[0] <= numbers[-1]):
+        if not run or run[-1] > LARGEST or (numbers and run[0] <= numbers[-1]):
             raise UserError(f"{part!r} in {text!r} must be a number or a range such as 4-7, above those before it.")
         numbers += run
     return tuple(numbers)

@@ -30,6 +30,15 @@ def resolve(name: str) -> str:
     return name
 
 
+def is_reachable(name: str) -> bool:
+    """Whether a name may be that of a model: it is no path, or there is a folder."""
+    try:
+        resolve(name)
+    except UserError:
+        return False
+    return True
+
+
 def load_model(name: str, *, dtype: DType, trust_remote_code: bool) -> Any:
     """The causal language model, in evaluation mode on the CPU; only safetensors are read, never a pickle.
 
@@ -74,14 +83,19 @@ def load_tokenizer(name: str, *, trust_remote_code: bool = False) -> Any:
         raise _cannot_load("tokenizer", name, error) from error
 
 
-def model_fingerprint(name: str) -> str:
-    """SHA-256 over configuration and weights of a base model, from its folder or the local hub cache."""
+def model_fingerprint(name: str) -> str | None:
+    """SHA-256 over configuration and weights of a base model, from its folder or the local hub cache.
+
+    None where the weights are not there.
+    """
     folder = Path(resolve(name))
     if not folder.is_dir():
         from huggingface_hub import snapshot_download
 
         folder = Path(snapshot_download(name, local_files_only=True, allow_patterns=["config.json", "*.safetensors"]))
     files = sorted(file for file in folder.iterdir() if file.name == "config.json" or file.suffix == ".safetensors")
+    if not any(file.suffix == ".safetensors" for file in files):
+        return None
     return hash_json({file.name: hash_file(file) for file in files})
 
 

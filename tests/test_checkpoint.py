@@ -423,7 +423,7 @@ def test_a_folder_is_written_whole_or_not_at_all(
     owner, name, then = {
         "weights": (model, "save_pretrained", half_written),
         "plan": (CompressionPlan, "write", stop),
-        "manifest": (checkpoint, "_write_manifest", stop),
+        "manifest": (checkpoint, "write_json", stop),
     }[moment]
     with monkeypatch.context() as patch:
         patch.setattr(owner, name, then)
@@ -526,3 +526,32 @@ def test_adapters_cut_off_while_written_leave_the_base(tmp_path: Path, monkeypat
     with pytest.raises(KeyboardInterrupt):
         save_adapters(tmp_path / "model", adapted, trained=True)
     assert type(load_compressed(tmp_path / "model")).__name__ == "LlamaForCausalLM"
+
+
+def test_an_unlisted_pickle_of_adapters_is_not_read(tmp_path: Path) -> None:
+    model, _ = write(tmp_path / "model")
+    save_adapters(tmp_path / "model", with_adapters(model), trained=True)
+    weights = load_file(tmp_path / "model/adapter/adapter_model.safetensors")
+    torch.save(weights, tmp_path / "model/adapter/adapter_model.bin")
+    (tmp_path / "model/adapter/adapter_model.safetensors").unlink()
+    edit_manifest(tmp_path / "model", lambda manifest: manifest["files"].pop("adapter/adapter_model.safetensors"))
+    assert type(load_compressed(tmp_path / "model")).__name__ == "LlamaForCausalLM"  # the base alone
+
+
+def test_damage_to_the_base_is_not_blessed_by_saving_adapters(tmp_path: Path) -> None:
+    model, _ = write(tmp_path / "model")
+    adapted = with_adapters(model)
+    path = tmp_path / "model/model.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    save_adapters(tmp_path / "model", adapted, trained=True)
+    refused(tmp_path / "model", "was altered")
+
+
+def test_a_base_that_the_disk_has_no_room_for_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, plan = compress("llama")
+    monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 10})())
+    with pytest.raises(UserError, match="the disk has 10 left"):
+        save_base(tmp_path / "model", model, plan, base_name="dense", tokenizer=None)
+    assert not (tmp_path / "model").exists()

@@ -37,15 +37,15 @@ ALLOWED: dict[str, set[str]] = {
     "pretrained": {"errors", "files"},
     "adapters": {"errors", "seeds"},
     "quantization": {"adapters", "anatomy", "errors", "plan"},
-    "memory": {"quantization"},
+    "memory": {"errors", "quantization"},
     "pruning": {"anatomy", "errors", "memory", "plan", "seeds"},
     "pricing": {"anatomy", "memory", "plan", "pruning", "quantization"},
-    "checkpoint": {"anatomy", "errors", "files", "plan", "pretrained", "pruning", "quantization"},
+    "checkpoint": {"anatomy", "errors", "files", "memory", "plan", "pretrained", "pruning", "quantization"},
     "runs": {"errors", "files", "plan"},
     "datamodules": {"errors", "files", "seeds", "pretrained", "stories"},
     "training": {
-        "adapters", "anatomy", "checkpoint", "datamodules", "errors", "plan", "pretrained", "pricing", "pruning",
-        "quantization", "seeds",
+        "adapters", "anatomy", "checkpoint", "datamodules", "errors", "memory", "plan", "pretrained", "pricing",
+        "pruning", "quantization", "seeds",
     },
     "callbacks": {
         "anatomy", "checkpoint", "datamodules", "errors", "files", "memory", "plan", "pricing", "pruning",
@@ -54,8 +54,8 @@ ALLOWED: dict[str, set[str]] = {
     "options": {"callbacks", "datamodules", "errors"},
     "commands": {"anatomy", "checkpoint", "errors", "memory", "plan", "pretrained", "pricing", "pruning", "runs"},
     "cli": {
-        "callbacks", "checkpoint", "commands", "datamodules", "errors", "memory", "merge", "options", "plan", "runs",
-        "training",
+        "callbacks", "checkpoint", "commands", "datamodules", "errors", "memory", "merge", "options", "plan",
+        "pretrained", "runs", "training",
     },
     "quiet": set(),
     "merge": {

@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -173,7 +174,7 @@ def test_a_given_plan_replaces_what_was_configured(
     given = ["--plan", str(tmp_path / "edited.json"), "--run.name", "y"]
     run(["fit", *arguments, *given])
     log = (tmp_path / "runs" / "y" / "run.log").read_text()
-    assert "replaces StructuredPruning(ratio=0.05, criterion='param_first'); nothing is scored" in log
+    assert "replaces StructuredPruning(ratio=0.05, criterion='param_first', " in log
     assert CompressionPlan.read(tmp_path / "runs" / "y" / "plan.json") == edited
     model = qpruner.load_compressed(tmp_path / "runs" / "y" / "model").get_base_model()
     assert [layer.mlp.up_proj.out_features for layer in model.model.layers] == [20, 30]
@@ -243,3 +244,46 @@ def test_a_pruned_model_is_a_base_like_any_other(arguments: list[str], tmp_path:
     assert os.path.getsize(tmp_path / "runs" / "y" / "model" / "model.safetensors") < os.path.getsize(
         first / "model" / "model.safetensors"
     )
+
+
+def test_restart_throws_nothing_away_before_the_options_are_known_to_be_good(
+    arguments: list[str], tmp_path: Path
+) -> None:
+    run(["fit", *arguments])
+    folder = tmp_path / "runs" / "x"
+    before = {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.name != ".lock"}
+    for wrong in (["--trainer.callbacks.ratio", "0.97"], ["--plan", "nothing.json"]):
+        with pytest.raises(UserError):
+            run(["fit", *arguments, "--restart", *wrong])
+    with pytest.raises(UserError, match="lies in the folder of this run"):
+        run(["fit", *arguments, "--restart", "--model.base", str(folder / "model")])
+    after = {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.name not in (".lock", "run.log")}
+    assert {path: before[path] for path in after} == after
+    run(["fit", *arguments, "--restart", "--plan", str(folder / "plan.json")])  # read before it goes
+
+
+def test_a_rehearsal_touches_no_run(arguments: list[str], tmp_path: Path) -> None:
+    run(["fit", *arguments, "--trainer.fast_dev_run", "1"])
+    assert not (tmp_path / "runs" / "x" / "model").exists()
+
+
+def test_a_run_goes_on_without_the_dense_model_and_without_its_plan_file(
+    arguments: list[str], tiny_llama: Path, tmp_path: Path
+) -> None:
+    base = shutil.copytree(tiny_llama, tmp_path / "dense")
+    run(["fit", *arguments, "--run.name", "first"])
+    plan = shutil.copy(tmp_path / "runs" / "first" / "plan.json", tmp_path / "given.json")
+    fit = ["fit", *arguments, "--model.base", str(base), "--plan", str(plan)]
+    killed = command(str(TESTS / "kill_at.py"), "training", "4", *fit)
+    assert killed.returncode == -9, killed.stderr
+    shutil.rmtree(base)
+    Path(plan).unlink()
+    run(fit)
+    assert read_json(tmp_path / "runs" / "x" / "summary.json")["finished"]
+
+
+def test_the_manifest_says_how_the_base_was_compressed(arguments: list[str], tmp_path: Path) -> None:
+    run(["fit", *arguments])
+    (pruning,) = read_json(tmp_path / "runs" / "x" / "manifest.json")["compression"]
+    assert pruning["callback"] == "StructuredPruning" and pruning["ratio"] == 0.05
+    assert pruning["calibration"] == {"num_sequences": 6, "length": 8, "batch_size": 2}

@@ -163,7 +163,12 @@ def _complain_of_gradients(
     consume: Callable[[str, Tensor, Tensor | None], Tensor],
     per_sequence: bool,
 ) -> None:
-    """Runs the sequences of this process one by one, to name the first whose gradient is not finite."""
+    """Runs the sequences of this process one by one, to name the first whose gradient is not finite.
+
+    Where weights are not finite, no sequence is to blame.
+    """
+    if broken := [name for name, parameter in model.named_parameters() if not parameter.isfinite().all()]:
+        raise UserError(f"{broken[0]} of the base model holds values that are not finite. Load an undamaged model.")
     for batch in calibration.batches:
         for offset, sequence in enumerate(batch.tokens):
             alone = MicroBatch(batch.first + offset, sequence[None])

@@ -7,7 +7,7 @@ from typing import Any
 
 from qpruner.anatomy import decoder_layers, num_linear_parameters, unit_parameters
 from qpruner.errors import UserError
-from qpruner.memory import num_parameters
+from qpruner.memory import num_parameters, tensor_bytes
 from qpruner.plan import Architecture, CompressionPlan, format_ranges
 from qpruner.pruning.scores import LayerScores
 from qpruner.pruning.selection import (
@@ -59,7 +59,8 @@ def prune_(
         else:
             remove = round(total * ratio * number / rounds) - (total - num_parameters(model))
             offers = supplies(model, selection, plan.architecture)
-            widths = competing_widths(scores, offers, remove, multiple, uniform=selection.uniform)
+            last = number == rounds
+            widths = competing_widths(scores, offers, remove, multiple, uniform=selection.uniform, last=last)
         kept = agree(keep_highest(scores, widths))
         narrow_(model, kept)
         plan = plan.keeping(kept)
@@ -158,31 +159,43 @@ def step_parameters(model: Any, selection: SelectionConfig) -> int:
 
 @dataclass(frozen=True)
 class Size:
-    """Parameters of a model, all of them and those of the decoder's projections."""
+    """Parameters of a model, all of them and those of the decoder's projections, and the bytes of its tensors."""
 
     parameters: int
     in_linears: int
+    num_bytes: int
 
     @classmethod
     def of(cls, model: Any) -> "Size":
-        return cls(num_parameters(model), num_linear_parameters(model))
+        return cls(num_parameters(model), num_linear_parameters(model), tensor_bytes(model))
 
 
-def describe(plan: CompressionPlan, before: Size, after: Size) -> str:
-    """What pruning did, and what it left alone, in one line."""
+def describe(plan: CompressionPlan, before: Size, after: Size, asked: str, asked_alone: Sequence[int]) -> str:
+    """What pruning did, what it left alone and why, in one line.
+
+    Args:
+        plan: that was carried out.
+        before: size of the model.
+        after: likewise.
+        asked: what was asked for, in words.
+        asked_alone: layers that were to be left alone.
+    """
     dense, widths = plan.architecture, plan.widths
-    whole = [n for n in range(dense.num_layers) if (dense.kv_groups[n], dense.ffn_channels[n])
-             == (widths.kv_groups[n], widths.ffn_channels[n])]  # fmt: skip
+    pairs = zip(dense.kv_groups, dense.ffn_channels, widths.kv_groups, widths.ffn_channels, strict=True)
+    whole = [number for number, (g, c, kept_g, kept_c) in enumerate(pairs) if (g, c) == (kept_g, kept_c)]
+    meant = [number for number in whole if number in {n % dense.num_layers for n in asked_alone}]
     alone = ["embeddings, norms and head"]
     if max(dense.kv_groups) == 1:
         alone.append("attention, which has one key-value head, so that the FFN gave all")
     elif dense.kv_groups == widths.kv_groups:
-        alone.append("attention")
-    if whole:
-        alone.append(f"layers {format_ranges(whole)}")
+        alone.append("attention, of which a whole KV group was too much or too dear")
+    if meant:
+        alone.append(f"layers {format_ranges(meant)}, as asked")
+    if spared := [number for number in whole if number not in meant]:
+        alone.append(f"layers {format_ranges(spared)}, whose units were worth more than those of others")
     return (
-        f"Pruned {before.parameters:,} to {after.parameters:,} parameters: "
-        f"{1 - after.parameters / before.parameters:.2%} of all, "
+        f"Pruned {before.parameters:,} to {after.parameters:,} parameters, {before.num_bytes:,} to "
+        f"{after.num_bytes:,} bytes: {1 - after.parameters / before.parameters:.2%} of all ({asked}), "
         f"{1 - after.in_linears / before.in_linears:.2%} of the decoder linears. "
         f"Layers keep {_range(widths.kv_groups)} of {_range(dense.kv_groups)} KV groups and "
         f"{_range(widths.ffn_channels)} of {_range(dense.ffn_channels)} FFN channels. Left alone: {'; '.join(alone)}."

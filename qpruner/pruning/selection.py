@@ -168,9 +168,24 @@ def local_widths(supplies: Sequence[Supply], remove: int, round_to: int) -> Widt
 
 
 def competing_widths(
-    scores: Sequence[LayerScores], supplies: Sequence[Supply], remove: int, round_to: int, *, uniform: bool
+    scores: Sequence[LayerScores],
+    supplies: Sequence[Supply],
+    remove: int,
+    round_to: int,
+    *,
+    uniform: bool,
+    last: bool = True,
 ) -> Widths:
-    """KV groups and FFN channels that each layer keeps when steps compete by score per parameter."""  # [layers]
+    """KV groups and FFN channels that each layer keeps when steps compete by score per parameter.
+
+    Args:
+        scores: [layers].
+        supplies: [layers].
+        remove: parameters to remove, at most what the supplies can give.
+        round_to: FFN widths become multiples of it.
+        uniform: whether a step is taken in all layers at once.
+        last: whether the total is to be met now; else a step too large waits for later rounds, and dearer ones with it.
+    """  # [layers]
     groups = [
         _steps(score.kv_groups, range(s.kv_groups, s.least_groups - 1, -1), s.group_parameters)
         for score, s in zip(scores, supplies, strict=True)
@@ -181,10 +196,10 @@ def competing_widths(
     ]
     if uniform:
         step = round_to * sum(s.channel_parameters for s in supplies)
-        group_steps, channel_steps = _take([_everywhere(groups), _everywhere(channels)], remove, step)
+        group_steps, channel_steps = _take([_everywhere(groups), _everywhere(channels)], remove, step, last)
         taken = [(group_steps, channel_steps)] * len(supplies)
     else:
-        each = _take([*groups, *channels], remove, round_to * max(s.channel_parameters for s in supplies))
+        each = _take([*groups, *channels], remove, round_to * max(s.channel_parameters for s in supplies), last)
         taken = list(zip(each[: len(supplies)], each[len(supplies) :], strict=True))
     return [
         (s.kv_groups - sum(step.units for step in mine), s.ffn_channels - sum(step.units for step in ffn))
@@ -229,7 +244,7 @@ def _everywhere(layers: Sequence[Sequence[Step]]) -> list[Step]:
     ]
 
 
-def _take(places: Sequence[Sequence[Step]], remove: int, step_parameters: int) -> list[list[Step]]:
+def _take(places: Sequence[Sequence[Step]], remove: int, step_parameters: int, last: bool) -> list[list[Step]]:
     """Takes steps, cheapest first and in order within each place, while they bring the total nearer to ``remove``.
 
     One that would go beyond it by more than half of ``step_parameters`` waits until there is nothing smaller left.
@@ -239,6 +254,8 @@ def _take(places: Sequence[Sequence[Step]], remove: int, step_parameters: int) -
         closed: set[int] = set()  # where a step has to wait, those behind it cannot be reached
         for place, step in heapq.merge(*_numbered(places, taken), key=lambda entry: entry[1].price):
             if place in closed or step.parameters > min(2 * remove, remove + beyond):
+                if not last:
+                    return taken
                 closed.add(place)
             else:
                 taken[place].append(step)

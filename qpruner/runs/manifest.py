@@ -23,7 +23,15 @@ PACKAGES = (
 )
 
 
-def record_session(path: Path, *, seed: int, base: dict[str, Any], data: dict[str, Any], devices: str) -> None:
+def record_session(
+    path: Path,
+    *,
+    seed: int,
+    base: dict[str, Any],
+    data: dict[str, Any],
+    compression: list[dict[str, Any]],
+    devices: str,
+) -> None:
     """Writes the manifest of a run, or adds to it the session that continues the run.
 
     Args:
@@ -31,12 +39,19 @@ def record_session(path: Path, *, seed: int, base: dict[str, Any], data: dict[st
         seed: of the run.
         base: name and SHA-256 of the base model.
         data: rows, tokens and SHA-256 of each split.
+        compression: what was done to the base, with every option.
         devices: what the session runs on.
 
     Raises:
         UserError: the run was begun with another base model or other data.
     """
-    manifest: dict[str, Any] = {"seed": seed, "base": base, "data": data, "sessions": []}
+    manifest: dict[str, Any] = {
+        "seed": seed,
+        "base": base,
+        "data": data,
+        "compression": compression,
+        "sessions": [],
+    }
     if path.exists():
         stored = read_json(path)
         for part, name in (("base", "base model"), ("data", "data")):

@@ -9,6 +9,7 @@ from lightning.pytorch.plugins import Precision
 from tqdm import tqdm
 
 from qpruner.datamodules.loader import ResumableLoader
+from qpruner.memory import check_room
 from qpruner.training.metrics import ChoiceAccuracy, Perplexity
 from qpruner.training.module import LoRAFinetuner, evaluation_results
 
@@ -35,6 +36,7 @@ def evaluate(
         title: of the progress bar.
         progress: whether to show one.
     """
+    check_room(module.model, device)
     module.to(device)
     perplexity, accuracy = Perplexity().to(device), ChoiceAccuracy().to(device)
     was_training = module.model.training

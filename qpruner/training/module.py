@@ -1,6 +1,6 @@
 """The LightningModule that fine-tunes LoRA adapters on a frozen base model."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -22,6 +22,7 @@ from qpruner.pretrained import EMBEDDED, DType, load_model, model_fingerprint, r
 from qpruner.pricing import average_bits
 from qpruner.pruning.surgery import apply_pruning_
 from qpruner.quantization.apply import Factors, LoftQSettings, quantize_
+from qpruner.quantization.packed import PackedLinear
 from qpruner.seeds import derive_seed
 from qpruner.training.metrics import IGNORED, ChoiceAccuracy, Perplexity, choose, token_nll
 from qpruner.training.optimization import OptimizerConfig, make_optimizer, make_scheduler
@@ -96,23 +97,47 @@ class LoRAFinetuner(LightningModule):
     def load_base(self) -> None:
         """Loads the base unless it is there: the compressed one where it is kept, else the dense one."""
         if self.model is None:
-            if self.kept_in is not None and model_folder.is_compressed(self.kept_in):
+            if self.kept_in is not None and self._is_kept(self.kept_in):
                 self.load_kept_base(self.kept_in)
             else:
                 self.load_dense_base()
+
+    def _is_kept(self, folder: Path) -> bool:
+        """Whether the compressed base is there, for all processes alike.
+
+        Raises:
+            UserError: some processes see it and others do not.
+        """
+        kept = model_folder.is_compressed(folder)
+        if self._trainer is not None and self.trainer.world_size > 1:
+            seen = torch.tensor(float(kept), device=self.trainer.strategy.root_device)
+            if 0 < float(self.trainer.strategy.all_gather(seen).mean()) < 1:
+                raise UserError(
+                    f"Some processes find the compressed base in {str(folder)!r} and others do not. Name a --run.dir "
+                    f"on a disk that all machines share."
+                )
+        return kept
 
     def load_dense_base(self) -> None:
         """Loads the dense base in place of whatever is there, adapters included."""
         if model_folder.is_compressed(folder := Path(resolve(self.base))):
             self.model = model_folder.load_base(folder).model
+            if not any(isinstance(module, PackedLinear) for module in self.model.modules()):
+                self.model.to(getattr(torch, self.dtype_of_base))
             if model_folder.has_adapters(folder):
                 rank_zero_warn(f"{self.base!r} is taken as the base without its adapters.")
         else:
             self.model = load_model(self.base, dtype=self.dtype_of_base, trust_remote_code=self.trust_remote_code)
         self.model.requires_grad_(False)
-        self.base_sha256 = model_fingerprint(self.base)
+        self.base_sha256 = self._of_rank_zero(lambda: model_fingerprint(self.base))
         self.plan = None
         self.adapted, self.taken_from, self.initial_adapters = False, None, {}
+
+    def _of_rank_zero(self, find: Callable[[], str | None]) -> str | None:
+        """What the first process finds; the others are spared the work."""
+        if self._trainer is None or self.trainer.world_size == 1:
+            return find()
+        return self.trainer.strategy.broadcast(find() if self.trainer.is_global_zero else None)
 
     def load_kept_base(self, folder: Path) -> None:
         """Loads the compressed base of a folder in place of whatever is there, adapters included."""

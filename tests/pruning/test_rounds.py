@@ -361,3 +361,22 @@ def test_legal_ratios_are_what_pruning_gives(family: str, selection: SelectionCo
         assert {str(plan.widths.kv_groups[n]) for n in pruned} == {legal.kv_groups}
         assert {str(plan.widths.ffn_channels[n]) for n in pruned} == {legal.ffn_channels}
     assert found[-1].ratio == pytest.approx(highest, rel=1e-12)
+
+
+def test_rounds_wait_for_a_step_that_is_too_large_for_one_of_them() -> None:
+    """Groups are worthless and dear, channels are not: channels stay, however many rounds there are."""
+
+    def score(model: Any) -> list[LayerScores]:
+        return [
+            LayerScores(
+                torch.full((layer.kv_groups,), 1e-9, dtype=torch.float64),
+                torch.arange(1, layer.ffn_channels + 1, dtype=torch.float64),
+            )
+            for layer in decoder_layers(model)
+        ]
+
+    for uniform in (True, False):
+        selection = SelectionConfig(scope="global", uniform=uniform)
+        once, often = (prune(build(), 0.3, selection, rounds=rounds, score=score).widths for rounds in (1, 6))
+        assert often == once
+        assert sum(once.kv_groups) < LAYERS * 4

@@ -11,6 +11,7 @@ BEGUN: dict[str, Any] = {
     "seed": 3,
     "base": {"name": "a", "sha256": "1"},
     "data": {"train": {"rows": 2, "tokens": 9, "sha256": "x"}},
+    "compression": [{"callback": "StructuredPruning", "ratio": 0.2, "calibration": {"batch_size": 2}}],
     "devices": "1 x cpu",
 }
 
@@ -20,7 +21,8 @@ def test_sessions_are_added_to_what_the_run_was_begun_with(tmp_path: Path) -> No
     record_session(path, **BEGUN)
     record_session(path, **{**BEGUN, "devices": "2 x cuda"})
     manifest = read_json(path)
-    assert {key: manifest[key] for key in ("seed", "base", "data")} == {k: BEGUN[k] for k in ("seed", "base", "data")}
+    kept = ("seed", "base", "data", "compression")
+    assert {key: manifest[key] for key in kept} == {key: BEGUN[key] for key in kept}
     assert [session["devices"] for session in manifest["sessions"]] == ["1 x cpu", "2 x cuda"]
     assert set(manifest["sessions"][0]["versions"]) >= {"qpruner", "torch", "lightning", "transformers", "peft"}
 

@@ -11,16 +11,18 @@ SUMMARY = Summary(
     protocol="rows of 8",
     peak_of="resident set of the process",
     stages=(
-        Stage("dense", 1000, 4000, {"perplexity": 3.14159, "accuracy": 0.5, "tokens": 12.0}, 1.25, None, 3 * 2**20),
-        Stage("recovered", 1010, 4040, {}, 60.0, 7 * 2**20, None),
+        Stage(
+            "dense", 1000, 4000, None, {"perplexity": 3.14159, "accuracy": 0.5, "tokens": 12.0}, 1.25, None, 3 * 2**20
+        ),
+        Stage("recovered", 1010, 4040, 4.5, {}, 60.0, 7 * 2**20, None),
     ),
 )
 
 
 def test_table_by_hand() -> None:
     lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in table(SUMMARY).splitlines()]
-    assert lines[2] == ["dense", "1,000", "4,000", "3.142", "-", "50.0%", "1.2 s", "-", "3 MiB"]
-    assert lines[3] == ["recovered", "1,010", "4,040", "-", "-", "-", "60.0 s", "7 MiB", "-"]
+    assert lines[2] == ["dense", "1,000", "4,000", "-", "3.142", "-", "50.0%", "1.2 s", "-", "3 MiB"]
+    assert lines[3] == ["recovered", "1,010", "4,040", "4.50", "-", "-", "-", "60.0 s", "7 MiB", "-"]
     assert len({len(line) for line in table(SUMMARY).splitlines()}) == 1
 
 
