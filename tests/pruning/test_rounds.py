@@ -286,10 +286,11 @@ def test_the_line_states_what_is_counted() -> None:
         dense = build()
         model = copy.deepcopy(dense)
         plan = prune(model, 0.4, selection)
-        line = describe(plan, Size.of(dense), Size.of(model))
+        line = describe(plan, Size.of(dense), Size.of(model), "asked for two fifths", ())
         assert "\n" not in line
         counts = num_parameters(dense), num_parameters(model)
-        assert f"Pruned {counts[0]:,} to {counts[1]:,} parameters" in line
+        assert f"Pruned {counts[0]:,} to {counts[1]:,} parameters, {4 * counts[0]:,} to {4 * counts[1]:,} bytes" in line
+        assert "of all (asked for two fifths)" in line
         of_all, of_linears = (float(share) / 100 for share in re.findall(r"([\d.]+)%", line))
         assert of_all == pytest.approx(1 - counts[1] / counts[0], abs=5e-5)
         linears = [num_linear_parameters(one) for one in (dense, model)]
@@ -306,17 +307,22 @@ def test_the_line_states_what_is_counted() -> None:
 
 def line_of(model: Any, selection: SelectionConfig, ratio: float = 0.2) -> str:
     before = Size.of(model)
-    return describe(prune(model, ratio, selection), before, Size.of(model))
+    plan = prune(model, ratio, selection)
+    return describe(plan, before, Size.of(model), "asked", selection.leave_alone)
 
 
 def test_the_line_names_what_was_left_alone() -> None:
     assert line_of(build(num_hidden_layers=5), SelectionConfig(leave_alone=[0, 1, -1])).endswith(
-        "Left alone: embeddings, norms and head; layers 0-1 4."
+        "Left alone: embeddings, norms and head; layers 0-1 4, as asked."
     )
     assert line_of(build(num_key_value_heads=1), LOCAL).endswith(
         "head; attention, which has one key-value head, so that the FFN gave all."
     )
-    assert line_of(build(), LOCAL, 0.03).endswith("Left alone: embeddings, norms and head; attention.")
+    assert line_of(build(), LOCAL, 0.03).endswith("attention, of which a whole KV group was too much or too dear.")
+    model = build()
+    for linear in decoder_layers(model)[1].linears.values():
+        linear.weight.data *= 100
+    assert line_of(model, GLOBAL).endswith("layers 1, whose units were worth more than those of others.")
 
 
 def test_with_one_key_value_head_the_ffn_gives_all() -> None:

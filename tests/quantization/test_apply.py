@@ -1,0 +1,163 @@
+"""A plan carried out on narrowed models of every family, and what the adapters start from."""
+
+from typing import Any
+
+import pytest
+import torch
+from families import KEPT, LAYERS, tiny_model
+from torch import Tensor
+
+from qpruner.anatomy import FAMILIES, architecture_of, unit_linears
+from qpruner.errors import UserError
+from qpruner.memory import num_parameters
+from qpruner.plan import DENSE, UNITS, CompressionPlan, Precision
+from qpruner.pruning.surgery import apply_pruning_
+from qpruner.quantization.apply import Factors, LoftQSettings, linear_precisions, quantize_
+from qpruner.quantization.formats import dequantize, quantize_dequantize
+from qpruner.quantization.packed import PackedLinear
+
+CPU = torch.device("cpu")
+NF4, DOUBLE, INT8 = Precision("nf4", 4, 64), Precision("fp4-double", 4, 32), Precision("int8", 8)
+MIXED = [
+    dict(zip(UNITS, precisions, strict=True))
+    for precisions in ((NF4, INT8, DENSE, NF4), (DENSE, NF4, DOUBLE, INT8), (INT8, DENSE, NF4, DOUBLE))
+]
+ALL = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+WIDE = [((0, 2, 3), tuple(range(35))), ((1,), tuple(range(3, 48, 2))), ((0, 1, 2, 3), tuple(range(7)))]
+"""A pruning that leaves room for rank 4 in every linear."""
+
+
+def settings(**changes: Any) -> LoftQSettings:
+    return LoftQSettings(**{"rank": 4, "scale": 4.0, "targets": ALL, "num_iterations": 1, "seed": 0} | changes)
+
+
+def pruned(family: str, precision: Any = MIXED, kept: Any = WIDE) -> tuple[Any, CompressionPlan]:
+    model = tiny_model(family)
+    plan = CompressionPlan.dense(architecture_of(model.config), None).keeping(kept).with_precision(precision)
+    apply_pruning_(model, plan)
+    return model, plan
+
+
+def weights(model: Any, plan: CompressionPlan) -> dict[str, Tensor]:
+    return {name: model.get_submodule(name).weight.detach().clone() for name in linear_precisions(model, plan)}
+
+
+def equal(first: dict[str, Factors], second: dict[str, Factors]) -> bool:
+    pairs = [(first[name], second[name]) for name in first.keys() | second.keys()]
+    return all(torch.equal(a, b) for one, other in pairs for a, b in zip(one, other, strict=True))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_linear_has_the_precision_of_its_unit(family: str) -> None:
+    model, plan = pruned(family)
+    dense, size = weights(model, plan), num_parameters(model)
+    assert quantize_(model, plan, None, device=CPU) == {}
+    for layer, units in zip(plan.layers, unit_linears(model), strict=True):
+        for unit, names in units.items():
+            for name in names:
+                linear, precision = model.get_submodule(name), layer.precision[unit]
+                if precision == DENSE:
+                    assert type(linear) is torch.nn.Linear and torch.equal(linear.weight, dense[name])
+                else:
+                    assert isinstance(linear, PackedLinear) and linear.precision == precision
+                    assert torch.equal(dequantize(linear), quantize_dequantize(dense[name], precision))
+    packed = {name for name, module in model.named_modules() if isinstance(module, PackedLinear)}
+    assert packed == {name for name, precision in linear_precisions(model, plan).items() if precision != DENSE}
+    assert num_parameters(model) == size
+    assert model.is_loaded_in_4bit and model.is_loaded_in_8bit
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("num_iterations", [1, 3])
+def test_factors_bring_every_linear_nearer_to_its_weight(family: str, num_iterations: int) -> None:
+    """With alpha four times r."""
+    model, plan = pruned(family)
+    dense, size = weights(model, plan), num_parameters(model)
+    factors = quantize_(model, plan, settings(num_iterations=num_iterations), device=CPU)
+    quantized = {name for name, precision in linear_precisions(model, plan).items() if precision != DENSE}
+    assert factors.keys() == quantized
+    for name, (lora_A, lora_B) in factors.items():
+        weight, linear = dense[name], model.get_submodule(name)
+        held = dequantize(linear)
+        alone = (weight - quantize_dequantize(weight, linear.precision)).norm()
+        assert (weight - held - 4.0 * lora_B @ lora_A).norm() < 0.99 * alone
+        if num_iterations == 1:
+            tail = torch.linalg.svdvals(weight - held)[4:].norm()
+            torch.testing.assert_close((weight - held - 4.0 * lora_B @ lora_A).norm(), tail, rtol=1e-3, atol=1e-4)
+            assert torch.equal(held, quantize_dequantize(weight, linear.precision))
+    assert num_parameters(model) == size
+
+
+def test_biases_stay_and_are_frozen() -> None:
+    model, plan = pruned("qwen2", [dict.fromkeys(UNITS, INT8)] * LAYERS)
+    biases = {name: p.detach().clone() for name, p in model.named_parameters() if name.endswith("bias")}
+    quantize_(model, plan, settings(), device=CPU)
+    after = {name: p for name, p in model.named_parameters() if name.endswith("bias")}
+    assert after.keys() == biases.keys() and len(biases) == 3 * LAYERS
+    assert all(torch.equal(after[name], bias) and not after[name].requires_grad for name, bias in biases.items())
+
+
+def test_only_targets_get_factors() -> None:
+    model, plan = pruned("llama")
+    factors = quantize_(model, plan, settings(targets=("v_proj", "down_proj")), device=CPU)
+    assert set(factors) == {  # qkv of layer 1 is dense
+        "model.layers.0.self_attn.v_proj",
+        "model.layers.2.self_attn.v_proj",
+        *(f"model.layers.{layer}.mlp.down_proj" for layer in range(LAYERS)),
+    }
+    other, plan = pruned("llama")
+    quantize_(other, plan, None, device=CPU)
+    held = [dequantize(m.get_submodule("model.layers.0.self_attn.q_proj")) for m in (model, other)]
+    assert torch.equal(*held)
+
+
+@pytest.mark.parametrize("num_iterations", [1, 2])
+def test_factors_depend_on_the_seed_and_not_on_what_was_drawn_or_done_before(num_iterations: int) -> None:
+    wanted = settings(num_iterations=num_iterations, rank=2)
+    first = quantize_(*pruned("llama"), wanted, device=CPU)
+    torch.manual_seed(99)
+    assert equal(quantize_(*pruned("llama"), wanted, device=CPU), first)
+    # Down projections alone: each comes out as it did among all the others.
+    down = settings(num_iterations=num_iterations, rank=2, targets=("down_proj",))
+    alone = quantize_(*pruned("llama"), down, device=CPU)
+    assert len(alone) == 3 and equal(alone, {name: first[name] for name in alone})
+
+
+def test_a_rank_above_a_linear_is_told_before_any_is_quantized() -> None:
+    model, plan = pruned("llama", [dict.fromkeys(UNITS, NF4)] * LAYERS, KEPT)  # one channel in the last layer
+    with pytest.raises(
+        UserError, match=r"LoRA rank 2 is above that of model\.layers\.2\.mlp\.gate_proj, which is 1\."
+    ) as e:
+        quantize_(model, plan, settings(rank=2), device=CPU)
+    assert "--model.lora.r to at most 1" in str(e.value)
+    assert not any(isinstance(module, PackedLinear) for module in model.modules())
+    # Of no matter where the narrow linears get no adapters, or stay dense, or nothing is corrected.
+    quantize_(*pruned("llama", kept=KEPT), settings(rank=16, targets=("q_proj",)), device=CPU)
+    dense = [{**MIXED[0]}, {**MIXED[1]}, {**MIXED[2], "gate_up": DENSE, "down": DENSE}]
+    assert quantize_(*pruned("llama", dense, KEPT), settings(rank=2), device=CPU)
+    assert quantize_(*pruned("llama", kept=KEPT), None, device=CPU) == {}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_factors_are_float32_of_the_shapes_that_are_left(dtype: torch.dtype) -> None:
+    model, plan = pruned("gemma2")
+    factors = quantize_(model.to(dtype), plan, settings(rank=3), device=CPU)
+    lora_A, lora_B = factors["model.layers.2.mlp.down_proj"]
+    assert (lora_A.shape, lora_B.shape) == ((3, 7), (64, 3))
+    assert {tensor.dtype for pair in factors.values() for tensor in pair} == {torch.float32}
+    assert not any(tensor.requires_grad for pair in factors.values() for tensor in pair)
+    assert not model.training
+
+
+def test_draws_differ_by_linear_and_by_seed() -> None:
+    """Where nothing is left to correct, A is drawn."""
+
+    def of_zeros(seed: int) -> list[Tensor]:
+        model, plan = pruned("llama", [dict.fromkeys(UNITS, INT8)] * LAYERS)
+        for name in linear_precisions(model, plan):
+            model.get_submodule(name).weight.data.zero_()
+        factors = quantize_(model, plan, settings(seed=seed, targets=("gate_proj", "up_proj")), device=CPU)
+        return [factors[f"model.layers.0.mlp.{name}_proj"][0] for name in ("gate", "up")]
+
+    gate, up = of_zeros(0)
+    assert gate.any() and not torch.equal(gate, up) and not torch.equal(gate, of_zeros(1)[0])
