@@ -28,6 +28,7 @@ from qpruner.pretrained import load_config, resolve
 from qpruner.pruning.surgery import narrow_
 from qpruner.pruning.widths import compressed_config_class, plain_dict, portable_config, with_widths
 from qpruner.quantization.apply import linear_precisions
+from qpruner.quantization.embedding import rebuild_tables_
 from qpruner.quantization.model import rebuild_linears_
 
 KIND, VERSION = "qpruner model", 1
@@ -91,6 +92,7 @@ def load_base(folder: str | Path) -> CompressedBase:
                 raise UserError(f"{str(folder / name)!r} is not a safetensors file: {error}.") from error
     if plan.quantized:
         rebuild_linears_(model, linear_precisions(model, plan), state)
+        rebuild_tables_(model, plan.embedding, plan.head, state, dtype=config.dtype)
     try:
         left = model.load_state_dict(state, strict=False, assign=True)
     except RuntimeError as error:  # another shape
