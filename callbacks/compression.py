@@ -1,11 +1,13 @@
 """What callbacks that compress the base have in common."""
 
 from abc import abstractmethod
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from qpruner.errors import UserError
+from qpruner.quantization.packed import PackedLinear
 from qpruner.training.module import LoRAFinetuner
 
 
@@ -44,7 +46,7 @@ class Compression(Callback):
             return
         if not isinstance(pl_module, LoRAFinetuner):
             raise TypeError(f"Compression acts on a LoRAFinetuner, not on a {type(pl_module).__name__}.")
-        check_order(trainer)
+        check_order(trainer.callbacks)  # type: ignore[attr-defined]
         pl_module.load_base()
         if not self.is_done(pl_module):
             if pl_module.adapted:
@@ -52,19 +54,23 @@ class Compression(Callback):
                     f"{type(self).__name__} compresses a base before it gets adapters, and this module has them "
                     f"already. Make a new LoRAFinetuner for the fit."
                 )
+            if any(isinstance(module, PackedLinear) for module in pl_module.model.modules()):
+                raise UserError(
+                    f"The base {pl_module.base!r} is quantized already; packed weights can be neither narrowed nor "
+                    f"quantized again. Give the model that it was made from, or `qpruner merge` its run first."
+                )
             self.compress(trainer, pl_module)
 
     def __str__(self) -> str:
         return f"{type(self).__name__}({', '.join(f'{name}={value!r}' for name, value in self.options.items())})"
 
 
-def check_order(trainer: Trainer) -> None:
+def check_order(callbacks: Sequence[Callback]) -> None:
     """Makes sure that a fit prunes at most once, and before it quantizes.
 
     Raises:
         UserError: it does not.
     """
-    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
     stages = [callback.leaves for callback in callbacks if isinstance(callback, Compression)]
     if stages not in ([], ["pruned"], ["quantized"], ["pruned", "quantized"]):
         raise UserError(

@@ -11,6 +11,7 @@ from qpruner.callbacks.compression import Compression
 from qpruner.errors import UserError
 from qpruner.memory import tensor_bytes
 from qpruner.plan import DENSE, UNITS, CompressionPlan, Precision
+from qpruner.quantization.embedding import table_precisions
 from qpruner.quantization.formats import format_for
 from qpruner.training.module import LoRAFinetuner
 
@@ -27,28 +28,43 @@ class MixedPrecisionQuantization(Compression):
     and stands behind the callback that prunes: where the module has a quantized base already, from the folder that it
     is kept in, nothing is done.
 
+    The embedding and the head stay as they are unless told; LoftQ does not act on them.
+
     Args:
         bits: one number for all units; or a number for each layer; or one for each unit, as a mapping; or such a
             mapping for each layer. Each is 4, 8 or 16.
         four_bit: number format of 4 bits; ``-double`` quantizes the scales, too.
         group: weights that share a scale in 4 bits.
         loftq_iterations: alternating steps of LoftQ, at least 0; with 0 the adapters start from zero, as plain LoRA.
+        embedding: bits of the token embedding; 4, 8 or 16.
+        head: bits of the language-model head; 4, 8 or 16, and those of the embedding where the two are tied.
 
     Raises:
-        UserError: bits that are not offered, a list of another length than the layers, a callback that prunes behind
-            this one, or a LoRA rank above that of a linear.
+        UserError: bits that are not offered, tied embedding and head of different bits, a list of another length than
+            the layers, a callback that prunes behind this one, or a LoRA rank above that of a linear.
     """
 
     leaves = "quantized"
 
-    def __init__(self, bits: Bits = 4, four_bit: FourBits = "nf4", group: int = 64, loftq_iterations: int = 1) -> None:
+    def __init__(
+        self,
+        bits: Bits = 4,
+        four_bit: FourBits = "nf4",
+        group: int = 64,
+        loftq_iterations: int = 1,
+        embedding: int = 16,
+        head: int = 16,
+    ) -> None:
         self.four_bit = Precision(four_bit, 4, group)
         format_for(self.four_bit)
         if loftq_iterations < 0:
             raise UserError(f"loftq_iterations is {loftq_iterations}; it is at least 0, which leaves LoftQ out.")
         self.bits = bits
         self.loftq_iterations = loftq_iterations
+        self.embedding, self.head = embedding, head
         self.plan: CompressionPlan | None = None
+        self._offered("embedding", embedding)
+        self._offered("head", head)
         for entry in bits if isinstance(bits, Sequence) else (bits,):
             self._units(entry)
 
@@ -63,9 +79,13 @@ class MixedPrecisionQuantization(Compression):
         """Finds, from a model's configuration alone, what the options ask and cannot be had.
 
         Raises:
-            UserError: an unsupported family, or as many bits as the model has no layers.
+            UserError: an unsupported family, as many bits as the model has no layers, tied embedding and head of
+                different bits, or a precision of a plan that no format offers.
         """
-        self.precision(architecture_of(config).num_layers)
+        table_precisions(config, **self.tables)
+        units = [one for layer in self.precision(architecture_of(config).num_layers) for one in layer.values()]
+        for precision in {*units, *self.tables.values()} - {DENSE}:
+            format_for(precision)
 
     def precision(self, num_layers: int) -> list[dict[str, Precision]]:
         """The precision of each unit of each layer.
@@ -86,10 +106,21 @@ class MixedPrecisionQuantization(Compression):
         bits = dict.fromkeys(UNITS, entry) if isinstance(entry, int) else dict(entry)
         if bits.keys() != set(UNITS):
             raise UserError(f"bits names the units {', '.join(bits)}; a layer has {', '.join(UNITS)}.")
+        return {unit: self._offered("bits", value) for unit, value in bits.items()}
+
+    def _offered(self, option: str, bits: int) -> Precision:
+        """The precision of a number of bits."""
         found = {4: self.four_bit, 8: Precision("int8", 8), 16: DENSE}
-        if wrong := [value for value in bits.values() if value not in found]:
-            raise UserError(f"bits asks for {wrong[0]}; choose from {', '.join(map(str, OFFERED))}.")
-        return {unit: found[value] for unit, value in bits.items()}
+        if bits not in found:
+            raise UserError(f"{option} asks for {bits}; choose from {', '.join(map(str, OFFERED))}.")
+        return found[bits]
+
+    @property
+    def tables(self) -> dict[str, Precision]:
+        """The precisions of embedding and head, by these names."""
+        if self.plan is not None:
+            return {"embedding": self.plan.embedding, "head": self.plan.head}
+        return {name: self._offered(name, getattr(self, name)) for name in ("embedding", "head")}
 
     @property
     def options(self) -> dict[str, Any]:
@@ -98,6 +129,8 @@ class MixedPrecisionQuantization(Compression):
         bits = list(self.bits) if isinstance(self.bits, Sequence) else self.bits
         return {
             "bits": bits,
+            "embedding": self.embedding,
+            "head": self.head,
             "four_bit": self.four_bit.format,
             "group": self.four_bit.group,
             "loftq_iterations": self.loftq_iterations,
@@ -108,11 +141,13 @@ class MixedPrecisionQuantization(Compression):
 
     def compress(self, trainer: Trainer, module: LoRAFinetuner) -> None:
         plan = module.plan or CompressionPlan.dense(architecture_of(module.model.config), module.base_sha256)
-        plan = plan.with_precision(self.precision(plan.architecture.num_layers))
+        plan = plan.with_precision(self.precision(plan.architecture.num_layers), **self.tables)
         before = tensor_bytes(module.model)
         module.quantize(plan, self.loftq_iterations, device=trainer.strategy.root_device)
-        left = "" if all(DENSE not in layer.precision.values() for layer in plan.layers) else " and units of 16 bits"
+        alone = ["norms", *(name for name, precision in self.tables.items() if precision == DENSE)]
+        if any(DENSE in layer.precision.values() for layer in plan.layers):
+            alone.append("units of 16 bits")
         rank_zero_info(
             f"Quantized {before:,} to {tensor_bytes(module.model):,} bytes, {module.average_bits:.2f} bits per weight "
-            f"of the decoder linears with scales. Left alone: embeddings, norms and head{left}."
+            f"of the decoder linears with scales. Left alone: {', '.join(alone)}."
         )

@@ -23,6 +23,8 @@ class Family:
         config_class: name in transformers of its configuration.
         layers: path from the model to its list of decoder layers.
         projections: path in a layer to each projection.
+        embedding: path to the token embedding.
+        head: path to the linear that makes logits.
     """
 
     model_class: str
@@ -34,6 +36,8 @@ class Family:
             **{name: f"mlp.{name}_proj" for name in ("gate", "up", "down")},
         }
     )
+    embedding: str = "model.embed_tokens"
+    head: str = "lm_head"
 
 
 FAMILIES = {

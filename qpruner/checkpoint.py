@@ -8,7 +8,6 @@ adapter/                               LoRA adapters in PEFT's layout, once they
 manifest.json                          version, base model, size and SHA-256 of every file above
 """
 
-import os
 import shutil
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
@@ -22,13 +21,14 @@ from torch import Tensor
 
 from qpruner.anatomy import COMPRESSED, FAMILIES, architecture_of, family_of
 from qpruner.errors import UserError
-from qpruner.files import hash_file, read_json, write_json
+from qpruner.files import hash_file, read_json, replacing_folder, write_json
 from qpruner.memory import tensor_bytes
 from qpruner.plan import CompressionPlan, describe_differences
 from qpruner.pretrained import load_config, resolve
 from qpruner.pruning.surgery import narrow_
 from qpruner.pruning.widths import compressed_config_class, plain_dict, portable_config, with_widths
 from qpruner.quantization.apply import linear_precisions
+from qpruner.quantization.embedding import rebuild_tables_
 from qpruner.quantization.model import rebuild_linears_
 
 KIND, VERSION = "qpruner model", 1
@@ -45,12 +45,14 @@ class CompressedBase:
         plan: that made it.
         base_name: folder or hub name of the dense model.
         base_sha256: fingerprint of the dense model.
+        loftq_iterations: with which it was quantized.
     """
 
     model: Any
     plan: CompressionPlan
     base_name: str
     base_sha256: str | None
+    loftq_iterations: int
 
 
 def load_compressed(folder: str | Path) -> Any:
@@ -96,6 +98,7 @@ def load_base(folder: str | Path) -> CompressedBase:
                 raise UserError(f"{str(folder / name)!r} is not a safetensors file: {error}.") from error
     if plan.quantized:
         rebuild_linears_(model, linear_precisions(model, plan), state)
+        rebuild_tables_(model, plan.embedding, plan.head, state, dtype=config.dtype)
     try:
         left = model.load_state_dict(state, strict=False, assign=True)
     except RuntimeError as error:  # another shape
@@ -110,10 +113,19 @@ def load_base(folder: str | Path) -> CompressedBase:
     model.requires_grad_(False)
     if "generation_config.json" in manifest["files"]:
         model.generation_config = transformers.GenerationConfig.from_pretrained(folder)
-    return CompressedBase(model.eval(), plan, manifest["base"]["name"], manifest["base"]["sha256"])
+    base = manifest["base"]
+    return CompressedBase(model.eval(), plan, base["name"], base["sha256"], base["loftq_iterations"])
 
 
-def save_base(folder: Path, model: Any, plan: CompressionPlan, *, base_name: str, tokenizer: Any | None) -> None:
+def save_base(
+    folder: Path,
+    model: Any,
+    plan: CompressionPlan,
+    *,
+    base_name: str,
+    tokenizer: Any | None,
+    loftq_iterations: int = 0,
+) -> None:
     """Writes a compressed base; the folder appears whole, with its manifest, or not at all.
 
     Args:
@@ -122,6 +134,7 @@ def save_base(folder: Path, model: Any, plan: CompressionPlan, *, base_name: str
         plan: that made it.
         base_name: folder or hub name of the dense model.
         tokenizer: to put beside it.
+        loftq_iterations: with which the model was quantized.
 
     Raises:
         UserError: the disk has no room for it.
@@ -132,9 +145,7 @@ def save_base(folder: Path, model: Any, plan: CompressionPlan, *, base_name: str
             f"The compressed base needs {needed:,} bytes in {str(folder.parent)!r} and the disk has {free:,} left. "
             f"Free some, or name another place with --run.dir."
         )
-    temporary = folder.with_name(f".{folder.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    try:
+    with replacing_folder(folder) as temporary:
         model.save_pretrained(temporary)
         # In place of what `save_pretrained` makes of the configuration that the model computes with.
         portable = with_widths(model.config, plan.widths) if plan.quantized else portable_config(model.config)
@@ -143,16 +154,10 @@ def save_base(folder: Path, model: Any, plan: CompressionPlan, *, base_name: str
         if tokenizer is not None:
             tokenizer.save_pretrained(temporary)
         plan.write(temporary / PLAN)
-        base = {"name": base_name, "sha256": plan.base_sha256}
+        base = {"name": base_name, "sha256": plan.base_sha256, "loftq_iterations": loftq_iterations}
         files = _entries(temporary, temporary.iterdir())
         manifest = {"kind": KIND, "version": VERSION, "base": base, "adapters": None, "files": files}
         write_json(temporary / MANIFEST, manifest)
-        for file in temporary.rglob("*"):
-            _sync(file)
-        shutil.rmtree(folder, ignore_errors=True)
-        os.replace(temporary, folder)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def save_adapters(folder: Path, model: Any, *, trained: bool) -> None:
@@ -167,17 +172,19 @@ def save_adapters(folder: Path, model: Any, *, trained: bool) -> None:
     of_base = {name: entry for name, entry in manifest["files"].items() if not name.startswith(f"{ADAPTER}/")}
     # Cut off from here on, the folder is that of the base alone.
     write_json(folder / MANIFEST, manifest | {"files": of_base, "adapters": None})
-    shutil.rmtree(folder / ADAPTER, ignore_errors=True)
-    # Left to itself, PEFT looks the base up by its name, to see whether embeddings were resized.
-    model.save_pretrained(folder / ADAPTER, save_embedding_layers=False)
-    # It names the place of the base as this machine has it; the base is the folder above.
-    config = read_json(folder / ADAPTER / "adapter_config.json")
-    write_json(folder / ADAPTER / "adapter_config.json", config | {"base_model_name_or_path": ".."})
-    (folder / ADAPTER / "README.md").unlink(missing_ok=True)  # a form to fill in
-    for file in (folder / ADAPTER).iterdir():
-        _sync(file)
+    with replacing_folder(folder / ADAPTER) as temporary:
+        _write_adapters(temporary, model)
     files = of_base | _entries(folder, (folder / ADAPTER).iterdir())
     write_json(folder / MANIFEST, manifest | {"files": files, "adapters": "trained" if trained else "initial"})
+
+
+def _write_adapters(folder: Path, model: Any) -> None:
+    # Left to itself, PEFT looks the base up by its name, to see whether embeddings were resized.
+    model.save_pretrained(folder, save_embedding_layers=False)
+    # It names the place of the base as this machine has it; the base is the folder above.
+    config = read_json(folder / "adapter_config.json")
+    write_json(folder / "adapter_config.json", config | {"base_model_name_or_path": ".."})
+    (folder / "README.md").unlink(missing_ok=True)  # a form to fill in
 
 
 def load_adapters(folder: Path, model: Any) -> None:
@@ -267,7 +274,7 @@ def _manifest(folder: Path) -> dict[str, Any]:
     try:
         listed = {name: (entry["size"], entry["sha256"]) for name, entry in manifest["files"].items()}
         unlisted = {"config.json", PLAN} - listed.keys()
-        _ = manifest["base"]["name"], manifest["base"]["sha256"]
+        _ = [manifest["base"][key] for key in ("name", "sha256", "loftq_iterations")]
     except (KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{str(path)!r} lacks {error}. Copy the folder again.") from error
     if unlisted:
@@ -299,9 +306,3 @@ def _entries(folder: Path, files: Iterable[Path]) -> dict[str, dict[str, Any]]:
         path.relative_to(folder).as_posix(): {"size": path.stat().st_size, "sha256": hash_file(path)}
         for path in sorted(files)
     }
-
-
-def _sync(path: Path) -> None:
-    if path.is_file():
-        with path.open("r+b") as file:
-            os.fsync(file.fileno())

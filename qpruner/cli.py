@@ -24,6 +24,7 @@ from qpruner.callbacks import (
     RunReport,
     Throughput,
 )
+from qpruner.callbacks.compression import check_order
 from qpruner.checkpoint import is_compressed, read_base_config, read_plan
 from qpruner.commands import plan_command, report, show_summary
 from qpruner.datamodules.base import TokenDataModule
@@ -140,6 +141,7 @@ class QPrunerCLI(LightningCLI):
             replaced = [callback for callback in callbacks if isinstance(callback, Compression)]
             notes = [f"The plan {path} replaces {callback}; nothing is scored." for callback in replaced]
             callbacks = _planned(callbacks, plan)
+        check_order(callbacks)
         compressing = [callback for callback in callbacks if isinstance(callback, Compression)]
         if compressing and not self.kept:
             config = read_base_config(self.model.base)

@@ -80,15 +80,24 @@ def show_plan(plan: CompressionPlan) -> None:
         ]
         for number, layer in enumerate(plan.layers)
     ]
-    print(f"A plan for a {dense.model_type} of {dense.num_layers} layers, hidden size {dense.hidden_size}.\n")
+    print(f"A plan for a {dense.model_type} of {dense.num_layers} layers, hidden size {dense.hidden_size}.")
+    print(f"Embedding {plan.embedding}, head {plan.head}.\n")
     print(markdown_table(["layer", "KV groups", "FFN channels", *UNITS], rows))
 
 
 def diff_plans(before: CompressionPlan, after: CompressionPlan) -> None:
-    """Prints the layers in which two plans differ, unit by unit; ends with exit status 1 when there are any."""
+    """Prints where two plans differ, layer by layer and unit by unit; ends with exit status 1 when there are any."""
     if differences := describe_differences(before.architecture, after.architecture):
         raise UserError(f"The plans are for models of different shapes: {differences}.")
     lines = [
+        f"{name} {old} becomes {new}"
+        for name, old, new in (
+            ("embedding", before.embedding, after.embedding),
+            ("head", before.head, after.head),
+        )
+        if old != new
+    ]
+    lines += [
         f"layer {number}: {change}"
         for number, layers in enumerate(zip(before.layers, after.layers, strict=True))
         for change in _changes(*layers)

@@ -15,9 +15,11 @@ def distinct_tensors(model: nn.Module) -> Iterator[Tensor]:
     """Parameters and persistent buffers, each storage once, so that tied weights do not count twice."""
     seen: set[int] = set()
     for tensor in model.state_dict(keep_vars=True).values():
-        if isinstance(tensor, Tensor) and tensor.data_ptr() not in seen:
-            seen.add(tensor.data_ptr())
-            yield tensor
+        if isinstance(tensor, Tensor):
+            storage = tensor.data_ptr() or id(tensor)  # on the meta device all have none
+            if storage not in seen:
+                seen.add(storage)
+                yield tensor
 
 
 def num_parameters(model: nn.Module) -> int:

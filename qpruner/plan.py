@@ -98,9 +98,9 @@ class LayerPlan:
     def __post_init__(self) -> None:
         for name in ("kv_groups", "ffn_channels"):
             kept = getattr(self, name)
-            if not kept or any(type(unit) is not int for unit in kept):
-                raise UserError(f"{name} are whole numbers, at least one, not {kept!r}.")
-            if kept[0] < 0 or any(a >= b for a, b in zip(kept, kept[1:], strict=False)):
+            if any(type(unit) is not int for unit in kept):
+                raise UserError(f"{name} are whole numbers, not {kept!r}.")
+            if not kept or kept[0] < 0 or any(a >= b for a, b in zip(kept, kept[1:], strict=False)):
                 raise UserError(f"{name} must be ascending numbers from 0, at least one, not {format_ranges(kept)!r}.")
         if self.precision.keys() != set(UNITS):
             raise UserError(
@@ -116,6 +116,8 @@ class CompressionPlan:
         architecture: of the model that the plan was made for.
         base_sha256: fingerprint of its configuration and weights; None when unknown.
         layers: [layers], what each layer keeps.
+        embedding: how the token embedding is held.
+        head: how the language-model head is held; with tied embeddings as the embedding.
 
     Raises:
         UserError: a layer is missing, or a unit is kept that the architecture does not have.
@@ -124,6 +126,8 @@ class CompressionPlan:
     architecture: Architecture
     base_sha256: str | None
     layers: tuple[LayerPlan, ...]
+    embedding: Precision = DENSE
+    head: Precision = DENSE
 
     def __post_init__(self) -> None:
         model = self.architecture
@@ -166,23 +170,30 @@ class CompressionPlan:
             ),
         )
 
-    def with_precision(self, precision: Sequence[Mapping[str, Precision]]) -> "CompressionPlan":
-        """The plan that holds the units of each layer at these precisions.
+    def with_precision(
+        self, precision: Sequence[Mapping[str, Precision]], *, embedding: Precision = DENSE, head: Precision = DENSE
+    ) -> "CompressionPlan":
+        """The plan that holds the units of each layer, the embedding and the head at these precisions.
 
         Args:
             precision: [layers], of each of the `UNITS`.
+            embedding: of the token embedding.
+            head: of the language-model head.
         """
         return replace(
             self,
             layers=tuple(
                 replace(layer, precision=dict(units)) for layer, units in zip(self.layers, precision, strict=True)
             ),
+            embedding=embedding,
+            head=head,
         )
 
     @property
     def quantized(self) -> bool:
-        """Whether any unit is held in fewer bits than it came with."""
-        return any(precision != DENSE for layer in self.layers for precision in layer.precision.values())
+        """Whether any unit, the embedding or the head is held in fewer bits than it came with."""
+        units = (precision for layer in self.layers for precision in layer.precision.values())
+        return any(precision != DENSE for precision in (self.embedding, self.head, *units))
 
     @property
     def widths(self) -> Architecture:
@@ -217,6 +228,8 @@ class CompressionPlan:
             "version": VERSION,
             "architecture": asdict(self.architecture),
             "base_sha256": self.base_sha256,
+            "embedding": asdict(self.embedding),
+            "head": asdict(self.head),
         }
         lines = [f"  {json.dumps(name)}: {json.dumps(value)}" for name, value in header.items()]
         layers = ",\n".join(
@@ -243,13 +256,19 @@ class CompressionPlan:
         if content.get("version") != VERSION:
             raise UserError(f"The plan has version {content.get('version')!r}; this qpruner reads version {VERSION}.")
         try:
-            _expect_keys(content, {"kind", "version", "architecture", "base_sha256", "layers"})
+            _expect_keys(content, {"kind", "version", "architecture", "base_sha256", "embedding", "head", "layers"})
             _expect_keys(content["architecture"], {field.name for field in fields(Architecture)})
             widths: dict[str, Any] = {
                 name: tuple(value) if isinstance(value, list) else value
                 for name, value in content["architecture"].items()
             }
-            return cls(Architecture(**widths), content["base_sha256"], tuple(map(_read_layer, content["layers"])))
+            return cls(
+                Architecture(**widths),
+                content["base_sha256"],
+                tuple(map(_read_layer, content["layers"])),
+                embedding=Precision(**content["embedding"]),
+                head=Precision(**content["head"]),
+            )
         except (TypeError, AttributeError) as error:
             raise UserError(f"The plan has an entry of a wrong kind: {error}.") from error
 

@@ -11,6 +11,7 @@ from qpruner.memory import tensor_bytes
 from qpruner.plan import DENSE, Architecture, CompressionPlan, Precision
 from qpruner.pruning.surgery import apply_pruning_
 from qpruner.quantization.apply import linear_precisions
+from qpruner.quantization.embedding import table_precisions
 from qpruner.quantization.formats import num_bytes
 
 ADAPTER_BYTES = 4  # adapters are float32
@@ -22,7 +23,7 @@ class Price:
 
     Args:
         units: of the decoder's projections: codes, scales, weights that stay dense, and biases.
-        rest: embeddings (tied ones once), norms and head.
+        rest: embedding and head (tied ones once), dense or packed, and norms.
         adapters: of LoRA.
         weights: number of weights in the units, biases not counted.
         unit_weight_bytes: of these weights: ``units`` without the biases.
@@ -53,6 +54,9 @@ def price(model: torch.nn.Module, plan: CompressionPlan, *, rank: int = 0, targe
         plan: to price.
         rank: r of the adapters; 0 for none.
         targets: last parts of the names of the linears that get adapters.
+
+    Raises:
+        UserError: the plan does not fit the model, or asks for a precision that cannot be had.
     """
     apply_pruning_(model, plan)
     linears: dict[str, Any] = {
@@ -69,6 +73,9 @@ def price(model: torch.nn.Module, plan: CompressionPlan, *, rank: int = 0, targe
         if name.rpartition(".")[2] in targets:
             adapters += rank * sum(shape) * ADAPTER_BYTES
     rest = tensor_bytes(model) - sum(map(tensor_bytes, linears.values()))
+    for name, precision in table_precisions(model.config, plan.embedding, plan.head).items():
+        table: Any = model.get_submodule(name).weight
+        rest += weight_bytes(tuple(table.shape), precision, table.element_size()) - table.nbytes
     return Price(in_units, rest, adapters, weights, weight_bytes_in_units)
 
 

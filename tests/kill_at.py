@@ -44,7 +44,7 @@ match moment:
     case "scoring":
         pruning.score_units = at_call(int(number), pruning.score_units, die)
     case "keeping":
-        model_folder._sync = at_call(int(number), model_folder._sync, die)
+        model_folder._entries = at_call(int(number), model_folder._entries, die)
     case "writing":
         torch_io._atomic_save = at_call(int(number), torch_io._atomic_save, half_written)
     case "replacing":

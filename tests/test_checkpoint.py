@@ -233,12 +233,12 @@ def test_the_manifest_has_the_size_and_hash_of_every_file(tmp_path: Path) -> Non
     base = {"config.json", "generation_config.json", "model.safetensors", "plan.json"}
     manifest = read_manifest(tmp_path / "model")
     assert (manifest["kind"], manifest["version"]) == ("qpruner model", 1)
-    assert manifest["base"] == {"name": "models/dense", "sha256": "ab12"}
+    assert manifest["base"] == {"name": "models/dense", "sha256": "ab12", "loftq_iterations": 0}
     assert manifest["files"] == list_files(tmp_path / "model")
     assert manifest["files"].keys() == base
     save_adapters(tmp_path / "model", with_adapters(model), trained=True)
     manifest = read_manifest(tmp_path / "model")
-    assert manifest["base"] == {"name": "models/dense", "sha256": "ab12"}
+    assert manifest["base"] == {"name": "models/dense", "sha256": "ab12", "loftq_iterations": 0}
     assert manifest["files"] == list_files(tmp_path / "model")
     assert manifest["files"].keys() == base | {"adapter/adapter_config.json", "adapter/adapter_model.safetensors"}
 
@@ -522,7 +522,7 @@ def test_adapters_cut_off_while_written_leave_the_base(tmp_path: Path, monkeypat
     model, _ = write(tmp_path / "model")
     adapted = with_adapters(model)
     save_adapters(tmp_path / "model", adapted, trained=True)
-    monkeypatch.setattr(checkpoint, "_sync", stop)
+    monkeypatch.setattr(checkpoint, "_write_adapters", stop)
     with pytest.raises(KeyboardInterrupt):
         save_adapters(tmp_path / "model", adapted, trained=True)
     assert type(load_compressed(tmp_path / "model")).__name__ == "LlamaForCausalLM"

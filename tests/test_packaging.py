@@ -44,8 +44,8 @@ ALLOWED: dict[str, set[str]] = {
     "runs": {"errors", "files", "plan"},
     "datamodules": {"errors", "files", "seeds", "pretrained", "stories"},
     "training": {
-        "adapters", "anatomy", "checkpoint", "datamodules", "errors", "memory", "plan", "pretrained", "pricing",
-        "pruning", "quantization", "seeds",
+        "adapters", "anatomy", "checkpoint", "datamodules", "errors", "files", "memory", "plan", "pretrained",
+        "pricing", "pruning", "quantization", "seeds",
     },
     "callbacks": {
         "anatomy", "checkpoint", "datamodules", "errors", "files", "memory", "plan", "pricing", "pruning",

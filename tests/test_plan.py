@@ -34,6 +34,8 @@ PLAN = CompressionPlan(
     MODEL,
     "ab12",
     (LayerPlan((0, 2, 3), (0, 1, 2, 5), PRECISION), LayerPlan((1,), (3, 4, 9), dict.fromkeys(UNITS, DENSE))),
+    embedding=Precision("nf", 4, 64),
+    head=Precision("int", 8),
 )
 TEXT = """\
 {
@@ -42,6 +44,8 @@ TEXT = """\
   "architecture": {"model_type": "llama", "hidden_size": 64, "head_dim": 16, "queries_per_group": 2, \
 "kv_groups": [4, 4], "ffn_channels": [12, 10]},
   "base_sha256": "ab12",
+  "embedding": {"format": "nf", "bits": 4, "group": 64},
+  "head": {"format": "int", "bits": 8, "group": null},
   "layers": [
     {"kv_groups": "0 2-3",
      "ffn_channels": "0-2 5",
@@ -196,6 +200,8 @@ def test_every_quantization_unit_needs_its_precision() -> None:
     ("change", "message"),
     [
         (lambda c: c.pop("base_sha256"), "The plan is not as it should be: base_sha256 missing."),
+        (lambda c: c.pop("head"), "The plan is not as it should be: head missing."),
+        (lambda c: c["embedding"].update(bits=0), "A weight has 1 to 16 bits, not 0."),
         (lambda c: c.update(note="mine"), "The plan is not as it should be: note unknown."),
         (
             lambda c: (c.pop("layers"), c.update(layer=[])),
@@ -249,6 +255,8 @@ def test_an_altered_plan_is_refused(change: Callable[[Any], Any], message: str) 
         lambda c: c["architecture"].update(hidden_size="64"),
         lambda c: c["architecture"].update(kv_groups=[4.5, 4]),
         lambda c: c.update(layers=3),
+        lambda c: c.update(embedding=4),
+        lambda c: c["head"].update(scale=4),
         lambda c: c["layers"].__setitem__(0, "0-3"),
         lambda c: c.update(architecture=None),
         lambda c: c["architecture"].update(kv_groups=4),

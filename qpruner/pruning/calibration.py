@@ -163,20 +163,20 @@ def _complain_of_gradients(
     consume: Callable[[str, Tensor, Tensor | None], Tensor],
     per_sequence: bool,
 ) -> None:
-    """Runs the sequences of this process one by one, to name the first whose gradient is not finite.
-
-    Where weights are not finite, no sequence is to blame.
-    """
-    if broken := [name for name, parameter in model.named_parameters() if not parameter.isfinite().all()]:
-        raise UserError(f"{broken[0]} of the base model holds values that are not finite. Load an undamaged model.")
+    """Runs the sequences of this process one by one, to name the first whose gradient is not finite."""
+    broken = [name for name, parameter in model.named_parameters() if not parameter.isfinite().all()]
+    remedy = (
+        f"{broken[0]} of the base model holds values that are not finite. Load an undamaged model."
+        if broken
+        else "use --model.dtype bfloat16 or float32, or leave its text out."
+    )
     for batch in calibration.batches:
         for offset, sequence in enumerate(batch.tokens):
             alone = MicroBatch(batch.first + offset, sequence[None])
             values = _backward(model, linears, calibration, alone, consume, per_sequence).values()
             if not all(bool(value.isfinite().all()) for value in values):
                 raise UserError(
-                    f"The gradient of calibration sequence {alone.first} (counted from 0) is not finite: "
-                    f"use --model.dtype bfloat16 or float32, or leave its text out."
+                    f"The gradient of calibration sequence {alone.first} (counted from 0) is not finite: {remedy}"
                 )
     raise UserError(
         "The gradient of a calibration sequence of another process, or the sum of several, is not finite: "

@@ -11,6 +11,7 @@ from qpruner.adapters.loftq import LoftQResult, loftq
 from qpruner.anatomy import unit_linears
 from qpruner.errors import UserError
 from qpruner.plan import DENSE, CompressionPlan, Precision
+from qpruner.quantization.embedding import quantize_tables_
 from qpruner.quantization.formats import dequantize, format_for, quantize, rebuild
 from qpruner.quantization.model import announce_packed
 from qpruner.quantization.packed import PackedLinear
@@ -51,7 +52,7 @@ def linear_precisions(model: nn.Module, plan: CompressionPlan) -> dict[str, Prec
 def quantize_(
     model: Any, plan: CompressionPlan, settings: LoftQSettings | None, *, device: torch.device
 ) -> dict[str, Factors]:
-    """Replaces the linears of a narrowed model by packed ones, one at a time, as its plan says.
+    """Replaces the linears and tables of a narrowed model by packed ones, one at a time, as its plan says.
 
     Args:
         model: changed in place.
@@ -63,10 +64,11 @@ def quantize_(
         The factors that adapters start from, by the name of their linear; none without ``settings``.
 
     Raises:
-        UserError: no format offers a precision, or the rank is above that of a linear.
+        UserError: no format offers a precision, the rank is above that of a linear, or tied tables differ in precision.
     """
     precisions = linear_precisions(model, plan)
     check_rank(model, precisions, settings)
+    quantize_tables_(model, plan.embedding, plan.head, device=device)
     factors: dict[str, Factors] = {}
     for name, precision in precisions.items():
         if precision == DENSE:

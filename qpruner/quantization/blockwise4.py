@@ -107,11 +107,20 @@ class Blockwise4:
 
     def decode(self, state: Mapping[str, Tensor], out_features: int, in_features: int, precision: Precision) -> Tensor:
         num_weights, group = out_features * in_features, self.group(precision)
-        codes = state["codes"]
-        book = self.book(codes.device)  # [16]
-        pairs = torch.stack([book.repeat_interleave(16), book.repeat(16)], dim=1)  # [256, 2], a byte's two values
-        values = pairs.index_select(0, codes.int()).flatten()[:num_weights]
-        return (values * _spread(self._scales(state), group, num_weights)).view(out_features, in_features)
+        values = self._values(state["codes"])[:num_weights]
+        blocks = torch.arange(-(-num_weights // group), device=values.device)
+        return (values * _spread(self._scales(state, blocks), group, num_weights)).view(out_features, in_features)
+
+    def decode_rows(
+        self, state: Mapping[str, Tensor], rows: Tensor, out_features: int, in_features: int, precision: Precision
+    ) -> Tensor:
+        group = self.group(precision)
+        if in_features % group:  # blocks run across the ends of rows, and so may bytes
+            return self.decode(state, out_features, in_features, precision)[rows]
+        per_row = in_features // group
+        blocks = rows.unsqueeze(1) * per_row + torch.arange(per_row, device=rows.device)  # [n, blocks of a row]
+        values = self._values(state["codes"].view(out_features, -1)[rows].flatten()).view(len(rows), per_row, group)
+        return (values * self._scales(state, blocks).unsqueeze(2)).view(len(rows), in_features)
 
     def build(
         self,
@@ -129,12 +138,19 @@ class Blockwise4:
     def group(self, precision: Precision) -> int:
         return precision.group or self.groups[0]
 
-    def _scales(self, state: Mapping[str, Tensor]) -> Tensor:  # [m]
+    def _values(self, codes: Tensor) -> Tensor:
+        """What bytes [n] of two codes each mean before they are scaled; [2 n]."""
+        book = self.book(codes.device)  # [16]
+        pairs = torch.stack([book.repeat_interleave(16), book.repeat(16)], dim=1)  # [256, 2], a byte's two values
+        return pairs.index_select(0, codes.int()).flatten()
+
+    def _scales(self, state: Mapping[str, Tensor], blocks: Tensor) -> Tensor:
+        """The scales of some blocks, in the shape of their numbers."""
         if not self.double:
-            return state["scales"]
-        codes = state["scale_codes"]
+            return state["scales"][blocks]
+        codes = state["scale_codes"][blocks]
         values = scale_code_book().to(codes.device)[codes.int()]
-        return values * _spread(state["scale_scales"], SCALE_GROUP, len(codes)) + state["scale_offset"]
+        return values * state["scale_scales"][blocks // SCALE_GROUP] + state["scale_offset"]
 
 
 class Blockwise4Linear(PackedLinear, bnb.nn.Linear4bit):

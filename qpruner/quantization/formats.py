@@ -39,6 +39,11 @@ class Format(Protocol):
     def decode(self, state: Mapping[str, Tensor], out_features: int, in_features: int, precision: Precision) -> Tensor:
         """The weight of a state, by torch alone; float32 [out, in]."""
 
+    def decode_rows(
+        self, state: Mapping[str, Tensor], rows: Tensor, out_features: int, in_features: int, precision: Precision
+    ) -> Tensor:
+        """Some rows [n] of what ``decode`` gives; float32 [n, in]."""
+
     def build(
         self,
         state: Mapping[str, Tensor],
@@ -101,6 +106,12 @@ def quantize(linear: nn.Linear, precision: Precision) -> PackedLinear:
 def dequantize(module: PackedLinear) -> Tensor:
     """The weight that a packed linear computes with; float32 [out, in]."""
     return module.unpack(torch.float32)
+
+
+def dequantize_rows(module: PackedLinear, rows: Tensor) -> Tensor:
+    """Some rows [n] of the weight that a packed linear computes with; float32 [n, in]."""
+    number_format = format_for(module.precision)
+    return number_format.decode_rows(module.packed(), rows, module.out_features, module.in_features, module.precision)
 
 
 def quantize_dequantize(weight: Tensor, precision: Precision) -> Tensor:

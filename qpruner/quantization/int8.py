@@ -53,6 +53,12 @@ class Int8:
     def decode(self, state: Mapping[str, Tensor], out_features: int, in_features: int, precision: Precision) -> Tensor:
         return state["codes"].float() * (state["scales"] * (1 / 127)).unsqueeze(1)
 
+    def decode_rows(
+        self, state: Mapping[str, Tensor], rows: Tensor, out_features: int, in_features: int, precision: Precision
+    ) -> Tensor:
+        chosen = {name: tensor[rows] for name, tensor in state.items()}
+        return self.decode(chosen, len(rows), in_features, precision)
+
     def build(
         self,
         state: Mapping[str, Tensor],

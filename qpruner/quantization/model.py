@@ -40,20 +40,27 @@ def rebuild_linears_(model: nn.Module, precisions: Mapping[str, Precision], stat
         UserError: as `quantize_linears_`, or the state lacks a tensor or has one of another shape.
     """
     for name, linear in _dense_linears(model, precisions).items():
-        own = {key.removeprefix(f"{name}."): tensor for key, tensor in state.items() if key.startswith(f"{name}.")}
-        if (linear.bias is not None) != ("bias" in own):
-            raise UserError(
-                f"{name} {'lacks the' if linear.bias is not None else 'has a'} bias in the file, unlike in the model. "
-                "The file belongs to another model; give the one that it was saved from."
-            )
-        try:
-            packed = rebuild(
-                own, linear.out_features, linear.in_features, precision=precisions[name], bias=own.get("bias")
-            )
-        except UserError as error:
-            raise UserError(f"{name}: {error}") from error
-        model.set_submodule(name, packed.train(linear.training))
+        model.set_submodule(name, rebuild_linear(name, linear, precisions[name], state))
     announce_packed(model)
+
+
+def rebuild_linear(name: str, linear: nn.Linear, precision: Precision, state: Mapping[str, Tensor]) -> PackedLinear:
+    """The packed linear that a model's state dict holds under a name, in place of a dense one of that shape.
+
+    Raises:
+        UserError: the state lacks a tensor or has one of another shape, or a bias that the dense linear has not.
+    """
+    own = {key.removeprefix(f"{name}."): tensor for key, tensor in state.items() if key.startswith(f"{name}.")}
+    if (linear.bias is not None) != ("bias" in own):
+        raise UserError(
+            f"{name} {'lacks the' if linear.bias is not None else 'has a'} bias in the file, unlike in the model. "
+            "The file belongs to another model; give the one that it was saved from."
+        )
+    try:
+        packed = rebuild(own, linear.out_features, linear.in_features, precision=precision, bias=own.get("bias"))
+    except UserError as error:
+        raise UserError(f"{name}: {error}") from error
+    return packed.train(linear.training)
 
 
 def _dense_linears(model: nn.Module, precisions: Mapping[str, Precision]) -> dict[str, nn.Linear]:

@@ -64,6 +64,7 @@ def _draw_bits(axes: Any, plan: CompressionPlan) -> None:
         for column, value in enumerate(layer):
             axes.text(column, row, str(value), ha="center", va="center", fontsize=8)
     axes.set_xticks(range(len(UNITS)), UNITS)
+    axes.set_xlabel(f"embedding {plan.embedding.bits}, head {plan.head.bits}")
     axes.set_title("bits")
 
 

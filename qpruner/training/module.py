@@ -17,6 +17,7 @@ from qpruner.adapters.lora import LoRAConfig, attach_adapters, set_factors_
 from qpruner.anatomy import architecture_of
 from qpruner.datamodules.rows import Batch
 from qpruner.errors import UserError
+from qpruner.files import replacing_folder
 from qpruner.plan import DENSE, UNITS, CompressionPlan
 from qpruner.pretrained import EMBEDDED, DType, load_model, model_fingerprint, resolve
 from qpruner.pricing import average_bits
@@ -143,6 +144,7 @@ class LoRAFinetuner(LightningModule):
         """Loads the compressed base of a folder in place of whatever is there, adapters included."""
         kept = model_folder.load_base(folder)
         self.model, self.plan, self.base_sha256 = kept.model, kept.plan, kept.base_sha256
+        self.loftq_iterations = kept.loftq_iterations
         self.adapted, self.taken_from, self.initial_adapters = False, folder, {}
 
     def prune(self, plan: CompressionPlan) -> None:
@@ -199,12 +201,22 @@ class LoRAFinetuner(LightningModule):
         """Keeps what the callbacks, whose ``setup`` comes before this one, made of the base."""
         if stage == "fit" and self.kept_in is not None and self.plan is not None:
             if self.trainer.is_global_zero and not model_folder.is_compressed(self.kept_in):
-                tokenizer = getattr(self.trainer.datamodule, "tokenizer", None)  # type: ignore[attr-defined]
-                model_folder.save_base(self.kept_in, self.model, self.plan, base_name=self.base, tokenizer=tokenizer)
-                if self.initial_adapters:
-                    self.attach_adapters()
-                    model_folder.save_adapters(self.kept_in, self.model, trained=False)
+                with replacing_folder(self.kept_in) as folder:  # base and adapters appear together
+                    self._keep(folder, self.plan)
             self.trainer.strategy.barrier("compressed_base")
+
+    def _keep(self, folder: Path, plan: CompressionPlan) -> None:
+        model_folder.save_base(
+            folder,
+            self.model,
+            plan,
+            base_name=self.base,
+            tokenizer=getattr(self.trainer.datamodule, "tokenizer", None),  # type: ignore[attr-defined]
+            loftq_iterations=self.loftq_iterations,
+        )
+        if self.initial_adapters:
+            self.attach_adapters()
+            model_folder.save_adapters(folder, self.model, trained=False)
 
     def keep_adapters(self) -> None:
         """Puts the trained adapters to the compressed base, where that is kept."""

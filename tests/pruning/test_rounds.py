@@ -322,7 +322,7 @@ def test_the_line_names_what_was_left_alone() -> None:
     model = build()
     for linear in decoder_layers(model)[1].linears.values():
         linear.weight.data *= 100
-    assert line_of(model, GLOBAL).endswith("layers 1, whose units were worth more than those of others.")
+    assert line_of(model, GLOBAL, 0.5).endswith("layers 1, whose units were worth more than those of others.")
 
 
 def test_with_one_key_value_head_the_ffn_gives_all() -> None:

@@ -1,0 +1,131 @@
+"""The tables of a model, token embedding and language-model head, held in a packed number format.
+
+Tied ones stay one table: the head is the very module that the embedding reads its rows from, so whatever moves, copies
+or counts modules treats both as one. Transformers is told of the tie in its own way, by ``_tied_weights_keys``; its
+``tie_weights`` then finds nothing to do, and ``save_pretrained`` writes the table once, as the embedding's.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qpruner.anatomy import family_of
+from qpruner.errors import UserError
+from qpruner.plan import DENSE, Precision
+from qpruner.quantization.formats import dequantize_rows, quantize
+from qpruner.quantization.model import announce_packed, rebuild_linear
+from qpruner.quantization.packed import PackedLinear
+
+
+class PackedEmbedding(nn.Module):
+    """A frozen embedding that reads its rows from a packed linear, whose weight [vocabulary, hidden] is the table.
+
+    Args:
+        table: the linear; with tied embeddings the head itself.
+        scale: [], that the rows are multiplied by; its dtype is that of the result and follows ``to``.
+    """
+
+    scale: Tensor
+
+    def __init__(self, table: PackedLinear, scale: Tensor) -> None:
+        super().__init__()
+        self.table = table
+        self.register_buffer("scale", scale, persistent=False)
+
+    def forward(self, ids: Tensor) -> Tensor:  # [..] -> [.., hidden]
+        rows = dequantize_rows(self.table, ids.flatten()).to(self.scale.dtype)
+        return rows.view(*ids.shape, self.table.in_features) * self.scale
+
+
+def table_precisions(config: Any, embedding: Precision, head: Precision) -> dict[str, Precision]:
+    """The precision of each table of a model by the name of its module; a tied head is the embedding's table.
+
+    Raises:
+        UserError: an unsupported family, or two precisions for one table.
+    """
+    _, family = family_of(config)
+    if not config.tie_word_embeddings:
+        return {family.embedding: embedding, family.head: head}
+    if embedding != head:
+        raise UserError(
+            f"The head of this model is its embedding (tie_word_embeddings), and the plan holds the embedding in "
+            f"{embedding} and the head in {head}. Give both the same precision."
+        )
+    return {family.embedding: embedding}
+
+
+def quantize_tables_(model: Any, embedding: Precision, head: Precision, *, device: torch.device) -> None:
+    """Replaces the dense embedding and head of a model by packed ones, where they are not to stay dense.
+
+    Args:
+        model: changed in place.
+        embedding: precision of the embedding.
+        head: precision of the head.
+        device: where each table is computed; it stays where the model is.
+
+    Raises:
+        UserError: as `table_precisions`, or no format offers a precision.
+    """
+    home = next(model.parameters()).device
+
+    def packed(name: str, dense: nn.Linear, precision: Precision) -> PackedLinear:
+        return quantize(dense.to(device), precision).to(home)
+
+    _replace_(model, table_precisions(model.config, embedding, head), packed, dtype=model.dtype)
+
+
+def rebuild_tables_(
+    model: Any, embedding: Precision, head: Precision, state: Mapping[str, Tensor], *, dtype: torch.dtype
+) -> None:
+    """Puts packed tables from a state dict in the place of dense ones, whose weights are not read.
+
+    Args:
+        model: changed in place; its dense tables may be on the meta device.
+        embedding: precision of the embedding.
+        head: precision of the head.
+        state: of the model that was saved; packed tables take its tensors over without a copy.
+        dtype: of what the embedding gives, which its codes do not tell.
+
+    Raises:
+        UserError: as `quantize_tables_`, or the state lacks a tensor or has one of another shape.
+    """
+
+    def packed(name: str, dense: nn.Linear, precision: Precision) -> PackedLinear:
+        return rebuild_linear(name, dense, precision, state)
+
+    _replace_(model, table_precisions(model.config, embedding, head), packed, dtype=dtype)
+
+
+def _replace_(
+    model: Any,
+    precisions: Mapping[str, Precision],
+    packed: Callable[[str, nn.Linear, Precision], PackedLinear],
+    *,
+    dtype: torch.dtype,
+) -> None:
+    _, family = family_of(model.config)
+    for name, precision in precisions.items():
+        if precision == DENSE:
+            continue
+        dense = model.get_submodule(name)
+        if name == family.head:
+            model.set_submodule(name, packed(name, dense, precision))
+            continue
+        # Gemma's families multiply by the root of the hidden size, in the dtype of the weight.
+        scale = getattr(dense, "embed_scale", torch.ones(()))
+        table = packed(f"{name}.table", _as_linear(dense), precision)
+        model.set_submodule(name, PackedEmbedding(table, scale.to(table.packed()["codes"].device, dtype)))
+        if model.config.tie_word_embeddings:
+            model.set_submodule(family.head, table)
+            model._tied_weights_keys = {family.head: f"{name}.table"}
+            model.all_tied_weights_keys = model.get_expanded_tied_weights_keys()
+    announce_packed(model)
+
+
+def _as_linear(embedding: nn.Embedding) -> nn.Linear:
+    """The linear whose weight is the table of an embedding."""
+    linear = nn.Linear(embedding.embedding_dim, embedding.num_embeddings, bias=False, device="meta")
+    linear.weight = nn.Parameter(embedding.weight.detach(), requires_grad=False)
+    return linear.train(embedding.training)
