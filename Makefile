@@ -6,6 +6,7 @@ PYTHON ?= python3
 
 demo: $(VENV)/.installed
 	$(VENV)/bin/qpruner fit --config configs/quickstart.yaml
+	$(VENV)/bin/python scripts/tell_story.py runs/quickstart/model
 
 test: $(VENV)/.installed
 	$(VENV)/bin/python -m pytest

@@ -319,10 +319,9 @@ def test_the_line_names_what_was_left_alone() -> None:
         "head; attention, which has one key-value head, so that the FFN gave all."
     )
     assert line_of(build(), LOCAL, 0.03).endswith("attention, of which a whole KV group was too much or too dear.")
-    model = build()
-    for linear in decoder_layers(model)[1].linears.values():
-        linear.weight.data *= 100
-    assert line_of(model, GLOBAL, 0.5).endswith("layers 1, whose units were worth more than those of others.")
+    size, dense = Size.of(build()), CompressionPlan.dense(stated_by_weights(build()), None)
+    plan = dense.keeping([([0], [0]), (range(GROUPS), range(CHANNELS)), ([0], [0])])
+    assert describe(plan, size, size, "", ()).endswith("layers 1, whose units were worth more than those of others.")
 
 
 def test_with_one_key_value_head_the_ffn_gives_all() -> None:

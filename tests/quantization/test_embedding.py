@@ -254,7 +254,7 @@ def test_the_callback_offers_bits_of_the_tables() -> None:
         with pytest.raises(UserError, match=f"^{option} asks for 5; choose from 4, 8, 16"):
             MixedPrecisionQuantization(**{option: 5})
     plan = planned(tiny_model("llama"), NF4, INT8)
-    assert MixedPrecisionQuantization.of_plan(plan, 1).tables == {"embedding": NF4, "head": INT8}
+    assert MixedPrecisionQuantization.of_plan(plan, None).tables == {"embedding": NF4, "head": INT8}
 
 
 @pytest.mark.parametrize("bits", [4, 8])
