@@ -1,7 +1,9 @@
 """What a decoder layer is made of, for each model family: the only place that knows a family's names.
 
 To add a family whose layers hold ``self_attn`` with q, k, v and o projections and ``mlp`` with gate, up and down
-projections, add its line to `FAMILIES`; for other names give the line the names, too.
+projections, add its line to `FAMILIES`; for other names give the line the names, too. Norms of q and k must be over one
+head, as in Qwen3: such norms belong to every head alike and need no narrowing. Norms over all heads (OLMo2) and fused
+projections (Phi-3) are not provided for.
 """
 
 from dataclasses import dataclass, field
