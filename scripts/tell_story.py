@@ -9,13 +9,13 @@ BEGINNINGS = ("Anna", "One day", "Tom had two")
 
 def main() -> None:
     quieten()
-    from transformers import AutoTokenizer
+    from transformers import PreTrainedTokenizerFast
 
     import qpruner
     from qpruner.memory import num_parameters, tensor_bytes
 
     folder = sys.argv[1]
-    model, tokenizer = qpruner.load_compressed(folder), AutoTokenizer.from_pretrained(folder)
+    model, tokenizer = qpruner.load_compressed(folder), PreTrainedTokenizerFast.from_pretrained(folder)
     print(f"\n{folder}: {num_parameters(model):,} parameters in {tensor_bytes(model):,} bytes, loaded again. It tells:")
     for beginning in BEGINNINGS:
         tokens = tokenizer(beginning, return_tensors="pt")
