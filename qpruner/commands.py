@@ -5,6 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from lightning.pytorch.utilities import rank_zero_only
 
 from qpruner.anatomy import architecture_of
@@ -13,9 +14,9 @@ from qpruner.errors import UserError
 from qpruner.memory import num_parameters
 from qpruner.plan import UNITS, CompressionPlan, LayerPlan, describe_differences, format_ranges
 from qpruner.pretrained import model_fingerprint
+from qpruner.pricing import price
 from qpruner.pruning.rounds import Size, describe, legal_ratios
 from qpruner.pruning.selection import SelectionConfig
-from qpruner.pruning.surgery import apply_pruning_
 from qpruner.runs.folder import RunFolder
 from qpruner.runs.report import Summary, markdown_table, protocol_line, table, write_report
 
@@ -131,11 +132,16 @@ def check_plan(plan: CompressionPlan, base: str) -> None:
     """
     config = read_base_config(base)
     plan.check(architecture_of(config), model_fingerprint(base))
-    model = build_skeleton(config)
+    model = build_skeleton(config).to(torch.bfloat16)
     before = Size.of(model)
-    apply_pruning_(model, plan)
+    cost = price(model, plan)
     line = describe(plan, before, Size.of(model), "as the plan says", ())
     print(f"The plan fits {base}. {line.replace('Pruned', 'It takes', 1)}")
+    print(
+        f"Its precisions make of that, with what stays dense in bfloat16, {cost.total:,} bytes of tensors, headers of "
+        f"files apart: {cost.units:,} in the decoder linears ({cost.average_bits:.2f} bits per weight with scales) and "
+        f"{cost.rest:,} in embeddings, norms and head."
+    )
 
 
 def list_ratios(given: Any) -> None:
