@@ -6,22 +6,19 @@ A row that is in the file already is not computed again; ``--table`` prints what
 """
 
 import argparse
-import json
-import logging
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import lightning as L
 import torch
+from studies import Row, add_arguments, complete, perplexity, recovery, text_data
 
 from qpruner.callbacks import StructuredPruning
 from qpruner.callbacks.pruning import CalibrationConfig
 from qpruner.datamodules import TextDataModule
-from qpruner.datamodules.base import LoaderConfig
 from qpruner.memory import num_parameters
 from qpruner.pruning.selection import SelectionConfig
 from qpruner.runs.report import markdown_table
-from qpruner.training.evaluation import evaluate
 from qpruner.training.module import LoRAFinetuner
 from qpruner.training.optimization import OptimizerConfig
 
@@ -30,33 +27,18 @@ CRITERIA = ("param_first", "param_second", "param_mix", "vectorize", "wanda", "m
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--base", required=True)
-    parser.add_argument("--train", required=True)
-    parser.add_argument("--validation", required=True)
-    parser.add_argument("--max-length", type=int, default=256)
+    add_arguments(parser, steps=100)
     parser.add_argument("--ratios", type=float, nargs="+", default=[0.2, 0.5])
     parser.add_argument("--criteria", nargs="+", default=list(CRITERIA))
     parser.add_argument("--scopes", nargs="+", default=["local"], choices=["local", "global", "uniform"])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--sequences", type=int, default=10)
     parser.add_argument("--length", type=int, default=64)
-    parser.add_argument("--steps", type=int, default=100)
-    parser.add_argument("--rows", type=Path, required=True)
-    parser.add_argument("--table", action="store_true", help="print the rows that are there and stop")
     given = parser.parse_args()
-    rows = [json.loads(line) for line in given.rows.read_text().splitlines()] if given.rows.exists() else []
-    if not given.table:
-        logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-        for key in wanted(given):
-            if not any(key.items() <= row.items() for row in rows):
-                rows.append(key | measure(given, key))
-                with given.rows.open("a") as file:
-                    file.write(json.dumps(rows[-1]) + "\n")
-                print(json.dumps(rows[-1]), flush=True)
-    print(table(rows))
+    print(table(complete(given, wanted(given), partial(measure, given))))
 
 
-def wanted(given: argparse.Namespace) -> list[dict[str, Any]]:
+def wanted(given: argparse.Namespace) -> list[Row]:
     """What tells a row from the others."""
     shared = {"base": Path(given.base).name, "steps": given.steps, "calibration": [given.sequences, given.length]}
     return [
@@ -68,18 +50,9 @@ def wanted(given: argparse.Namespace) -> list[dict[str, Any]]:
     ]
 
 
-def measure(given: argparse.Namespace, key: dict[str, Any]) -> dict[str, Any]:
+def measure(given: argparse.Namespace, key: Row) -> Row:
     """Prunes, measures, recovers and measures again."""
-    data = TextDataModule(
-        tokenizer=given.base,
-        train=given.train,
-        validation=given.validation,
-        held_out=0.0,
-        layout="packed",
-        max_length=given.max_length,
-        loader=LoaderConfig(batch_size=16, eval_batch_size=32),
-        seed=key["seed"],
-    )
+    data = text_data(given, key["seed"])
     module = LoRAFinetuner(given.base, optimizer=OptimizerConfig(lr=2e-3, warmup_steps=10), seed=key["seed"])
     scope = "local" if key["scope"] == "local" else "global"
     pruning = StructuredPruning(
@@ -89,16 +62,7 @@ def measure(given: argparse.Namespace, key: dict[str, Any]) -> dict[str, Any]:
         calibration=CalibrationConfig(given.sequences, given.length),
     )
     after_pruning = Measurement(data)
-    trainer = L.Trainer(
-        max_steps=given.steps,
-        limit_val_batches=0,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        use_distributed_sampler=False,
-        callbacks=[pruning, after_pruning],
-    )
+    trainer = recovery(given.steps, [pruning, after_pruning])
     module.load_base()
     total = num_parameters(module.model)
     trainer.fit(module, datamodule=data)
@@ -122,21 +86,7 @@ class Measurement(L.Callback):
         self.perplexity = perplexity(trainer, pl_module, self.data, self.share)
 
 
-def perplexity(trainer: L.Trainer, module: LoRAFinetuner, data: TextDataModule, share: float = 1.0) -> float:
-    """On a share of the batches of the validation split."""
-    results = evaluate(
-        module,
-        data.evaluation_loaders("validation"),
-        limit=share,
-        device=trainer.strategy.root_device,
-        precision=trainer.precision_plugin,
-        title="",
-        progress=False,
-    )
-    return results["perplexity"]
-
-
-def table(rows: list[dict[str, Any]]) -> str:
+def table(rows: list[Row]) -> str:
     columns = ("base", "calibration", "ratio", "removed", "scope", "criterion", "seed", "pruned", "recovered")
     return markdown_table(list(columns), [[str(row[name]) for name in columns] for row in rows])
 

@@ -6,19 +6,17 @@ A row that is in the file already is not computed again; ``--table`` prints mean
 """
 
 import argparse
-import json
-import logging
+from functools import partial
 from pathlib import Path
 from statistics import mean, stdev
-from typing import Any
 
 import lightning as L
 import torch
-from pruning_criteria import Measurement, perplexity
+from pruning_criteria import Measurement
+from studies import Row, add_arguments, complete, perplexity, recovery, text_data
 
 from qpruner.callbacks import MixedPrecisionQuantization, StructuredPruning
 from qpruner.datamodules import TextDataModule
-from qpruner.datamodules.base import LoaderConfig
 from qpruner.runs.report import markdown_table
 from qpruner.training.module import LoRAFinetuner
 from qpruner.training.optimization import OptimizerConfig
@@ -30,32 +28,17 @@ WIDTHS: dict[str, int | list[int]] = {"4": 4, "8": 8, "mixed": [8, *[4] * (NUM_L
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--base", required=True)
-    parser.add_argument("--train", required=True)
-    parser.add_argument("--validation", required=True)
-    parser.add_argument("--max-length", type=int, default=256)
+    add_arguments(parser, steps=30)
     parser.add_argument("--ratios", type=float, nargs="+", default=[0.0, 0.2, 0.5])
     parser.add_argument("--bits", nargs="+", default=["4", "8", "mixed"], choices=WIDTHS)
     parser.add_argument("--loftq", type=int, nargs="+", default=[0, 1], help="iterations; 0 starts from zero")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--steps", type=int, default=30)
     parser.add_argument("--share", type=float, default=0.25, help="of the validation text, from its start")
-    parser.add_argument("--rows", type=Path, required=True)
-    parser.add_argument("--table", action="store_true", help="print the rows that are there and stop")
     given = parser.parse_args()
-    rows = [json.loads(line) for line in given.rows.read_text().splitlines()] if given.rows.exists() else []
-    if not given.table:
-        logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-        for key in wanted(given):
-            if not any(key.items() <= row.items() for row in rows):
-                rows.append(key | measure(given, key))
-                with given.rows.open("a") as file:
-                    file.write(json.dumps(rows[-1]) + "\n")
-                print(json.dumps(rows[-1]), flush=True)
-    print(table(rows))
+    print(table(complete(given, wanted(given), partial(measure, given))))
 
 
-def wanted(given: argparse.Namespace) -> list[dict[str, Any]]:
+def wanted(given: argparse.Namespace) -> list[Row]:
     """What tells a row from the others; whole tables of a seed first."""
     shared = {"base": Path(given.base).name, "steps": given.steps, "share": given.share}
     return [
@@ -67,32 +50,14 @@ def wanted(given: argparse.Namespace) -> list[dict[str, Any]]:
     ]
 
 
-def measure(given: argparse.Namespace, key: dict[str, Any]) -> dict[str, Any]:
+def measure(given: argparse.Namespace, key: Row) -> Row:
     """Compresses, measures, recovers and measures again."""
-    data = TextDataModule(
-        tokenizer=given.base,
-        train=given.train,
-        validation=given.validation,
-        held_out=0.0,
-        layout="packed",
-        max_length=given.max_length,
-        loader=LoaderConfig(batch_size=16, eval_batch_size=32),
-        seed=key["seed"],
-    )
+    data = text_data(given, key["seed"])
     module = LoRAFinetuner(given.base, optimizer=OptimizerConfig(lr=2e-3, warmup_steps=10), seed=key["seed"])
     pruning = [StructuredPruning(key["ratio"])] if key["ratio"] else []
     quantization = MixedPrecisionQuantization(WIDTHS[key["bits"]], loftq_iterations=key["loftq"])
     compressed, started = Measurement(data, given.share), Start(data, given.share)
-    trainer = L.Trainer(
-        max_steps=given.steps,
-        limit_val_batches=0,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        use_distributed_sampler=False,
-        callbacks=[*pruning, quantization, compressed, started],
-    )
+    trainer = recovery(given.steps, [*pruning, quantization, compressed, started])
     trainer.fit(module, datamodule=data)
     bits = module.average_bits
     assert bits is not None
@@ -112,11 +77,10 @@ class Start(L.Callback):
         self.share = share
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        assert isinstance(pl_module, LoRAFinetuner)
         self.perplexity = perplexity(trainer, pl_module, self.data, self.share)
 
 
-def table(rows: list[dict[str, Any]]) -> str:
+def table(rows: list[Row]) -> str:
     keys = list(dict.fromkeys((row["ratio"], row["bits"], row["loftq"]) for row in rows))
     lines = []
     for key in sorted(keys, key=str):

@@ -15,8 +15,13 @@ not by the Frobenius norm. So the error may rise with T, and the iterate with th
 
 **The scale.** The paper has s = 1. The forward pass of LoRA multiplies ``B A`` by ``alpha / r``; unscaled factors of
 the residual would be applied ``alpha / r`` times over, and at alpha = 2 r the error would keep its old size with the
-sign changed. Here ``B = U sqrt(S / s)`` and ``A = sqrt(S / s) V^T``: of equal norm, because the gradient of each is
-proportional to the other, and a lopsided split would train mostly one of them.
+sign changed.
+
+**The split.** The product alone fixes neither factor. The paper's ``A = sqrt(S) V^T``, ``B = U sqrt(S)`` makes both
+tiny where rounding errors are tiny, and the gradient of each is proportional to the other, so that training starts
+slowly: a small Llama, half pruned and in 8 bits, came to a perplexity of 181 in the steps that took plain LoRA to 161
+(benchmarks/quantization.py, seed 0). Here the rows of A have the norm that they have in plain LoRA, and B holds the
+rest, small as plain LoRA's zeros: 165.
 
 **Trade-off.** Rounding errors are nearly noise, and of the energy of noise r directions hold a share of about
 ``r (1 / sqrt(in) + 1 / sqrt(out))^2``: 0.8 % for rank 8 at 4096 by 4096, more in smaller (pruned) layers and wherever
@@ -35,6 +40,8 @@ from qpruner.errors import UserError
 from qpruner.seeds import derive_seed
 
 T = TypeVar("T")
+ROW_NORM = 3**-0.5
+"""What the norm of a row of A is in plain LoRA: its entries are uniform in +-1 / sqrt(in)."""
 
 
 @dataclass(frozen=True)
@@ -121,7 +128,7 @@ def loftq(
 
 
 def split(u: Tensor, s: Tensor, vh: Tensor, *, negligible: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Factors ``A = sqrt(S) V^T`` and ``B = U sqrt(S)``, of equal norm.
+    """Factors ``A = c V^T`` and ``B = U S / c``, c being the norm of a row of A in plain LoRA.
 
     Where there is nothing to correct (a format without loss, a residual of lower rank) both factors would be zero,
     where no gradient ever moves them; such a direction starts as plain LoRA does, with A drawn at random and B zero.
@@ -137,5 +144,5 @@ def split(u: Tensor, s: Tensor, vh: Tensor, *, negligible: Tensor, generator: to
         A [r, in] and B [out, r].
     """
     drawn = torch.nn.init.kaiming_uniform_(torch.empty(vh.shape), a=5**0.5, generator=generator).to(vh.device)
-    root = s.where(s > negligible, 0).sqrt()  # [r]
-    return torch.where(root[:, None] > 0, root[:, None] * vh, drawn), u * root
+    kept = s.where(s > negligible, 0)  # [r]
+    return torch.where(kept[:, None] > 0, vh * ROW_NORM, drawn), u * (kept / ROW_NORM)

@@ -46,8 +46,8 @@ def test_by_hand() -> None:
     result = run(torch.diag(torch.tensor([2.4, 0.3])), rank=1, scale=2.0)
     assert torch.equal(result.quantized, torch.diag(torch.tensor([2.0, 0.0])))
     assert torch.allclose(2 * result.lora_B @ result.lora_A, torch.diag(torch.tensor([0.4, 0.0])), atol=1e-6)
-    assert result.lora_B.abs().flatten().tolist() == pytest.approx([0.2**0.5, 0], abs=1e-6)
-    assert result.lora_A.abs().flatten().tolist() == pytest.approx([0.2**0.5, 0], abs=1e-6)
+    assert result.lora_A.abs().flatten().tolist() == pytest.approx([3**-0.5, 0], abs=1e-6)
+    assert result.lora_B.abs().flatten().tolist() == pytest.approx([0.2 * 3**0.5, 0], abs=1e-6)
     assert result.quantization_error == pytest.approx((0.25 / 5.85) ** 0.5)
     assert result.errors == pytest.approx(((0.09 / 5.85) ** 0.5,))
 
@@ -69,9 +69,14 @@ def test_the_scale_changes_the_factors_and_not_the_start(num_iterations: int) ->
     one, four = (run(weight, scale=scale, num_iterations=num_iterations) for scale in (1.0, 4.0))
     assert torch.allclose(approximation(one), approximation(four, scale=4.0), atol=1e-5)
     assert one.errors == pytest.approx(four.errors, rel=1e-5)
-    assert torch.allclose(one.lora_A.norm(dim=1), one.lora_B.norm(dim=0), rtol=1e-4)
-    assert torch.allclose(four.lora_A.norm(dim=1), one.lora_A.norm(dim=1) / 2, rtol=1e-4)
-    assert torch.allclose(four.lora_B.norm(dim=0), one.lora_B.norm(dim=0) / 2, rtol=1e-4)
+    assert torch.allclose(four.lora_A.norm(dim=1), one.lora_A.norm(dim=1), rtol=1e-4)
+    assert torch.allclose(four.lora_B.norm(dim=0), one.lora_B.norm(dim=0) / 4, rtol=1e-4)
+
+
+def test_rows_of_a_have_the_norm_that_they_have_in_plain_lora() -> None:
+    plain = torch.nn.init.kaiming_uniform_(torch.empty(4, 10_000), a=5**0.5)
+    result = run(noise(33, 1377))
+    assert torch.allclose(result.lora_A.norm(dim=1), plain.norm(dim=1).mean().expand(4), rtol=0.02)
 
 
 def test_alternation_quantizes_what_the_adapters_leave() -> None:

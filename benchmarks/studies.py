@@ -1,0 +1,86 @@
+"""What resumable studies of a model on text have in common."""
+
+import argparse
+import json
+import logging
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+
+from qpruner.datamodules import TextDataModule
+from qpruner.datamodules.base import LoaderConfig
+from qpruner.training.evaluation import evaluate
+from qpruner.training.module import LoRAFinetuner
+
+Row = dict[str, Any]
+
+
+def add_arguments(parser: argparse.ArgumentParser, *, steps: int) -> None:
+    parser.add_argument("--base", required=True)
+    parser.add_argument("--train", required=True)
+    parser.add_argument("--validation", required=True)
+    parser.add_argument("--max-length", type=int, default=256)
+    parser.add_argument("--steps", type=int, default=steps, help="optimizer steps of the recovery")
+    parser.add_argument("--rows", type=Path, required=True, help="JSON lines; what is there is not computed again")
+    parser.add_argument("--table", action="store_true", help="print the rows that are there and stop")
+
+
+def complete(given: argparse.Namespace, keys: Sequence[Row], measure: Callable[[Row], Row]) -> list[Row]:
+    """The rows of the file, after those that it lacks were measured and added, one by one."""
+    rows: list[Row] = []
+    if given.rows.exists():
+        rows = [json.loads(line) for line in given.rows.read_text().splitlines()]
+    if given.table:
+        return rows
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    for key in keys:
+        if not any(key.items() <= row.items() for row in rows):
+            rows.append(key | measure(key))
+            with given.rows.open("a") as file:
+                file.write(json.dumps(rows[-1]) + "\n")
+            print(json.dumps(rows[-1]), flush=True)
+    return rows
+
+
+def text_data(given: argparse.Namespace, seed: int) -> TextDataModule:
+    return TextDataModule(
+        tokenizer=given.base,
+        train=given.train,
+        validation=given.validation,
+        held_out=0.0,
+        layout="packed",
+        max_length=given.max_length,
+        loader=LoaderConfig(batch_size=16, eval_batch_size=32),
+        seed=seed,
+    )
+
+
+def recovery(steps: int, callbacks: Sequence[L.Callback]) -> L.Trainer:
+    """A Trainer that fits and leaves nothing behind."""
+    return L.Trainer(
+        max_steps=steps,
+        limit_val_batches=0,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        use_distributed_sampler=False,
+        callbacks=list(callbacks),
+    )
+
+
+def perplexity(trainer: L.Trainer, module: L.LightningModule, data: TextDataModule, share: float = 1.0) -> float:
+    """On a share of the batches of the validation split."""
+    assert isinstance(module, LoRAFinetuner)
+    results = evaluate(
+        module,
+        data.evaluation_loaders("validation"),
+        limit=share,
+        device=trainer.strategy.root_device,
+        precision=trainer.precision_plugin,
+        title="",
+        progress=False,
+    )
+    return results["perplexity"]
