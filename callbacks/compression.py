@@ -2,13 +2,46 @@
 
 from abc import abstractmethod
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
+from qpruner.adapters.lora import LoRAConfig
+from qpruner.anatomy import architecture_of
+from qpruner.datamodules.base import TokenDataModule
 from qpruner.errors import UserError
+from qpruner.plan import CompressionPlan
 from qpruner.quantization.packed import PackedLinear
+from qpruner.runs.folder import RunFolder
 from qpruner.training.module import LoRAFinetuner
+
+
+@dataclass
+class Rehearsal:
+    """A fit without weights, in which callbacks find what cannot be had before any work is done.
+
+    Args:
+        model: on the meta device, as the callbacks so far would leave it.
+        lora: the adapters that it is going to have.
+        exact: whether its widths are those of the fit; they are not where they depend on scores.
+
+    Attributes:
+        plan: of the model, all of it dense; which units are kept is made up.
+    """
+
+    model: Any
+    lora: LoRAConfig
+    exact: bool = True
+
+    def __post_init__(self) -> None:
+        self._dense = CompressionPlan.dense(architecture_of(self.model.config), None)
+
+    @property
+    def plan(self) -> CompressionPlan:
+        widths = architecture_of(self.model.config)
+        kept = zip(widths.kv_groups, widths.ffn_channels, strict=True)
+        return self._dense.keeping([(range(groups), range(channels)) for groups, channels in kept])
 
 
 class Compression(Callback):
@@ -19,6 +52,8 @@ class Compression(Callback):
 
     leaves: ClassVar[str]
     """Name of the stage in which it leaves the model."""
+    folder: RunFolder | None = None
+    """Of the run, where it leaves what it found; nowhere when there is none."""
 
     @property
     @abstractmethod
@@ -26,11 +61,18 @@ class Compression(Callback):
         """What it was asked for, as plain data."""
 
     @abstractmethod
-    def check(self, config: Any) -> None:
-        """Finds, from a model's configuration alone, what the options ask and cannot be had.
+    def check(self, rehearsal: Rehearsal) -> None:
+        """Finds what the options ask and cannot be had, and leaves the model's widths as the fit would.
 
         Raises:
             UserError: something cannot be had.
+        """
+
+    def check_text(self, data: TokenDataModule) -> None:  # most need none
+        """Finds, before any work with the model, that the data are too few.
+
+        Raises:
+            UserError: they are.
         """
 
     @abstractmethod

@@ -1,49 +1,28 @@
 """Makes the base narrower before the fit that recovers it."""
 
 import hashlib
-from collections.abc import Callable
-from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from typing import Any
 
 from lightning.pytorch import Trainer
 from lightning.pytorch.utilities import rank_zero_info
 
 from qpruner.anatomy import architecture_of
-from qpruner.callbacks.compression import Compression
-from qpruner.checkpoint import build_skeleton
+from qpruner.callbacks.calibration import calibration_of
+from qpruner.callbacks.compression import Compression, Rehearsal
 from qpruner.datamodules.base import TokenDataModule
 from qpruner.errors import UserError
-from qpruner.memory import check_room, num_parameters
+from qpruner.memory import num_parameters
 from qpruner.plan import CompressionPlan
-from qpruner.pruning.calibration import Calibration, micro_batches
+from qpruner.pruning.calibration import Calibration, CalibrationConfig
 from qpruner.pruning.criteria import Aggregate, Criterion
-from qpruner.pruning.rounds import Size, check_ratio, describe, prune_, step_parameters, supplies
+from qpruner.pruning.rounds import Size, check_ratio, describe, prune_, round_to, step_parameters, supplies
 from qpruner.pruning.scores import LayerScores, needs_text, score_units
-from qpruner.pruning.selection import Kept, SelectionConfig
+from qpruner.pruning.selection import Kept, SelectionConfig, local_widths
+from qpruner.pruning.surgery import apply_pruning_, narrow_
 from qpruner.training.module import LoRAFinetuner
 
 COARSE = 0.01  # a step of more than this share of all parameters is worth a word
-
-
-@dataclass(frozen=True)
-class CalibrationConfig:
-    """The text on which units are scored, drawn from the training split.
-
-    Args:
-        num_sequences: over all devices, at least 1.
-        length: tokens in each, at least 2.
-        batch_size: sequences that pass through the model together; default all of them. With ``param_first`` and
-            ``param_mix`` part of the result, see `qpruner.pruning.criteria`.
-    """
-
-    num_sequences: int = 10
-    length: int = 64
-    batch_size: int | None = None
-
-    def __post_init__(self) -> None:
-        if self.num_sequences < 1 or self.length < 2 or (self.batch_size is not None and self.batch_size < 1):
-            raise UserError(f"Calibration needs at least 1 sequence of 2 tokens, in batches of at least 1, not {self}.")
 
 
 class StructuredPruning(Compression):
@@ -75,7 +54,7 @@ class StructuredPruning(Compression):
         aggregate: Aggregate = "sum",
         rounds: int = 1,
         selection: SelectionConfig = SelectionConfig(),  # noqa: B008  # frozen
-        calibration: CalibrationConfig = CalibrationConfig(),  # frozen
+        calibration: CalibrationConfig = CalibrationConfig(),  # noqa: B008  # frozen
     ) -> None:
         if not 0 < ratio < 1:
             raise UserError(f"StructuredPruning has ratio {ratio}; the share of all parameters to remove is in (0, 1).")
@@ -88,14 +67,24 @@ class StructuredPruning(Compression):
         self.selection = selection
         self.calibration = calibration
 
-    def check(self, config: Any) -> None:
-        """Finds, from a model's configuration alone, what the options ask and cannot be had.
+    def check(self, rehearsal: Rehearsal) -> None:
+        """Finds, before any work, what the options ask and cannot be had.
 
         Raises:
-            UserError: an unsupported family, or a ratio that no legal widths reach.
+            UserError: a ratio that no legal widths reach.
         """
-        skeleton = build_skeleton(config)
-        check_ratio(self.ratio, supplies(skeleton, self.selection), num_parameters(skeleton))
+        model = rehearsal.model
+        offers, total = supplies(model, self.selection), num_parameters(model)
+        check_ratio(self.ratio, offers, total)
+        if self.selection.scope == "local":
+            widths = local_widths(offers, round(total * self.ratio), round_to(model, self.selection))
+            narrow_(model, [(range(groups), range(channels)) for groups, channels in widths])
+        else:
+            rehearsal.exact = False
+
+    def check_text(self, data: TokenDataModule) -> None:
+        if needs_text(self.criterion):
+            data.calibration(self.calibration.num_sequences, self.calibration.length)
 
     @property
     def options(self) -> dict[str, Any]:
@@ -143,20 +132,7 @@ class StructuredPruning(Compression):
         """This device's share of the text, with the model moved to the device; None where no text is needed."""
         if not needs_text(self.criterion):
             return None
-        data = trainer.datamodule  # type: ignore[attr-defined]
-        if not isinstance(data, TokenDataModule):
-            raise UserError(f"The criterion {self.criterion!r} needs calibration text; give fit a data module.")
-        config = self.calibration
-        tokens = data.calibration(config.num_sequences, config.length)
-        check_room(module.model, trainer.strategy.root_device)
-        module.model.to(trainer.strategy.root_device)
-        context: Callable[[], AbstractContextManager[Any]] = trainer.precision_plugin.forward_context
-        return Calibration(
-            batches=micro_batches(tokens, config.batch_size)[trainer.global_rank :: trainer.world_size],
-            num_sequences=len(tokens),
-            forward_context=context,
-            reduce=lambda total: trainer.strategy.reduce(total, reduce_op="sum"),
-        )
+        return calibration_of(trainer, module, self.calibration, f"The criterion {self.criterion!r}")
 
 
 class PlannedPruning(Compression):
@@ -173,13 +149,14 @@ class PlannedPruning(Compression):
     def __init__(self, plan: CompressionPlan) -> None:
         self.plan = plan
 
-    def check(self, config: Any) -> None:
-        """Finds, from a model's configuration alone, whether the plan is for another one.
+    def check(self, rehearsal: Rehearsal) -> None:
+        """Finds, before any work, whether the plan is for another model.
 
         Raises:
             UserError: it is.
         """
-        self.plan.check(architecture_of(config), None)
+        self.plan.check(architecture_of(rehearsal.model.config), None)
+        apply_pruning_(rehearsal.model, self.plan)
 
     @property
     def options(self) -> dict[str, Any]:

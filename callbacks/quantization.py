@@ -1,13 +1,18 @@
 """Quantizes the base before the fit that recovers it, and starts the adapters from what rounding left."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from typing import Any, Literal, Self
 
-from lightning.pytorch import Trainer
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 
+from qpruner.allocation.budget import Budget
+from qpruner.allocation.decision import DecidingConfig, Method
 from qpruner.anatomy import architecture_of
-from qpruner.callbacks.compression import Compression
+from qpruner.callbacks.allocating import Allocator, drop_bank
+from qpruner.callbacks.compression import Compression, Rehearsal
+from qpruner.datamodules.base import TokenDataModule
 from qpruner.errors import UserError
 from qpruner.memory import tensor_bytes
 from qpruner.plan import DENSE, UNITS, CompressionPlan, Precision
@@ -18,6 +23,7 @@ from qpruner.training.module import LoRAFinetuner
 Bits = int | Sequence[int] | Mapping[str, int] | Sequence[Mapping[str, int]]
 FourBits = Literal["nf4", "nf4-double", "fp4", "fp4-double"]
 OFFERED = (4, 8, 16)
+FEWEST = min(OFFERED)
 
 
 class MixedPrecisionQuantization(Compression):
@@ -32,41 +38,67 @@ class MixedPrecisionQuantization(Compression):
 
     Args:
         bits: one number for all units; or a number for each layer; or one for each unit, as a mapping; or such a
-            mapping for each layer. Each is 4, 8 or 16.
+            mapping for each layer. Each is 4, 8 or 16; default 4. Without a budget only.
         four_bit: number format of 4 bits; ``-double`` quantizes the scales, too.
         group: weights that share a scale in 4 bits.
         loftq_iterations: alternating steps of LoftQ, at least 0; with 0 the adapters start from zero, as plain LoRA.
         embedding: bits of the token embedding; 4, 8 or 16.
         head: bits of the language-model head; 4, 8 or 16, and those of the embedding where the two are tied.
+        allocation: who gets which bits under a budget: ``uniform``, all units the widest that it buys for all;
+            ``mutual_information``, by that of a layer's output and the prediction (QPruner, arXiv 2412.11629);
+            ``sensitivity``, by what it costs to quantize each layer alone.
+        budget: what may be stored; then bits are decided here.
+        deciding: how they are.
 
     Raises:
-        UserError: bits that are not offered, tied embedding and head of different bits, a list of another length than
-            the layers, a callback that prunes behind this one, or a LoRA rank above that of a linear.
+        UserError: bits that are not offered, bits beside a budget or an allocation without one, tied embedding and head
+            of different bits, a list of another length than the layers, a budget below the cheapest plan, too little
+            calibration text, a callback that prunes behind this one, or a LoRA rank above that of a linear.
     """
 
     leaves = "quantized"
 
     def __init__(
         self,
-        bits: Bits = 4,
+        bits: Bits | None = None,
         four_bit: FourBits = "nf4",
         group: int = 64,
         loftq_iterations: int = 1,
         embedding: int = 16,
         head: int = 16,
+        allocation: Method = "uniform",
+        budget: Budget | None = None,
+        deciding: DecidingConfig = DecidingConfig(),  # noqa: B008  # frozen
     ) -> None:
         self.four_bit = Precision(four_bit, 4, group)
         format_for(self.four_bit)
         if loftq_iterations < 0:
             raise UserError(f"loftq_iterations is {loftq_iterations}; it is at least 0, which leaves LoftQ out.")
-        self.bits = bits
+        if budget is not None and bits is not None:
+            raise UserError(
+                f"bits is {bits!r} and budget is {budget}; the budget decides on the bits. Give one of the two."
+            )
+        if budget is None and allocation != "uniform":
+            raise UserError(
+                f"allocation is {allocation!r} and there is no budget; give one, such as {{average_bits: 6}}."
+            )
+        if allocation != "uniform" and len(deciding.widths) < 2:
+            raise UserError(
+                f"allocation is {allocation!r} and deciding.widths is {list(deciding.widths)}; there is nothing to "
+                f"decide. Name at least two, or give bits."
+            )
+        self.bits: Bits = FEWEST if bits is None else bits
         self.loftq_iterations = loftq_iterations
         self.embedding, self.head = embedding, head
         self.plan: CompressionPlan | None = None
         self._offered("embedding", embedding)
         self._offered("head", head)
-        for entry in bits if isinstance(bits, Sequence) else (bits,):
+        for entry in self.bits if isinstance(self.bits, Sequence) else (self.bits,):
             self._units(entry)
+        precisions = [self._offered("deciding.widths", width) for width in deciding.widths]
+        self.allocator = (
+            None if budget is None else Allocator(allocation, budget, deciding, precisions, loftq_iterations)
+        )
 
     @classmethod
     def of_plan(cls, plan: CompressionPlan, configured: "MixedPrecisionQuantization | None") -> Self:
@@ -75,17 +107,27 @@ class MixedPrecisionQuantization(Compression):
         made.plan = plan
         return made
 
-    def check(self, config: Any) -> None:
-        """Finds, from a model's configuration alone, what the options ask and cannot be had.
+    def check(self, rehearsal: Rehearsal) -> None:
+        """Finds, before any work, what the options ask and cannot be had.
 
         Raises:
-            UserError: an unsupported family, as many bits as the model has no layers, tied embedding and head of
-                different bits, or a precision of a plan that no format offers.
+            UserError: as many bits as the model has no layers, tied embedding and head of different bits, a budget
+                below the cheapest plan, or a precision of a plan that no format offers.
         """
+        config = rehearsal.model.config
         table_precisions(config, **self.tables)
+        if self.allocator is not None:
+            self.allocator.check(rehearsal, self.tables)
         units = [one for layer in self.precision(architecture_of(config).num_layers) for one in layer.values()]
         for precision in {*units, *self.tables.values()} - {DENSE}:
             format_for(precision)
+
+    def check_text(self, data: TokenDataModule) -> None:
+        if self.allocator is not None and self.allocator.method != "uniform":
+            calibration = self.allocator.config.calibration
+            if self.allocator.method == "mutual_information":
+                self.allocator.config.mutual_information.check_samples(calibration.num_sequences * calibration.length)
+            data.calibration(calibration.num_sequences, calibration.length)
 
     def precision(self, num_layers: int) -> list[dict[str, Precision]]:
         """The precision of each unit of each layer.
@@ -126,9 +168,17 @@ class MixedPrecisionQuantization(Compression):
     def options(self) -> dict[str, Any]:
         if self.plan is not None:
             return {"bits": "as the plan says", "loftq_iterations": self.loftq_iterations}
-        bits = list(self.bits) if isinstance(self.bits, Sequence) else self.bits
+        if self.allocator is None:
+            bits: dict[str, Any] = {"bits": list(self.bits) if isinstance(self.bits, Sequence) else self.bits}
+        else:
+            allocator = self.allocator
+            bits = {
+                "allocation": allocator.method,
+                "budget": str(allocator.budget),
+                "deciding": asdict(allocator.config),
+            }
         return {
-            "bits": bits,
+            **bits,
             "embedding": self.embedding,
             "head": self.head,
             "four_bit": self.four_bit.format,
@@ -141,9 +191,13 @@ class MixedPrecisionQuantization(Compression):
 
     def compress(self, trainer: Trainer, module: LoRAFinetuner) -> None:
         plan = module.plan or CompressionPlan.dense(architecture_of(module.model.config), module.base_sha256)
-        plan = plan.with_precision(self.precision(plan.architecture.num_layers), **self.tables)
         before = tensor_bytes(module.model)
-        module.quantize(plan, self.loftq_iterations, device=trainer.strategy.root_device)
+        if self.allocator is None:
+            plan, bank = plan.with_precision(self.precision(plan.architecture.num_layers), **self.tables), None
+        else:
+            plan = plan.with_precision([dict.fromkeys(UNITS, DENSE)] * len(plan.layers), **self.tables)
+            plan, bank = self.allocator.allocate(trainer, module, plan, self.folder)
+        module.quantize(plan, self.loftq_iterations, device=trainer.strategy.root_device, bank=bank)
         alone = ["norms", *(name for name, precision in self.tables.items() if precision == DENSE)]
         if any(DENSE in layer.precision.values() for layer in plan.layers):
             alone.append("units of 16 bits")
@@ -151,3 +205,7 @@ class MixedPrecisionQuantization(Compression):
             f"Quantized {before:,} to {tensor_bytes(module.model):,} bytes, {module.average_bits:.2f} bits per weight "
             f"of the decoder linears with scales. Left alone: {', '.join(alone)}."
         )
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.is_global_zero:  # the compressed base is kept by now
+            drop_bank(self.folder)

@@ -8,9 +8,11 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_info
 
+from qpruner.allocation.decision import Allocation
 from qpruner.callbacks.compression import Compression
 from qpruner.datamodules.base import TokenDataModule
 from qpruner.memory import num_parameters, peak_meaning, read_peak, reset_peak, tensor_bytes
+from qpruner.runs.allocation import allocation_figure, allocation_section
 from qpruner.runs.folder import RunFolder
 from qpruner.runs.manifest import record_session
 from qpruner.runs.pictures import plan_figure
@@ -59,6 +61,9 @@ class RunReport(Callback):
                 devices=f"{trainer.world_size} x {trainer.strategy.root_device.type}",
             )
         if module.plan is None:  # else an earlier session has compressed it, and measured it before
+            for callback in trainer.callbacks:  # type: ignore[attr-defined]
+                if isinstance(callback, Compression):
+                    callback.check_text(data)
             self.measure(trainer, "dense", seconds=loading)
 
     def measure(self, trainer: Trainer, name: str, *, seconds: float | None = None) -> None:
@@ -84,7 +89,12 @@ class RunReport(Callback):
         if plan is not None and trainer.is_global_zero:
             plan.write(self.folder.plan)
             if isinstance(trainer.logger, TensorBoardLogger):
-                trainer.logger.experiment.add_figure("plan/layers", plan_figure(plan))
+                board = trainer.logger.experiment
+                board.add_figure("plan/layers", plan_figure(plan))
+                if self.folder.allocation.exists():
+                    allocation = Allocation.read(self.folder.allocation)
+                    board.add_figure("plan/allocation", allocation_figure(allocation))
+                    board.add_text("plan/allocation", "\n".join(allocation_section(self.folder)))
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         reset_peak(trainer.strategy.root_device)

@@ -158,6 +158,17 @@ class DecoderLayer:
         return Coupled("gate", self.gate, 0, 1), Coupled("up", self.up, 0, 1), Coupled("down", self.down, 1, 1)
 
 
+def decoder_blocks(model: nn.Module) -> list[nn.Module]:
+    """The modules that are the decoder layers of a causal language model, in order.
+
+    Raises:
+        UserError: an unsupported family.
+    """
+    _, family = family_of(model.config)
+    blocks: Any = model.get_submodule(family.layers)
+    return list(blocks)
+
+
 def decoder_layers(model: nn.Module) -> list[DecoderLayer]:
     """The decoder layers of a causal language model, in order.
 
@@ -167,14 +178,14 @@ def decoder_layers(model: nn.Module) -> list[DecoderLayer]:
     config: Any = model.config
     _, family = family_of(config)
     head_dim, queries_per_group = head_shape(config)
-    layers: Any = model.get_submodule(family.layers)
+    blocks: list[Any] = [*decoder_blocks(model)]
     return [
         DecoderLayer(
             head_dim,
             queries_per_group,
             **{name: layer.get_submodule(path) for name, path in family.projections.items()},
         )
-        for layer in layers
+        for layer in blocks
     ]
 
 

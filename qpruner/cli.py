@@ -8,6 +8,7 @@ from contextlib import ExitStack, nullcontext
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
@@ -24,8 +25,8 @@ from qpruner.callbacks import (
     RunReport,
     Throughput,
 )
-from qpruner.callbacks.compression import check_order
-from qpruner.checkpoint import is_compressed, read_base_config, read_plan
+from qpruner.callbacks.compression import Rehearsal, check_order
+from qpruner.checkpoint import build_skeleton, is_compressed, read_base_config, read_plan
 from qpruner.commands import plan_command, report, show_summary
 from qpruner.datamodules.base import TokenDataModule
 from qpruner.errors import UserError, user_error
@@ -117,6 +118,9 @@ class QPrunerCLI(LightningCLI):
         kwargs["default_root_dir"] = str(self.folder.path)
         if not (fits and rehearses):
             self.model.kept_in = self.folder.model
+            for callback in callbacks:
+                if isinstance(callback, Compression):
+                    callback.folder = self.folder
         if self.subcommand == "predict":
             callbacks = [*callbacks, PredictionsWriter(self.folder.predictions)]
         elif fits and not rehearses:
@@ -144,9 +148,10 @@ class QPrunerCLI(LightningCLI):
         check_order(callbacks)
         compressing = [callback for callback in callbacks if isinstance(callback, Compression)]
         if compressing and not self.kept:
-            config = read_base_config(self.model.base)
+            skeleton = build_skeleton(read_base_config(self.model.base))
+            rehearsal = Rehearsal(skeleton.to(getattr(torch, self.model.dtype_of_base)), self.model.lora)
             for callback in compressing:
-                callback.check(config)
+                callback.check(rehearsal)
         return callbacks, notes
 
     def _claim_folder(self) -> None:

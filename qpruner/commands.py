@@ -18,7 +18,8 @@ from qpruner.pricing import price
 from qpruner.pruning.rounds import Size, describe, legal_ratios
 from qpruner.pruning.selection import SelectionConfig
 from qpruner.runs.folder import RunFolder
-from qpruner.runs.report import Summary, markdown_table, protocol_line, table, write_report
+from qpruner.runs.report import Summary, protocol_line, table, write_report
+from qpruner.runs.tables import markdown_table
 
 
 def report(arguments: list[str]) -> None:

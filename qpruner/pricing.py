@@ -59,6 +59,13 @@ def price(model: torch.nn.Module, plan: CompressionPlan, *, rank: int = 0, targe
         UserError: the plan does not fit the model, or asks for a precision that cannot be had.
     """
     apply_pruning_(model, plan)
+    return price_narrowed(model, plan, rank=rank, targets=targets)
+
+
+def price_narrowed(
+    model: torch.nn.Module, plan: CompressionPlan, *, rank: int = 0, targets: tuple[str, ...] = ()
+) -> Price:
+    """Prices a plan whose widths a model has already, its linears and tables still dense; as `price`."""
     linears: dict[str, Any] = {
         name: model.get_submodule(name) for units in unit_linears(model) for names in units.values() for name in names
     }

@@ -11,7 +11,7 @@ import lightning.fabric.plugins.io.torch_io as torch_io
 
 from qpruner import __main__ as command_line
 from qpruner import checkpoint as model_folder
-from qpruner.callbacks import checkpoint, pruning
+from qpruner.callbacks import allocating, checkpoint, pruning
 from qpruner.training.module import LoRAFinetuner
 
 
@@ -43,6 +43,8 @@ match moment:
         LoRAFinetuner.validation_step = at_call(int(number), LoRAFinetuner.validation_step, die)  # type: ignore[method-assign]
     case "scoring":
         pruning.score_units = at_call(int(number), pruning.score_units, die)
+    case "measuring":
+        allocating.measured_rises = at_call(int(number), allocating.measured_rises, die)
     case "keeping":
         model_folder._entries = at_call(int(number), model_folder._entries, die)
     case "writing":

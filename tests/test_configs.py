@@ -14,7 +14,7 @@ from qpruner.pretrained import EMBEDDED, load_tokenizer
 CONFIGS = sorted((Path(__file__).parents[1] / "configs").rglob("*.yaml"))
 
 
-LAYERS = {"quickstart": 6, "llama32_1b": 16, "qwen3_06b": 28}
+LAYERS = {"quickstart": 6, "budget": 6, "llama32_1b": 16, "qwen3_06b": 28}
 """Of the models that configurations are for; 32 where nothing is said."""
 
 
@@ -29,6 +29,7 @@ def local_data(tmp_path: Path) -> dict[str, list[str]]:
     alpaca = [f"--data.init_args.train={tmp_path / 'alpaca.json'}", "--data.init_args.held_out=0.02"]
     return {path.stem: alpaca for path in CONFIGS} | {
         "text": [*text, "--data.init_args.max_length=64"],
+        "budget": ["--data.num_train=100", "--data.num_validation=4", "--data.num_test=4", "--data.num_choices=2"],
         "quickstart": ["--data.num_train=40", "--data.num_validation=4", "--data.num_test=4", "--data.num_choices=2"],
     }
 
@@ -84,7 +85,7 @@ def test_config_runs_on_a_tiny_stand_in(path: Path, tmp_path: Path, local_data: 
 
 def test_configs_name_what_they_are_for() -> None:
     assert {path.stem for path in CONFIGS} >= {
-        "alpaca", "llama32_1b", "llm_pruner", "quickstart", "qwen3_06b", "text",
+        "alpaca", "budget", "llama32_1b", "llm_pruner", "quickstart", "qpruner2_llama2_7b_20", "qwen3_06b", "text",
         *(f"qpruner_llama2_7b_{share}" for share in (20, 30, 50)),
     }  # fmt: skip
     assert all(path.read_text().startswith("# ") for path in CONFIGS)

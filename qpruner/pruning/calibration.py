@@ -21,6 +21,26 @@ from qpruner.errors import UserError
 
 
 @dataclass(frozen=True)
+class CalibrationConfig:
+    """The text on which something is found out of a model, drawn from the training split.
+
+    Args:
+        num_sequences: over all devices, at least 1.
+        length: tokens in each, at least 2.
+        batch_size: sequences that pass through the model together; default all of them. With ``param_first`` and
+            ``param_mix`` part of the result, see `qpruner.pruning.criteria`.
+    """
+
+    num_sequences: int = 10
+    length: int = 64
+    batch_size: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.num_sequences < 1 or self.length < 2 or (self.batch_size is not None and self.batch_size < 1):
+            raise UserError(f"Calibration needs at least 1 sequence of 2 tokens, in batches of at least 1, not {self}.")
+
+
+@dataclass(frozen=True)
 class MicroBatch:
     """Calibration sequences that pass through the model together.
 

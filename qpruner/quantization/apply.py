@@ -21,6 +21,19 @@ Factors = tuple[Tensor, Tensor]
 
 
 @dataclass(frozen=True)
+class Quantized:
+    """A linear in a precision.
+
+    Args:
+        packed: the linear.
+        factors: that its adapter starts from, on the CPU; None where it starts from zero.
+    """
+
+    packed: PackedLinear
+    factors: Factors | None
+
+
+@dataclass(frozen=True)
 class LoftQSettings:
     """How the adapters of quantized linears start.
 
@@ -50,7 +63,11 @@ def linear_precisions(model: nn.Module, plan: CompressionPlan) -> dict[str, Prec
 
 
 def quantize_(
-    model: Any, plan: CompressionPlan, settings: LoftQSettings | None, *, device: torch.device
+    model: Any,
+    plan: CompressionPlan,
+    settings: LoftQSettings | None,
+    *,
+    device: torch.device,
 ) -> dict[str, Factors]:
     """Replaces the linears and tables of a narrowed model by packed ones, one at a time, as its plan says.
 
@@ -74,15 +91,22 @@ def quantize_(
         if precision == DENSE:
             continue
         linear: Any = model.get_submodule(name)
-        if settings is not None and name.rpartition(".")[2] in settings.targets:
-            result = quantize_with_adapter(linear, precision, name, settings, device)
-            packed = result.quantized
-            factors[name] = result.lora_A.cpu(), result.lora_B.cpu()
-        else:
-            packed = quantize(linear.to(device), precision)
-        model.set_submodule(name, packed.to(next(model.parameters()).device).train(linear.training))
+        quantized = quantize_linear(linear, precision, name, settings, device)
+        if quantized.factors is not None:
+            factors[name] = quantized.factors
+        model.set_submodule(name, quantized.packed.to(next(model.parameters()).device).train(linear.training))
     announce_packed(model)
     return factors
+
+
+def quantize_linear(
+    linear: nn.Linear, precision: Precision, name: str, settings: LoftQSettings | None, device: torch.device
+) -> Quantized:
+    """One linear in a precision, on a device, with the start of its adapter where it gets one."""
+    if settings is None or name.rpartition(".")[2] not in settings.targets:
+        return Quantized(quantize(linear.to(device), precision), None)
+    result = quantize_with_adapter(linear, precision, name, settings, device)
+    return Quantized(result.quantized, (result.lora_A.cpu(), result.lora_B.cpu()))
 
 
 def quantize_with_adapter(

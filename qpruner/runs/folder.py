@@ -104,6 +104,22 @@ class RunFolder:
         return self.path / "model"
 
     @property
+    def sensitivities(self) -> Path:
+        return self.path / "sensitivities.json"
+
+    @property
+    def allocation(self) -> Path:
+        return self.path / "allocation.json"
+
+    @property
+    def allocation_picture(self) -> Path:
+        return self.path / "allocation.png"
+
+    @property
+    def bank(self) -> Path:
+        return self.path / "bank"
+
+    @property
     def plan_picture(self) -> Path:
         return self.path / "plan.png"
 
@@ -160,10 +176,11 @@ class RunFolder:
 
     def _clear(self) -> None:
         """Removes what a run left here, and nothing else: the folder may hold more than runs."""
-        for folder in (self.tensorboard, self.checkpoint.parent, self.model):
+        for folder in (self.tensorboard, self.checkpoint.parent, self.model, self.bank):
             shutil.rmtree(folder, ignore_errors=True)
-        pictures = (self.loss_picture, self.plan_picture)
-        for file in (self.config, self.manifest, self.summary, self.report, self.plan, *pictures):
+        found = (self.sensitivities, self.allocation)
+        pictures = (self.loss_picture, self.plan_picture, self.allocation_picture)
+        for file in (self.config, self.manifest, self.summary, self.report, self.plan, *found, *pictures):
             file.unlink(missing_ok=True)
 
 

@@ -1,14 +1,16 @@
 """The table of a run's stages, as text for the terminal and as a report with the loss curve."""
 
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from qpruner.allocation.decision import Allocation
 from qpruner.files import read_json, write_json, write_text
 from qpruner.plan import CompressionPlan
+from qpruner.runs.allocation import allocation_figure, allocation_section
 from qpruner.runs.folder import RunFolder
 from qpruner.runs.pictures import loss_figure, plan_figure, save_figure
+from qpruner.runs.tables import markdown_table
 
 
 @dataclass(frozen=True)
@@ -86,15 +88,6 @@ def table(summary: Summary) -> str:
     return markdown_table(header, rows)
 
 
-def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
-    first, *others = widths
-    lines = [header, *rows]
-    text = ["| " + " | ".join([line[0].ljust(first), *map(str.rjust, line[1:], others)]) + " |" for line in lines]
-    text.insert(1, "|" + "|".join(["-" * (first + 2), *("-" * (width + 1) + ":" for width in others)]) + "|")
-    return "\n".join(text)
-
-
 def protocol_line(summary: Summary, split: str = "test") -> str:
     tokens = {int(stage.results["tokens"]) for stage in summary.stages if "tokens" in stage.results}
     counted = " and ".join(f"{count:,}" for count in sorted(tokens))
@@ -121,6 +114,10 @@ def write_report(folder: RunFolder) -> None:
             "",
             f"![What each layer keeps]({folder.plan_picture.name})",
         ]
+    if folder.allocation.exists():
+        allocation = Allocation.read(folder.allocation)
+        save_figure(allocation_figure(allocation), folder.allocation_picture)
+        lines += ["", *allocation_section(folder), "", f"![Who got which bits]({folder.allocation_picture.name})"]
     lines += [
         "",
         f"The options of the run are in `{folder.config.name}`, the versions and hashes it was made with in "

@@ -23,6 +23,8 @@ from qpruner.pretrained import EMBEDDED, DType, load_model, model_fingerprint, r
 from qpruner.pricing import average_bits
 from qpruner.pruning.surgery import apply_pruning_
 from qpruner.quantization.apply import Factors, LoftQSettings, quantize_
+from qpruner.quantization.bank import Bank
+from qpruner.quantization.embedding import quantize_tables_
 from qpruner.quantization.packed import PackedLinear
 from qpruner.seeds import derive_seed
 from qpruner.training.metrics import IGNORED, ChoiceAccuracy, Perplexity, choose, token_nll
@@ -157,20 +159,34 @@ class LoRAFinetuner(LightningModule):
         apply_pruning_(self.model, plan)
         self.plan = plan.with_precision([dict.fromkeys(UNITS, DENSE)] * len(plan.layers))
 
-    def quantize(self, plan: CompressionPlan, loftq_iterations: int, *, device: torch.device) -> None:
+    def loftq_settings(self, num_iterations: int) -> LoftQSettings | None:
+        """How the adapters of quantized linears start; None, from zero, without iterations."""
+        lora = self.lora
+        targets = tuple(lora.target_modules)
+        return (
+            LoftQSettings(lora.r, lora.alpha / lora.r, targets, num_iterations, self.seed) if num_iterations else None
+        )
+
+    def quantize(
+        self, plan: CompressionPlan, loftq_iterations: int, *, device: torch.device, bank: Bank | None = None
+    ) -> None:
         """Holds the narrowed base as a plan says, and starts the adapters from what rounding left.
 
         Args:
             plan: with the widths that the base has.
             loftq_iterations: of LoftQ; 0 starts the adapters from zero.
             device: that quantizes.
+            bank: that has the linears already, quantized with as many iterations.
 
         Raises:
             UserError: no format offers a precision, or the rank of the adapters is above that of a linear.
         """
-        scale = self.lora.alpha / self.lora.r
-        loftq = LoftQSettings(self.lora.r, scale, tuple(self.lora.target_modules), loftq_iterations, self.seed)
-        self.initial_adapters = quantize_(self.model, plan, loftq if loftq_iterations else None, device=device)
+        loftq = self.loftq_settings(loftq_iterations)
+        if bank is None:
+            self.initial_adapters = quantize_(self.model, plan, loftq, device=device)
+        else:
+            quantize_tables_(self.model, plan.embedding, plan.head, device=device)
+            self.initial_adapters = bank.assemble_(self.model, plan)
         self.loftq_iterations = loftq_iterations
         self.plan = plan
 

@@ -12,13 +12,13 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from qpruner.adapters.lora import LoRAConfig
 from qpruner.anatomy import architecture_of, decoder_layers
 from qpruner.callbacks import PlannedPruning, RunCheckpoint, StructuredPruning
-from qpruner.callbacks.pruning import CalibrationConfig
 from qpruner.checkpoint import load_compressed
 from qpruner.datamodules import StoriesDataModule
 from qpruner.errors import UserError
 from qpruner.memory import num_parameters
 from qpruner.plan import CompressionPlan
 from qpruner.pretrained import EMBEDDED, load_model, load_tokenizer
+from qpruner.pruning.calibration import CalibrationConfig
 from qpruner.pruning.selection import SelectionConfig
 from qpruner.training.module import LoRAFinetuner
 from qpruner.training.optimization import OptimizerConfig

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from qpruner.adapters.lora import LoRAConfig, attach_adapters
 from qpruner.anatomy import architecture_of
 from qpruner.callbacks import MixedPrecisionQuantization
-from qpruner.checkpoint import load_base, load_compressed, save_base
+from qpruner.callbacks.compression import Rehearsal
+from qpruner.checkpoint import build_skeleton, load_base, load_compressed, save_base
 from qpruner.commands import diff_plans, show_plan
 from qpruner.datamodules import StoriesDataModule
 from qpruner.errors import UserError
@@ -247,9 +248,13 @@ def test_the_callback_offers_bits_of_the_tables() -> None:
     callback = MixedPrecisionQuantization(bits=4, four_bit="fp4", group=32, embedding=4, head=8)
     assert callback.tables == {"embedding": Precision("fp4", 4, 32), "head": INT8}
     assert "embedding=4, head=8" in str(callback)
-    callback.check(tiny_config("llama", tie_word_embeddings=False))
+    untied, tied = (
+        Rehearsal(build_skeleton(tiny_config("llama", tie_word_embeddings=tied)), LoRAConfig())
+        for tied in (False, True)
+    )
+    callback.check(untied)
     with pytest.raises(UserError, match=r"embedding in fp4 4/32 and the head in int8 8\. Give both the same"):
-        callback.check(tiny_config("llama", tie_word_embeddings=True))
+        callback.check(tied)
     for option in ("embedding", "head"):
         with pytest.raises(UserError, match=f"^{option} asks for 5; choose from 4, 8, 16"):
             MixedPrecisionQuantization(**{option: 5})

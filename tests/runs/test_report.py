@@ -4,7 +4,8 @@ import pytest
 from torch.utils.tensorboard import SummaryWriter
 
 from qpruner.runs.folder import RunFolder
-from qpruner.runs.report import Stage, Summary, markdown_table, protocol_line, scalars, table, write_report
+from qpruner.runs.report import Stage, Summary, protocol_line, scalars, table, write_report
+from qpruner.runs.tables import markdown_table
 
 SUMMARY = Summary(
     finished=True,

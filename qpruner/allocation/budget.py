@@ -1,0 +1,121 @@
+"""How many bytes a model may take, said in one of three ways."""
+
+import math
+import re
+from dataclasses import asdict, dataclass
+from fractions import Fraction
+
+from qpruner.errors import UserError
+from qpruner.plan import CompressionPlan
+from qpruner.pricing import Price, unit_shapes
+
+POWERS = ("k", "M", "G", "T")
+BYTES_IN: dict[str, int] = {
+    "": 1,
+    "B": 1,
+    **{f"{prefix}B": 1000**power for power, prefix in enumerate(POWERS, 1)},
+    **{f"{prefix.upper()}iB": 1024**power for power, prefix in enumerate(POWERS, 1)},
+}
+"""What units stand for; read without regard to case."""
+
+AMOUNT = re.compile(r"\s*(?P<number>[\d._]+(?:e\+?\d{1,2})?)\s*(?P<unit>[a-z]*)\s*", re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What a model may take; exactly one of three.
+
+    Args:
+        bytes: of all that is stored: decoder linears, embedding, head, norms and adapters. A whole number, or one with
+            a unit: ``1.5 GB`` is 1,500,000,000 bytes and ``900 MiB`` is 900 * 1,048,576.
+        average_bits: bits per weight of the decoder linears, scales included.
+        share: of the bytes that the decoder linears of the dense, unpruned model take in 16 bits. Above 1 where that is
+            to be no limit.
+
+    Raises:
+        UserError: none or several given, an amount that is not above 0, or an unknown unit.
+    """
+
+    bytes: int | str | None = None
+    average_bits: float | None = None
+    share: float | None = None
+
+    def __post_init__(self) -> None:
+        given = {name: value for name, value in asdict(self).items() if value is not None}
+        if len(given) != 1:
+            found = ", ".join(f"{name} {value!r}" for name, value in given.items()) or "none of them"
+            raise UserError(f"A budget has one of bytes, average_bits and share, and here {found}. Give exactly one.")
+        if self.bytes is not None:
+            parse_bytes(self.bytes)
+        _check("average_bits", self.average_bits, "bits per weight, scales included, such as 4.5")
+        _check("share", self.share, "the share of the 16-bit bytes of the dense decoder linears, such as 0.3")
+
+    def limit(self, price: Price, plan: CompressionPlan) -> int:
+        """The most bytes that the weights in the decoder's units may take, scales included and biases not.
+
+        An average or a share that was read off a plan gives the bytes of that plan, however it was rounded in a float.
+
+        Args:
+            price: of any plan of these widths, with the adapters to come.
+            plan: of these widths.
+
+        Returns:
+            What `Price.unit_weight_bytes` may be; 0 or less where all else takes more than the budget.
+        """
+        if self.bytes is not None:
+            return parse_bytes(self.bytes) - (price.total - price.unit_weight_bytes)
+        if self.average_bits is not None:
+            return _most(self.average_bits, 8, price.weights)
+        assert self.share is not None
+        return _most(self.share, 1, 2 * dense_weights(plan))
+
+    def __str__(self) -> str:
+        if self.bytes is not None:
+            return f"{parse_bytes(self.bytes):,} bytes in all"
+        if self.average_bits is not None:
+            return f"{self.average_bits:g} bits per weight"
+        assert self.share is not None
+        return f"{100 * self.share:.1f} % of the 16-bit bytes of the dense decoder linears"
+
+
+def parse_bytes(amount: int | str) -> int:
+    """Bytes of an amount such as ``1.5 GB``, rounded down.
+
+    Raises:
+        UserError: not a positive amount, or in a unit that is unknown.
+    """
+    units = {unit.lower(): size for unit, size in BYTES_IN.items()}
+    found = AMOUNT.fullmatch(str(amount))
+    try:
+        size = math.floor(Fraction(found["number"]) * units[found["unit"].lower()]) if found else 0
+    except (ValueError, KeyError):  # two points in a number; a unit that there is not
+        size = 0
+    if size < 1:
+        raise UserError(
+            f"budget.bytes is {amount!r}; it is at least 1 byte, a plain number or one followed by one of "
+            f"{', '.join(filter(None, BYTES_IN))}. Write it as 7_000_000, '1.5 GB' or '900 MiB'."
+        )
+    return size
+
+
+def dense_weights(plan: CompressionPlan) -> int:
+    """Weights in the units of all layers before anything was pruned."""
+    return sum(
+        out_features * in_features
+        for layer in range(plan.architecture.num_layers)
+        for shapes in unit_shapes(plan.architecture, layer).values()
+        for out_features, in_features in shapes
+    )
+
+
+def _check(name: str, value: float | None, meaning: str) -> None:
+    if value is None:
+        return
+    if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < math.inf:
+        raise UserError(f"budget.{name} is {value!r}; it is a finite number above 0. Give {meaning}.")
+
+
+def _most(value: float, factor: int, whole: int) -> int:
+    """The largest number n with ``factor * n / whole <= value`` in floats."""
+    number = math.floor(Fraction(value) * whole / factor)
+    return number + (factor * (number + 1) / whole <= value)

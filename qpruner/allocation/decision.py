@@ -1,0 +1,261 @@
+"""From sensitivities and a budget to a plan, and the record of why every item got its bits."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from math import log2
+from pathlib import Path
+from typing import Any, Literal
+
+from qpruner.allocation.budget import Budget
+from qpruner.allocation.items import Granularity, Item
+from qpruner.allocation.mutual_information import MutualInformationConfig
+from qpruner.allocation.sensitivities import Measure, Sensitivities
+from qpruner.allocation.solving import Choice, exact, greedy, total_cost
+from qpruner.errors import UserError
+from qpruner.files import read_json, write_json
+from qpruner.plan import CompressionPlan, Precision
+from qpruner.pricing import Price
+from qpruner.pruning.calibration import CalibrationConfig
+
+TRIFLE = 1e-6
+"""Of what the choice of an item makes on average."""
+
+Method = Literal["uniform", "mutual_information", "sensitivity"]
+Solver = Literal["exact", "greedy"]
+
+
+@dataclass(frozen=True)
+class DecidingConfig:
+    """How bits are decided under a budget.
+
+    Args:
+        widths: bits to choose from; each is 4, 8 or 16.
+        granularity: whether each ``block`` gets a width, or each ``unit`` of a block.
+        leave_alone: numbers of layers, from 0, that stay in 16 bits; negative ones count from the last.
+        solver: ``exact``, the optimum of the knapsack problem, or ``greedy``, the upgrades of QPruner.
+        measure: the sensitivity that counts: the rise of ``loss`` or ``kl``, measured, or of loss by ``first_order``.
+        mutual_information: how that is estimated.
+        calibration: the text on which either is found.
+
+    Raises:
+        UserError: no widths, or one twice.
+    """
+
+    widths: Sequence[int] = (4, 8)
+    granularity: Granularity = "block"
+    leave_alone: Sequence[int] = ()
+    solver: Solver = "exact"
+    measure: Measure = "loss"
+    mutual_information: MutualInformationConfig = MutualInformationConfig()
+    calibration: CalibrationConfig = CalibrationConfig(num_sequences=64, length=64, batch_size=16)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "widths", tuple(self.widths))  # a list from YAML compares as a tuple
+        object.__setattr__(self, "leave_alone", tuple(self.leave_alone))
+        if not self.widths or len(set(self.widths)) != len(self.widths):
+            raise UserError(f"deciding.widths is {list(self.widths)}; name some widths, each once.")
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What one item got.
+
+    Args:
+        item: that was decided on.
+        choices: what it may be held in, fewest bytes first.
+        sizes: bytes of its weights in each.
+        costs: what each costs the model, lower is better; for mutual information ``-I log2(bits)``.
+        chosen: place of what it got.
+        greedy: place of what the greedy upgrades give it.
+        exact: place of what the optimum gives it.
+    """
+
+    item: Item
+    choices: tuple[Precision, ...]
+    sizes: tuple[int, ...]
+    costs: tuple[float, ...]
+    chosen: int
+    greedy: int
+    exact: int
+
+    @property
+    def precision(self) -> Precision:
+        return self.choices[self.chosen]
+
+
+@dataclass(frozen=True)
+class Allocation:
+    """Who got which bits under a budget, and why; JSON in ``allocation.json``.
+
+    Args:
+        method: that made the costs.
+        measure: that was counted: ``kl``, ``loss``, ``first_order`` or ``mutual information``; None for ``uniform``.
+        solver: whose solution was taken.
+        budget: as a person reads it.
+        limit: bytes that the budget leaves for the weights in the decoder linears.
+        total_bytes: of all tensors, adapters included, once the plan is carried out.
+        average_bits: of the weights in the decoder linears, scales included.
+        above_dearest: whether the budget is above the dearest plan.
+        decisions: for each item.
+    """
+
+    method: Method
+    measure: str | None
+    solver: Solver
+    budget: str
+    limit: int
+    total_bytes: int
+    average_bits: float
+    above_dearest: bool
+    decisions: tuple[Decision, ...]
+
+    def cost_of(self, solver: Solver) -> float:
+        """The sum of costs that a solver reaches."""
+        return sum(decision.costs[getattr(decision, solver)] for decision in self.decisions)
+
+    def __str__(self) -> str:
+        got = dict.fromkeys(self.decisions[0].choices, 0)
+        for decision in self.decisions:
+            got[decision.precision] += 1
+        counts = ", ".join(f"{count} in {precision}" for precision, count in got.items())
+        return (
+            f"Bits by {self.method.replace('_', ' ')} under a budget of {self.budget}: of {len(self.decisions)} items "
+            f"{counts}; {self.total_bytes:,} bytes in all, {self.average_bits:.2f} bits per weight of the decoder "
+            f"linears, scales included."
+        )
+
+    def write(self, path: Path) -> None:
+        write_json(path, asdict(self))
+
+    @classmethod
+    def read(cls, path: Path) -> "Allocation":
+        content = read_json(path)
+        return cls(**{**content, "decisions": tuple(_read_decision(one) for one in content["decisions"])})
+
+
+def _read_decision(content: dict[str, Any]) -> Decision:
+    item = Item(content["item"]["layer"], tuple(content["item"]["units"]))
+    lists = {name: tuple(content[name]) for name in ("sizes", "costs")}
+    choices = tuple(Precision(**precision) for precision in content["choices"])
+    return Decision(**{**content, "item": item, "choices": choices, **lists})
+
+
+def decide(
+    plan: CompressionPlan,
+    items: Sequence[Item],
+    precisions: Sequence[Precision],
+    budget: Budget,
+    *,
+    method: Method,
+    config: DecidingConfig,
+    sensitivities: Sensitivities | None,
+    dense_size: int,
+    price_of: Callable[[CompressionPlan], Price],
+) -> tuple[CompressionPlan, Allocation]:
+    """The plan that a budget buys.
+
+    Args:
+        plan: of the pruned model; items get their precision, its other units and its tables keep theirs.
+        items: to decide on.
+        precisions: to choose from.
+        budget: what may be stored.
+        method: what makes the costs; ``uniform`` gives all items the same.
+        config: how to decide.
+        sensitivities: of the items; None for ``uniform``.
+        dense_size: bytes of one dense weight.
+        price_of: prices a plan of the pruned model.
+
+    Raises:
+        UserError: the budget is below the cheapest plan, which is named.
+    """
+    widths = plan.widths
+    order = in_order(plan, items, precisions, dense_size)
+    sizes = [tuple(item.num_bytes(widths, precision, dense_size) for precision in order) for item in items]
+    limit, cheapest, dearest = affordable(plan, items, precisions, budget, dense_size=dense_size, price_of=price_of)
+    left = limit - (cheapest.unit_weight_bytes - sum(size[0] for size in sizes))  # for the items
+    if method == "uniform":
+        place = max(place for place in range(len(order)) if sum(size[place] for size in sizes) <= left)
+        costs, of_greedy, of_exact = [(0.0,) * len(order)] * len(items), *[(place,) * len(items)] * 2
+    else:
+        assert sensitivities is not None
+        costs = sensitivities.costs(items, order, "mutual_information" if method != "sensitivity" else config.measure)
+        choices = _choices(sizes, costs, order)
+        of_greedy, of_exact = greedy(choices, left), exact(choices, left)
+        assert total_cost(choices, of_exact) <= total_cost(choices, of_greedy) + 1e-9
+    chosen = of_exact if config.solver == "exact" else of_greedy
+    decided = with_choices(plan, items, [order[place] for place in chosen])
+    price = price_of(decided)
+    measure = {"uniform": None, "mutual_information": "mutual information", "sensitivity": config.measure}[method]
+    decisions = zip(items, sizes, costs, chosen, of_greedy, of_exact, strict=True)
+    return decided, Allocation(
+        method=method,
+        measure=measure,
+        solver=config.solver,
+        budget=str(budget),
+        limit=limit,
+        total_bytes=price.total,
+        average_bits=price.average_bits,
+        above_dearest=limit > dearest.unit_weight_bytes,
+        decisions=tuple(Decision(item, tuple(order), *others) for item, *others in decisions),
+    )
+
+
+def _choices(
+    sizes: Sequence[Sequence[int]], costs: Sequence[Sequence[float]], order: Sequence[Precision]
+) -> list[list[Choice]]:
+    """The choices of each item, with a trifle off for more bits: where they save nothing that was found, they are
+    still better than bytes that nobody has.
+    """
+    trifle = TRIFLE * sum(max(item) - min(item) for item in costs) / len(costs) or 1.0
+    return [
+        [Choice(size, cost - trifle * log2(precision.bits)) for size, cost, precision in zip(*item, order, strict=True)]
+        for item in zip(sizes, costs, strict=True)
+    ]
+
+
+def in_order(
+    plan: CompressionPlan, items: Sequence[Item], precisions: Sequence[Precision], dense_size: int
+) -> list[Precision]:
+    """The precisions, fewest bytes first."""
+    return sorted(precisions, key=lambda one: sum(item.num_bytes(plan.widths, one, dense_size) for item in items))
+
+
+def affordable(
+    plan: CompressionPlan,
+    items: Sequence[Item],
+    precisions: Sequence[Precision],
+    budget: Budget,
+    *,
+    dense_size: int,
+    price_of: Callable[[CompressionPlan], Price],
+) -> tuple[int, Price, Price]:
+    """The bytes that a budget leaves for the weights in the decoder linears, and the cheapest and dearest price.
+
+    Raises:
+        UserError: the budget is below the cheapest plan, which is named.
+    """
+    order = in_order(plan, items, precisions, dense_size)
+    cheapest, dearest = (price_of(with_choices(plan, items, [order[place]] * len(items))) for place in (0, -1))
+    limit = budget.limit(cheapest, plan)
+    if cheapest.unit_weight_bytes > limit:
+        raise UserError(
+            f"The budget is {budget}, and the cheapest plan has {describe_price(cheapest)}: every unit that is not "
+            f"left alone in {order[0]}. Raise the budget to that, prune more, or leave fewer layers alone."
+        )
+    return limit, cheapest, dearest
+
+
+def with_choices(plan: CompressionPlan, items: Sequence[Item], precisions: Sequence[Precision]) -> CompressionPlan:
+    """The plan whose items are held in these precisions."""
+    layers = list(plan.layers)
+    for item, precision in zip(items, precisions, strict=True):
+        held = dict(layers[item.layer].precision) | dict.fromkeys(item.units, precision)
+        layers[item.layer] = replace(layers[item.layer], precision=held)
+    return replace(plan, layers=tuple(layers))
+
+
+def describe_price(price: Price) -> str:
+    return (
+        f"{price.total:,} bytes in all, {price.unit_weight_bytes:,} of them in the weights of the decoder linears "
+        f"({price.average_bits:.2f} bits each, scales included)"
+    )

@@ -1,0 +1,62 @@
+"""What gets one width together: a whole block, or a unit of one."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import nn
+
+from qpruner.anatomy import unit_linears
+from qpruner.errors import UserError
+from qpruner.plan import UNITS, Architecture, Precision
+from qpruner.pricing import unit_shapes, weight_bytes
+
+Granularity = Literal["block", "unit"]
+
+
+@dataclass(frozen=True)
+class Item:
+    """Units of a layer that get one width.
+
+    Args:
+        layer: its number.
+        units: some of `UNITS`.
+    """
+
+    layer: int
+    units: tuple[str, ...]
+
+    def __str__(self) -> str:
+        return f"layer {self.layer}" if self.units == UNITS else f"layer {self.layer} {'+'.join(self.units)}"
+
+    def linears(self, model: nn.Module) -> list[str]:
+        """The names of its linears."""
+        units = unit_linears(model)[self.layer]
+        return [name for unit in self.units for name in units[unit]]
+
+    def num_bytes(self, widths: Architecture, precision: Precision, dense_size: int) -> int:
+        """Bytes of its weights in a precision, scales included; ``dense_size`` is that of one dense weight."""
+        shapes = unit_shapes(widths, self.layer)
+        return sum(weight_bytes(shape, precision, dense_size) for unit in self.units for shape in shapes[unit])
+
+
+def items_of(num_layers: int, granularity: Granularity, leave_alone: Sequence[int]) -> list[Item]:
+    """The items of a model, in order, without those of layers that are left alone.
+
+    Args:
+        num_layers: of the model.
+        granularity: whether blocks or units get widths of their own.
+        leave_alone: numbers of layers; negative ones count from the last.
+
+    Raises:
+        UserError: a layer that is not there, or all of them left alone.
+    """
+    if wrong := [number for number in leave_alone if not -num_layers <= number < num_layers]:
+        raise UserError(
+            f"deciding.leave_alone names {', '.join(map(str, wrong))}; the model has layers 0 to {num_layers - 1}."
+        )
+    alone = {number % num_layers for number in leave_alone}
+    if len(alone) == num_layers:
+        raise UserError("deciding.leave_alone names every layer, so that there are no bits to decide. Leave some out.")
+    groups = (UNITS,) if granularity == "block" else tuple((unit,) for unit in UNITS)
+    return [Item(layer, units) for layer in range(num_layers) if layer not in alone for units in groups]

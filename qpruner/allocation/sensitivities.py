@@ -1,0 +1,96 @@
+"""The sensitivities of a model as data: what was found, from what, and the costs that follow."""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from itertools import accumulate
+from math import log2
+from pathlib import Path
+from typing import Any, Literal
+
+from qpruner.allocation.items import Item
+from qpruner.files import read_json, write_json
+from qpruner.plan import DENSE, Precision
+
+Measure = Literal["kl", "loss", "first_order"]
+
+
+@dataclass(frozen=True)
+class Rises:
+    """What it costs when one item alone goes to a precision, in nats per token.
+
+    Args:
+        item: that goes.
+        kl: to the model without quantization, in each precision.
+        loss: in each precision.
+        first_order: of loss, in each precision.
+    """
+
+    item: Item
+    kl: tuple[float, ...]
+    loss: tuple[float, ...]
+    first_order: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class Sensitivities:
+    """What was found of a pruned model; JSON in ``sensitivities.json``.
+
+    Args:
+        made_from: plain data that tells what it was found from: with the same, it need not be found again.
+        mutual_information: of each layer's output and the prediction, in nats; None where it was not asked for.
+        precisions: that ``rises`` are of, without dense.
+        rises: of each item; None where they were not asked for.
+    """
+
+    made_from: dict[str, Any]
+    mutual_information: tuple[float, ...] | None = None
+    precisions: tuple[Precision, ...] = ()
+    rises: tuple[Rises, ...] | None = None
+
+    def costs(
+        self, items: Sequence[Item], order: Sequence[Precision], measure: Measure | Literal["mutual_information"]
+    ) -> list[tuple[float, ...]]:
+        """What it costs to hold each item in each precision; lower is better.
+
+        For mutual information ``-I log2(bits)``, with which an upgrade saves QPruner's ``I log2(b' / b)``; a unit
+        counts with the information of its layer. A measured rise counts at least as much as that of a wider precision:
+        where more bits seem worse, that is noise.
+
+        Args:
+            items: one after the other.
+            order: precisions, fewest bytes first.
+            measure: that counts.
+        """
+        if measure == "mutual_information":
+            assert self.mutual_information is not None
+            return [
+                tuple(-self.mutual_information[item.layer] * log2(precision.bits) for precision in order)
+                for item in items
+            ]
+        assert self.rises is not None
+        found = {rises.item: getattr(rises, measure) for rises in self.rises}
+        costs = []
+        for item in items:
+            rise = dict(zip(self.precisions, found[item], strict=True)) | {DENSE: 0.0}
+            widest_first = accumulate((rise[precision] for precision in reversed(order)), max)
+            costs.append(tuple(widest_first)[::-1])
+        return costs
+
+    def write(self, path: Path) -> None:
+        write_json(path, asdict(self))
+
+    @classmethod
+    def read(cls, path: Path) -> "Sensitivities":
+        content = read_json(path)
+        information, rises = content["mutual_information"], content["rises"]
+        return cls(
+            content["made_from"],
+            None if information is None else tuple(information),
+            tuple(Precision(**precision) for precision in content["precisions"]),
+            None if rises is None else tuple(map(_read_rises, rises)),
+        )
+
+
+def _read_rises(content: dict[str, Any]) -> Rises:
+    item = Item(content["item"]["layer"], tuple(content["item"]["units"]))
+    return Rises(item, *(tuple(content[name]) for name in ("kl", "loss", "first_order")))

@@ -1,0 +1,300 @@
+"""A bank: every linear of a narrowed model in every precision that a plan may ask for, quantized once.
+
+A candidate plan is then assembled from it in place, bit for bit as if it had been quantized afresh, at the cost of
+putting modules in their places. The dense linears are the model's own; only packed ones take memory beside them.
+
+In a folder the bank is one safetensors file for each layer, whole or not there, so that filling it goes on where it was
+cut off and processes can share the work; tensors are mapped into memory and read when they are used. The name of a
+tensor is ``linear/precision/part``, where a part is one that the format documents, ``lora_A`` or ``lora_B``.
+"""
+
+import shutil
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from qpruner.anatomy import unit_linears
+from qpruner.errors import UserError
+from qpruner.files import hash_json, replacing
+from qpruner.plan import DENSE, CompressionPlan, Precision
+from qpruner.quantization.apply import Factors, LoftQSettings, check_rank, linear_precisions, quantize_linear
+from qpruner.quantization.formats import dequantize, num_bytes, rebuild
+from qpruner.quantization.model import announce_packed
+from qpruner.quantization.packed import PackedLinear
+
+
+class Bank:
+    """The packed linears of a model, to assemble plans from.
+
+    Args:
+        model: narrowed, with its dense linears in place; these serve where a plan leaves a unit dense.
+        tensors: as `fill` or `fill_folder` made them.
+    """
+
+    def __init__(self, model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+        names = [name for units in unit_linears(model) for names in units.values() for name in names]
+        self.dense: dict[str, Any] = {name: model.get_submodule(name) for name in names}
+        self.tensors = tensors
+        self._parts: dict[str, dict[str, Tensor]] = {}
+        for key, tensor in tensors.items():
+            entry, _, part = key.rpartition("/")
+            self._parts.setdefault(entry, {})[part] = tensor
+
+    @property
+    def num_bytes(self) -> int:
+        """Of codes, scales and factors, the dense linears apart."""
+        return sum(tensor.nbytes for tensor in self.tensors.values())
+
+    def linear(self, name: str, precision: Precision) -> nn.Linear | PackedLinear:
+        """A linear in a precision, on the tensors of the bank.
+
+        Raises:
+            UserError: the bank does not hold it.
+        """
+        dense = self.dense[name]
+        if precision == DENSE:
+            return dense
+        bias = None if dense.bias is None else dense.bias.detach()
+        state = self._entry(name, precision)
+        return rebuild(state, dense.out_features, dense.in_features, precision=precision, bias=bias)
+
+    def factors(self, name: str, precision: Precision) -> Factors | None:
+        """What the adapter of a linear starts from in a precision; None where it starts from zero."""
+        if precision == DENSE or "lora_A" not in (entry := self._entry(name, precision)):
+            return None
+        return entry["lora_A"], entry["lora_B"]
+
+    def weight(self, name: str, precision: Precision, device: torch.device) -> Tensor:
+        """What a linear's weight is in a precision, on a device; float32 [out, in]."""
+        linear = self.linear(name, precision).to(device)
+        return dequantize(linear) if isinstance(linear, PackedLinear) else linear.weight.detach().float()
+
+    def place_(self, model: nn.Module, names: Iterable[str], precision: Precision) -> None:
+        """Puts linears of the model into a precision, unless they are in it."""
+        for name in names:
+            present: Any = model.get_submodule(name)
+            if getattr(present, "precision", DENSE) != precision:
+                placed = self.linear(name, precision).to(_device(model))
+                model.set_submodule(name, placed.train(present.training))
+                if precision != DENSE:
+                    self.dense[name].cpu()  # off a device that may have no room for both
+
+    def assemble_(self, model: nn.Module, plan: CompressionPlan) -> dict[str, Factors]:
+        """Puts every linear of the model into the precision of a plan, whatever plan was assembled before.
+
+        Args:
+            model: that the bank was made for, without adapters; its tables are left alone.
+            plan: whose widths the model has.
+
+        Returns:
+            The factors that adapters start from, by the name of their linear.
+
+        Raises:
+            UserError: the bank does not hold a precision.
+        """
+        factors: dict[str, Factors] = {}
+        for name, precision in linear_precisions(model, plan).items():
+            self.place_(model, [name], precision)
+            if (start := self.factors(name, precision)) is not None:
+                factors[name] = start
+        announce_packed(model)
+        return factors
+
+    def _entry(self, name: str, precision: Precision) -> Mapping[str, Tensor]:
+        try:
+            return self._parts[_key(name, precision)]
+        except KeyError:
+            held = sorted({key.partition("/")[2] for key in self._parts})
+            raise UserError(
+                f"The bank does not hold {name} in {precision}; it holds {', '.join(held)}. Fill it with the "
+                f"precisions that plans ask for."
+            ) from None
+
+
+def fill(
+    model: nn.Module,
+    precisions: Sequence[Precision],
+    settings: LoftQSettings | None,
+    *,
+    layers: Iterable[int] | None = None,
+    device: torch.device,
+) -> Bank:
+    """A bank in memory.
+
+    Args:
+        model: narrowed and dense.
+        precisions: to quantize to; dense ones are there anyway.
+        settings: of LoftQ; None where adapters start from zero.
+        layers: numbers of those to quantize, default all; the others can only be dense.
+        device: where each linear is computed; the bank is on the CPU.
+
+    Raises:
+        UserError: as `qpruner.quantization.apply.quantize_`.
+    """
+    names = _linears(model)
+    tensors: dict[str, Tensor] = {}
+    for number in range(len(names)) if layers is None else layers:
+        tensors |= _quantized(model, names[number], precisions, settings, device)
+    return Bank(model, tensors)
+
+
+def fill_folder(
+    folder: Path,
+    model: nn.Module,
+    precisions: Sequence[Precision],
+    settings: LoftQSettings | None,
+    *,
+    plan: CompressionPlan,
+    layers: Iterable[int] | None = None,
+    device: torch.device,
+    rank: int,
+    world_size: int,
+    barrier: Callable[[], None],
+) -> Bank:
+    """A bank in a folder; what is there of it is not made again, unless it is of another model or cut off.
+
+    Args:
+        folder: that all processes see.
+        model: narrowed and dense.
+        precisions: to quantize to.
+        settings: of LoftQ; None where adapters start from zero.
+        plan: of the model, which tells whose bank this is.
+        layers: numbers of those to quantize, default all.
+        device: where each linear is computed.
+        rank: this process's place; each makes the files of every ``world_size``-th layer.
+        world_size: number of processes.
+        barrier: waits for all of them.
+
+    Raises:
+        UserError: as `fill`, or the disk has no room.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    origin = _origin(plan, settings, next(model.parameters()).dtype)
+    names = _linears(model)
+    layers = list(range(len(names)) if layers is None else layers)
+    wanted = [precision for precision in precisions if precision != DENSE]
+    for number in layers:  # on all processes, so that none waits for one that gave up
+        check_rank(model, dict.fromkeys(names[number], wanted[0]) if wanted else {}, settings)
+    missing = [number for number in layers if not _holds(_path(folder, number), names[number], wanted, origin)]
+    barrier()  # all have looked
+    _check_disk(folder, model, [name for number in missing for name in names[number]], wanted)
+    for number in [number for number in missing if number % world_size == rank]:
+        with replacing(_path(folder, number)) as temporary:
+            save_file(_quantized(model, names[number], wanted, settings, device), temporary, {"origin": origin})
+    barrier()
+    if unseen := [str(_path(folder, number)) for number in layers if not _path(folder, number).exists()]:
+        raise UserError(
+            f"{unseen[0]!r} was to be made by another process and is not there. Name a --run.dir on a disk that all "
+            f"machines share."
+        )
+    return open_folder(folder, model, settings, plan=plan)
+
+
+def open_folder(folder: Path, model: nn.Module, settings: LoftQSettings | None, *, plan: CompressionPlan) -> Bank:
+    """The bank that `fill_folder` left; arguments as there.
+
+    Raises:
+        UserError: the folder holds a bank of another model or of other settings, or a file was cut off.
+    """
+    origin = _origin(plan, settings, next(model.parameters()).dtype)
+    tensors: dict[str, Tensor] = {}
+    for path in sorted(folder.glob("layer-*.safetensors")):
+        with _opened(path, origin) as file:
+            tensors |= {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  # no mapping
+    return Bank(model, tensors)
+
+
+def _linears(model: nn.Module) -> list[list[str]]:
+    """The names of the linears of each layer."""
+    return [[name for names in units.values() for name in names] for units in unit_linears(model)]
+
+
+def _quantized(
+    model: nn.Module,
+    names: Iterable[str],
+    precisions: Sequence[Precision],
+    settings: LoftQSettings | None,
+    device: torch.device,
+) -> dict[str, Tensor]:
+    """The tensors of some linears in all precisions."""
+    tensors: dict[str, Tensor] = {}
+    wanted = [precision for precision in precisions if precision != DENSE]
+    for name in names:
+        check_rank(model, dict.fromkeys([name], wanted[0]) if wanted else {}, settings)
+        linear: Any = model.get_submodule(name)
+        for precision in wanted:
+            quantized = quantize_linear(linear, precision, name, settings, device)
+            parts = quantized.packed.packed()
+            if quantized.factors is not None:
+                parts |= dict(zip(("lora_A", "lora_B"), quantized.factors, strict=True))
+            tensors |= {
+                f"{_key(name, precision)}/{part}": tensor.detach().cpu().contiguous() for part, tensor in parts.items()
+            }
+        linear.to(_device(model))  # on which device it was quantized is no matter of the model's
+    return tensors
+
+
+def _key(name: str, precision: Precision) -> str:
+    return f"{name}/{precision.format}-{precision.bits}-{precision.group or 'default'}"
+
+
+def _path(folder: Path, number: int) -> Path:
+    return folder / f"layer-{number:03d}.safetensors"
+
+
+def _origin(plan: CompressionPlan, settings: LoftQSettings | None, dtype: torch.dtype) -> str:
+    """What tells a bank from those of other models and settings."""
+    kept = [[layer.kv_groups, layer.ffn_channels] for layer in plan.layers]
+    start = None if settings is None else asdict(settings)
+    return hash_json([asdict(plan.architecture), plan.base_sha256, kept, start, str(dtype)])
+
+
+def _holds(path: Path, names: Iterable[str], precisions: Sequence[Precision], origin: str) -> bool:
+    """Whether a file has all precisions of its layer; warns when it is there and of no use."""
+    if not path.exists():
+        return False
+    try:
+        with _opened(path, origin) as file:
+            held = {key.rpartition("/")[0] for key in file.keys()}  # noqa: SIM118  # no mapping
+    except UserError as error:
+        warnings.warn(f"{error} It is made again.", stacklevel=2)
+        return False
+    return {_key(name, precision) for name in names for precision in precisions} <= held
+
+
+def _check_disk(folder: Path, model: nn.Module, names: Iterable[str], precisions: Sequence[Precision]) -> None:
+    linears: list[Any] = [model.get_submodule(name) for name in names]
+    needed = sum(num_bytes(one.out_features, one.in_features, precision) for one in linears for precision in precisions)
+    free = shutil.disk_usage(folder).free
+    if needed > free:
+        raise UserError(
+            f"The bank of quantized linears needs {needed:,} bytes in {str(folder)!r} and the disk has {free:,} left. "
+            f"Free some, or name another place with --run.dir."
+        )
+
+
+def _opened(path: Path, origin: str) -> Any:
+    """A file of a bank.
+
+    Raises:
+        UserError: it is missing, cut off, or of another model.
+    """
+    try:
+        file = safe_open(path, framework="pt")
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{str(path)!r} is no whole file of a bank: {error}.") from error
+    metadata: dict[str, str] = file.metadata() or {}  # type: ignore[no-untyped-call]
+    if metadata.get("origin") != origin:
+        raise UserError(f"{str(path)!r} is of a bank of another model, another pruning or another LoftQ.")
+    return file
+
+
+def _device(model: nn.Module) -> torch.device:
+    return next(model.parameters()).device

@@ -1,0 +1,335 @@
+"""A budget in a fit: refused before any work, within it after, found once, and what is left in the folder."""
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch import Callback
+from test_pruning import PRUNING, adapters, finetuner, fit
+from test_quantization import AtStart, logits
+
+from qpruner.adapters.lora import LoRAConfig
+from qpruner.allocation.budget import Budget
+from qpruner.allocation.decision import Allocation, DecidingConfig
+from qpruner.allocation.mutual_information import MutualInformationConfig
+from qpruner.allocation.sensitivities import Sensitivities
+from qpruner.anatomy import architecture_of
+from qpruner.callbacks import MixedPrecisionQuantization, PlannedPruning, StructuredPruning
+from qpruner.callbacks.compression import Compression, Rehearsal
+from qpruner.checkpoint import build_skeleton, load_compressed, read_base_config
+from qpruner.datamodules import StoriesDataModule
+from qpruner.errors import UserError
+from qpruner.memory import tensor_bytes
+from qpruner.plan import DENSE, CompressionPlan, Precision
+from qpruner.pruning.calibration import CalibrationConfig
+from qpruner.pruning.selection import SelectionConfig
+from qpruner.quantization.formats import dequantize
+from qpruner.runs.folder import RunFolder
+from qpruner.training.module import LoRAFinetuner
+
+NF4, INT8 = Precision("nf4", 4, 64), Precision("int8", 8)
+TEXT = CalibrationConfig(num_sequences=6, length=12, batch_size=4)
+SIX_BITS = Budget(average_bits=7.2)
+METHODS = pytest.mark.parametrize("method", ["mutual_information", "sensitivity"])
+MEASURES = ("measured_rises", "first_order_rises", "layer_information")
+
+
+def allocating(
+    method: Any = "sensitivity", budget: Budget = SIX_BITS, folder: Path | None = None, **options: Any
+) -> MixedPrecisionQuantization:
+    """Units of their own, eight or four bits."""
+    loftq_iterations = options.pop("loftq_iterations", 1)
+    config = DecidingConfig(**{"granularity": "unit", "calibration": TEXT} | options)
+    callback = MixedPrecisionQuantization(
+        allocation=method, budget=budget, deciding=config, loftq_iterations=loftq_iterations
+    )
+    callback.folder = None if folder is None else RunFolder(folder)
+    return callback
+
+
+def in_folder(base: Path, folder: Path) -> LoRAFinetuner:
+    folder.mkdir(exist_ok=True)
+    module = finetuner(base)
+    module.kept_in = folder / "model"
+    return module
+
+
+def rehearsed(base: Path, *callbacks: Compression) -> Rehearsal:
+    rehearsal = Rehearsal(build_skeleton(read_base_config(str(base))), LoRAConfig(r=2))
+    for callback in callbacks:
+        callback.check(rehearsal)
+    return rehearsal
+
+
+def without_measuring(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in MEASURES:
+        monkeypatch.setattr(f"qpruner.callbacks.allocating.{name}", None)
+
+
+# Before any work.
+
+
+def test_bits_beside_a_budget_and_an_allocation_without_one_are_refused() -> None:
+    with pytest.raises(UserError, match=r"bits is 4 and budget is 6 bits per weight; the budget decides on the bits"):
+        MixedPrecisionQuantization(bits=4, budget=Budget(average_bits=6))
+    for method in ("mutual_information", "sensitivity"):
+        with pytest.raises(UserError, match=f"allocation is '{method}' and there is no budget"):
+            MixedPrecisionQuantization(allocation=method)
+        with pytest.raises(UserError, match="there is no budget"):
+            MixedPrecisionQuantization(bits=8, allocation=method)
+    with pytest.raises(UserError, match="widths asks for 5; choose from 4, 8, 16"):
+        allocating(widths=(4, 5))
+    assert MixedPrecisionQuantization().allocator is None and MixedPrecisionQuantization().bits == 4
+
+
+def test_widths_are_in_the_format_asked_for() -> None:
+    callback = MixedPrecisionQuantization(
+        budget=SIX_BITS, four_bit="fp4", group=32, deciding=DecidingConfig(widths=(16, 4))
+    )
+    assert callback.allocator is not None and callback.allocator.precisions == [DENSE, Precision("fp4", 4, 32)]
+    assert "budget='7.2 bits per weight'" in str(callback) and "bits=4" not in str(callback)
+
+
+@pytest.mark.parametrize("method", ["uniform", "mutual_information", "sensitivity"])
+@pytest.mark.parametrize(
+    ("budget", "said"),
+    [
+        (Budget(bytes=1000), "budget is 1,000 bytes in all, and the cheapest plan has"),
+        (Budget(average_bits=4.4), r"4\.50 bits each, scales included"),
+        (Budget(share=0.2), "20.0 % of the 16-bit bytes"),
+    ],
+    ids=str,
+)
+def test_a_budget_below_the_cheapest_plan_is_told_without_weights(
+    tiny_llama: Path, method: Any, budget: Budget, said: str
+) -> None:
+    with pytest.raises(UserError, match=said):
+        rehearsed(tiny_llama, allocating(method, budget))
+    rehearsed(tiny_llama, allocating(method, Budget(average_bits=4.5)))
+
+
+@pytest.mark.parametrize("alone", [[0, 1], [0, -1], [2]])
+def test_layers_that_cannot_be_left_alone_are_told_without_weights(tiny_llama: Path, alone: list[int]) -> None:
+    for before in ([], [StructuredPruning(0.05, selection=SelectionConfig(scope="global"))]):
+        with pytest.raises(UserError, match="deciding.leave_alone names"):
+            rehearsed(tiny_llama, *before, allocating(leave_alone=alone))
+
+
+@pytest.mark.parametrize("rounds", [1, 3])
+def test_behind_local_pruning_the_rehearsal_has_the_widths_of_the_fit(
+    tiny_llama: Path, stories: StoriesDataModule, rounds: int
+) -> None:
+    pruning = StructuredPruning(**PRUNING | {"ratio": 0.08}, rounds=rounds)
+    rehearsal = rehearsed(tiny_llama, pruning)
+    plan = fit(finetuner(tiny_llama), stories, pruning).plan
+    assert plan is not None and plan.widths != plan.architecture
+    assert architecture_of(rehearsal.model.config) == rehearsal.plan.widths == plan.widths and rehearsal.exact
+    assert rehearsal.plan.architecture == plan.architecture
+    assert all(parameter.is_meta for parameter in rehearsal.model.parameters())
+    followed = rehearsed(tiny_llama, PlannedPruning(plan))
+    assert architecture_of(followed.model.config) == plan.widths and followed.exact
+
+
+@pytest.mark.parametrize("kind", ["bytes", "average_bits", "share"])
+def test_behind_local_pruning_the_cheapest_plan_is_found_to_the_byte(
+    tiny_llama: Path, stories: StoriesDataModule, kind: str
+) -> None:
+    """What the narrowed model can have is what the fit has: the smallest budget passes both, less passes neither."""
+    pruning = StructuredPruning(**PRUNING | {"ratio": 0.08})
+    module = fit(finetuner(tiny_llama), stories, pruning, MixedPrecisionQuantization(4))
+    held = [one for name, one in module.model.named_modules() if getattr(one, "precision", None) == NF4]
+    weights = sum(tensor.nbytes for linear in held for tensor in linear.packed().values())
+    number = sum(linear.in_features * linear.out_features for linear in held)
+    dense = 2 * 2 * (32 * (32 + 16 + 16) + 32 * 32 + 3 * 32 * 48)  # bytes of two layers in 16 bits
+
+    def budget(less: int) -> Budget:
+        return {
+            "bytes": lambda: Budget(bytes=tensor_bytes(module.model) - less),
+            "average_bits": lambda: Budget(average_bits=8 * (weights - less) / number),
+            "share": lambda: Budget(share=(weights - less) / dense),
+        }[kind]()
+
+    rehearsed(tiny_llama, pruning, allocating("uniform", budget(0)))
+    found = fit(finetuner(tiny_llama), stories, pruning, allocating("uniform", budget(0)))
+    assert found.plan == module.plan
+    with pytest.raises(UserError, match="the cheapest plan has"):
+        rehearsed(tiny_llama, pruning, allocating("uniform", budget(1)))
+    with pytest.raises(UserError, match="the cheapest plan has"):
+        fit(finetuner(tiny_llama), stories, pruning, allocating("uniform", budget(1)))
+
+
+def test_behind_global_pruning_nothing_is_claimed_before_the_fit(tiny_llama: Path, stories: StoriesDataModule) -> None:
+    pruning = StructuredPruning(**PRUNING, selection=SelectionConfig(scope="global"))
+    impossible = allocating("mutual_information", Budget(bytes=1000))
+    rehearsal = rehearsed(tiny_llama, pruning, impossible)
+    assert not rehearsal.exact and rehearsal.plan.widths == rehearsal.plan.architecture
+    with pytest.raises(UserError, match="the cheapest plan has"):
+        fit(finetuner(tiny_llama), stories, pruning, impossible)
+
+
+@METHODS
+def test_too_little_text_is_told_before_the_model_is_needed(
+    tiny_llama: Path, stories: StoriesDataModule, method: Any
+) -> None:
+    stories.prepare_data()
+    with pytest.raises(UserError, match="Calibration asks for 23 sequences of 12 tokens"):
+        allocating(method, calibration=CalibrationConfig(num_sequences=23, length=12)).check_text(stories)
+    allocating("uniform", calibration=CalibrationConfig(num_sequences=23, length=12)).check_text(stories)
+    MixedPrecisionQuantization(4).check_text(stories)
+    allocating(method).check_text(stories)
+
+
+# In a fit.
+
+
+@METHODS
+@pytest.mark.parametrize("pruned", [False, True], ids=["dense", "pruned"])
+def test_a_fit_holds_the_plan_that_its_budget_buys(
+    tiny_llama: Path, stories: StoriesDataModule, tmp_path: Path, method: Any, pruned: bool
+) -> None:
+    folder = RunFolder(tmp_path / "run")
+    before = [StructuredPruning(**PRUNING)] if pruned else []
+    seen = AtStart(lambda module: (folder.bank.exists(), logits(module.model), module.model.train())[:2])
+    module = fit(in_folder(tiny_llama, folder.path), stories, *before, allocating(method, folder=folder.path), seen)
+    allocation = Allocation.read(folder.allocation)
+    assert module.plan is not None and module.average_bits is not None and module.average_bits <= 7.2
+    assert module.average_bits == allocation.average_bits
+    assert tensor_bytes(module.model) == allocation.total_bytes
+    assert (allocation.method, allocation.above_dearest) == (method, False)
+    for one in allocation.decisions:
+        assert {module.plan.layers[one.item.layer].precision[unit] for unit in one.item.units} == {one.precision}
+    assert {one.precision for one in allocation.decisions} == {NF4, INT8} and len(allocation.decisions) == 8
+    # As if the bits had been given.
+    bits = [{unit: one.bits for unit, one in layer.precision.items()} for layer in module.plan.layers]
+    given = AtStart(lambda module: logits(module.model))
+    fixed = fit(finetuner(tiny_llama), stories, *before, MixedPrecisionQuantization(bits), given)
+    assert fixed.plan == module.plan
+    bank_there, at_start = seen.seen  # type: ignore[misc]
+    assert torch.equal(at_start, given.seen) and not bank_there and not folder.bank.exists()  # type: ignore[arg-type]
+    assert CompressionPlan.read(folder.model / "plan.json") == module.plan
+    assert torch.equal(logits(load_compressed(folder.model)), at_start)
+
+
+@METHODS
+@pytest.mark.parametrize("loftq_iterations", [0, 2])
+def test_with_a_folder_and_without_the_fit_is_the_same(
+    tiny_llama: Path, stories: StoriesDataModule, tmp_path: Path, method: Any, loftq_iterations: int
+) -> None:
+    options: Any = {"loftq_iterations": loftq_iterations}
+    kept = fit(in_folder(tiny_llama, tmp_path), stories, allocating(method, folder=tmp_path, **options))
+    free = fit(finetuner(tiny_llama), stories, allocating(method, **options))
+    assert kept.plan == free.plan and bool(free.initial_adapters) == (loftq_iterations > 0)
+    assert all(torch.equal(adapters(kept)[name], tensor) for name, tensor in adapters(free).items())
+
+
+def test_tables_are_held_as_asked_beside_a_budget(tiny_llama: Path, stories: StoriesDataModule) -> None:
+    callback = MixedPrecisionQuantization(budget=Budget(average_bits=5), embedding=8, head=8)
+    rehearsed(tiny_llama, callback)
+    module = fit(finetuner(tiny_llama), stories, callback)
+    assert module.plan is not None and (module.plan.embedding, module.plan.head) == (INT8, INT8)
+    assert {one for layer in module.plan.layers for one in layer.precision.values()} == {NF4}
+    table = module.model.get_base_model().lm_head
+    assert table.precision == INT8 and dequantize(table).shape == (2048, 32)
+
+
+class PowerCut(Callback):
+    """Ends the fit when the base is about to be kept."""
+
+    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        raise InterruptedError
+
+
+@METHODS
+def test_what_was_found_is_not_found_again(
+    tiny_llama: Path, stories: StoriesDataModule, tmp_path: Path, method: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = RunFolder(tmp_path)
+    whole = fit(finetuner(tiny_llama), stories, allocating(method))
+    with pytest.raises(InterruptedError):
+        fit(in_folder(tiny_llama, tmp_path), stories, allocating(method, folder=tmp_path), PowerCut())
+    assert folder.sensitivities.exists() and not folder.model.exists()
+    assert folder.bank.exists() == (method == "sensitivity")
+    written = folder.sensitivities.read_bytes()
+    without_measuring(monkeypatch)
+    again = fit(in_folder(tiny_llama, tmp_path), stories, allocating(method, folder=tmp_path))
+    assert again.plan == whole.plan and not folder.bank.exists()
+    assert folder.sensitivities.read_bytes() == written
+    assert all(torch.equal(adapters(again)[name], tensor) for name, tensor in adapters(whole).items())
+
+
+OTHERS: dict[str, Callable[[], MixedPrecisionQuantization]] = {
+    "text": lambda: allocating(calibration=CalibrationConfig(num_sequences=5, length=12, batch_size=4)),
+    "batches": lambda: allocating(calibration=CalibrationConfig(num_sequences=6, length=12)),
+    "method": lambda: allocating("mutual_information"),
+    "widths": lambda: allocating(widths=(4, 16)),
+    "granularity": lambda: allocating(granularity="block"),
+    "layers": lambda: allocating(leave_alone=[0], budget=Budget(share=5.0)),
+    "LoftQ": lambda: allocating(loftq_iterations=2),
+}
+
+
+@pytest.mark.parametrize("other", OTHERS)
+def test_what_was_found_otherwise_is_found_again(
+    tiny_llama: Path, stories: StoriesDataModule, tmp_path: Path, other: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = RunFolder(tmp_path)
+    with pytest.raises(InterruptedError):
+        fit(finetuner(tiny_llama), stories, allocating(folder=tmp_path), PowerCut())
+    before = Sensitivities.read(folder.sensitivities)
+    # Another budget, solver or measure needs nothing new.
+    same = allocating(folder=tmp_path, budget=Budget(share=0.4), solver="greedy", measure="loss")
+    with monkeypatch.context() as patch:
+        without_measuring(patch)
+        with pytest.raises(InterruptedError):
+            fit(finetuner(tiny_llama), stories, same, PowerCut())
+    changed = OTHERS[other]()
+    changed.folder = RunFolder(tmp_path / other)
+    changed.folder.path.mkdir()
+    before.write(changed.folder.sensitivities)
+    with pytest.raises(InterruptedError):
+        fit(finetuner(tiny_llama), stories, changed, PowerCut())
+    after = Sensitivities.read(changed.folder.sensitivities)
+    assert after.made_from != before.made_from and after != before
+
+
+@pytest.mark.parametrize("other", ["rank", "order of the text"])
+def test_adapters_and_text_are_part_of_what_was_found(
+    tiny_llama: Path, stories: StoriesDataModule, tmp_path: Path, other: str
+) -> None:
+    """In several iterations of LoftQ the adapters have a say in what is rounded."""
+    found = []
+    for session in (0, 1):
+        module = finetuner(tiny_llama, lora=LoRAConfig(r=2 + 2 * session * (other == "rank")))
+        stories.seed = session * (other != "rank")
+        with pytest.raises(InterruptedError):
+            fit(module, stories, allocating(folder=tmp_path, loftq_iterations=2), PowerCut())
+        found.append(Sensitivities.read(RunFolder(tmp_path).sensitivities))
+        shutil.rmtree(RunFolder(tmp_path).bank)
+    assert found[0].rises != found[1].rises
+
+
+def test_another_estimate_of_mutual_information_is_made_anew(
+    tiny_llama: Path, stories: StoriesDataModule, tmp_path: Path
+) -> None:
+    found = []
+    for bins in (16, 4):
+        config = MutualInformationConfig(bins=bins)
+        with pytest.raises(InterruptedError):
+            fit(
+                finetuner(tiny_llama),
+                stories,
+                allocating("mutual_information", folder=tmp_path, mutual_information=config),
+                PowerCut(),
+            )
+        found.append(Sensitivities.read(RunFolder(tmp_path).sensitivities).mutual_information)
+    assert found[0] != found[1] and len(found[0] or ()) == 2
+
+
+def test_a_budget_above_the_dearest_is_told(tiny_llama: Path, stories: StoriesDataModule) -> None:
+    with pytest.warns(UserWarning, match="400.0 % of the 16-bit bytes of the dense decoder linears is above"):
+        module = fit(finetuner(tiny_llama), stories, allocating("uniform", Budget(share=4.0)))
+    assert module.plan is not None
+    assert {one for layer in module.plan.layers for one in layer.precision.values()} == {INT8}
