@@ -14,11 +14,11 @@ import torch
 from studies import Row, add_arguments, complete, perplexity, recovery, text_data
 
 from qpruner.callbacks import StructuredPruning
-from qpruner.callbacks.pruning import CalibrationConfig
 from qpruner.datamodules import TextDataModule
 from qpruner.memory import num_parameters
+from qpruner.pruning.calibration import CalibrationConfig
 from qpruner.pruning.selection import SelectionConfig
-from qpruner.runs.report import markdown_table
+from qpruner.runs.tables import markdown_table
 from qpruner.training.module import LoRAFinetuner
 from qpruner.training.optimization import OptimizerConfig
 

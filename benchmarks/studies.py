@@ -9,8 +9,8 @@ from typing import Any
 
 import lightning as L
 
-from qpruner.datamodules import TextDataModule
-from qpruner.datamodules.base import LoaderConfig
+from qpruner.datamodules import StoriesDataModule, TextDataModule
+from qpruner.datamodules.base import LoaderConfig, TokenDataModule
 from qpruner.training.evaluation import evaluate
 from qpruner.training.module import LoRAFinetuner
 
@@ -19,8 +19,8 @@ Row = dict[str, Any]
 
 def add_arguments(parser: argparse.ArgumentParser, *, steps: int) -> None:
     parser.add_argument("--base", required=True)
-    parser.add_argument("--train", required=True)
-    parser.add_argument("--validation", required=True)
+    parser.add_argument("--train", help="text; without it, the embedded stories")
+    parser.add_argument("--validation", help="text; without it, the embedded stories")
     parser.add_argument("--max-length", type=int, default=256)
     parser.add_argument("--steps", type=int, default=steps, help="optimizer steps of the recovery")
     parser.add_argument("--rows", type=Path, required=True, help="JSON lines; what is there is not computed again")
@@ -57,6 +57,16 @@ def text_data(given: argparse.Namespace, seed: int) -> TextDataModule:
     )
 
 
+def study_data(given: argparse.Namespace, seed: int) -> TokenDataModule:
+    """The text that was given, or the embedded stories."""
+    if given.train:
+        return text_data(given, seed)
+    loader = LoaderConfig(batch_size=16, eval_batch_size=64)
+    return StoriesDataModule(
+        tokenizer=given.base, num_train=2400, num_validation=1000, num_choices=0, loader=loader, seed=seed
+    )
+
+
 def recovery(steps: int, callbacks: Sequence[L.Callback]) -> L.Trainer:
     """A Trainer that fits and leaves nothing behind."""
     return L.Trainer(
@@ -72,9 +82,13 @@ def recovery(steps: int, callbacks: Sequence[L.Callback]) -> L.Trainer:
 
 
 def perplexity(trainer: L.Trainer, module: L.LightningModule, data: TextDataModule, share: float = 1.0) -> float:
-    """On a share of the batches of the validation split."""
+    return evaluated(trainer, module, data, share)["perplexity"]
+
+
+def evaluated(trainer: L.Trainer, module: L.LightningModule, data: TokenDataModule, share: float) -> dict[str, float]:
+    """Loss and perplexity on a share of the batches of the validation split."""
     assert isinstance(module, LoRAFinetuner)
-    results = evaluate(
+    return evaluate(
         module,
         data.evaluation_loaders("validation"),
         limit=share,
@@ -83,4 +97,3 @@ def perplexity(trainer: L.Trainer, module: L.LightningModule, data: TextDataModu
         title="",
         progress=False,
     )
-    return results["perplexity"]
