@@ -37,8 +37,13 @@ from qpruner.plan import CompressionPlan
 from qpruner.pretrained import is_reachable
 from qpruner.runs.folder import RunConfig, RunFolder
 from qpruner.runs.report import Stage, Summary
+from qpruner.runs.search import SearchResults, variants_table
+from qpruner.search.config import SearchConfig
+from qpruner.search.trainer import SearchTrainer
 from qpruner.training.module import LoRAFinetuner
 
+WRITING = ("fit", "search")
+"""Commands that make a run, whose options the run folder is bound to."""
 TRAINER_DEFAULTS = {"use_distributed_sampler": False}  # the loaders share the rows among the ranks themselves
 DESCRIPTION = """Narrower layers, each at the bits it deserves, adapters that win back what was lost.
 Besides the commands below, `qpruner report RUN` writes the report of a run again, `qpruner plan` shows, compares and
@@ -47,12 +52,13 @@ the run's model."""
 
 
 class QPrunerCLI(LightningCLI):
-    """``fit``, ``validate``, ``test`` and ``predict`` over a run folder."""
+    """``fit``, ``validate``, ``test``, ``predict`` and ``search`` over a run folder."""
 
     def __init__(self, args: list[str] | None = None) -> None:
         super().__init__(
             LoRAFinetuner,
             TokenDataModule,
+            trainer_class=SearchTrainer,
             subclass_mode_data=True,
             trainer_defaults=TRAINER_DEFAULTS,
             save_config_callback=None,  # the run folder keeps the configuration
@@ -77,7 +83,9 @@ class QPrunerCLI(LightningCLI):
             help="A plan to carry out instead of making one (fit only); see `qpruner plan`.",
         )
         parser.add_argument(
-            "--restart", action="store_true", help="Throw away what the run folder holds and begin anew (fit only)."
+            "--restart",
+            action="store_true",
+            help="Throw away what the run folder holds and begin anew (fit and search).",
         )
         parser.link_arguments("model.base", "data.init_args.tokenizer")
         parser.link_arguments("seed_everything", "model.seed")
@@ -96,9 +104,10 @@ class QPrunerCLI(LightningCLI):
         """Lets a run whose base is kept go on when the dense model is gone: the tokenizer is kept, too."""
         options = self.config[self.subcommand]
         self.folder = RunFolder.of(RunConfig(**vars(options.run)))
-        self.kept = is_compressed(self.folder.model) and not options.restart
+        base = self.folder.base if self.subcommand == "search" else self.folder.model
+        self.kept = is_compressed(base) and not options.restart
         if self.kept and not is_reachable(options.model.base):
-            options.data.init_args.tokenizer = str(self.folder.model)
+            options.data.init_args.tokenizer = str(base)
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Claims the run folder, now that every option is known to be good and before any work is done."""
@@ -106,7 +115,9 @@ class QPrunerCLI(LightningCLI):
         callbacks: list[Callback] = list(options.trainer.callbacks or [])
         fits, rehearses = self.subcommand == "fit", bool(options.trainer.fast_dev_run)
         notes: list[str] = []
-        if fits:
+        if self.subcommand in WRITING:
+            if self.subcommand == "search" and options.plan is not None:
+                raise UserError("A search makes plans; --plan is for `qpruner fit`, which carries one out.")
             callbacks, notes = self._compression(callbacks, options.plan)
         self._claim_folder()
         for note in notes:
@@ -116,7 +127,11 @@ class QPrunerCLI(LightningCLI):
                 self.folder.path, name=self.folder.tensorboard.name, version="", default_hp_metric=False
             )
         kwargs["default_root_dir"] = str(self.folder.path)
-        if not (fits and rehearses):
+        if self.subcommand == "search":
+            for callback in callbacks:
+                if isinstance(callback, Compression):
+                    callback.folder = self.folder
+        elif not (fits and rehearses):
             self.model.kept_in = self.folder.model
             for callback in callbacks:
                 if isinstance(callback, Compression):
@@ -166,11 +181,11 @@ class QPrunerCLI(LightningCLI):
             )
         if getattr(rank_zero_only, "rank", 0) == 0:
             self._claim.callback(self.folder.lock().release)
-            if self.subcommand == "fit" and not options.trainer.fast_dev_run:
+            if self.subcommand in WRITING and not options.trainer.fast_dev_run:
                 dumped = self._parser(self.subcommand).dump(options, skip_none=False)
                 self.continues = self.folder.claim(yaml.safe_load(dumped), restart=options.restart)
             self._claim.callback(_log_to(self.folder.log))
-        elif self.subcommand == "fit":
+        elif self.subcommand in WRITING:
             self.continues = not options.restart
 
     def _run_subcommand(self, subcommand: str) -> None:
@@ -186,6 +201,7 @@ class QPrunerCLI(LightningCLI):
             "validate": ours | {"dataloaders", "verbose"},
             "test": ours | {"dataloaders", "verbose"},
             "predict": ours | {"dataloaders", "return_predictions"},
+            "search": {"model", "datamodule"},
         }
 
     # LightningCLI calls these in place of the Trainer's methods.
@@ -199,6 +215,16 @@ class QPrunerCLI(LightningCLI):
             ckpt_path = str(self.folder.checkpoint)
             rank_zero_info(f"Going on from {ckpt_path}.")
         self.trainer.fit(model, datamodule=datamodule, ckpt_path=ckpt_path, weights_only=True)
+
+    def search(self, model: LoRAFinetuner, datamodule: TokenDataModule, search: SearchConfig) -> None:
+        done = self.continues and self.folder.results.exists()
+        results = SearchResults.read(self.folder.results) if done else None
+        if results is not None and len(results.trials) + len(results.failed) >= search.trials:
+            rank_zero_info(f"The search {self.folder.path} is finished.")
+        else:
+            assert isinstance(self.trainer, SearchTrainer)
+            results = self.trainer.search(model, datamodule, search)
+        print(f"\n{variants_table(results)}\n\nReport: {self.folder.report}\nPlan: {self.folder.plan}")
 
     def validate(self, model: LoRAFinetuner, datamodule: TokenDataModule, ckpt_path: str | None = None) -> None:
         self._evaluate("validate", "validation", model, datamodule, ckpt_path)

@@ -26,6 +26,10 @@ UNKNOWN_CLASS = re.compile(r"Expected a dot import path string: (?P<name>\w+)$",
 class SuggestingParser(LightningArgumentParser):
     """Ends with a `UserError` that says in a line what was wrong, and names the option or class nearest to it."""
 
+    def add_method_arguments(self, *args: Any, **kwargs: Any) -> list[str]:
+        # A group for them would have the method's name, which the section of `search` has already.
+        return super().add_method_arguments(*args, **{**kwargs, "as_group": False})
+
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         if not self.exit_on_error:  # an inner parser, whose caller may try something else
             super().error(message, ex)

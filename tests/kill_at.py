@@ -12,6 +12,7 @@ import lightning.fabric.plugins.io.torch_io as torch_io
 from qpruner import __main__ as command_line
 from qpruner import checkpoint as model_folder
 from qpruner.callbacks import allocating, checkpoint, pruning
+from qpruner.search import trial
 from qpruner.training.module import LoRAFinetuner
 
 
@@ -45,6 +46,8 @@ match moment:
         pruning.score_units = at_call(int(number), pruning.score_units, die)
     case "measuring":
         allocating.measured_rises = at_call(int(number), allocating.measured_rises, die)
+    case "trial":
+        trial.evaluate = at_call(int(number), trial.evaluate, die)
     case "keeping":
         model_folder._entries = at_call(int(number), model_folder._entries, die)
     case "writing":

@@ -9,12 +9,17 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from qpruner.cli import QPrunerCLI, run
 from qpruner.files import read_json
+from qpruner.plan import CompressionPlan
 from qpruner.pretrained import EMBEDDED, load_tokenizer
+from qpruner.runs.search import SearchResults
 
 CONFIGS = sorted((Path(__file__).parents[1] / "configs").rglob("*.yaml"))
 
 
-LAYERS = {"quickstart": 6, "budget": 6, "llama32_1b": 16, "qwen3_06b": 28}
+SEARCHES = [path for path in CONFIGS if "\nsearch:\n" in path.read_text()]
+
+
+LAYERS = {"quickstart": 6, "budget": 6, "search": 6, "llama32_1b": 16, "qwen3_06b": 28}
 """Of the models that configurations are for; 32 where nothing is said."""
 
 
@@ -30,6 +35,7 @@ def local_data(tmp_path: Path) -> dict[str, list[str]]:
     return {path.stem: alpaca for path in CONFIGS} | {
         "text": [*text, "--data.init_args.max_length=64"],
         "budget": ["--data.num_train=100", "--data.num_validation=4", "--data.num_test=4", "--data.num_choices=2"],
+        "search": ["--data.num_train=100", "--data.num_validation=4", "--data.num_test=4"],
         "quickstart": ["--data.num_train=40", "--data.num_validation=4", "--data.num_test=4", "--data.num_choices=2"],
     }
 
@@ -51,7 +57,7 @@ def stand_in(folder: Path, layers: int) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", [path for path in CONFIGS if path not in SEARCHES], ids=lambda path: path.stem)
 def test_config_runs_on_a_tiny_stand_in(path: Path, tmp_path: Path, local_data: dict[str, list[str]]) -> None:
     run(
         [
@@ -83,10 +89,38 @@ def test_config_runs_on_a_tiny_stand_in(path: Path, tmp_path: Path, local_data: 
         assert 1 - narrow / dense == pytest.approx(ratio, abs=0.01)
 
 
+@pytest.mark.parametrize("path", SEARCHES, ids=lambda path: path.stem)
+def test_search_runs_on_a_tiny_stand_in(path: Path, tmp_path: Path, local_data: dict[str, list[str]]) -> None:
+    layers = LAYERS.get(path.stem, 32)
+    run(
+        [
+            "search",
+            f"--config={path}",
+            f"--run.dir={tmp_path / 'runs'}",
+            f"--model.base={stand_in(tmp_path / 'model', layers)}",
+            "--model.gradient_checkpointing=false",
+            *local_data[path.stem],
+            "--trainer.accelerator=cpu",
+            "--trainer.accumulate_grad_batches=1",
+            "--trainer.limit_val_batches=1",
+            "--trainer.enable_progress_bar=false",
+            "--search.trials=2",
+            "--search.steps=1",
+            "--search.finalists=1",
+            "--search.finalist_seeds=1",
+        ]
+    )
+    folder = tmp_path / "runs" / path.stem
+    results = SearchResults.read(folder / "search.json")
+    assert len(results.trials) == 2 and len(results.items) >= layers - 6 and results.bits == (4, 8)
+    assert CompressionPlan.read(folder / "plan.json").architecture.num_layers == layers
+
+
 def test_configs_name_what_they_are_for() -> None:
     assert {path.stem for path in CONFIGS} >= {
-        "alpaca", "budget", "llama32_1b", "llm_pruner", "quickstart", "qpruner2_llama2_7b_20", "qwen3_06b", "text",
+        "alpaca", "budget", "llama32_1b", "llm_pruner", "quickstart", "qpruner2_llama2_7b_20", "qpruner3_llama2_7b_20",
+        "qwen3_06b", "search", "text",
         *(f"qpruner_llama2_7b_{share}" for share in (20, 30, 50)),
     }  # fmt: skip
     assert all(path.read_text().startswith("# ") for path in CONFIGS)
-    assert QPrunerCLI.subcommands().keys() == {"fit", "validate", "test", "predict"}
+    assert QPrunerCLI.subcommands().keys() == {"fit", "validate", "test", "predict", "search"}

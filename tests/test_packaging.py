@@ -52,11 +52,15 @@ ALLOWED: dict[str, set[str]] = {
         "adapters", "allocation", "anatomy", "checkpoint", "datamodules", "errors", "files", "memory", "plan",
         "pricing", "pruning", "quantization", "runs", "training",
     },
+    "search": {
+        "allocation", "anatomy", "callbacks", "checkpoint", "datamodules", "errors", "files", "plan", "pricing",
+        "quantization", "runs", "seeds", "training",
+    },
     "options": {"callbacks", "datamodules", "errors"},
     "commands": {"anatomy", "checkpoint", "errors", "memory", "plan", "pretrained", "pricing", "pruning", "runs"},
     "cli": {
         "callbacks", "checkpoint", "commands", "datamodules", "errors", "memory", "merge", "options", "plan",
-        "pretrained", "runs", "training",
+        "pretrained", "runs", "search", "training",
     },
     "quiet": set(),
     "merge": {
@@ -66,8 +70,8 @@ ALLOWED: dict[str, set[str]] = {
     "__init__": {"checkpoint"},
 }  # fmt: skip
 OUTSIDERS = {
-    "lightning": {"callbacks", "cli", "commands", "merge", "datamodules", "options", "training"},
-    "nevergrad": set(),
+    "lightning": {"callbacks", "cli", "commands", "merge", "datamodules", "options", "search", "training"},
+    "nevergrad": {"search"},
 }
 
 

@@ -93,6 +93,7 @@ class Allocation:
         solver: whose solution was taken.
         budget: as a person reads it.
         limit: bytes that the budget leaves for the weights in the decoder linears.
+        for_items: of these, bytes that are left for the items.
         total_bytes: of all tensors, adapters included, once the plan is carried out.
         average_bits: of the weights in the decoder linears, scales included.
         above_dearest: whether the budget is above the dearest plan.
@@ -104,6 +105,7 @@ class Allocation:
     solver: Solver
     budget: str
     limit: int
+    for_items: int
     total_bytes: int
     average_bits: float
     above_dearest: bool
@@ -193,6 +195,7 @@ def decide(
         solver=config.solver,
         budget=str(budget),
         limit=limit,
+        for_items=left,
         total_bytes=price.total,
         average_bits=price.average_bits,
         above_dearest=limit > dearest.unit_weight_bytes,

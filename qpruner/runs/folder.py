@@ -20,6 +20,14 @@ FREE_OPTIONS = (
     "restart",
     "run.dir",
     "run.name",
+    "search.executor.address",
+    "search.executor.kind",
+    "search.executor.time_limit",
+    "search.executor.workers",
+    "search.finalist_seeds",
+    "search.finalist_steps",
+    "search.finalists",
+    "search.trials",
     "trainer.enable_model_summary",
     "trainer.enable_progress_bar",
     "weights_only",
@@ -124,6 +132,46 @@ class RunFolder:
         return self.path / "plan.png"
 
     @property
+    def base(self) -> Path:
+        return self.path / "base"
+
+    @property
+    def reference(self) -> Path:
+        return self.path / "reference.safetensors"
+
+    @property
+    def ledger(self) -> Path:
+        return self.path / "ledger.jsonl"
+
+    @property
+    def variants(self) -> Path:
+        return self.path / "variants.jsonl"
+
+    @property
+    def results(self) -> Path:
+        return self.path / "search.json"
+
+    @property
+    def pareto(self) -> Path:
+        return self.path / "pareto.json"
+
+    @property
+    def plans(self) -> Path:
+        return self.path / "plans"
+
+    @property
+    def prior(self) -> Path:
+        return self.path / "prior"
+
+    @property
+    def trials_picture(self) -> Path:
+        return self.path / "trials.png"
+
+    @property
+    def pareto_picture(self) -> Path:
+        return self.path / "pareto.png"
+
+    @property
     def finished(self) -> bool:
         return self.summary.exists() and bool(read_json(self.summary)["finished"])
 
@@ -161,7 +209,7 @@ class RunFolder:
         """
         stored = yaml.safe_load(self.config.read_text(encoding="utf-8")) if self.config.exists() else {}
         changes = changed_options(stored, config)
-        begun = self.checkpoint.exists() or self.model.exists() or self.finished
+        begun = self.checkpoint.exists() or self.model.exists() or self.ledger.exists() or self.finished
         if restart or not stored or (changes and not begun):
             self._clear()
             write_text(self.config, yaml.safe_dump(config, sort_keys=False))
@@ -176,11 +224,15 @@ class RunFolder:
 
     def _clear(self) -> None:
         """Removes what a run left here, and nothing else: the folder may hold more than runs."""
-        for folder in (self.tensorboard, self.checkpoint.parent, self.model, self.bank):
+        folders = (self.tensorboard, self.checkpoint.parent, self.model, self.bank, self.base, self.prior, self.plans)
+        for folder in folders:
             shutil.rmtree(folder, ignore_errors=True)
-        found = (self.sensitivities, self.allocation)
-        pictures = (self.loss_picture, self.plan_picture, self.allocation_picture)
-        for file in (self.config, self.manifest, self.summary, self.report, self.plan, *found, *pictures):
+        files = [
+            *(self.config, self.manifest, self.summary, self.report, self.plan, self.sensitivities, self.allocation),
+            *(self.reference, self.ledger, self.variants, self.results, self.pareto),
+            *(self.loss_picture, self.plan_picture, self.allocation_picture, self.trials_picture, self.pareto_picture),
+        ]
+        for file in files:
             file.unlink(missing_ok=True)
 
 

@@ -19,6 +19,7 @@ PACKAGES = (
     "bitsandbytes",
     "torchmetrics",
     "datasets",
+    "nevergrad",
     "numpy",
 )
 

@@ -22,7 +22,7 @@ def decision(item: Item, costs: tuple[float, ...], chosen: int, **changes: Any) 
 
 def allocation(measure: str | None, *decisions: Decision, **changes: Any) -> Allocation:
     method: Any = {None: "uniform", "mutual information": "mutual_information"}.get(measure, "sensitivity")
-    made = Allocation(method, measure, "exact", "6 bits per weight", 5000, 9000, 5.678, False, decisions)
+    made = Allocation(method, measure, "exact", "6 bits per weight", 5000, 4000, 9000, 5.678, False, decisions)
     return replace(made, **changes)
 
 

@@ -1,0 +1,212 @@
+"""What came of a search: as data, as a report, and in TensorBoard."""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import mean, stdev
+from typing import TYPE_CHECKING, Any
+
+from qpruner.files import read_json, write_json, write_text
+from qpruner.runs.folder import RunFolder
+from qpruner.runs.pictures import save_figure
+from qpruner.runs.tables import markdown_table
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
+@dataclass(frozen=True)
+class Tried:
+    """A plan and how it did on the validation split.
+
+    Args:
+        name: by which a person knows it: ``trial 3``, ``uniform``, ``mutual information``.
+        choices: for each item, the place of its bits.
+        num_bytes: of all tensors, adapters included.
+        average_bits: of the weights in the decoder linears, scales included.
+        losses: nats per token, one for each seed.
+        scores: all that the trial of the first seed found.
+    """
+
+    name: str
+    choices: tuple[int, ...]
+    num_bytes: int
+    average_bits: float
+    losses: tuple[float, ...]
+    scores: dict[str, Any]
+
+    @property
+    def loss(self) -> float:
+        return mean(self.losses)
+
+    @property
+    def spread(self) -> float | None:
+        """Standard deviation over the seeds; None for one."""
+        return stdev(self.losses) if len(self.losses) > 1 else None
+
+
+@dataclass(frozen=True)
+class SearchResults:
+    """What ``search.json`` holds.
+
+    Args:
+        protocol: how text was laid out and what was scored.
+        prior: the method whose sensitivities the search started from.
+        budget: as a person reads it.
+        items: that got bits.
+        bits: of the choices of an item.
+        trials: that succeeded, in order.
+        failed: numbers of trials that failed, with the reason.
+        variants: finalists and plans that were not searched for, each with all seeds, best first.
+        front: names of the trials that no other beats in both loss and bytes, fewest bytes first.
+    """
+
+    protocol: str
+    prior: str
+    budget: str
+    items: tuple[str, ...]
+    bits: tuple[int, ...]
+    trials: tuple[Tried, ...]
+    failed: dict[int, str]
+    variants: tuple[Tried, ...]
+    front: tuple[str, ...]
+
+    @property
+    def winner(self) -> Tried:
+        return self.variants[0]
+
+    def write(self, path: Path) -> None:
+        write_json(path, asdict(self))
+
+    @classmethod
+    def read(cls, path: Path) -> "SearchResults":
+        content = read_json(path)
+        for name in ("trials", "variants"):
+            content[name] = tuple(map(_read_tried, content[name]))
+        for name in ("items", "bits", "front"):
+            content[name] = tuple(content[name])
+        content["failed"] = {int(number): why for number, why in content["failed"].items()}
+        return cls(**content)
+
+
+def _read_tried(content: dict[str, Any]) -> Tried:
+    lists = {name: tuple(content[name]) for name in ("choices", "losses")}
+    return Tried(**{**content, **lists})
+
+
+def pareto_front(trials: Sequence[Tried]) -> list[Tried]:
+    """The trials that no other beats in loss without more bytes, fewest bytes first; of equal ones the first."""
+    front: list[Tried] = []
+    for trial in sorted(trials, key=lambda one: (one.num_bytes, one.loss)):
+        if not front or trial.loss < front[-1].loss:
+            front.append(trial)
+    return front
+
+
+def variants_table(results: SearchResults) -> str:
+    """Finalists and other plans side by side."""
+    rows = [
+        [
+            one.name,
+            f"{one.num_bytes:,}",
+            f"{one.average_bits:.2f}",
+            f"{one.loss:.4f}" + ("" if one.spread is None else f" ± {one.spread:.4f}"),
+            _number(one.scores.get("kl")),
+            "".join(str(results.bits[choice]) + " " for choice in one.choices).strip(),
+        ]
+        for one in results.variants
+    ]
+    return markdown_table(["plan", "bytes", "average bits", "validation loss", "KL to dense", "bits"], rows)
+
+
+def write_search_report(folder: RunFolder, results: SearchResults) -> None:
+    """Writes ``report.md`` and its pictures."""
+    save_figure(trials_figure(results), folder.trials_picture)
+    save_figure(front_figure(results), folder.pareto_picture)
+    seeds = len(results.winner.losses)
+    lines = [
+        f"# Search {folder.path.name}",
+        "",
+        f"{len(results.trials)} plans were tried under a budget of {results.budget}, with "
+        f"{results.prior.replace('_', ' ')} as the prior. The best ones, and those that nobody searched for, with "
+        f"{seeds} seed(s) each (mean ± standard deviation):",
+        "",
+        variants_table(results),
+        "",
+        f"Validation loss in nats per token: {results.protocol}. The test split was not looked at. The first line is "
+        f"`{folder.plan.name}`; recover it at full length with `qpruner fit --plan {folder.plan}`.",
+        "",
+        f"![Loss over bytes]({folder.pareto_picture.name})",
+        "",
+        f"Plans that no other beats in both loss and bytes: {', '.join(results.front)}; in `{folder.plans.name}/`.",
+        "",
+        f"![Bits of each trial]({folder.trials_picture.name})",
+    ]
+    if results.failed:
+        lines += ["", "Trials that failed:", "", *(f"- {number}: {why}" for number, why in results.failed.items())]
+    write_text(folder.report, "\n".join(lines) + "\n")
+
+
+def trials_figure(results: SearchResults) -> "Figure":
+    """The bits of every trial, items downwards, with its loss above."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(
+        figsize=(max(6, 1.5 + 0.3 * len(results.trials)), 3 + 0.25 * len(results.items)), layout="constrained"
+    )
+    above, below = figure.subplots(2, 1, sharex=True, height_ratios=[1, max(1, len(results.items) / 8)])
+    numbers = range(len(results.trials))
+    losses = [one.loss for one in results.trials]
+    above.plot(numbers, losses, "o-", markersize=3)
+    above.step(numbers, [min(losses[: end + 1]) for end in numbers], where="post", color="#c98f3d", label="best so far")
+    above.set_ylabel("validation loss")
+    above.legend()
+    bits = [[results.bits[choice] for choice in one.choices] for one in results.trials]
+    below.imshow(list(zip(*bits, strict=True)), aspect="auto", cmap="YlOrBr", vmin=0, vmax=20)
+    below.set_yticks(range(len(results.items)), results.items, fontsize=7)
+    below.set_xticks(numbers, [one.name.removeprefix("trial ") for one in results.trials], fontsize=7)
+    below.set_xlabel(f"trial; dark is more of {', '.join(map(str, results.bits))} bits")
+    return figure
+
+
+def front_figure(results: SearchResults) -> "Figure":
+    """Loss over bytes of all trials, with the front."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    axes = figure.subplots()
+    axes.plot([one.num_bytes for one in results.trials], [one.loss for one in results.trials], "o", color="#9aa7b5")
+    front = [one for one in results.trials if one.name in results.front]
+    front.sort(key=lambda one: one.num_bytes)
+    axes.plot([one.num_bytes for one in front], [one.loss for one in front], "o-", color="#b5473b", label="front")
+    for one in results.variants:
+        if not one.name.startswith("trial"):
+            axes.plot(one.num_bytes, one.losses[0], "x", label=one.name)
+    axes.set_xlabel("bytes of all tensors")
+    axes.set_ylabel("validation loss (nats per token)")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    return figure
+
+
+def show_search(logger: Any, results: SearchResults) -> None:
+    """Pictures and the table of trials, in TensorBoard.
+
+    Args:
+        logger: a ``TensorBoardLogger``.
+        results: of the search.
+    """
+    board = logger.experiment
+    board.add_figure("search/allocations", trials_figure(results))
+    board.add_figure("search/front", front_figure(results))
+    board.add_text("search/variants", variants_table(results))
+    for one in results.trials:
+        chosen = {item: results.bits[choice] for item, choice in zip(results.items, one.choices, strict=True)}
+        board.add_hparams(
+            chosen, {"search/trial_loss": one.loss, "search/trial_bytes": one.num_bytes}, run_name=one.name
+        )
+    board.flush()
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4f}"

@@ -1,0 +1,49 @@
+"""What a search is asked for."""
+
+from dataclasses import dataclass
+
+from qpruner.errors import UserError
+from qpruner.search.executors import ExecutorConfig
+
+
+@dataclass(frozen=True)
+class SearchConfig:
+    """How bits are searched for; budget, widths and prior are those of `MixedPrecisionQuantization`.
+
+    Args:
+        optimizer: ``bayesian``, ``random``, or the name of an optimizer of Nevergrad.
+        trials: plans to try, at least 1.
+        steps: optimizer steps of a trial's fit, at least 0; without any, plans are compared as they are.
+        max_seconds: after which a trial's fit ends, whatever its steps; a search with it cannot be repeated exactly.
+        front: whether to search for the trade-off of loss and bytes below the budget, instead of the best plan in it.
+        finalists: plans that are tried again with other seeds, at least 1; the best on average wins.
+        finalist_seeds: seeds that finalists are tried with in all, at least 1.
+        finalist_steps: optimizer steps of the finalists' fits; default ``steps``. With more, a trial is a rung: all but
+            the finalists stop there. Fewer steps than recovery takes may choose the wrong ones: see the README.
+        executor: where trials run.
+
+    Raises:
+        UserError: a number out of its range.
+    """
+
+    optimizer: str = "bayesian"
+    trials: int = 20
+    steps: int = 20
+    max_seconds: float | None = None
+    front: bool = False
+    finalists: int = 3
+    finalist_seeds: int = 3
+    finalist_steps: int | None = None
+    executor: ExecutorConfig = ExecutorConfig()
+
+    def __post_init__(self) -> None:
+        for name, least in (("trials", 1), ("steps", 0), ("finalists", 1), ("finalist_seeds", 1)):
+            if getattr(self, name) < least:
+                raise UserError(f"search.{name} is {getattr(self, name)}; it must be at least {least}.")
+        if self.finalist_steps is not None and self.finalist_steps < self.steps:
+            raise UserError(
+                f"search.finalist_steps is {self.finalist_steps}; finalists take at least the "
+                f"{self.steps} steps of all."
+            )
+        if self.max_seconds is not None and self.max_seconds <= 0:
+            raise UserError(f"search.max_seconds is {self.max_seconds}; it must be above 0, or null for steps alone.")

@@ -1,0 +1,143 @@
+"""A Gaussian process over plans, and how much a further plan may improve on those that were tried.
+
+**Formula.** Scores y of plans with features u (widths, 0 to 1 for each of d items) and prior costs c are taken to be
+
+    y = offset + weight c + f(u) + noise,
+
+where f has Matern's covariance signal^2 (1 + r + r^2 / 3) exp(-r), r = sqrt(5 / d) |u - u'| / length. The offset is
+normal with a wide variance and the weight normal with a mean above 0; both are integrated out, so that their variances
+join the covariance k. With K that of the scores, noise included, and residuals e = y - E[weight] c,
+
+    mean(u)     = E[weight] c + k(u, .) K^-1 e
+    variance(u) = k(u, u) - k(u, .) K^-1 k(., u)
+    log p(y)    = -(e K^-1 e + log det K + n log 2 pi) / 2
+    improvement = (best - mean) Phi(z) + sd phi(z),   z = (best - mean) / sd.
+
+Widths nearly add up in what they cost, which the process says with a long length. A prior that misleads is unlearned
+with a weight of nearly no mean and a variance instead.
+
+**Sources.** Rasmussen and Williams 2006, "Gaussian processes for machine learning": posterior and likelihood (2.25 to
+2.30), a normal prior of explicit basis functions (2.7). Expected improvement: Jones, Schonlau and Welch 1998,
+"Efficient global optimization". Search along coordinates: Kolda, Lewis and Torczon 2003, "Optimization by direct
+search". A process over log2 of the widths: QPruner (Zhou et al. 2024, arXiv 2412.11629).
+
+**Trade-off.** A few trials say little about five hyper-parameters; they are the most probable ones given weak priors,
+which also keep K away from singular. With a single score they are close to the middle of the priors.
+"""
+
+import math
+from dataclasses import astuple, dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+Floats = npt.NDArray[np.float64]
+
+OFFSET = 4.0  # variance, in units of that of the scores
+
+
+@dataclass(frozen=True)
+class Process:
+    """Hyper-parameters, for scores and costs of about mean 0 and standard deviation 1; all above 0.
+
+    Args:
+        signal: standard deviation of f.
+        length: distance over which f changes, as a share of the largest there is.
+        noise: standard deviation of a score about what is true of its plan.
+        weight: mean of the weight of prior costs.
+        doubt: standard deviation of that weight.
+    """
+
+    signal: float
+    length: float
+    noise: float
+    weight: float
+    doubt: float
+
+
+MIDDLE = np.log(astuple(Process(signal=1.5, length=2.0, noise=0.1, weight=1.0, doubt=0.5)))
+WIDTH = np.array([1.0, 0.7, 1.0, 1.0, 1.0])  # of normal priors of the logarithms of hyper-parameters about MIDDLE
+BOUND = 4.0  # widths
+STEPS = 12
+
+
+def fit(features: Floats, costs: Floats, scores: Floats) -> Process:
+    """The most probable hyper-parameters, by steps along one of them at a time that halve where none helps.
+
+    Args:
+        features: [plans, items].
+        costs: [plans].
+        scores: [plans].
+    """
+    directions = np.concatenate([np.eye(len(MIDDLE)), -np.eye(len(MIDDLE))])
+    best, best_value, step = np.zeros(len(MIDDLE)), -math.inf, 1.0  # in widths from the middle
+    for _ in range(STEPS):
+        tried = np.clip(np.concatenate([best[None], best + step * directions]), -BOUND, BOUND)
+        values = log_likelihoods(np.exp(MIDDLE + WIDTH * tried), features, costs, scores) - (tried**2).sum(1) / 2
+        if values.max() > best_value:
+            best, best_value = tried[values.argmax()], values.max()
+        else:
+            step /= 2
+    return Process(*np.exp(MIDDLE + WIDTH * best).tolist())
+
+
+def log_likelihoods(values: Floats, features: Floats, costs: Floats, scores: Floats) -> Floats:
+    """Logarithms of the marginal likelihoods of scores under several processes.
+
+    Args:
+        values: [processes, hyper-parameters].
+        features: [plans, items].
+        costs: [plans].
+        scores: [plans].
+    """  # [processes]
+    count = len(scores)
+    noise, weight = values[:, 2, None], values[:, 3, None]
+    residuals = scores - weight * costs  # [processes, plans]
+    # The last row of the factor of K bordered by the residuals is what solving for them would give. The corner is more
+    # than e K^-1 e, as no eigenvalue of K is below the noise.
+    bordered = np.empty((len(values), count + 1, count + 1))
+    bordered[:, :count, :count] = _covariance(values, features, costs, features, costs)
+    bordered[:, :count, :count] += noise[..., None] ** 2 * np.eye(count)
+    bordered[:, count, :count] = bordered[:, :count, count] = residuals
+    bordered[:, count, count] = 1 + (residuals**2).sum(1) / noise[:, 0] ** 2
+    factors = np.linalg.cholesky(bordered)
+    log_det = 2 * np.log(np.diagonal(factors, axis1=1, axis2=2)[:, :count]).sum(1)
+    return -0.5 * ((factors[:, count, :count] ** 2).sum(1) + log_det + count * math.log(2 * math.pi))
+
+
+def posterior(
+    process: Process, features: Floats, costs: Floats, scores: Floats, others: Floats, other_costs: Floats
+) -> tuple[Floats, Floats]:
+    """What is known of the scores of other plans, without noise.
+
+    Args:
+        process: of the scores.
+        features: [plans, items].
+        costs: [plans].
+        scores: [plans].
+        others: [others, items].
+        other_costs: [others].
+    """  # means and variances, [others] each
+    values = np.array(astuple(process))
+    own = _covariance(values, features, costs, features, costs) + process.noise**2 * np.eye(len(scores))
+    between = _covariance(values, features, costs, others, other_costs)  # [plans, others]
+    solved = np.linalg.solve(own, between)
+    mean = process.weight * other_costs + (scores - process.weight * costs) @ solved
+    before = process.signal**2 + (process.doubt * other_costs) ** 2 + OFFSET
+    return mean, np.maximum(before - (between * solved).sum(0), 0.0)
+
+
+def expected_improvement(mean: Floats, variance: Floats, best: float) -> Floats:
+    """By how much scores are expected to be below the best one; where they are not, that counts as 0."""  # as mean
+    sd = np.sqrt(np.maximum(variance, 1e-18))
+    z = (best - mean) / sd
+    below = 0.5 * np.array([math.erfc(-value / math.sqrt(2)) for value in z.tolist()])
+    return np.maximum((best - mean) * below + sd * np.exp(-(z**2) / 2) / math.sqrt(2 * math.pi), 0.0)
+
+
+def _covariance(values: Floats, features: Floats, costs: Floats, others: Floats, other_costs: Floats) -> Floats:
+    """Of scores of plans and others, without noise, under processes [..., hyper-parameters]."""  # [..., plans, others]
+    signal, length, _, _, doubt = np.moveaxis(values[..., None, None], -3, 0)
+    squares = (features**2).sum(1)[:, None] + (others**2).sum(1) - 2 * features @ others.T
+    r = np.sqrt(5 / features.shape[1] * np.maximum(squares, 0.0)) / length
+    return signal**2 * (1 + r + r**2 / 3) * np.exp(-r) + doubt**2 * np.outer(costs, other_costs) + OFFSET

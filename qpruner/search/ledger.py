@@ -1,0 +1,232 @@
+"""The ledger of a search: every trial is on disk before the next one is proposed.
+
+The file holds one JSON record a line, rather than an SQLite database: it is only ever appended to, by one writer, so
+that a record that was cut off is told by its place at the end and dropped; a person can read two of them side by side;
+and there is no second format that needs a schema and migrations.
+"""
+
+import json
+import logging
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from qpruner.errors import UserError
+from qpruner.files import write_text
+
+KIND, VERSION = "qpruner search ledger", 1
+PACKAGES = ("qpruner", "torch", "nevergrad")
+
+logger = logging.getLogger(__name__)
+
+Key = dict[str, Any]
+"""Plain data that says what a trial evaluates, to the last number that matters, such as its choices, steps and seed."""
+
+Scores = dict[str, Any]
+"""Plain data that a trial found: loss, perplexity, bytes, seconds."""
+
+
+@dataclass(frozen=True)
+class TrialRecord:
+    """What the ledger knows of one trial.
+
+    Args:
+        number: of the trial, from 0, in the order in which trials were proposed.
+        key: what it evaluates.
+        told: trials whose scores the optimizer had been told when it proposed this one.
+        attempts: times that it was started.
+        scores: what it found; None while it runs and when it failed.
+        why: it failed; None while it runs and when it succeeded.
+        repeats: number of the trial with the same key whose outcome this one took over; None when it ran itself.
+    """
+
+    number: int
+    key: Key
+    told: int
+    attempts: int = 1
+    scores: Scores | None = None
+    why: str | None = None
+    repeats: int | None = None
+
+    @property
+    def done(self) -> bool:
+        return self.scores is not None or self.why is not None
+
+
+class Ledger:
+    """The trials of one search, in memory and on disk; `Ledger.open` makes or reads it.
+
+    One process at a time may write it; the lock of the folder that it lies in sees to that. Each record is one write
+    that has reached the disk when the method returns. Keys and scores are plain data: what JSON holds, and no NaN.
+
+    Raises:
+        UserError: see `open`.
+        ValueError: a key or scores with NaN or an infinite number, or a record that cannot follow, such as a second
+            outcome of a trial.
+        OSError: the disk is full.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._trials: list[TrialRecord] = []
+        self._outcomes: dict[str, int] = {}
+
+    @classmethod
+    def open(cls, path: Path, search: Mapping[str, Any]) -> "Ledger":
+        """Makes a ledger, or reads the one that is there.
+
+        A last record that was cut off is removed from the file, with a warning in the log.
+
+        Args:
+            path: of the file.
+            search: plain data that identifies the search; its options.
+
+        Raises:
+            UserError: the file is no ledger, of another version, of another search, or damaged before its last record.
+        """
+        ledger = cls(path)
+        if not path.exists():
+            header = {"kind": KIND, "version": VERSION, "search": search, "versions": _versions()}
+            write_text(path, _line(header).decode())
+            return ledger
+        *lines, torn = path.read_bytes().split(b"\n")
+        ledger._check_header(lines[0] if lines else torn, plain(dict(search)))
+        if not torn and len(lines) > 1 and _parse(lines[-1]) is None:
+            torn = lines.pop()
+        for number, line in enumerate(lines[1:], 2):
+            entry = _parse(line)
+            remedy = "Restore the file, or start a new search."
+            if entry is None:
+                raise UserError(f"Line {number} of {str(path)!r} is damaged. {remedy}")
+            try:
+                ledger._apply(entry)
+            except (ValueError, KeyError, TypeError) as error:
+                raise UserError(
+                    f"Line {number} of {str(path)!r} does not follow from those above it. {remedy}"
+                ) from error
+        if torn:
+            logger.warning("The last record of %s was cut off, and is dropped.", path)
+            os.truncate(path, sum(len(line) + 1 for line in lines))
+        return ledger
+
+    @property
+    def records(self) -> tuple[TrialRecord, ...]:
+        return tuple(self._trials)
+
+    def attempts(self, number: int) -> int:
+        """Times that a trial was started; a trial that is not in the ledger, 0 times."""
+        return self._trials[number].attempts if number < len(self._trials) else 0
+
+    def outcome_of(self, key: Key) -> TrialRecord | None:
+        """The trial that evaluated this key, with success or without."""
+        number = self._outcomes.get(identity(key))
+        return None if number is None else self._trials[number]
+
+    def start(self, number: int, key: Key, told: int) -> None:
+        """Says that a trial is about to run, for the first time or again."""
+        self._append({"record": "started", "trial": number, "key": key, "told": told})
+
+    def finish(self, number: int, scores: Scores, repeats: int | None = None) -> None:
+        self._append({"record": "finished", "trial": number, "scores": scores, "repeats": repeats})
+
+    def fail(self, number: int, why: str, repeats: int | None = None) -> None:
+        self._append({"record": "failed", "trial": number, "why": why, "repeats": repeats})
+
+    def _append(self, entry: dict[str, Any]) -> None:
+        line = _line(entry | {"time": datetime.now(UTC).isoformat(timespec="seconds")})
+        self._apply(json.loads(line))
+        with self.path.open("ab", buffering=0) as file:
+            if file.write(line) != len(line):
+                raise OSError(f"{str(self.path)!r} took only a part of a record; is the disk full?")
+            os.fsync(file.fileno())
+
+    def _apply(self, entry: dict[str, Any]) -> None:
+        kind, number = entry["record"], entry["trial"]
+        if kind == "started" and number == len(self._trials):
+            _expect(isinstance(entry["key"], dict) and 0 <= entry["told"] <= number)
+            self._trials.append(TrialRecord(number, entry["key"], entry["told"]))
+            return
+        _expect(0 <= number < len(self._trials))
+        trial = self._trials[number]
+        _expect(not trial.done)
+        if kind == "started":
+            _expect(entry["key"] == trial.key)
+            trial = replace(trial, attempts=trial.attempts + 1)
+        elif kind == "finished":
+            _expect(isinstance(entry["scores"], dict))
+            trial = replace(trial, scores=entry["scores"], repeats=entry["repeats"])
+        else:
+            _expect(kind == "failed")
+            trial = replace(trial, why=str(entry["why"]), repeats=entry["repeats"])
+        self._trials[number] = trial
+        if trial.done:
+            self._outcomes.setdefault(identity(trial.key), number)
+
+    def _check_header(self, line: bytes, search: dict[str, Any]) -> None:
+        header = _parse(line)
+        if header is None or header.get("kind") != KIND or not isinstance(header.get("search"), dict):
+            raise UserError(f"{str(self.path)!r} is no ledger of a search: its first line does not say so.")
+        if header.get("version") != VERSION:
+            raise UserError(
+                f"{str(self.path)!r} has version {header.get('version')!r}; this qpruner reads version {VERSION}."
+            )
+        before, now = flat(header["search"]), flat(search)
+        if before != now:
+            listed = "\n".join(
+                f"  {name}: was {before.get(name)!r}, is now {now.get(name)!r}"
+                for name in sorted(before.keys() | now.keys())
+                if before.get(name) != now.get(name) or (name in before) != (name in now)
+            )
+            raise UserError(
+                f"{str(self.path)!r} belongs to a search with other options:\n{listed}\nContinue it with its own "
+                f"options, or start a new search in another place."
+            )
+        if header.get("versions") != _versions():
+            logger.warning("%s was begun with %s; here are %s.", self.path, header.get("versions"), _versions())
+
+
+def _expect(true: bool) -> None:
+    if not true:
+        raise ValueError("This record does not follow from those before it.")
+
+
+def plain(value: dict[str, Any]) -> dict[str, Any]:
+    """Plain data as they come back from a file: tuples as lists, keys as text.
+
+    Raises:
+        TypeError: something that JSON does not hold.
+    """
+    return json.loads(json.dumps(value))
+
+
+def identity(key: Key) -> str:
+    """Text that is the same for equal keys, whatever their order."""
+    return json.dumps(key, sort_keys=True)
+
+
+def _line(entry: dict[str, Any]) -> bytes:
+    return json.dumps(entry, allow_nan=False).encode() + b"\n"
+
+
+def _parse(line: bytes) -> dict[str, Any] | None:
+    try:
+        entry = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    return entry if isinstance(entry, dict) else None
+
+
+def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """The leaves of plain data by their dotted names."""
+    leaves: dict[str, Any] = {}
+    for key, value in tree.items():
+        leaves |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) and value else {f"{prefix}{key}": value}
+    return leaves
+
+
+def _versions() -> dict[str, str]:
+    return {package: version(package) for package in PACKAGES}

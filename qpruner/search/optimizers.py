@@ -1,0 +1,225 @@
+"""What proposes the next plan: our own optimizers and all of Nevergrad's, behind one function.
+
+All speak Nevergrad's ask and tell about points of a `SearchSpace`. Two objectives are told as a list, score first. The
+same proposals come back when an optimizer of the same seed is asked and told the same again in the same order, so a
+record of trials is all that a search needs to go on.
+
+**bayesian.** The prior's plan first. Then, of a pool of random plans and of changes to plans tried before, the one of
+highest expected improvement under a Gaussian process whose mean follows the prior as far as the scores bear it out. No
+plan is proposed twice. Plans whose scores are out count with the score that the process expects of them (the "kriging
+believer"), so that several can be out at once.
+
+**random.** Plans drawn without regard to the prior, none twice.
+
+**Sources.** Ginsbourger, Le Riche and Carraro 2010, "Kriging is well-suited to parallelize optimization". Two
+objectives: Knowles 2006, "ParEGO". Refinement of a prior's bits by a Gaussian process: QPruner (arXiv 2412.11629).
+"""
+
+from typing import Any
+
+import nevergrad as ng
+import numpy as np
+import numpy.typing as npt
+from nevergrad.optimization.base import Optimizer
+
+from qpruner.errors import UserError, nearest
+from qpruner.search.gaussian import expected_improvement, fit, posterior
+from qpruner.search.space import Floats, Integers, SearchSpace
+from qpruner.seeds import derive_seed
+
+POOL = 1024  # plans that a proposal is picked from
+ATTEMPTS = 16  # pools without a new plan after which plans may repeat
+
+
+def make_optimizer(name: str, space: SearchSpace, *, num_trials: int, num_workers: int, seed: int) -> Optimizer:
+    """An optimizer whose candidates have a point of the space as their value.
+
+    Args:
+        name: ``bayesian``, ``random`` or one of Nevergrad's.
+        space: of the plans.
+        num_trials: that will be told.
+        num_workers: trials that are out at once.
+        seed: of the random draws.
+
+    Raises:
+        UserError: nothing has this name; it needs a package that is not there; or it proposes one trial after the
+            other, and there are several workers.
+    """
+    check_optimizer(name, num_workers)
+    if name in OURS:
+        return OURS[name](_parametrization(name, space, seed), num_trials, num_workers, space=space, seed=seed)
+    registry = ng.optimizers.registry
+    try:  # Nevergrad lists optimizers of packages that it does not bring, which the first proposal tells.
+        registry[name](_parametrization(name, space, seed), num_trials, num_workers).ask()
+    except (ImportError, RuntimeError) as error:
+        raise UserError(f"{name} does not run here: {error}. Install what it needs, or take another.") from error
+    return registry[name](_parametrization(name, space, seed), num_trials, num_workers)
+
+
+def check_optimizer(name: str, num_workers: int) -> None:
+    """Finds, without a space, what `make_optimizer` would refuse by name.
+
+    Args:
+        name: of the optimizer.
+        num_workers: trials that are out at once.
+
+    Raises:
+        UserError: nothing has this name; or it proposes one trial after the other, and there are several workers.
+    """
+    if name in OURS:
+        return
+    registry = ng.optimizers.registry
+    if name not in registry:
+        raise UserError(
+            f"There is no optimizer {name!r}.{nearest(name, [*OURS, *registry])} There are {', '.join(OURS)} and all "
+            f"of Nevergrad's, such as OnePlusOne, TBPSA and NGOpt."
+        )
+    if registry[name].no_parallelization and num_workers > 1:
+        raise UserError(
+            f"{name} proposes one trial after the other, and there are {num_workers} workers. Have one worker, or take "
+            f"{' or '.join(OURS)}."
+        )
+
+
+def _parametrization(name: str, space: SearchSpace, seed: int) -> Any:
+    array = ng.p.Array(init=np.zeros(space.dimension))
+    array.random_state = np.random.RandomState(derive_seed(seed, "search", name) % 2**32)
+    return array
+
+
+class PlanOptimizer(Optimizer):
+    """Remembers which plans are out and which were told; draws depend on the seed and on how many these are.
+
+    Args:
+        parametrization: array of ``space.dimension``.
+        budget: trials.
+        num_workers: trials out at once.
+        space: of the plans.
+        seed: of the draws.
+    """
+
+    def __init__(self, parametrization: Any, budget: int, num_workers: int, *, space: SearchSpace, seed: int) -> None:
+        super().__init__(parametrization, budget, num_workers)
+        self._no_hypervolume = True  # Nevergrad would make one number of two objectives
+        self.space, self.seed = space, seed
+        self.points: list[Floats] = []  # of those told, as are the next two
+        self.plans: list[tuple[int, ...]] = []
+        self.losses: list[Floats] = []  # one or two each
+        self.pending: dict[str, tuple[int, ...]] = {}  # by candidate
+
+    def _internal_ask_candidate(self) -> Any:
+        seed = derive_seed(self.seed, "ask", len(self.plans) + len(self.pending))
+        point = self._propose(np.random.default_rng(seed))  # [dimension]
+        candidate = self.parametrization.spawn_child(new_value=point)
+        self.pending[candidate.uid] = self._plan(point)
+        return candidate
+
+    def _internal_tell_candidate(self, candidate: Any, loss: float) -> None:
+        self.pending.pop(candidate.uid, None)
+        self.points.append(candidate.value)
+        self.plans.append(self._plan(candidate.value))
+        self.losses.append(candidate.losses)
+
+    def _plan(self, point: Floats) -> tuple[int, ...]:
+        return tuple(self.space.decode(point[None])[0].tolist())
+
+    def _fresh(self, points: Floats) -> tuple[Floats, Integers]:
+        """The points of plans that are neither told nor out, one for each, and these plans."""
+        plans = self.space.decode(points)
+        known = {*self.plans, *self.pending.values()}
+        first: dict[tuple[int, ...], int] = {}
+        for place, plan in enumerate(map(tuple, plans.tolist())):
+            if plan not in known:
+                first.setdefault(plan, place)
+        kept = list(first.values())
+        return points[kept], plans[kept]
+
+    def _unknown(self, generator: np.random.Generator) -> Floats:
+        """A random point of a new plan, or of any when many draws gave no new one."""
+        for _ in range(ATTEMPTS):
+            points, _ = self._fresh(self.space.uninformed(generator, POOL))
+            if len(points):
+                break
+        else:
+            points = self.space.uninformed(generator, 1)
+        return points[0]
+
+    def _propose(self, generator: np.random.Generator) -> Floats:
+        raise NotImplementedError
+
+
+class RandomPlans(PlanOptimizer):
+    """Plans drawn without regard to the prior, none twice while there are others."""
+
+    def _propose(self, generator: np.random.Generator) -> Floats:
+        return self._unknown(generator)
+
+
+class BayesianPlans(PlanOptimizer):
+    """The plan that a Gaussian process expects to improve most; its costs are standardised by those of random plans."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        generator = np.random.default_rng(derive_seed(self.seed, "costs"))
+        costs = self.space.costs(self.space.decode(self.space.uninformed(generator, POOL)))
+        self.middle, self.spread = costs.mean(), _spread(costs)
+
+    def _propose(self, generator: np.random.Generator) -> Floats:
+        prior = np.zeros(self.space.dimension)
+        if self._plan(prior) not in {*self.plans, *self.pending.values()}:
+            return prior
+        if not self.plans:
+            return self._unknown(generator)
+        scores = self._scores(generator)
+        points, plans = self._fresh(self._pool(generator, scores))
+        if not len(points):
+            return self._unknown(generator)
+        told = self._inputs(self.plans)
+        process = fit(*told, scores)
+        if self.pending:
+            out = self._inputs([*self.pending.values()])
+            expected, _ = posterior(process, *told, scores, *out)
+            told = np.concatenate([told[0], out[0]]), np.concatenate([told[1], out[1]])
+            scores = np.concatenate([scores, expected])
+        mean, variance = posterior(process, *told, scores, *self._inputs(plans))
+        improvement = expected_improvement(mean, variance, scores.min())
+        return points[np.lexsort((mean, -improvement))[0]]
+
+    def _inputs(self, plans: npt.ArrayLike) -> tuple[Floats, Floats]:
+        """Features and standardised prior costs."""
+        plans = np.asarray(plans)
+        return self.space.features(plans), (self.space.costs(plans) - self.middle) / self.spread
+
+    def _scores(self, generator: np.random.Generator) -> Floats:
+        """[told], of mean 0 and spread 1; two objectives are weighed into one, at random."""
+        losses = np.array(self.losses)
+        if losses.shape[1] > 1:
+            scaled = (losses - losses.min(0)) / _spread(losses)
+            weighed = scaled * generator.dirichlet(np.ones(losses.shape[1]))
+            losses = weighed.max(1) + 0.05 * weighed.sum(1)
+        scores = losses.reshape(len(losses))
+        return (scores - scores.mean()) / _spread(scores)
+
+    def _pool(self, generator: np.random.Generator, scores: Floats) -> Floats:
+        """Random points with the prior and without, and changes of some coordinates of the best point and of others."""
+        quarter, dimension = POOL // 4, self.space.dimension
+        bases = np.concatenate([np.full(quarter, scores.argmin()), generator.integers(len(scores), size=quarter)])
+        reach = np.exp(generator.uniform(-1, 1.5, (len(bases), 1)))
+        changes = reach * generator.standard_normal((len(bases), dimension))
+        changes *= generator.random(changes.shape) < 2 / dimension
+        return np.concatenate(
+            [
+                self.space.uninformed(generator, quarter),
+                generator.standard_normal((quarter, dimension)),
+                np.array(self.points)[bases] + changes,
+            ]
+        )
+
+
+def _spread(values: Floats) -> Floats:
+    """Standard deviations of columns; 1 where values differ by no more than rounding."""
+    found = values.std(axis=0)
+    return np.where(found > 1e-9 * np.abs(values).max(axis=0), found, 1.0)
+
+
+OURS = {"bayesian": BayesianPlans, "random": RandomPlans}

@@ -1,0 +1,181 @@
+"""Every point of R^d as a plan within a byte budget: the space that an optimizer moves in.
+
+**Idea.** An optimizer that proposes widths themselves breaks the budget or wastes bytes. Here a point only says how
+much more or less than the prior believes each item deserves; the greedy upgrades that solve the prior's problem then
+spend the budget. Every plan fits, by construction, and no upgrade that would still fit is left out.
+
+**Formula.** For a point x, with cost(i, j) of the prior, `solving.greedy` takes the upgrades j -> k of the largest
+
+    exp(x_i) (cost(i, j) - cost(i, k)) / (size(i, k) - size(i, j)).
+
+x = 0 is the prior's own plan.
+
+**Prior.** The steps between neighbouring choices of an item are rated in saving per byte. Three things are done to the
+rates, none of which changes what x = 0 gives where the prior sees a gain in every step, less in each than before:
+
+1. A step that saves less per byte than a later one of its item gets the rate of both together, as on the concave
+   majorant of the item's savings. Otherwise the width between could not be had while the wider one still fits.
+2. A hundredth of the mean rate is added to all. Their order stays, and an item in which the prior sees no gain can be
+   upgraded: last for x = 0, first if its x exceeds that of an average item by log 100 = 4.6.
+3. A step has at most 0.99 of the rate of the step before it, so that several items can stop halfway.
+
+As rates then fall within each item, greedy takes single steps in the order of their rates, and so one pass over all of
+them, sorted, decodes a thousand points at once. Every plan to which no upgrade can be added is some point's.
+
+**Further dimensions.** A coordinate is a multiplier of gains, so whatever has a size and a cost can join: the kept
+share of a layer or its LoRA rank as one more item with choices of its own, a further format as one more choice. What
+changes the sizes of other items, as a kept share does, has to be decoded before them.
+
+**Sources.** Majorant: Barlow, Bartholomew, Bremner and Brunk 1972, "Statistical inference under order restrictions",
+the min-max formula. Greedy: Zhou et al. 2024, QPruner (arXiv 2412.11629).
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import numpy.typing as npt
+
+from qpruner.allocation.solving import Choice, Choices
+
+Floats = npt.NDArray[np.float64]
+Integers = npt.NDArray[np.int64]
+
+FLOOR = 0.01  # of the mean rate
+BEND = 0.99
+FARTHEST = 50.0  # of a coordinate; beyond it nothing changes, and exp stays far from what a float holds
+STRETCH = 1.5  # of the sigmoid of the share, so that a twentieth of all normal draws spends nothing, another one all
+
+
+@dataclass(frozen=True)
+class SearchSpace:
+    """The plans for some items that fit a number of bytes.
+
+    Args:
+        choices: [items] of what each may have, fewest bytes first; costs are those of the prior.
+        levels: [items] of the widths of these choices as numbers above 0, such as bits; more is wider.
+        limit: bytes; the smallest choices fit.
+        spends: whether the share of the bytes that are spent is one more coordinate, the last one. A search with two
+            objectives needs it: without it all plans have nearly the same bytes. 0 spends half of the bytes between the
+            smallest choices and the limit, so that both ends of a front are equally near; they are reached at -1.6
+            and 1.6.
+    """
+
+    choices: Choices
+    levels: Sequence[Sequence[float]]
+    limit: int
+    spends: bool = False
+
+    def __post_init__(self) -> None:
+        assert [len(item) for item in self.choices] == [len(item) for item in self.levels]
+        assert all((np.diff([choice.size for choice in item]) > 0).all() for item in self.choices)
+        assert self.limit >= self.smallest
+
+    @property
+    def num_items(self) -> int:
+        return len(self.choices)
+
+    @property
+    def dimension(self) -> int:
+        return self.num_items + self.spends
+
+    @cached_property
+    def smallest(self) -> int:
+        """Bytes of the smallest choices."""
+        return sum(item[0].size for item in self.choices)
+
+    @cached_property
+    def rates(self) -> list[Floats]:
+        """[items][choices - 1], saving per byte of each step to the next choice, as the module says; falling."""
+        steps = [_majorant(item) for item in self.choices]
+        mean = np.mean(np.concatenate(steps)) if any(map(len, steps)) else 0.0
+        floor = FLOOR * mean if mean > 0 else 1.0
+        rates = []
+        for step in steps:
+            bent = step + floor
+            for number in range(1, len(bent)):
+                bent[number] = min(bent[number], BEND * bent[number - 1])
+            rates.append(bent)
+        return rates
+
+    def decode(self, points: Floats) -> Integers:
+        """The plans of points.
+
+        Args:
+            points: [points, dimension], of any size.
+        """  # [points, items], numbers of choices
+        points = np.asarray(points, dtype=np.float64)
+        owner = np.repeat(np.arange(self.num_items), [len(item) - 1 for item in self.choices])  # [steps]
+        added = np.concatenate([np.diff([choice.size for choice in item]) for item in self.choices]).astype(np.int64)
+        factors = np.exp(np.clip(points[:, : self.num_items], -FARTHEST, FARTHEST))
+        order = np.argsort(-np.concatenate(self.rates) * factors[:, owner], axis=1, kind="stable")  # [points, steps]
+        taken = np.zeros((len(points), self.num_items), dtype=np.int64)
+        left = self.budgets(points) - self.smallest  # [points], bytes
+        stopped = np.zeros(
+            taken.shape, dtype=bool
+        )  # a step that does not fit ends its item, as the next one builds on it
+        rows = np.arange(len(points))
+        for step in order.T:
+            item, size = owner[step], added[step]
+            fits = (size <= left) & ~stopped[rows, item]
+            taken[rows, item] += fits
+            left -= np.where(fits, size, 0)
+            stopped[rows, item] |= ~fits
+        return taken
+
+    def budgets(self, points: Floats) -> Integers:
+        """[points], bytes that the plan of each may have."""
+        if not self.spends:
+            return np.full(len(points), self.limit, dtype=np.int64)
+        middle = 1 / (1 + np.exp(-np.clip(points[:, -1], -FARTHEST, FARTHEST)))
+        share = np.clip(STRETCH * (middle - 0.5) + 0.5, 0, 1)
+        return self.smallest + np.floor(share * (self.limit - self.smallest)).astype(np.int64)
+
+    def uninformed(self, generator: np.random.Generator, count: int) -> Floats:
+        """Random points whose plans do not depend on how the prior ranks the items.
+
+        Each undoes the ranks and puts a random one in their place. How far items differ is drawn too: where they
+        differ much, a few have all the bytes, where they differ little, many have some.
+        """  # [points, dimension]
+        first = np.array([np.log(rates[0]) if len(rates) else 0.0 for rates in self.rates])
+        points = np.exp(generator.uniform(-1, 1.5, (count, 1))) * generator.standard_normal((count, self.dimension))
+        points[:, : self.num_items] -= first - first.mean()
+        if self.spends:
+            points[:, -1] = generator.standard_normal(count)
+        return points
+
+    def features(self, plans: Integers) -> Floats:
+        """[plans, items], log2 of the widths, scaled so that an item goes from 0 to 1."""
+        columns = []
+        for item, taken in zip(self.levels, plans.T, strict=True):
+            logs = np.log2(np.asarray(item, dtype=np.float64))
+            columns.append(((logs - logs.min()) / (np.ptp(logs) or 1.0))[taken])
+        return np.stack(columns, axis=1)
+
+    def costs(self, plans: Integers) -> Floats:
+        """[plans], cost of the prior."""
+        return self._sum(plans, [[choice.cost for choice in item] for item in self.choices])
+
+    def sizes(self, plans: Integers) -> Floats:
+        """[plans], bytes."""
+        return self._sum(plans, [[float(choice.size) for choice in item] for item in self.choices])
+
+    def _sum(self, plans: Integers, table: Sequence[Sequence[float]]) -> Floats:
+        columns = [np.asarray(item)[taken] for item, taken in zip(table, plans.T, strict=True)]
+        return np.sum(columns, axis=0)
+
+
+def _majorant(item: Sequence[Choice]) -> Floats:
+    """[choices - 1], slopes of the least concave curve above the savings of an item, none below 0."""
+    sizes = np.array([choice.size for choice in item], dtype=np.float64)
+    savings = np.maximum.accumulate(item[0].cost - np.array([choice.cost for choice in item]))
+    return np.array(
+        [
+            min(
+                max((savings[end] - savings[start]) / (sizes[end] - sizes[start]) for end in range(step, len(item)))
+                for start in range(step)
+            )
+            for step in range(1, len(item))
+        ]
+    )

@@ -1,0 +1,79 @@
+"""What came of a search: the front and the table by hand, and JSON that comes back as it went."""
+
+from pathlib import Path
+
+import pytest
+
+from qpruner.runs.folder import RunFolder
+from qpruner.runs.search import SearchResults, Tried, pareto_front, variants_table, write_search_report
+
+
+def tried(name: str, num_bytes: int, *losses: float, choices: tuple[int, ...] = (0, 1)) -> Tried:
+    return Tried(name, choices, num_bytes, num_bytes / 100, losses, {"loss": losses[0], "kl": 0.25})
+
+
+TRIALS = (
+    tried("trial 1", 500, 2.0),
+    tried("trial 2", 400, 2.5),
+    tried("trial 4", 450, 2.5),  # more bytes for the same loss
+    tried("trial 5", 600, 2.1),  # worse in both than the first
+    tried("trial 6", 400, 2.5),  # equal to the second
+    tried("trial 7", 400, 2.6),
+    tried("trial 8", 700, 1.5),
+)
+RESULTS = SearchResults(
+    protocol="one document a row",
+    prior="mutual_information",
+    budget="6 bits per weight",
+    items=("layer 0", "layer 1"),
+    bits=(4, 8),
+    trials=TRIALS,
+    failed={3: "MemoryError"},
+    variants=(
+        tried("trial 8", 1700, 1.5, 1.7, choices=(1, 1)),
+        Tried("uniform", (0, 0), 1400, 4.5, (2.0,), {"loss": 2.0}),
+    ),
+    front=("trial 2", "trial 1", "trial 8"),
+)
+
+
+def test_the_front_is_what_no_other_beats_and_of_equals_the_first() -> None:
+    assert [one.name for one in pareto_front(TRIALS)] == ["trial 2", "trial 1", "trial 8"]
+    assert [one.name for one in pareto_front(TRIALS[::-1])] == ["trial 6", "trial 1", "trial 8"]
+    assert pareto_front(TRIALS[3:4]) == [TRIALS[3]] and pareto_front([]) == []
+    same = [tried("a", 5, 2.0), tried("b", 4, 2.0)]
+    assert [one.name for one in pareto_front(same)] == ["b"]
+
+
+def test_results_come_back_as_they_were_written(tmp_path: Path) -> None:
+    RESULTS.write(tmp_path / "search.json")
+    assert SearchResults.read(tmp_path / "search.json") == RESULTS
+    assert RESULTS.winner.name == "trial 8"
+
+
+def test_loss_and_spread_are_over_seeds() -> None:
+    winner, uniform = RESULTS.variants
+    assert winner.loss == pytest.approx(1.6) and winner.spread == pytest.approx(0.2 / 2**0.5)  # of n - 1
+    assert (uniform.loss, uniform.spread) == (2.0, None)
+
+
+def test_the_table_says_what_each_plan_costs_and_brings() -> None:
+    header, _, *rows = (
+        [cell.strip() for cell in line.strip("|").split("|")] for line in variants_table(RESULTS).splitlines()
+    )
+    assert header == ["plan", "bytes", "average bits", "validation loss", "KL to dense", "bits"]
+    assert rows == [
+        ["trial 8", "1,700", "17.00", "1.6000 ± 0.1414", "0.2500", "8 8"],
+        ["uniform", "1,400", "4.50", "2.0000", "-", "4 4"],
+    ]
+
+
+def test_the_report_names_front_failures_and_pictures(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    write_search_report(folder, RESULTS)
+    report = folder.report.read_text()
+    assert variants_table(RESULTS) in report and "- 3: MemoryError" in report
+    assert "7 plans were tried under a budget of 6 bits per weight, with mutual information as the prior" in report
+    assert "beats in both loss and bytes: trial 2, trial 1, trial 8; in `plans/`" in report
+    for picture in (folder.trials_picture, folder.pareto_picture):
+        assert picture.stat().st_size > 5000 and f"]({picture.name})" in report

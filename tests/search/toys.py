@@ -1,0 +1,74 @@
+"""Trials that take no model: what a key says, they do."""
+
+import math
+import os
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from qpruner.errors import UserError
+from qpruner.search.workers import Trial
+
+
+def quadratic(key: dict[str, Any]) -> dict[str, Any]:
+    return {"loss": sum((x - 0.3) ** 2 for x in key["choices"])}
+
+
+@dataclass(frozen=True)
+class Toy:
+    """Evaluates a quadratic, and does what else the key asks for.
+
+    Args:
+        evaluations: file that gets a line for each evaluation.
+        slow_sum: evaluations whose choices are nearest to this sum take longest.
+        hang_at: evaluation, from 1, that takes for ever.
+    """
+
+    evaluations: str | None = None
+    slow_sum: float | None = None
+    hang_at: int | None = None
+
+    def prepare(self) -> Trial:
+        prepared = f"{os.getpid()} at {time.monotonic()}"
+
+        def trial(key: dict[str, Any]) -> dict[str, Any]:
+            if self.evaluations:
+                with Path(self.evaluations).open("a") as file:
+                    file.write(f"{os.getpid()} {key['choices']}\n")
+                if len(Path(self.evaluations).read_text().splitlines()) == self.hang_at:
+                    time.sleep(1000)
+            if self.slow_sum is not None:
+                time.sleep(0.3 / (1 + abs(sum(key["choices"]) - self.slow_sum)))
+            time.sleep(key.get("sleep", 0))
+            match key.get("do"):
+                case "die":
+                    os._exit(3)
+                case "kill":
+                    os.kill(os.getpid(), 9)
+                case "raise":
+                    raise LookupError("no such layer\nand more")
+                case "memory":
+                    raise MemoryError
+                case "nan":
+                    return {"loss": math.nan}
+                case "tensor":
+                    return {"loss": object()}
+                case "where":
+                    return {"loss": 0.0, "prepared": prepared, "pid": os.getpid(), "environment": dict(os.environ)}
+            return quadratic(key)
+
+        return trial
+
+
+@dataclass(frozen=True)
+class Unpreparable:
+    how: str
+
+    def prepare(self) -> Trial:
+        if self.how == "die":
+            os._exit(3)
+        try:
+            raise OSError("disk on fire")
+        except OSError as error:
+            raise (UserError if self.how == "user" else RuntimeError)("There is no bank.") from error
