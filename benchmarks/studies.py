@@ -49,6 +49,7 @@ def text_data(given: argparse.Namespace, seed: int) -> TextDataModule:
         tokenizer=given.base,
         train=given.train,
         validation=given.validation,
+        test=getattr(given, "test", None),
         held_out=0.0,
         layout="packed",
         max_length=given.max_length,
