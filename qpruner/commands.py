@@ -19,6 +19,7 @@ from qpruner.pruning.rounds import Size, describe, legal_ratios
 from qpruner.pruning.selection import SelectionConfig
 from qpruner.runs.folder import RunFolder
 from qpruner.runs.report import Summary, protocol_line, table, write_report
+from qpruner.runs.search import SearchResults, variants_table, write_search_report
 from qpruner.runs.tables import markdown_table
 
 
@@ -27,8 +28,16 @@ def report(arguments: list[str]) -> None:
     parser = argparse.ArgumentParser("qpruner report", description=report.__doc__)
     parser.add_argument("run", type=Path, help="folder of the run, such as runs/quickstart")
     folder = RunFolder(parser.parse_args(arguments).run)
+    if folder.results.exists():
+        results = SearchResults.read(folder.results)
+        write_search_report(folder, results)
+        print(f"\n{variants_table(results)}")
+        return
     if not folder.summary.exists():
-        raise UserError(f"{str(folder.path)!r} holds no summary.json: no fit has measured anything there yet.")
+        raise UserError(
+            f"{str(folder.path)!r} holds no summary.json: no fit has measured anything there yet, "
+            f"and no search has ended."
+        )
     write_report(folder)
     show_summary(Summary.read(folder.summary), "test")
 

@@ -53,8 +53,8 @@ ALLOWED: dict[str, set[str]] = {
         "pricing", "pruning", "quantization", "runs", "training",
     },
     "search": {
-        "allocation", "anatomy", "callbacks", "checkpoint", "datamodules", "errors", "files", "plan", "pricing",
-        "quantization", "runs", "seeds", "training",
+        "allocation", "anatomy", "callbacks", "checkpoint", "datamodules", "errors", "files", "memory", "plan",
+        "pricing", "quantization", "runs", "seeds", "training",
     },
     "options": {"callbacks", "datamodules", "errors"},
     "commands": {"anatomy", "checkpoint", "errors", "memory", "plan", "pretrained", "pricing", "pruning", "runs"},

@@ -57,7 +57,8 @@ class SearchResults:
         bits: of the choices of an item.
         trials: that succeeded, in order.
         failed: numbers of trials that failed, with the reason.
-        variants: finalists and plans that were not searched for, each with all seeds, best first.
+        variants: finalists and plans that were not searched for, each with all seeds, best first; those that failed for
+            some seeds last.
         front: names of the trials that no other beats in both loss and bytes, fewest bytes first.
     """
 
@@ -101,6 +102,11 @@ def pareto_front(trials: Sequence[Tried]) -> list[Tried]:
         if not front or trial.loss < front[-1].loss:
             front.append(trial)
     return front
+
+
+def ranked(variants: Sequence[Tried]) -> list[Tried]:
+    """Best first; a plan whose trials failed for some seeds does not win by those that are left."""
+    return sorted(variants, key=lambda one: (-len(one.losses), one.loss))
 
 
 def variants_table(results: SearchResults) -> str:

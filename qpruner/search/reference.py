@@ -15,6 +15,7 @@ from torch import Tensor
 from qpruner.datamodules.base import TokenDataModule
 from qpruner.datamodules.rows import Batch
 from qpruner.files import replacing
+from qpruner.memory import check_room
 from qpruner.training.metrics import IGNORED
 from qpruner.training.module import LoRAFinetuner
 
@@ -39,10 +40,15 @@ class Reference:
     def of(
         cls, module: LoRAFinetuner, data: TokenDataModule, device: torch.device, precision: Precision
     ) -> "Reference":
-        """What the module's model predicts, on the first rows of the validation split."""
+        """What the module's model predicts, on the first rows of the validation split.
+
+        Raises:
+            UserError: the model has no room on the device.
+        """
         loader = data.evaluation_loaders("validation")[0]
         batches: list[Batch] = []
         found: list[Tensor] = []
+        check_room(module.model, device)
         module.to(device).eval()
         for batch in islice(loader, len(loader)):
             batches.append(batch)

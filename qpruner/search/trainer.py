@@ -21,7 +21,7 @@ from qpruner.errors import UserError
 from qpruner.files import hash_json, write_json
 from qpruner.plan import CompressionPlan
 from qpruner.runs.folder import RunFolder
-from qpruner.runs.search import SearchResults, Tried, pareto_front, show_search, write_search_report
+from qpruner.runs.search import SearchResults, Tried, pareto_front, ranked, show_search, write_search_report
 from qpruner.search.config import SearchConfig
 from qpruner.search.executors import make_executor
 from qpruner.search.ledger import Key, Ledger, Scores, TrialRecord
@@ -222,8 +222,8 @@ class Search:
         if not succeeded:
             why = self.ledger.records[0].why
             raise UserError(f"Every trial failed, the first one because {why}. See the log of the run.")
-        ranked = sorted(succeeded.values(), key=lambda one: (one.scores["loss"], one.number))  # type: ignore[index]
-        plans = {f"trial {one.number + 1}": list(one.key["choices"]) for one in ranked[: self.config.finalists]}
+        best_first = sorted(succeeded.values(), key=lambda one: (one.scores["loss"], one.number))  # type: ignore[index]
+        plans = {f"trial {one.number + 1}": list(one.key["choices"]) for one in best_first[: self.config.finalists]}
         for method in ("uniform", "mutual_information", self.preparation.allocator.method):
             allocation = Allocation.read(part_of(self.folder, method).allocation)
             plans.setdefault(method.replace("_", " "), [one.chosen for one in allocation.decisions])
@@ -251,7 +251,7 @@ class Search:
             budget=self.prior.budget,
             trials=tuple(trials),
             failed={one.number + 1: one.why for one in records if one.why is not None},
-            variants=tuple(sorted(variants, key=lambda one: one.loss)),
+            variants=tuple(ranked(variants)),
             front=tuple(one.name for one in front),
         )
         base = read_plan(self.folder.base)

@@ -4,8 +4,9 @@ from pathlib import Path
 
 import pytest
 
+from qpruner.commands import report as report_command
 from qpruner.runs.folder import RunFolder
-from qpruner.runs.search import SearchResults, Tried, pareto_front, variants_table, write_search_report
+from qpruner.runs.search import SearchResults, Tried, pareto_front, ranked, variants_table, write_search_report
 
 
 def tried(name: str, num_bytes: int, *losses: float, choices: tuple[int, ...] = (0, 1)) -> Tried:
@@ -77,3 +78,15 @@ def test_the_report_names_front_failures_and_pictures(tmp_path: Path) -> None:
     assert "beats in both loss and bytes: trial 2, trial 1, trial 8; in `plans/`" in report
     for picture in (folder.trials_picture, folder.pareto_picture):
         assert picture.stat().st_size > 5000 and f"]({picture.name})" in report
+
+
+def test_a_plan_that_failed_for_some_seeds_does_not_win() -> None:
+    lucky, whole, worse = tried("a", 1, 1.0), tried("b", 1, 2.0, 1.5), tried("c", 1, 1.9, 1.8)
+    assert [one.name for one in ranked([lucky, worse, whole])] == ["b", "c", "a"]
+
+
+def test_the_report_of_a_search_can_be_written_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    RESULTS.write(RunFolder(tmp_path).results)
+    report_command([str(tmp_path)])
+    assert variants_table(RESULTS) in RunFolder(tmp_path).report.read_text()
+    assert variants_table(RESULTS) in capsys.readouterr().out
