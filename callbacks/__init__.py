@@ -5,14 +5,17 @@ if __name__ != "qpruner.callbacks":
 
 from qpruner.callbacks.checkpoint import RunCheckpoint
 from qpruner.callbacks.compression import Compression
+from qpruner.callbacks.lora_guided import LoRAGuidedPruning
 from qpruner.callbacks.predictions import PredictionsWriter
 from qpruner.callbacks.pruning import PlannedPruning, StructuredPruning
 from qpruner.callbacks.quantization import MixedPrecisionQuantization
-from qpruner.callbacks.report import MeasuredStage, RunReport
+from qpruner.callbacks.report import MeasuredEnd, MeasuredStage, RunReport
 from qpruner.callbacks.throughput import Throughput
 
 __all__ = [
     "Compression",
+    "LoRAGuidedPruning",
+    "MeasuredEnd",
     "MeasuredStage",
     "MixedPrecisionQuantization",
     "PlannedPruning",

@@ -3,7 +3,7 @@
 from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
@@ -11,7 +11,11 @@ from qpruner.adapters.lora import LoRAConfig
 from qpruner.anatomy import architecture_of
 from qpruner.datamodules.base import TokenDataModule
 from qpruner.errors import UserError
+from qpruner.memory import num_parameters
 from qpruner.plan import CompressionPlan
+from qpruner.pruning.rounds import check_ratio, round_to, supplies
+from qpruner.pruning.selection import SelectionConfig, local_widths
+from qpruner.pruning.surgery import narrow_
 from qpruner.quantization.packed import PackedLinear
 from qpruner.runs.folder import RunFolder
 from qpruner.training.module import LoRAFinetuner
@@ -43,14 +47,25 @@ class Rehearsal:
         kept = zip(widths.kv_groups, widths.ffn_channels, strict=True)
         return self._dense.keeping([(range(groups), range(channels)) for groups, channels in kept])
 
+    def prune(self, ratio: float, selection: SelectionConfig) -> None:
+        """Narrows the model as pruning would, where that does not depend on scores.
+
+        Raises:
+            UserError: a ratio that no legal widths reach.
+        """
+        offers, total = supplies(self.model, selection), num_parameters(self.model)
+        check_ratio(ratio, offers, total)
+        if selection.scope == "local":
+            widths = local_widths(offers, round(total * ratio), round_to(self.model, selection))
+            narrow_(self.model, [(range(groups), range(channels)) for groups, channels in widths])
+        else:
+            self.exact = False
+
 
 class Compression(Callback):
-    """Compresses the base of a `LoRAFinetuner` in ``setup`` of a fit, before adapters and optimizers exist.
+    """Compresses the base of a `LoRAFinetuner` at the start of a fit or in its course."""
 
-    Does so once: where the base comes compressed from the folder that it is kept in, nothing is done.
-    """
-
-    leaves: ClassVar[str]
+    leaves: ClassVar[Literal["pruned", "quantized", "pruned in training"]]
     """Name of the stage in which it leaves the model."""
     folder: RunFolder | None = None
     """Of the run, where it leaves what it found; nowhere when there is none."""
@@ -75,6 +90,47 @@ class Compression(Callback):
             UserError: they are.
         """
 
+    def check_steps(self, num_steps: float) -> None:  # most need none
+        """Finds, before any work with the model, that the fit is too short.
+
+        Args:
+            num_steps: optimizer steps of the fit.
+
+        Raises:
+            UserError: it is.
+        """
+
+    def begin(self, trainer: Trainer, pl_module: LightningModule) -> LoRAFinetuner:
+        """The module, with its base loaded, found to be one that the callbacks of the fit can compress."""
+        if not isinstance(pl_module, LoRAFinetuner):
+            raise TypeError(f"Compression acts on a LoRAFinetuner, not on a {type(pl_module).__name__}.")
+        check_order(trainer.callbacks)  # type: ignore[attr-defined]
+        pl_module.load_base()
+        return pl_module
+
+    def check_unadapted(self, module: LoRAFinetuner) -> None:
+        """Makes sure that the base has no adapters yet.
+
+        Raises:
+            UserError: it has.
+        """
+        if module.adapted:
+            raise UserError(
+                f"{type(self).__name__} compresses a base before it gets adapters, and this module has them already. "
+                f"Make a new LoRAFinetuner for the fit."
+            )
+
+    def __str__(self) -> str:
+        return f"{type(self).__name__}({', '.join(f'{name}={value!r}' for name, value in self.options.items())})"
+
+
+class CompressionInSetup(Compression):
+    """Compresses the base in ``setup`` of a fit, before adapters and optimizers exist.
+
+    Does so once: where the base comes compressed from the folder that it is kept in, nothing is done. What an earlier
+    fit of the run left is made one dense base before.
+    """
+
     @abstractmethod
     def is_done(self, module: LoRAFinetuner) -> bool:
         """Whether the base is already as this callback would leave it."""
@@ -86,36 +142,38 @@ class Compression(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if stage != "fit":
             return
-        if not isinstance(pl_module, LoRAFinetuner):
-            raise TypeError(f"Compression acts on a LoRAFinetuner, not on a {type(pl_module).__name__}.")
-        check_order(trainer.callbacks)  # type: ignore[attr-defined]
-        pl_module.load_base()
-        if not self.is_done(pl_module):
-            if pl_module.adapted:
-                raise UserError(
-                    f"{type(self).__name__} compresses a base before it gets adapters, and this module has them "
-                    f"already. Make a new LoRAFinetuner for the fit."
-                )
-            if any(isinstance(module, PackedLinear) for module in pl_module.model.modules()):
-                raise UserError(
-                    f"The base {pl_module.base!r} is quantized already; packed weights can be neither narrowed nor "
-                    f"quantized again. Give the model that it was made from, or `qpruner merge` its run first."
-                )
-            self.compress(trainer, pl_module)
-
-    def __str__(self) -> str:
-        return f"{type(self).__name__}({', '.join(f'{name}={value!r}' for name, value in self.options.items())})"
+        module = self.begin(trainer, pl_module)
+        module.merge_inherited()
+        if not self.is_done(module):
+            self.check_unadapted(module)
+            check_dense(module)
+            self.compress(trainer, module)
 
 
 def check_order(callbacks: Sequence[Callback]) -> None:
-    """Makes sure that a fit prunes at most once, and before it quantizes.
+    """Makes sure that a fit prunes, then quantizes, then prunes in training, each at most once.
 
     Raises:
         UserError: it does not.
     """
     stages = [callback.leaves for callback in callbacks if isinstance(callback, Compression)]
-    if stages not in ([], ["pruned"], ["quantized"], ["pruned", "quantized"]):
+    order = ["pruned", "quantized", "pruned in training"]
+    if stages != [stage for stage in order if stage in stages]:
         raise UserError(
             f"The callbacks leave the base {', then '.join(stages)}; a fit prunes at most once, then quantizes at most "
-            f"once, since packed weights cannot be narrowed. Reorder or drop callbacks."
+            f"once, since packed weights cannot be scored, then prunes at most once while it trains. Reorder or drop "
+            f"callbacks; to quantize what was pruned in training, add a phase to the run (see phases)."
+        )
+
+
+def check_dense(module: LoRAFinetuner) -> None:
+    """Makes sure that the weights of the base are not packed.
+
+    Raises:
+        UserError: they are.
+    """
+    if any(isinstance(part, PackedLinear) for part in module.model.modules()):
+        raise UserError(
+            f"The base {module.base!r} is quantized already; packed weights can be neither scored nor quantized again. "
+            f"Give the model that it was made from, or `qpruner merge` its run first."
         )

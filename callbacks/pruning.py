@@ -9,23 +9,20 @@ from lightning.pytorch.utilities import rank_zero_info
 
 from qpruner.anatomy import architecture_of
 from qpruner.callbacks.calibration import calibration_of
-from qpruner.callbacks.compression import Compression, Rehearsal
+from qpruner.callbacks.compression import CompressionInSetup, Rehearsal
 from qpruner.datamodules.base import TokenDataModule
 from qpruner.errors import UserError
-from qpruner.memory import num_parameters
 from qpruner.plan import CompressionPlan
 from qpruner.pruning.calibration import Calibration, CalibrationConfig
 from qpruner.pruning.criteria import Aggregate, Criterion
-from qpruner.pruning.rounds import Size, check_ratio, describe, prune_, round_to, step_parameters, supplies
+from qpruner.pruning.rounds import Size, asked_for, describe, prune_
 from qpruner.pruning.scores import LayerScores, needs_text, score_units
-from qpruner.pruning.selection import Kept, SelectionConfig, local_widths
-from qpruner.pruning.surgery import apply_pruning_, narrow_
+from qpruner.pruning.selection import Kept, SelectionConfig
+from qpruner.pruning.surgery import apply_pruning_
 from qpruner.training.module import LoRAFinetuner
 
-COARSE = 0.01  # a step of more than this share of all parameters is worth a word
 
-
-class StructuredPruning(Compression):
+class StructuredPruning(CompressionInSetup):
     """Removes KV groups and FFN channels of the base, the least important first (LLM-Pruner, arXiv 2305.11627).
 
     Acts in ``setup`` of a fit, once: where the base comes from the folder that it is kept in, nothing is scored and the
@@ -73,14 +70,7 @@ class StructuredPruning(Compression):
         Raises:
             UserError: a ratio that no legal widths reach.
         """
-        model = rehearsal.model
-        offers, total = supplies(model, self.selection), num_parameters(model)
-        check_ratio(self.ratio, offers, total)
-        if self.selection.scope == "local":
-            widths = local_widths(offers, round(total * self.ratio), round_to(model, self.selection))
-            narrow_(model, [(range(groups), range(channels)) for groups, channels in widths])
-        else:
-            rehearsal.exact = False
+        rehearsal.prune(self.ratio, self.selection)
 
     def check_text(self, data: TokenDataModule) -> None:
         if needs_text(self.criterion):
@@ -102,9 +92,8 @@ class StructuredPruning(Compression):
 
     def compress(self, trainer: Trainer, module: LoRAFinetuner) -> None:
         before = Size.of(module.model)
-        step = step_parameters(module.model, self.selection) / before.parameters
+        asked = asked_for(self.ratio, module.model, self.selection)
         module.plan = self.prune(trainer, module)
-        asked = f"asked for {self.ratio:.2%}" + (f", in steps of {step:.2%}" if step > COARSE else "")
         rank_zero_info(describe(module.plan, before, Size.of(module.model), asked, self.selection.leave_alone))
 
     def prune(self, trainer: Trainer, module: LoRAFinetuner) -> CompressionPlan:
@@ -135,7 +124,7 @@ class StructuredPruning(Compression):
         return calibration_of(trainer, module, self.calibration, f"The criterion {self.criterion!r}")
 
 
-class PlannedPruning(Compression):
+class PlannedPruning(CompressionInSetup):
     """Narrows the base as a plan says, instead of making one: no scores, no calibration.
 
     Acts in ``setup`` of a fit, once.

@@ -11,7 +11,7 @@ from qpruner.allocation.budget import Budget
 from qpruner.allocation.decision import DecidingConfig, Method
 from qpruner.anatomy import architecture_of
 from qpruner.callbacks.allocating import Allocator, drop_bank
-from qpruner.callbacks.compression import Compression, Rehearsal
+from qpruner.callbacks.compression import CompressionInSetup, Rehearsal
 from qpruner.datamodules.base import TokenDataModule
 from qpruner.errors import UserError
 from qpruner.memory import tensor_bytes
@@ -26,7 +26,7 @@ OFFERED = (4, 8, 16)
 FEWEST = min(OFFERED)
 
 
-class MixedPrecisionQuantization(Compression):
+class MixedPrecisionQuantization(CompressionInSetup):
     """Holds each unit of the base in its number of bits, and initialises the adapters by LoftQ (arXiv 2310.08659).
 
     4 bits are NF4 or FP4 in blocks that share a scale, 8 bits are integers with a scale a row, 16 bits leave a unit as

@@ -1,6 +1,7 @@
 """Measures the stages of a run and leaves the table, the summary and the report in its folder."""
 
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -25,16 +26,21 @@ class RunReport(Callback):
     """Evaluates the model on the test split before and after the fit, and writes what a person reads.
 
     In ``setup`` (fit only) it records the manifest and measures the dense model, unless an earlier session of the run
-    did; before the first step it writes ``plan.json``; at the end of the fit it measures the recovered model and writes
-    ``summary.json`` and ``report.md``. It stands before every callback that changes the model; a `MeasuredStage` stands
-    behind each. Without a test split the rows stay without a perplexity.
+    did; before the first step it writes ``plan.json``. It stands before every callback that changes the model, with a
+    `MeasuredStage` behind each that does so in ``setup``. A `MeasuredEnd` behind all of them measures what the fit made
+    of the model and, in the last phase of a run, ends ``summary.json`` and writes ``report.md``. Without a test split
+    the rows stay without a perplexity.
 
     Args:
-        folder: of the run.
+        folder: of the run, in the phase of the fit.
+        phase: number of the fit in the run, from 1.
+        later: callbacks that compress in later phases, to be checked with those of this fit.
     """
 
-    def __init__(self, folder: RunFolder) -> None:
+    def __init__(self, folder: RunFolder, phase: int = 1, later: Sequence[Compression] = ()) -> None:
         self.folder = folder
+        self.phase = phase
+        self.later = later
         self._seconds = 0.0  # of training in sessions that are over
         self._peak: int | None = None  # of training in sessions that are over
         self._since: float | None = None  # when training began in this session; None while nothing trains
@@ -44,26 +50,28 @@ class RunReport(Callback):
         if stage != "fit":
             return
         module, data = _expect(trainer, pl_module)
-        since = time.perf_counter()
+        self._measured = time.perf_counter()
         module.load_base()
-        loading = time.perf_counter() - since
+        loading = time.perf_counter() - self._measured
         if trainer.is_global_zero:
             record_session(
                 self.folder.manifest,
                 seed=module.seed,
                 base={"name": module.base, "sha256": module.base_sha256},
+                phase=self.phase,
                 data=data.fingerprint(),
                 compression=[
-                    {"callback": type(callback).__name__, **callback.options}
-                    for callback in trainer.callbacks  # type: ignore[attr-defined]
-                    if isinstance(callback, Compression)
+                    {"callback": type(callback).__name__, **callback.options} for callback in compressing(trainer)
                 ],
                 devices=f"{trainer.world_size} x {trainer.strategy.root_device.type}",
             )
         if module.plan is None:  # else an earlier session has compressed it, and measured it before
-            for callback in trainer.callbacks:  # type: ignore[attr-defined]
-                if isinstance(callback, Compression):
-                    callback.check_text(data)
+            for callback in (*compressing(trainer), *self.later):
+                callback.check_text(data)
+            # Once only: it makes the training loader, whose state a later session has still to restore.
+            if not self._measured_stages(trainer):
+                for callback in compressing(trainer):
+                    callback.check_steps(trainer.estimated_stepping_batches)
             self.measure(trainer, "dense", seconds=loading)
 
     def measure(self, trainer: Trainer, name: str, *, seconds: float | None = None) -> None:
@@ -74,8 +82,8 @@ class RunReport(Callback):
             name: of the stage.
             seconds: that it took to reach; by default the time since the stage before was measured.
         """
-        # Rank zero tells, because only its view of the folder is sure to be up to date.
-        if name not in trainer.strategy.broadcast([stage.name for stage in self._stages()]):
+        name = self._titled(name)
+        if name not in self._measured_stages(trainer):
             if seconds is None:
                 seconds = time.perf_counter() - self._measured
             self._add_stage(trainer, name, seconds=seconds, peak_training=None)
@@ -113,17 +121,29 @@ class RunReport(Callback):
         state = checkpoint.get("run_report", {"seconds": 0.0, "peak": None})
         self._seconds, self._peak = state["seconds"], state["peak"]
 
-    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        _expect(trainer, pl_module)[0].keep_adapters()  # before the run is called finished
-        self._add_stage(trainer, "recovered", seconds=self._seconds, peak_training=self._peak, last=True)
-        if trainer.is_global_zero:
+    def end(self, trainer: Trainer) -> None:
+        """Keeps and measures what the fit made of the model, and ends the run with its last phase."""
+        module, _ = _expect(trainer, trainer.lightning_module)
+        module.keep_adapters()  # before the run is called finished
+        leaves = [callback.leaves for callback in compressing(trainer)]
+        name = self._titled("pruned in training" if "pruned in training" in leaves else "recovered")
+        last = self.folder.phase is None
+        if module.plan is not None and trainer.is_global_zero:
+            module.plan.write(self.folder.plan)
+        self._add_stage(trainer, name, seconds=self._seconds, peak_training=self._peak, last=last)
+        if trainer.is_global_zero and last:
             summary = Summary.read(self.folder.summary)
             if isinstance(trainer.logger, TensorBoardLogger):
                 results = {f"test/{name}": value for name, value in summary.stages[-1].results.items()}
-                trainer.logger.log_hyperparams(dict(pl_module.hparams), results)
+                trainer.logger.log_hyperparams(dict(module.hparams), results)
                 trainer.logger.save()
             write_report(self.folder)
             print(f"\n{table(summary)}\n\n{protocol_line(summary)}\nReport: {self.folder.report}")
+        trainer.strategy.barrier("end_of_fit")  # what the first process wrote is there for the next phase
+
+    def _titled(self, name: str) -> str:
+        """The name of a stage in the table."""
+        return name if self.phase == 1 else f"{name} (phase {self.phase})"
 
     def _trained(self, device: torch.device) -> tuple[float, int | None]:
         """Seconds and peak of training over all sessions up to now."""
@@ -156,7 +176,12 @@ class RunReport(Callback):
             peak_training, read_peak(device),
         )  # fmt: skip
         if trainer.is_global_zero:
-            Summary(last, data.protocol, peak_meaning(device), (*self._stages(), stage)).write(self.folder.summary)
+            others = (other for other in self._stages() if other.name != name)  # measured by a session that was cut
+            Summary(last, data.protocol, peak_meaning(device), (*others, stage)).write(self.folder.summary)
+
+    def _measured_stages(self, trainer: Trainer) -> list[str]:
+        """Names of the stages that were measured, as rank zero has them: its view of the folder is up to date."""
+        return trainer.strategy.broadcast([stage.name for stage in self._stages()])
 
     def _stages(self) -> tuple[Stage, ...]:
         return Summary.read(self.folder.summary).stages if self.folder.summary.exists() else ()
@@ -177,6 +202,25 @@ class MeasuredStage(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if stage == "fit":
             self.report.measure(trainer, self.name)
+
+
+class MeasuredEnd(Callback):
+    """Measures what a fit made of the model, at its end and behind all callbacks that change it there.
+
+    Args:
+        report: that gets the stage.
+    """
+
+    def __init__(self, report: RunReport) -> None:
+        self.report = report
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.report.end(trainer)
+
+
+def compressing(trainer: Trainer) -> list[Compression]:
+    """The callbacks of a fit that compress its base."""
+    return [callback for callback in trainer.callbacks if isinstance(callback, Compression)]  # type: ignore[attr-defined]
 
 
 def _expect(trainer: Trainer, pl_module: LightningModule) -> tuple[LoRAFinetuner, TokenDataModule]:

@@ -51,8 +51,8 @@ class InstructionDataModule(TokenDataModule):
     """One instruction or conversation a row, cut at ``max_length`` and padded within a batch.
 
     A record with ``messages`` (a list of ``{"role", "content"}``) is laid out by the tokenizer's chat template; one
-    with ``instruction`` and ``output`` (and perhaps ``input``) by the prompt of Alpaca, ended by the end-of-text token.
-    Splits are named as in `TextDataModule`.
+    with ``instruction`` and ``output`` or ``response`` (and perhaps ``input``) by the prompt of Alpaca, ended by the
+    end-of-text token. Splits are named as in `TextDataModule`.
 
     Args:
         train: records that fit and calibrate.
@@ -145,8 +145,9 @@ def to_dialogue(record: Record, tokenizer: Any, where: str) -> Dialogue | str:
 
 def _from_alpaca(record: Record, where: str) -> Dialogue | str:
     instruction, output = record.get("instruction"), record.get("output")
+    output = record.get("response") if output is None else output  # as LaMini calls it
     if not isinstance(instruction, str) or not isinstance(output, str):
-        return "with neither 'messages' nor 'instruction' and 'output'"
+        return "with neither 'messages' nor 'instruction' and 'output' or 'response'"
     if not instruction.strip() or not output.strip():
         return "with an empty instruction or output"
     prompt = (WITH_INPUT if record.get("input") else WITHOUT_INPUT).format(

@@ -93,7 +93,8 @@ def unit_linears(model: nn.Module) -> list[dict[str, tuple[str, ...]]]:
 class Coupled:
     """The part of a projection's weight that belongs to one kind of unit.
 
-    Unit u owns the rows (``axis`` 0) or columns (``axis`` 1) from ``u * width`` to ``(u + 1) * width``.
+    Unit u owns the rows (``axis`` 0) or columns (``axis`` 1) from ``u * width`` to ``(u + 1) * width``. The linear may
+    be packed, or have an adapter around it.
     """
 
     name: str
@@ -103,7 +104,7 @@ class Coupled:
 
     @property
     def num_units(self) -> int:
-        return self.linear.weight.shape[self.axis] // self.width
+        return (self.linear.out_features, self.linear.in_features)[self.axis] // self.width
 
     def by_unit(self, values: torch.Tensor) -> torch.Tensor:
         """Values of the weight's shape, or of its bias, with the units along the first axis."""  # [units, ...]
@@ -220,17 +221,21 @@ def unit_parameters(layer: DecoderLayer) -> tuple[int, int]:
 
     def count(weights: tuple[Coupled, ...]) -> int:
         return sum(
-            c.width * (c.linear.weight.shape[1 - c.axis] + (c.axis == 0 and c.linear.bias is not None)) for c in weights
+            c.width * ((c.linear.in_features if c.axis == 0 else c.linear.out_features) + _has_unit_bias(c))
+            for c in weights
         )
 
     return count(layer.group_weights), count(layer.channel_weights)
 
 
+def _has_unit_bias(coupled: Coupled) -> bool:
+    return coupled.axis == 0 and coupled.linear.bias is not None
+
+
 def num_linear_parameters(model: nn.Module) -> int:
-    """Parameters of the decoder's projections, biases included."""
+    """Parameters of the decoder's projections, biases included; of packed ones, as many as they stand for."""
     return sum(
-        parameter.numel()
+        linear.out_features * linear.in_features + (0 if linear.bias is None else linear.bias.numel())
         for layer in decoder_layers(model)
         for linear in layer.linears.values()
-        for parameter in linear.parameters()
     )

@@ -210,6 +210,11 @@ def has_adapters(folder: Path) -> bool:
     return {f"{ADAPTER}/adapter_config.json", ADAPTER_WEIGHTS} <= listed
 
 
+def has_trained_adapters(folder: Path) -> bool:
+    """Whether a compressed folder holds adapters as a fit left them."""
+    return has_adapters(folder) and _manifest(folder).get("adapters") == "trained"
+
+
 def has_initial_adapters(folder: Path) -> bool:
     """Whether a compressed folder holds adapters that no fit has trained yet."""
     return has_adapters(folder) and _manifest(folder).get("adapters") == "initial"

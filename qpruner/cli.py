@@ -17,6 +17,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 
 from qpruner.callbacks import (
     Compression,
+    MeasuredEnd,
     MeasuredStage,
     MixedPrecisionQuantization,
     PlannedPruning,
@@ -25,14 +26,15 @@ from qpruner.callbacks import (
     RunReport,
     Throughput,
 )
-from qpruner.callbacks.compression import Rehearsal, check_order
-from qpruner.checkpoint import build_skeleton, is_compressed, read_base_config, read_plan
+from qpruner.callbacks.compression import CompressionInSetup, Rehearsal
+from qpruner.checkpoint import build_skeleton, has_trained_adapters, is_compressed, read_base_config, read_plan
 from qpruner.commands import plan_command, report, show_summary
 from qpruner.datamodules.base import TokenDataModule
 from qpruner.errors import UserError, user_error
 from qpruner.memory import num_parameters, peak_meaning, read_peak, reset_peak, tensor_bytes
 from qpruner.merge import merge_command
 from qpruner.options import SuggestingParser
+from qpruner.phases import Phase, PhaseConfig, phases_of
 from qpruner.plan import CompressionPlan
 from qpruner.pretrained import is_reachable
 from qpruner.runs.folder import RunConfig, RunFolder
@@ -44,6 +46,7 @@ from qpruner.training.module import LoRAFinetuner
 
 WRITING = ("fit", "search")
 """Commands that make a run, whose options the run folder is bound to."""
+EVALUATING = ("validate", "test", "predict")
 TRAINER_DEFAULTS = {"use_distributed_sampler": False}  # the loaders share the rows among the ranks themselves
 DESCRIPTION = """Narrower layers, each at the bits it deserves, adapters that win back what was lost.
 Besides the commands below, `qpruner report RUN` writes the report of a run again, `qpruner plan` shows, compares and
@@ -83,6 +86,12 @@ class QPrunerCLI(LightningCLI):
             help="A plan to carry out instead of making one (fit only); see `qpruner plan`.",
         )
         parser.add_argument(
+            "--phases",
+            type=list[PhaseConfig],
+            default=[],
+            help="Further fits, each of which begins with what the one before left (fit only).",
+        )
+        parser.add_argument(
             "--restart",
             action="store_true",
             help="Throw away what the run folder holds and begin anew (fit and search).",
@@ -104,70 +113,103 @@ class QPrunerCLI(LightningCLI):
         """Lets a run whose base is kept go on when the dense model is gone: the tokenizer is kept, too."""
         options = self.config[self.subcommand]
         self.folder = RunFolder.of(RunConfig(**vars(options.run)))
-        base = self.folder.base if self.subcommand == "search" else self.folder.model
-        self.kept = is_compressed(base) and not options.restart
-        if self.kept and not is_reachable(options.model.base):
-            options.data.init_args.tokenizer = str(base)
+        kept = None if options.restart else next(filter(is_compressed, self.folder.bases), None)
+        self.kept = kept is not None
+        if kept is not None and not is_reachable(options.model.base):
+            options.data.init_args.tokenizer = str(kept)
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Claims the run folder, now that every option is known to be good and before any work is done."""
         options = self.config_init[self.subcommand]
         callbacks: list[Callback] = list(options.trainer.callbacks or [])
-        fits, rehearses = self.subcommand == "fit", bool(options.trainer.fast_dev_run)
+        self.rehearses = self.subcommand == "fit" and bool(options.trainer.fast_dev_run)
         notes: list[str] = []
+        further: list[PhaseConfig] = options.phases if self.subcommand != "search" else []
         if self.subcommand in WRITING:
-            if self.subcommand == "search" and options.plan is not None:
-                raise UserError("A search makes plans; --plan is for `qpruner fit`, which carries one out.")
-            callbacks, notes = self._compression(callbacks, options.plan)
+            self._check_command(options)
+            if options.plan is not None:
+                callbacks, notes = self._carrying_out(callbacks, options.plan)
+        self.phases = phases_of(self.folder, callbacks, further)
+        if self.subcommand in WRITING and not self.kept:
+            self._rehearse()
         self._claim_folder()
         for note in notes:
             rank_zero_info(note)
+        self.first = self.model
+        over = 0 if self.rehearses or options.restart else min(self.folder.finished_phases, len(self.phases) - 1)
+        return self._enter(self.phases[over], kwargs)
+
+    def _enter(self, phase: Phase, kwargs: dict[str, Any] | None = None) -> Trainer:
+        """Makes the module and the Trainer of a phase."""
+        options = self.config_init[self.subcommand]
+        self.phase, self.folder = phase, phase.folder
+        self.model = phase.module(self.first)
+        kwargs = {**(kwargs or {}), **(phase.config.length if phase.config else {})}
         if options.trainer.logger in (None, True):
             kwargs["logger"] = TensorBoardLogger(
-                self.folder.path, name=self.folder.tensorboard.name, version="", default_hp_metric=False
+                self.folder.own, name=self.folder.tensorboard.name, version="", default_hp_metric=False
             )
         kwargs["default_root_dir"] = str(self.folder.path)
-        if self.subcommand == "search":
-            for callback in callbacks:
-                if isinstance(callback, Compression):
-                    callback.folder = self.folder
-        elif not (fits and rehearses):
-            self.model.kept_in = self.folder.model
-            for callback in callbacks:
-                if isinstance(callback, Compression):
-                    callback.folder = self.folder
+        callbacks = phase.callbacks
+        if not self.rehearses:
+            for callback in phase.compressing:
+                callback.folder = self.folder
         if self.subcommand == "predict":
             callbacks = [*callbacks, PredictionsWriter(self.folder.predictions)]
-        elif fits and not rehearses:
-            report = RunReport(self.folder)
+        if self.subcommand == "fit" and not self.rehearses:
+            self.model.kept_in = phase.kept_in
+            later = [callback for other in self.phases[phase.number :] for callback in other.compressing]
+            report = RunReport(self.folder, phase.number, later)
             checkpoint = RunCheckpoint(self.folder.checkpoint, options.run.checkpoint_every_n_steps)
-            callbacks = [report, *_measured(callbacks, report), Throughput(), checkpoint]
+            callbacks = [report, *_measured(callbacks, report), MeasuredEnd(report), Throughput(), checkpoint]
+        elif self.subcommand in EVALUATING:
+            self.model.follows = next(filter(is_compressed, self.folder.bases), None)
         return super().instantiate_trainer(**kwargs, callbacks=callbacks)
 
-    def _compression(self, callbacks: list[Callback], path: str | None) -> tuple[list[Callback], list[str]]:
+    def _check_command(self, options: Any) -> None:
+        """Finds options that do not go together.
+
+        Raises:
+            UserError: some do not.
+        """
+        if options.plan is not None and self.subcommand == "search":
+            raise UserError("A search makes plans; --plan is for `qpruner fit`, which carries one out.")
+        if options.phases and self.subcommand == "search":
+            raise UserError("A search has no phases; they are for `qpruner fit`. Leave --phases out.")
+        if options.phases and options.plan is not None:
+            raise UserError(
+                "--plan carries out a plan in one fit, and the run has phases. Leave --phases out to recover the plan."
+            )
+
+    def _carrying_out(self, callbacks: list[Callback], path: str) -> tuple[list[Callback], list[str]]:
         """The callbacks, with those that decide on a compression replaced by those that carry out a given plan.
 
         Returns:
             The callbacks, and what the log shall say of it.
+        """
+        # Once its base is kept, a run needs the file no more.
+        plan = (
+            read_plan(self.folder.model)
+            if self.kept and is_compressed(self.folder.model)
+            else CompressionPlan.read(Path(path).expanduser())
+        )
+        replaced = [callback for callback in callbacks if isinstance(callback, Compression)]
+        return _planned(callbacks, plan), [
+            f"The plan {path} replaces {callback}; nothing is scored." for callback in replaced
+        ]
+
+    def _rehearse(self) -> None:
+        """Finds what the callbacks of all phases ask for and the model cannot give.
 
         Raises:
-            UserError: one of them asks for what the model cannot give.
+            UserError: something.
         """
-        notes = []
-        if path is not None:
-            # Once its base is kept, a run needs the file no more.
-            plan = read_plan(self.folder.model) if self.kept else CompressionPlan.read(Path(path).expanduser())
-            replaced = [callback for callback in callbacks if isinstance(callback, Compression)]
-            notes = [f"The plan {path} replaces {callback}; nothing is scored." for callback in replaced]
-            callbacks = _planned(callbacks, plan)
-        check_order(callbacks)
-        compressing = [callback for callback in callbacks if isinstance(callback, Compression)]
-        if compressing and not self.kept:
+        compressing = [callback for phase in self.phases for callback in phase.compressing]
+        if compressing:
             skeleton = build_skeleton(read_base_config(self.model.base))
             rehearsal = Rehearsal(skeleton.to(getattr(torch, self.model.dtype_of_base)), self.model.lora)
             for callback in compressing:
                 callback.check(rehearsal)
-        return callbacks, notes
 
     def _claim_folder(self) -> None:
         """On rank zero; the other ranks follow what it finds there."""
@@ -209,12 +251,25 @@ class QPrunerCLI(LightningCLI):
     def fit(self, model: LoRAFinetuner, datamodule: TokenDataModule, ckpt_path: str | None = None) -> None:
         if self.continues and self.folder.finished:
             rank_zero_info(f"The run {self.folder.path} is finished.")
+            if self.trainer.is_global_zero:
+                self.phase.end()  # in case that it was cut off before it could
             show_summary(Summary.read(self.folder.summary), "test")
             return
-        if self.continues and self.folder.checkpoint.exists():
-            ckpt_path = str(self.folder.checkpoint)
-            rank_zero_info(f"Going on from {ckpt_path}.")
-        self.trainer.fit(model, datamodule=datamodule, ckpt_path=ckpt_path, weights_only=True)
+        while True:
+            if len(self.phases) > 1:
+                rank_zero_info(f"Phase {self.phase.number} of {len(self.phases)}.")
+            if self.continues and self.folder.checkpoint.exists():
+                ckpt_path = str(self.folder.checkpoint)
+                rank_zero_info(f"Going on from {ckpt_path}.")
+            self.trainer.fit(self.model, datamodule=datamodule, ckpt_path=ckpt_path, weights_only=True)
+            if self.rehearses:
+                break
+            if self.trainer.is_global_zero:
+                self.phase.end()
+            if self.phase.number == len(self.phases):
+                break
+            ckpt_path = None
+            self.trainer = self._enter(self.phases[self.phase.number])
 
     def search(self, model: LoRAFinetuner, datamodule: TokenDataModule, search: SearchConfig) -> None:
         done = self.continues and self.folder.results.exists()
@@ -243,27 +298,34 @@ class QPrunerCLI(LightningCLI):
         rank_zero_info(f"Predictions: {self.folder.predictions}")
 
     def _trained(self, ckpt_path: str | None) -> str | None:
-        """The checkpoint to evaluate: the one given, else the run's, else none."""
-        return ckpt_path or (str(self.folder.checkpoint) if self.folder.checkpoint.exists() else None)
+        """The checkpoint to evaluate: the one given, or the run's unless its model has all that is needed."""
+        if ckpt_path is not None or self._is_trained:
+            return ckpt_path
+        return str(self.folder.checkpoint) if self.folder.checkpoint.exists() else None
+
+    @property
+    def _is_trained(self) -> bool:
+        """Whether the model that is evaluated has trained adapters beside it."""
+        return self.model.follows is not None and has_trained_adapters(self.model.follows)
 
     def _evaluate(
         self, verb: str, split: str, model: LoRAFinetuner, datamodule: TokenDataModule, ckpt_path: str | None
     ) -> None:
-        """Measures the dense model and, where a fit has left them, the pruned and the recovered one."""
+        """Measures the dense model and, where a fit has left them, the compressed and the recovered one."""
         device = self.trainer.strategy.root_device
         stages: list[Stage] = []
 
-        def measure(name: str, *, adapters: str | None = None) -> None:
-            if adapters is None:
+        def measure(name: str, *, adapted: bool = False, checkpoint: str | None = None) -> None:
+            if not adapted:
                 size = num_parameters(model.model), tensor_bytes(model.model)
             model.configure_model()
             reset_peak(device)
             since = time.perf_counter()
-            with model.adapters_disabled() if adapters is None else nullcontext():
+            with nullcontext() if adapted else model.adapters_disabled():
                 (results, *_) = getattr(self.trainer, verb)(
-                    model, datamodule=datamodule, ckpt_path=adapters, verbose=False, weights_only=True
+                    model, datamodule=datamodule, ckpt_path=checkpoint, verbose=False, weights_only=True
                 )
-            if adapters is not None:
+            if adapted:
                 size = num_parameters(model.model), tensor_bytes(model.model)
             results = {key.partition("/")[2]: value for key, value in results.items()}
             seconds = time.perf_counter() - since
@@ -271,11 +333,12 @@ class QPrunerCLI(LightningCLI):
 
         model.load_dense_base()
         measure("dense")
-        if is_compressed(self.folder.model):
-            model.load_kept_base(self.folder.model)
+        if model.follows is not None:
+            model.load_kept_base(model.follows)
             measure("quantized" if model.plan and model.plan.quantized else "pruned")
-        if checkpoint := self._trained(ckpt_path):
-            measure("recovered", adapters=checkpoint)
+        checkpoint = self._trained(ckpt_path)
+        if checkpoint or self._is_trained:
+            measure("recovered", adapted=True, checkpoint=checkpoint)
         summary = Summary(True, datamodule.protocol, peak_meaning(device), tuple(stages))
         if self.trainer.is_global_zero:
             summary.write(self.folder.path / f"{verb}.json")
@@ -291,10 +354,10 @@ def _planned(callbacks: Sequence[Callback], plan: CompressionPlan) -> list[Callb
 
 
 def _measured(callbacks: Sequence[Callback], report: RunReport) -> Iterator[Callback]:
-    """The callbacks, with a measurement behind each that compresses the base."""
+    """The callbacks, with a measurement behind each that compresses the base before the fit."""
     for callback in callbacks:
         yield callback
-        if isinstance(callback, Compression):
+        if isinstance(callback, CompressionInSetup):
             yield MeasuredStage(report, callback.leaves)
 
 

@@ -5,7 +5,10 @@ from typing import Any
 import torch
 import transformers
 
-from qpruner.anatomy import FAMILIES
+from qpruner.adapters.lora import LoRAConfig, attach_adapters
+from qpruner.anatomy import FAMILIES, architecture_of
+from qpruner.plan import UNITS, CompressionPlan, Precision
+from qpruner.quantization.apply import quantize_
 
 HIDDEN, LAYERS, FFN, VOCAB = 64, 3, 48, 100
 KEPT = [((0, 2, 3), (0, 1, *range(5, 40))), ((1,), tuple(range(3, 48, 2))), ((0, 1, 2, 3), (7,))]
@@ -60,3 +63,25 @@ def random_tokens(rows: int = 2, length: int = 12) -> torch.Tensor:
 def logits_of(model: Any, tokens: torch.Tensor | None = None) -> torch.Tensor:
     """[rows, length, vocabulary], of the `random_tokens` unless told."""
     return model(input_ids=random_tokens() if tokens is None else tokens, use_cache=False).logits
+
+
+def adapted(model: Any, **lora: Any) -> Any:
+    """The model in PEFT, with both factors of every adapter drawn at random and no dropout; A x times 2."""
+    wrapped = attach_adapters(model, LoRAConfig(**{"r": 3, "alpha": 6.0, "dropout": 0.0, **lora}), seed=3)
+    generator = torch.Generator().manual_seed(5)
+    for name, parameter in wrapped.named_parameters():
+        if "lora_" in name:
+            parameter.data.normal_(std=0.2, generator=generator)
+    return wrapped.eval()
+
+
+def packed(model: Any, precision: Precision) -> Any:
+    """The model, with every projection of its decoder quantized in place."""
+    plan = CompressionPlan.dense(architecture_of(model.config), None)
+    quantize_(
+        model,
+        plan.with_precision([dict.fromkeys(UNITS, precision)] * len(plan.layers)),
+        None,
+        device=torch.device("cpu"),
+    )
+    return model

@@ -7,8 +7,10 @@ from pathlib import Path
 import pytest
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from qpruner.checkpoint import load_base
 from qpruner.cli import QPrunerCLI, run
 from qpruner.files import read_json
+from qpruner.memory import num_parameters
 from qpruner.plan import CompressionPlan
 from qpruner.pretrained import EMBEDDED, load_tokenizer
 from qpruner.runs.search import SearchResults
@@ -19,7 +21,7 @@ CONFIGS = sorted((Path(__file__).parents[1] / "configs").rglob("*.yaml"))
 SEARCHES = [path for path in CONFIGS if "\nsearch:\n" in path.read_text()]
 
 
-LAYERS = {"quickstart": 6, "budget": 6, "search": 6, "llama32_1b": 16, "qwen3_06b": 28}
+LAYERS = {"quickstart": 6, "budget": 6, "loraprune": 6, "search": 6, "llama32_1b": 16, "qwen3_06b": 28}
 """Of the models that configurations are for; 32 where nothing is said."""
 
 
@@ -36,8 +38,13 @@ def local_data(tmp_path: Path) -> dict[str, list[str]]:
         "text": [*text, "--data.init_args.max_length=64"],
         "budget": ["--data.num_train=100", "--data.num_validation=4", "--data.num_test=4", "--data.num_choices=2"],
         "search": ["--data.num_train=100", "--data.num_validation=4", "--data.num_test=4"],
+        "loraprune": ["--data.num_train=40", "--data.num_validation=4", "--data.num_test=4", "--data.num_choices=2"],
         "quickstart": ["--data.num_train=40", "--data.num_validation=4", "--data.num_test=4", "--data.num_choices=2"],
     }
+
+
+SHORT_SCHEDULE = ["--trainer.max_steps=3", "--trainer.callbacks.schedule.every_n_steps=1"]
+"""Of pruning in training, with an event before the last."""
 
 
 def stand_in(folder: Path, layers: int) -> Path:
@@ -59,6 +66,7 @@ def stand_in(folder: Path, layers: int) -> Path:
 
 @pytest.mark.parametrize("path", [path for path in CONFIGS if path not in SEARCHES], ids=lambda path: path.stem)
 def test_config_runs_on_a_tiny_stand_in(path: Path, tmp_path: Path, local_data: dict[str, list[str]]) -> None:
+    prunes_in_training = "LoRAGuidedPruning" in path.read_text()
     run(
         [
             "fit",
@@ -68,7 +76,7 @@ def test_config_runs_on_a_tiny_stand_in(path: Path, tmp_path: Path, local_data: 
             "--model.gradient_checkpointing=false",
             *local_data[path.stem],
             "--trainer.accelerator=cpu",
-            "--trainer.max_steps=1",
+            *(SHORT_SCHEDULE if prunes_in_training else ["--trainer.max_steps=1"]),
             "--trainer.accumulate_grad_batches=1",
             "--trainer.limit_val_batches=1",
             "--trainer.limit_test_batches=1",
@@ -80,12 +88,21 @@ def test_config_runs_on_a_tiny_stand_in(path: Path, tmp_path: Path, local_data: 
     assert folder.name == path.stem
     summary = read_json(folder / "summary.json")
     pruned = ["pruned"] if "StructuredPruning" in path.read_text() else []
-    quantized = ["quantized", "quantized + LoftQ"] if "MixedPrecisionQuantization" in path.read_text() else []
-    assert [stage["name"] for stage in summary["stages"]] == ["dense", *pruned, *quantized, "recovered"]
+    quantizes = "class_path: MixedPrecisionQuantization" in path.read_text()
+    quantized = ["quantized", "quantized + LoftQ"] if quantizes else []
+    expected = ["dense", *pruned, *quantized, "recovered"]
+    if prunes_in_training:
+        pruned = ["pruned in training"]
+        later = [*quantized, "recovered"] if "phases:" in path.read_text() else []
+        expected = ["dense", *pruned, *(f"{name} (phase 2)" for name in later)]
+    assert [stage["name"] for stage in summary["stages"]] == expected
     assert all(stage["results"]["perplexity"] > 1 for stage in summary["stages"])
     if pruned:
         ratio = float(re.search(r"ratio: ([\d.]+)", path.read_text())[1])  # type: ignore[index]
-        dense, narrow = (stage["parameters"] for stage in summary["stages"][:2])
+        sizes = {stage["name"]: stage["parameters"] for stage in summary["stages"]}
+        dense = sizes["dense"]
+        narrow = num_parameters(load_base(folder / "model").model)
+        assert narrow == sizes.get("pruned", narrow)
         assert 1 - narrow / dense == pytest.approx(ratio, abs=0.01)
 
 
@@ -118,7 +135,8 @@ def test_search_runs_on_a_tiny_stand_in(path: Path, tmp_path: Path, local_data: 
 
 def test_configs_name_what_they_are_for() -> None:
     assert {path.stem for path in CONFIGS} >= {
-        "alpaca", "budget", "llama32_1b", "llm_pruner", "quickstart", "qpruner2_llama2_7b_20", "qpruner3_llama2_7b_20",
+        "alpaca", "budget", "llama32_1b", "llm_pruner", "loraprune", "loraprune_llama2_7b", "quickstart",
+        "qpruner2_llama2_7b_20", "qpruner3_llama2_7b_20",
         "qwen3_06b", "search", "text",
         *(f"qpruner_llama2_7b_{share}" for share in (20, 30, 50)),
     }  # fmt: skip

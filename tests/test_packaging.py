@@ -38,7 +38,7 @@ ALLOWED: dict[str, set[str]] = {
     "adapters": {"errors", "seeds"},
     "quantization": {"adapters", "anatomy", "errors", "files", "plan"},
     "memory": {"errors", "quantization"},
-    "pruning": {"anatomy", "errors", "memory", "plan", "seeds"},
+    "pruning": {"adapters", "anatomy", "errors", "memory", "plan", "quantization", "seeds"},
     "pricing": {"anatomy", "memory", "plan", "pruning", "quantization"},
     "allocation": {"adapters", "anatomy", "errors", "files", "plan", "pricing", "pruning", "quantization", "seeds"},
     "checkpoint": {"anatomy", "errors", "files", "memory", "plan", "pretrained", "pruning", "quantization"},
@@ -56,11 +56,12 @@ ALLOWED: dict[str, set[str]] = {
         "allocation", "anatomy", "callbacks", "checkpoint", "datamodules", "errors", "files", "memory", "plan",
         "pricing", "quantization", "runs", "seeds", "training",
     },
+    "phases": {"callbacks", "errors", "runs", "training"},
     "options": {"callbacks", "datamodules", "errors"},
     "commands": {"anatomy", "checkpoint", "errors", "memory", "plan", "pretrained", "pricing", "pruning", "runs"},
     "cli": {
-        "callbacks", "checkpoint", "commands", "datamodules", "errors", "memory", "merge", "options", "plan",
-        "pretrained", "runs", "search", "training",
+        "callbacks", "checkpoint", "commands", "datamodules", "errors", "memory", "merge", "options", "phases",
+        "plan", "pretrained", "runs", "search", "training",
     },
     "quiet": set(),
     "merge": {
@@ -70,7 +71,7 @@ ALLOWED: dict[str, set[str]] = {
     "__init__": {"checkpoint"},
 }  # fmt: skip
 OUTSIDERS = {
-    "lightning": {"callbacks", "cli", "commands", "merge", "datamodules", "options", "search", "training"},
+    "lightning": {"callbacks", "cli", "commands", "merge", "datamodules", "options", "phases", "search", "training"},
     "nevergrad": {"search"},
 }
 

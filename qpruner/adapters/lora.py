@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import nn
 
 from qpruner.errors import UserError
 from qpruner.seeds import derive_seed
@@ -32,6 +33,35 @@ class LoRAConfig:
             raise UserError(f"LoRA needs r of at least 1, alpha above 0 and dropout in [0, 1), not {self}.")
 
 
+@dataclass(frozen=True)
+class Adapter:
+    """The adapter on a linear.
+
+    Args:
+        base: the linear below.
+        lora_A: [r, in].
+        lora_B: [out, r].
+        scale: what the forward pass multiplies B A by.
+    """
+
+    base: nn.Module
+    lora_A: nn.Parameter
+    lora_B: nn.Parameter
+    scale: float
+
+
+def adapter_on(linear: Any) -> Adapter | None:
+    """The adapter on a linear of a PEFT model; None where there is none."""
+    if not hasattr(linear, "lora_A"):
+        return None
+    return Adapter(
+        linear.get_base_layer(),
+        linear.lora_A["default"].weight,
+        linear.lora_B["default"].weight,
+        linear.scaling["default"],
+    )
+
+
 def attach_adapters(model: Any, config: LoRAConfig, *, seed: int) -> Any:
     """Wraps the model in PEFT adapters, the only parameters that are left to train, in float32.
 
@@ -40,7 +70,7 @@ def attach_adapters(model: Any, config: LoRAConfig, *, seed: int) -> Any:
     """
     import peft
 
-    ends = {name.rpartition(".")[2] for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
+    ends = {name.rpartition(".")[2] for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     if missing := set(config.target_modules) - ends:
         raise UserError(
             f"LoRA target(s) {', '.join(sorted(missing))} match no linear of {type(model).__name__}, which has "
@@ -71,3 +101,17 @@ def set_factors_(model: Any, factors: Mapping[str, tuple[torch.Tensor, torch.Ten
             layer = model.get_base_model().get_submodule(name)
             layer.lora_A["default"].weight.copy_(lora_A)
             layer.lora_B["default"].weight.copy_(lora_B)
+
+
+def detach_adapters(model: Any) -> tuple[Any, dict[str, tuple[torch.Tensor, torch.Tensor]]]:
+    """Takes the adapters off a PEFT model, without merging them.
+
+    Returns:
+        The model below, and A [r, in] and B [out, r] of each adapter by the name of its linear there.
+    """
+    factors = {
+        name: (adapter.lora_A.detach(), adapter.lora_B.detach())
+        for name, module in model.get_base_model().named_modules()
+        if (adapter := adapter_on(module)) is not None
+    }
+    return model.unload(), factors

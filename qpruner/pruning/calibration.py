@@ -144,7 +144,7 @@ def _backward(
     found: dict[str, Tensor] = {}
 
     def on_gradient(name: str, inputs: Tensor, at_output: Tensor) -> None:
-        gradient, squared = _weight_gradient(at_output, inputs, per_sequence)
+        gradient, squared = weight_gradient(at_output, inputs, per_sequence)
         share = calibration.num_sequences
         found[name] = consume(name, gradient.div_(share), None if squared is None else squared.div_(share))
 
@@ -162,7 +162,7 @@ def _backward(
     return found
 
 
-def _weight_gradient(at_output: Tensor, inputs: Tensor, per_sequence: bool) -> tuple[Tensor, Tensor | None]:
+def weight_gradient(at_output: Tensor, inputs: Tensor, per_sequence: bool) -> tuple[Tensor, Tensor | None]:
     """Gradient of a linear's weight, and the sum over sequences of its square, in float32."""  # [out, in]
     at_output, inputs = at_output.float(), inputs.float()  # [B, T, out], [B, T, in]
     if not per_sequence:

@@ -23,6 +23,9 @@ from qpruner.pruning.selection import (
 )
 from qpruner.pruning.surgery import narrow_, stated_by_weights
 
+COARSE = 0.01
+"""A step of more than this share of all parameters is worth a word."""
+
 
 def prune_(
     model: Any,
@@ -65,12 +68,17 @@ def prune_(
         narrow_(model, kept)
         plan = plan.keeping(kept)
     if num_parameters(model) == total:
-        raise UserError(
-            f"A ratio of {ratio} is less than half a step and would remove nothing; the smallest step removes "
-            f"{step_parameters(model, selection) / total:.2%} of all parameters. Ask for more, or lower "
-            f"selection.round_to."
-        )
+        raise less_than_a_step(ratio, model, selection)
     return plan
+
+
+def less_than_a_step(ratio: float, model: Any, selection: SelectionConfig) -> UserError:
+    """The error that a ratio removes nothing."""
+    step = step_parameters(model, selection) / num_parameters(model)
+    return UserError(
+        f"A ratio of {ratio} is less than half a step and would remove nothing; the smallest step removes {step:.2%} "
+        f"of all parameters. Ask for more, or lower selection.round_to."
+    )
 
 
 def check_ratio(ratio: float, offers: Sequence[Supply], total: int) -> None:
@@ -155,6 +163,12 @@ def step_parameters(model: Any, selection: SelectionConfig) -> int:
     """Parameters of the smallest step: `round_to` channels of one layer, or of all that change together."""
     costs = [s.channel_parameters * round_to(model, selection) for s in supplies(model, selection) if s.parameters]
     return sum(costs) if selection.scope == "local" or selection.uniform else max(costs)
+
+
+def asked_for(ratio: float, model: Any, selection: SelectionConfig) -> str:
+    """What was asked for, in words, with the step when that is worth one."""
+    step = step_parameters(model, selection) / num_parameters(model)
+    return f"asked for {ratio:.2%}" + (f", in steps of {step:.2%}" if step > COARSE else "")
 
 
 @dataclass(frozen=True)

@@ -44,6 +44,9 @@ class Format(Protocol):
     ) -> Tensor:
         """Some rows [n] of what ``decode`` gives; float32 [n, in]."""
 
+    def take(self, state: Mapping[str, Tensor], axis: int, index: Tensor) -> dict[str, Tensor] | None:
+        """The state of some rows (``axis`` 0) or columns (1) exactly as they were; None where scales run across."""
+
     def build(
         self,
         state: Mapping[str, Tensor],
@@ -112,6 +115,28 @@ def dequantize_rows(module: PackedLinear, rows: Tensor) -> Tensor:
     """Some rows [n] of the weight that a packed linear computes with; float32 [n, in]."""
     number_format = format_for(module.precision)
     return number_format.decode_rows(module.packed(), rows, module.out_features, module.in_features, module.precision)
+
+
+def narrowed(module: PackedLinear, axis: int, index: Tensor) -> PackedLinear:
+    """Some rows or columns of a packed linear, packed likewise, with the bias that goes with them.
+
+    Formats whose scales run across what goes round the rest anew: `dequantize` of the result then differs a little.
+
+    Args:
+        module: stays as it is.
+        axis: 0 for rows, 1 for columns.
+        index: [n], which stay.
+    """
+    number_format = format_for(module.precision)
+    state = number_format.take(module.packed(), axis, index)
+    if state is None:
+        state = number_format.encode(dequantize(module).index_select(axis, index), module.precision)
+    shape = [module.out_features, module.in_features]
+    shape[axis] = len(index)
+    bias = None if module.bias is None else module.bias.detach()
+    if bias is not None:
+        bias = bias[index] if axis == 0 else bias.clone()
+    return rebuild(state, *shape, precision=module.precision, bias=bias).train(module.training)
 
 
 def quantize_dequantize(weight: Tensor, precision: Precision) -> Tensor:

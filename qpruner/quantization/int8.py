@@ -59,6 +59,13 @@ class Int8:
         chosen = {name: tensor[rows] for name, tensor in state.items()}
         return self.decode(chosen, len(rows), in_features, precision)
 
+    def take(self, state: Mapping[str, Tensor], axis: int, index: Tensor) -> dict[str, Tensor]:
+        scales = state["scales"]
+        return {
+            "codes": state["codes"].index_select(axis, index),
+            "scales": scales[index] if axis == 0 else scales.clone(),
+        }
+
     def build(
         self,
         state: Mapping[str, Tensor],

@@ -28,6 +28,8 @@ def merge_(model: Any, dtype: torch.dtype) -> Any:
             base.set_submodule(name, _dense(module, None))
     for flag in ("is_loaded_in_4bit", "is_loaded_in_8bit"):
         setattr(base, flag, False)
+    if hasattr(base, "peft_config"):  # else PEFT warns of adapters that are there already, when it adds others
+        del base.peft_config
     return base.to(dtype)
 
 

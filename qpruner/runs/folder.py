@@ -10,7 +10,7 @@ import yaml
 from filelock import FileLock, Timeout
 
 from qpruner.errors import UserError
-from qpruner.files import read_json, write_text
+from qpruner.files import read_json, write_json, write_text
 
 FREE_OPTIONS = (
     "ckpt_path",
@@ -33,6 +33,10 @@ FREE_OPTIONS = (
     "weights_only",
 )
 """Options that change no number of a run, so that a run may be continued with others."""
+
+
+FINISHED = "finished.json"
+"""Of the phases of a run, beside their folders."""
 
 
 @dataclass(frozen=True)
@@ -59,13 +63,22 @@ class RunConfig:
 
 @dataclass(frozen=True)
 class RunFolder:
-    """The parts of ``runs/<name>/``."""
+    """The parts of ``runs/<name>/``.
+
+    Args:
+        path: of the folder.
+        phase: number, from 1, of a phase that others follow, whose own parts lie in ``phases/<number>/``; None for the
+            last or only one, whose own parts lie in the folder itself.
+    """
 
     path: Path
+    phase: int | None = None
 
     @classmethod
     def of(cls, config: RunConfig) -> "RunFolder":
         return cls(Path(config.dir).expanduser() / config.name)
+
+    # Of the run.
 
     @property
     def config(self) -> Path:
@@ -74,14 +87,6 @@ class RunFolder:
     @property
     def log(self) -> Path:
         return self.path / "run.log"
-
-    @property
-    def tensorboard(self) -> Path:
-        return self.path / "tensorboard"
-
-    @property
-    def checkpoint(self) -> Path:
-        return self.path / "checkpoints" / "last.ckpt"
 
     @property
     def manifest(self) -> Path:
@@ -104,36 +109,16 @@ class RunFolder:
         return self.path / "loss.png"
 
     @property
-    def plan(self) -> Path:
-        return self.path / "plan.json"
-
-    @property
-    def model(self) -> Path:
-        return self.path / "model"
-
-    @property
-    def sensitivities(self) -> Path:
-        return self.path / "sensitivities.json"
-
-    @property
-    def allocation(self) -> Path:
-        return self.path / "allocation.json"
-
-    @property
     def allocation_picture(self) -> Path:
         return self.path / "allocation.png"
 
     @property
-    def bank(self) -> Path:
-        return self.path / "bank"
+    def ratio_picture(self) -> Path:
+        return self.path / "ratio.png"
 
     @property
     def plan_picture(self) -> Path:
         return self.path / "plan.png"
-
-    @property
-    def base(self) -> Path:
-        return self.path / "base"
 
     @property
     def reference(self) -> Path:
@@ -172,8 +157,77 @@ class RunFolder:
         return self.path / "pareto.png"
 
     @property
+    def phases(self) -> Path:
+        return self.path / "phases"
+
+    @property
+    def finished_phases(self) -> int:
+        """How many phases that others follow are over."""
+        return int(read_json(self.phases / FINISHED)["finished"]) if (self.phases / FINISHED).exists() else 0
+
+    @property
     def finished(self) -> bool:
         return self.summary.exists() and bool(read_json(self.summary)["finished"])
+
+    # Of one phase.
+
+    @property
+    def own(self) -> Path:
+        return self.path if self.phase is None else self.phases / str(self.phase)
+
+    @property
+    def tensorboard(self) -> Path:
+        return self.own / "tensorboard"
+
+    @property
+    def checkpoint(self) -> Path:
+        return self.own / "checkpoints" / "last.ckpt"
+
+    @property
+    def plan(self) -> Path:
+        return self.own / "plan.json"
+
+    @property
+    def base(self) -> Path:
+        """The compressed base that trials, or a fit that prunes in training, begin with."""
+        return self.own / "base"
+
+    @property
+    def model(self) -> Path:
+        return self.own / "model"
+
+    @property
+    def sensitivities(self) -> Path:
+        return self.own / "sensitivities.json"
+
+    @property
+    def allocation(self) -> Path:
+        return self.own / "allocation.json"
+
+    @property
+    def bank(self) -> Path:
+        return self.own / "bank"
+
+    @property
+    def all_phases(self) -> list["RunFolder"]:
+        """The folder in each phase that has begun, the last one last."""
+        numbers = sorted(int(folder.name) for folder in self.phases.glob("[0-9]*"))
+        return [*(RunFolder(self.path, number) for number in numbers), RunFolder(self.path)]
+
+    @property
+    def bases(self) -> list[Path]:
+        """Where a compressed base of the run may lie, the last one first."""
+        return [place for phase in reversed(self.all_phases) for place in (phase.model, phase.base)]
+
+    def record_finished(self) -> None:
+        """Says that this phase, which others follow, is over."""
+        assert self.phase is not None
+        write_json(self.phases / FINISHED, {"finished": self.phase})
+
+    def drop_training_state(self) -> None:
+        """Removes what a fit goes on from, once its result holds all that is needed of it."""
+        shutil.rmtree(self.base, ignore_errors=True)
+        self.checkpoint.unlink(missing_ok=True)
 
     def lock(self) -> FileLock:
         """Makes the folder and keeps others out, until the lock that is returned is released or the process ends.
@@ -209,7 +263,11 @@ class RunFolder:
         """
         stored = yaml.safe_load(self.config.read_text(encoding="utf-8")) if self.config.exists() else {}
         changes = changed_options(stored, config)
-        begun = self.checkpoint.exists() or self.model.exists() or self.ledger.exists() or self.finished
+        begun = self.finished or any(
+            part.exists()
+            for phase in self.all_phases
+            for part in (phase.checkpoint, phase.model, phase.base, phase.ledger)
+        )
         if restart or not stored or (changes and not begun):
             self._clear()
             write_text(self.config, yaml.safe_dump(config, sort_keys=False))
@@ -225,12 +283,19 @@ class RunFolder:
     def _clear(self) -> None:
         """Removes what a run left here, and nothing else: the folder may hold more than runs."""
         folders = (self.tensorboard, self.checkpoint.parent, self.model, self.bank, self.base, self.prior, self.plans)
-        for folder in folders:
+        for folder in (*folders, self.phases):
             shutil.rmtree(folder, ignore_errors=True)
         files = [
             *(self.config, self.manifest, self.summary, self.report, self.plan, self.sensitivities, self.allocation),
             *(self.reference, self.ledger, self.variants, self.results, self.pareto),
-            *(self.loss_picture, self.plan_picture, self.allocation_picture, self.trials_picture, self.pareto_picture),
+            *(
+                self.loss_picture,
+                self.ratio_picture,
+                self.plan_picture,
+                self.allocation_picture,
+                self.trials_picture,
+                self.pareto_picture,
+            ),
         ]
         for file in files:
             file.unlink(missing_ok=True)

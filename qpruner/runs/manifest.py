@@ -32,6 +32,7 @@ def record_session(
     data: dict[str, Any],
     compression: list[dict[str, Any]],
     devices: str,
+    phase: int,
 ) -> None:
     """Writes the manifest of a run, or adds to it the session that continues the run.
 
@@ -40,8 +41,9 @@ def record_session(
         seed: of the run.
         base: name and SHA-256 of the base model.
         data: rows, tokens and SHA-256 of each split.
-        compression: what was done to the base, with every option.
+        compression: what is done to the base, with every option.
         devices: what the session runs on.
+        phase: number of the fit that the session begins with.
 
     Raises:
         UserError: the run was begun with another base model or other data.
@@ -50,7 +52,7 @@ def record_session(
         "seed": seed,
         "base": base,
         "data": data,
-        "compression": compression,
+        "compression": [],
         "sessions": [],
     }
     if path.exists():
@@ -63,8 +65,12 @@ def record_session(
                     f"Put it back, start anew with --restart, or give this run another --run.name."
                 )
         manifest = stored
+    of_phases = manifest["compression"]
+    if not any(entry["phase"] == phase for entry in of_phases):
+        of_phases += [{"phase": phase, **entry} for entry in compression]
     manifest["sessions"].append(
         {
+            "phase": phase,
             "started": datetime.now(UTC).isoformat(timespec="seconds"),
             "command": sys.argv,
             "devices": devices,

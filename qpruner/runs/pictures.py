@@ -1,5 +1,6 @@
 """Pictures of a run, for the report and for TensorBoard."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,8 +11,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
-def loss_figure(losses: dict[str, list[tuple[int, float]]]) -> "Figure":
-    """Curves over the optimizer steps, each given by its name and its (step, value)."""
+def loss_figure(losses: dict[str, list[tuple[int, float]]], borders: Sequence[int] = ()) -> "Figure":
+    """Curves over the optimizer steps, each given by its name and its (step, value); phases meet at the borders."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 4), layout="constrained")
@@ -19,11 +20,33 @@ def loss_figure(losses: dict[str, list[tuple[int, float]]]) -> "Figure":
     for tag, curve in losses.items():
         if curve:
             axes.plot(*zip(*curve, strict=True), label=tag, marker="o" if len(curve) < 20 else None, markersize=3)
-    axes.set_xlabel("optimizer step")
     axes.set_ylabel("loss (nats per token)")
-    axes.grid(alpha=0.3)
     axes.legend()
+    _draw_steps(axes, borders)
     return figure
+
+
+def ratio_figure(ratio: list[tuple[int, float]], borders: Sequence[int] = ()) -> "Figure":
+    """The share of all parameters that is pruned, over the optimizer steps, given as (step, value)."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 3), layout="constrained")
+    axes = figure.subplots()
+    steps, values = zip(*[(0, 0.0), *ratio], strict=True)
+    axes.step(steps, values, where="post", marker="o", markersize=3)
+    axes.set_ylabel("pruned, of all parameters")
+    axes.set_ylim(bottom=0)
+    axes.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
+    _draw_steps(axes, borders)
+    return figure
+
+
+def _draw_steps(axes: Any, borders: Sequence[int]) -> None:
+    """The axis of optimizer steps, with a line where a phase begins."""
+    axes.set_xlabel("optimizer step")
+    axes.grid(alpha=0.3)
+    for border in borders:
+        axes.axvline(border, color="gray", linestyle=":")
 
 
 def plan_figure(plan: CompressionPlan) -> "Figure":

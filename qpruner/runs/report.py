@@ -1,5 +1,6 @@
 """The table of a run's stages, as text for the terminal and as a report with the loss curve."""
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -9,8 +10,11 @@ from qpruner.files import read_json, write_json, write_text
 from qpruner.plan import CompressionPlan
 from qpruner.runs.allocation import allocation_figure, allocation_section
 from qpruner.runs.folder import RunFolder
-from qpruner.runs.pictures import loss_figure, plan_figure, save_figure
+from qpruner.runs.pictures import loss_figure, plan_figure, ratio_figure, save_figure
 from qpruner.runs.tables import markdown_table
+
+CURVES = ("train/loss", "val/loss", "pruning/ratio")
+"""That a report draws."""
 
 
 @dataclass(frozen=True)
@@ -101,11 +105,18 @@ def protocol_line(summary: Summary, split: str = "test") -> str:
 def write_report(folder: RunFolder) -> None:
     """Writes ``report.md`` and its pictures from what the run folder holds."""
     summary = Summary.read(folder.summary)
-    losses = {tag: scalars(folder.tensorboard, tag) for tag in ("train/loss", "val/loss")}
+    phases = folder.all_phases
+    curves, borders = joined([{tag: scalars(phase.tensorboard, tag) for tag in CURVES} for phase in phases])
+    losses = {tag: curves[tag] for tag in ("train/loss", "val/loss")}
     lines = [f"# Run {folder.path.name}", "", table(summary), "", protocol_line(summary)]
     if any(losses.values()):
-        save_figure(loss_figure(losses), folder.loss_picture)
+        save_figure(loss_figure(losses, borders), folder.loss_picture)
         lines += ["", f"![Loss over the optimizer steps]({folder.loss_picture.name})"]
+    if curves["pruning/ratio"]:
+        save_figure(ratio_figure(curves["pruning/ratio"], borders), folder.ratio_picture)
+        lines += ["", f"![How much was pruned when]({folder.ratio_picture.name})"]
+    if earlier := [f"`{phase.model.relative_to(folder.path)}/`" for phase in phases[:-1] if phase.model.exists()]:
+        lines += ["", f"What the earlier phases left is in {', '.join(earlier)}."]
     if folder.plan.exists():
         save_figure(plan_figure(CompressionPlan.read(folder.plan)), folder.plan_picture)
         lines += [
@@ -125,6 +136,25 @@ def write_report(folder: RunFolder) -> None:
         f"every curve.",
     ]
     write_text(folder.report, "\n".join(lines) + "\n")
+
+
+def joined(
+    phases: Sequence[dict[str, list[tuple[int, float]]]],
+) -> tuple[dict[str, list[tuple[int, float]]], list[int]]:
+    """The curves of phases one behind the other, and the steps at which one ends and the next begins.
+
+    Args:
+        phases: curves by tag, as (step, value), each phase from step 0.
+    """
+    curves: dict[str, list[tuple[int, float]]] = {tag: [] for tag in CURVES}
+    borders: list[int] = []
+    begin = 0
+    for phase in phases:
+        for tag, curve in phase.items():
+            curves[tag] += [(begin + step, value) for step, value in curve]
+        begin = max([begin, *(step + 1 for curve in curves.values() for step, _ in curve)])
+        borders.append(begin)
+    return curves, borders[:-1]
 
 
 def scalars(tensorboard: Path, tag: str) -> list[tuple[int, float]]:

@@ -8,7 +8,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from qpruner.allocation.decision import Method
 from qpruner.anatomy import architecture_of
 from qpruner.callbacks.allocating import Allocator
-from qpruner.callbacks.compression import Compression, Rehearsal
+from qpruner.callbacks.compression import CompressionInSetup, Rehearsal
 from qpruner.callbacks.quantization import MixedPrecisionQuantization
 from qpruner.datamodules.base import TokenDataModule
 from qpruner.errors import UserError
@@ -37,7 +37,7 @@ class DenseReference(Callback):
             Reference.of(pl_module, data, device, trainer.precision_plugin).write(self.folder.reference)
 
 
-class SearchPreparation(Compression):
+class SearchPreparation(CompressionInSetup):
     """Stands in the place of `MixedPrecisionQuantization` and leaves the base dense, with what a search starts from.
 
     Args:

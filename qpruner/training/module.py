@@ -1,45 +1,29 @@
 """The LightningModule that fine-tunes LoRA adapters on a frozen base model."""
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch import LightningModule
-from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor
+from torch.optim import Optimizer
 
-from qpruner import checkpoint as model_folder
-from qpruner.adapters.lora import LoRAConfig, attach_adapters, set_factors_
-from qpruner.anatomy import architecture_of
+from qpruner.adapters.lora import LoRAConfig
 from qpruner.datamodules.rows import Batch
-from qpruner.errors import UserError
-from qpruner.files import replacing_folder
-from qpruner.plan import DENSE, UNITS, CompressionPlan
-from qpruner.pretrained import EMBEDDED, DType, load_model, model_fingerprint, resolve
-from qpruner.pricing import average_bits
-from qpruner.pruning.surgery import apply_pruning_
-from qpruner.quantization.apply import Factors, LoftQSettings, quantize_
-from qpruner.quantization.bank import Bank
-from qpruner.quantization.embedding import quantize_tables_
-from qpruner.quantization.packed import PackedLinear
+from qpruner.pretrained import EMBEDDED, DType
 from qpruner.seeds import derive_seed
+from qpruner.training.compressible import CompressibleModule
 from qpruner.training.metrics import IGNORED, ChoiceAccuracy, Perplexity, choose, token_nll
 from qpruner.training.optimization import OptimizerConfig, make_optimizer, make_scheduler
 
 
-class LoRAFinetuner(LightningModule):
+class LoRAFinetuner(CompressibleModule):
     """Recovers a causal language model by training LoRA adapters; the base never changes.
 
-    The base is loaded by `load_base` and adapted by `attach_adapters`, both at most once; `configure_model` calls them,
-    and a callback that compresses the base calls the first in its ``setup``, acts before the second and leaves its
-    ``plan``. A checkpoint holds the plan and the adapters and not the base. Where ``kept_in`` names a folder, the
-    compressed base is written there before training and taken from there by later sessions, and `keep_adapters` puts
-    the trained adapters to it. Every random draw of training depends on (seed, epoch, batch, rank) alone, so a resumed
-    fit repeats the numbers of an uninterrupted one.
+    Every random draw of training depends on (seed, epoch, batch, rank) alone, so a resumed fit repeats the numbers of
+    an uninterrupted one. ``after_clipping`` holds what is called once the gradients of an optimizer step are unscaled
+    and clipped, before the step: no hook of a callback lies there.
 
     Args:
         base: model folder, hub name, or ``qpruner/stories`` for the model that comes with the package.
@@ -61,10 +45,10 @@ class LoRAFinetuner(LightningModule):
         optimizer: OptimizerConfig = OptimizerConfig(),  # noqa: B008  # frozen
         seed: int = 0,
     ) -> None:
-        super().__init__()
         # `load_from_checkpoint` gives back the plain data that a checkpoint holds.
         lora = LoRAConfig(**lora) if isinstance(lora, dict) else lora
         optimizer = OptimizerConfig(**optimizer) if isinstance(optimizer, dict) else optimizer
+        super().__init__(base, dtype, trust_remote_code, gradient_checkpointing, lora, seed)
         self.save_hyperparameters(
             {
                 "base": base,
@@ -76,182 +60,10 @@ class LoRAFinetuner(LightningModule):
                 "seed": seed,
             }
         )
-        self.base = base
-        self.dtype_of_base: DType = dtype
-        self.trust_remote_code = trust_remote_code
-        self.gradient_checkpointing = gradient_checkpointing
-        self.lora = lora
         self.optimizer_config = optimizer
-        self.seed = seed
-        self.model: Any = None
-        self.plan: CompressionPlan | None = None
-        self.initial_adapters: dict[str, Factors] = {}
-        self.loftq_iterations = 0
-        self.taken_from: Path | None = None  # the folder that the base was loaded from, when it is compressed
-        self.kept_in: Path | None = None
-        self.adapted = False
-        self.base_sha256: str | None = None
+        self.after_clipping: list[Callable[[], None]] = []
         self.perplexity = Perplexity()
         self.accuracy = ChoiceAccuracy()
-        self.strict_loading = False  # checkpoints leave the base out; see `on_load_checkpoint`
-
-    # The model.
-
-    def load_base(self) -> None:
-        """Loads the base unless it is there: the compressed one where it is kept, else the dense one."""
-        if self.model is None:
-            if self.kept_in is not None and self._is_kept(self.kept_in):
-                self.load_kept_base(self.kept_in)
-            else:
-                self.load_dense_base()
-
-    def _is_kept(self, folder: Path) -> bool:
-        """Whether the compressed base is there, for all processes alike.
-
-        Raises:
-            UserError: some processes see it and others do not.
-        """
-        kept = model_folder.is_compressed(folder)
-        if self._trainer is not None and self.trainer.world_size > 1:
-            seen = torch.tensor(float(kept), device=self.trainer.strategy.root_device)
-            if 0 < float(self.trainer.strategy.all_gather(seen).mean()) < 1:
-                raise UserError(
-                    f"Some processes find the compressed base in {str(folder)!r} and others do not. Name a --run.dir "
-                    f"on a disk that all machines share."
-                )
-        return kept
-
-    def load_dense_base(self) -> None:
-        """Loads the dense base in place of whatever is there, adapters included."""
-        if model_folder.is_compressed(folder := Path(resolve(self.base))):
-            self.model = model_folder.load_base(folder).model
-            if not any(isinstance(module, PackedLinear) for module in self.model.modules()):
-                self.model.to(getattr(torch, self.dtype_of_base))
-            if model_folder.has_adapters(folder):
-                rank_zero_warn(f"{self.base!r} is taken as the base without its adapters.")
-        else:
-            self.model = load_model(self.base, dtype=self.dtype_of_base, trust_remote_code=self.trust_remote_code)
-        self.model.requires_grad_(False)
-        self.base_sha256 = self._of_rank_zero(lambda: model_fingerprint(self.base))
-        self.plan = None
-        self.adapted, self.taken_from, self.initial_adapters = False, None, {}
-
-    def _of_rank_zero(self, find: Callable[[], str | None]) -> str | None:
-        """What the first process finds; the others are spared the work."""
-        if self._trainer is None or self.trainer.world_size == 1:
-            return find()
-        return self.trainer.strategy.broadcast(find() if self.trainer.is_global_zero else None)
-
-    def load_kept_base(self, folder: Path) -> None:
-        """Loads the compressed base of a folder in place of whatever is there, adapters included."""
-        kept = model_folder.load_base(folder)
-        self.model, self.plan, self.base_sha256 = kept.model, kept.plan, kept.base_sha256
-        self.loftq_iterations = kept.loftq_iterations
-        self.adapted, self.taken_from, self.initial_adapters = False, folder, {}
-
-    def prune(self, plan: CompressionPlan) -> None:
-        """Narrows the dense base as a plan says; its precisions are left for `quantize`.
-
-        Raises:
-            UserError: the plan is for a model of another shape.
-        """
-        plan.check(architecture_of(self.model.config), self.base_sha256)
-        apply_pruning_(self.model, plan)
-        self.plan = plan.with_precision([dict.fromkeys(UNITS, DENSE)] * len(plan.layers))
-
-    def loftq_settings(self, num_iterations: int) -> LoftQSettings | None:
-        """How the adapters of quantized linears start; None, from zero, without iterations."""
-        lora = self.lora
-        targets = tuple(lora.target_modules)
-        return (
-            LoftQSettings(lora.r, lora.alpha / lora.r, targets, num_iterations, self.seed) if num_iterations else None
-        )
-
-    def quantize(
-        self, plan: CompressionPlan, loftq_iterations: int, *, device: torch.device, bank: Bank | None = None
-    ) -> None:
-        """Holds the narrowed base as a plan says, and starts the adapters from what rounding left.
-
-        Args:
-            plan: with the widths that the base has.
-            loftq_iterations: of LoftQ; 0 starts the adapters from zero.
-            device: that quantizes.
-            bank: that has the linears already, quantized with as many iterations.
-
-        Raises:
-            UserError: no format offers a precision, or the rank of the adapters is above that of a linear.
-        """
-        loftq = self.loftq_settings(loftq_iterations)
-        if bank is None:
-            self.initial_adapters = quantize_(self.model, plan, loftq, device=device)
-        else:
-            quantize_tables_(self.model, plan.embedding, plan.head, device=device)
-            self.initial_adapters = bank.assemble_(self.model, plan)
-        self.loftq_iterations = loftq_iterations
-        self.plan = plan
-
-    @property
-    def average_bits(self) -> float | None:
-        """Bits per weight of the decoder linears, scales included; None where the base is as it came."""
-        return None if self.plan is None else average_bits(self.plan, self.model.dtype.itemsize)
-
-    @property
-    def starts_from_loftq(self) -> bool:
-        """Whether the adapters start from what quantization left."""
-        kept = self.taken_from is not None and model_folder.has_initial_adapters(self.taken_from)
-        return kept or bool(self.initial_adapters)
-
-    def attach_adapters(self) -> None:
-        """Puts adapters on the base unless they are there."""
-        if not self.adapted:
-            if self.gradient_checkpointing:
-                # Non-reentrant: the reentrant form loses gradients where no input of a block requires them.
-                self.model.gradient_checkpointing_enable({"use_reentrant": False})
-            self.model = attach_adapters(self.model, self.lora, seed=self.seed)
-            self.adapted = True
-            set_factors_(self.model, self.initial_adapters)
-            if self.taken_from is not None and model_folder.has_initial_adapters(self.taken_from):
-                model_folder.load_adapters(self.taken_from, self.model)
-
-    def setup(self, stage: str) -> None:
-        """Keeps what the callbacks, whose ``setup`` comes before this one, made of the base."""
-        if stage == "fit" and self.kept_in is not None and self.plan is not None:
-            if self.trainer.is_global_zero and not model_folder.is_compressed(self.kept_in):
-                with replacing_folder(self.kept_in) as folder:  # base and adapters appear together
-                    self._keep(folder, self.plan)
-            self.trainer.strategy.barrier("compressed_base")
-
-    def _keep(self, folder: Path, plan: CompressionPlan) -> None:
-        model_folder.save_base(
-            folder,
-            self.model,
-            plan,
-            base_name=self.base,
-            tokenizer=getattr(self.trainer.datamodule, "tokenizer", None),  # type: ignore[attr-defined]
-            loftq_iterations=self.loftq_iterations,
-        )
-        if self.initial_adapters:
-            self.attach_adapters()
-            model_folder.save_adapters(folder, self.model, trained=False)
-
-    def keep_adapters(self) -> None:
-        """Puts the trained adapters to the compressed base, where that is kept."""
-        if self.kept_in is not None and self.plan is not None and self.trainer.is_global_zero:
-            model_folder.save_adapters(self.kept_in, self.model, trained=True)
-
-    def configure_model(self) -> None:
-        self.load_base()
-        self.attach_adapters()
-        self.model.train()
-
-    @contextmanager
-    def adapters_disabled(self) -> Iterator[None]:
-        """The base alone, as if there were no adapters."""
-        if self.adapted:
-            with self.model.disable_adapter():
-                yield
-        else:
-            yield
 
     def forward(self, batch: Batch) -> Tensor:  # [B, T, V]
         output = self.model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False)
@@ -272,6 +84,16 @@ class LoRAFinetuner(LightningModule):
         loss = self.loss(batch)
         self.log("train/loss", loss, prog_bar=True, batch_size=len(batch["input_ids"]))
         return loss
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: Optimizer,
+        gradient_clip_val: int | float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
+        for observe in self.after_clipping:
+            observe()
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         optimizer = make_optimizer(self.optimizer_config, self.parameters())
@@ -331,58 +153,6 @@ class LoRAFinetuner(LightningModule):
         self.log_dict({f"{stage}/{name}": value for name, value in results.items()}, sync_dist=True)
         self.perplexity.reset()
         self.accuracy.reset()
-
-    # Checkpoints.
-
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        trained = {name for name, parameter in self.named_parameters() if parameter.requires_grad}
-        checkpoint["state_dict"] = {name: t for name, t in checkpoint["state_dict"].items() if name in trained}
-        # Beside the hyper-parameters, which `load_from_checkpoint` overwrites with what it is given.
-        checkpoint["base_sha256"] = self.base_sha256
-        checkpoint["plan"] = self.plan and self.plan.to_json()
-        checkpoint["loftq_iterations"] = self.loftq_iterations
-        checkpoint["kept_in"] = self.kept_in and str(self.kept_in.absolute())
-        checkpoint["lora"] = self.hparams["lora"]
-
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Gives the base the shapes of the checkpoint, and makes sure that its adapters were trained on it and fit.
-
-        Raises:
-            UserError: another base or plan, or adapters of another kind or shape.
-        """
-        self.load_base()
-        if checkpoint.get("base_sha256") != self.base_sha256:
-            raise UserError(
-                f"The checkpoint's adapters were trained on another base model ({checkpoint.get('base_sha256')}) than "
-                f"{self.base!r} ({self.base_sha256}). Give the base they were trained on as --model.base."
-            )
-        plan = CompressionPlan.from_json(checkpoint["plan"]) if checkpoint.get("plan") else None
-        if plan != self.plan:
-            if plan is None or self.plan is not None:
-                how = "that was not compressed" if plan is None else "that was compressed by another plan"
-                raise UserError(
-                    f"The checkpoint's adapters were trained on a base {how}. Compress it as the run of the "
-                    f"checkpoint did, or begin a new fit."
-                )
-            self._rebuild(plan, checkpoint)
-        self.configure_model()
-        stored, ours = checkpoint["lora"], self.hparams["lora"]
-        if different := [key for key in ("r", "alpha", "target_modules") if stored[key] != ours[key]]:
-            listed = ", ".join(f"{key} {stored[key]} there, {ours[key]} here" for key in different)
-            raise UserError(
-                f"The checkpoint's adapters are of another kind: {listed}. Use the --model.lora of its run."
-            )
-
-    def _rebuild(self, plan: CompressionPlan, checkpoint: dict[str, Any]) -> None:
-        """Compresses the base as it was for a checkpoint; adapters of other shapes may be on it by now."""
-        if (kept := checkpoint["kept_in"]) and model_folder.is_compressed(Path(kept)):
-            self.load_kept_base(Path(kept))
-            if self.plan == plan:
-                return
-        self.load_dense_base()
-        self.prune(plan)
-        if plan.quantized:
-            self.quantize(plan, checkpoint["loftq_iterations"], device=self.device)
 
 
 def evaluation_results(perplexity: Perplexity, accuracy: ChoiceAccuracy) -> dict[str, float]:

@@ -168,7 +168,7 @@ def test_the_base_is_kept_before_training_and_taken_from_there(
     first.keep_adapters()
     # The second session needs neither scores nor the dense model.
     monkeypatch.setattr(StructuredPruning, "prune", None)
-    monkeypatch.setattr("qpruner.training.module.load_model", None)
+    monkeypatch.setattr("qpruner.training.compressible.load_model", None)
     second = finetuner(tiny_llama)
     second.kept_in = tmp_path / "model"
     fit(second, stories, StructuredPruning(**PRUNING))

@@ -110,7 +110,7 @@ def test_bits_for_another_number_of_layers_are_refused(
 
 
 def test_pruning_behind_quantization_is_refused(tiny_llama: Path, stories: StoriesDataModule) -> None:
-    with pytest.raises(UserError, match="packed weights cannot be narrowed"):
+    with pytest.raises(UserError, match="packed weights cannot be scored"):
         fit(finetuner(tiny_llama), stories, *reversed(mixed()))
 
 
@@ -225,8 +225,8 @@ def test_base_and_start_are_kept_before_training_and_taken_from_there(
     assert torch.equal(*start.seen)  # type: ignore[misc]
     # The second session needs neither scores nor the dense model, and quantizes nothing.
     monkeypatch.setattr(StructuredPruning, "prune", None)
-    monkeypatch.setattr("qpruner.training.module.load_model", None)
-    monkeypatch.setattr("qpruner.training.module.quantize_", None)
+    monkeypatch.setattr("qpruner.training.compressible.load_model", None)
+    monkeypatch.setattr("qpruner.training.compressible.quantize_", None)
     again = finetuner(tiny_llama)
     again.kept_in = folder
     restarted = AtStart(look)

@@ -98,13 +98,20 @@ def test_records_that_cannot_be_used_are_counted(tmp_path: Path) -> None:
     (note,) = [note for note in module.prepared.notes if "skipped" in note]
     for reason in (
         "1 with an empty instruction or output (first: records.json record 1)",
-        "1 with neither 'messages' nor 'instruction' and 'output' (first: records.json record 2)",
+        "1 with neither 'messages' nor 'instruction' and 'output' or 'response' (first: records.json record 2)",
         "1 without a response (first: records.json record 3)",
         "1 whose 'messages' are not a list of role and content (first: records.json record 4)",
         "1 with no response within 250 tokens (first: records.json record 5)",
         "1 not a record with named fields (first: records.json record 7)",
     ):
         assert reason in note
+
+
+def test_a_response_is_an_output_by_another_name(tmp_path: Path) -> None:
+    other = {"instruction": RECORD["instruction"], "response": RECORD["output"]}
+    one, same = (make([record], tmp_path).examples("test").collate([0]) for record in (RECORD, other))
+    assert one["input_ids"].tolist() == same["input_ids"].tolist()
+    assert one["labels"].tolist() == same["labels"].tolist()
 
 
 def test_rows_are_cut_and_padded(tmp_path: Path) -> None:

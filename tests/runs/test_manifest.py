@@ -13,6 +13,7 @@ BEGUN: dict[str, Any] = {
     "data": {"train": {"rows": 2, "tokens": 9, "sha256": "x"}},
     "compression": [{"callback": "StructuredPruning", "ratio": 0.2, "calibration": {"batch_size": 2}}],
     "devices": "1 x cpu",
+    "phase": 1,
 }
 
 
@@ -21,8 +22,9 @@ def test_sessions_are_added_to_what_the_run_was_begun_with(tmp_path: Path) -> No
     record_session(path, **BEGUN)
     record_session(path, **{**BEGUN, "devices": "2 x cuda"})
     manifest = read_json(path)
-    kept = ("seed", "base", "data", "compression")
+    kept = ("seed", "base", "data")
     assert {key: manifest[key] for key in kept} == {key: BEGUN[key] for key in kept}
+    assert manifest["compression"] == [{"phase": 1, **BEGUN["compression"][0]}]
     assert [session["devices"] for session in manifest["sessions"]] == ["1 x cpu", "2 x cuda"]
     assert set(manifest["sessions"][0]["versions"]) >= {"qpruner", "torch", "lightning", "transformers", "peft"}
 

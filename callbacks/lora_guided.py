@@ -1,0 +1,233 @@
+"""Prunes the base while its adapters train, guided by them."""
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from functools import partial
+from typing import Any, Literal
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from torch import Tensor
+
+from qpruner.adapters.lora import LoRAConfig
+from qpruner.anatomy import family_of
+from qpruner.callbacks.compression import Compression, Rehearsal, check_dense
+from qpruner.callbacks.pruning_event import PruningEvent
+from qpruner.errors import UserError
+from qpruner.pruning.gradual import GradualPruning, agreement
+from qpruner.pruning.lora_guided import MovingAverage, Variant, score_adapted
+from qpruner.pruning.rounds import Size, asked_for, describe
+from qpruner.pruning.schedule import CubicSchedule
+from qpruner.pruning.scores import LayerScores
+from qpruner.pruning.selection import SelectionConfig
+from qpruner.pruning.weight_gradients import WeightGradients
+from qpruner.training.module import LoRAFinetuner
+
+
+class LoRAGuidedPruning(Compression):
+    """Removes KV groups and FFN channels while LoRA trains, by the adapters' own gradients (LoRAPrune, 2305.18403).
+
+    At every optimizer step each unit is scored from the adapters' weights and clipped gradients (equation 10), and the
+    score goes into a moving average (equation 11). From time to time the units of the lowest averages are masked, more
+    and more by the schedule; what is masked stays so. At the end of the fit the masked units are taken out of the base
+    and of the adapters. No gradient of a weight of the base is ever held, which may therefore be quantized: put
+    `MixedPrecisionQuantization` before this callback.
+
+    Stands behind every other callback that compresses. To quantize the result, add a phase to the run.
+
+    Args:
+        ratio: share of all parameters of the model, as it comes, to remove, in (0, 1).
+        criterion: ``lora`` for the adapters' gradients; ``gradient`` for those of the weights themselves, unclipped, at
+            the memory of one float32 gradient for each weight, as a standard to compare with.
+        variant: how an element's gradient and weight make a score; see `qpruner.pruning.lora_guided`.
+        decay: of the moving average, in [0, 1).
+        schedule: when how much is masked.
+        selection: how layers share what is removed.
+
+    Raises:
+        UserError: a ratio that no legal widths reach, an unsupported model family, adapters on no linear of a kind of
+            unit, a schedule longer than the fit, or no step before an event whose gradients are finite.
+    """
+
+    leaves = "pruned in training"
+
+    def __init__(
+        self,
+        ratio: float,
+        criterion: Literal["lora", "gradient"] = "lora",
+        variant: Variant = "code",
+        decay: float = 0.9,
+        schedule: CubicSchedule = CubicSchedule(),  # noqa: B008  # frozen
+        selection: SelectionConfig = SelectionConfig(),  # noqa: B008  # frozen
+    ) -> None:
+        if not 0 < ratio < 1:
+            raise UserError(f"LoRAGuidedPruning has ratio {ratio}; the share of all parameters to remove is in (0, 1).")
+        if not 0 <= decay < 1:
+            raise UserError(f"LoRAGuidedPruning has decay {decay}; the share of the average that stays is in [0, 1).")
+        self.ratio = ratio
+        self.criterion = criterion
+        self.variant: Variant = variant
+        self.decay = decay
+        self.schedule = schedule
+        self.selection = selection
+        self._weights: WeightGradients | None = None
+
+    @property
+    def options(self) -> dict[str, Any]:
+        return {
+            "ratio": self.ratio,
+            "criterion": self.criterion,
+            "variant": self.variant,
+            "decay": self.decay,
+            "schedule": asdict(self.schedule),
+            "selection": {**asdict(self.selection), "leave_alone": list(self.selection.leave_alone)},
+        }
+
+    def check(self, rehearsal: Rehearsal) -> None:
+        self._check_targets(rehearsal.model, rehearsal.lora)
+        GradualPruning.of(rehearsal.model, self.ratio, self.selection)
+        rehearsal.prune(self.ratio, self.selection)
+
+    def check_steps(self, num_steps: float) -> None:
+        self.schedule.check(num_steps)
+
+    def _check_targets(self, model: Any, lora: LoRAConfig) -> None:
+        _, family = family_of(model.config)
+        for units, names in (("KV groups", ("q", "k", "v", "o")), ("FFN channels", ("gate", "up", "down"))):
+            ends = [family.projections[name].rpartition(".")[2] for name in names]
+            if not set(ends) & set(lora.target_modules):
+                raise UserError(
+                    f"LoRAGuidedPruning scores {units} by the adapters on {', '.join(ends)}, and there are none: "
+                    f"--model.lora.target_modules is {', '.join(lora.target_modules)}. Add some of them."
+                )
+
+    # In the order of a fit.
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if stage != "fit":
+            return
+        module = self.begin(trainer, pl_module)
+        self.check_unadapted(module)
+        if module.plan is None:
+            check_dense(module)
+        if self.criterion == "gradient" and trainer.precision == "16-mixed":
+            raise UserError(
+                "With criterion gradient the gradients of weights would be those of a scaled loss under "
+                "--trainer.precision 16-mixed. Use bf16-mixed or 32-true, or criterion lora."
+            )
+        self._check_targets(module.model, module.lora)
+        self.gradual = GradualPruning.of(module.model, self.ratio, self.selection)
+        self._before = Size.of(module.model)
+        self._asked = asked_for(self.ratio, module.model, self.selection)
+        zeros = [
+            LayerScores(*(torch.zeros(n, dtype=torch.float64) for n in (supply.kv_groups, supply.ffn_channels)))
+            for supply in self.gradual.dense
+        ]
+        self._average = MovingAverage(self.decay, zeros)
+        self._last_scores: list[LayerScores] | None = None  # of the event before
+        self._share = 0.0  # of the way that is gone
+        self._step = 0  # optimizer steps that were looked at
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        module = _expect(pl_module)
+        self._observer = partial(self._observe, trainer, module)
+        module.after_clipping.append(self._observer)
+        if module.masks is None:  # else they come from a checkpoint
+            module.mask([(list(range(s.kv_groups)), list(range(s.ffn_channels))) for s in self.gradual.dense])
+        if self.criterion == "gradient":
+            self._weights = WeightGradients(module.model.get_base_model())
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        steps = trainer.estimated_stepping_batches
+        if not trainer.fast_dev_run:  # type: ignore[attr-defined]
+            self.check_steps(steps)
+        self._total_steps = int(steps)
+        self._step = trainer.global_step
+
+    def _observe(self, trainer: Trainer, module: LoRAFinetuner) -> None:
+        """Scores the units from the gradients of an optimizer step."""
+        gradients = None
+        if self._weights is not None:
+            gradients = self._weights.take(lambda one: trainer.strategy.reduce(one, reduce_op="mean"))
+        self._average.add(score_adapted(module.model.get_base_model(), self.variant, gradients))
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if trainer.global_step != self._step:
+            self._step = trainer.global_step
+            if self.schedule.is_event(self._step, self._total_steps):
+                self._prune(trainer, _expect(pl_module), self.schedule.share(self._step, self._total_steps))
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._share < 1:
+            rank_zero_warn(
+                f"The fit ended after {trainer.global_step} of {self._total_steps} optimizer steps, before its pruning "
+                f"schedule did. What is left to prune is pruned now."
+            )
+            self._prune(trainer, _expect(pl_module), 1.0)
+
+    def _prune(self, trainer: Trainer, module: LoRAFinetuner, share: float) -> None:
+        """Masks the units that are not to stay at a share of the way."""
+        if self._average.steps == 0:
+            raise UserError(
+                f"The gradients of all {self._average.skipped} steps so far were not finite, so that nothing says "
+                f"which units matter. Use --trainer.precision bf16-mixed or 32-true, or a lower --model.optimizer.lr."
+            )
+        assert module.masks is not None
+        scores = [LayerScores(one.kv_groups.cpu(), one.ffn_channels.cpu()) for one in self._average.scores]
+        alive = module.masks.kept
+        kept = trainer.strategy.broadcast(self.gradual.keep(scores, alive, share))
+        same = None
+        if self._last_scores is not None:
+            same = agreement(alive, kept, self.gradual.keep(self._last_scores, alive, share))
+        module.mask(kept)
+        self._last_scores, self._share = scores, share
+        event = PruningEvent(trainer.global_step, self.gradual, kept, scores, same, self._average.skipped)
+        rank_zero_info(event.line)
+        event.log(trainer.loggers)
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        module = _expect(pl_module)
+        module.after_clipping.remove(self._observer)
+        if self._weights is not None:
+            self._weights.remove()
+        assert module.masks is not None
+        keep_in = None if self.folder is None else self.folder.model
+        after, rounded = module.narrow(module.masks.kept, keep_in=keep_in)
+        assert module.plan is not None
+        rank_zero_info(describe(module.plan, self._before, after, self._asked, self.selection.leave_alone))
+        if rounded:
+            rank_zero_info(
+                f"{len(rounded)} packed linears lost columns that share scales with others and were rounded anew: "
+                f"their weights changed by {sum(rounded.values()) / len(rounded):.1%} of their norm in the mean, "
+                f"{max(rounded.values()):.1%} at most."
+            )
+
+    # Between sessions.
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "average": _tensors(self._average.scores),
+            "last_scores": self._last_scores and _tensors(self._last_scores),
+            "steps": self._average.steps,
+            "skipped": self._average.skipped,
+            "share": self._share,
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        scores = [LayerScores(*layer) for layer in state_dict["average"]]
+        self._average = MovingAverage(self.decay, scores, state_dict["steps"], state_dict["skipped"])
+        last = state_dict["last_scores"]
+        self._last_scores = last and [LayerScores(*layer) for layer in last]
+        self._share = state_dict["share"]
+
+
+def _tensors(scores: Sequence[LayerScores]) -> list[tuple[Tensor, Tensor]]:
+    return [(one.kv_groups, one.ffn_channels) for one in scores]
+
+
+def _expect(pl_module: LightningModule) -> LoRAFinetuner:
+    assert isinstance(pl_module, LoRAFinetuner)  # found in `setup`
+    return pl_module

@@ -1,0 +1,133 @@
+"""A run as a list of phases, each one fit, that begin with what the phase before left."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import Callback
+
+from qpruner.callbacks.compression import Compression, check_order
+from qpruner.errors import UserError
+from qpruner.runs.folder import RunFolder
+from qpruner.training.module import LoRAFinetuner
+from qpruner.training.optimization import OptimizerConfig
+
+
+@dataclass(frozen=True)
+class PhaseConfig:
+    """A further fit of a run: it begins with the base and the adapters that the phase before left.
+
+    A callback that quantizes puts these adapters into the base first, and starts new ones by LoftQ. All else is as in
+    the first phase.
+
+    Args:
+        max_epochs: over the training data; None to give steps.
+        max_steps: optimizer steps; -1 to give epochs.
+        optimizer: how the adapters are trained; default as in the first phase.
+        callbacks: of this phase, such as `MixedPrecisionQuantization`; those of the first that do not compress act
+            here, too.
+    """
+
+    max_epochs: int | None = None
+    max_steps: int = -1
+    optimizer: OptimizerConfig | None = None
+    callbacks: Sequence[Callback] = ()
+
+    def __post_init__(self) -> None:
+        if (self.max_epochs or 0) < 1 and self.max_steps < 1:
+            raise UserError("A phase has neither max_epochs nor max_steps, and would have no end. Give one of them.")
+
+    @property
+    def length(self) -> dict[str, Any]:
+        """The options of a Trainer that say how long it fits."""
+        return {"max_epochs": self.max_epochs, "max_steps": self.max_steps}
+
+
+@dataclass(frozen=True)
+class Phase:
+    """One fit of a run.
+
+    Args:
+        number: from 1.
+        folder: of the run, in this phase.
+        callbacks: the user's.
+        config: of a further phase; None in the first.
+        follows: what the phase before left.
+    """
+
+    number: int
+    folder: RunFolder
+    callbacks: list[Callback]
+    config: PhaseConfig | None = None
+    follows: Path | None = None
+
+    @property
+    def compressing(self) -> list[Compression]:
+        return [callback for callback in self.callbacks if isinstance(callback, Compression)]
+
+    @property
+    def prunes_in_training(self) -> bool:
+        """Whether what it leaves has other shapes than what it trains."""
+        return any(callback.leaves == "pruned in training" for callback in self.compressing)
+
+    @property
+    def kept_in(self) -> Path:
+        """Where the base that it trains on is kept."""
+        return self.folder.base if self.prunes_in_training else self.folder.model
+
+    def module(self, first: LoRAFinetuner) -> LoRAFinetuner:
+        """The module that it trains: that of the first phase, or one like it that goes on from the phase before."""
+        if self.config is None:
+            return first
+        optimizer = self.config.optimizer or first.optimizer_config
+        module = LoRAFinetuner(**{**first.hparams, "optimizer": optimizer})
+        module.follows = self.follows
+        return module
+
+    def end(self) -> None:
+        """Records that it is over, and drops what only its training needed."""
+        if self.folder.phase is not None:
+            self.folder.record_finished()
+        if self.folder.phase is not None or self.prunes_in_training:
+            self.folder.drop_training_state()
+
+
+def phases_of(folder: RunFolder, first: Sequence[Callback], further: Sequence[PhaseConfig]) -> list[Phase]:
+    """The phases of a run.
+
+    Args:
+        folder: of the run.
+        first: callbacks of the first phase.
+        further: the phases after it.
+
+    Raises:
+        UserError: callbacks in a wrong order, a phase that leaves nothing for the next, or one after the first that
+            prunes.
+    """
+    shared = [callback for callback in first if not isinstance(callback, Compression)]
+    callbacks = [list(first), *([*shared, *config.callbacks] for config in further)]
+    places = [RunFolder(folder.path, number) for number in range(1, len(callbacks))] + [folder]
+    phases = [
+        Phase(
+            number + 1,
+            places[number],
+            callbacks[number],
+            further[number - 1] if number else None,
+            places[number - 1].model if number else None,
+        )
+        for number in range(len(callbacks))
+    ]
+    for phase in phases:
+        check_order(phase.callbacks)
+        if phase.number > 1 and any(callback.leaves != "quantized" for callback in phase.compressing):
+            raise UserError(
+                f"Phase {phase.number} has {', '.join(type(one).__name__ for one in phase.compressing)}; a run prunes "
+                f"in its first phase, and the others may quantize. Move the callback to trainer.callbacks."
+            )
+    if further and not phases[0].compressing:
+        raise UserError(
+            "The run has phases, and its first compresses nothing, so that it leaves no compressed base to go on from. "
+            "Give trainer.callbacks one that compresses, or drop phases."
+        )
+    return phases

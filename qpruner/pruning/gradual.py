@@ -1,0 +1,104 @@
+"""What a model keeps on the way to a ratio, when more and more of its units go."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Self
+
+from qpruner.anatomy import num_linear_parameters
+from qpruner.memory import num_parameters
+from qpruner.pruning.rounds import check_ratio, less_than_a_step, round_to, step_parameters, supplies
+from qpruner.pruning.scores import LayerScores
+from qpruner.pruning.selection import (
+    Kept,
+    SelectionConfig,
+    Supply,
+    competing_widths,
+    keep_highest,
+    local_widths,
+    part_way,
+)
+
+
+@dataclass(frozen=True)
+class GradualPruning:
+    """Chooses, at any share of the way to a ratio, which units of a model stay; what is gone stays gone.
+
+    At the end the widths are those that pruning at once would give: of the same share in each layer, or the outcome of
+    the layers' competition.
+
+    Args:
+        ratio: share of all parameters to remove at the end, in (0, 1).
+        selection: how layers share what is removed.
+        dense: [layers], what each layer can give.
+        total: parameters of the model, without adapters.
+        in_linears: of them, those of the decoder's projections.
+        round_to: what FFN widths are multiples of, at the end or whenever layers compete.
+    """
+
+    ratio: float
+    selection: SelectionConfig
+    dense: list[Supply]
+    total: int
+    in_linears: int
+    round_to: int
+
+    @classmethod
+    def of(cls, model: Any, ratio: float, selection: SelectionConfig) -> Self:
+        """For a model without adapters, which may be packed.
+
+        Raises:
+            UserError: a ratio that no legal widths reach, or less than half a step; see also `supplies`.
+        """
+        offers, total = supplies(model, selection), num_parameters(model)
+        check_ratio(ratio, offers, total)
+        if ratio * total < step_parameters(model, selection) / 2:
+            raise less_than_a_step(ratio, model, selection)
+        return cls(ratio, selection, offers, total, num_linear_parameters(model), round_to(model, selection))
+
+    def removed(self, kept: Kept) -> int:
+        """Parameters that are gone when these units stay."""
+        return sum(s.cost(len(groups), len(channels)) for s, (groups, channels) in zip(self.dense, kept, strict=True))
+
+    def keep(self, scores: Sequence[LayerScores], alive: Kept, share: float) -> Kept:
+        """The units that stay, of those that are alive, at a share of the way.
+
+        Args:
+            scores: [layers], of all units.
+            alive: places of the units that are not gone yet.
+            share: in [0, 1]; at 1 the ratio is met.
+        """
+        left = [
+            LayerScores(score.kv_groups[groups], score.ffn_channels[channels])
+            for score, (groups, channels) in zip(scores, alive, strict=True)
+        ]
+        if self.selection.scope == "local":
+            goal = local_widths(self.dense, round(self.total * self.ratio), self.round_to)
+            widths = part_way(self.dense, goal, share)
+        else:
+            remove = round(self.total * self.ratio * share) - self.removed(alive)
+            offers = [
+                replace(supply, kv_groups=len(groups), ffn_channels=len(channels))
+                for supply, (groups, channels) in zip(self.dense, alive, strict=True)
+            ]
+            uniform, last = self.selection.uniform, share == 1
+            widths = competing_widths(left, offers, max(0, remove), self.round_to, uniform=uniform, last=last)
+        return [
+            ([groups[place] for place in kept_groups], [channels[place] for place in kept_channels])
+            for (groups, channels), (kept_groups, kept_channels) in zip(alive, keep_highest(left, widths), strict=True)
+        ]
+
+
+def agreement(alive: Kept, one: Kept, other: Kept) -> float | None:
+    """Of the units alive that one choice removes, the share that another removes, too; None where it removes none."""
+    removed, others = _gone(alive, one), _gone(alive, other)
+    return len(removed & others) / len(removed) if removed else None
+
+
+def _gone(alive: Kept, kept: Kept) -> set[tuple[int, int, int]]:
+    """The units that are alive and not kept, as (layer, kind, place)."""
+    return {
+        (number, kind, place)
+        for number, layers in enumerate(zip(alive, kept, strict=True))
+        for kind, (before, after) in enumerate(zip(*layers, strict=True))
+        for place in set(before) - set(after)
+    }

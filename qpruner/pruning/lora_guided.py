@@ -1,0 +1,161 @@
+"""How much a unit matters, from the weights and gradients of LoRA adapters alone (LoRAPrune, arXiv 2305.18403).
+
+A linear of weight W with an adapter computes with W + s B A, s = alpha / r. Removing the weight means s B A = -W, so
+that an element matters by dL/d(s B A) times (W + s B A) (equation 6). The gradient is not computed, but made of those
+dA and dB of the adapter's factors, from what a step of descent does to their product (equation 10):
+
+    g = s (dB A + B dA - eta dB dA),  eta = 1
+
+Its first two terms are s^2 (G A^T A + B B^T G) with G the gradient of the merged weight: G seen through the rows of A
+and the columns of B. Two ways to make a score of it:
+
+    paper    the sum over the unit of (g (W + s B A))^2
+    code     the sum over the unit of |g (W + s B A)|, divided by the L2 norm of these sums over the linear's units
+
+Coupled linears add up. Scores are averaged over the steps of the fit, G_t = 0.9 G_{t-1} + 0.1 I_t (equation 11).
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, Self
+
+import torch
+from torch import Tensor, nn
+
+from qpruner.adapters.lora import Adapter, adapter_on
+from qpruner.anatomy import Coupled, decoder_layers
+from qpruner.pruning.scores import LayerScores
+from qpruner.quantization.formats import dequantize
+from qpruner.quantization.packed import PackedLinear
+
+Variant = Literal["paper", "code"]
+ELEMENTS_AT_ONCE = 1 << 17
+"""Of a weight on a CPU; few enough that what is made of them stays in the cache of a core."""
+TIMES_ON_CUDA = 64
+"""As many more there, where starting the work on a piece takes longer than a small piece does."""
+
+
+@dataclass(frozen=True)
+class AdapterGradients:
+    """The factors of a linear's adapter with their gradients.
+
+    Args:
+        lora_A: [r, in].
+        lora_B: [out, r].
+        grad_A: [r, in].
+        grad_B: [out, r].
+        scale: s, what the forward pass multiplies B A by.
+    """
+
+    lora_A: Tensor
+    lora_B: Tensor
+    grad_A: Tensor
+    grad_B: Tensor
+    scale: float
+
+    @classmethod
+    def of(cls, adapter: Adapter) -> Self:
+        """What a backward pass left on an adapter; zero where it did not come by."""
+        lora_A, lora_B = adapter.lora_A, adapter.lora_B
+        grad_A, grad_B = (torch.zeros_like(one) if one.grad is None else one.grad for one in (lora_A, lora_B))
+        return cls(lora_A.float(), lora_B.float(), grad_A.float(), grad_B.float(), adapter.scale)
+
+    def gradient(self, rows: slice, eta: float = 1.0) -> Tensor:
+        """Some rows of g, equation 10."""  # [rows, in]
+        # Both terms with dA in one, so that g is one product of inner dimension 2 r.
+        left = torch.cat([self.grad_B[rows], self.lora_B[rows] - eta * self.grad_B[rows]], dim=1)
+        return (self.scale * left) @ torch.cat([self.lora_A, self.grad_A])
+
+    def merged(self, weight: Tensor, rows: slice) -> Tensor:
+        """Some rows of W + s B A."""  # [rows, in]
+        return torch.addmm(weight[rows].float(), self.lora_B[rows], self.lora_A, alpha=self.scale)
+
+
+def unit_scores(
+    coupled: Coupled, weight: Tensor, adapter: AdapterGradients, gradient: Tensor | None, variant: Variant
+) -> Tensor:
+    """How much each unit matters by one linear's weight.
+
+    Args:
+        coupled: the linear's part of the units.
+        weight: W [out, in].
+        adapter: of the linear.
+        gradient: [out, in] of W + s B A, in place of g; None for g.
+        variant: ``paper`` or ``code``.
+    """  # [units] float64
+    out_features, in_features = weight.shape
+    sums = torch.zeros(weight.shape[coupled.axis], dtype=torch.float64, device=weight.device)
+    step = max(1, ELEMENTS_AT_ONCE * (TIMES_ON_CUDA if weight.is_cuda else 1) // in_features)
+    for start in range(0, out_features, step):
+        rows = slice(start, min(start + step, out_features))
+        value = adapter.merged(weight, rows)
+        value *= adapter.gradient(rows) if gradient is None else gradient[rows]
+        value = value.square_() if variant == "paper" else value.abs_()
+        if coupled.axis == 0:
+            sums[rows] = value.sum(1).double()
+        else:
+            sums += value.sum(0)
+    scores = sums.view(-1, coupled.width).sum(1)
+    return scores if variant == "paper" else scores / scores.norm().clamp(min=torch.finfo(torch.float64).tiny)
+
+
+@dataclass
+class MovingAverage:
+    """The average of scores over steps, that forgets (equation 11), and how often there was nothing to add.
+
+    Args:
+        decay: share of the average that stays at each step, in [0, 1).
+        scores: [layers]; zero before the first step.
+        steps: that were added.
+        skipped: steps whose scores were not finite.
+    """
+
+    decay: float
+    scores: list[LayerScores]
+    steps: int = 0
+    skipped: int = 0
+
+    def add(self, scores: Sequence[LayerScores]) -> None:
+        """Adds the scores of a step, unless one of them is not finite."""
+        total = torch.stack([one.kv_groups.sum() + one.ffn_channels.sum() for one in scores]).sum()
+        if not bool(total.isfinite()):  # none is below 0, so that nothing cancels
+            self.skipped += 1
+            return
+        self.steps += 1
+        self.scores = [
+            LayerScores(
+                old.kv_groups.to(new.kv_groups).lerp(new.kv_groups, 1 - self.decay),
+                old.ffn_channels.to(new.ffn_channels).lerp(new.ffn_channels, 1 - self.decay),
+            )
+            for old, new in zip(self.scores, scores, strict=True)
+        ]
+
+
+@torch.no_grad()
+def score_adapted(model: Any, variant: Variant, gradients: Mapping[nn.Module, Tensor] | None) -> list[LayerScores]:
+    """Scores the units of every layer from the gradients that lie on its adapters.
+
+    Linears without an adapter say nothing. Bases are unpacked one linear at a time.
+
+    Args:
+        model: below PEFT, with adapters on at least one linear of each kind of unit.
+        variant: ``paper`` or ``code``.
+        gradients: [out, in] of W + s B A, by linear, in place of those made of the adapters'; None for these.
+
+    Returns:
+        Scores on the model's device; not finite where a gradient is not.
+    """
+
+    def together(parts: Sequence[Coupled]) -> Tensor:
+        scores = []
+        for part in parts:
+            if (adapter := adapter_on(part.linear)) is not None:
+                base: Any = adapter.base
+                weight = dequantize(base) if isinstance(base, PackedLinear) else base.weight
+                gradient = None if gradients is None else gradients[part.linear]
+                scores.append(unit_scores(part, weight, AdapterGradients.of(adapter), gradient, variant))
+        return torch.stack(scores).sum(0)
+
+    return [
+        LayerScores(together(layer.group_weights), together(layer.channel_weights)) for layer in decoder_layers(model)
+    ]

@@ -1,0 +1,133 @@
+"""What pruning in training refuses, and when."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch import Callback, Trainer
+from test_lora_guided_pruning import At, fit, guided, masked_logits
+from test_pruning import finetuner, trainer
+from test_quantization import logits
+
+from qpruner.adapters.lora import LoRAConfig
+from qpruner.callbacks import MixedPrecisionQuantization, StructuredPruning
+from qpruner.callbacks.compression import Rehearsal
+from qpruner.checkpoint import build_skeleton, read_base_config
+from qpruner.datamodules import StoriesDataModule
+from qpruner.errors import UserError
+from qpruner.pruning.schedule import CubicSchedule
+from qpruner.pruning.selection import SelectionConfig
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"ratio": 0.0}, r"ratio 0.0; .* is in \(0, 1\)"),
+        ({"ratio": 1}, "ratio 1; "),
+        ({"ratio": -0.3}, "ratio -0.3"),
+        ({"decay": 1.0}, r"decay 1.0; .* is in \[0, 1\)"),
+        ({"decay": -0.1}, "decay -0.1"),
+    ],
+)
+def test_impossible_options_are_refused_when_they_are_made(options: dict[str, Any], said: str) -> None:
+    with pytest.raises(UserError, match=said):
+        guided(**options)
+
+
+@pytest.mark.parametrize(
+    ("targets", "said"),
+    [
+        (
+            ("q_proj", "o_proj"),
+            r"FFN channels by the adapters on gate_proj, up_proj, down_proj, .*target_modules is q_proj, o_proj. Add",
+        ),
+        (
+            ("up_proj",),
+            r"KV groups by the adapters on q_proj, k_proj, v_proj, o_proj, .*target_modules is up_proj. Add",
+        ),
+    ],
+)
+def test_units_without_adapters_are_refused(
+    tiny_llama: Path, stories: StoriesDataModule, targets: tuple[str, ...], said: str
+) -> None:
+    with pytest.raises(UserError, match=said):
+        fit(finetuner(tiny_llama, lora=LoRAConfig(target_modules=targets)), stories, guided())
+
+
+def test_one_adapter_for_each_kind_of_unit_suffices(tiny_llama: Path, stories: StoriesDataModule) -> None:
+    lora = LoRAConfig(r=2, target_modules=("v_proj", "down_proj"))
+    at_end = At("on_train_end", masked_logits)
+    module = fit(finetuner(tiny_llama, lora=lora), stories, guided(), at_end)
+    torch.testing.assert_close(logits(module.model), at_end.seen[0], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"ratio": 0.9}, "The ratio is 0.9; .* at most 0.1.* Lower it"),
+        ({"ratio": 0.0005}, "less than half a step and would remove nothing; .* Ask for more"),
+        ({"selection": SelectionConfig(leave_alone=[0, 1])}, "names every layer"),
+        ({"selection": SelectionConfig(leave_alone=[2])}, r"names layers \[2\]; the model has 0 to 1"),
+        ({"schedule": CubicSchedule()}, "every_n_steps is 10, .* lie 8 of the fit's 10 optimizer steps. Train longer"),
+    ],
+)
+def test_what_cannot_be_had_of_this_model_or_fit_is_refused(
+    tiny_llama: Path, stories: StoriesDataModule, changes: dict[str, Any], said: str
+) -> None:
+    with pytest.raises(UserError, match=said):
+        fit(finetuner(tiny_llama), stories, guided(**changes))
+
+
+def test_an_endless_fit_is_refused(tiny_llama: Path, stories: StoriesDataModule) -> None:
+    running = trainer(guided(), steps=-1)
+    running.fit_loop.max_epochs = -1
+    with pytest.raises(UserError, match=r"The fit has no end.*--trainer.max_steps or --trainer.max_epochs"):
+        running.fit(finetuner(tiny_llama), datamodule=stories)
+
+
+@pytest.mark.parametrize(
+    ("later", "left"),
+    [
+        (lambda: StructuredPruning(ratio=0.05), "pruned in training, then pruned;"),
+        (lambda: MixedPrecisionQuantization(4), "pruned in training, then quantized;"),
+    ],
+)
+def test_whatever_compresses_stands_before_it(
+    tiny_llama: Path, stories: StoriesDataModule, later: Callable[[], Callback], left: str
+) -> None:
+    with pytest.raises(UserError, match=f"leave the base {left}.*Reorder or drop"):
+        fit(finetuner(tiny_llama), stories, guided(), later())
+
+
+def test_a_base_that_came_packed_is_refused(tiny_llama: Path, stories: StoriesDataModule, tmp_path: Path) -> None:
+    first = finetuner(tiny_llama)
+    first.kept_in = tmp_path / "model"
+    fit(first, stories, MixedPrecisionQuantization(4), steps=1)
+    with pytest.raises(UserError, match=r"model' is quantized already; .*Give the model that it was made from, or"):
+        fit(finetuner(tmp_path / "model"), stories, guided())
+
+
+def test_the_gradient_of_a_scaled_loss_is_refused(
+    tiny_llama: Path, stories: StoriesDataModule, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Trainer, "precision", "16-mixed")  # which Lightning has not on CPUs
+    with pytest.raises(UserError, match=r"--trainer.precision 16-mixed. Use bf16-mixed or 32-true, or criterion lora"):
+        fit(finetuner(tiny_llama), stories, guided(criterion="gradient"))
+
+
+def test_a_rehearsal_finds_it_before_there_are_weights(tiny_llama: Path) -> None:
+    def rehearsal(**lora: Any) -> Rehearsal:
+        return Rehearsal(build_skeleton(read_base_config(str(tiny_llama))), LoRAConfig(**lora))
+
+    one = rehearsal()
+    guided().check(one)
+    assert one.plan.widths.kv_groups == (1, 1) and one.plan.widths.ffn_channels == (30, 30)
+    with pytest.raises(UserError, match="The ratio is 0.9"):
+        guided(ratio=0.9).check(rehearsal())
+    with pytest.raises(UserError, match="Add some of them"):
+        guided().check(rehearsal(target_modules=["q_proj"]))
+    guided().check_steps(10)
+    with pytest.raises(UserError, match="longer than the fit"):
+        guided().check_steps(3)
