@@ -150,7 +150,10 @@ class LoRAGuidedPruning(Compression):
         gradients = None
         if self._weights is not None:
             gradients = self._weights.take(lambda one: trainer.strategy.reduce(one, reduce_op="mean"))
-        self._average.add(score_adapted(module.model.get_base_model(), self.variant, gradients))
+        if module.finite_gradients:
+            self._average.add(score_adapted(module.model.get_base_model(), self.variant, gradients))
+        else:
+            self._average.skipped += 1
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -191,6 +194,7 @@ class LoRAGuidedPruning(Compression):
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         module = _expect(pl_module)
         module.after_clipping.remove(self._observer)
+        del self._observer  # it holds the module, whose model goes when a next phase begins
         if self._weights is not None:
             self._weights.remove()
         assert module.masks is not None

@@ -92,7 +92,7 @@ class RunReport(Callback):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         module, _ = _expect(trainer, pl_module)
         plan = module.plan
-        if module.starts_from_loftq:
+        if module.starts_from_loftq and any(callback.leaves == "quantized" for callback in compressing(trainer)):
             self.measure(trainer, "quantized + LoftQ")
         if plan is not None and trainer.is_global_zero:
             plan.write(self.folder.plan)

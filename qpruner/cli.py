@@ -1,9 +1,8 @@
 """The command line as a LightningCLI: options are the signatures of the classes, explained by their docstrings."""
 
-import logging
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, nullcontext
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 
 from qpruner.callbacks import (
     Compression,
+    LoRAGuidedPruning,
     MeasuredEnd,
     MeasuredStage,
     MixedPrecisionQuantization,
@@ -38,6 +38,7 @@ from qpruner.phases import Phase, PhaseConfig, phases_of
 from qpruner.plan import CompressionPlan
 from qpruner.pretrained import is_reachable
 from qpruner.runs.folder import RunConfig, RunFolder
+from qpruner.runs.log import log_to
 from qpruner.runs.report import Stage, Summary
 from qpruner.runs.search import SearchResults, variants_table
 from qpruner.search.config import SearchConfig
@@ -126,7 +127,7 @@ class QPrunerCLI(LightningCLI):
         notes: list[str] = []
         further: list[PhaseConfig] = options.phases if self.subcommand != "search" else []
         if self.subcommand in WRITING:
-            self._check_command(options)
+            self._check_command(options, callbacks)
             if options.plan is not None:
                 callbacks, notes = self._carrying_out(callbacks, options.plan)
         self.phases = phases_of(self.folder, callbacks, further)
@@ -166,7 +167,7 @@ class QPrunerCLI(LightningCLI):
             self.model.follows = next(filter(is_compressed, self.folder.bases), None)
         return super().instantiate_trainer(**kwargs, callbacks=callbacks)
 
-    def _check_command(self, options: Any) -> None:
+    def _check_command(self, options: Any, callbacks: Sequence[Callback]) -> None:
         """Finds options that do not go together.
 
         Raises:
@@ -174,6 +175,11 @@ class QPrunerCLI(LightningCLI):
         """
         if options.plan is not None and self.subcommand == "search":
             raise UserError("A search makes plans; --plan is for `qpruner fit`, which carries one out.")
+        if self.subcommand == "search" and any(isinstance(one, LoRAGuidedPruning) for one in callbacks):
+            raise UserError(
+                "LoRAGuidedPruning prunes in the course of a fit, and a search prunes before its trials. Search with "
+                "StructuredPruning, or `qpruner merge` a run that pruned in training and search on its result."
+            )
         if options.phases and self.subcommand == "search":
             raise UserError("A search has no phases; they are for `qpruner fit`. Leave --phases out.")
         if options.phases and options.plan is not None:
@@ -226,7 +232,7 @@ class QPrunerCLI(LightningCLI):
             if self.subcommand in WRITING and not options.trainer.fast_dev_run:
                 dumped = self._parser(self.subcommand).dump(options, skip_none=False)
                 self.continues = self.folder.claim(yaml.safe_load(dumped), restart=options.restart)
-            self._claim.callback(_log_to(self.folder.log))
+            self._claim.callback(log_to(self.folder.log))
         elif self.subcommand in WRITING:
             self.continues = not options.restart
 
@@ -255,6 +261,9 @@ class QPrunerCLI(LightningCLI):
                 self.phase.end()  # in case that it was cut off before it could
             show_summary(Summary.read(self.folder.summary), "test")
             return
+        if self.trainer.is_global_zero and not self.rehearses:
+            for over in self.phases[: self.phase.number - 1]:  # cut off, perhaps, before they could
+                over.folder.drop_training_state()
         while True:
             if len(self.phases) > 1:
                 rank_zero_info(f"Phase {self.phase.number} of {len(self.phases)}.")
@@ -269,6 +278,7 @@ class QPrunerCLI(LightningCLI):
             if self.phase.number == len(self.phases):
                 break
             ckpt_path = None
+            self.model.model = None  # the next phase loads what this one left
             self.trainer = self._enter(self.phases[self.phase.number])
 
     def search(self, model: LoRAFinetuner, datamodule: TokenDataModule, search: SearchConfig) -> None:
@@ -376,19 +386,3 @@ def run(arguments: list[str]) -> None:
     else:
         # Lightning starts the other ranks with the command of this process, so it must be left to read that itself.
         QPrunerCLI(None if arguments == sys.argv[1:] else arguments)
-
-
-def _log_to(path: Path) -> Callable[[], None]:
-    """Adds what is logged from now on to the log of the run, until the function that is returned is called."""
-    handler = logging.FileHandler(path, encoding="utf-8")
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
-    loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric", "qpruner")]
-    for logger in loggers:
-        logger.addHandler(handler)
-
-    def stop() -> None:
-        for logger in loggers:
-            logger.removeHandler(handler)
-        handler.close()
-
-    return stop

@@ -1,5 +1,6 @@
 """A run as a list of phases, each one fit, that begin with what the phase before left."""
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -106,7 +107,8 @@ def phases_of(folder: RunFolder, first: Sequence[Callback], further: Sequence[Ph
             prunes.
     """
     shared = [callback for callback in first if not isinstance(callback, Compression)]
-    callbacks = [list(first), *([*shared, *config.callbacks] for config in further)]
+    # What a callback has seen in one phase is nothing to the next; a resumed run would not know it either.
+    callbacks = [list(first), *([*copy.deepcopy(shared), *config.callbacks] for config in further)]
     places = [RunFolder(folder.path, number) for number in range(1, len(callbacks))] + [folder]
     phases = [
         Phase(

@@ -61,6 +61,7 @@ class LoRAFinetuner(CompressibleModule):
             }
         )
         self.optimizer_config = optimizer
+        self.finite_gradients = True  # those of the last step, before they were clipped
         self.after_clipping: list[Callable[[], None]] = []
         self.perplexity = Perplexity()
         self.accuracy = ChoiceAccuracy()
@@ -91,6 +92,10 @@ class LoRAFinetuner(CompressibleModule):
         gradient_clip_val: int | float | None = None,
         gradient_clip_algorithm: str | None = None,
     ) -> None:
+        # Clipping by value makes infinite ones finite.
+        self.finite_gradients = all(
+            bool(parameter.grad.isfinite().all()) for parameter in self.parameters() if parameter.grad is not None
+        )
         self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
         for observe in self.after_clipping:
             observe()
