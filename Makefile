@@ -9,7 +9,7 @@ demo: $(VENV)/.installed
 	$(VENV)/bin/python scripts/tell_story.py runs/quickstart/model
 
 test: $(VENV)/.installed
-	$(VENV)/bin/python -m pytest
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest --numprocesses=auto
 
 check: $(VENV)/.installed
 	$(VENV)/bin/ruff format --check .

@@ -122,7 +122,7 @@ class Correlation(L.Callback):
         self.averages: dict[str, MovingAverage] = {}
         pl_module.after_clipping.append(partial(self.observe, trainer, pl_module))
 
-    def observe(self, trainer: L.Trainer, module: LoRAFinetuner) -> None:
+    def observe(self, trainer: L.Trainer, module: LoRAFinetuner, finite: bool) -> None:
         model, gradients = module.model.get_base_model(), self.weights.take(lambda one: one)
         for variant in VARIANTS:
             for name, by in (("lora", None), ("gradient", gradients)):

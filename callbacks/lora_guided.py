@@ -1,6 +1,7 @@
 """Prunes the base while its adapters train, guided by them."""
 
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import asdict
 from functools import partial
 from typing import Any, Literal
@@ -71,7 +72,6 @@ class LoRAGuidedPruning(Compression):
         self.decay = decay
         self.schedule = schedule
         self.selection = selection
-        self._weights: WeightGradients | None = None
 
     @property
     def options(self) -> dict[str, Any]:
@@ -128,15 +128,21 @@ class LoRAGuidedPruning(Compression):
         self._last_scores: list[LayerScores] | None = None  # of the event before
         self._share = 0.0  # of the way that is gone
         self._step = 0  # optimizer steps that were looked at
+        self._weights: WeightGradients | None = None
+        self._observing = ExitStack()
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         module = _expect(pl_module)
-        self._observer = partial(self._observe, trainer, module)
-        module.after_clipping.append(self._observer)
         if module.masks is None:  # else they come from a checkpoint
             module.mask([(list(range(s.kv_groups)), list(range(s.ffn_channels))) for s in self.gradual.dense])
+        if self._share == 1:  # resumed in the cool-down
+            return
+        observer = partial(self._observe, trainer, module)
+        module.after_clipping.append(observer)
+        self._observing.callback(module.after_clipping.remove, observer)
         if self.criterion == "gradient":
             self._weights = WeightGradients(module.model.get_base_model())
+            self._observing.callback(self._weights.remove)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         steps = trainer.estimated_stepping_batches
@@ -145,12 +151,12 @@ class LoRAGuidedPruning(Compression):
         self._total_steps = int(steps)
         self._step = trainer.global_step
 
-    def _observe(self, trainer: Trainer, module: LoRAFinetuner) -> None:
+    def _observe(self, trainer: Trainer, module: LoRAFinetuner, finite: bool) -> None:
         """Scores the units from the gradients of an optimizer step."""
         gradients = None
         if self._weights is not None:
             gradients = self._weights.take(lambda one: trainer.strategy.reduce(one, reduce_op="mean"))
-        if module.finite_gradients:
+        if finite:
             self._average.add(score_adapted(module.model.get_base_model(), self.variant, gradients))
         else:
             self._average.skipped += 1
@@ -187,16 +193,14 @@ class LoRAGuidedPruning(Compression):
             same = agreement(alive, kept, self.gradual.keep(self._last_scores, alive, share))
         module.mask(kept)
         self._last_scores, self._share = scores, share
+        if share == 1:  # nothing asks for scores any more
+            self._observing.close()
         event = PruningEvent(trainer.global_step, self.gradual, kept, scores, same, self._average.skipped)
         rank_zero_info(event.line)
         event.log(trainer.loggers)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         module = _expect(pl_module)
-        module.after_clipping.remove(self._observer)
-        del self._observer  # it holds the module, whose model goes when a next phase begins
-        if self._weights is not None:
-            self._weights.remove()
         assert module.masks is not None
         keep_in = None if self.folder is None else self.folder.model
         after, rounded = module.narrow(module.masks.kept, keep_in=keep_in)

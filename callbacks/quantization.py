@@ -16,6 +16,7 @@ from qpruner.datamodules.base import TokenDataModule
 from qpruner.errors import UserError
 from qpruner.memory import tensor_bytes
 from qpruner.plan import DENSE, UNITS, CompressionPlan, Precision
+from qpruner.quantization.apply import LoftQSettings, check_rank, linear_precisions
 from qpruner.quantization.embedding import table_precisions
 from qpruner.quantization.formats import format_for
 from qpruner.training.module import LoRAFinetuner
@@ -112,15 +113,20 @@ class MixedPrecisionQuantization(CompressionInSetup):
 
         Raises:
             UserError: as many bits as the model has no layers, tied embedding and head of different bits, a budget
-                below the cheapest plan, or a precision of a plan that no format offers.
+                below the cheapest plan, a LoRA rank above that of a linear, or a precision of a plan that no format
+                offers.
         """
         config = rehearsal.model.config
         table_precisions(config, **self.tables)
-        if self.allocator is not None:
-            self.allocator.check(rehearsal, self.tables)
-        units = [one for layer in self.precision(architecture_of(config).num_layers) for one in layer.values()]
+        plan = rehearsal.plan.with_precision(self.precision(architecture_of(config).num_layers), **self.tables)
+        units = [one for layer in plan.layers for one in layer.precision.values()]
         for precision in {*units, *self.tables.values()} - {DENSE}:
             format_for(precision)
+        if self.allocator is not None:
+            self.allocator.check(rehearsal, self.tables)
+        elif rehearsal.exact:
+            settings = LoftQSettings.of(rehearsal.lora, self.loftq_iterations, seed=0)  # nothing is drawn
+            check_rank(rehearsal.model, linear_precisions(rehearsal.model, plan), settings)
 
     def check_text(self, data: TokenDataModule) -> None:
         if self.allocator is not None and self.allocator.method != "uniform":

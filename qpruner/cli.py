@@ -142,6 +142,8 @@ class QPrunerCLI(LightningCLI):
 
     def _enter(self, phase: Phase, kwargs: dict[str, Any] | None = None) -> Trainer:
         """Makes the module and the Trainer of a phase."""
+        if phase.number > 1:  # loggers, strategies and the like belong to one Trainer
+            self.config_init = self.parser.instantiate_classes(self.config)
         options = self.config_init[self.subcommand]
         self.phase, self.folder = phase, phase.folder
         self.model = phase.module(self.first)
@@ -261,6 +263,8 @@ class QPrunerCLI(LightningCLI):
                 self.phase.end()  # in case that it was cut off before it could
             show_summary(Summary.read(self.folder.summary), "test")
             return
+        if self.phase.number > 1:
+            ckpt_path = None  # the first phase began with it
         if self.trainer.is_global_zero and not self.rehearses:
             for over in self.phases[: self.phase.number - 1]:  # cut off, perhaps, before they could
                 over.folder.drop_training_state()

@@ -170,6 +170,16 @@ class CompressionPlan:
             ),
         )
 
+    def places_in(self, other: "CompressionPlan") -> list[tuple[list[int], list[int]]]:
+        """The places that `keeping` takes to make this plan of another, which keeps all that this one does."""
+        return [
+            (
+                [theirs.kv_groups.index(unit) for unit in ours.kv_groups],
+                [theirs.ffn_channels.index(unit) for unit in ours.ffn_channels],
+            )
+            for ours, theirs in zip(self.layers, other.layers, strict=True)
+        ]
+
     def with_precision(
         self, precision: Sequence[Mapping[str, Precision]], *, embedding: Precision = DENSE, head: Precision = DENSE
     ) -> "CompressionPlan":

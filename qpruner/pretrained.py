@@ -99,6 +99,16 @@ def model_fingerprint(name: str) -> str | None:
     return hash_json({file.name: hash_file(file) for file in files})
 
 
+def hold_in_(model: Any, dtype: torch.dtype) -> Any:
+    """Gives the weights of a model another number format, as if it was loaded in it, and returns the model.
+
+    Buffers, such as the rotary frequencies, keep theirs: angles at late positions need it. ``to`` would cast them, too.
+    """
+    for parameter in model.parameters():  # tied ones stay tied
+        parameter.data = parameter.data.to(dtype)
+    return model
+
+
 def _cannot_load(kind: str, name: str, error: Exception) -> UserError:
     if isinstance(error, UserError):
         return error

@@ -1,5 +1,7 @@
 """Runs that prune while they train, then quantize and recover in a second phase, from the command line."""
 
+import csv
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,7 @@ from test_quantized_runs import INT8, NF4, stages
 import qpruner
 from qpruner.cli import run
 from qpruner.errors import UserError
-from qpruner.files import read_json
+from qpruner.files import read_json, write_json
 from qpruner.plan import CompressionPlan
 from qpruner.runs.folder import RunFolder
 from qpruner.runs.report import scalars
@@ -152,6 +154,70 @@ def test_a_quantized_base_is_pruned_and_quantized_anew(config: dict[str, Any], t
     assert stages(folder.path)[3]["tensor_bytes"] == sum(stored)
 
 
+def test_packed_tables_are_made_dense_between_the_phases(config: dict[str, Any], tmp_path: Path) -> None:
+    """The tied embedding and head of 8 bits in the first phase, too, which the second holds in 4."""
+    tables = {"bits": 16, "embedding": 8, "head": 8}
+    config["trainer"]["callbacks"].insert(0, {**QUANTIZATION, "init_args": tables})
+    config["phases"][0]["callbacks"] = [{**QUANTIZATION, "init_args": {"bits": 8, "embedding": 4, "head": 4}}]
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(config))
+    run(["fit", "--config", str(path)])
+    folder = RunFolder(tmp_path / "runs" / "x")
+    first, last = CompressionPlan.read(of_first(folder).plan), CompressionPlan.read(folder.plan)
+    assert (first.embedding, first.head, last.embedding, last.head) == (INT8, INT8, NF4, NF4)
+    assert last == first.with_precision(
+        [dict.fromkeys(layer.precision, INT8) for layer in first.layers], embedding=NF4, head=NF4
+    )
+    assert [row["name"] for row in stages(folder.path)] == ["dense", "quantized", "pruned in training", *LATER]
+    before, after = (row["results"]["perplexity"] for row in stages(folder.path)[2:4])
+    assert after == pytest.approx(before, rel=0.1)
+    run(["merge", str(folder.path), str(tmp_path / "merged")])
+    merged, packed = (qpruner.load_compressed(one) for one in (tmp_path / "merged", folder.model))
+    tokens = torch.arange(20).view(2, 10)
+    with torch.no_grad():
+        one, other = (model.float()(input_ids=tokens).logits for model in (merged, packed))
+    assert (one - other).norm() / other.norm() < 0.01
+
+
+def test_what_belongs_to_one_trainer_is_made_anew_for_each_phase(config: dict[str, Any], tmp_path: Path) -> None:
+    """A strategy and a logger that are given by their classes, and callbacks of the user that remember."""
+    stopping = {"class_path": "EarlyStopping", "init_args": {"monitor": "val/loss", "patience": 1, "min_delta": 1e6}}
+    config["trainer"] |= {
+        "strategy": {"class_path": "SingleDeviceStrategy", "init_args": {"device": "cpu"}},
+        "logger": {"class_path": "CSVLogger", "init_args": {"save_dir": str(tmp_path / "csv")}},
+        "val_check_interval": 2,
+        "check_val_every_n_epoch": None,
+        "callbacks": [*config["trainer"]["callbacks"], stopping],
+    }
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(config))
+    run(["fit", "--config", str(path)])
+    folder = RunFolder(tmp_path / "runs" / "x")
+    assert [row["name"] for row in stages(folder.path)] == NAMES
+    steps = []
+    for number in (0, 1):
+        with (tmp_path / "csv" / "lightning_logs" / f"version_{number}" / "metrics.csv").open() as file:
+            steps.append([int(row["step"]) for row in csv.DictReader(file) if row["val/loss"]])
+    # The first validation is the best, the second is not better; so in each phase.
+    assert [len(phase) for phase in steps] == [2, 2]
+
+
+def test_a_checkpoint_that_is_given_begins_the_first_phase_alone(arguments: list[str], tmp_path: Path) -> None:
+    run(["fit", *arguments])
+    folder = RunFolder(tmp_path / "runs" / "x")
+    shutil.copy(folder.checkpoint, given := tmp_path / "given.ckpt")
+    summary = read_json(folder.summary)
+    # As if it was killed when the second phase began.
+    write_json(folder.summary, summary | {"finished": False, "stages": summary["stages"][:2]})
+    folder.checkpoint.unlink()
+    shutil.rmtree(folder.model)
+    of_first(folder).checkpoint.parent.mkdir(exist_ok=True)
+    of_first(folder).checkpoint.write_text("left by a process that was killed before it could remove it")
+    run(["fit", *arguments, "--ckpt_path", str(given)])
+    assert not of_first(folder).checkpoint.exists()
+    assert [row["results"] for row in stages(folder.path)] == [row["results"] for row in summary["stages"]]
+
+
 def test_evaluation_measures_what_there_is(arguments: list[str], tmp_path: Path) -> None:
     """In the middle of pruning with its masks, then the result of each phase; all as the run measured them."""
     folder = RunFolder(tmp_path / "runs" / "x")
@@ -207,3 +273,12 @@ def test_a_schedule_longer_than_the_fit_is_told_before_anything_is_measured(
     monkeypatch.setattr("qpruner.callbacks.report.evaluate", None)
     with pytest.raises(UserError, match=r"every_n_steps is 40, and .* lie 5 of the fit's 6 optimizer steps"):
         run(["fit", *arguments, "--trainer.callbacks.schedule.every_n_steps", "40"])
+
+
+def test_a_search_refuses_what_belongs_to_a_fit(arguments: list[str], tmp_path: Path) -> None:
+    without_phases = [*arguments, "--phases", "[]"]
+    with pytest.raises(UserError, match="LoRAGuidedPruning prunes in the course of a fit, and a search prunes before"):
+        run(["search", *without_phases])
+    with pytest.raises(UserError, match="LoRAGuidedPruning prunes in the course"):
+        run(["search", *arguments])
+    assert not (tmp_path / "runs" / "x" / "config.yaml").exists()

@@ -36,7 +36,7 @@ ALLOWED: dict[str, set[str]] = {
     "anatomy": {"errors", "plan"},
     "pretrained": {"errors", "files"},
     "adapters": {"errors", "seeds"},
-    "quantization": {"adapters", "anatomy", "errors", "files", "plan"},
+    "quantization": {"adapters", "anatomy", "errors", "files", "plan", "pretrained"},
     "memory": {"errors", "quantization"},
     "pruning": {"adapters", "anatomy", "errors", "memory", "plan", "quantization", "seeds"},
     "pricing": {"anatomy", "memory", "plan", "pruning", "quantization"},

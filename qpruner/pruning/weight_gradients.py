@@ -4,9 +4,9 @@ They are what `lora_guided` approximates, and what it does without: one float32 
 """
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
@@ -47,9 +47,11 @@ class WeightGradients:
         for handle in self._handles:
             handle.remove()
 
-    def _on_forward(self, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        if output.requires_grad:  # not in evaluation, nor in the first of two passes of gradient checkpointing
-            output.register_hook(partial(self._add, module, inputs[0].detach()))  # type: ignore[no-untyped-call]
+    def _on_forward(self, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
+        if not output.requires_grad:  # in evaluation
+            return None
+        watched: Tensor = _Watched.apply(output, inputs[0].detach(), module, self._add)  # type: ignore[no-untyped-call]
+        return watched
 
     def _add(self, module: nn.Module, inputs: Tensor, at_output: Tensor) -> None:
         gradient, _ = weight_gradient(at_output, inputs, False)
@@ -57,3 +59,23 @@ class WeightGradients:
             self._sums[module] += gradient
         else:
             self._sums[module] = gradient
+
+
+class _Watched(torch.autograd.Function):
+    """The output of a linear as it is; tells of its gradient, and of the inputs that it was computed from.
+
+    The inputs are saved as autograd saves, so that gradient checkpointing drops and recomputes them with all others.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, output: Tensor, inputs: Tensor, module: nn.Module, tell: Callable[[nn.Module, Tensor, Tensor], None]
+    ) -> Tensor:
+        ctx.save_for_backward(inputs)
+        ctx.module, ctx.tell = module, tell
+        return output.view_as(output)
+
+    @staticmethod
+    def backward(ctx: Any, at_output: Tensor) -> tuple[Tensor, None, None, None]:
+        ctx.tell(ctx.module, *ctx.saved_tensors, at_output)
+        return at_output, None, None, None

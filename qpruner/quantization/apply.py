@@ -2,12 +2,13 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 
 from qpruner.adapters.loftq import LoftQResult, loftq
+from qpruner.adapters.lora import LoRAConfig
 from qpruner.anatomy import unit_linears
 from qpruner.errors import UserError
 from qpruner.plan import DENSE, CompressionPlan, Precision
@@ -50,6 +51,13 @@ class LoftQSettings:
     targets: tuple[str, ...]
     num_iterations: int
     seed: int
+
+    @classmethod
+    def of(cls, lora: LoRAConfig, num_iterations: int, seed: int) -> Self | None:
+        """Those of a model's adapters; None, from zero, without iterations."""
+        if num_iterations == 0:
+            return None
+        return cls(lora.r, lora.alpha / lora.r, tuple(lora.target_modules), num_iterations, seed)
 
 
 def linear_precisions(model: nn.Module, plan: CompressionPlan) -> dict[str, Precision]:

@@ -5,6 +5,7 @@ or counts modules treats both as one. Transformers is told of the tie in its own
 ``tie_weights`` then finds nothing to do, and ``save_pretrained`` writes the table once, as the embedding's.
 """
 
+import copy
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 from qpruner.anatomy import family_of
 from qpruner.errors import UserError
 from qpruner.plan import DENSE, Precision
-from qpruner.quantization.formats import dequantize_rows, quantize
+from qpruner.quantization.formats import dequantize, dequantize_rows, quantize
 from qpruner.quantization.model import announce_packed, rebuild_linear
 from qpruner.quantization.packed import PackedLinear
 
@@ -24,19 +25,30 @@ class PackedEmbedding(nn.Module):
 
     Args:
         table: the linear; with tied embeddings the head itself.
-        scale: [], that the rows are multiplied by; its dtype is that of the result and follows ``to``.
+        dense: the embedding whose rows they are; its weight is let go.
+        dtype: of the result; follows ``to``.
     """
 
-    scale: Tensor
+    scale: Tensor  # [], that the rows are multiplied by
 
-    def __init__(self, table: PackedLinear, scale: Tensor) -> None:
+    def __init__(self, table: PackedLinear, dense: nn.Embedding, dtype: torch.dtype) -> None:
         super().__init__()
         self.table = table
-        self.register_buffer("scale", scale, persistent=False)
+        # Gemma's families multiply by the root of the hidden size, in the dtype of the weight.
+        scale = getattr(dense, "embed_scale", torch.ones(()))
+        self.register_buffer("scale", scale.to(table.packed()["codes"].device, dtype), persistent=False)
+        dense.weight = None  # type: ignore[assignment]
+        self._without_weight = (dense,)  # in a tuple, so that it is no part of the model
 
     def forward(self, ids: Tensor) -> Tensor:  # [..] -> [.., hidden]
         rows = dequantize_rows(self.table, ids.flatten()).to(self.scale.dtype)
         return rows.view(*ids.shape, self.table.in_features) * self.scale
+
+    def unpacked(self) -> nn.Embedding:
+        """The embedding that it was made from, with these rows, in float32."""
+        made = copy.deepcopy(self._without_weight[0])
+        made.weight = nn.Parameter(dequantize(self.table), requires_grad=False)
+        return made
 
 
 def table_precisions(config: Any, embedding: Precision, head: Precision) -> dict[str, Precision]:
@@ -98,6 +110,25 @@ def rebuild_tables_(
     _replace_(model, table_precisions(model.config, embedding, head), packed, dtype=dtype)
 
 
+def unpack_embedding_(model: Any) -> None:
+    """Replaces a packed embedding, and the head where the two are tied, by dense ones that share one float32 weight.
+
+    Args:
+        model: changed in place; left alone where its embedding is dense.
+    """
+    _, family = family_of(model.config)
+    packed = model.get_submodule(family.embedding)
+    if isinstance(packed, PackedEmbedding):
+        dense = packed.unpacked()
+        model.set_submodule(family.embedding, dense)
+        if model.config.tie_word_embeddings:
+            head = _as_linear(dense)
+            head.weight = dense.weight
+            model.set_submodule(family.head, head)
+            del model._tied_weights_keys  # that of the class holds again
+            model.all_tied_weights_keys = model.get_expanded_tied_weights_keys()
+
+
 def _replace_(
     model: Any,
     precisions: Mapping[str, Precision],
@@ -113,10 +144,8 @@ def _replace_(
         if name == family.head:
             model.set_submodule(name, packed(name, dense, precision))
             continue
-        # Gemma's families multiply by the root of the hidden size, in the dtype of the weight.
-        scale = getattr(dense, "embed_scale", torch.ones(()))
         table = packed(f"{name}.table", _as_linear(dense), precision)
-        model.set_submodule(name, PackedEmbedding(table, scale.to(table.packed()["codes"].device, dtype)))
+        model.set_submodule(name, PackedEmbedding(table, dense, dtype))
         if model.config.tie_word_embeddings:
             model.set_submodule(family.head, table)
             model._tied_weights_keys = {family.head: f"{name}.table"}

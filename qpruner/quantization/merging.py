@@ -9,18 +9,21 @@ from typing import Any
 import torch
 from torch import nn
 
+from qpruner.pretrained import hold_in_
+from qpruner.quantization.embedding import unpack_embedding_
 from qpruner.quantization.formats import dequantize
 from qpruner.quantization.packed import PackedLinear
 
 
 def merge_(model: Any, dtype: torch.dtype) -> Any:
-    """Makes every linear of a PEFT model dense, in place, with its adapter added in float32, and returns the model.
+    """Makes a PEFT model dense, in place, with its adapters added to their linears in float32, and returns it.
 
     Args:
         model: a PEFT model, or one without adapters; packed or not.
         dtype: of the result.
     """
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    unpack_embedding_(base)
     for name, module in list(base.named_modules()):
         if hasattr(module, "lora_A") and hasattr(module, "base_layer"):
             base.set_submodule(name, _dense(module.base_layer, module.get_delta_weight("default")))
@@ -30,7 +33,7 @@ def merge_(model: Any, dtype: torch.dtype) -> Any:
         setattr(base, flag, False)
     if hasattr(base, "peft_config"):  # else PEFT warns of adapters that are there already, when it adds others
         del base.peft_config
-    return base.to(dtype)
+    return hold_in_(base, dtype)
 
 
 def _dense(linear: Any, delta: torch.Tensor | None) -> nn.Linear:

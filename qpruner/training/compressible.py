@@ -15,7 +15,7 @@ from qpruner.anatomy import architecture_of
 from qpruner.errors import UserError
 from qpruner.files import replacing_folder
 from qpruner.plan import DENSE, UNITS, CompressionPlan
-from qpruner.pretrained import DType, load_model, model_fingerprint, resolve
+from qpruner.pretrained import DType, hold_in_, load_model, model_fingerprint, resolve
 from qpruner.pricing import average_bits
 from qpruner.pruning.masks import UnitMasks
 from qpruner.pruning.rounds import Size
@@ -68,6 +68,7 @@ class CompressibleModule(LightningModule):
         self.masks: UnitMasks | None = None
         self.initial_adapters: dict[str, Factors] = {}
         self.loftq_iterations = 0
+        self.plans_before: list[CompressionPlan] = []  # those of the base before each time that it was narrowed
         self.taken_from: Path | None = None  # the folder that the base was loaded from, when it is compressed
         self.kept_in: Path | None = None
         self.follows: Path | None = None
@@ -106,14 +107,14 @@ class CompressibleModule(LightningModule):
         if model_folder.is_compressed(folder := Path(resolve(self.base))):
             self.model = model_folder.load_base(folder).model
             if not any(isinstance(module, PackedLinear) for module in self.model.modules()):
-                self.model.to(getattr(torch, self.dtype_of_base))
+                hold_in_(self.model, getattr(torch, self.dtype_of_base))
             if model_folder.has_adapters(folder):
                 rank_zero_warn(f"{self.base!r} is taken as the base without its adapters.")
         else:
             self.model = load_model(self.base, dtype=self.dtype_of_base, trust_remote_code=self.trust_remote_code)
         self.model.requires_grad_(False)
         self.base_sha256 = self._of_rank_zero(lambda: model_fingerprint(self.base))
-        self.plan = None
+        self.plan, self.plans_before = None, []
         self._forget_adapters(None)
 
     def _forget_adapters(self, taken_from: Path | None) -> None:
@@ -131,7 +132,7 @@ class CompressibleModule(LightningModule):
         """Loads the compressed base of a folder in place of whatever is there, adapters included."""
         kept = model_folder.load_base(folder)
         self.model, self.plan, self.base_sha256 = kept.model, kept.plan, kept.base_sha256
-        self.loftq_iterations = kept.loftq_iterations
+        self.loftq_iterations, self.plans_before = kept.loftq_iterations, []
         self._forget_adapters(folder)
 
     def merge_inherited(self) -> None:
@@ -155,11 +156,7 @@ class CompressibleModule(LightningModule):
 
     def loftq_settings(self, num_iterations: int) -> LoftQSettings | None:
         """How the adapters of quantized linears start; None, from zero, without iterations."""
-        lora = self.lora
-        targets = tuple(lora.target_modules)
-        return (
-            LoftQSettings(lora.r, lora.alpha / lora.r, targets, num_iterations, self.seed) if num_iterations else None
-        )
+        return LoftQSettings.of(self.lora, num_iterations, self.seed)
 
     def quantize(
         self, plan: CompressionPlan, loftq_iterations: int, *, device: torch.device, bank: Bank | None = None
@@ -235,16 +232,21 @@ class CompressibleModule(LightningModule):
         plan = self.plan or CompressionPlan.dense(architecture_of(self.model.config), self.base_sha256)
         self.model, factors = detach_adapters(self.model)
         self._forget_adapters(None)
+        held_in = next(iter(factors.values()))[0].dtype  # of less than float32 with --trainer.precision bf16-true
         self.initial_adapters = narrow_factors(self.model, factors, kept)
         rounded = narrow_(self.model, kept)
+        self.plans_before.append(plan)
         self.plan, size = plan.keeping(kept), Size.of(self.model)
         if keep_in is not None:
             self.kept_in = keep_in
             if self.trainer.is_global_zero:
                 with replacing_folder(keep_in) as folder:
-                    self._keep(folder, self.plan)
+                    self._keep(folder, self.plan, trained=True)
             self.trainer.strategy.barrier("narrowed_base")
         self.attach_adapters()
+        for factor in self.model.parameters():
+            if factor.requires_grad:
+                factor.data = factor.data.to(held_in)
         return size, rounded
 
     def setup(self, stage: str) -> None:
@@ -252,10 +254,10 @@ class CompressibleModule(LightningModule):
         if stage == "fit" and self.kept_in is not None and self.plan is not None:
             if self.trainer.is_global_zero and not model_folder.is_compressed(self.kept_in):
                 with replacing_folder(self.kept_in) as folder:  # base and adapters appear together
-                    self._keep(folder, self.plan)
+                    self._keep(folder, self.plan, trained=False)
             self.trainer.strategy.barrier("compressed_base")
 
-    def _keep(self, folder: Path, plan: CompressionPlan) -> None:
+    def _keep(self, folder: Path, plan: CompressionPlan, *, trained: bool) -> None:
         model_folder.save_base(
             folder,
             self.model,
@@ -266,7 +268,7 @@ class CompressibleModule(LightningModule):
         )
         if self.initial_adapters or self.taken_from is not None:
             self.attach_adapters()
-            model_folder.save_adapters(folder, self.model, trained=False)
+            model_folder.save_adapters(folder, self.model, trained=trained)
 
     def keep_adapters(self) -> None:
         """Puts the trained adapters to the compressed base, where that is kept."""
@@ -295,6 +297,7 @@ class CompressibleModule(LightningModule):
         # Beside the hyper-parameters, which `load_from_checkpoint` overwrites with what it is given.
         checkpoint["base_sha256"] = self.base_sha256
         checkpoint["plan"] = self.plan and self.plan.to_json()
+        checkpoint["plans_before"] = [plan.to_json() for plan in self.plans_before]
         checkpoint["loftq_iterations"] = self.loftq_iterations
         checkpoint["masks"] = self.masks and [
             tuple(torch.tensor(places) for places in layer) for layer in self.masks.kept
@@ -346,6 +349,11 @@ class CompressibleModule(LightningModule):
                 f"{follows!r}; it is not there any more, and the dense model alone does not give it back. Put it back."
             )
         self.load_dense_base()
-        self.prune(plan)
-        if plan.quantized:
-            self.quantize(plan, checkpoint["loftq_iterations"], device=self.device)
+        first, *later = [*map(CompressionPlan.from_json, checkpoint["plans_before"]), plan]
+        self.prune(first)
+        if first.quantized:
+            self.quantize(first, checkpoint["loftq_iterations"], device=self.device)
+        for before, after in zip([first, *later], later, strict=False):  # packed weights were narrowed as they were
+            narrow_(self.model, after.places_in(before))
+            self.plan, self.initial_adapters = after, {}
+            self.plans_before.append(before)

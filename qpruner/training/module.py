@@ -23,7 +23,7 @@ class LoRAFinetuner(CompressibleModule):
 
     Every random draw of training depends on (seed, epoch, batch, rank) alone, so a resumed fit repeats the numbers of
     an uninterrupted one. ``after_clipping`` holds what is called once the gradients of an optimizer step are unscaled
-    and clipped, before the step: no hook of a callback lies there.
+    and clipped, before the step, with whether they were finite: no hook of a callback lies there.
 
     Args:
         base: model folder, hub name, or ``qpruner/stories`` for the model that comes with the package.
@@ -61,8 +61,7 @@ class LoRAFinetuner(CompressibleModule):
             }
         )
         self.optimizer_config = optimizer
-        self.finite_gradients = True  # those of the last step, before they were clipped
-        self.after_clipping: list[Callable[[], None]] = []
+        self.after_clipping: list[Callable[[bool], None]] = []
         self.perplexity = Perplexity()
         self.accuracy = ChoiceAccuracy()
 
@@ -92,13 +91,14 @@ class LoRAFinetuner(CompressibleModule):
         gradient_clip_val: int | float | None = None,
         gradient_clip_algorithm: str | None = None,
     ) -> None:
-        # Clipping by value makes infinite ones finite.
-        self.finite_gradients = all(
-            bool(parameter.grad.isfinite().all()) for parameter in self.parameters() if parameter.grad is not None
-        )
+        if not self.after_clipping:
+            self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
+            return
+        gradients = [parameter.grad for parameter in self.parameters() if parameter.grad is not None]
+        finite = bool(torch.stack([one.isfinite().all() for one in gradients]).all())  # clipping by value hides it
         self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
         for observe in self.after_clipping:
-            observe()
+            observe(finite)
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         optimizer = make_optimizer(self.optimizer_config, self.parameters())

@@ -128,6 +128,15 @@ def test_a_rehearsal_finds_it_before_there_are_weights(tiny_llama: Path) -> None
         guided(ratio=0.9).check(rehearsal())
     with pytest.raises(UserError, match="Add some of them"):
         guided().check(rehearsal(target_modules=["q_proj"]))
+    # What the callbacks before left, the ones behind find: of k and v half of 16 features is left.
+    with pytest.raises(UserError, match="LoRA rank 17 is above that of .*k_proj, which is 16. Lower"):
+        MixedPrecisionQuantization(4).check(rehearsal(r=17))
+    too_high = rehearsal(r=16)
+    MixedPrecisionQuantization(4).check(too_high)
+    guided().check(too_high)
+    with pytest.raises(UserError, match="LoRA rank 16 is above that of .*, which is 8. Lower"):
+        MixedPrecisionQuantization(4).check(too_high)
+    MixedPrecisionQuantization(4, loftq_iterations=0).check(too_high)
     guided().check_steps(10)
     with pytest.raises(UserError, match="longer than the fit"):
         guided().check_steps(3)

@@ -6,6 +6,7 @@ import pytest
 import torch
 from families import adapted, packed, random_tokens, tiny_model
 from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from qpruner.anatomy import decoder_layers
 from qpruner.plan import Precision
@@ -107,3 +108,23 @@ def test_gradient_checkpointing_counts_nothing_twice() -> None:
         found.append([taken[linear] for linear in projections(model.get_base_model())])
     for once, again in zip(*found, strict=True):
         torch.testing.assert_close(again, once)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_gradient_checkpointing_frees_the_inputs_that_they_are_made_of(checkpointing: bool) -> None:
+    base = tiny_model("llama")
+    if checkpointing:
+        base.gradient_checkpointing_enable({"use_reentrant": False})
+    model = adapted(base).train()
+    WeightGradients(model.get_base_model())
+    seen: list[StorageWeakRef] = []
+
+    def look(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        seen.append(StorageWeakRef(inputs[0].untyped_storage()))
+
+    for layer in decoder_layers(model.get_base_model()):
+        layer.down.register_forward_hook(look)
+    loss = model(input_ids=random_tokens(), labels=random_tokens(), use_cache=False).loss
+    assert [one.expired() for one in seen] == [checkpointing] * 3
+    loss.backward()

@@ -1,0 +1,140 @@
+"""How a fit that prunes ends, what may follow it, and that it goes on after a cut."""
+
+import logging
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch import Callback, Trainer
+from test_lora_guided_pruning import (
+    EVENTS,
+    LAST,
+    STEPS,
+    At,
+    fit,
+    guided,
+    kept_of,
+    masked_logits,
+    scores_of,
+    size_of_base,
+)
+from test_pruning import adapters, finetuner
+from test_quantization import Losses, logits
+
+from qpruner.callbacks import LoRAGuidedPruning, MixedPrecisionQuantization, RunCheckpoint
+from qpruner.checkpoint import has_trained_adapters, load_compressed
+from qpruner.datamodules import StoriesDataModule
+from qpruner.errors import UserError
+from qpruner.training.module import LoRAFinetuner
+
+
+@pytest.mark.parametrize("last", [1, 5, 9])
+def test_a_fit_that_ends_early_is_pruned_to_the_ratio(tiny_llama: Path, stories: StoriesDataModule, last: int) -> None:
+    """Before the first event, between two, and in the cool-down, when nothing is left to do."""
+
+    def stop(trainer: Trainer, *_: Any) -> None:
+        trainer.should_stop = trainer.global_step >= last
+
+    at_end = At("on_train_end", masked_logits)
+    callbacks = guided(), At("on_train_batch_end", stop), at_end
+    if last < 8:
+        with pytest.warns(UserWarning, match=rf"ended after {last} of 10 optimizer steps, .* is pruned now"):
+            module = fit(finetuner(tiny_llama), stories, *callbacks)
+    else:
+        module = fit(finetuner(tiny_llama), stories, *callbacks)
+    assert module.trainer.global_step == last
+    assert [(len(groups), len(channels)) for groups, channels in kept_of(module)] == [(1, 30)] * 2
+    torch.testing.assert_close(logits(module.model), at_end.seen[0], rtol=1e-5, atol=1e-6)
+
+
+def test_a_second_fit_trains_on_what_is_left(tiny_llama: Path, stories: StoriesDataModule) -> None:
+    module, losses = fit(finetuner(tiny_llama), stories, guided()), Losses()
+    plan, before, size = module.plan, adapters(module), size_of_base(module)
+    fit(module, stories, losses, steps=3)
+    assert len(losses.values) == 3 and all(math.isfinite(loss) for loss in losses.values)
+    assert module.plan == plan and size_of_base(module) == size and module.after_clipping == []
+    after = adapters(module)
+    assert after.keys() == before.keys() and all(not torch.equal(after[name], t) for name, t in before.items())
+    with pytest.raises(UserError, match=r"module has them already. Make a new LoRAFinetuner"):
+        fit(module, stories, guided())
+
+
+def test_what_is_left_is_kept_in_the_folder_of_the_run(
+    tiny_llama: Path, stories: StoriesDataModule, tmp_path: Path
+) -> None:
+    module = fit(finetuner(tiny_llama), stories, guided())
+    pruning = guided()
+    pruning.folder = type("Folder", (), {"model": tmp_path / "model"})()  # type: ignore[assignment]
+    kept = fit(finetuner(tiny_llama), stories, pruning)
+    assert kept.plan == module.plan and kept.kept_in == tmp_path / "model"
+    assert torch.equal(logits(load_compressed(tmp_path / "model")), logits(kept.model))
+    assert torch.equal(logits(kept.model), logits(module.model))
+
+
+def test_what_is_left_is_kept_with_its_trained_adapters_at_once(
+    tiny_llama: Path, stories: StoriesDataModule, tmp_path: Path
+) -> None:
+    """A run that is killed before it puts the adapters there once more can be tested."""
+    pruning = guided()
+    pruning.folder = type("Folder", (), {"model": tmp_path / "model"})()  # type: ignore[assignment]
+    fit(finetuner(tiny_llama), stories, pruning)  # no report that puts them there
+    assert has_trained_adapters(tmp_path / "model")
+
+
+def test_a_checkpoint_of_a_second_fit_gives_back_the_packed_base_as_it_was_narrowed(
+    tiny_llama: Path, stories: StoriesDataModule, tmp_path: Path
+) -> None:
+    """Quantized and then narrowed, which is another base than narrowed and then quantized."""
+    module = fit(finetuner(tiny_llama), stories, MixedPrecisionQuantization(4), guided())
+    checkpoint = RunCheckpoint(tmp_path / "last.ckpt", every_n_steps=2)
+    fit(module, stories, checkpoint, steps=2)
+    loaded = LoRAFinetuner.load_from_checkpoint(checkpoint.path, weights_only=True)
+    assert loaded.plan == module.plan and loaded.plans_before == module.plans_before
+    assert torch.equal(logits(loaded.model), logits(module.model))
+
+
+# Cut and resumed.
+
+
+@pytest.mark.parametrize(
+    ("every", "bits"), [(1, 16), (2, 16), (3, 16), (5, 4), (9, 16), (10, 16)], ids=lambda value: str(value)
+)
+@pytest.mark.filterwarnings("error:The fit ended")
+def test_resumed_from_a_checkpoint_equals_uninterrupted(
+    tiny_llama: Path,
+    stories: StoriesDataModule,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    every: int,
+    bits: int,
+) -> None:
+    """From before the first event, at one, between two, in the cool-down and at the end."""
+
+    def power_cut(trainer: Trainer, *_: Any) -> None:
+        if trainer.global_step == every + 1:
+            raise InterruptedError
+
+    def session(*more: Callback, path: Path | None = None) -> tuple[LoRAFinetuner, LoRAGuidedPruning, list[str]]:
+        caplog.clear()
+        quantization, pruning = [MixedPrecisionQuantization(bits)] * (bits < 16), guided()
+        module = fit(finetuner(tiny_llama), stories, *quantization, pruning, *more, path=path)
+        return module, pruning, [line for line in caplog.messages if " are masked" in line]
+
+    with caplog.at_level(logging.INFO):
+        whole, expected, lines = session()
+        checkpoint = RunCheckpoint(tmp_path / "last.ckpt", every_n_steps=every)
+        if every < STEPS:
+            with pytest.raises(InterruptedError):
+                session(At("on_train_batch_end", power_cut), checkpoint)
+        else:
+            session(checkpoint)
+        resumed, found, later = session(path=checkpoint.path)
+    assert len(lines) == 4 and later == lines[sum(event <= every for event in EVENTS) :]
+    assert resumed.plan == whole.plan
+    assert all(torch.equal(a, b) for a, b in zip(scores_of(found), scores_of(expected), strict=True))
+    assert (found._average.steps, found._average.skipped) == (LAST, 0)
+    ours, theirs = adapters(resumed), adapters(whole)
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], tensor) for name, tensor in theirs.items())
+    assert torch.equal(logits(resumed.model), logits(whole.model))
