@@ -19,9 +19,6 @@ the peak above the weights then: adapters, their gradients, the optimizer's stat
 
 import argparse
 import json
-import os
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -30,7 +27,7 @@ from statistics import median
 from typing import Any
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from random_llama import add_arguments, random_llama, run_alone
 
 from qpruner.anatomy import architecture_of, decoder_layers
 from qpruner.datamodules.rows import Batch
@@ -51,16 +48,11 @@ FEW = (1, 8)  # tokens whose activations are next to nothing
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--layers", type=int, default=12)
-    parser.add_argument("--hidden", type=int, default=768)
-    parser.add_argument("--ffn", type=int, default=2048)
-    parser.add_argument("--vocabulary", type=int, default=16384)
-    parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float32"), help="of base and computation")
+    add_arguments(parser, dtype="bfloat16")  # also that of the computation
     parser.add_argument("--bits", type=int, nargs="+", default=[16, 8, 4], choices=(16, 8, 4), help="16: as --dtype")
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--length", type=int, default=256)
     parser.add_argument("--rounds", type=int, default=7, help="steps of each kind")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--only", choices=("steps", "memory"))
     parser.add_argument("--kind", choices=KINDS, help=argparse.SUPPRESS)
     given = parser.parse_args()
@@ -85,21 +77,11 @@ class Training:
 
     def __init__(self, given: argparse.Namespace, bits: int) -> None:
         self.device = torch.device(given.device)
-        config = LlamaConfig(
-            vocab_size=given.vocabulary,
-            hidden_size=given.hidden,
-            intermediate_size=given.ffn,
-            num_hidden_layers=given.layers,
-            num_attention_heads=given.hidden // 64,
-            num_key_value_heads=given.hidden // 64,
-            tie_word_embeddings=True,
-        )
-        torch.manual_seed(0)
         self.dtype = getattr(torch, given.dtype)
         self.module = LoRAFinetuner()
-        self.module.model = LlamaForCausalLM(config).to(self.device, self.dtype).requires_grad_(False)
+        self.module.model = random_llama(given)
         if bits != 16:
-            dense = CompressionPlan.dense(architecture_of(config), "random")
+            dense = CompressionPlan.dense(architecture_of(self.module.model.config), "random")
             packed = dense.with_precision([dict.fromkeys(UNITS, PRECISIONS[bits])] * given.layers)
             quantize_(self.module.model, packed, None, device=self.device)
         self.vocabulary = given.vocabulary
@@ -191,7 +173,7 @@ def memory_tables(given: argparse.Namespace) -> tuple[str, str]:
     mib = 2**20
     whole, without = [], []
     for bits in given.bits:
-        found = {kind: run_alone(bits, kind) for kind in KINDS}
+        found = {kind: run_alone("--bits", str(bits), "--kind", kind) for kind in KINDS}
         plain = found["plain"]
         for kind, result in found.items():
             peak = result["weights"] + result["above"]
@@ -205,15 +187,6 @@ def memory_tables(given: argparse.Namespace) -> tuple[str, str]:
             without.append([str(bits), kind, *mibs, *(f"{share:.0%}" for share in less)])
     header = ["bits", "criterion", "weights MiB", "extra MiB", "together MiB", "extra less than full", "together less"]
     return markdown_table(["bits", "criterion", "peak MiB", "peak / plain"], whole), markdown_table(header, without)
-
-
-def run_alone(bits: int, kind: str) -> dict[str, int]:
-    command = [sys.executable, *sys.argv, "--bits", str(bits), "--kind", kind]
-    # With its default settings glibc keeps freed blocks for later, and the resident set shows them as if in use.
-    returning = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
-    done = subprocess.run(command, capture_output=True, text=True, check=True, env=os.environ | returning)
-    result: dict[str, int] = json.loads(done.stdout.splitlines()[-1])
-    return result
 
 
 def measured_memory(given: argparse.Namespace) -> dict[str, int]:

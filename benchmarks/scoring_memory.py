@@ -9,13 +9,11 @@ loaded; on CUDA what was allocated. Activations are what a forward pass keeps fo
 
 import argparse
 import json
-import os
-import subprocess
-import sys
 from contextlib import nullcontext
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from random_llama import add_arguments, random_llama, run_alone
+from transformers import LlamaForCausalLM
 
 from qpruner.memory import read_peak, reset_peak, tensor_bytes
 from qpruner.pruning.calibration import Calibration, micro_batches
@@ -27,20 +25,15 @@ PASSES = ("activations", "full backward", "vectorize", "param_first", "param_sec
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--layers", type=int, default=12)
-    parser.add_argument("--hidden", type=int, default=768)
-    parser.add_argument("--ffn", type=int, default=2048)
-    parser.add_argument("--vocabulary", type=int, default=16384)
+    add_arguments(parser, dtype="float32")
     parser.add_argument("--sequences", type=int, default=4)
     parser.add_argument("--length", type=int, default=16)
-    parser.add_argument("--dtype", default="float32")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--only", choices=PASSES, help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.only:
         print(json.dumps(measure(given)))
         return
-    found = {name: run_alone(name) for name in PASSES}
+    found = {name: run_alone("--only", name) for name in PASSES}
     kept = found["activations"]["above"]
     rows = [
         [
@@ -56,28 +49,8 @@ def main() -> None:
     print(markdown_table(header, rows))
 
 
-def run_alone(name: str) -> dict[str, int]:
-    command = [sys.executable, *sys.argv, "--only", name]
-    # With its default settings glibc keeps freed blocks for later, and the resident set shows them as if in use.
-    returning = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
-    done = subprocess.run(command, capture_output=True, text=True, check=True, env=os.environ | returning)
-    result: dict[str, int] = json.loads(done.stdout.splitlines()[-1])
-    return result
-
-
 def measure(given: argparse.Namespace) -> dict[str, int]:
-    device = torch.device(given.device)
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=given.vocabulary,
-        hidden_size=given.hidden,
-        intermediate_size=given.ffn,
-        num_hidden_layers=given.layers,
-        num_attention_heads=given.hidden // 64,
-        num_key_value_heads=given.hidden // 64,
-        tie_word_embeddings=True,
-    )
-    model = LlamaForCausalLM(config).to(device, getattr(torch, given.dtype)).requires_grad_(False)
+    device, model = torch.device(given.device), random_llama(given)
     tokens = torch.randint(0, given.vocabulary, (given.sequences, given.length))
     model(input_ids=tokens[:1, :2].to(device))  # libraries allocate what they need for themselves
     reset_peak(device)
