@@ -154,6 +154,20 @@ def test_a_quantized_base_is_pruned_and_quantized_anew(config: dict[str, Any], t
     assert stages(folder.path)[3]["tensor_bytes"] == sum(stored)
 
 
+def test_a_phase_that_only_trains_a_quantized_base_has_one_row_killed_or_not(
+    config: dict[str, Any], tmp_path: Path
+) -> None:
+    config["trainer"]["callbacks"].insert(0, QUANTIZATION)
+    del config["phases"][0]["callbacks"]
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(config))
+    killed = command(str(TESTS / "kill_at.py"), "training", "7", "fit", "--config", str(path))  # the first of phase 2
+    assert killed.returncode == -9, killed.stderr
+    run(["fit", "--config", str(path)])
+    names = ["dense", "quantized", "quantized + LoftQ", "pruned in training", "recovered (phase 2)"]
+    assert [row["name"] for row in stages(tmp_path / "runs" / "x")] == names
+
+
 def test_packed_tables_are_made_dense_between_the_phases(config: dict[str, Any], tmp_path: Path) -> None:
     """The tied embedding and head of 8 bits in the first phase, too, which the second holds in 4."""
     tables = {"bits": 16, "embedding": 8, "head": 8}

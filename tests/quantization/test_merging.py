@@ -29,14 +29,14 @@ def quantized(model: Any, *, units: Precision = NF4, embedding: Precision = DENS
 def test_packed_tables_and_linears_become_dense_ones_of_the_same_function(family: str, tied: bool) -> None:
     model = tiny_model(family, tie_word_embeddings=tied)
     kinds = type(model.get_input_embeddings()), type(model.get_output_embeddings())
-    names = set(model.state_dict())
+    names, ties = set(model.state_dict()), model.all_tied_weights_keys
     model = adapted(quantized(model, embedding=INT8, head=INT8))
     expected = logits_of(model)
     merged = merge_(model, torch.float32)
     torch.testing.assert_close(logits_of(merged), expected, rtol=1e-4, atol=1e-4)
     assert not any(isinstance(part, (PackedLinear, PackedEmbedding)) for part in merged.modules())
     assert (type(merged.get_input_embeddings()), type(merged.get_output_embeddings())) == kinds
-    assert set(merged.state_dict()) == names
+    assert set(merged.state_dict()) == names and merged.all_tied_weights_keys == ties
     assert (merged.get_input_embeddings().weight is merged.get_output_embeddings().weight) == tied
 
 
