@@ -29,11 +29,11 @@ from qpruner.training.module import LoRAFinetuner
 class LoRAGuidedPruning(Compression):
     """Removes KV groups and FFN channels while LoRA trains, by the adapters' own gradients (LoRAPrune, 2305.18403).
 
-    At every optimizer step each unit is scored from the adapters' weights and clipped gradients (equation 10), and the
-    score goes into a moving average (equation 11). From time to time the units of the lowest averages are masked, more
-    and more by the schedule; what is masked stays so. At the end of the fit the masked units are taken out of the base
-    and of the adapters. No gradient of a weight of the base is ever held, which may therefore be quantized: put
-    `MixedPrecisionQuantization` before this callback.
+    At every optimizer step up to the last event each unit is scored from the adapters' weights and clipped gradients
+    (equation 10), and the score goes into a moving average (equation 11). From time to time the units of the lowest
+    averages are masked, more and more by the schedule; what is masked stays so. At the end of the fit the masked units
+    are taken out of the base and of the adapters. No gradient of a weight of the base is ever held, which may therefore
+    be quantized: put `MixedPrecisionQuantization` before this callback.
 
     Stands behind every other callback that compresses. To quantize the result, add a phase to the run.
 

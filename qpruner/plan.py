@@ -172,11 +172,13 @@ class CompressionPlan:
 
     def places_in(self, other: "CompressionPlan") -> list[tuple[list[int], list[int]]]:
         """The places that `keeping` takes to make this plan of another, which keeps all that this one does."""
+
+        def places(ours: Sequence[int], theirs: Sequence[int]) -> list[int]:
+            place = {unit: number for number, unit in enumerate(theirs)}
+            return [place[unit] for unit in ours]
+
         return [
-            (
-                [theirs.kv_groups.index(unit) for unit in ours.kv_groups],
-                [theirs.ffn_channels.index(unit) for unit in ours.ffn_channels],
-            )
+            (places(ours.kv_groups, theirs.kv_groups), places(ours.ffn_channels, theirs.ffn_channels))
             for ours, theirs in zip(self.layers, other.layers, strict=True)
         ]
 

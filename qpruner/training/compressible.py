@@ -349,7 +349,7 @@ class CompressibleModule(LightningModule):
                 f"{follows!r}; it is not there any more, and the dense model alone does not give it back. Put it back."
             )
         self.load_dense_base()
-        first, *later = [*map(CompressionPlan.from_json, checkpoint["plans_before"]), plan]
+        first, *later = [*map(CompressionPlan.from_json, checkpoint.get("plans_before", [])), plan]
         self.prune(first)
         if first.quantized:
             self.quantize(first, checkpoint["loftq_iterations"], device=self.device)
