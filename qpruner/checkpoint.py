@@ -2,16 +2,16 @@
 
 config.json, generation_config.json    widths, where transformers alone can express them in its own types
 model*.safetensors, *.index.json       the compressed base
-tokenizer*                             of the base
+tokenizer*, chat templates             of the base
 plan.json                              what was kept of the dense model
 adapter/                               LoRA adapters in PEFT's layout, once they are trained
 manifest.json                          version, base model, size and SHA-256 of every file above
 """
 
 import shutil
-from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import transformers
@@ -24,7 +24,7 @@ from qpruner.errors import UserError
 from qpruner.files import hash_file, read_json, replacing_folder, write_json
 from qpruner.memory import tensor_bytes
 from qpruner.plan import CompressionPlan, describe_differences
-from qpruner.pretrained import load_config, resolve
+from qpruner.pretrained import load_config, load_generation_config, resolve
 from qpruner.pruning.surgery import narrow_
 from qpruner.pruning.widths import compressed_config_class, plain_dict, portable_config, with_widths
 from qpruner.quantization.apply import linear_precisions
@@ -155,9 +155,36 @@ def save_base(
             tokenizer.save_pretrained(temporary)
         plan.write(temporary / PLAN)
         base = {"name": base_name, "sha256": plan.base_sha256, "loftq_iterations": loftq_iterations}
-        files = _entries(temporary, temporary.iterdir())
+        files = _entries(temporary)
         manifest = {"kind": KIND, "version": VERSION, "base": base, "adapters": None, "files": files}
         write_json(temporary / MANIFEST, manifest)
+
+
+def rehearse_saving(base: str, tokenizer: Any) -> None:
+    """Finds, before any work with a model, that something cannot be written which its folder holds beside weights.
+
+    Args:
+        base: folder or hub name of the model that is going to be compressed.
+        tokenizer: to be put beside it.
+
+    Raises:
+        UserError: its configuration, generation configuration or tokenizer cannot be saved.
+    """
+    parts = {
+        "configuration": read_base_config(base),
+        "generation configuration": load_generation_config(base),
+        "tokenizer": tokenizer,
+    }
+    with TemporaryDirectory(prefix="qpruner-") as folder:
+        for name, part in parts.items():
+            try:
+                if part is not None:
+                    part.save_pretrained(folder)
+            except Exception as error:  # a tokenizer may be anybody's code, which raises what it likes
+                raise UserError(
+                    f"The {name} of {base!r} cannot be saved beside a compressed model ({type(error).__name__}: "
+                    f"{error}). Mend its files."
+                ) from error
 
 
 def save_adapters(folder: Path, model: Any, *, trained: bool) -> None:
@@ -174,7 +201,7 @@ def save_adapters(folder: Path, model: Any, *, trained: bool) -> None:
     write_json(folder / MANIFEST, manifest | {"files": of_base, "adapters": None})
     with replacing_folder(folder / ADAPTER) as temporary:
         _write_adapters(temporary, model)
-    files = of_base | _entries(folder, (folder / ADAPTER).iterdir())
+    files = of_base | {f"{ADAPTER}/{name}": entry for name, entry in _entries(folder / ADAPTER).items()}
     write_json(folder / MANIFEST, manifest | {"files": files, "adapters": "trained" if trained else "initial"})
 
 
@@ -305,9 +332,10 @@ def _checked_manifest(folder: Path) -> dict[str, Any]:
     return manifest
 
 
-def _entries(folder: Path, files: Iterable[Path]) -> dict[str, dict[str, Any]]:
-    """What a manifest says of files: their sizes and hashes, by their path in the folder."""
+def _entries(folder: Path) -> dict[str, dict[str, Any]]:
+    """What a manifest says of the files of a folder and of the folders in it: sizes and hashes, by their path in it."""
     return {
         path.relative_to(folder).as_posix(): {"size": path.stat().st_size, "sha256": hash_file(path)}
-        for path in sorted(files)
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
     }

@@ -27,7 +27,14 @@ from qpruner.callbacks import (
     Throughput,
 )
 from qpruner.callbacks.compression import CompressionInSetup, Rehearsal
-from qpruner.checkpoint import build_skeleton, has_trained_adapters, is_compressed, read_base_config, read_plan
+from qpruner.checkpoint import (
+    build_skeleton,
+    has_trained_adapters,
+    is_compressed,
+    read_base_config,
+    read_plan,
+    rehearse_saving,
+)
 from qpruner.commands import plan_command, report, show_summary
 from qpruner.datamodules.base import TokenDataModule
 from qpruner.errors import UserError, user_error
@@ -207,7 +214,7 @@ class QPrunerCLI(LightningCLI):
         ]
 
     def _rehearse(self) -> None:
-        """Finds what the callbacks of all phases ask for and the model cannot give.
+        """Finds what the callbacks of all phases ask for and the model cannot give, and what cannot be saved of it.
 
         Raises:
             UserError: something.
@@ -218,6 +225,7 @@ class QPrunerCLI(LightningCLI):
             rehearsal = Rehearsal(skeleton.to(getattr(torch, self.model.dtype_of_base)), self.model.lora)
             for callback in compressing:
                 callback.check(rehearsal)
+            rehearse_saving(self.model.base, self.datamodule.tokenizer)
 
     def _claim_folder(self) -> None:
         """On rank zero; the other ranks follow what it finds there."""

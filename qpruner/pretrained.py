@@ -69,6 +69,26 @@ def load_config(name: str) -> Any:
         raise _cannot_load("configuration", name, error) from error
 
 
+def load_generation_config(name: str) -> Any | None:
+    """How a model generates text, as its generation_config.json says; None where it has none.
+
+    Raises:
+        UserError: it cannot be used. With the model, transformers would quietly leave out one that is not JSON.
+    """
+    from transformers import GenerationConfig
+
+    place = resolve(name)
+    try:
+        return GenerationConfig.from_pretrained(place)
+    except (OSError, ValueError, TypeError, AttributeError) as error:  # the last two where it holds no object
+        if isinstance(error, OSError) and not (Path(place) / "generation_config.json").exists():
+            return None
+        raise UserError(
+            f"The generation_config.json of {name!r} cannot be used ({error}). Mend that file, or delete it to do with "
+            f"what config.json says."
+        ) from error
+
+
 def load_tokenizer(name: str, *, trust_remote_code: bool = False) -> Any:
     """The tokenizer that belongs to a model.
 

@@ -27,11 +27,13 @@ from qpruner.checkpoint import (
     load_base,
     load_compressed,
     read_config,
+    rehearse_saving,
     save_adapters,
     save_base,
 )
 from qpruner.errors import UserError
 from qpruner.plan import CompressionPlan
+from qpruner.pretrained import EMBEDDED, load_tokenizer
 from qpruner.pruning.surgery import apply_pruning_, stated_by_weights
 
 TESTS = Path(__file__).parent
@@ -95,7 +97,67 @@ def refused(folder: Path, message: str) -> None:
             load(folder)
 
 
+def with_templates(folder: Path) -> Any:
+    """A tokenizer with a second chat template, which is saved in a folder of its own."""
+    tokenizer = load_tokenizer(EMBEDDED)
+    tokenizer.chat_template = {"default": "{{ messages }}", "tool_use": "{{ tools }}"}
+    tokenizer.save_pretrained(folder)
+    return load_tokenizer(str(folder))
+
+
 # What was saved comes back.
+
+
+def test_folders_beside_the_weights_are_listed_and_checked(tmp_path: Path) -> None:
+    model, plan = compress("llama")
+    folder = tmp_path / "model"
+    save_base(folder, model, plan, base_name="models/dense", tokenizer=with_templates(tmp_path / "tokenizer"))
+    save_adapters(folder, with_adapters(model), trained=True)
+    assert read_manifest(folder)["files"] == list_files(folder)
+    template = folder / "additional_chat_templates" / "tool_use.jinja"
+    assert load_tokenizer(str(folder)).chat_template["tool_use"] == template.read_text() == "{{ tools }}"
+    load_compressed(folder)
+    template.write_text("{{ altered }}")
+    refused(folder, f"{str(template)!r} has 13 bytes instead of 11")
+    template.unlink()
+    refused(folder, f"{str(template)!r} is missing")
+
+
+# What cannot be saved is found before.
+
+
+def test_what_can_be_saved_passes_the_rehearsal_and_leaves_nothing(tiny_llama: Path, tmp_path: Path) -> None:
+    before = state(tiny_llama)
+    rehearse_saving(str(tiny_llama), with_templates(tmp_path))
+    (tmp_path / "sampled").mkdir()
+    for name in ("config.json", "generation_config.json"):
+        (tmp_path / "sampled" / name).write_bytes((tiny_llama / name).read_bytes())
+    # What transformers only warns of, it saves again.
+    (tmp_path / "sampled" / "generation_config.json").write_text('{"temperature": 0.7, "do_sample": false}')
+    rehearse_saving(str(tmp_path / "sampled"), load_tokenizer(EMBEDDED))
+    (tmp_path / "sampled" / "generation_config.json").unlink()
+    rehearse_saving(str(tmp_path / "sampled"), load_tokenizer(EMBEDDED))
+    assert state(tiny_llama) == before
+
+
+@pytest.mark.parametrize("content", ['{"temp', "[]", "7", '{"max_new_tokens": 0}', '{"cache_implementation": "x"}'])
+def test_a_generation_config_that_cannot_be_used_is_refused(tiny_llama: Path, tmp_path: Path, content: str) -> None:
+    (tmp_path / "config.json").write_bytes((tiny_llama / "config.json").read_bytes())
+    (tmp_path / "generation_config.json").write_text(content)
+    with pytest.raises(UserError, match="The generation_config.json of .* cannot be used .*Mend that file, or delete"):
+        rehearse_saving(str(tmp_path), load_tokenizer(EMBEDDED))
+
+
+def test_a_tokenizer_that_cannot_be_saved_is_refused(tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tokenizer = load_tokenizer(EMBEDDED)
+
+    def refuse(folder: str) -> None:
+        raise NotImplementedError("not this one")
+
+    monkeypatch.setattr(tokenizer, "save_pretrained", refuse)
+    message = f"The tokenizer of {str(tiny_llama)!r} cannot be saved beside a compressed model (NotImplementedError: "
+    with pytest.raises(UserError, match=re.escape(message)):
+        rehearse_saving(str(tiny_llama), tokenizer)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

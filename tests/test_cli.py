@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -97,6 +98,18 @@ def test_fit_leaves_a_whole_run_and_repeating_it_does_nothing(
         run(["fit", *arguments, "--model.lora.r", "4"])
     run(["fit", *arguments, "--model.lora.r", "4", "--restart"])
     assert read_json(folder / "summary.json")["stages"][1]["parameters"] > recovered["parameters"]
+
+
+def test_what_could_not_be_saved_is_told_before_the_run_begins(
+    arguments: list[str], tiny_llama: Path, tmp_path: Path
+) -> None:
+    base = tmp_path / "base"
+    shutil.copytree(tiny_llama, base)
+    (base / "generation_config.json").write_text('{"max_new_tokens": 0}')
+    compressing = ["--trainer.callbacks+=MixedPrecisionQuantization", "--trainer.callbacks.bits", "8"]
+    with pytest.raises(UserError, match="generation_config.json of .*base' cannot be used"):
+        run(["fit", *arguments, "--model.base", str(base), *compressing])
+    assert not (tmp_path / "runs").exists()
 
 
 def test_evaluation_commands_measure_the_base_and_what_the_run_trained(arguments: list[str], tmp_path: Path) -> None:
