@@ -1,21 +1,45 @@
-"""Reads records from local files or from a hub data set, and counts what it had to leave out."""
+"""Reads the records of one file, whatever its format, and counts those that it had to leave out."""
 
+import bz2
+import csv
 import gzip
 import io
 import json
+import lzma
+import re
+import sys
 import zlib
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from qpruner.errors import UserError
-from qpruner.files import hash_file, hash_json
 
-SUFFIXES = (".txt", ".jsonl", ".json", ".parquet")
+TEXTUAL = (".txt", ".jsonl", ".ndjson", ".json", ".csv", ".tsv")
+TABLES = (".parquet", ".arrow", ".feather")
+COMPRESSED = (".gz", ".bz2", ".xz", ".zst")  # each behind one of the textual suffixes
+READABLE = f"{', '.join((*TEXTUAL, *TABLES))} file (the textual ones also {', '.join(COMPRESSED)})"
+MEANING = {
+    ".txt": "is text in UTF-8",
+    ".jsonl": "has one record in JSON a line, in UTF-8",
+    ".ndjson": "has one record in JSON a line, in UTF-8",
+    ".json": "is one list of records, or has one a line, in UTF-8",
+    ".csv": "begins with the names of its fields and quotes fields with line ends and delimiters in them, in UTF-8",
+    ".tsv": "begins with the names of its fields and quotes fields with line ends and tabs in them, in UTF-8",
+    ".parquet": "is a table of Apache Parquet",
+    ".arrow": "is a table of Apache Arrow",
+    ".feather": "is a table of Apache Arrow",
+}
+UNREADABLE = (  # wrong UTF-8, JSON and tables are ValueErrors; pyarrow does not implement all that a table may use
+    ValueError, OSError, EOFError, zlib.error, lzma.LZMAError, csv.Error, RecursionError, NotImplementedError,
+)  # fmt: skip
+LFS_POINTER = b"version https://git-lfs.github.com/spec/"
+DELIMITERS = ",;\t|"
 NOT_UNICODE = "with half a surrogate pair, which is no Unicode text"
-PARQUET_ROWS = 1000  # rows turned into Python objects at once
+ROWS = 1000  # of a table, turned into Python objects at once
 Record = dict[str, Any]
 
 
@@ -35,130 +59,119 @@ class Skipped:
         return "; ".join(parts)
 
 
-@dataclass(frozen=True)
-class Source:
-    """A place that records come from.
+def kind(path: Path) -> str:
+    """The suffix that says what is inside, without that of a compression; empty where it cannot be read."""
+    suffix = path.suffix.lower()
+    if suffix in COMPRESSED:
+        inner = Path(path.stem).suffix.lower()
+        return inner if inner in TEXTUAL else ""
+    return suffix if suffix in TEXTUAL + TABLES else ""
+
+
+def read_file(path: Path, skipped: Skipped) -> Iterator[tuple[str, Record]]:
+    """Every record of a file with the place it stands at; a text file is one record with the field ``text``.
 
     Args:
-        spec: a local file or folder (``.txt``, ``.jsonl``, ``.json``, each also as ``.gz``, and ``.parquet``), or a hub
-            data set as ``NAME``, ``NAME@SPLIT`` or ``NAME:CONFIG@SPLIT``.
-        split: the split of a hub data set when the spec names none.
+        path: of a file that `kind` knows.
+        skipped: gets what is left out.
+
+    Raises:
+        UserError: the file is damaged, not what its name says, or a pointer that stands for it.
     """
-
-    spec: str
-    split: str
-
-    @property
-    def files(self) -> list[Path]:
-        """The local files, or an empty list for a hub data set."""
-        path = Path(self.spec).expanduser()
-        if path.is_dir():
-            found = sorted(file for file in path.rglob("*") if file.is_file() and _kind(file) in SUFFIXES)
-            if not found:
-                raise UserError(f"The folder {self.spec!r} holds no {', '.join(SUFFIXES)} file.")
-            return found
-        if path.is_file():
-            if _kind(path) not in SUFFIXES:
-                raise UserError(f"Cannot read {self.spec!r}: give a {', '.join(SUFFIXES)} file (.gz too) or a folder.")
-            return [path]
-        looks_local = path.is_absolute() or self.spec.startswith((".", "~")) or _kind(path) in SUFFIXES
-        if looks_local:
-            raise UserError(f"There is no file or folder {self.spec!r}.")
-        return []
-
-    def fingerprint(self) -> str:
-        """Changes when the content does; of the name of a local file only what it says of the format counts."""
-        if files := self.files:
-            return hash_json([[_kind(file), hash_file(file)] for file in files])
-        return str(self._hub()._fingerprint)
-
-    def records(self, skipped: Skipped) -> Iterator[tuple[str, Record]]:
-        """Every record with the place it stands at; a text file is one record with the field ``text``.
-
-        Raises:
-            UserError: no such file or data set, or nothing in it.
-        """
-        files = self.files
-        found = False
-        for file in files:
-            empty = True
-            for where, record in _read(file, skipped):
-                found, empty = True, False
-                yield where, record
-            if empty:
-                skipped.add("file(s) without a record", file.name)
-        if not files:
-            for number, record in enumerate(self._hub()):
-                found = True
-                yield f"{self.spec} row {number}", record
-        if not found:
-            raise UserError(f"{self.spec!r} holds no records{f': {skipped}' if skipped.counts else ''}.")
-
-    def _hub(self) -> Any:
-        import datasets
-
-        name, _, split = self.spec.partition("@")
-        name, _, config = name.partition(":")
-        try:
-            return datasets.load_dataset(name, config or None, split=split or self.split)
-        except Exception as error:  # the hub client raises many kinds, all of which mean the same to the user
-            raise UserError(
-                f"{self.spec!r} is no local file or folder, and the hub gave no such data set "
-                f"({type(error).__name__}: {error}). Hub names are written NAME, NAME@SPLIT or NAME:CONFIG@SPLIT."
-            ) from error
-
-
-def _kind(path: Path) -> str:
-    """The suffix that says what is inside, without ``.gz``."""
-    return Path(path.stem).suffix if path.suffix == ".gz" else path.suffix
-
-
-def _open(path: Path) -> io.TextIOBase:
-    # As Windows writes text, it may begin with a byte order mark and end its lines in two characters.
-    opener = gzip.open if path.suffix == ".gz" else open
-    return opener(path, "rt", encoding="utf-8-sig", errors="strict", newline=None)
-
-
-def _read(path: Path, skipped: Skipped) -> Iterator[tuple[str, Record]]:
     try:
-        match _kind(path):
-            case ".txt":
-                with _open(path) as file:
-                    if text := file.read():
-                        yield path.name, {"text": text}
-            case ".jsonl":
-                with _open(path) as file:
-                    for number, line in enumerate(file, 1):
-                        if line.strip():
-                            yield from _parsed(line, f"{path.name} line {number}", skipped)
-            case ".json":
-                with _open(path) as file:
-                    content = json.loads(file.read() or "[]")
-                if not isinstance(content, list):
-                    raise ValueError(f"it must hold a list of records, not a {type(content).__name__}")
-                for number, record in enumerate(content):
-                    yield from _checked(record, f"{path.name} record {number}", skipped)
-            case ".parquet":
-                import pyarrow.parquet
-
-                with pyarrow.parquet.ParquetFile(path) as file:
-                    records = (record for batch in file.iter_batches(PARQUET_ROWS) for record in batch.to_pylist())
-                    for number, record in enumerate(records):
-                        yield f"{path.name} row {number}", record
-    except (ValueError, EOFError, OSError, zlib.error) as error:  # wrong UTF-8, JSON and parquet are ValueErrors
+        with path.open("rb") as start:
+            if start.read(len(LFS_POINTER)) == LFS_POINTER:
+                raise UserError(
+                    f"{str(path)!r} is only a pointer to a file in Git LFS. Fetch it with `git lfs pull` there, or "
+                    f"download the data set again."
+                )
+        yield from READERS[kind(path)](path, skipped)
+    except UserError:
+        raise
+    except UNREADABLE as error:
         raise UserError(
-            f"Cannot read {str(path)!r}: {error}. It is damaged or not what its name says: .txt is UTF-8 text, .jsonl "
-            f"has one record a line, .json is one list of records."
+            f"Cannot read {str(path)!r}: {str(error).rstrip('.')}. It is damaged or not what its name says: a "
+            f"{kind(path)} file {MEANING[kind(path)]}."
         ) from error
 
 
-def _parsed(line: str, where: str, skipped: Skipped) -> Iterator[tuple[str, Record]]:
+def _open(path: Path) -> IO[str]:
+    # As Windows writes text, it may begin with a byte order mark and end its lines in two characters.
+    return io.TextIOWrapper(_open_bytes(path), encoding="utf-8-sig", errors="strict", newline=None)
+
+
+def _open_bytes(path: Path) -> Any:
+    match path.suffix.lower():
+        case ".gz":
+            return gzip.open(path)
+        case ".bz2":
+            return bz2.open(path)
+        case ".xz":
+            return lzma.open(path)
+        case ".zst":
+            import pyarrow
+
+            return pyarrow.input_stream(str(path), compression="zstd")
+    return path.open("rb")
+
+
+def _read_text(path: Path, skipped: Skipped) -> Iterator[tuple[str, Record]]:
+    with _open(path) as file:
+        if text := file.read():
+            yield path.name, {"text": text}
+
+
+def _read_lines(path: Path, skipped: Skipped) -> Iterator[tuple[str, Record]]:
+    with _open(path) as file:
+        yield from _parse_lines(file, path.name, skipped)
+
+
+def _parse_lines(lines: Iterable[str], name: str, skipped: Skipped) -> Iterator[tuple[str, Record]]:
+    for number, line in enumerate(lines, 1):
+        if line.strip():
+            where = f"{name} line {number}"
+            try:
+                record = json.loads(line)
+            except (ValueError, RecursionError):
+                skipped.add("not JSON", where)
+            else:
+                yield from _checked(record, where, skipped)
+
+
+def _read_json(path: Path, skipped: Skipped) -> Iterator[tuple[str, Record]]:
+    with _open(path) as file:
+        text = file.read()
     try:
-        record = json.loads(line)
-    except json.JSONDecodeError:
-        skipped.add("not JSON", where)
-    else:
-        yield from _checked(record, where, skipped)
+        content = json.loads(text if text.strip() else "[]")
+    except json.JSONDecodeError as error:
+        if error.msg != "Extra data" or not text.lstrip().startswith("{"):
+            raise
+        yield from _parse_lines(text.split("\n"), path.name, skipped)  # as many name JSON Lines
+        return
+    records = _records_of(content) if isinstance(content, dict) else content
+    if not isinstance(records, list):
+        raise ValueError(f"it must hold a list of records, not a {type(records).__name__}")
+    for number, record in enumerate(records):
+        yield from _checked(record, f"{path.name} record {number}", skipped)
+
+
+def _records_of(content: Record) -> list[Any]:
+    """The records of a JSON object: a table by columns, as pandas and others write it, or else one record.
+
+    Raises:
+        ValueError: its records lie deeper.
+    """
+    columns = list(content.values())
+    for name, column in content.items():
+        if isinstance(column, list) and any(isinstance(entry, dict) for entry in column):
+            raise ValueError(
+                f"it must hold a list of records, not a dict; if they are the list {name!r} in it, write that alone"
+            )
+    if columns and all(isinstance(column, dict) for column in columns):
+        columns = [list(column.values()) for column in columns]
+    if columns and all(isinstance(column, list) and len(column) == len(columns[0]) for column in columns):
+        return [dict(zip(content, row, strict=True)) for row in zip(*columns, strict=True)]
+    return [content]
 
 
 def _checked(record: Any, where: str, skipped: Skipped) -> Iterator[tuple[str, Record]]:
@@ -166,6 +179,73 @@ def _checked(record: Any, where: str, skipped: Skipped) -> Iterator[tuple[str, R
         yield where, record
     else:
         skipped.add("not a record with named fields", where)
+
+
+def _read_csv(path: Path, skipped: Skipped) -> Iterator[tuple[str, Record]]:
+    """Records whose fields are all text; the delimiter is the likeliest by the line with their names."""
+    csv.field_size_limit(sys.maxsize)  # a field may be a book
+    with _open(path) as file:
+        header = next(filter(str.strip, file), "")
+        delimiter = "\t" if kind(path) == ".tsv" else _delimiter(header)
+        # Strict, or a quote that is never closed would swallow the rest of the file.
+        rows = csv.reader(chain([header], file), delimiter=delimiter, strict=True)
+        names = [name.strip() for name in next(rows, [])]
+        for number, row in enumerate(rows):
+            where = f"{path.name} row {number}"
+            if len(row) == len(names):
+                yield where, dict(zip(names, row, strict=True))
+            elif row:  # no blank line
+                skipped.add("with another number of fields than names of fields", where)
+
+
+def _delimiter(header: str) -> str:
+    unquoted = re.sub(r'"[^"]*"', "", header)
+    return max(DELIMITERS, key=unquoted.count)  # the first of them, where there is none
+
+
+def _read_parquet(path: Path, skipped: Skipped) -> Iterator[tuple[str, Record]]:
+    import pyarrow.parquet
+
+    with pyarrow.parquet.ParquetFile(path) as file:
+        yield from _rows(file.iter_batches(ROWS), path.name)
+
+
+def _read_arrow(path: Path, skipped: Skipped) -> Iterator[tuple[str, Record]]:
+    """A stream, as ``datasets`` writes it, or a file with an index at its end, which is what Feather is."""
+    import pyarrow
+
+    with pyarrow.memory_map(str(path)) as memory:
+        if memory.read(6) == b"ARROW1":
+            file = pyarrow.ipc.open_file(memory)
+            batches = map(file.get_batch, range(file.num_record_batches))
+        else:
+            memory.seek(0)
+            batches = iter(pyarrow.ipc.open_stream(memory))
+        yield from _rows((part for batch in batches for part in _parts(batch)), path.name)
+
+
+def _parts(batch: Any) -> Iterator[Any]:
+    batch.validate(full=True)  # the format has no checksums, and a wrong offset would end the process
+    return (batch.slice(start, ROWS) for start in range(0, len(batch), ROWS))
+
+
+def _rows(batches: Iterable[Any], name: str) -> Iterator[tuple[str, Record]]:
+    records = (record for batch in batches for record in batch.to_pylist())
+    for number, record in enumerate(records):
+        yield f"{name} row {number}", record
+
+
+READERS: dict[str, Callable[[Path, Skipped], Iterator[tuple[str, Record]]]] = {
+    ".txt": _read_text,
+    ".jsonl": _read_lines,
+    ".ndjson": _read_lines,
+    ".json": _read_json,
+    ".csv": _read_csv,
+    ".tsv": _read_csv,
+    ".parquet": _read_parquet,
+    ".arrow": _read_arrow,
+    ".feather": _read_arrow,
+}
 
 
 def is_unicode(text: str) -> bool:

@@ -107,7 +107,7 @@ class InstructionDataModule(TokenDataModule):
             rows[split] = TokenRows.of(self._rows(dialogues[split], counter))
             if not len(rows[split]):
                 raise UserError(f"The {split} split holds no usable record: {counter}.")
-        return Prepared(rows, notes(type(self).__name__, skipped, repeated, rows))
+        return Prepared(rows, notes(type(self).__name__, skipped, repeated, rows, self.sources))
 
     def _dialogues(self, split: Split, skipped: Skipped) -> Iterator[Dialogue]:
         for where, record in self.sources[split].records(skipped):

@@ -88,7 +88,7 @@ class StoriesDataModule(TokenDataModule):
             )
             for split in SPLITS
         }
-        return Prepared(rows, notes(type(self).__name__, skipped, {}, rows))
+        return Prepared(rows, notes(type(self).__name__, skipped, {}, rows, {}))
 
     def stories(self, split: Split) -> list[Story]:
         return list(generate_stories(split, num_stories=self.num_stories[split], seed=self.story_seed))

@@ -7,11 +7,12 @@ import numpy as np
 
 from qpruner.datamodules.base import TokenDataModule
 from qpruner.datamodules.cache import Prepared
-from qpruner.datamodules.documents import NOT_UNICODE, Skipped, Source, is_unicode
+from qpruner.datamodules.documents import NOT_UNICODE, Skipped, is_unicode
 from qpruner.datamodules.rows import Row, TokenRows
+from qpruner.datamodules.sources import Source
 from qpruner.datamodules.splits import SPLITS, Split, hold_out, make_disjoint
 from qpruner.datamodules.tokens import tokenize
-from qpruner.errors import UserError
+from qpruner.errors import UserError, nearest
 
 Layout = Literal["packed", "per_document"]
 
@@ -19,9 +20,11 @@ Layout = Literal["packed", "per_document"]
 class TextDataModule(TokenDataModule):
     """Documents as language-model rows.
 
-    Each split is a local file or folder (``.txt``, ``.jsonl``, ``.json``, each also ``.gz``, and ``.parquet``) or a hub
-    data set ``NAME``, ``NAME@SPLIT`` or ``NAME:CONFIG@SPLIT``. A split that is not given is held out of the training
-    documents by their content. Documents that stand in two splits are taken out of the one that fits or chooses.
+    Each split is a local file (text, JSON Lines, JSON, CSV, Parquet or Arrow; see `Source`), or a local folder or a hub
+    data set as ``NAME``, ``NAME@SPLIT`` or ``NAME:CONFIG@SPLIT``. Of a folder whose files are named for splits only the
+    one asked for is read. A split that is not given is that of the folder which ``train`` names, if it has one, and
+    else held out of the training documents by their content. Documents that stand in two splits are taken out of the
+    one that fits or chooses.
 
     Args:
         train: documents that fit and calibrate; needed by ``fit`` only.
@@ -33,7 +36,7 @@ class TextDataModule(TokenDataModule):
             is one document. White space around a separated document is dropped.
         end_token: whether a ``per_document`` row that is not cut ends with the end-of-text token, as a target;
             packed rows have it between documents.
-        text_column: field that holds the text of a JSON or parquet record.
+        text_column: field that holds the text of a record.
         held_out: share of the training documents for each split that is not given, in [0, 0.5); at 0 there is no such
             split.
         **kwargs: see `TokenDataModule`.
@@ -82,9 +85,11 @@ class TextDataModule(TokenDataModule):
         documents = {split: list(self._documents(split, skipped[split])) for split in self.sources}
         for split, found in documents.items():
             if not found:
+                _, record = next(self.sources[split].records(Skipped()))
                 raise UserError(
-                    f"{self.sources[split].spec!r} holds no usable text: {skipped[split]}. The text of a JSON or "
-                    f"parquet record is taken from the field that --data.init_args.text_column names."
+                    f"{self.sources[split]} holds no usable text: {skipped[split]}. The text of a record is "
+                    f"taken from the field that --data.init_args.text_column names."
+                    + ("" if self.text_column in record else nearest(self.text_column, record))
                 )
         texts, repeated = make_disjoint(hold_out(documents, str, self.held_out), str)
         rows = {
@@ -98,14 +103,15 @@ class TextDataModule(TokenDataModule):
             )
             for split in texts
         }
-        return Prepared(rows, notes(type(self).__name__, skipped, repeated, rows))
+        return Prepared(rows, notes(type(self).__name__, skipped, repeated, rows, self.sources))
 
     def _documents(self, split: Split, skipped: Skipped) -> Iterator[str]:
         for where, record in self.sources[split].records(skipped):
             text = record.get(self.text_column)
             if not isinstance(text, str):
-                fields = ", ".join(map(repr, record))
-                skipped.add(f"without text in the field {self.text_column!r}", f"{where}, with {fields or 'no field'}")
+                fields = ", ".join(map(repr, record)) or "no field"
+                instead = f"where it is {text!r:.40}" if self.text_column in record else f"with {fields}"
+                skipped.add(f"without text in the field {self.text_column!r}", f"{where}, {instead}")
                 continue
             if not is_unicode(text):
                 skipped.add(NOT_UNICODE, where)
@@ -118,7 +124,7 @@ class TextDataModule(TokenDataModule):
 
 
 def named_sources(*, held_out: float, **specs: str | None) -> dict[Split, Source]:
-    """The splits that the user named.
+    """The splits that the user named, and those that stand beside train in the folder that it names.
 
     Raises:
         UserError: none was named, a local one is not there, or the share to hold out is not in [0, 0.5).
@@ -130,7 +136,8 @@ def named_sources(*, held_out: float, **specs: str | None) -> dict[Split, Source
         raise UserError(f"held_out is {held_out}; it must be at least 0 and less than 0.5.")
     for source in sources.values():
         _ = source.files  # a path that is not there is told before anything is loaded
-    return sources
+    beside = {split: sources["train"].sibling(split) for split in SPLITS if split not in sources and "train" in sources}
+    return sources | {split: source for split, source in beside.items() if source is not None}
 
 
 def rows_of_text(
@@ -181,10 +188,15 @@ def layout_protocol(layout: Layout, max_length: int) -> str:
 
 
 def notes(
-    name: str, skipped: dict[Split, Skipped], repeated: dict[Split, int], rows: dict[Split, TokenRows]
+    name: str,
+    skipped: dict[Split, Skipped],
+    repeated: dict[Split, int],
+    rows: dict[Split, TokenRows],
+    sources: dict[Split, Source],
 ) -> tuple[str, ...]:
     """What a person should know of how the splits came about."""
-    lines = [
+    lines = [f"{name}: {split}: {source.selection}" for split, source in sources.items() if source.selection]
+    lines += [
         f"{name}: {split}: {len(rows[split]):,} rows, {len(rows[split].tokens):,} tokens"
         for split in SPLITS
         if split in rows

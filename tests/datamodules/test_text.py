@@ -4,6 +4,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import datasets
 import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
@@ -79,7 +80,7 @@ def test_without_a_separator_a_text_file_is_one_document(stories_file: Path, tok
     assert rows(module, "test") == [stream[i : i + 5] for i in range(0, len(stream) - 4, 5)]
 
 
-@pytest.mark.parametrize("kind", [".txt.gz", ".jsonl", ".jsonl.gz", ".json", ".parquet", "folder"])
+@pytest.mark.parametrize("kind", [".txt.gz", ".jsonl", ".jsonl.gz", ".json", ".csv", ".parquet", "saved", "folder"])
 def test_every_kind_of_source_gives_the_same_rows(stories_file: Path, tmp_path: Path, kind: str) -> None:
     options = {"layout": "per_document", "separator": "<|endoftext|>"}
     expected = rows(make(test=str(stories_file), **options), "test")
@@ -95,10 +96,12 @@ def test_every_kind_of_source_gives_the_same_rows(stories_file: Path, tmp_path: 
             path.write_bytes(gzip.compress(lines.encode()))
         case ".json":
             path.write_text(json.dumps(records))
+        case ".csv":
+            datasets.Dataset.from_list(records).to_csv(path)
         case ".parquet":
-            import datasets
-
             datasets.Dataset.from_list(records).to_parquet(path)
+        case "saved":
+            datasets.Dataset.from_list(records).save_to_disk(path)
         case "folder":
             path.mkdir()
             (path / "a.jsonl").write_text(lines[: lines.index("\n") + 1])
@@ -128,6 +131,32 @@ def test_splits_that_are_not_given_are_held_out_and_all_are_disjoint(tmp_path: P
     assert sum(map(len, found.values())) == 400
     left_out = [int(note.split("left out ")[1].split()[0]) for note in both.prepared.notes if "left out" in note]
     assert sum(left_out) == 20  # each of ten stands in the training file twice
+
+
+def test_a_folder_with_splits_gives_each_of_them(tmp_path: Path, tokenizer: Any) -> None:
+    texts = {split: [f"Story {n} of {split}." for n in range(100)] for split in ("train", "test")}
+    for split, documents in texts.items():
+        path = tmp_path / "data" / f"{split}-00000-of-00001.parquet"
+        datasets.Dataset.from_dict({"text": documents}).to_parquet(path)
+    options: dict[str, Any] = {"layout": "per_document", "held_out": 0.1, "max_length": 32}
+    expected = {split: {tuple(tokenizer(text)["input_ids"]) for text in texts[split]} for split in texts}
+
+    def splits(module: TextDataModule) -> dict[str, set[tuple[int, ...]]]:
+        return {split: {tuple(row) for row in rows(module, split)} for split in module.prepared.splits}
+
+    whole = make(train=str(tmp_path), **options)
+    found = splits(whole)
+    assert found["test"] == expected["test"]  # the folder's own
+    assert found["validation"] and found["train"] | found["validation"] == expected["train"]  # held out of training
+    both = [note for note in whole.prepared.notes if "its folder" in note]
+    assert both[0].startswith("TextDataModule: train: read 1 file(s) of the split 'train' in its folder (data/train-0")
+    assert both[1].startswith("TextDataModule: test: read 1 file(s) of the split 'test' in its folder (data/test-0")
+    assert splits(make(train=str(tmp_path), test=str(tmp_path), **options)) == found
+    named = splits(make(train=f"{tmp_path}@train", **options))  # by its name the split alone
+    assert set().union(*named.values()) == expected["train"] and len(named["test"]) < 50
+    assert splits(make(train=str(tmp_path), **options | {"held_out": 0.0})).keys() == {"train", "test"}
+    with pytest.raises(UserError, match="has no split 'validation': the folder has train, test"):
+        make(train=str(tmp_path), validation=str(tmp_path))
 
 
 def test_a_document_in_two_files_of_a_folder_stays_on_one_side(tmp_path: Path) -> None:
@@ -165,8 +194,13 @@ def test_what_cannot_be_used_is_an_error_that_says_what_to_do(tmp_path: Path) ->
         ({"test": write("column.jsonl", '{"body": "x"}\n')}, "field 'text'.*with 'body'.*text_column"),
         ({"test": write("short.txt", "One day.")}, "do not fill one row of 256.*max_length.*per_document"),
         ({"train": write("one.txt", "One day. " * 99)}, "Holding 5% of 1 training record"),
-        ({"test": write("x.csv", "a,b")}, "Cannot read"),
-        ({"test": str(tmp_path / "x.csv"), "held_out": 0.5}, "held_out is 0.5"),
+        (
+            {"test": write("near.csv", "Text,n\nOne day.,1\n")},
+            "with 'Text', 'n'.*text_column names. Did you mean 'Text'",
+        ),
+        ({"test": write("typed.jsonl", '{"text": ["a"]}\n')}, r"first: typed.jsonl line 1, where it is \['a'\]"),
+        ({"test": write("x.pdf", "a,b")}, "Cannot read"),
+        ({"test": str(tmp_path / "short.txt"), "held_out": 0.5}, "held_out is 0.5"),
         ({"test": str(tmp_path / "short.txt"), "max_length": 1}, "max_length is 1"),
     ]
     for options, said in wrong:

@@ -1,0 +1,218 @@
+"""A source of records: a local file, one split of a local folder, or one of a hub data set."""
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from qpruner.datamodules.documents import READABLE, Record, Skipped, kind, read_file
+from qpruner.datamodules.layout import Layout, read_layout
+from qpruner.datamodules.splits import Split
+from qpruner.errors import UserError
+from qpruner.files import hash_file, hash_json
+
+SPLIT_AND_SLICE = re.compile(r"(?P<split>[^\[\]]*)(?P<slice>\[.*\])?")
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a spec points to on this machine.
+
+    Args:
+        path: a file or a folder.
+        config: the data set in the folder, when the spec names one.
+        split: the split of it, when the spec names one.
+        slice: a part of the split, such as ``[:10%]``; empty for all of it.
+    """
+
+    path: Path
+    config: str | None = None
+    split: str | None = None
+    slice: str = ""
+
+
+@dataclass(frozen=True)
+class Source:
+    """A place that records come from.
+
+    Args:
+        spec: a local file (``.txt``, ``.jsonl``, ``.ndjson``, ``.json``, ``.csv``, ``.tsv``, each also as ``.gz``,
+            ``.bz2``, ``.xz`` or ``.zst``, ``.parquet``, ``.arrow``, ``.feather``), or a local folder or a hub data set
+            as ``NAME``, ``NAME@SPLIT`` or ``NAME:CONFIG@SPLIT``.
+        split: the one to read when the spec names none.
+    """
+
+    spec: str
+    split: Split
+
+    @cached_property
+    def place(self) -> Place | None:
+        """Where the spec points to on this machine; None for a hub data set."""
+        return find_place(self.spec)
+
+    @cached_property
+    def layout(self) -> Layout | None:
+        """The files of a local folder; None for all else, and for a folder that the ``datasets`` library must read."""
+        if self.place is None or not self.place.path.is_dir():
+            return None
+        return read_layout(self.place.path, self.place.config)
+
+    @cached_property
+    def files(self) -> list[Path] | None:
+        """The local files; None where the ``datasets`` library loads the data.
+
+        Raises:
+            UserError: not there, not readable, without the split, or several data sets of which none is named.
+        """
+        if self.layout is not None:
+            return self.layout.files(self._split_of(self.layout))
+        if self.place is None or self.place.path.is_dir():
+            return None
+        if self.place.split is not None:
+            raise UserError(f"{str(self.place.path)!r} is a file, which has no splits. Give it without @.")
+        if not kind(self.place.path):
+            raise UserError(f"Cannot read {self.spec!r}: give a {READABLE}, or a folder. Unpack archives first.")
+        return [self.place.path]
+
+    def sibling(self, split: Split) -> "Source | None":
+        """Another split of the same local folder, if it has it and the spec names none."""
+        if self.layout is None or self.place is None or self.place.split is not None or not self.layout.split(split):
+            return None
+        return Source(self.spec, split)
+
+    @property
+    def selection(self) -> str | None:
+        """What is read of a local folder with splits, for a person; None where that is all of it."""
+        if self.layout is None or not self.layout.splits:
+            return None
+        return self.layout.describe(self._split_of(self.layout))
+
+    def __str__(self) -> str:
+        layout = self.layout
+        return f"The split {self._split_of(layout)!r} of {self.spec!r}" if layout and layout.splits else repr(self.spec)
+
+    def fingerprint(self) -> str:
+        """Changes when the content does; of the name of a local file only what it says of format and split counts."""
+        if self.place is None:
+            with self._explained():
+                return str(self._dataset()._fingerprint)
+        files, chosen = self.files, [self.selection, self.place.slice]
+        if files is None:  # which of them are read is the matter of the library
+            files = sorted(file for file in self.place.path.rglob("*") if file.is_file())
+            chosen = [self.place.config, self.place.split or self.split, self.place.slice]
+        content = [[kind(file), hash_file(file)] for file in files]
+        return hash_json([*chosen, content] if any(chosen) else content)
+
+    def records(self, skipped: Skipped) -> Iterator[tuple[str, Record]]:
+        """Every record with the place it stands at; a text file is one record with the field ``text``.
+
+        Raises:
+            UserError: no such file or data set, or nothing in it.
+        """
+        records = self._library_records() if self.files is None else _read_files(self.files, skipped)
+        if self.place is not None and self.place.slice:
+            records = iter(take(self.place.slice, list(records)))
+        is_empty = True
+        for record in records:
+            is_empty = False
+            yield record
+        if is_empty:
+            raise UserError(f"{self} holds no records{f': {skipped}' if skipped.counts else ''}.")
+
+    def _split_of(self, layout: Layout) -> str:
+        """What a folder calls the split that is read; the empty name stands for files that are named for none."""
+        named = self.place and self.place.split
+        if not layout.splits and not named:
+            return ""  # all of the folder
+        split = layout.split(named or self.split)
+        if split is None:
+            has = f"has {', '.join(layout.splits)}" if layout.splits else "holds only files that are named for none"
+            raise UserError(
+                f"{self.spec!r} has no split {named or self.split!r}: the folder {has}. Name one that it has as in "
+                f"FOLDER@SPLIT, or give a file."
+            )
+        return split
+
+    def _library_records(self) -> Iterator[tuple[str, Record]]:
+        with self._explained():
+            for number, record in enumerate(self._dataset()):
+                yield f"{self.spec} row {number}", record
+
+    def _dataset(self) -> Any:
+        import datasets
+
+        if self.place is not None:
+            # Streamed, because the library's cache does not see that a local file has changed.
+            name, config, split = str(self.place.path.absolute()), self.place.config, self.place.split or self.split
+            return datasets.load_dataset(name, config, split=split, streaming=True)
+        name, _, split = self.spec.partition("@")
+        name, _, config = name.partition(":")
+        return datasets.load_dataset(name, config or None, split=split or self.split)
+
+    @contextmanager
+    def _explained(self) -> Iterator[None]:
+        """Makes a user's error of what the ``datasets`` library raises."""
+        try:
+            yield
+        except Exception as error:  # many kinds, all of which mean the same to the user
+            on_hub = "is no local file or folder, and the hub gave no such data set"
+            raise UserError(
+                f"{self.spec!r} {'cannot be read as its README.md says' if self.place else on_hub} "
+                f"({type(error).__name__}: {error.__cause__ or error}). Names of data sets are written NAME, "
+                f"NAME@SPLIT or NAME:CONFIG@SPLIT."
+            ) from error
+
+
+def find_place(spec: str) -> Place | None:
+    """Where a spec points to on this machine; None when it may be a hub data set.
+
+    A path that is there is taken as it is, whatever signs are in it.
+
+    Raises:
+        UserError: the spec looks like a path, and nothing is there.
+    """
+    if (path := Path(spec).expanduser()).exists():
+        return Place(path)
+    name, at, asked = spec.rpartition("@")
+    match = SPLIT_AND_SLICE.fullmatch(asked) if at else None
+    name = name if match else spec
+    split, part = (match["split"] or None, match["slice"] or "") if match else (None, "")
+    if (path := Path(name).expanduser()).exists():
+        return Place(path, None, split, part)
+    folder, colon, config = name.rpartition(":")
+    if colon and (path := Path(folder).expanduser()).is_dir():
+        return Place(path, config, split, part)
+    if path.is_absolute() or spec.startswith((".", "~")) or kind(Path(spec)) or kind(Path(name)):
+        raise UserError(f"There is no file or folder {spec!r}.")
+    return None
+
+
+def take(part: str, records: list[tuple[str, Record]]) -> list[tuple[str, Record]]:
+    """A slice of records, written as the ``datasets`` library does it: ``[:10%]``, ``[100:200]``, ``[-5:]``.
+
+    Raises:
+        UserError: not written so, or beyond the records.
+    """
+    import datasets
+
+    try:
+        (place,) = datasets.ReadInstruction.from_spec(f"split{part}").to_absolute({"split": len(records)})
+    except (ValueError, AssertionError) as error:
+        raise UserError(
+            f"{part!r} is no part of {len(records):,} record(s) ({error}). Write it as in FOLDER@train[:10%] or "
+            f"FOLDER@train[100:200]."
+        ) from error
+    return records[place.from_ : place.to]
+
+
+def _read_files(files: list[Path], skipped: Skipped) -> Iterator[tuple[str, Record]]:
+    for file in files:
+        is_empty = True
+        for record in read_file(file, skipped):
+            is_empty = False
+            yield record
+        if is_empty:
+            skipped.add("file(s) without a record", file.name)
