@@ -22,7 +22,7 @@ from qpruner.files import hash_json
 from qpruner.pretrained import load_tokenizer
 from qpruner.seeds import derive_seed
 
-FORMAT = 1  # raised when the same text and options begin to give other rows, so that old caches are left alone
+FORMAT = 2  # raised when the same text and options begin to give other rows, so that old caches are left alone
 
 
 @dataclass(frozen=True)

@@ -1,70 +1,66 @@
-"""Instructions: Alpaca records and chats, with the loss on the response alone or on everything."""
+"""Instructions and chats, with the loss on what the assistant says or on everything."""
 
+from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
-from os.path import commonprefix
 from typing import Any
-
-from jinja2 import TemplateError
 
 from qpruner.datamodules.base import TokenDataModule
 from qpruner.datamodules.cache import Prepared
-from qpruner.datamodules.documents import NOT_UNICODE, Record, Skipped, is_unicode
+from qpruner.datamodules.dialogues import Dialogue, Layout, to_dialogue
+from qpruner.datamodules.documents import Skipped
+from qpruner.datamodules.records import KNOWN, UNKNOWN
 from qpruner.datamodules.rows import Row, TokenRows
-from qpruner.datamodules.splits import Split, hold_out, make_disjoint
+from qpruner.datamodules.splits import SPLITS, Split, hold_out, make_disjoint
 from qpruner.datamodules.text import ended, named_sources, notes
 from qpruner.datamodules.tokens import tokenize
 from qpruner.errors import UserError
-
-# The prompts of Stanford Alpaca; models tuned on Alpaca data expect them to the letter.
-WITH_INPUT = (
-    "Below is an instruction that describes a task, paired with an input that provides further context. "
-    "Write a response that appropriately completes the request.\n\n"
-    "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:\n"
-)
-WITHOUT_INPUT = (
-    "Below is an instruction that describes a task. "
-    "Write a response that appropriately completes the request.\n\n"
-    "### Instruction:\n{instruction}\n\n### Response:\n"
-)
-
-
-@dataclass(frozen=True)
-class Dialogue:
-    """A whole text and the character spans of it that the model is to learn to say.
-
-    Args:
-        text: prompt and responses.
-        responses: spans of the responses.
-        complete: whether the text holds its special tokens itself, as a chat template writes them; otherwise the
-            tokenizer's own go before it and the end-of-text token after it.
-        where: place of the record, for messages.
-    """
-
-    text: str
-    responses: tuple[tuple[int, int], ...]
-    complete: bool
-    where: str
 
 
 class InstructionDataModule(TokenDataModule):
     """One instruction or conversation a row, cut at ``max_length`` and padded within a batch.
 
-    A record with ``messages`` (a list of ``{"role", "content"}``) is laid out by the tokenizer's chat template; one
-    with ``instruction`` and ``output`` or ``response`` (and perhaps ``input``) by the prompt of Alpaca, ended by the
-    end-of-text token. Splits are named as in `TextDataModule`.
+    Formats of records, by the fields that hold something (several names: whichever is there):
+
+    - Chat, laid out by the tokenizer's chat template: ``messages``, ``conversations``, ``conversation``, ``dialogue``,
+      ``dialog`` or ``chat``, a list of ``{"role", "content"}`` (OpenAI, Hugging Face) or ``{"from", "value"}``
+      (ShareGPT).
+    - Instruction, laid out by the prompt of Alpaca or as a chat, see ``layout``: ``instruction``, ``question``,
+      ``query``, ``problem`` or ``prompt`` (or ``input`` alone) with ``output``, ``response``, ``answer``,
+      ``completion`` or ``solution``, and perhaps ``input`` or ``context``, ``system`` or ``system_prompt``,
+      ``history`` (Alpaca, Dolly, LaMini, MetaMath, OpenOrca, GSM8K).
+    - Completion: ``prompt`` and ``completion`` (TRL); two texts are joined as they are, and a text or a list of
+      messages with a list of messages is a chat of which only the completion is learnt.
+    - Preference, with ``learn_chosen``: ``chosen`` in place of an answer or completion, and perhaps without a prompt;
+      ``rejected`` is left alone (TRL, UltraFeedback, ShareGPT's).
+
+    Of a chat are used, too: ``system``, ``tools`` or ``functions``, ``documents``, ``enable_thinking`` and
+    ``chat_template_kwargs`` of a record; ``tool_calls``, ``reasoning_content`` and whatever else of a message the
+    template reads; and ``weight``, ``train`` or ``loss`` of a message, at 0 or false of which a turn is not scored.
+    Roles may have the names of chat templates, of ShareGPT or of others (``human``, ``gpt``, ``bot``, ``model``,
+    ``function_call``, ``observation``, ...). Empty turns are not learnt. Records that cannot be used are skipped and
+    counted, and fields that are not used are named, in the notes on the data at the start of a run.
+
+    Of a response is scored what the model has to write: from the end of the generation prompt up to and including the
+    end-of-turn token (see `chat_templates`), or with the prompt of Alpaca the answer and the end-of-text token.
+    Splits are named as in `TextDataModule`.
 
     Args:
-        train: records that fit and calibrate.
+        train: records that fit and calibrate: chats (``messages``, ``conversations``), instructions (``instruction``
+            or ``question`` with ``output``, ``response`` or ``answer``), ``prompt`` with ``completion`` or ``chosen``.
         validation: records that choose.
         test: records that are reported.
         response_only: whether only what the assistant says is scored; otherwise the prompt is, too.
+        layout: how instructions are laid out: ``alpaca``, by the prompts of Stanford Alpaca, which need no chat
+            template; ``chat``, by the tokenizer's chat template.
+        learn_chosen: whether the ``chosen`` one of two answers is learnt, where records have preferences.
+        chat_template_kwargs: variables for the chat template, such as ``{"enable_thinking": false}``; those of a
+            record go before them.
         held_out: share of the training records for each split that is not given, in [0, 0.5); at 0 there is no such
             split.
         **kwargs: see `TokenDataModule`.
 
     Raises:
-        UserError: no split given, or a split without a usable record.
+        UserError: no split given, a split without a usable record, or chats and no chat template.
     """
 
     def __init__(
@@ -73,6 +69,9 @@ class InstructionDataModule(TokenDataModule):
         validation: str | None = None,
         test: str | None = None,
         response_only: bool = True,
+        layout: Layout = "alpaca",
+        learn_chosen: bool = False,
+        chat_template_kwargs: dict[str, Any] | None = None,
         held_out: float = 0.05,
         **kwargs: Any,
     ) -> None:
@@ -80,6 +79,9 @@ class InstructionDataModule(TokenDataModule):
         super().__init__(**kwargs)  # loads the tokenizer
         self.sources = sources
         self.response_only = response_only
+        self.layout: Layout = layout
+        self.learn_chosen = learn_chosen
+        self.chat_template_kwargs = chat_template_kwargs or {}
         self.held_out = held_out
 
     @property
@@ -91,6 +93,9 @@ class InstructionDataModule(TokenDataModule):
         return {
             "sources": {split: source.fingerprint() for split, source in self.sources.items()},
             "response_only": self.response_only,
+            "layout": self.layout,
+            "learn_chosen": self.learn_chosen,
+            "chat_template_kwargs": self.chat_template_kwargs,
             "held_out": self.held_out,
         }
 
@@ -99,7 +104,8 @@ class InstructionDataModule(TokenDataModule):
         given = {split: list(self._dialogues(split, skipped[split])) for split in self.sources}
         for split, found in given.items():
             if not found:
-                raise UserError(f"{self.sources[split].spec!r} holds no usable record: {skipped[split]}.")
+                known = f" {KNOWN}" if any(map(_is_unknown, skipped[split].counts)) else ""
+                raise UserError(f"{self.sources[split]} holds no usable record: {skipped[split]}.{known}")
         dialogues, repeated = make_disjoint(hold_out(given, _content, self.held_out), _content)
         rows: dict[Split, TokenRows] = {}
         for split in dialogues:
@@ -107,15 +113,25 @@ class InstructionDataModule(TokenDataModule):
             rows[split] = TokenRows.of(self._rows(dialogues[split], counter))
             if not len(rows[split]):
                 raise UserError(f"The {split} split holds no usable record: {counter}.")
-        return Prepared(rows, notes(type(self).__name__, skipped, repeated, rows, self.sources))
+        name = type(self).__name__
+        return Prepared(rows, (*notes(name, skipped, repeated, rows, self.sources), *_notes_on_fields(name, dialogues)))
 
     def _dialogues(self, split: Split, skipped: Skipped) -> Iterator[Dialogue]:
         for where, record in self.sources[split].records(skipped):
-            dialogue = to_dialogue(record, self.tokenizer, where)
+            dialogue = to_dialogue(
+                record,
+                self.tokenizer,
+                where,
+                response_only=self.response_only,
+                layout=self.layout,
+                learn_chosen=self.learn_chosen,
+                chat_template_kwargs=self.chat_template_kwargs,
+            )
             if isinstance(dialogue, Dialogue):
                 yield dialogue
             else:
-                skipped.add(dialogue, where)
+                fields = ", ".join(map(repr, record)) or "no field"
+                skipped.add(dialogue, f"{where}, with {fields}" if _is_unknown(dialogue) else where)
 
     def _rows(self, dialogues: list[Dialogue], skipped: Skipped) -> Iterator[Row]:
         for complete in (False, True):
@@ -124,7 +140,7 @@ class InstructionDataModule(TokenDataModule):
                 self.tokenizer,
                 [dialogue.text for dialogue in chosen],
                 special_tokens=not complete,
-                scored_from=[dialogue.responses for dialogue in chosen] if self.response_only else (),
+                scored_from=[dialogue.scored for dialogue in chosen],
             )
             for dialogue, row in zip(chosen, rows, strict=True):
                 whole = row if complete else ended(row, self.tokenizer.eos_token_id)
@@ -135,71 +151,16 @@ class InstructionDataModule(TokenDataModule):
                     skipped.add(f"with no response within {self.max_length} tokens", dialogue.where)
 
 
-def to_dialogue(record: Record, tokenizer: Any, where: str) -> Dialogue | str:
-    """The record as one text, or the reason why it cannot be used."""
-    # Where records of both kinds are mixed, a table has all the fields in every record.
-    of_chat = record.get("messages") is not None
-    dialogue = _from_messages(record["messages"], tokenizer, where) if of_chat else _from_alpaca(record, where)
-    return dialogue if isinstance(dialogue, str) or is_unicode(dialogue.text) else NOT_UNICODE
+def _notes_on_fields(name: str, dialogues: dict[Split, list[Dialogue]]) -> Iterator[str]:
+    for split in SPLITS:
+        counts = Counter(field for dialogue in dialogues.get(split, ()) for field in dialogue.unused)
+        if counts:
+            fields = ", ".join(f"{field!r} in {count:,}" for field, count in counts.most_common())
+            yield f"{name}: {split}: fields of records that are not used: {fields}"
 
 
-def _from_alpaca(record: Record, where: str) -> Dialogue | str:
-    instruction, output = record.get("instruction"), record.get("output")
-    output = record.get("response") if output is None else output  # as LaMini calls it
-    if not isinstance(instruction, str) or not isinstance(output, str):
-        return "with neither 'messages' nor 'instruction' and 'output' or 'response'"
-    if not instruction.strip() or not output.strip():
-        return "with an empty instruction or output"
-    prompt = (WITH_INPUT if record.get("input") else WITHOUT_INPUT).format(
-        instruction=instruction, input=record.get("input")
-    )
-    return Dialogue(prompt + output, ((len(prompt), len(prompt + output)),), complete=False, where=where)
-
-
-def _from_messages(messages: Any, tokenizer: Any, where: str) -> Dialogue | str:
-    if not isinstance(messages, list) or not all(
-        isinstance(message, dict) and isinstance(message.get("content"), str) and isinstance(message.get("role"), str)
-        for message in messages
-    ):
-        return "whose 'messages' are not a list of role and content"
-    speakers = [message["role"] for message in messages]
-    if "assistant" not in speakers:
-        return "without a response"
-    if speakers[0] == "assistant":
-        return "that begins with a response"
-    if tokenizer.chat_template is None:
-        raise UserError(
-            f"{where} is a chat, and the tokenizer {tokenizer.name_or_path!r} has no chat template. Use the tokenizer "
-            f"of a chat model, or records with 'instruction' and 'output'."
-        )
-    responses = []
-    try:
-        text = tokenizer.apply_chat_template(messages, tokenize=False)
-        for number, message in enumerate(messages):
-            if message["role"] == "assistant":
-                before = tokenizer.apply_chat_template(messages[:number], tokenize=False, add_generation_prompt=True)
-                after = tokenizer.apply_chat_template(messages[: number + 1], tokenize=False)
-                responses.append((len(before), _end_of_turn(text, before, after, message["content"].strip())))
-    except TemplateError as error:  # many demand that roles alternate, or know no system
-        return f"that the chat template refuses ({error})"
-    except ValueError:
-        return "whose responses the chat template puts at no fixed place"
-    return Dialogue(text, tuple(responses), complete=True, where=where)
-
-
-def _end_of_turn(text: str, before: str, after: str, content: str) -> int:
-    """Where in ``text`` the turn ends that comes after ``before`` and is the last of ``after``.
-
-    Raises:
-        ValueError: the turn does not come after ``before`` in ``text``.
-    """
-    if text.startswith(before) and text.startswith(after):
-        return len(after)
-    # Some templates dress the last turn of a chat: Qwen3 puts a thought before it, Phi-3 the end of text after it.
-    if not text.startswith(before + content):
-        raise ValueError
-    end = len(before + content)
-    return end + len(commonprefix([text[end:], after[after.rindex(content) + len(content) :]]))
+def _is_unknown(reason: str) -> bool:
+    return reason.startswith(UNKNOWN)
 
 
 def _content(dialogue: Dialogue) -> str:

@@ -18,7 +18,11 @@ AGREEMENT = 32  # tokens on either side of a seam that both pieces must have ali
 
 
 def tokenize(
-    tokenizer: Any, texts: Sequence[str], *, special_tokens: bool, scored_from: Sequence[Sequence[tuple[int, int]]] = ()
+    tokenizer: Any,
+    texts: Sequence[str],
+    *,
+    special_tokens: bool,
+    scored_from: Sequence[Sequence[tuple[int, int]] | None] = (),
 ) -> Iterator[Row]:
     """A row for each text.
 
@@ -28,13 +32,13 @@ def tokenize(
         tokenizer: a tokenizer of transformers; with a slow one (no offsets) the bytes are unknown.
         texts: what to tokenize.
         special_tokens: whether the tokenizer adds what it adds to a text, such as ``<s>`` at its start.
-        scored_from: for each text the character spans that are targets; empty: all of every text.
+        scored_from: for each text the character spans that are targets, or None: all of it; empty: all of every text.
 
     Raises:
         UserError: spans are given and the tokenizer has no offsets.
     """
     fast = bool(tokenizer.is_fast)
-    if scored_from and not fast:
+    if not fast and any(spans is not None for spans in scored_from):
         raise UserError(
             f"{type(tokenizer).__name__} does not say where in a text its tokens stand, and only a part of the text is "
             f"to be scored. Use a fast tokenizer (one with a tokenizer.json), or --data.init_args.response_only false."

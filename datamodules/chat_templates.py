@@ -1,0 +1,231 @@
+"""Chats as text, laid out by a tokenizer's chat template, and the places of what the assistant says in it.
+
+A response is what the model has to write: everything from the end of the generation prompt, which is what the template
+puts after the messages before it when it is asked for a response, up to and including the end-of-turn token. So tool
+calls and the thoughts that the template writes out belong to it, and the header of the turn does not. Where the
+template writes a finished turn otherwise than the generation prompt begins it (DeepSeek-R1 opens a thought there, which
+no finished turn has), the response begins where the two part. White space between the end-of-turn token and the next
+turn is nobody's. Where a template has ``{% generation %}`` blocks, these are the responses.
+
+Templates are programs; nothing is known of them but what they render. The places are found by marks, characters that
+stand in no text: one at the end of a message shows where its text comes to stand, among whatever else the template does
+(thoughts left out of earlier turns, tools put before the last of them, a date).
+"""
+
+import re
+from collections.abc import Callable, Sequence
+from os.path import commonprefix
+from typing import Any
+
+from qpruner.datamodules.messages import Conversation, Message, Part, Unusable, says_something, with_text_arguments
+
+Span = tuple[int, int]  # of characters: the first, and the one after the last
+Render = Callable[..., str]  # render(messages, add_generation_prompt=False)
+
+MARK = "\U000f0000"  # for private use, says Unicode
+GENERATION = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
+THOUGHT = re.compile(r"<think>.*?</think>", re.DOTALL)
+
+
+def lay_out(
+    tokenizer: Any, conversation: Conversation, *, response_only: bool
+) -> tuple[str, tuple[Span, ...] | None, tuple[str, ...]]:
+    """The text of a chat, the spans to be scored (none: all of it), and the fields that leave no trace in the text.
+
+    Where only responses are scored, what comes after the last of them is left out.
+
+    Args:
+        tokenizer: one with a chat template.
+        conversation: one with a response.
+        response_only: whether prompts are not scored.
+
+    Raises:
+        Unusable: the template refuses the chat or leaves out a call, or the responses stand at no place to be found.
+    """
+    messages: Sequence[Message] = conversation.messages
+    parts = conversation.parts
+    if response_only:
+        end = len(parts) - parts[::-1].index("response")
+        messages, parts = messages[:end], parts[:end]
+
+    def render(messages: Sequence[Message], add_generation_prompt: bool = False) -> str:
+        options = {**conversation.variables, "tokenize": False, "add_generation_prompt": add_generation_prompt}
+        return str(tokenizer.apply_chat_template(list(messages), **options))
+
+    try:
+        messages, text = _render(render, messages)
+        ignored = _without_trace(tokenizer, render, messages, conversation.variables, text)
+        if "messages.tool_calls" in ignored:
+            raise Unusable("with tool calls, which the chat template leaves out")
+        places = _Places(tokenizer, render, messages, text)
+        return text, _scored(tokenizer, conversation, parts, places, response_only), ignored
+    except Unusable:
+        raise
+    except Exception as error:  # a template is a program of others, which may fail over a record in any way
+        said = " ".join(str(error).split())[:200] or type(error).__name__
+        raise Unusable(f"that the chat template refuses ({said})") from error
+
+
+def _render(render: Render, messages: Sequence[Message]) -> tuple[Sequence[Message], str]:
+    """The messages as the template takes them, and their text."""
+    try:
+        return messages, render(messages)
+    except Exception:  # as above; most templates want the arguments of a call as data, some as a text
+        if not any("tool_calls" in message for message in messages):
+            raise
+        messages_as_text = with_text_arguments(messages)
+        return messages_as_text, render(messages_as_text)
+
+
+def _scored(
+    tokenizer: Any, conversation: Conversation, parts: Sequence[Part], places: "_Places", response_only: bool
+) -> tuple[Span, ...] | None:
+    """The spans to be scored, or nothing where all of the text is."""
+    if not response_only:
+        never = [places.of(number) for number, part in enumerate(parts) if part == "never"]
+        return _without([(0, len(places.text))], never) if never else None
+    blocks = _generation_blocks(tokenizer, places.messages, conversation.variables)
+    if blocks is None:
+        return tuple(places.of(number) for number, part in enumerate(parts) if part == "response")
+    others = [
+        places.of(number)
+        for number, (message, part) in enumerate(zip(places.messages, parts, strict=True))
+        if message["role"] == "assistant" and part != "response" and says_something(message)
+    ]
+    return _without(blocks, others)
+
+
+def _generation_blocks(tokenizer: Any, messages: Sequence[Message], variables: dict[str, Any]) -> list[Span] | None:
+    """The spans of the ``{% generation %}`` blocks, or nothing where the template has none."""
+    from transformers.utils.chat_template_utils import render_jinja_template
+
+    template = tokenizer.get_chat_template(tools=variables.get("tools"))
+    if not GENERATION.search(template):
+        return None
+    _, (spans,) = render_jinja_template(
+        conversations=[list(messages)],
+        chat_template=template,
+        return_assistant_tokens_mask=True,
+        **{**tokenizer.special_tokens_map, **variables},
+    )
+    return list(spans)
+
+
+def _without_trace(
+    tokenizer: Any, render: Render, messages: Sequence[Message], variables: dict[str, Any], text: str
+) -> tuple[str, ...]:
+    """Fields that the template does not read, or whose text it leaves out."""
+
+    def is_same(changed: Sequence[Message]) -> bool:
+        try:
+            return render(changed).split() == text.split()
+        except Exception:  # as above: it reads what it cannot do without
+            return False
+
+    template = tokenizer.get_chat_template(tools=variables.get("tools"))
+    ignored = [name for name in variables if not re.search(rf"\b{re.escape(name)}\b", template)]
+    keys = dict.fromkeys(key for message in messages for key in message if key not in ("role", "content"))
+    for key in keys:
+        if is_same([{name: value for name, value in message.items() if name != key} for message in messages]):
+            ignored.append(f"messages.{key}")
+    thoughtless = [{**message, "content": THOUGHT.sub("", message["content"])} for message in messages]
+    if thoughtless != [*messages] and is_same(thoughtless):
+        ignored.append("messages.content <think>")
+    return tuple(ignored)
+
+
+def _without(spans: Sequence[Span], others: Sequence[Span]) -> tuple[Span, ...]:
+    """What is left of spans where others are taken out."""
+    left = list(spans)
+    for first, last in others:
+        left = [
+            part
+            for start, end in left
+            for part in ((start, min(end, first)), (max(start, last), end))
+            if part[0] < part[1]
+        ]
+    return tuple(left)
+
+
+def _mark(message: Message) -> Message:
+    """The message with a mark at the end of what it says: of its last call's name or else of its content."""
+    if calls := message.get("tool_calls"):
+        function = calls[-1]["function"]
+        return {
+            **message,
+            "tool_calls": [*calls[:-1], {**calls[-1], "function": {**function, "name": function["name"] + MARK}}],
+        }
+    content = message["content"].rstrip()
+    return {**message, "content": content + MARK + message["content"][len(content) :]}
+
+
+def _no_place(trait: str) -> Unusable:
+    return Unusable(
+        f"whose responses cannot be told from prompts, because the chat template {trait}; put what the assistant says "
+        f"into {{% generation %}} blocks of the template, or score everything: --data.init_args.response_only false"
+    )
+
+
+class _Places:
+    """Where the messages of a chat stand in its ``text``."""
+
+    def __init__(self, tokenizer: Any, render: Render, messages: Sequence[Message], text: str) -> None:
+        self.render = render
+        self.messages = messages
+        self.text = text
+        added = tokenizer.added_tokens_decoder.values()
+        # Tokens that swallow the white space after them end where it ends.
+        self.closing = tuple(token.content for token in added if not token.rstrip)
+        longest_first = sorted((re.escape(token.content) for token in added), key=len, reverse=True)
+        self.unit = re.compile("|".join([*longest_first, "."]), re.DOTALL)
+
+    def of(self, number: int) -> Span:
+        """The span of the response that is message ``number``; its end-of-turn token included.
+
+        Raises:
+            Unusable: there is no such place.
+        """
+        first, last = self._first(number), self._last(number)
+        said = self.text[first:last]
+        return first, first + len(said.rstrip() if said.rstrip().endswith(self.closing) else said)
+
+    def _first(self, number: int) -> int:
+        """Where the generation prompt ends after which message ``number`` was said."""
+        if number == 0:
+            return 0
+        prompt = self.render(self.messages[:number], add_generation_prompt=True)
+        if self.text.startswith(prompt):
+            return len(prompt)
+        # The chat before is written otherwise where more comes after it: look from the end of the last message only.
+        place = self._end_of_content(self.messages, number - 1, self.text)
+        prompt_place = self._end_of_content(self.messages[:number], number - 1, prompt, add_generation_prompt=True)
+        first = place + self._agreement(self.text[place:], prompt[prompt_place:])
+        if self._end_of_content(self.messages, number, self.text) < first:
+            raise _no_place("does not keep the order of the messages")
+        return first
+
+    def _last(self, number: int) -> int:
+        """Where the turn ends that is message ``number``."""
+        if number + 1 == len(self.messages):
+            return len(self.text)
+        alone = self.render(self.messages[: number + 1])
+        if self.text.startswith(alone):
+            return len(alone)
+        # Some templates dress the last turn of a chat: Qwen3 puts thoughts before it, Phi-3 the end of text after it.
+        place = self._end_of_content(self.messages, number, self.text)
+        alone_place = self._end_of_content(self.messages[: number + 1], number, alone)
+        return place + self._agreement(self.text[place:], alone[alone_place:])
+
+    def _end_of_content(self, messages: Sequence[Message], number: int, text: str, **options: Any) -> int:
+        """Where in ``text``, their render, the content of a message ends, or the name of its last call."""
+        marked = [*messages]
+        marked[number] = _mark(messages[number])
+        rendered = self.render(marked, **options)
+        if rendered.count(MARK) == 0 or rendered.replace(MARK, "") != text:
+            raise _no_place(f"rewrites what the {messages[number]['role']} says")
+        return rendered.replace(MARK, "", rendered.count(MARK) - 1).index(MARK)
+
+    def _agreement(self, text: str, other: str) -> int:
+        """Characters up to which the two are the same, no token of the template cut in two."""
+        units = commonprefix([self.unit.findall(text[: len(other) + 100]), self.unit.findall(other)])
+        return sum(map(len, units))

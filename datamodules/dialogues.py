@@ -1,0 +1,123 @@
+"""Records as whole texts, with the places in them that the model is to learn to say."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+from qpruner.datamodules.chat_templates import Span, lay_out
+from qpruner.datamodules.documents import NOT_UNICODE, Record, is_unicode
+from qpruner.datamodules.messages import Conversation, Unusable
+from qpruner.datamodules.records import Completion, Instruction, read_record
+from qpruner.errors import UserError
+
+Layout = Literal["alpaca", "chat"]
+
+# The prompts of Stanford Alpaca; models tuned on Alpaca data expect them to the letter.
+WITH_INPUT = (
+    "Below is an instruction that describes a task, paired with an input that provides further context. "
+    "Write a response that appropriately completes the request."
+)
+WITHOUT_INPUT = (
+    "Below is an instruction that describes a task. Write a response that appropriately completes the request."
+)
+
+
+@dataclass(frozen=True)
+class Dialogue:
+    """A whole text and the character spans of it that the model is to learn to say.
+
+    Args:
+        text: prompt and responses.
+        scored: spans that are targets; None: all of the text.
+        complete: whether the text holds its special tokens itself, as a chat template writes them; otherwise the
+            tokenizer's own go before it and the end-of-text token after it.
+        where: place of the record, for messages.
+        unused: fields of the record that left no trace.
+    """
+
+    text: str
+    scored: tuple[Span, ...] | None
+    complete: bool
+    where: str
+    unused: tuple[str, ...] = ()
+
+
+def to_dialogue(
+    record: Record,
+    tokenizer: Any,
+    where: str,
+    *,
+    response_only: bool = True,
+    layout: Layout = "alpaca",
+    learn_chosen: bool = False,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
+) -> Dialogue | str:
+    """The record as one text, or the reason why it cannot be used, which reads after "a record".
+
+    Args:
+        record: fields by name, in a format that `InstructionDataModule` lists.
+        tokenizer: its chat template lays out chats.
+        where: place of the record, for messages.
+        response_only: whether prompts are not scored.
+        layout: how instructions are laid out.
+        learn_chosen: whether ``chosen`` is the answer, where a record has it.
+        chat_template_kwargs: variables for the chat template; those of the record go before them.
+
+    Raises:
+        UserError: the record is a chat, and the tokenizer has no chat template.
+    """
+    try:
+        meaning = read_record(record, learn_chosen=learn_chosen)
+        if isinstance(meaning, Instruction) and layout == "chat":
+            meaning = meaning.as_conversation()
+        match meaning:
+            case Conversation():
+                variables = {**(chat_template_kwargs or {}), **meaning.variables}
+                dialogue = _of_chat(replace(meaning, variables=variables), tokenizer, where, response_only)
+            case Instruction():
+                dialogue = _of_instruction(meaning, tokenizer, where)
+            case Completion(prompt, completion, unused):
+                span = (len(prompt), len(prompt + completion))
+                dialogue = Dialogue(prompt + completion, (span,), complete=False, where=where, unused=unused)
+    except Unusable as reason:
+        return str(reason)
+    if not is_unicode(dialogue.text):
+        return NOT_UNICODE
+    return dialogue if response_only or dialogue.complete else replace(dialogue, scored=None)
+
+
+def _of_instruction(instruction: Instruction, tokenizer: Any, where: str) -> Dialogue:
+    """By the prompt of Alpaca; a system prompt stands where its first sentences do, earlier turns before the last."""
+    end_of_text = tokenizer.eos_token or ""
+    text = (instruction.system or (WITH_INPUT if instruction.input else WITHOUT_INPUT)) + "\n\n"
+    scored = []
+    for question, answer in instruction.history:
+        text += f"### Instruction:\n{question}\n\n### Response:\n"
+        scored.append((len(text), len(text + answer + end_of_text)))
+        text += f"{answer}{end_of_text}\n\n"
+    text += f"### Instruction:\n{instruction.instruction}\n\n"
+    if instruction.input:
+        text += f"### Input:\n{instruction.input}\n\n"
+    text += "### Response:\n"
+    scored.append((len(text), len(text + instruction.output)))
+    return Dialogue(text + instruction.output, tuple(scored), complete=False, where=where, unused=instruction.unused)
+
+
+def _of_chat(conversation: Conversation, tokenizer: Any, where: str, response_only: bool) -> Dialogue:
+    speakers = [message["role"] for message in conversation.messages]
+    if "assistant" not in speakers:
+        raise Unusable("without a response")
+    if conversation.parts[0] == "response":  # a greeting: nothing says when to give it
+        conversation = replace(conversation, parts=("prompt", *conversation.parts[1:]))
+    if "response" not in conversation.parts:
+        if speakers[0] == "assistant":
+            raise Unusable("that begins with a response")
+        raise Unusable("without a response that is to be learnt: all are empty, of weight 0 or not to be trained")
+    if tokenizer.chat_template is None:
+        raise UserError(
+            f"{where} is a chat, and the tokenizer {tokenizer.name_or_path!r} has no chat template. Use the tokenizer "
+            f"of a chat model, put a chat_template.jinja into the tokenizer's folder, or use records with "
+            f"'instruction' and 'output' and --data.init_args.layout alpaca."
+        )
+    text, scored, ignored = lay_out(tokenizer, conversation, response_only=response_only)
+    return Dialogue(text, scored, complete=True, where=where, unused=conversation.unused + ignored)

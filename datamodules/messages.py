@@ -1,0 +1,184 @@
+"""Messages of chats by one set of names, whatever their data set calls things."""
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+Message = dict[str, Any]  # role, content, and what else a chat template may read, such as tool_calls
+Part = Literal["response", "prompt", "never"]  # learnt; scored where everything is; not even then
+
+ROLES = {
+    "user": ("human", "prompter"),
+    "assistant": ("gpt", "bot", "ai", "model", "chatbot", "chatgpt"),
+    "system": (),
+    "tool": ("function", "observation", "ipython", "function_response", "tool_response"),
+}
+"""Roles of chat templates, and what data sets call them; others are left as they are."""
+CALLS = ("function_call", "tool_call")  # roles of an assistant whose content is a call, as in ShareGPT with tools
+TRAINED = ("weight", "train", "loss")  # OpenAI, Axolotl, SWIFT: whether a turn is learnt
+THOUGHTS = ("reasoning_content", "thinking", "reasoning")  # all of which transformers gives to a template
+TEXT_PARTS = ("text", "input_text", "output_text")
+
+
+class Unusable(ValueError):
+    """A record that cannot be used; the text says why, and reads after "a record"."""
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """A chat in the terms of chat templates.
+
+    Args:
+        messages: what was said, each with ``role`` and ``content``.
+        parts: of each message whether it is a response that the model is to learn, a prompt, or never scored.
+        variables: what else the template is given, such as ``tools``.
+        unused: fields of the record that have no known meaning.
+    """
+
+    messages: tuple[Message, ...]
+    parts: tuple[Part, ...]
+    variables: dict[str, Any] = field(default_factory=dict)
+    unused: tuple[str, ...] = ()
+
+
+def read_messages(value: Any, name: str) -> tuple[list[Message], list[Part]]:
+    """The messages in the field ``name``, and what each is to the model.
+
+    Names of roles and fields become those of chat templates, contents become text, calls of tools a list with their
+    arguments as data. Null entries are left out at every depth: a table gives each call the arguments of all calls.
+
+    Raises:
+        Unusable: they are no messages with role and content.
+    """
+    value = without_nulls(parsed(value))
+    if not isinstance(value, list):
+        raise _no_messages(name)
+    messages: list[Message] = []
+    parts: list[Part] = []
+    for entry in value:
+        message = _message(entry, name)
+        flags = [message.pop(flag) for flag in TRAINED if flag in message]
+        messages.append(message)
+        is_said = message["role"] == "assistant" and says_something(message)
+        parts.append("prompt" if not is_said else "response" if all(flags) else "never")
+    return messages, parts
+
+
+def says_something(message: Message) -> bool:
+    return bool(message["content"].strip() or any(message.get(key) for key in ("tool_calls", *THOUGHTS)))
+
+
+def read_tools(tools: Any) -> list[Any]:
+    """Schemas of tools, each as ``{"type": "function", "function": {"name", ...}}``."""
+    tools = parsed(tools)
+    tools = [parsed(tool) for tool in (tools if isinstance(tools, list) else [tools])]
+    return [
+        {"type": "function", "function": tool} if isinstance(tool, dict) and "name" in tool else tool
+        for tool in without_nulls(tools)
+    ]
+
+
+def parsed(value: Any) -> Any:
+    """What a text of JSON stands for, where it is a list or an object; anything else as it is."""
+    if isinstance(value, str) and value.lstrip().startswith(("{", "[")):
+        try:
+            return json.loads(value)
+        except json.JSONDecodeError:
+            pass
+    return value
+
+
+def without_nulls(value: Any) -> Any:
+    """Nested lists and dicts without the entries that are null."""
+    if isinstance(value, dict):
+        return {key: without_nulls(entry) for key, entry in value.items() if entry is not None}
+    if isinstance(value, list):
+        return [without_nulls(entry) for entry in value if entry is not None]
+    return value
+
+
+def _message(entry: Any, name: str) -> Message:
+    if not isinstance(entry, dict):
+        raise _no_messages(name)
+    extra = dict(entry)
+    role = next((extra.pop(key) for key in ("role", "from") if key in extra), None)
+    content = next((extra.pop(key) for key in ("content", "value") if key in extra), None)
+    if not isinstance(role, str):
+        raise _no_messages(name)
+    role = role.strip().lower()
+    role = next((ours for ours, theirs in ROLES.items() if role in theirs), role)
+    calls = [extra.pop(key) for key in ("tool_calls", "function_call") if key in extra]
+    if role in CALLS:
+        role, content, calls = "assistant", "", [content]
+    if role == "tool" and not isinstance(content, str) and not _is_parts(content):
+        content = json.dumps(content, ensure_ascii=False)  # a result as data
+    message = {"role": role, **extra, **_contents(content, name)}
+    if tool_calls := [call for given in calls for call in _calls(given)]:
+        message["tool_calls"] = tool_calls
+    if "content" not in message:
+        if not tool_calls and not any(message.get(key) for key in THOUGHTS):
+            raise _no_messages(name)
+        message["content"] = ""  # null is legal beside a call
+    return message
+
+
+def _contents(content: Any, name: str) -> Message:
+    """The text of a message, and its thoughts where they are a part of its content."""
+    if content is None:
+        return {}
+    if isinstance(content, str):
+        return {"content": content}
+    if not _is_parts(content):
+        raise _no_messages(name)
+    texts: list[str] = []
+    thoughts: list[str] = []
+    for part in content:
+        kind = "text" if isinstance(part, str) else part["type"]
+        text = part if isinstance(part, str) else part.get(kind, part.get("text"))
+        if kind not in (*TEXT_PARTS, *THOUGHTS) or not isinstance(text, str):
+            raise Unusable(f"with a part of type {kind!r} in a message, where only text can be used")
+        (thoughts if kind in THOUGHTS else texts).append(text)
+    return {"content": "\n".join(texts)} | ({"reasoning_content": "\n".join(thoughts)} if thoughts else {})
+
+
+def _is_parts(content: Any) -> bool:
+    return isinstance(content, list) and all(
+        isinstance(part, str) or (isinstance(part, dict) and isinstance(part.get("type"), str)) for part in content
+    )
+
+
+def _calls(given: Any) -> Iterator[Message]:
+    """Calls as ``{"type": "function", "function": {"name", "arguments"}}``; they may come unwrapped, or as text."""
+    given = parsed(given)
+    for call in given if isinstance(given, list) else [given]:
+        call = parsed(call)
+        function = call.get("function", call) if isinstance(call, dict) else None
+        if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+            raise Unusable("with a tool call that has no name")
+        around = {key: call[key] for key in call if key not in ("function", "name", "arguments")}
+        yield {
+            "type": "function",
+            **around,
+            "function": {**function, "arguments": parsed(function.get("arguments", {}))},
+        }
+
+
+def with_text_arguments(messages: Sequence[Message]) -> tuple[Message, ...]:
+    """The messages with the arguments of their calls as a text of JSON, which some templates put down as it is."""
+
+    def as_text(call: Message) -> Message:
+        arguments = call["function"]["arguments"]
+        text = arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
+        return {**call, "function": {**call["function"], "arguments": text}}
+
+    return tuple(
+        {**message, "tool_calls": [as_text(call) for call in message["tool_calls"]]}
+        if "tool_calls" in message
+        else message
+        for message in messages
+    )
+
+
+def _no_messages(name: str) -> Unusable:
+    return Unusable(f"whose {name!r} are not a list of role and content")
