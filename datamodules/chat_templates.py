@@ -53,8 +53,13 @@ def lay_out(
         return str(tokenizer.apply_chat_template(list(messages), **options))
 
     try:
+        template = tokenizer.get_chat_template(tools=conversation.variables.get("tools"))
+        if "developer" not in template:  # OpenAI's name for what others call the system
+            messages = [
+                {**message, "role": "system"} if message["role"] == "developer" else message for message in messages
+            ]
         messages, text = _render(render, messages)
-        ignored = _without_trace(tokenizer, render, messages, conversation.variables, text)
+        ignored = _without_trace(template, render, messages, conversation.variables, text)
         if "messages.tool_calls" in ignored:
             raise Unusable("with tool calls, which the chat template leaves out")
         places = _Places(tokenizer, render, messages, text)
@@ -112,7 +117,7 @@ def _generation_blocks(tokenizer: Any, messages: Sequence[Message], variables: d
 
 
 def _without_trace(
-    tokenizer: Any, render: Render, messages: Sequence[Message], variables: dict[str, Any], text: str
+    template: str, render: Render, messages: Sequence[Message], variables: dict[str, Any], text: str
 ) -> tuple[str, ...]:
     """Fields that the template does not read, or whose text it leaves out."""
 
@@ -122,7 +127,6 @@ def _without_trace(
         except Exception:  # as above: it reads what it cannot do without
             return False
 
-    template = tokenizer.get_chat_template(tools=variables.get("tools"))
     ignored = [name for name in variables if not re.search(rf"\b{re.escape(name)}\b", template)]
     keys = dict.fromkeys(key for message in messages for key in message if key not in ("role", "content"))
     for key in keys:
@@ -130,7 +134,7 @@ def _without_trace(
             ignored.append(f"messages.{key}")
     thoughtless = [{**message, "content": THOUGHT.sub("", message["content"])} for message in messages]
     if thoughtless != [*messages] and is_same(thoughtless):
-        ignored.append("messages.content <think>")
+        ignored.append("messages.content (<think>)")
     return tuple(ignored)
 
 
@@ -177,6 +181,7 @@ class _Places:
         # Tokens that swallow the white space after them end where it ends.
         self.closing = tuple(token.content for token in added if not token.rstrip)
         longest_first = sorted((re.escape(token.content) for token in added), key=len, reverse=True)
+        self.token = re.compile("|".join(longest_first) or "(?!)")
         self.unit = re.compile("|".join([*longest_first, "."]), re.DOTALL)
 
     def of(self, number: int) -> Span:
@@ -199,7 +204,7 @@ class _Places:
         # The chat before is written otherwise where more comes after it: look from the end of the last message only.
         place = self._end_of_content(self.messages, number - 1, self.text)
         prompt_place = self._end_of_content(self.messages[:number], number - 1, prompt, add_generation_prompt=True)
-        first = place + self._agreement(self.text[place:], prompt[prompt_place:])
+        first = place + len(self._beginning(self.text[place:], prompt[prompt_place:]))
         if self._end_of_content(self.messages, number, self.text) < first:
             raise _no_place("does not keep the order of the messages")
         return first
@@ -214,7 +219,12 @@ class _Places:
         # Some templates dress the last turn of a chat: Qwen3 puts thoughts before it, Phi-3 the end of text after it.
         place = self._end_of_content(self.messages, number, self.text)
         alone_place = self._end_of_content(self.messages[: number + 1], number, alone)
-        return place + self._agreement(self.text[place:], alone[alone_place:])
+        ending = self._beginning(self.text[place:], alone[alone_place:])
+        place, alone_place = place + len(ending), alone_place + len(ending)
+        if not ending.strip() and self.token.match(alone, alone_place):  # gpt-oss ends the last turn in another token
+            token = self.token.match(self.text, place)
+            return token.end() if token else place
+        return place
 
     def _end_of_content(self, messages: Sequence[Message], number: int, text: str, **options: Any) -> int:
         """Where in ``text``, their render, the content of a message ends, or the name of its last call."""
@@ -225,7 +235,7 @@ class _Places:
             raise _no_place(f"rewrites what the {messages[number]['role']} says")
         return rendered.replace(MARK, "", rendered.count(MARK) - 1).index(MARK)
 
-    def _agreement(self, text: str, other: str) -> int:
-        """Characters up to which the two are the same, no token of the template cut in two."""
-        units = commonprefix([self.unit.findall(text[: len(other) + 100]), self.unit.findall(other)])
-        return sum(map(len, units))
+    def _beginning(self, text: str, other: str) -> str:
+        """What the two have in common at their start, no token cut in two."""
+        units = self.unit.findall(text[: len(other) + 100])  # no token is longer than that
+        return "".join(commonprefix([units, self.unit.findall(other)]))

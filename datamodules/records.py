@@ -70,10 +70,15 @@ class _Fields:
     def __init__(self, record: Record) -> None:
         # Where records of several kinds are mixed, a table has all the fields in every record: null, or not a number.
         self._values = {str(name): value for name, value in record.items() if value is not None and value == value}
+        self._values |= {name: parsed(self._values[name]) for name in CHATS if name in self._values}
         self._taken: set[str] = set()
 
     def __contains__(self, name: str) -> bool:
         return name in self._values
+
+    @property
+    def chats(self) -> list[str]:
+        return [name for name in CHATS if isinstance(self._values.get(name), list)]
 
     def first(self, names: Sequence[str]) -> str | None:
         """The first of the names whose field holds something, one that is not empty where there is one."""
@@ -106,7 +111,7 @@ def read_record(record: Record, *, learn_chosen: bool = False) -> Conversation |
     if learn_chosen and "chosen" in fields:
         chosen = fields.take("chosen")
         return _pair(fields, "chosen", [chosen] if isinstance(chosen, dict) else chosen, fields.take("rejected"))
-    name = fields.first((*CHATS, *ANSWERS))
+    name = fields.first((*fields.chats, *ANSWERS)) or fields.first(CHATS)
     if name in CHATS:
         return _conversation(fields, name, [], fields.take(name))
     if name is not None:
@@ -124,7 +129,7 @@ def _pair(
     fields: _Fields, answer_name: str, answer: Any, rejected: Any = None
 ) -> Conversation | Instruction | Completion:
     """A question and its answer, each a text or messages."""
-    question_name = fields.first((*QUESTIONS, "input", *CHATS))
+    question_name = fields.first((*QUESTIONS, "input", *fields.chats))
     if question_name is None and not isinstance(answer, list):
         raise Unusable(f"{UNKNOWN}, without a question for {answer_name!r}")
     question = [] if question_name is None else fields.take(question_name)

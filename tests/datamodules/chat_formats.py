@@ -166,11 +166,22 @@ COMMAND_R = (
     + "<|START_OF_TURN_TOKEN|><|CHATBOT_TOKEN|>{% endif %}"
 )
 
+GPT_OSS = (  # thoughts in the last turn only, which ends in a token of its own; its developer is no system
+    "{% for m in messages %}{% if m['role'] == 'developer' or m['role'] == 'system' %}"
+    "<|start|>developer<|message|># Instructions\n{{ m['content'] }}<|end|>"
+    "{% elif m['role'] == 'assistant' %}<|start|>assistant{% if m.thinking and loop.last %}"
+    "<|channel|>analysis<|message|>{{ m.thinking }}<|end|><|start|>assistant{% endif %}"
+    "<|channel|>final<|message|>{{ m['content'] }}{{ '<|return|>' if loop.last else '<|end|>' }}"
+    "{% else %}<|start|>{{ m['role'] }}<|message|>{{ m['content'] }}<|end|>{% endif %}{% endfor %}"
+    + GENERATE
+    + "<|start|>assistant{% endif %}"
+)
+
 TOKENS = (
     "<|im_start|>", "<|im_end|>", "[INST]", "[/INST]", "[TOOL_CALLS]", "[AVAILABLE_TOOLS]", "[/AVAILABLE_TOOLS]",
     "[TOOL_RESULTS]", "[/TOOL_RESULTS]", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "<think>",
     "</think>", "<tool_call>", "</tool_call>", "<|system|>", "<|user|>", "<|assistant|>", "<|end|>", "<start_of_turn>",
     "<end_of_turn>", "<|User|>", "<|Assistant|>", "<|calls|>", "<|/calls|>", "<|call|>", "<|/call|>", "<|sep|>",
     "<|output|>", "<|/output|>", "<|START_OF_TURN_TOKEN|>", "<|END_OF_TURN_TOKEN|>", "<|CHATBOT_TOKEN|>",
-    "<|USER_TOKEN|>", "<|SYSTEM_TOKEN|>",
+    "<|start|>", "<|channel|>", "<|message|>", "<|return|>", "<|USER_TOKEN|>", "<|SYSTEM_TOKEN|>",
 )  # fmt: skip
