@@ -1,7 +1,8 @@
 """Chat templates that write as those of well-known models do, and the tokens that belong to them.
 
-Written anew from the formats: what they do to a chat is theirs, how they do it is not. The tokenizer's end of text
-is ``</s>``, its beginning ``<s>``.
+Written anew from the formats: what they do to a chat is theirs, how they do it is not. Their end of text is
+written ``</s>`` and its beginning ``<s>``, as the tokenizer of the tests has them. A line break after a block is none to
+Jinja, as transformers sets it up.
 """
 
 GENERATE = "{% if add_generation_prompt %}"
@@ -68,18 +69,18 @@ MISTRAL = (  # version 3: the tools stand before the last message of the user
 QWEN_TOOLS = (
     "{% if tools %}<|im_start|>system\n"
     "{% if messages[0]['role'] == 'system' %}{{ messages[0]['content'] }}\n\n{% endif %}# Tools\n<tools>"
-    "{% for t in tools %}\n{{ t | tojson }}{% endfor %}\n</tools><|im_end|>\n"
+    "{% for t in tools %}{{ '\n' + t | tojson }}{% endfor %}{{ '\n' }}</tools><|im_end|>\n"
     "{% elif messages[0]['role'] == 'system' %}<|im_start|>system\n{{ messages[0]['content'] }}<|im_end|>\n"
 )
 QWEN_CALLS = (
-    "{% for c in m.tool_calls or [] %}{% if not loop.first or m['content'] %}\n{% endif %}"
+    "{% for c in m.tool_calls or [] %}{{ '\n' if not loop.first or m['content'] }}"
     '<tool_call>\n{"name": "{{ c.function.name }}", "arguments": '
     "{% if c.function.arguments is string %}{{ c.function.arguments }}{% else %}"
     "{{ c.function.arguments | tojson }}{% endif %}}\n</tool_call>{% endfor %}<|im_end|>\n"
 )
 QWEN_RESULTS = (  # results stand in one turn of the user
     "{% elif m['role'] == 'tool' %}{% if loop.first or messages[loop.index0 - 1]['role'] != 'tool' %}"
-    "<|im_start|>user{% endif %}\n<tool_response>\n{{ m['content'] }}\n</tool_response>"
+    "<|im_start|>user{% endif %}{{ '\n' }}<tool_response>\n{{ m['content'] }}\n</tool_response>"
     "{% if loop.last or messages[loop.index0 + 1]['role'] != 'tool' %}<|im_end|>\n{% endif %}{% endif %}{% endfor %}"
 )
 
@@ -146,7 +147,7 @@ SMOLLM3 = (  # marks what the assistant says itself
     "<|im_start|>system\nReasoning Mode: {{ '/no_think' if enable_thinking is false else '/think' }}<|im_end|>\n"
     "{% for m in messages %}{% if m['role'] == 'assistant' %}<|im_start|>assistant\n"
     "{% generation %}{% if enable_thinking is false %}<think>\n\n</think>\n{% endif %}"
-    "{{ m['content'].lstrip('\n') }}<|im_end|>{% endgeneration %}\n"
+    "{{ m['content'].lstrip('\n') }}<|im_end|>{% endgeneration %}{{ '\n' }}"
     "{% elif m['role'] != 'system' %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endif %}"
     "{% endfor %}"
     + GENERATE
