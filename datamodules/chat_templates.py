@@ -75,11 +75,14 @@ def _render(render: Render, messages: Sequence[Message]) -> tuple[Sequence[Messa
     """The messages as the template takes them, and their text."""
     try:
         return messages, render(messages)
-    except Exception:  # as above; most templates want the arguments of a call as data, some as a text
+    except Exception as error:  # as above; most templates want the arguments of a call as data, some as a text
         if not any("tool_calls" in message for message in messages):
             raise
         messages_as_text = with_text_arguments(messages)
-        return messages_as_text, render(messages_as_text)
+        try:
+            return messages_as_text, render(messages_as_text)
+        except Exception:
+            raise error from None
 
 
 def _scored(
@@ -128,8 +131,8 @@ def _without_trace(
             return False
 
     ignored = [name for name in variables if not re.search(rf"\b{re.escape(name)}\b", template)]
-    keys = dict.fromkeys(key for message in messages for key in message if key not in ("role", "content"))
-    for key in keys:
+    keys = dict.fromkeys(key for message in messages for key in message if message[key])
+    for key in [key for key in keys if key not in ("role", "content")]:
         if is_same([{name: value for name, value in message.items() if name != key} for message in messages]):
             ignored.append(f"messages.{key}")
     thoughtless = [{**message, "content": THOUGHT.sub("", message["content"])} for message in messages]

@@ -114,7 +114,7 @@ def _message(entry: Any, name: str) -> Message:
     if role == "tool" and not isinstance(content, str) and not _is_parts(content):
         content = json.dumps(content, ensure_ascii=False)  # a result as data
     message = {"role": role, **extra, **_contents(content, name)}
-    if tool_calls := [call for given in calls for call in _calls(given)]:
+    if tool_calls := [call for given in calls if given for call in _calls(given)]:
         message["tool_calls"] = tool_calls
     if "content" not in message:
         if not tool_calls and not any(message.get(key) for key in THOUGHTS):

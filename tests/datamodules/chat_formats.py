@@ -1,7 +1,7 @@
 """Chat templates that write as those of well-known models do, and the tokens that belong to them.
 
-Written anew from the formats: what they do to a chat is theirs, how they do it is not. Their end of text is
-written ``</s>`` and its beginning ``<s>``, as the tokenizer of the tests has them. A line break after a block is none to
+Written anew from the formats: what they do to a chat is theirs, how they do it is not. The end of a text is written
+``</s>`` and its beginning ``<s>``, as the tokenizer of the tests has them. A line break after a block is none to
 Jinja, as transformers sets it up.
 """
 

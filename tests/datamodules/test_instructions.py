@@ -2,12 +2,13 @@ import json
 from pathlib import Path
 from typing import Any
 
+import chat_formats as formats
 import pytest
 import torch
-from tokenizers import processors
+from tokenizers import AddedToken, processors
 
 from qpruner.datamodules import InstructionDataModule
-from qpruner.datamodules.instructions import to_dialogue
+from qpruner.datamodules.dialogues import Dialogue, to_dialogue
 from qpruner.errors import UserError
 from qpruner.pretrained import EMBEDDED, load_tokenizer
 
@@ -16,13 +17,6 @@ CHAT = (
     "{{ '\n' }}{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
 )
 RECORD = {"instruction": "Name a colour.", "input": "", "output": "It is red."}
-
-
-@pytest.fixture
-def tokenizer() -> Any:
-    tokenizer = load_tokenizer(EMBEDDED)
-    tokenizer.chat_template = CHAT
-    return tokenizer
 
 
 def make(records: list[Any], tmp_path: Path, chat_template: str | None = None, **options: Any) -> InstructionDataModule:
@@ -37,23 +31,6 @@ def scored_text(module: InstructionDataModule, row: int) -> str:
     rows = module.examples("test").rows
     span = slice(int(rows.offsets[row]), int(rows.offsets[row + 1]))
     return str(module.tokenizer.decode(rows.tokens[span][rows.scored[span]]))
-
-
-def test_alpaca_prompts_to_the_letter(tokenizer: Any) -> None:
-    dialogue = to_dialogue(RECORD, tokenizer, "")
-    assert not isinstance(dialogue, str)
-    assert dialogue.text == (
-        "Below is an instruction that describes a task. Write a response that appropriately completes the request."
-        "\n\n### Instruction:\nName a colour.\n\n### Response:\nIt is red."
-    )
-    assert [dialogue.text[first:last] for first, last in dialogue.responses] == ["It is red."]
-    dialogue = to_dialogue({**RECORD, "input": "{not} green"}, tokenizer, "")
-    assert not isinstance(dialogue, str)
-    assert dialogue.text == (
-        "Below is an instruction that describes a task, paired with an input that provides further context. "
-        "Write a response that appropriately completes the request."
-        "\n\n### Instruction:\nName a colour.\n\n### Input:\n{not} green\n\n### Response:\nIt is red."
-    )
 
 
 def test_the_response_and_its_end_are_scored_or_everything_is(tmp_path: Path) -> None:
@@ -78,7 +55,7 @@ def test_every_turn_of_the_assistant_is_scored(tmp_path: Path) -> None:
     rows = module.examples("test").rows
     text = "<user>Who left?\n<assistant>Tom left.</s>\n<user>When?\n<assistant>On Friday.</s>\n"
     assert module.tokenizer.decode(rows.tokens) == text
-    assert scored_text(module, 0) == "Tom left.</s>\nOn Friday.</s>\n"
+    assert scored_text(module, 0) == "Tom left.</s>On Friday.</s>"
 
 
 def test_records_that_cannot_be_used_are_counted(tmp_path: Path) -> None:
@@ -98,7 +75,7 @@ def test_records_that_cannot_be_used_are_counted(tmp_path: Path) -> None:
     (note,) = [note for note in module.prepared.notes if "skipped" in note]
     for reason in (
         "1 with an empty instruction or output (first: records.json record 1)",
-        "1 with neither 'messages' nor 'instruction' and 'output' or 'response' (first: records.json record 2)",
+        "1 in no known format, without an answer to 'question' (first: records.json record 2, with 'question')",
         "1 without a response (first: records.json record 3)",
         "1 whose 'messages' are not a list of role and content (first: records.json record 4)",
         "1 with no response within 250 tokens (first: records.json record 5)",
@@ -126,8 +103,13 @@ def test_rows_are_cut_and_padded(tmp_path: Path) -> None:
 
 
 def test_nothing_usable_and_no_template_are_errors(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="holds no usable record: 1 with neither"):
-        make([{"question": "x"}], tmp_path).examples("test")
+    with pytest.raises(UserError) as caught:
+        make([{"title": "x", "body": "y"}, {"title": "z"}], tmp_path).examples("test")
+    assert (
+        "holds no usable record: 2 in no known format (first: records.json record 0, with 'title', 'body'). Known are "
+        in (str(caught.value))
+    )
+    assert "messages, conversations" in str(caught.value) and "learn_chosen true" in str(caught.value)
     chat = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
     with pytest.raises(UserError, match=r"records.json record 0 is a chat.*has no chat template"):
         make([{"messages": chat}], tmp_path).examples("test")
@@ -151,59 +133,36 @@ TURNS = [
     {"role": "user", "content": "When?"},
     {"role": "assistant", "content": "On Friday."},
 ]
-# What matters here of the templates of well-known models, with what is to be scored of the four turns.
-TEMPLATES = {
-    "chatml": (
-        "{% if messages[0]['role'] != 'system' %}<|im_start|>system\nBe good.<|im_end|>\n{% endif %}"
-        "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
-        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}",
-        "Tom left.<|im_end|>\nOn Friday.<|im_end|>\n",
-    ),
-    "llama 2": (
-        "{% for m in messages %}{% if m['role'] == 'user' %}<s>[INST] {{ m['content'] }} [/INST]"
-        "{% else %} {{ m['content'] | trim }} </s>{% endif %}{% endfor %}",
-        " Tom left. </s> On Friday. </s>",
-    ),
-    "qwen 3": (  # a thought before the last answer
-        "{% for m in messages %}<|im_start|>{{ m['role'] }}\n"
-        "{% if m['role'] == 'assistant' and loop.last %}<think>\n\n</think>\n\n{% endif %}"
-        "{{ m['content'] }}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}",
-        "Tom left.<|im_end|>\n<think>\n\n</think>\n\nOn Friday.<|im_end|>\n",
-    ),
-    "phi 3": (  # the end of text after the last turn
-        "{% for m in messages %}<|{{ m['role'] }}|>\n{{ m['content'] }}<|end|>\n{% endfor %}"
-        "{% if add_generation_prompt %}<|assistant|>\n{% else %}</s>{% endif %}",
-        "Tom left.<|end|>\nOn Friday.<|end|>\n</s>",
-    ),
-}
 
 
-@pytest.mark.parametrize("name", TEMPLATES)
-def test_templates_of_well_known_models(name: str, tokenizer: Any, tmp_path: Path) -> None:
-    template, scored = TEMPLATES[name]
-    special = ["<|im_start|>", "<|im_end|>", "<|user|>", "<|assistant|>", "<|end|>", "[INST]", "[/INST]"]
+@pytest.mark.parametrize("template", [formats.SMOLLM2, formats.LLAMA2, formats.QWEN3, formats.PHI3, formats.SMOLLM3])
+def test_tokens_of_a_chat_are_those_of_its_template(template: str, tmp_path: Path) -> None:
     module = make([{"messages": TURNS}], tmp_path, template)
-    for each in (tokenizer, module.tokenizer):
-        each.add_special_tokens({"additional_special_tokens": special})
-        each.chat_template = template
-    assert scored_text(module, 0) == scored
-    assert module.tokenizer.decode(module.examples("test").rows.tokens) == tokenizer.apply_chat_template(
-        TURNS, tokenize=False
-    )
+    module.tokenizer.add_special_tokens({"additional_special_tokens": list(formats.TOKENS)})
+    text = module.tokenizer.apply_chat_template(TURNS, tokenize=False)
+    dialogue = to_dialogue({"messages": TURNS}, module.tokenizer, "")
+    assert isinstance(dialogue, Dialogue) and dialogue.scored is not None
+    assert module.tokenizer.decode(module.examples("test").rows.tokens) == text
+    assert scored_text(module, 0) == "".join(text[first:last] for first, last in dialogue.scored)
+
+
+def test_a_token_that_takes_the_white_space_after_it_is_scored(tmp_path: Path) -> None:
+    module = make([{"messages": TURNS}], tmp_path, formats.PHI3)
+    module.tokenizer.add_tokens([AddedToken("<|end|>", rstrip=True, special=True)])  # as Phi-3's tokenizer has it
+    assert scored_text(module, 0) == "Tom left.<|end|>On Friday.<|end|></s>"
 
 
 def test_a_system_message_is_not_scored(tmp_path: Path) -> None:
     module = make([{"messages": [{"role": "system", "content": "Be kind."}, *TURNS]}], tmp_path, CHAT)
-    assert scored_text(module, 0) == "Tom left.</s>\nOn Friday.</s>\n"
+    assert scored_text(module, 0) == "Tom left.</s>On Friday.</s>"
 
 
 def test_chats_that_a_template_has_no_place_for_are_counted(tmp_path: Path) -> None:
     strict = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('No system, please') }}{% endif %}" + CHAT
-    upper = CHAT.replace("{{ m['content'] }}", "{{ m['content'] if loop.last else m['content'] | upper }}")
     chats: list[Any] = [
         TURNS,
         [{"role": "system", "content": "Be kind."}, *TURNS],
-        TURNS[1:],
+        TURNS[1:2],
         [*TURNS[:1], {"role": "assistant", "content": None}],
         [*TURNS[:1], {"role": None, "content": "x"}],
         [],
@@ -220,8 +179,13 @@ def test_chats_that_a_template_has_no_place_for_are_counted(tmp_path: Path) -> N
         "1 with half a surrogate pair, which is no Unicode text (first: records.json record 6)",
     ):
         assert reason in note
-    with pytest.raises(UserError, match="1 whose responses the chat template puts at no fixed place"):
-        make([{"messages": TURNS}], tmp_path, upper).examples("test")
+    backwards = CHAT.replace("in messages", "in messages | reverse")
+    with pytest.raises(
+        UserError, match="1 whose responses cannot be told from prompts.*order of the messages; put what"
+    ):
+        make([{"messages": TURNS}], tmp_path, backwards).examples("test")
+    rows = make([{"messages": TURNS}], tmp_path, backwards, response_only=False).examples("test").rows
+    assert rows.num_scored == len(rows.tokens) - 1
 
 
 def test_an_end_of_text_that_the_tokenizer_adds_is_a_target_too(tmp_path: Path) -> None:
@@ -251,5 +215,72 @@ def test_a_response_beyond_the_cut_is_skipped_and_one_across_it_is_cut(tmp_path:
 
 def test_the_reason_is_told_before_anything_is_held_out(tmp_path: Path) -> None:
     (tmp_path / "a.json").write_text('[{"prompt": "x"}]')
-    with pytest.raises(UserError, match="a.json' holds no usable record: 1 with neither 'messages' nor"):
+    with pytest.raises(UserError, match="a.json' holds no usable record: 1 in no known format, without an answer to"):
         InstructionDataModule(train=str(tmp_path / "a.json"), tokenizer=EMBEDDED).prepare_data()
+
+
+def test_one_bad_record_costs_itself_only(tmp_path: Path) -> None:
+    """Arguments of calls come as text from OpenAI, and templates stumble over what is neither text nor data."""
+    asked = {"role": "user", "content": "Rain?"}
+    calls: list[Any] = ['{"day": 3}', {"day": 3}, "{day: 3", ["x"]]
+    template = CHAT.replace(
+        "{{ m['content'] }}",
+        "{{ m['content'] }}{% for c in m.tool_calls %}{% for key, value in c.function.arguments.items() %}"
+        "[{{ c.function.name }} {{ key }} {{ value }}]{% endfor %}{% endfor %}",
+    )
+    chats = [
+        [asked, {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "f", "arguments": call}}]}]
+        for call in calls
+    ]
+    module = make([{"messages": chat} for chat in chats], tmp_path, template)
+    assert [scored_text(module, row) for row in range(2)] == ["[f day 3]</s>"] * 2
+    assert len(module.examples("test")) == 2
+    (note,) = [note for note in module.prepared.notes if "skipped" in note]
+    assert (
+        "1 that the chat template refuses ('str object' has no attribute 'items') (first: records.json record 2)"
+        in note
+    )
+    assert (
+        "1 that the chat template refuses ('list object' has no attribute 'items') (first: records.json record 3)"
+        in note
+    )
+
+
+def test_fields_that_are_not_used_are_named_with_their_count(tmp_path: Path) -> None:
+    chat = [{**TURNS[0], "name": "Ann"}, TURNS[1]]
+    records = [{**RECORD, "id": 1}, {**RECORD, "id": 2, "output": "It is blue.", "source": None}]
+    module = make([*records, {"messages": chat, "id": 3, "tools": [{"name": "f"}]}, {"id": 4}], tmp_path, CHAT)
+    (note,) = [note for note in module.prepared.notes if "not used" in note]
+    assert note.endswith("test: fields of records that are not used: 'id' in 3, 'tools' in 1, 'messages.name' in 1")
+    assert not [note for note in make([RECORD], tmp_path).prepared.notes if "not used" in note]
+
+
+def test_instructions_as_chats(tmp_path: Path) -> None:
+    record = {**RECORD, "input": "Not green.", "system": "Be kind."}
+    module = make([record], tmp_path, CHAT, layout="chat")
+    assert module.tokenizer.decode(module.examples("test").rows.tokens) == (
+        "<system>Be kind.\n<user>Name a colour.\n\nNot green.\n<assistant>It is red.</s>\n"
+    )
+    assert scored_text(module, 0) == "It is red.</s>"
+    with pytest.raises(UserError, match="has no chat template. Use the tokenizer of a chat model, put a chat_template"):
+        make([record], tmp_path, layout="chat").examples("test")
+
+
+def test_variables_of_the_chat_template(tmp_path: Path) -> None:
+    records = [{"messages": TURNS[:2]}, {"messages": TURNS[2:], "chat_template_kwargs": {"mood": "sad"}}]
+    template = "{{ mood }}\n" + CHAT
+    module = make(records, tmp_path, template, chat_template_kwargs={"mood": "gay"})
+    rows = module.examples("test").rows
+    texts = module.tokenizer.batch_decode([rows.tokens[: rows.offsets[1]], rows.tokens[rows.offsets[1] :]])
+    assert [text.split("\n")[0] for text in texts] == ["gay", "sad"]
+    assert module.key != make(records, tmp_path, template).key
+
+
+def test_chosen_answers_are_learnt_where_they_are_asked_for(tmp_path: Path) -> None:
+    record = {"question": "Name a colour.", "chosen": "It is red.", "rejected": "No."}
+    with pytest.raises(
+        UserError, match="1 with 'chosen' alone for an answer, which --data.init_args.learn_chosen true"
+    ):
+        make([record], tmp_path).examples("test")
+    module = make([record], tmp_path, learn_chosen=True)
+    assert scored_text(module, 0) == "It is red.</s>"
