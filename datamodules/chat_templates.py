@@ -5,7 +5,8 @@ puts after the messages before it when it is asked for a response, up to and inc
 calls and the thoughts that the template writes out belong to it, and the header of the turn does not. Where the
 template writes a finished turn otherwise than the generation prompt begins it (DeepSeek-R1 opens a thought there, which
 no finished turn has), the response begins where the two part. White space between the end-of-turn token and the next
-turn is nobody's. Where a template has ``{% generation %}`` blocks, these are the responses.
+turn is nobody's, nor is what follows the last turn only (Phi-3 puts the end of text there), unless it is what ends it.
+Where a template has ``{% generation %}`` blocks, these are the responses.
 
 Templates are programs; nothing is known of them but what they render. The places are found by marks, characters that
 stand in no text: one at the end of a message shows where its text comes to stand, among whatever else the template does
@@ -17,7 +18,7 @@ from collections.abc import Callable, Sequence
 from os.path import commonprefix
 from typing import Any
 
-from qpruner.datamodules.messages import Conversation, Message, Part, Unusable, says_something, with_text_arguments
+from qpruner.datamodules.messages import Conversation, Message, Part, Unusable, with_text_arguments
 
 Span = tuple[int, int]  # of characters: the first, and the one after the last
 Render = Callable[..., str]  # render(messages, add_generation_prompt=False)
@@ -98,7 +99,7 @@ def _scored(
     others = [
         places.of(number)
         for number, (message, part) in enumerate(zip(places.messages, parts, strict=True))
-        if message["role"] == "assistant" and part != "response" and says_something(message)
+        if message["role"] == "assistant" and part != "response"
     ]
     return _without(blocks, others)
 
@@ -207,27 +208,41 @@ class _Places:
         # The chat before is written otherwise where more comes after it: look from the end of the last message only.
         place = self._end_of_content(self.messages, number - 1, self.text)
         prompt_place = self._end_of_content(self.messages[:number], number - 1, prompt, add_generation_prompt=True)
-        first = place + len(self._beginning(self.text[place:], prompt[prompt_place:]))
-        if self._end_of_content(self.messages, number, self.text) < first:
+        tail = prompt[prompt_place:]
+        shared = self._beginning(self.text[place:], tail)
+        said = self._end_of_content(self.messages, number, self.text)
+        if shared != tail:  # what a template puts after all messages, such as tools, comes between
+            header = prompt.removeprefix(self.render(self.messages[:number]))
+            header_place = self.text.find(header, place, said)
+            if header not in ("", prompt) and header_place >= 0:
+                return header_place + len(header)
+        if said < place + len(shared):
             raise _no_place("does not keep the order of the messages")
-        return first
+        return place + len(shared)
 
     def _last(self, number: int) -> int:
-        """Where the turn ends that is message ``number``."""
-        if number + 1 == len(self.messages):
-            return len(self.text)
-        alone = self.render(self.messages[: number + 1])
-        if self.text.startswith(alone):
-            return len(alone)
+        """Where the turn ends that is message ``number``: from there on, the text depends on what follows."""
+        if number + 1 < len(self.messages):
+            messages = self.messages[: number + 1]
+            other = self.render(messages)
+            if self.text.startswith(other):
+                return len(other)
+        else:
+            messages = [*self.messages, {"role": "user", "content": "?"}]
+            try:
+                other = self.render(messages)
+            except Exception:  # as above: some templates let nothing but its result follow a call
+                return len(self.text)
+            if other.startswith(self.text):
+                return len(self.text)
         # Some templates dress the last turn of a chat: Qwen3 puts thoughts before it, Phi-3 the end of text after it.
         place = self._end_of_content(self.messages, number, self.text)
-        alone_place = self._end_of_content(self.messages[: number + 1], number, alone)
-        ending = self._beginning(self.text[place:], alone[alone_place:])
-        place, alone_place = place + len(ending), alone_place + len(ending)
-        if not ending.strip() and self.token.match(alone, alone_place):  # gpt-oss ends the last turn in another token
-            token = self.token.match(self.text, place)
-            return token.end() if token else place
-        return place
+        other_place = self._end_of_content(messages, number, other)
+        ending = self._beginning(self.text[place:], other[other_place:])
+        place, other_place = place + len(ending), other_place + len(ending)
+        token = self.token.match(self.text, place)
+        is_open = other_place < len(other) and not self.token.search(ending)
+        return token.end() if token and is_open else place  # gpt-oss ends the last turn in a token of its own
 
     def _end_of_content(self, messages: Sequence[Message], number: int, text: str, **options: Any) -> int:
         """Where in ``text``, their render, the content of a message ends, or the name of its last call."""

@@ -72,7 +72,7 @@ def test_responses_are_scored_with_their_end_of_turn(
     [
         (formats.LLAMA2, " Tom. </s>", " On Friday. </s>"),
         (formats.MISTRAL, " Tom.</s>", " On Friday.</s>"),
-        (formats.PHI3, "Tom.<|end|>", "On Friday.<|end|>\n</s>"),
+        (formats.PHI3, "Tom.<|end|>", "On Friday.<|end|>"),
         (formats.QWEN3, "Tom.<|im_end|>", "<think>\n\n</think>\n\nOn Friday.<|im_end|>"),
         (
             formats.GPT_OSS,
@@ -224,6 +224,42 @@ def test_what_the_template_leaves_out_is_named(tokenizer: Any) -> None:
     assert ignored(tokenizer, formats.QWEN25, [{**user("Who?"), "name": "Ann"}, said("Tom.")]) == ("messages.name",)
 
 
+TOOLS_LAST = formats.CHATML.replace(
+    formats.GENERATE, "{% if tools %}TOOLS{{ tools | tojson }}{% endif %}" + formats.GENERATE
+)
+ENDED_ONCE = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}{{ '\n' }}{% endfor %}" + (
+    "{% if add_generation_prompt %}assistant: {% else %}</s>{% endif %}"
+)
+DATED = "Now: {{ messages | length }}{{ '\n' }}" + formats.CHATML
+
+
+@pytest.mark.parametrize(
+    ("template", "expected"),
+    [
+        (TOOLS_LAST, ["Tom.<|im_end|>", "On Friday.<|im_end|>"]),
+        (ENDED_ONCE, ["Tom.\n", "On Friday.\n</s>"]),
+        (DATED, ["Tom.<|im_end|>", "On Friday.<|im_end|>"]),  # no render begins as another one does
+    ],
+)
+def test_what_stands_around_all_turns_is_not_scored(tokenizer: Any, template: str, expected: list[str]) -> None:
+    assert scored(tokenizer, template, PLAIN, tools=TOOLS) == expected
+
+
+def test_a_chat_may_end_in_a_call_that_only_its_result_may_follow(tokenizer: Any) -> None:
+    strict = (
+        "{% for m in messages %}{% if m['role'] == 'user' and loop.index0 and messages[loop.index0 - 1].tool_calls %}"
+        "{{ raise_exception('Where is the result?') }}{% endif %}{% endfor %}" + formats.QWEN25
+    )
+    assert scored(tokenizer, strict, CALLS[2:4])[0].startswith("<tool_call>")
+
+
+def test_an_empty_turn_is_not_scored_whatever_marks_it(tokenizer: Any) -> None:
+    chat = [user("Who?"), said(""), user("Who?"), said("Tom.")]
+    for template in (formats.CHATML, formats.SMOLLM3, formats.QWEN3):
+        assert scored(tokenizer, template, chat)[-1].endswith("Tom.<|im_end|>")
+        assert len(scored(tokenizer, template, chat)) == 1
+
+
 FIRST_LAST = (  # the answer before the question
     "{% for m in messages | reverse %}<{{ m['role'] }}>{{ m['content'] }}\n{% endfor %}"
     "{% if add_generation_prompt %}<assistant>{% endif %}"
@@ -257,7 +293,7 @@ def test_responses_without_a_place_need_generation_blocks_or_no_place_at_all(
 
 def test_content_rewritten_alike_in_every_render_has_a_place(tokenizer: Any) -> None:
     upper = formats.PHI3.replace("{{ m['content'] }}", "{{ m['content'] if loop.last else m['content'] | upper }}")
-    assert scored(tokenizer, upper, PLAIN) == ["TOM.<|end|>", "On Friday.<|end|>\n</s>"]
+    assert scored(tokenizer, upper, PLAIN) == ["TOM.<|end|>", "On Friday.<|end|>"]
 
 
 @pytest.mark.parametrize(

@@ -149,7 +149,7 @@ def test_tokens_of_a_chat_are_those_of_its_template(template: str, tmp_path: Pat
 def test_a_token_that_takes_the_white_space_after_it_is_scored(tmp_path: Path) -> None:
     module = make([{"messages": TURNS}], tmp_path, formats.PHI3)
     module.tokenizer.add_tokens([AddedToken("<|end|>", rstrip=True, special=True)])  # as Phi-3's tokenizer has it
-    assert scored_text(module, 0) == "Tom left.<|end|>On Friday.<|end|></s>"
+    assert scored_text(module, 0) == "Tom left.<|end|>On Friday.<|end|>"
 
 
 def test_a_system_message_is_not_scored(tmp_path: Path) -> None:
