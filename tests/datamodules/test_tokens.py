@@ -125,6 +125,8 @@ def test_spans_are_scored_and_nothing_else() -> None:
     assert tokenizer.decode(row.tokens[row.scored]) == " Hello 👋 there. Bye, Ben."
     assert not row.scored[0]  # <s>
     assert not rows(tokenizer, [text], scored_from=[[]])[0].scored.any()
+    assert [row.scored.any() for row in rows(tokenizer, [text, text], scored_from=[[], None])] == [False, True]
+    assert rows(tokenizer, [text], scored_from=[None])[0].scored.all()
 
 
 def test_a_token_across_the_border_belongs_to_the_response() -> None:
