@@ -45,6 +45,7 @@ from qpruner.search.config import SearchConfig
 from qpruner.search.trainer import SearchTrainer
 from qpruner.training.module import LoRAFinetuner
 from qpruner.training.preflight import (
+    check_callbacks,
     check_checkpoint,
     check_kept,
     check_trainer,
@@ -187,6 +188,8 @@ class QPrunerCLI(LightningCLI):
             trainer = super().instantiate_trainer(**kwargs, callbacks=callbacks)
         if self.subcommand == "fit":
             check_trainer(trainer)
+            for other in self.phases[phase.number :]:
+                check_callbacks(trainer, other.callbacks)
         return trainer
 
     def _check_command(self, options: Any, callbacks: Sequence[Callback]) -> None:

@@ -1,7 +1,7 @@
 """Finds what of a Trainer's options cannot be had, before a fit has done any work."""
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from pickle import UnpicklingError
@@ -53,11 +53,12 @@ def refusals_told(*others: type[Exception]) -> Iterator[None]:
     Raises:
         UserError: it refuses something.
     """
+    refusals: tuple[type[Exception], ...] = (MisconfigurationException, *others)
     try:
         yield
     except UserError:
         raise
-    except (MisconfigurationException, *others) as error:
+    except refusals as error:
         raise UserError(" ".join(str(error).split())) from error
 
 
@@ -113,7 +114,15 @@ def check_trainer(trainer: Trainer) -> None:
         raise UserError(
             "--trainer.plugins has AsyncCheckpointIO, and a run must know when its checkpoint is on disk. Leave it out."
         )
-    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    check_callbacks(trainer, trainer.callbacks)  # type: ignore[attr-defined]
+
+
+def check_callbacks(trainer: Trainer, callbacks: Sequence[Callback]) -> None:
+    """Finds callbacks that cannot act on a fit of a Trainer.
+
+    Raises:
+        UserError: there is one.
+    """
     for callback in callbacks:
         name = type(callback).__name__
         for unfit, why in UNFIT.items():
