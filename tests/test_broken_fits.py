@@ -159,20 +159,28 @@ def test_an_optimizer_whose_moments_overflow_is_not_kept(arguments: list[str], t
 
 
 def test_steps_that_the_loss_scale_skips_are_legal_and_a_scale_that_never_fits_is_told(
-    arguments: list[str], tmp_path: Path, spoil: Any
+    config: dict[str, Any], tmp_path: Path, spoil: Any
 ) -> None:
-    mixed = [*arguments, "--trainer.precision", "16-mixed", "--trainer.limit_val_batches", "0"]
-    spoil(gradient_at(lambda step: step <= 2, math.inf))
+    # On a CPU the option `precision` would take bf16-mixed in place of 16-mixed.
+    scaled = {"precision": "16-mixed", "device": "cpu"}
+    config["trainer"] |= {
+        "plugins": [{"class_path": "lightning.pytorch.plugins.MixedPrecision", "init_args": scaled}],
+        "limit_val_batches": 0,
+        "val_check_interval": 1.0,
+    }
+    (path := tmp_path / "mixed.yaml").write_text(yaml.safe_dump(config))
+    mixed = ["--config", str(path)]
+    spoil(gradient_at(lambda step: step <= 3, math.inf))
     run(["fit", *mixed, "--run.name", "legal"])
     assert RunFolder(tmp_path / "runs" / "legal").finished
     spoil(gradient_at(lambda step: True, math.inf))
     said = refused(mixed)
     assert "gradients of all 5 optimizer steps so far are not finite" in said and "bf16-mixed" in said
     assert_not_finished(tmp_path / "runs" / "x")
-    # Of 33 steps the first is taken; then the scale is halved until it says that no scale helps.
+    # The first step is taken; then the scale is halved, from 2 to the 16, until it says that no scale helps.
     spoil(gradient_at(lambda step: step > 1, math.inf))
-    said = refused([*mixed, "--restart", "--trainer.max_epochs", "7"])
-    assert "loss scale of 16-mixed has fallen to 3e-05" in said
+    said = refused([*mixed, "--restart", "--trainer.max_epochs", "8"])
+    assert "By optimizer step 32 the loss scale of 16-mixed has fallen to 3e-05" in said
     assert_not_finished(tmp_path / "runs" / "x")
 
 
