@@ -8,6 +8,7 @@ import test_cli
 import torch
 import yaml
 from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.callbacks import EarlyStopping
 
 from qpruner.cli import run
 from qpruner.datamodules import StoriesDataModule
@@ -128,17 +129,14 @@ def test_a_callback_from_elsewhere_may_log_what_another_waits_for(stories: Stori
     class Mine(Callback):
         pass
 
-    Mine.__module__ = "mine"
-    from lightning.pytorch.callbacks import EarlyStopping
+    def trainer(*callbacks: Callback) -> Trainer:
+        return Trainer(accelerator="cpu", logger=False, callbacks=list(callbacks), enable_checkpointing=False)
 
+    Mine.__module__ = "mine"
     waiting = EarlyStopping("mine/metric")
-    for callbacks in ([waiting], [waiting, Mine()]):
-        trainer = Trainer(accelerator="cpu", logger=False, callbacks=callbacks, enable_checkpointing=False)
-        if len(callbacks) == 1:
-            with pytest.raises(UserError, match="'mine/metric', which nothing logs"):
-                check_monitored(trainer, stories)
-        else:
-            check_monitored(trainer, stories)
+    with pytest.raises(UserError, match="'mine/metric', which nothing logs"):
+        check_monitored(trainer(waiting), stories)
+    check_monitored(trainer(waiting, Mine()), stories)
 
 
 def test_a_checkpoint_is_looked_at_before_the_model_is_loaded(
