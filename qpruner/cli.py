@@ -143,11 +143,13 @@ class QPrunerCLI(LightningCLI):
         if self.subcommand in WRITING and not self.kept:
             self._rehearse()
         run = self.folder
-        self._lock_folder(run)
-        self.first = self.model
-        over = 0 if self.rehearses or options.restart else min(run.finished_phases, len(self.phases) - 1)
-        trainer = self._enter(self.phases[over], kwargs)
-        self._claim_folder(run)
+        with ExitStack() as claim:
+            self._lock_folder(run, claim)
+            self.first = self.model
+            over = 0 if self.rehearses or options.restart else min(run.finished_phases, len(self.phases) - 1)
+            trainer = self._enter(self.phases[over], kwargs)
+            self._claim_folder(run)
+            self._claim = claim.pop_all()  # held until the command is over
         for note in notes:
             rank_zero_info(note)
         return trainer
@@ -242,12 +244,11 @@ class QPrunerCLI(LightningCLI):
             for callback in compressing:
                 callback.check(rehearsal)
 
-    def _lock_folder(self, run: RunFolder) -> None:
+    def _lock_folder(self, run: RunFolder, claim: ExitStack) -> None:
         """Keeps others out of the folder of the run and begins its log, on rank zero."""
-        self._claim = ExitStack()
         if getattr(rank_zero_only, "rank", 0) == 0:
-            self._claim.callback(run.lock().release)
-            self._claim.callback(log_to(run.log))
+            claim.callback(run.lock().release)
+            claim.callback(log_to(run.log))
 
     def _claim_folder(self, run: RunFolder) -> None:
         """On rank zero; the other ranks follow what it finds there."""

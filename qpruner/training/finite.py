@@ -39,21 +39,28 @@ def not_finite(model: nn.Module, what: str) -> UserError:
         model: that is trained, adapters and all.
         what: is not finite, with its verb.
     """
-    said = f"{what} not finite; what was trained since the last checkpoint is not kept."
-    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     if broken := broken_names((name, tensor) for name, tensor in model.state_dict().items() if name not in trained):
         return UserError(
-            f"{said} Of the base model {len(broken)} tensors are not, {broken[0]} the first. Give an undamaged model "
-            f"as --model.base, in a --model.dtype that holds its values."
+            f"{what} not finite. Of the base model {len(broken)} tensors are not, {broken[0]} the first. Give an "
+            f"undamaged model as --model.base, in a --model.dtype that holds its values."
         )
-    if any(parameter.dtype == torch.float16 for parameter in model.parameters() if parameter.requires_grad):
+    if not trained:
+        return UserError(
+            f"{what} not finite, though its weights are: the computation overflows. Use --trainer.precision bf16-mixed "
+            f"or 32-true, or another --model.dtype."
+        )
+    if any(parameter.dtype == torch.float16 for parameter in trained.values()):
         remedy = "Adapters in float16 are too coarse to train: use --trainer.precision 16-mixed or bf16-mixed"
     else:
         remedy = (
             "Lower --model.optimizer.lr, clip gradients by --trainer.gradient_clip_val, or compute with "
             "--trainer.precision bf16-mixed or 32-true"
         )
-    return UserError(f"{said} {remedy}, and begin anew with --restart or under another --run.name.")
+    return UserError(
+        f"{what} not finite; what was trained since the last checkpoint is not kept. {remedy}, and begin anew with "
+        f"--restart or under another --run.name."
+    )
 
 
 class LossWatch:

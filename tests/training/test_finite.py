@@ -39,10 +39,11 @@ def test_the_first_step_of_any_process_is_told() -> None:
 
 def test_the_remedy_depends_on_what_is_broken() -> None:
     model = torch.nn.Sequential(torch.nn.Linear(2, 2).requires_grad_(False), torch.nn.Linear(2, 2))
-    assert "The loss is not finite; " in str(not_finite(model, "The loss is"))
+    assert "The loss is not finite; what" in str(not_finite(model, "The loss is"))
     assert "--model.optimizer.lr" in str(not_finite(model, "The loss is"))
     torch.nn.init.constant_(model[1].weight, math.nan)  # what is trained is not the cause
     assert "--model.optimizer.lr" in str(not_finite(model, "The loss is"))
     assert "16-mixed" in str(not_finite(model.half(), "The loss is"))
+    assert "the computation overflows. Use --trainer.precision" in str(not_finite(model[0], "The loss is"))
     torch.nn.init.constant_(model[0].bias, math.inf)
     assert "1 tensors are not, 0.bias the first. Give an undamaged model" in str(not_finite(model, "The loss is"))
