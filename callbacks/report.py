@@ -20,6 +20,7 @@ from qpruner.runs.pictures import plan_figure
 from qpruner.runs.report import Stage, Summary, protocol_line, table, write_report
 from qpruner.training.evaluation import evaluate
 from qpruner.training.module import LoRAFinetuner
+from qpruner.training.preflight import check_lengths, check_monitored
 
 
 class RunReport(Callback):
@@ -50,6 +51,7 @@ class RunReport(Callback):
         if stage != "fit":
             return
         module, data = _expect(trainer, pl_module)
+        self._check(trainer, module, data)
         self._measured = time.perf_counter()
         module.load_base()
         loading = time.perf_counter() - self._measured
@@ -66,13 +68,22 @@ class RunReport(Callback):
                 devices=f"{trainer.world_size} x {trainer.strategy.root_device.type}",
             )
         if module.plan is None:  # else an earlier session has compressed it, and measured it before
+            self.measure(trainer, "dense", seconds=loading)
+
+    def _check(self, trainer: Trainer, module: LoRAFinetuner, data: TokenDataModule) -> None:
+        """Finds, before the model is loaded, what of the options does not go with the data.
+
+        Raises:
+            UserError: something.
+        """
+        steps = check_lengths(trainer, data)
+        module.optimizer_config.check(steps)
+        check_monitored(trainer, data)
+        if not self._measured_stages(trainer):
             for callback in (*compressing(trainer), *self.later):
                 callback.check_text(data)
-            # Once only: it makes the training loader, whose state a later session has still to restore.
-            if not self._measured_stages(trainer):
-                for callback in compressing(trainer):
-                    callback.check_steps(trainer.estimated_stepping_batches)
-            self.measure(trainer, "dense", seconds=loading)
+            for callback in compressing(trainer):
+                callback.check_steps(steps)
 
     def measure(self, trainer: Trainer, name: str, *, seconds: float | None = None) -> None:
         """Measures the model as it is, unless an earlier session of the run did.
@@ -86,7 +97,7 @@ class RunReport(Callback):
         if name not in self._measured_stages(trainer):
             if seconds is None:
                 seconds = time.perf_counter() - self._measured
-            self._add_stage(trainer, name, seconds=seconds, peak_training=None)
+            self._add(trainer, self._measure(trainer, name, seconds=seconds, peak_training=None))
         self._measured = time.perf_counter()
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -124,13 +135,14 @@ class RunReport(Callback):
     def end(self, trainer: Trainer) -> None:
         """Keeps and measures what the fit made of the model, and ends the run with its last phase."""
         module, _ = _expect(trainer, trainer.lightning_module)
-        module.keep_adapters()  # before the run is called finished
         leaves = [callback.leaves for callback in compressing(trainer)]
         name = self._titled("pruned in training" if "pruned in training" in leaves else "recovered")
         last = self.folder.phase is None
+        stage = self._measure(trainer, name, seconds=self._seconds, peak_training=self._peak)
+        module.keep_adapters()  # before the run is called finished, and after they were found to work
         if module.plan is not None and trainer.is_global_zero:
             module.plan.write(self.folder.plan)
-        self._add_stage(trainer, name, seconds=self._seconds, peak_training=self._peak, last=last)
+        self._add(trainer, stage, last=last)
         if trainer.is_global_zero and last:
             summary = Summary.read(self.folder.summary)
             if isinstance(trainer.logger, TensorBoardLogger):
@@ -152,10 +164,12 @@ class RunReport(Callback):
         peaks = [peak for peak in (self._peak, read_peak(device)) if peak is not None]
         return self._seconds + time.perf_counter() - self._since, max(peaks, default=None)
 
-    def _add_stage(
-        self, trainer: Trainer, name: str, *, seconds: float, peak_training: int | None, last: bool = False
-    ) -> None:
-        """Measures the model as it is now and puts it into the summary."""
+    def _measure(self, trainer: Trainer, name: str, *, seconds: float, peak_training: int | None) -> Stage:
+        """Measures the model as it is now.
+
+        Raises:
+            UserError: its loss or accuracy is not finite, so that it is of no use to the fit.
+        """
         module, data = _expect(trainer, trainer.lightning_module)
         device = trainer.strategy.root_device
         reset_peak(device)
@@ -171,13 +185,19 @@ class RunReport(Callback):
                 title=f"Testing {name}",
                 progress=trainer.is_global_zero and trainer.progress_bar_callback is not None,
             )
-        stage = Stage(
+            module.check_results(f"the {name} model on the test split", results)
+        return Stage(
             name, num_parameters(module.model), tensor_bytes(module.model), module.average_bits, results, seconds,
             peak_training, read_peak(device),
         )  # fmt: skip
+
+    def _add(self, trainer: Trainer, stage: Stage, *, last: bool = False) -> None:
+        """Puts a stage into the summary."""
         if trainer.is_global_zero:
-            others = (other for other in self._stages() if other.name != name)  # measured by a session that was cut
-            Summary(last, data.protocol, peak_meaning(device), (*others, stage)).write(self.folder.summary)
+            others = (other for other in self._stages() if other.name != stage.name)  # of a session that was cut
+            _, data = _expect(trainer, trainer.lightning_module)
+            peak_of = peak_meaning(trainer.strategy.root_device)
+            Summary(last, data.protocol, peak_of, (*others, stage)).write(self.folder.summary)
 
     def _measured_stages(self, trainer: Trainer) -> list[str]:
         """Names of the stages that were measured, as rank zero has them: its view of the folder is up to date."""

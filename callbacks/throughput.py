@@ -27,7 +27,7 @@ class Throughput(Callback):
     ) -> None:
         self._tokens = self._tokens + batch["attention_mask"].sum()
         every: int = trainer.log_every_n_steps  # type: ignore[attr-defined]
-        if (trainer.fit_loop.epoch_loop.total_batch_idx + 1) % every == 0:
+        if every and (trainer.fit_loop.epoch_loop.total_batch_idx + 1) % every == 0:
             rate = float(self._tokens) / (time.perf_counter() - self._since)
             pl_module.log("train/tokens_per_second", rate, prog_bar=True, sync_dist=True, reduce_fx="sum")
             self._begin()

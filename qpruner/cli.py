@@ -51,6 +51,15 @@ from qpruner.runs.search import SearchResults, variants_table
 from qpruner.search.config import SearchConfig
 from qpruner.search.trainer import SearchTrainer
 from qpruner.training.module import LoRAFinetuner
+from qpruner.training.preflight import (
+    check_callbacks,
+    check_checkpoint,
+    check_kept,
+    check_trainer,
+    class_refused,
+    options_told,
+    refusals_told,
+)
 
 WRITING = ("fit", "search")
 """Commands that make a run, whose options the run folder is bound to."""
@@ -115,7 +124,7 @@ class QPrunerCLI(LightningCLI):
         try:
             super().instantiate_classes()
         except ValueError as error:  # jsonargparse buries the texts of our errors in its own
-            raise user_error(error) or error from None
+            raise user_error(error) or class_refused(error) or error from None
 
     def before_instantiate_classes(self) -> None:
         """Lets a run whose base is kept go on when the dense model is gone: the tokenizer is kept, too."""
@@ -140,15 +149,24 @@ class QPrunerCLI(LightningCLI):
         self.phases = phases_of(self.folder, callbacks, further)
         if self.subcommand in WRITING and not self.kept:
             self._rehearse()
-        self._claim_folder()
+        run = self.folder
+        with ExitStack() as claim:
+            self._lock_folder(run, claim)
+            self.first = self.model
+            over = 0 if self.rehearses or options.restart else min(run.finished_phases, len(self.phases) - 1)
+            trainer = self._enter(self.phases[over], kwargs)
+            self._claim_folder(run)
+            self._claim = claim.pop_all()  # held until the command is over
         for note in notes:
             rank_zero_info(note)
-        self.first = self.model
-        over = 0 if self.rehearses or options.restart else min(self.folder.finished_phases, len(self.phases) - 1)
-        return self._enter(self.phases[over], kwargs)
+        return trainer
 
     def _enter(self, phase: Phase, kwargs: dict[str, Any] | None = None) -> Trainer:
-        """Makes the module and the Trainer of a phase."""
+        """Makes the module and the Trainer of a phase.
+
+        Raises:
+            UserError: the Trainer's options cannot be had.
+        """
         if phase.number > 1:  # loggers, strategies and the like belong to one Trainer
             self.config_init = self.parser.instantiate_classes(self.config)
         options = self.config_init[self.subcommand]
@@ -174,7 +192,14 @@ class QPrunerCLI(LightningCLI):
             callbacks = [report, *_measured(callbacks, report), MeasuredEnd(report), Throughput(), checkpoint]
         elif self.subcommand in EVALUATING:
             self.model.follows = next(filter(is_compressed, self.folder.bases), None)
-        return super().instantiate_trainer(**kwargs, callbacks=callbacks)
+        check_kept(options.trainer, keeps_checkpoint=self.subcommand == "fit" and not self.rehearses)
+        with options_told():
+            trainer = super().instantiate_trainer(**kwargs, callbacks=callbacks)
+        if self.subcommand == "fit":
+            check_trainer(trainer)
+            for other in self.phases[phase.number :]:
+                check_callbacks(trainer, other.callbacks)
+        return trainer
 
     def _check_command(self, options: Any, callbacks: Sequence[Callback]) -> None:
         """Finds options that do not go together.
@@ -227,24 +252,27 @@ class QPrunerCLI(LightningCLI):
                 callback.check(rehearsal)
             rehearse_saving(self.model.base, self.datamodule.tokenizer)
 
-    def _claim_folder(self) -> None:
+    def _lock_folder(self, run: RunFolder, claim: ExitStack) -> None:
+        """Keeps others out of the folder of the run and begins its log, on rank zero."""
+        if getattr(rank_zero_only, "rank", 0) == 0:
+            claim.callback(run.lock().release)
+            claim.callback(log_to(run.log))
+
+    def _claim_folder(self, run: RunFolder) -> None:
         """On rank zero; the other ranks follow what it finds there."""
         options = self.config[self.subcommand]
         self.continues = False
-        self._claim = ExitStack()
-        if options.restart and Path(options.model.base).absolute().is_relative_to(self.folder.path.absolute()):
+        if options.restart and Path(options.model.base).absolute().is_relative_to(run.path.absolute()):
             raise UserError(
                 f"--restart would throw away the base {options.model.base!r}, which lies in the folder of this run. "
                 f"Give the run another --run.name."
             )
-        if getattr(rank_zero_only, "rank", 0) == 0:
-            self._claim.callback(self.folder.lock().release)
-            if self.subcommand in WRITING and not options.trainer.fast_dev_run:
+        if self.subcommand in WRITING:
+            if getattr(rank_zero_only, "rank", 0) != 0:
+                self.continues = not options.restart
+            elif not options.trainer.fast_dev_run:
                 dumped = self._parser(self.subcommand).dump(options, skip_none=False)
-                self.continues = self.folder.claim(yaml.safe_load(dumped), restart=options.restart)
-            self._claim.callback(log_to(self.folder.log))
-        elif self.subcommand in WRITING:
-            self.continues = not options.restart
+                self.continues = run.claim(yaml.safe_load(dumped), restart=options.restart)
 
     def _run_subcommand(self, subcommand: str) -> None:
         with self._claim:
@@ -282,6 +310,8 @@ class QPrunerCLI(LightningCLI):
             if self.continues and self.folder.checkpoint.exists():
                 ckpt_path = str(self.folder.checkpoint)
                 rank_zero_info(f"Going on from {ckpt_path}.")
+            elif ckpt_path is not None:
+                check_checkpoint(self.model, ckpt_path)
             self.trainer.fit(self.model, datamodule=datamodule, ckpt_path=ckpt_path, weights_only=True)
             if self.rehearses:
                 break
@@ -321,6 +351,8 @@ class QPrunerCLI(LightningCLI):
 
     def _trained(self, ckpt_path: str | None) -> str | None:
         """The checkpoint to evaluate: the one given, or the run's unless its model has all that is needed."""
+        if ckpt_path is not None:
+            check_checkpoint(self.model, ckpt_path)
         if ckpt_path is not None or self._is_trained:
             return ckpt_path
         return str(self.folder.checkpoint) if self.folder.checkpoint.exists() else None
@@ -353,12 +385,12 @@ class QPrunerCLI(LightningCLI):
             seconds = time.perf_counter() - since
             stages.append(Stage(name, *size, model.average_bits, results, seconds, None, read_peak(device)))
 
+        checkpoint = self._trained(ckpt_path)
         model.load_dense_base()
         measure("dense")
         if model.follows is not None:
             model.load_kept_base(model.follows)
             measure("quantized" if model.plan and model.plan.quantized else "pruned")
-        checkpoint = self._trained(ckpt_path)
         if checkpoint or self._is_trained:
             measure("recovered", adapted=True, checkpoint=checkpoint)
         summary = Summary(True, datamodule.protocol, peak_meaning(device), tuple(stages))
@@ -397,4 +429,5 @@ def run(arguments: list[str]) -> None:
         command(arguments[1:])
     else:
         # Lightning starts the other ranks with the command of this process, so it must be left to read that itself.
-        QPrunerCLI(None if arguments == sys.argv[1:] else arguments)
+        with refusals_told():
+            QPrunerCLI(None if arguments == sys.argv[1:] else arguments)

@@ -77,4 +77,4 @@ def measured_perplexity(model: Any, data: TokenDataModule) -> float | None:
         title="Testing",
         progress=True,
     )
-    return results["perplexity"]
+    return results.get("perplexity")

@@ -36,6 +36,11 @@ class PhaseConfig:
     callbacks: Sequence[Callback] = ()
 
     def __post_init__(self) -> None:
+        if (self.max_epochs or 0) < -1 or self.max_steps < -1:
+            raise UserError(
+                f"A phase has max_epochs {self.max_epochs} and max_steps {self.max_steps}; neither is below -1, which "
+                f"stands for no limit."
+            )
         if (self.max_epochs or 0) < 1 and self.max_steps < 1:
             raise UserError("A phase has neither max_epochs nor max_steps, and would have no end. Give one of them.")
 

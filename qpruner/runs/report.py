@@ -1,9 +1,9 @@
 """The table of a run's stages, as text for the terminal and as a report with the loss curve."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 from qpruner.allocation.decision import Allocation
 from qpruner.files import read_json, write_json, write_text
@@ -26,7 +26,8 @@ class Stage:
         parameters: of the model, adapters included.
         tensor_bytes: bytes of its tensors.
         average_bits: bits per weight of the decoder linears, scales included; None where nothing was compressed.
-        results: what the metrics say: ``perplexity``, ``bits_per_byte``, ``accuracy``, ``tokens``, ...
+        results: what the metrics say: ``perplexity``, ``bits_per_byte``, ``accuracy``, ``tokens``, ...; what is unknown
+            is left out, nan and inf were measured.
         seconds: what it took to reach the state, loading or training; where nothing is reached but only measured, what
             the evaluation took.
         peak_training: highest use of memory in training, in bytes; None where nothing was trained or it is unknown.
@@ -62,10 +63,17 @@ class Summary:
     @classmethod
     def read(cls, path: Path) -> "Summary":
         content = read_json(path)
+        for stage in content["stages"]:
+            stage["results"] = {name: float(value) for name, value in stage["results"].items()}
         return cls(**{**content, "stages": tuple(Stage(**stage) for stage in content["stages"])})
 
     def write(self, path: Path) -> None:
-        write_json(path, asdict(self))
+        content = asdict(self)
+        for stage in content["stages"]:  # JSON has no number that is not finite
+            stage["results"] = {
+                name: value if math.isfinite(value) else str(value) for name, value in stage["results"].items()
+            }
+        write_json(path, content)
 
 
 def table(summary: Summary) -> str:
@@ -170,8 +178,11 @@ def scalars(tensorboard: Path, tag: str) -> list[tuple[int, float]]:
     return sorted({event.step: event.value for event in events.Scalars(tag)}.items())
 
 
-def _number(value: Any, spec: str) -> str:
-    return "-" if value is None else format(value, spec)
+def _number(value: float | None, spec: str) -> str:
+    """A number for the table: ``-`` where it is unknown, ``nan`` or ``inf`` where that was measured."""
+    if value is None:
+        return "-"
+    return format(value, spec) if math.isfinite(value) else str(value)
 
 
 def _mib(num_bytes: int | None) -> str:

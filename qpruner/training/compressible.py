@@ -313,11 +313,7 @@ class CompressibleModule(LightningModule):
             UserError: another base or plan, or adapters of another kind or shape.
         """
         self.load_base()
-        if checkpoint.get("base_sha256") != self.base_sha256:
-            raise UserError(
-                f"The checkpoint's adapters were trained on another base model ({checkpoint.get('base_sha256')}) than "
-                f"{self.base!r} ({self.base_sha256}). Give the base they were trained on as --model.base."
-            )
+        self.check_base(checkpoint, self.base_sha256)
         plan = CompressionPlan.from_json(checkpoint["plan"]) if checkpoint.get("plan") else None
         if plan != self.plan:
             if plan is None or self.plan is not None:
@@ -330,6 +326,26 @@ class CompressibleModule(LightningModule):
         self.configure_model()
         if masks := checkpoint.get("masks"):
             self.mask([(groups.tolist(), channels.tolist()) for groups, channels in masks])
+        self.check_adapters(checkpoint)
+
+    def check_base(self, checkpoint: dict[str, Any], base_sha256: str | None) -> None:
+        """Makes sure that the adapters of a checkpoint were trained on a base.
+
+        Raises:
+            UserError: they were not.
+        """
+        if checkpoint.get("base_sha256") != base_sha256:
+            raise UserError(
+                f"The checkpoint's adapters were trained on another base model ({checkpoint.get('base_sha256')}) than "
+                f"{self.base!r} ({base_sha256}). Give the base they were trained on as --model.base."
+            )
+
+    def check_adapters(self, checkpoint: dict[str, Any]) -> None:
+        """Makes sure that the adapters of a checkpoint are of the kind of the module's.
+
+        Raises:
+            UserError: they are not.
+        """
         stored, ours = checkpoint["lora"], self.hparams["lora"]
         if different := [key for key in ("r", "alpha", "target_modules") if stored[key] != ours[key]]:
             listed = ", ".join(f"{key} {stored[key]} there, {ours[key]} here" for key in different)

@@ -9,6 +9,7 @@ from lightning.pytorch.plugins import Precision
 from tqdm import tqdm
 
 from qpruner.datamodules.loader import ResumableLoader
+from qpruner.errors import UserError
 from qpruner.memory import check_room
 from qpruner.training.metrics import ChoiceAccuracy, Perplexity
 from qpruner.training.module import LoRAFinetuner, evaluation_results
@@ -35,6 +36,9 @@ def evaluate(
         precision: the Trainer's, so that an evaluation computes as the fit does.
         title: of the progress bar.
         progress: whether to show one.
+
+    Raises:
+        UserError: the limit is a share of a loader that is less than a batch.
     """
     check_room(module.model, device)
     module.to(device)
@@ -43,10 +47,31 @@ def evaluate(
     module.model.eval()
     try:
         for loader in loaders:
-            number = int(len(loader) * limit) if isinstance(limit, float) else min(len(loader), limit)
+            number = num_batches(loader, limit)
             for batch in tqdm(islice(loader, number), title, number, disable=not progress, leave=False):
                 with precision.forward_context():
                     module.evaluate(move_data_to_device(batch, device), perplexity, accuracy)
     finally:
         module.model.train(was_training)
     return evaluation_results(perplexity, accuracy)
+
+
+def num_batches(loader: ResumableLoader, limit: int | float) -> int:
+    """How many batches of a loader are read.
+
+    Args:
+        loader: to read.
+        limit: number or share.
+
+    Raises:
+        UserError: a share above 0 that is less than a batch.
+    """
+    if not isinstance(limit, float):
+        return min(len(loader), limit)
+    number = int(len(loader) * limit)
+    if number == 0 < limit and len(loader) > 0:
+        raise UserError(
+            f"--trainer.limit_test_batches is {limit}, which of {len(loader)} batches is none. Give at least "
+            f"{1 / len(loader):.2g}, or a number of batches."
+        )
+    return number

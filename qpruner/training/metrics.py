@@ -36,8 +36,8 @@ class Perplexity(Metric):
     Sums are float64 and counts are integers, so that neither the number of tokens, nor padding, nor the way rows are
     dealt to batches and ranks changes the result.
 
-    Computes a dict: ``loss`` (nats per scored token), ``perplexity`` (its exponential), ``tokens`` (scored) and
-    ``bits_per_byte`` (nan where the bytes of the text are unknown).
+    Computes a dict: ``tokens`` (scored) and, where there are any, ``loss`` (nats per scored token), ``perplexity`` (its
+    exponential) and, where the bytes of the text are known, ``bits_per_byte``.
     """
 
     higher_is_better = False
@@ -65,29 +65,32 @@ class Perplexity(Metric):
         self.num_bytes += num_bytes.sum()
 
     def compute(self) -> dict[str, Tensor]:
-        loss = self.nll / self.tokens
-        return {
-            "loss": loss,
-            "perplexity": loss.exp(),
-            "bits_per_byte": torch.where(self.num_bytes > 0, self.nll / math.log(2) / self.num_bytes, math.nan),
-            "tokens": self.tokens,
-        }
+        results = {"tokens": self.tokens}
+        if self.tokens > 0:
+            loss = self.nll / self.tokens
+            results |= {"loss": loss, "perplexity": loss.exp()}
+            if self.num_bytes > 0:
+                results["bits_per_byte"] = self.nll / math.log(2) / self.num_bytes
+        return results
 
 
 class ChoiceAccuracy(Metric):
     """Share of examples whose right option has the highest log-likelihood per scored token.
 
-    Computes a dict: ``accuracy`` in [0, 1] and ``examples``.
+    Computes a dict: ``examples`` and, where there are any, ``accuracy`` in [0, 1]. It is nan where the likelihoods of
+    an example say nothing: one of them is nan, or all options are impossible.
     """
 
     higher_is_better = True
     full_state_update = False
     correct: Tensor
+    broken: Tensor
     examples: Tensor
 
     def __init__(self) -> None:
         super().__init__()
         self.add_state("correct", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
+        self.add_state("broken", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
         self.add_state("examples", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
 
     def update(self, nll: Tensor, labels: Tensor, example: Tensor, option: Tensor, gold: Tensor) -> None:
@@ -102,15 +105,19 @@ class ChoiceAccuracy(Metric):
         """
         real = example >= 0
         chosen = choose(nll[real], labels[real], example[real])
+        self.broken += (~nll[real][chosen].isfinite().all(1)).sum()
         self.correct += (option[real][chosen] == gold[real][chosen]).sum()
         self.examples += len(chosen)
 
     def compute(self) -> dict[str, Tensor]:
-        return {"accuracy": self.correct / self.examples, "examples": self.examples}
+        results = {"examples": self.examples}
+        if self.examples > 0:
+            results["accuracy"] = torch.where(self.broken > 0, math.nan, self.correct / self.examples)
+        return results
 
 
 def choose(nll: Tensor, labels: Tensor, example: Tensor) -> Tensor:
-    """The row of the likeliest option of each example: lowest mean of ``nll`` over its scored tokens.
+    """The row of the likeliest option of each example: lowest mean of ``nll`` over its scored tokens, or one of nan.
 
     Args:
         nll: [B, T - 1].

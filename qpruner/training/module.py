@@ -1,10 +1,12 @@
 """The LightningModule that fine-tunes LoRA adapters on a frozen base model."""
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from typing import Any
 
 import torch
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor
 from torch.optim import Optimizer
@@ -14,8 +16,13 @@ from qpruner.datamodules.rows import Batch
 from qpruner.pretrained import EMBEDDED, DType
 from qpruner.seeds import derive_seed
 from qpruner.training.compressible import CompressibleModule
+from qpruner.training.finite import LossWatch, all_finite, broken_names, not_finite, tensors_of
 from qpruner.training.metrics import IGNORED, ChoiceAccuracy, Perplexity, choose, token_nll
 from qpruner.training.optimization import OptimizerConfig, make_optimizer, make_scheduler
+
+SMALLEST_SCALE = 2.0**-14
+"""Of the loss under ``16-mixed``. It starts at 2 to the 16 and is halved at each step whose gradients overflow, so that
+one this small comes of gradients that no scale mends."""
 
 
 class LoRAFinetuner(CompressibleModule):
@@ -25,6 +32,12 @@ class LoRAFinetuner(CompressibleModule):
     an uninterrupted one. ``after_clipping`` holds what is called once the gradients of an optimizer step are unscaled
     and clipped, before the step, with whether they were finite: no hook of a callback lies there.
 
+    A fit whose numbers are not finite any more is stopped, on all ranks together: losses are looked at every
+    ``log_every_n_steps`` batches, before each validation, at the end of each epoch and before each checkpoint; adapters
+    and the optimizer's state before each checkpoint, adapters also at the end of each epoch; the validation loss and
+    accuracy whenever they are there. No checkpoint is ever written with adapters or an optimizer's state that are not
+    finite, whatever callback asks for it, nor after a loss that was not. No step is made to wait for the device.
+
     Args:
         base: model folder, hub name, or ``qpruner/stories`` for the model that comes with the package.
         dtype: number format of the base in memory; computation follows ``--trainer.precision``.
@@ -33,6 +46,9 @@ class LoRAFinetuner(CompressibleModule):
         lora: the adapters.
         optimizer: how they are trained.
         seed: of the adapters' start and of dropout; on the command line ``--seed_everything``.
+
+    Raises:
+        UserError: in a fit, when a loss, a gradient that no loss scale mends, an adapter or a metric is not finite.
     """
 
     def __init__(
@@ -62,6 +78,7 @@ class LoRAFinetuner(CompressibleModule):
         )
         self.optimizer_config = optimizer
         self.after_clipping: list[Callable[[bool], None]] = []
+        self._losses = LossWatch()
         self.perplexity = Perplexity()
         self.accuracy = ChoiceAccuracy()
 
@@ -71,6 +88,9 @@ class LoRAFinetuner(CompressibleModule):
         return logits
 
     # Training.
+
+    def on_train_start(self) -> None:
+        self._losses = LossWatch()
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         torch.manual_seed(derive_seed(self.seed, "batch", self.current_epoch, batch_idx, self.global_rank))
@@ -82,8 +102,31 @@ class LoRAFinetuner(CompressibleModule):
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         loss = self.loss(batch)
+        self._losses.see(loss, self.global_step + 1)
         self.log("train/loss", loss, prog_bar=True, batch_size=len(batch["input_ids"]))
         return loss
+
+    def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
+        every: int = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
+        if every and (batch_idx + 1) % every == 0:
+            self.check_losses()
+
+    def on_validation_start(self) -> None:
+        if self.trainer.state.fn == TrainerFn.FITTING:
+            self.check_losses()
+
+    def on_train_epoch_end(self) -> None:
+        self.check_losses()
+        self._check_trained({"adapters": self._trained_tensors()})
+        if self.global_step and self._scaler is not None and not any(one.state for one in self.trainer.optimizers):
+            raise not_finite(self.model, f"The gradients of all {self.global_step} optimizer steps so far are")
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_save_checkpoint(checkpoint)
+        self.check_losses()
+        self._check_trained(
+            {"adapters": checkpoint["state_dict"], "state of the optimizer": checkpoint.get("optimizer_states")}
+        )
 
     def configure_gradient_clipping(
         self,
@@ -95,17 +138,66 @@ class LoRAFinetuner(CompressibleModule):
             self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
             return
         gradients = [parameter.grad for parameter in self.parameters() if parameter.grad is not None]
-        finite = bool(torch.stack([one.isfinite().all() for one in gradients]).all())  # clipping by value hides it
+        finite = all_finite(gradients)  # clipping by value hides it
         self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
         for observe in self.after_clipping:
             observe(finite)
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         optimizer = make_optimizer(self.optimizer_config, self.parameters())
-        scheduler = make_scheduler(
-            self.optimizer_config, optimizer, lambda: int(self.trainer.estimated_stepping_batches)
-        )
+        scheduler = make_scheduler(self.optimizer_config, optimizer, lambda: self.trainer.estimated_stepping_batches)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    # What is not finite.
+
+    def check_losses(self) -> None:
+        """Waits for the losses so far; to be called on all ranks together.
+
+        Raises:
+            UserError: one was not finite, or the loss scale says that gradients are not, ever.
+        """
+        strategy = self.trainer.strategy
+        step = self._losses.first_broken(self.device, lambda number: strategy.reduce(number, reduce_op="min"))
+        if step is not None:
+            raise not_finite(self.model, f"The training loss of optimizer step {step} is")
+        if self._scaler is not None and self._scaler.get_scale() < SMALLEST_SCALE:
+            raise not_finite(
+                self.model,
+                f"By optimizer step {self.global_step} the loss scale of 16-mixed has fallen to "
+                f"{self._scaler.get_scale():.0e}, since gradients are still",
+            )
+
+    def check_results(self, whose: str, results: Mapping[str, float]) -> None:
+        """Makes sure that an evaluation of a fit measured a model that works; a perplexity may overflow.
+
+        Args:
+            whose: results they are, to be named.
+            results: what the metrics say.
+
+        Raises:
+            UserError: loss or accuracy is not finite.
+        """
+        for name in ("loss", "accuracy"):
+            if not math.isfinite(results.get(name, 0.0)):
+                raise not_finite(self.model, f"The {name} of {whose} is {results[name]},")
+
+    @property
+    def _scaler(self) -> Any:
+        """Of the loss under ``16-mixed``, else None."""
+        return getattr(self.trainer.precision_plugin, "scaler", None)
+
+    def _trained_tensors(self) -> dict[str, Tensor]:
+        return {name: parameter for name, parameter in self.named_parameters() if parameter.requires_grad}
+
+    def _check_trained(self, states: Mapping[str, Any]) -> None:
+        for what, state in states.items():
+            tensors = list(tensors_of(state))
+            if not all_finite(tensors):
+                number = len(broken_names((what, tensor) for tensor in tensors))
+                raise not_finite(
+                    self.model,
+                    f"After optimizer step {self.global_step}, {number} of {len(tensors)} tensors of the {what} are",
+                )
 
     # Evaluation.
 
@@ -154,6 +246,8 @@ class LoRAFinetuner(CompressibleModule):
 
     def _log_evaluation(self, stage: str) -> None:
         results = evaluation_results(self.perplexity, self.accuracy)
+        if self.trainer.state.fn == TrainerFn.FITTING:
+            self.check_results(f"the validation split at optimizer step {self.global_step}", results)
         # The metrics have gathered all ranks already; `sync_dist` only spares Lightning a warning.
         self.log_dict({f"{stage}/{name}": value for name, value in results.items()}, sync_dist=True)
         self.perplexity.reset()
@@ -161,10 +255,10 @@ class LoRAFinetuner(CompressibleModule):
 
 
 def evaluation_results(perplexity: Perplexity, accuracy: ChoiceAccuracy) -> dict[str, float]:
-    """What the two metrics say over all ranks, leaving out what they saw nothing of."""
+    """What the two metrics say over all ranks, without what is unknown; nan and inf are what was measured."""
     results: dict[str, float] = {}
     if perplexity.update_called:
         results |= {name: float(value) for name, value in perplexity.compute().items()}
     if accuracy.update_called:
         results |= {name: float(value) for name, value in accuracy.compute().items()}
-    return {name: value for name, value in results.items() if value == value}  # without nan: unknown bytes
+    return results

@@ -49,6 +49,21 @@ class OptimizerConfig:
         if not (0 <= self.beta1 < 1 and 0 <= self.beta2 < 1):
             raise UserError(f"beta1 and beta2 must lie in [0, 1), not {self.beta1} and {self.beta2}.")
 
+    def check(self, num_steps: float) -> None:
+        """Finds that the schedule has no last step.
+
+        Args:
+            num_steps: optimizer steps of the fit; infinite where only time ends it.
+
+        Raises:
+            UserError: it has none, and needs one.
+        """
+        if math.isinf(num_steps) and self.schedule != "constant":
+            raise UserError(
+                f"--model.optimizer.schedule is {self.schedule!r}, which ends with the last step, and the fit has no "
+                f"last step. Give --trainer.max_steps or --trainer.max_epochs, or the schedule 'constant'."
+            )
+
 
 def make_optimizer(config: OptimizerConfig, parameters: Iterable[Parameter]) -> Optimizer:
     """The optimizer over those of the parameters that require gradients, told apart by identity."""
@@ -62,7 +77,7 @@ def make_optimizer(config: OptimizerConfig, parameters: Iterable[Parameter]) -> 
     return classes[config.name](trained, **options)
 
 
-def lr_factor(config: OptimizerConfig, step: int, total_steps: int) -> float:
+def lr_factor(config: OptimizerConfig, step: int, total_steps: float) -> float:
     """Share of the highest learning rate at an optimizer step, counted from 0."""
     if step < config.warmup_steps:
         return (step + 1) / (config.warmup_steps + 1)
@@ -75,7 +90,7 @@ def lr_factor(config: OptimizerConfig, step: int, total_steps: int) -> float:
     return 1 - (1 - config.final_lr) * decay
 
 
-def make_scheduler(config: OptimizerConfig, optimizer: Optimizer, total_steps: Callable[[], int]) -> LambdaLR:
+def make_scheduler(config: OptimizerConfig, optimizer: Optimizer, total_steps: Callable[[], float]) -> LambdaLR:
     """The schedule; the number of steps is asked for when a step beyond the first is due.
 
     Asking earlier would make Lightning build the training loader before it restores the loader's state, and that

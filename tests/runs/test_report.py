@@ -1,3 +1,6 @@
+import json
+import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -34,6 +37,17 @@ def test_markdown_table_is_aligned_and_numbers_stand_right() -> None:
 def test_summary_round_trip(tmp_path: Path) -> None:
     SUMMARY.write(tmp_path / "summary.json")
     assert Summary.read(tmp_path / "summary.json") == SUMMARY
+
+
+def test_what_was_measured_as_not_finite_is_shown_and_kept_in_json(tmp_path: Path) -> None:
+    results = {"perplexity": math.inf, "bits_per_byte": math.nan, "accuracy": math.nan, "tokens": 12.0}
+    summary = replace(SUMMARY, stages=(replace(SUMMARY.stages[0], results=results),))
+    cells = [cell.strip() for cell in table(summary).splitlines()[2].split("|")]
+    assert cells[5:8] == ["inf", "nan", "nan"]
+    summary.write(tmp_path / "summary.json")
+    json.loads((tmp_path / "summary.json").read_text(), parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
+    read = Summary.read(tmp_path / "summary.json").stages[0].results
+    assert {name: str(value) for name, value in read.items()} == {name: str(value) for name, value in results.items()}
 
 
 def test_the_protocol_is_told_with_the_number_of_tokens() -> None:

@@ -264,3 +264,15 @@ def test_the_reference_comes_back_and_keeps_no_more_than_it_may(
         for batch, expected in zip(read.batches, one.batches, strict=True):
             assert batch.keys() == expected.keys()
             assert all(torch.equal(tensor, expected[name]) for name, tensor in batch.items())  # type: ignore[literal-required]
+
+
+def test_a_trial_whose_loss_is_not_finite_fails_and_the_next_is_as_ever(
+    runner: TrialRunner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = without_time(runner(key(PLAIN)))
+    right = LoRAFinetuner.loss
+    monkeypatch.setattr(LoRAFinetuner, "loss", lambda self, batch: right(self, batch) * float("nan"))
+    with pytest.raises(UserError, match="training loss of optimizer step 1 is not finite"):
+        runner(key(PLAIN))
+    monkeypatch.undo()
+    assert without_time(runner(key(PLAIN))) == expected

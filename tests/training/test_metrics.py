@@ -67,7 +67,37 @@ def test_batches_padding_and_ranks_do_not_change_the_sums(logits: torch.Tensor, 
 def test_unknown_bytes_give_no_bits_per_byte(logits: torch.Tensor, labels: torch.Tensor) -> None:
     metric = Perplexity()
     metric.update(token_nll(logits, labels), labels, torch.zeros(B, dtype=torch.int64))
-    assert math.isnan(metric.compute()["bits_per_byte"])
+    assert metric.compute().keys() == {"tokens", "loss", "perplexity"}
+
+
+@pytest.mark.parametrize(("value", "perplexity"), [(math.nan, "nan"), (math.inf, "inf"), (800.0, "inf")])
+def test_what_is_not_finite_is_measured_and_not_unknown(value: float, perplexity: str) -> None:
+    metric = Perplexity()
+    metric.update(torch.full((1, 3), value), torch.zeros(1, 4, dtype=torch.int64), torch.tensor([5]))
+    results = {name: float(one) for name, one in metric.compute().items()}
+    assert str(results["loss"]) == str(value) and str(results["perplexity"]) == perplexity
+    assert str(results["bits_per_byte"]) == str(value * 3 / math.log(2) / 5) and results["tokens"] == 3
+
+
+def test_nothing_scored_is_unknown() -> None:
+    perplexity, accuracy = Perplexity(), ChoiceAccuracy()
+    perplexity.update(torch.zeros(1, 3), torch.full((1, 4), -100), torch.tensor([0]))
+    accuracy.update(*[torch.zeros(1, 0)], torch.full((1, 1), -100), *[torch.tensor([-1])] * 3)
+    assert perplexity.compute() == {"tokens": 0}
+    assert accuracy.compute() == {"examples": 0}
+
+
+@pytest.mark.parametrize(
+    ("options", "accuracy"),
+    [((1.0, math.inf), 0.5), ((1.0, math.nan), math.nan), ((math.inf, math.inf), math.nan)],
+    ids=["one impossible", "one nan", "all impossible"],
+)
+def test_a_choice_among_broken_likelihoods_is_no_accuracy(options: tuple[float, float], accuracy: float) -> None:
+    """Of two examples the first is right, if it says anything, and the second is wrong."""
+    labels, nll = torch.zeros(4, 2, dtype=torch.int64), torch.tensor([*options, 2.0, 1.0])[:, None]
+    metric = ChoiceAccuracy()
+    metric.update(nll, labels, torch.tensor([0, 0, 1, 1]), torch.tensor([0, 1, 0, 1]), torch.zeros(4, dtype=torch.long))
+    assert str(float(metric.compute()["accuracy"])) == str(accuracy)
 
 
 def test_choice_goes_to_the_lowest_mean_and_fillers_do_not_count() -> None:

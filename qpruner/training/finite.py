@@ -1,0 +1,87 @@
+"""Finds numbers that are not finite, with at most one wait for the device."""
+
+from collections.abc import Callable, Iterable
+
+import torch
+from torch import Tensor, nn
+
+from qpruner.errors import UserError
+
+NEVER = 2**62
+"""Stands for a step that was not there."""
+
+
+def all_finite(tensors: Iterable[Tensor]) -> bool:
+    """Whether no floating-point tensor holds an infinity or a nan."""
+    finite = [tensor.isfinite().all() for tensor in tensors if tensor.is_floating_point()]
+    devices = {one.device for one in finite}
+    return all(bool(torch.stack([one for one in finite if one.device == device]).all()) for device in devices)
+
+
+def broken_names(tensors: Iterable[tuple[str, Tensor]]) -> list[str]:
+    """Names of the floating-point tensors that hold an infinity or a nan."""
+    return [name for name, tensor in tensors if tensor.is_floating_point() and not bool(tensor.isfinite().all())]
+
+
+def tensors_of(state: object) -> Iterable[Tensor]:
+    """All tensors of nested mappings and sequences, such as the state of an optimizer."""
+    if isinstance(state, Tensor):
+        yield state
+    elif isinstance(state, dict | list | tuple):
+        for part in state.values() if isinstance(state, dict) else state:
+            yield from tensors_of(part)
+
+
+def not_finite(model: nn.Module, what: str) -> UserError:
+    """The error that stops a fit: what is not finite, why if that is to be seen, and what to do about it.
+
+    Args:
+        model: that is trained, adapters and all.
+        what: is not finite, with its verb.
+    """
+    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    if broken := broken_names((name, tensor) for name, tensor in model.state_dict().items() if name not in trained):
+        return UserError(
+            f"{what} not finite. Of the base model {len(broken)} tensors are not, {broken[0]} the first. Give an "
+            f"undamaged model as --model.base, in a --model.dtype that holds its values."
+        )
+    if not trained:
+        return UserError(
+            f"{what} not finite, though its weights are: the computation overflows. Use --trainer.precision bf16-mixed "
+            f"or 32-true, or another --model.dtype."
+        )
+    if any(parameter.dtype == torch.float16 for parameter in trained.values()):
+        remedy = "Adapters in float16 are too coarse to train: use --trainer.precision 16-mixed or bf16-mixed"
+    else:
+        remedy = (
+            "Lower --model.optimizer.lr, clip gradients by --trainer.gradient_clip_val, or compute with "
+            "--trainer.precision bf16-mixed or 32-true"
+        )
+    return UserError(
+        f"{what} not finite; what was trained since the last checkpoint is not kept. {remedy}, and begin anew with "
+        f"--restart or under another --run.name."
+    )
+
+
+class LossWatch:
+    """Remembers, on the device, the first step whose loss was not finite; only `first_broken` waits for it."""
+
+    def __init__(self) -> None:
+        self._step: Tensor | None = None
+
+    def see(self, loss: Tensor, step: int) -> None:
+        """Looks at the loss of a step; steps are numbered upwards."""
+        if self._step is None:
+            self._step = torch.full((), NEVER, dtype=torch.int64, device=loss.device)
+        self._step = torch.where(loss.detach().isfinite(), self._step, self._step.clamp(max=step))
+
+    def first_broken(self, device: torch.device, lowest: Callable[[Tensor], Tensor]) -> int | None:
+        """The first step whose loss was not finite on any process; to be asked for by all of them together.
+
+        Args:
+            device: of the processes.
+            lowest: of a number over all processes.
+        """
+        mine = torch.full((), NEVER, dtype=torch.int64, device=device) if self._step is None else self._step
+        step = int(lowest(mine.clone()))
+        return None if step == NEVER else step

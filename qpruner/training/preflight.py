@@ -1,0 +1,222 @@
+"""Finds what of a Trainer's options cannot be had, before a fit has done any work."""
+
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from pickle import UnpicklingError
+from typing import Any
+
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.callbacks import (
+    BackboneFinetuning,
+    BatchSizeFinder,
+    DeviceStatsMonitor,
+    LearningRateFinder,
+    LearningRateMonitor,
+    StochasticWeightAveraging,
+)
+from lightning.pytorch.plugins.io import AsyncCheckpointIO
+from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, SingleDeviceStrategy
+
+from qpruner.datamodules.base import TokenDataModule
+from qpruner.errors import UserError
+from qpruner.pretrained import is_reachable, model_fingerprint
+from qpruner.training.compressible import CompressibleModule
+from qpruner.training.evaluation import num_batches
+
+AT_LEAST_ONE = ("accumulate_grad_batches", "check_val_every_n_epoch", "val_check_interval")
+"""Options of a Trainer that it divides by without a look."""
+NEEDS_LOGGER = (DeviceStatsMonitor, LearningRateMonitor)
+UNFIT = {
+    BackboneFinetuning: "trains weights of the base, which stays as it is",
+    BatchSizeFinder: "looks for a batch_size that it can set; set --data.loader.batch_size",
+    LearningRateFinder: "looks for a learning rate that it can set; set --model.optimizer.lr",
+    StochasticWeightAveraging: "copies the model before it has been compressed and has its adapters",
+}
+"""Callbacks of Lightning that cannot act on a fit of adapters, each with the reason."""
+
+
+JSONARGPARSE = re.compile(r"Does not validate against any of|Problem with given class_path '(?P<name>[\w.]+)'")
+"""What it says around the error of a class that could not be made."""
+
+
+@contextmanager
+def refusals_told(*others: type[Exception]) -> Iterator[None]:
+    """What Lightning refuses inside is told as the user's mistake.
+
+    Args:
+        others: errors besides its own that can mean nothing else inside.
+
+    Raises:
+        UserError: it refuses something.
+    """
+    refusals: tuple[type[Exception], ...] = (MisconfigurationException, *others)
+    try:
+        yield
+    except UserError:
+        raise
+    except refusals as error:
+        raise UserError(" ".join(str(error).split())) from error
+
+
+@contextmanager
+def options_told() -> Iterator[None]:
+    """As `refusals_told`, around the making of a Trainer, which knows nothing but its options.
+
+    A package that is missing, a device that is not there, an option of a wrong kind are errors of several types.
+
+    Raises:
+        UserError: the Trainer cannot be made.
+    """
+    with refusals_told(ValueError, TypeError, ImportError, RuntimeError):
+        yield
+
+
+def check_kept(options: Any, *, keeps_checkpoint: bool) -> None:
+    """Finds that a Trainer is asked to leave out what a run lives on.
+
+    Args:
+        options: of the Trainer.
+        keeps_checkpoint: whether the command keeps one.
+
+    Raises:
+        UserError: it is.
+    """
+    if options.barebones:
+        raise UserError("--trainer.barebones leaves out the logs and metrics that a run is made of. Leave it out.")
+    if keeps_checkpoint and options.enable_checkpointing is False:
+        raise UserError(
+            "--trainer.enable_checkpointing is false, and a run goes on from its checkpoint. Leave it out; "
+            "--run.checkpoint_every_n_steps says how often one is written."
+        )
+
+
+def check_trainer(trainer: Trainer) -> None:
+    """Finds options of a Trainer that no fit can go by.
+
+    Raises:
+        UserError: there is one.
+    """
+    for name in AT_LEAST_ONE:
+        value = getattr(trainer, name)
+        if isinstance(value, int) and value < 1:
+            raise UserError(f"--trainer.{name} is {value}; it is at least 1.")
+    strategy = trainer.strategy
+    if not isinstance(strategy, SingleDeviceStrategy | DDPStrategy) or isinstance(strategy, DeepSpeedStrategy):
+        raise UserError(
+            f"--trainer.strategy is {type(strategy).__name__}, which splits the model among devices, and a fit "
+            f"compresses it as a whole. Use ddp or auto."
+        )
+    if isinstance(strategy.checkpoint_io, AsyncCheckpointIO):
+        raise UserError(
+            "--trainer.plugins has AsyncCheckpointIO, and a run must know when its checkpoint is on disk. Leave it out."
+        )
+    check_callbacks(trainer, trainer.callbacks)  # type: ignore[attr-defined]
+
+
+def check_callbacks(trainer: Trainer, callbacks: Sequence[Callback]) -> None:
+    """Finds callbacks that cannot act on a fit of a Trainer.
+
+    Raises:
+        UserError: there is one.
+    """
+    for callback in callbacks:
+        name = type(callback).__name__
+        for unfit, why in UNFIT.items():
+            if isinstance(callback, unfit):
+                raise UserError(f"trainer.callbacks has {name}, which {why}. Leave it out.")
+        if isinstance(callback, NEEDS_LOGGER) and not trainer.loggers:
+            raise UserError(f"trainer.callbacks has {name}, and --trainer.logger is off. Leave one of both out.")
+
+
+def check_lengths(trainer: Trainer, data: TokenDataModule) -> float:
+    """Finds options of a Trainer that do not go with how many batches there are.
+
+    To be called in ``setup``; the loaders that it makes are thrown away, so that a checkpoint may still restore theirs.
+
+    Returns:
+        Optimizer steps of the fit; infinite where only time ends it.
+
+    Raises:
+        UserError: there is one.
+    """
+    training, validation = trainer.fit_loop, trainer.fit_loop.epoch_loop.val_loop
+    with refusals_told(ValueError):  # Lightning counts batches, and runs nothing of ours but the making of loaders
+        training.setup_data()
+        validation.setup_data()
+        steps = trainer.estimated_stepping_batches
+    training._combined_loader = validation._combined_loader = None
+    if "test" in data.prepared.splits:
+        for loader in data.evaluation_loaders("test"):
+            num_batches(loader, trainer.limit_test_batches)
+    return steps
+
+
+def check_monitored(trainer: Trainer, data: TokenDataModule) -> None:
+    """Finds callbacks that wait for a metric which nothing in the fit logs.
+
+    Raises:
+        UserError: there is one.
+    """
+    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    if any(
+        isinstance(callback, LearningRateMonitor)
+        or not type(callback).__module__.startswith(("lightning.", "qpruner."))
+        for callback in callbacks
+    ):
+        return  # these may log more
+    logged = logged_metrics(trainer, data)
+    for callback in callbacks:
+        monitor = getattr(callback, "monitor", None)
+        if isinstance(monitor, str) and monitor not in (*logged, "epoch", "step") and getattr(callback, "strict", True):
+            raise UserError(
+                f"{type(callback).__name__} of trainer.callbacks has monitor {monitor!r}, which nothing logs. A fit "
+                f"with these options logs {', '.join(logged)}."
+            )
+
+
+def logged_metrics(trainer: Trainer, data: TokenDataModule) -> list[str]:
+    """Names of what a fit of a run logs."""
+    names = ["train/loss", "train/tokens_per_second"]
+    if "validation" in data.prepared.splits and trainer.limit_val_batches > 0:
+        names += ["val/loss", "val/perplexity", "val/tokens"]
+        if bool(data.prepared.splits["validation"].num_bytes.any()):
+            names.append("val/bits_per_byte")
+        if data.choices("validation") is not None:
+            names += ["val/accuracy", "val/examples"]
+    return names
+
+
+def check_checkpoint(module: CompressibleModule, path: str) -> None:
+    """Finds that a file that the user named is no checkpoint of a fit, or of one with other adapters or another base.
+
+    Raises:
+        UserError: it is not, or of such a fit.
+    """
+    if not Path(path).is_file():
+        raise UserError(
+            f"--ckpt_path is {path!r}, and there is no such file. Give a checkpoint of a fit, or leave it out."
+        )
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except (OSError, RuntimeError, ValueError, EOFError, UnpicklingError) as error:
+        raise UserError(f"--ckpt_path is {path!r}, which is no checkpoint ({type(error).__name__}).") from error
+    if not isinstance(content, dict) or not {"state_dict", "base_sha256", "lora"} <= content.keys():
+        raise UserError(f"--ckpt_path is {path!r}, which is no checkpoint of a fit of qpruner.")
+    module.check_adapters(content)
+    if is_reachable(module.base):
+        module.check_base(content, model_fingerprint(module.base))
+
+
+def class_refused(error: ValueError) -> UserError | None:
+    """What a class of the Trainer's options said when it was made, of all that jsonargparse says around it."""
+    cause: BaseException = error
+    while cause.__cause__ is not None:
+        cause = cause.__cause__
+    if cause is error or not JSONARGPARSE.search(str(error)):
+        return None
+    names = [found["name"] for found in JSONARGPARSE.finditer(str(error)) if found["name"]]
+    return UserError(f"{names[0]}: {cause}" if names else str(cause))
