@@ -14,7 +14,6 @@ from qpruner.errors import UserError
 from qpruner.plan import DENSE, CompressionPlan, Precision
 from qpruner.quantization.embedding import quantize_tables_
 from qpruner.quantization.formats import dequantize, format_for, quantize, rebuild
-from qpruner.quantization.model import announce_packed
 from qpruner.quantization.packed import PackedLinear
 
 Factors = tuple[Tensor, Tensor]
@@ -103,7 +102,6 @@ def quantize_(
         if quantized.factors is not None:
             factors[name] = quantized.factors
         model.set_submodule(name, quantized.packed.to(next(model.parameters()).device).train(linear.training))
-    announce_packed(model)
     return factors
 
 
@@ -125,7 +123,8 @@ def quantize_with_adapter(
 
     def packed(weight: Tensor) -> PackedLinear:
         state = format_for(precision).encode(weight, precision)
-        return rebuild(state, linear.out_features, linear.in_features, precision=precision, bias=bias)
+        shape = linear.out_features, linear.in_features
+        return rebuild(state, *shape, precision=precision, bias=bias, dtype=linear.weight.dtype)
 
     return loftq(
         linear.weight.detach().to(device),

@@ -16,7 +16,7 @@ from qpruner.anatomy import family_of
 from qpruner.errors import UserError
 from qpruner.plan import DENSE, Precision
 from qpruner.quantization.formats import dequantize, dequantize_rows, quantize
-from qpruner.quantization.model import announce_packed, rebuild_linear
+from qpruner.quantization.model import rebuild_linear
 from qpruner.quantization.packed import PackedLinear
 
 
@@ -150,7 +150,6 @@ def _replace_(
             model.set_submodule(family.head, table)
             model._tied_weights_keys = {family.head: f"{name}.table"}
             model.all_tied_weights_keys = model.get_expanded_tied_weights_keys()
-    announce_packed(model)
 
 
 def _as_linear(embedding: nn.Embedding) -> nn.Linear:

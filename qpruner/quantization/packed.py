@@ -1,32 +1,61 @@
 """The linear that every format makes: frozen, its weight held as codes and scales."""
 
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, NoReturn, Self, cast
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
+from qpruner.errors import UserError
 from qpruner.plan import Precision
 
 
-class PackedLinear(nn.Module):
+class PackedLinear(nn.Linear):
     """A frozen linear ``x W^T + b`` that computes in the dtype of ``x``; W is held in a packed number format.
 
     It multiplies with exactly the weight that its codes and scales mean, in training and in evaluation.
 
     Its state dict holds the tensors of ``packed``, in the layout that the format documents, and ``bias``, so that a
-    model with packed linears is saved and loaded as any other. Subclasses have the back end's own linear as a second
-    base, by which PEFT chooses its LoRA layers.
+    model with packed linears is saved and loaded as any other. To others, such as PEFT, it is a linear as any other,
+    too: its ``weight`` can be read, and once it is written to the linear is dense; see `PackedWeight`.
+
+    Args:
+        state: codes and scales by name, taken over without a copy.
+        out_features: rows of the weight.
+        in_features: columns of the weight.
+        precision: what the state was made with.
+        bias: [out] or None.
+        dtype: of the weight when others see it, or when the linear becomes dense; follows ``to``.
     """
 
-    in_features: int
-    out_features: int
     precision: Precision
-    bias: nn.Parameter | None
+
+    def __init__(
+        self,
+        state: Mapping[str, Tensor],
+        out_features: int,
+        in_features: int,
+        precision: Precision,
+        bias: nn.Parameter | None,
+        dtype: torch.dtype,
+    ) -> None:
+        nn.Module.__init__(self)  # that of `nn.Linear` makes a weight
+        self.in_features, self.out_features = in_features, out_features
+        self.precision = precision
+        # An empty parameter has the dtype, so that casts of the model reach it. Transformers takes the dtype of a model
+        # from its first parameter of floats, which in a packed embedding would be the scales.
+        device = next(iter(state.values())).device
+        self.like = nn.Parameter(torch.empty(0, dtype=dtype, device=device), requires_grad=False)
+        self._packed = tuple(state)
+        # No buffers: those DDP would send around at every step.
+        for name, tensor in state.items():
+            self.register_parameter(name, nn.Parameter(tensor, requires_grad=False))
+        self.register_parameter("bias", bias)
 
     def packed(self) -> dict[str, Tensor]:
         """Codes and scales by name: the module's own storage, not copies."""
-        raise NotImplementedError
+        return {name: self.get_parameter(name).data for name in self._packed}
 
     def unpack(self, dtype: torch.dtype) -> Tensor:
         """The weight [out, in], rounded once from float32."""
@@ -36,6 +65,56 @@ class PackedLinear(nn.Module):
         bias = None if self.bias is None else self.bias.to(x.dtype)
         product: Tensor = _UnpackedProduct.apply(x, bias, self.unpack)  # type: ignore[no-untyped-call]
         return product
+
+    @property
+    def weight(self) -> Tensor:
+        """The weight as others see it."""
+        return PackedWeight(self)
+
+    @weight.setter
+    def weight(self, weight: Tensor) -> None:
+        if not (isinstance(weight, PackedWeight) and weight.linear is self):
+            self.become_dense_(weight)
+
+    def become_dense_(self, weight: Tensor | None = None) -> nn.Linear:
+        """Turns into a dense linear, the way a ``LazyLinear`` of torch turns into one.
+
+        Args:
+            weight: [out, in], cast to the dtype of ``like``; default the one that the codes mean, so that only the
+                dtype rounds.
+        """
+        dense = self.unpack(torch.float32) if weight is None else weight
+        dense = dense.detach().to(self.like.dtype, copy=isinstance(weight, nn.Parameter))
+        bias = self.bias
+        for name in ("like", *self._packed, "bias"):
+            delattr(self, name)
+        linear = cast(nn.Linear, self)
+        linear.__class__ = nn.Linear
+        linear.weight = nn.Parameter(dense, requires_grad=False)
+        linear.register_parameter("bias", bias)
+        return linear
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        if name == "weight" and param is not None:  # assigned by others
+            self.become_dense_(param)
+        else:
+            super().register_parameter(name, param)
+
+    def requires_grad_(self, requires_grad: bool = True) -> Self:
+        if requires_grad:
+            refuse_training()
+        return super().requires_grad_(requires_grad)
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, {self.precision}"
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        before = self.packed()
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        for name, tensor in before.items():  # a cast of the model is none of the scales'
+            if (moved := self.get_parameter(name)).dtype != tensor.dtype:
+                self.register_parameter(name, nn.Parameter(tensor.to(moved.device), requires_grad=False))
+        return self
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         for name, tensor in self._stored().items():
@@ -68,6 +147,109 @@ class PackedLinear(nn.Module):
 
     def _stored(self) -> dict[str, Tensor]:
         return self.packed() if self.bias is None else {**self.packed(), "bias": self.bias}
+
+
+class PackedWeight(Tensor):
+    """The weight of a packed linear as others see it, PEFT above all: read like any other, and written like any other.
+
+    Shape, dtype and device cost nothing. An operation that reads it gets the unpacked weight. One that writes to it, as
+    PEFT does when it merges adapters, gets the unpacked weight in float32, and the linear is dense from then on, in the
+    model's dtype: packed again, the sum would be rounded again, which costs more than the adapters gave.
+
+    Args:
+        linear: whose weight it is.
+    """
+
+    linear: nn.Linear
+
+    def __new__(cls, linear: PackedLinear) -> Self:
+        shape = (linear.out_features, linear.in_features)
+        weight = Tensor._make_wrapper_subclass(cls, shape, dtype=linear.like.dtype, device=linear.like.device)
+        weight.linear = linear
+        return weight
+
+    def __init__(self, linear: PackedLinear) -> None:
+        super().__init__()
+
+    def read(self) -> Tensor:
+        linear = self.linear
+        return linear.unpack(self.dtype) if isinstance(linear, PackedLinear) else linear.weight.detach()
+
+    def write(self, change: Callable[[Tensor], Any]) -> None:
+        """Makes the linear dense and its weight another one.
+
+        Args:
+            change: what is done to the unpacked weight, in place.
+        """
+        linear = self.linear
+        if isinstance(linear, PackedLinear):
+            weight = linear.unpack(torch.float32)
+            change(weight)
+            linear.become_dense_(weight)
+        else:
+            change(linear.weight.data)
+
+    @property
+    def data(self) -> Tensor:
+        return self  # what is written to it is written to the weight
+
+    @data.setter
+    def data(self, weight: Tensor) -> None:
+        if weight is not self:
+            self.write(lambda own: own.copy_(weight))
+
+    def data_ptr(self) -> int:
+        """That of the codes; linears are tied by it."""
+        linear = self.linear
+        return (next(iter(linear.packed().values())) if isinstance(linear, PackedLinear) else linear.weight).data_ptr()
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        kwargs, name = kwargs or {}, func.__name__
+        with torch._C.DisableTorchFunctionSubclass():
+            if name in NO_VALUES:
+                return func(*args, **kwargs)
+            first, *others = args
+            rest, named = tree_map_only(cls, cls.read, (others, kwargs))
+            if not (isinstance(first, cls) and _writes(name)):
+                return func(tree_map_only(cls, cls.read, first), *rest, **named)
+            if name == "requires_grad_":
+                refuse_training()
+            first.write(lambda weight: func(weight, *rest, **named))
+            return first
+
+    @classmethod  # torch declares it without the class
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Iterable[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        assert not func._schema.is_mutable, func  # else it would be lost
+        args, kwargs = tree_map_only(cls, cls.read, (args, kwargs or {}))
+        return func(*args, **kwargs)
+
+
+NO_VALUES = ("__get__", "size", "stride", "dim", "numel", "nelement", "element_size", "is_floating_point", "is_complex")
+"""Functions of tensors that ask for no value; getters that do, such as ``T``, come by the dispatcher."""
+OPERATORS = "add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "and", "or", "xor", "lshift", "rshift", "div"
+
+
+def _writes(name: str) -> bool:
+    """Whether a function of tensors changes its first argument, by the conventions of its name."""
+    in_place = {f"__i{operator}__" for operator in OPERATORS} | {"__setitem__"}
+    return name in in_place or (name.endswith("_") and not name.endswith("__"))
+
+
+def refuse_training() -> NoReturn:
+    """Says that codes cannot be trained.
+
+    Raises:
+        UserError: always.
+    """
+    raise UserError(
+        "A packed weight cannot be trained: its codes are integers. Train adapters on it, or leave it dense in the "
+        "plan; `qpruner merge` makes a dense copy of a run's model, in which every weight can be trained."
+    )
 
 
 class _UnpackedProduct(torch.autograd.Function):

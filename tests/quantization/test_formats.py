@@ -90,7 +90,8 @@ def test_rebuilt_is_the_same_bit_for_bit(precision: Precision, shape: tuple[int,
     module = quantize(random_linear(shape[1], shape[0], dtype), precision)
     x = torch.randn(3, shape[1], dtype=dtype)
     module(x)  # a used module has the same state
-    again = rebuild(copy.deepcopy(module.packed()), *shape, precision=precision, bias=module.bias.data.clone())
+    bias = module.bias.data.clone()
+    again = rebuild(copy.deepcopy(module.packed()), *shape, precision=precision, bias=bias, dtype=dtype)
     assert equal(module.packed(), again.packed())
     assert torch.equal(dequantize(module), dequantize(again))
     assert torch.equal(module(x), again(x))
@@ -202,7 +203,7 @@ def test_states_that_do_not_fit_are_refused(precision: Precision) -> None:
         ({**state, "codes": state["codes"].half()}, "'codes' .* is torch.float16"),
     ):
         with pytest.raises(UserError, match=found):
-            rebuild(broken, 33, 64, precision=precision, bias=None)
+            rebuild(broken, 33, 64, precision=precision, bias=None, dtype=torch.float32)
 
 
 def test_more_bits_never_raise_the_error() -> None:
