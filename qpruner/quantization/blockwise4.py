@@ -205,9 +205,9 @@ class Blockwise4Linear(PackedLinear):
             return super().forward(x)
         bias = None if self.bias is None else self.bias.to(x.dtype)
         packed = self.packed()
-        return bnb.matmul_4bit(x, packed["codes"].view(-1, 1), bias=bias, quant_state=self._state(packed, x.dtype))
+        return bnb.matmul_4bit(x, packed["codes"].view(-1, 1), bias=bias, quant_state=self.state_of(packed, x.dtype))
 
-    def _state(self, packed: Mapping[str, Tensor], dtype: torch.dtype) -> QuantState:
+    def state_of(self, packed: Mapping[str, Tensor], dtype: torch.dtype) -> QuantState:
         """What bitsandbytes has to know of the codes, for products in a dtype and their backward pass."""
         number_format = self.number_format
         scales: dict[str, Any] = {"absmax": packed.get("scales")}

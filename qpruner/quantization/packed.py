@@ -1,14 +1,13 @@
 """The linear that every format makes: frozen, its weight held as codes and scales."""
 
-from collections.abc import Callable, Iterable, Mapping
-from typing import Any, NoReturn, Self, cast
+from collections.abc import Callable, Mapping
+from typing import Any, Self, cast
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map_only
 
-from qpruner.errors import UserError
 from qpruner.plan import Precision
+from qpruner.quantization.weight import Frozen, PackedWeight
 
 
 class PackedLinear(nn.Linear):
@@ -46,11 +45,11 @@ class PackedLinear(nn.Linear):
         # An empty parameter has the dtype, so that casts of the model reach it. Transformers takes the dtype of a model
         # from its first parameter of floats, which in a packed embedding would be the scales.
         device = next(iter(state.values())).device
-        self.like = nn.Parameter(torch.empty(0, dtype=dtype, device=device), requires_grad=False)
+        self.like = Frozen(torch.empty(0, dtype=dtype, device=device))
         self._packed = tuple(state)
         # No buffers: those DDP would send around at every step.
         for name, tensor in state.items():
-            self.register_parameter(name, nn.Parameter(tensor, requires_grad=False))
+            self.register_parameter(name, Frozen(tensor))
         self.register_parameter("bias", bias)
 
     def packed(self) -> dict[str, Tensor]:
@@ -69,7 +68,7 @@ class PackedLinear(nn.Linear):
     @property
     def weight(self) -> Tensor:
         """The weight as others see it."""
-        return PackedWeight(self)
+        return PackedWeight.of(self, (self.out_features, self.in_features), self.like)
 
     @weight.setter
     def weight(self, weight: Tensor) -> None:
@@ -88,6 +87,8 @@ class PackedLinear(nn.Linear):
         bias = self.bias
         for name in ("like", *self._packed, "bias"):
             delattr(self, name)
+        for name in ("precision", "number_format", "_packed"):
+            vars(self).pop(name, None)
         linear = cast(nn.Linear, self)
         linear.__class__ = nn.Linear
         linear.weight = nn.Parameter(dense, requires_grad=False)
@@ -100,11 +101,6 @@ class PackedLinear(nn.Linear):
         else:
             super().register_parameter(name, param)
 
-    def requires_grad_(self, requires_grad: bool = True) -> Self:
-        if requires_grad:
-            refuse_training()
-        return super().requires_grad_(requires_grad)
-
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, {self.precision}"
 
@@ -113,7 +109,7 @@ class PackedLinear(nn.Linear):
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         for name, tensor in before.items():  # a cast of the model is none of the scales'
             if (moved := self.get_parameter(name)).dtype != tensor.dtype:
-                self.register_parameter(name, nn.Parameter(tensor.to(moved.device), requires_grad=False))
+                self.register_parameter(name, Frozen(tensor.to(moved.device)))
         return self
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
@@ -147,109 +143,6 @@ class PackedLinear(nn.Linear):
 
     def _stored(self) -> dict[str, Tensor]:
         return self.packed() if self.bias is None else {**self.packed(), "bias": self.bias}
-
-
-class PackedWeight(Tensor):
-    """The weight of a packed linear as others see it, PEFT above all: read like any other, and written like any other.
-
-    Shape, dtype and device cost nothing. An operation that reads it gets the unpacked weight. One that writes to it, as
-    PEFT does when it merges adapters, gets the unpacked weight in float32, and the linear is dense from then on, in the
-    model's dtype: packed again, the sum would be rounded again, which costs more than the adapters gave.
-
-    Args:
-        linear: whose weight it is.
-    """
-
-    linear: nn.Linear
-
-    def __new__(cls, linear: PackedLinear) -> Self:
-        shape = (linear.out_features, linear.in_features)
-        weight = Tensor._make_wrapper_subclass(cls, shape, dtype=linear.like.dtype, device=linear.like.device)
-        weight.linear = linear
-        return weight
-
-    def __init__(self, linear: PackedLinear) -> None:
-        super().__init__()
-
-    def read(self) -> Tensor:
-        linear = self.linear
-        return linear.unpack(self.dtype) if isinstance(linear, PackedLinear) else linear.weight.detach()
-
-    def write(self, change: Callable[[Tensor], Any]) -> None:
-        """Makes the linear dense and its weight another one.
-
-        Args:
-            change: what is done to the unpacked weight, in place.
-        """
-        linear = self.linear
-        if isinstance(linear, PackedLinear):
-            weight = linear.unpack(torch.float32)
-            change(weight)
-            linear.become_dense_(weight)
-        else:
-            change(linear.weight.data)
-
-    @property
-    def data(self) -> Tensor:
-        return self  # what is written to it is written to the weight
-
-    @data.setter
-    def data(self, weight: Tensor) -> None:
-        if weight is not self:
-            self.write(lambda own: own.copy_(weight))
-
-    def data_ptr(self) -> int:
-        """That of the codes; linears are tied by it."""
-        linear = self.linear
-        return (next(iter(linear.packed().values())) if isinstance(linear, PackedLinear) else linear.weight).data_ptr()
-
-    @classmethod
-    def __torch_function__(
-        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
-    ) -> Any:
-        kwargs, name = kwargs or {}, func.__name__
-        with torch._C.DisableTorchFunctionSubclass():
-            if name in NO_VALUES:
-                return func(*args, **kwargs)
-            first, *others = args
-            rest, named = tree_map_only(cls, cls.read, (others, kwargs))
-            if not (isinstance(first, cls) and _writes(name)):
-                return func(tree_map_only(cls, cls.read, first), *rest, **named)
-            if name == "requires_grad_":
-                refuse_training()
-            first.write(lambda weight: func(weight, *rest, **named))
-            return first
-
-    @classmethod  # torch declares it without the class
-    def __torch_dispatch__(  # type: ignore[override]
-        cls, func: Any, types: Iterable[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        assert not func._schema.is_mutable, func  # else it would be lost
-        args, kwargs = tree_map_only(cls, cls.read, (args, kwargs or {}))
-        return func(*args, **kwargs)
-
-
-NO_VALUES = ("__get__", "size", "stride", "dim", "numel", "nelement", "element_size", "is_floating_point", "is_complex")
-"""Functions of tensors that ask for no value; getters that do, such as ``T``, come by the dispatcher."""
-OPERATORS = "add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "and", "or", "xor", "lshift", "rshift", "div"
-
-
-def _writes(name: str) -> bool:
-    """Whether a function of tensors changes its first argument, by the conventions of its name."""
-    in_place = {f"__i{operator}__" for operator in OPERATORS} | {"__setitem__"}
-    return name in in_place or (name.endswith("_") and not name.endswith("__"))
-
-
-def refuse_training() -> NoReturn:
-    """Says that codes cannot be trained.
-
-    Raises:
-        UserError: always.
-    """
-    raise UserError(
-        "A packed weight cannot be trained: its codes are integers. Train adapters on it, or leave it dense in the "
-        "plan; `qpruner merge` makes a dense copy of a run's model, in which every weight can be trained."
-    )
 
 
 class _UnpackedProduct(torch.autograd.Function):

@@ -1,7 +1,5 @@
 import copy
 
-import bitsandbytes as bnb
-import peft
 import pytest
 import torch
 from hypothesis import given, settings
@@ -161,14 +159,6 @@ def test_codes_and_scales_follow_a_model_to_another_device(precision: Precision)
     assert {tensor.device.type for tensor in model.second.packed().values()} == {"cuda"}
     assert equal({name: tensor.cpu() for name, tensor in model.second.packed().items()}, packed)
     torch.testing.assert_close(model(x.cuda()).cpu(), expected, rtol=1e-3, atol=1e-3)
-
-
-def test_peft_gives_each_its_own_lora_layer(precision: Precision) -> None:
-    model = with_lora(Chain(quantize(random_linear(64, 32), precision), random_linear(32, 8)))
-    four, eight = peft.tuners.lora.bnb.Linear4bit, peft.tuners.lora.bnb.Linear8bitLt
-    assert type(model.base_model.model.first) is (four if precision.bits == 4 else eight)
-    assert type(model.base_model.model.second) is peft.tuners.lora.layer.Linear
-    assert isinstance(model.base_model.model.first.base_layer, bnb.nn.Linear4bit | bnb.nn.Linear8bitLt)
 
 
 def test_state_dict_holds_the_layout_and_loads_into_another(precision: Precision) -> None:
