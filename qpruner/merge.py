@@ -14,6 +14,7 @@ from torch import nn
 from qpruner.checkpoint import has_initial_adapters, is_compressed, load_compressed, read_plan, save_base
 from qpruner.datamodules.base import TokenDataModule
 from qpruner.errors import UserError, user_error
+from qpruner.files import read_json
 from qpruner.memory import num_parameters
 from qpruner.plan import DENSE, UNITS
 from qpruner.pretrained import load_tokenizer
@@ -136,11 +137,15 @@ def run_data(model: Path) -> TokenDataModule | str:
         parser: Any = ArgumentParser(exit_on_error=False)
         parser.add_subclass_arguments(TokenDataModule, "data")
         data: TokenDataModule = parser.instantiate_classes(parser.parse_object({"data": config["data"]})).data
-        _ = data.prepared
+        found = data.fingerprint().get("test")
     except Exception as error:  # data modules may be anyone's, and a merge needs none
         reason = str(user_error(error) or error).strip().splitlines() or [type(error).__name__]
         return f"the data of the run cannot be had from here ({reason[-1].strip()})"
-    return data if "test" in data.prepared.splits else "the data of the run has no test split."
+    if found is None:
+        return "the data of the run have no test split."
+    if run.manifest.exists() and read_json(run.manifest)["data"].get("test") != found:
+        return "the test data that are there now are not those of the run."
+    return data
 
 
 def measured_perplexity(model: Any, data: TokenDataModule) -> float | None:
