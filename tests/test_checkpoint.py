@@ -201,7 +201,8 @@ def test_adapters_come_back_with_identical_logits(tmp_path: Path, family: str, k
     assert has_adapters(tmp_path / "model")
     assert torch.equal(logits_of(load_compressed(tmp_path / "model")), expected)
     assert torch.equal(logits_of(load_base(tmp_path / "model").model), plain)
-    assert json.loads((tmp_path / "model/adapter/adapter_config.json").read_text())["base_model_name_or_path"] == ".."
+    written = json.loads((tmp_path / "model/adapter/adapter_config.json").read_text())
+    assert str(tmp_path / "model") in written["base_model_name_or_path"]
 
 
 def test_a_new_process_computes_identical_logits(tmp_path: Path) -> None:
