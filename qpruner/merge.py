@@ -65,25 +65,25 @@ def model_folder(given: Path) -> Path:
     Raises:
         UserError: there is none, or its fit is not over.
     """
-    if is_compressed(given):
-        model, unfinished = given, has_initial_adapters(given)
-    else:
-        run = RunFolder(given)
-        if not given.is_dir():
-            raise UserError(f"There is no folder {str(given)!r}. Give the folder of a run, such as runs/quickstart.")
-        if not run.config.exists():
-            raise UserError(f"{str(given)!r} is the folder of no run. Give one, such as runs/quickstart.")
-        if run.finished and not is_compressed(run.model):
-            raise UserError(
-                f"The run {str(given)!r} compressed nothing, and so it keeps no model but the checkpoint of its "
-                f"adapters. Give a run with a callback that compresses, such as MixedPrecisionQuantization."
-            )
+    if not given.is_dir():
+        raise UserError(f"There is no folder {str(given)!r}. Give the folder of a run, such as runs/quickstart.")
+    run = RunFolder(given)
+    if run.config.exists():
         if run.results.exists():
             raise UserError(
                 f"{str(given)!r} is a search, which keeps no trained model. Recover its plan first: "
                 f"`qpruner fit --plan {run.plan}`, and merge that run."
             )
+        if run.finished and not is_compressed(run.model):
+            raise UserError(
+                f"The run {str(given)!r} compressed nothing, and so it keeps no model but the checkpoint of its "
+                f"adapters. Give a run with a callback that compresses, such as MixedPrecisionQuantization."
+            )
         model, unfinished = run.model, not run.finished
+    elif is_compressed(given):
+        model, unfinished = given, has_initial_adapters(given)
+    else:
+        raise UserError(f"{str(given)!r} is the folder of no run. Give one, such as runs/quickstart.")
     if unfinished:
         raise UserError(f"The fit of {str(given)!r} is not over. Finish it first: repeat its command.")
     return model
@@ -140,7 +140,7 @@ def run_data(model: Path) -> TokenDataModule | str:
         found = data.fingerprint().get("test")
     except Exception as error:  # data modules may be anyone's, and a merge needs none
         reason = str(user_error(error) or error).strip().splitlines() or [type(error).__name__]
-        return f"the data of the run cannot be had from here ({reason[-1].strip()})"
+        return f"the data of the run cannot be had from here ({reason[-1].strip(' .')})."
     if found is None:
         return "the data of the run have no test split."
     if run.manifest.exists() and read_json(run.manifest)["data"].get("test") != found:
