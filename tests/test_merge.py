@@ -105,9 +105,7 @@ def test_it_can_be_called_from_anywhere(
 
 
 def test_other_data_of_that_name_are_not_measured_on(work: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (work / "text/test.txt").write_text(
-        "STOP".join(f"story {number} of the hens and the hills" for number in range(12))
-    )
+    (work / "text/test.txt").write_text("STOP".join(f"story {n} of the hens and the hills" for n in range(12)))
     assert "are not those of the run" in merged("runs/x", "out", capsys)
 
 
