@@ -54,7 +54,7 @@ class Allocator:
         items = self._items(plan)
         if rehearsal.exact:
             plan = plan.with_precision([dict.fromkeys(UNITS, DENSE)] * len(plan.layers), **tables)
-            targets = tuple(rehearsal.lora.target_modules)
+            targets = rehearsal.lora.target_modules
 
             def price_of(plan: CompressionPlan) -> Price:
                 return price_narrowed(rehearsal.model, plan, rank=rehearsal.lora.r, targets=targets)
@@ -77,7 +77,7 @@ class Allocator:
             UserError: the budget is below the cheapest plan, or too little calibration text.
         """
         items = self._items(plan)
-        targets = tuple(module.lora.target_modules)
+        targets = module.lora.target_modules
 
         def price_of(plan: CompressionPlan) -> Price:
             return price_narrowed(module.model, plan, rank=module.lora.r, targets=targets)

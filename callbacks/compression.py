@@ -7,7 +7,7 @@ from typing import Any, ClassVar, Literal
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from qpruner.adapters.lora import LoRAConfig
+from qpruner.adapters.lora import LoRAConfig, target_linears
 from qpruner.anatomy import architecture_of
 from qpruner.datamodules.base import TokenDataModule
 from qpruner.errors import UserError
@@ -32,6 +32,9 @@ class Rehearsal:
 
     Attributes:
         plan: of the model, all of it dense; which units are kept is made up.
+
+    Raises:
+        UserError: the adapters have no linear to be on.
     """
 
     model: Any
@@ -39,6 +42,7 @@ class Rehearsal:
     exact: bool = True
 
     def __post_init__(self) -> None:
+        target_linears(self.model, self.lora.target_modules)
         self._dense = CompressionPlan.dense(architecture_of(self.model.config), None)
 
     @property

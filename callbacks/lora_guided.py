@@ -11,7 +11,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
-from qpruner.adapters.lora import LoRAConfig
+from qpruner.adapters.lora import LoRAConfig, is_target
 from qpruner.anatomy import family_of
 from qpruner.callbacks.compression import Compression, Rehearsal, check_dense
 from qpruner.callbacks.pruning_event import PruningEvent
@@ -94,12 +94,16 @@ class LoRAGuidedPruning(Compression):
 
     def _check_targets(self, model: Any, lora: LoRAConfig) -> None:
         _, family = family_of(model.config)
+        layer_names = [f"{family.layers}.{number}" for number in range(model.config.num_hidden_layers)]
         for units, names in (("KV groups", ("q", "k", "v", "o")), ("FFN channels", ("gate", "up", "down"))):
             ends = [family.projections[name].rpartition(".")[2] for name in names]
-            if not set(ends) & set(lora.target_modules):
+            targets = lora.target_modules
+            linears = [f"{name}.{family.projections[each]}" for name in layer_names for each in names]
+            if not any(is_target(name, targets) for name in linears):
                 raise UserError(
                     f"LoRAGuidedPruning scores {units} by the adapters on {', '.join(ends)}, and there are none: "
-                    f"--model.lora.target_modules is {', '.join(lora.target_modules)}. Add some of them."
+                    f"--model.lora.target_modules is {targets if isinstance(targets, str) else ', '.join(targets)}. "
+                    f"Add some of them."
                 )
 
     # In the order of a fit.

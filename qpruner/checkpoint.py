@@ -24,7 +24,7 @@ from qpruner.errors import UserError
 from qpruner.files import hash_file, read_json, replacing_folder, write_json
 from qpruner.memory import tensor_bytes
 from qpruner.plan import CompressionPlan, describe_differences
-from qpruner.pretrained import load_config, load_generation_config, resolve
+from qpruner.pretrained import hold_in_, load_config, load_generation_config, resolve
 from qpruner.pruning.surgery import narrow_
 from qpruner.pruning.widths import compressed_config_class, plain_dict, portable_config, with_widths
 from qpruner.quantization.apply import linear_precisions
@@ -69,6 +69,7 @@ def load_compressed(folder: str | Path) -> Any:
     model = load_base(folder).model
     if has_adapters(Path(folder)):
         config = peft.PeftConfig.from_pretrained(str(Path(folder) / ADAPTER))
+        config.base_model_name_or_path = str(Path(folder).absolute())  # wherever it was written
         model = peft.PeftModelForCausalLM(model, config)
         load_adapters(Path(folder), model)
         model.requires_grad_(False)
@@ -88,7 +89,7 @@ def load_base(folder: str | Path) -> CompressedBase:
     written = replace(architecture_of(config), model_type=plan.architecture.model_type)
     if differences := describe_differences(plan.widths, written):
         raise UserError(f"The plan in {str(folder)!r} is not that of its weights: {differences}.")
-    model = build_skeleton(config)
+    model = hold_in_(build_skeleton(config), config.dtype)  # packed linears take theirs from it
     state: dict[str, Tensor] = {}
     for name in manifest["files"]:
         if name.endswith(".safetensors") and "/" not in name:
@@ -187,31 +188,43 @@ def rehearse_saving(base: str, tokenizer: Any) -> None:
                 ) from error
 
 
-def save_adapters(folder: Path, model: Any, *, trained: bool) -> None:
+def save_adapters(folder: Path, model: Any, *, trained: bool, place: Path | None = None) -> None:
     """Adds the adapters of a PEFT model to the folder of its base, and to the manifest.
+
+    PEFT finds the base from anywhere as long as the folder lies where it was written; `load_compressed` wherever it is.
 
     Args:
         folder: that `save_base` wrote.
         model: the PEFT model.
         trained: whether a fit has trained them, or they are what a fit starts from.
+        place: where the folder is going to lie, if not where it is.
     """
     manifest = _manifest(folder)
     of_base = {name: entry for name, entry in manifest["files"].items() if not name.startswith(f"{ADAPTER}/")}
     # Cut off from here on, the folder is that of the base alone.
     write_json(folder / MANIFEST, manifest | {"files": of_base, "adapters": None})
     with replacing_folder(folder / ADAPTER) as temporary:
-        _write_adapters(temporary, model)
+        _write_adapters(temporary, model, _name_for_peft(folder, (place or folder).absolute()))
     files = of_base | {f"{ADAPTER}/{name}": entry for name, entry in _entries(folder / ADAPTER).items()}
     write_json(folder / MANIFEST, manifest | {"files": files, "adapters": "trained" if trained else "initial"})
 
 
-def _write_adapters(folder: Path, model: Any) -> None:
+def _write_adapters(folder: Path, model: Any, base: str) -> None:
     # Left to itself, PEFT looks the base up by its name, to see whether embeddings were resized.
     model.save_pretrained(folder, save_embedding_layers=False)
-    # It names the place of the base as this machine has it; the base is the folder above.
+    # It would name the model that was compressed, not the base that these are for.
     config = read_json(folder / "adapter_config.json")
-    write_json(folder / "adapter_config.json", config | {"base_model_name_or_path": ".."})
+    write_json(folder / "adapter_config.json", config | {"base_model_name_or_path": base})
     (folder / "README.md").unlink(missing_ok=True)  # a form to fill in
+
+
+def _name_for_peft(folder: Path, place: Path) -> str:
+    """What PEFT, and transformers behind it, are to look for as the base: its folder.
+
+    Where transformers cannot load that, its error repeats the name it was given, and so that says what can.
+    """
+    portable = not read_json(folder / "config.json")["model_type"].startswith(COMPRESSED)
+    return str(place) if portable else f"qpruner.load_compressed({str(place)!r})"
 
 
 def load_adapters(folder: Path, model: Any) -> None:

@@ -1,6 +1,7 @@
 """`qpruner merge`: a dense 16-bit copy of a run's model, with its adapters in its weights."""
 
 import argparse
+import os
 from pathlib import Path
 from typing import Any
 
@@ -8,12 +9,15 @@ import torch
 import yaml
 from jsonargparse import ArgumentParser
 from lightning.pytorch.plugins import Precision
+from torch import nn
 
-from qpruner.checkpoint import is_compressed, load_compressed, read_plan, save_base
+from qpruner.checkpoint import has_initial_adapters, is_compressed, load_compressed, read_plan, save_base
 from qpruner.datamodules.base import TokenDataModule
-from qpruner.errors import UserError
+from qpruner.errors import UserError, user_error
+from qpruner.files import read_json
 from qpruner.memory import num_parameters
 from qpruner.plan import DENSE, UNITS
+from qpruner.pretrained import load_tokenizer
 from qpruner.quantization.merging import merge_
 from qpruner.runs.folder import RunFolder
 from qpruner.training.evaluation import evaluate
@@ -24,48 +28,128 @@ def merge_command(arguments: list[str]) -> None:
     """Merges the adapters of a run's model into a dense 16-bit copy, and prints what that changed.
 
     The copy is narrower than the dense model where that was pruned, and loads without qpruner where all layers are
-    equally wide. It is never packed again: rounding a second time costs more than the adapters gave.
+    equally wide. It is never packed again: rounding a second time costs more than the adapters gave. Only the run's
+    model is needed; where its data can still be had, the perplexity is measured before and after.
     """
     parser = argparse.ArgumentParser("qpruner merge", description=merge_command.__doc__)
-    parser.add_argument("run", type=Path, help="folder of a finished run, such as runs/quickstart")
+    parser.add_argument("run", type=Path, help="folder of a finished run, such as runs/quickstart, or of its model")
     parser.add_argument("output", type=Path, help="folder to write; it must not be there yet")
     parser.add_argument("--dtype", choices=("bfloat16", "float16"), default="bfloat16", help="default: %(default)s")
     given = parser.parse_args(arguments)
-    folder = RunFolder(given.run)
-    if not (is_compressed(folder.model) and folder.finished):
-        raise UserError(f"{str(folder.path)!r} holds no finished run with a compressed model. Finish its fit first.")
-    if given.output.exists():
-        raise UserError(f"{str(given.output)!r} is there already. Name a folder that is not.")
-    data, plan = run_data(folder), read_plan(folder.model)
-    model = load_compressed(folder.model)
-    before = measured_perplexity(model, data)
+    folder, output = model_folder(given.run.expanduser()), given.output.expanduser()
+    prepare_output(output)
+    model, plan = load_compressed(folder), read_plan(folder)
+    check_finite(model, f"the model in {str(folder)!r}", "Train again with a lower --model.optimizer.lr.")
+    data = run_data(folder)
+    before = None if isinstance(data, str) else measured_perplexity(model, data)
     merged = merge_(model, getattr(torch, given.dtype))
+    check_finite(merged, f"the merged model in {given.dtype}", "Merge with --dtype bfloat16.")
     plan = plan.with_precision([dict.fromkeys(UNITS, DENSE)] * len(plan.layers))
-    save_base(given.output, merged, plan, base_name=str(given.run), tokenizer=data.tokenizer)
-    print(f"{given.output} holds {num_parameters(merged):,} dense parameters in {given.dtype}.")
-    if before is not None:
-        after = measured_perplexity(merged, data)
-        assert after is not None
+    save_base(output, merged, plan, base_name=str(given.run), tokenizer=tokenizer_of(folder))
+    print(f"{output} holds {num_parameters(merged):,} dense parameters in {given.dtype}.")
+    if isinstance(data, str):
+        print(f"The perplexity was not measured: {data}")
+    elif before is not None and (after := measured_perplexity(merged, data)) is not None:
         print(
             f"Perplexity on the test split: {before:.4f} with adapters beside their base, {after:.4f} merged "
             f"({after / before - 1:+.2%}); {data.protocol}."
         )
 
 
-def run_data(folder: RunFolder) -> TokenDataModule:
-    """The data module of a run, from its configuration."""
-    config = yaml.safe_load(folder.config.read_text(encoding="utf-8"))
-    config["data"]["init_args"]["tokenizer"] = config["model"]["base"]  # linked on the command line
-    parser: Any = ArgumentParser(exit_on_error=False)
-    parser.add_subclass_arguments(TokenDataModule, "data")
-    data: TokenDataModule = parser.instantiate_classes(parser.parse_object({"data": config["data"]})).data
+def model_folder(given: Path) -> Path:
+    """The folder of the compressed model that a person means.
+
+    Args:
+        given: folder of a run, or of a model.
+
+    Raises:
+        UserError: there is none, or its fit is not over.
+    """
+    if not given.is_dir():
+        raise UserError(f"There is no folder {str(given)!r}. Give the folder of a run, such as runs/quickstart.")
+    run = RunFolder(given)
+    if run.config.exists():
+        if run.results.exists():
+            raise UserError(
+                f"{str(given)!r} is a search, which keeps no trained model. Recover its plan first: "
+                f"`qpruner fit --plan {run.plan}`, and merge that run."
+            )
+        if run.finished and not is_compressed(run.model):
+            raise UserError(
+                f"The run {str(given)!r} compressed nothing, and so it keeps no model but the checkpoint of its "
+                f"adapters. Give a run with a callback that compresses, such as MixedPrecisionQuantization."
+            )
+        model, unfinished = run.model, not run.finished
+    elif is_compressed(given):
+        model, unfinished = given, has_initial_adapters(given)
+    else:
+        raise UserError(f"{str(given)!r} is the folder of no run. Give one, such as runs/quickstart.")
+    if unfinished:
+        raise UserError(f"The fit of {str(given)!r} is not over. Finish it first: repeat its command.")
+    return model
+
+
+def prepare_output(folder: Path) -> None:
+    """Makes the place for a folder, before the expensive work.
+
+    Raises:
+        UserError: the folder is there already, or cannot be written.
+    """
+    if os.path.lexists(folder):
+        raise UserError(f"{str(folder)!r} is there already. Name a folder that is not.")
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        writable = os.access(folder.parent, os.W_OK)
+    except OSError as error:
+        raise UserError(f"Cannot make {str(folder.parent)!r} ({error}). Name another folder to write.") from error
+    if not writable:
+        raise UserError(f"{str(folder.parent)!r} may not be written. Name another folder to write.")
+
+
+def check_finite(model: nn.Module, what: str, remedy: str) -> None:
+    """Makes sure that every number of a model is finite.
+
+    Raises:
+        UserError: some are not; the tensors are counted, and the first is named.
+    """
+    tensors = {name: tensor for name, tensor in model.state_dict().items() if tensor.is_floating_point()}
+    if broken := [name for name, tensor in tensors.items() if not tensor.isfinite().all()]:
+        others = f" and {len(broken) - 1} more" if len(broken) > 1 else ""
+        raise UserError(f"Of {what}, {broken[0]}{others} hold values that are not finite. {remedy}")
+
+
+def tokenizer_of(folder: Path) -> Any | None:
+    """The tokenizer beside a model, if there is one."""
+    try:
+        return load_tokenizer(str(folder))
+    except UserError:
+        return None
+
+
+def run_data(model: Path) -> TokenDataModule | str:
+    """The data module of the run that a model belongs to, its rows ready; or a sentence that says why it lacks."""
+    run = next((run for run in map(RunFolder, model.absolute().parents[:3]) if run.config.exists()), None)
+    if run is None:
+        return f"{str(model)!r} lies in no run, whose configuration would name the data."
+    try:
+        config = yaml.safe_load(run.config.read_text(encoding="utf-8"))
+        config["data"]["init_args"]["tokenizer"] = str(model)
+        parser: Any = ArgumentParser(exit_on_error=False)
+        parser.add_subclass_arguments(TokenDataModule, "data")
+        data: TokenDataModule = parser.instantiate_classes(parser.parse_object({"data": config["data"]})).data
+        found = data.fingerprint().get("test")
+    except Exception as error:  # data modules may be anyone's, and a merge needs none
+        reason = str(user_error(error) or error).strip().splitlines() or [type(error).__name__]
+        return f"the data of the run cannot be had from here ({reason[-1].strip(' .')})."
+    if found is None:
+        return "the data of the run have no test split."
+    if run.manifest.exists() and read_json(run.manifest)["data"].get("test") != found:
+        return "the test data that are there now are not those of the run."
     return data
 
 
 def measured_perplexity(model: Any, data: TokenDataModule) -> float | None:
-    """Perplexity of a model on the test split, on the CPU or the first CUDA device; None without such a split."""
-    if "test" not in data.prepared.splits:
-        return None
+    """Perplexity of a model on the test split, on the CPU or the first CUDA device; None where nothing is scored."""
     module = LoRAFinetuner()
     module.model = model
     results = evaluate(

@@ -1,11 +1,12 @@
 """What a plan costs in bytes before it is carried out: the sum of the tensors that its folder will hold."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
+from qpruner.adapters.lora import is_target
 from qpruner.anatomy import unit_linears
 from qpruner.memory import tensor_bytes
 from qpruner.plan import DENSE, Architecture, CompressionPlan, Precision
@@ -45,7 +46,7 @@ class Price:
         return 8 * self.unit_weight_bytes / self.weights
 
 
-def price(model: torch.nn.Module, plan: CompressionPlan, *, rank: int = 0, targets: tuple[str, ...] = ()) -> Price:
+def price(model: torch.nn.Module, plan: CompressionPlan, *, rank: int = 0, targets: Sequence[str] | str = ()) -> Price:
     """Prices a plan.
 
     Args:
@@ -53,7 +54,7 @@ def price(model: torch.nn.Module, plan: CompressionPlan, *, rank: int = 0, targe
             Its weights may lie on the meta device.
         plan: to price.
         rank: r of the adapters; 0 for none.
-        targets: last parts of the names of the linears that get adapters.
+        targets: the linears that get adapters, as ``target_modules`` of `LoRAConfig`.
 
     Raises:
         UserError: the plan does not fit the model, or asks for a precision that cannot be had.
@@ -63,7 +64,7 @@ def price(model: torch.nn.Module, plan: CompressionPlan, *, rank: int = 0, targe
 
 
 def price_narrowed(
-    model: torch.nn.Module, plan: CompressionPlan, *, rank: int = 0, targets: tuple[str, ...] = ()
+    model: torch.nn.Module, plan: CompressionPlan, *, rank: int = 0, targets: Sequence[str] | str = ()
 ) -> Price:
     """Prices a plan whose widths a model has already, its linears and tables still dense; as `price`."""
     linears: dict[str, Any] = {
@@ -77,7 +78,7 @@ def price_narrowed(
         weight_bytes_in_units += stored
         in_units += stored + tensor_bytes(linear) - dense_bytes
         weights += linear.weight.numel()
-        if name.rpartition(".")[2] in targets:
+        if is_target(name, targets):
             adapters += rank * sum(shape) * ADAPTER_BYTES
     rest = tensor_bytes(model) - sum(map(tensor_bytes, linears.values()))
     for name, precision in table_precisions(model.config, plan.embedding, plan.head).items():

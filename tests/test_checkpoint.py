@@ -11,6 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
 from families import KEPT, logits_of, tiny_model
@@ -263,7 +264,32 @@ def test_adapters_come_back_with_identical_logits(tmp_path: Path, family: str, k
     assert has_adapters(tmp_path / "model")
     assert torch.equal(logits_of(load_compressed(tmp_path / "model")), expected)
     assert torch.equal(logits_of(load_base(tmp_path / "model").model), plain)
-    assert json.loads((tmp_path / "model/adapter/adapter_config.json").read_text())["base_model_name_or_path"] == ".."
+    written = json.loads((tmp_path / "model/adapter/adapter_config.json").read_text())
+    assert str(tmp_path / "model") in written["base_model_name_or_path"]
+
+
+@pytest.mark.parametrize("kept", SHAPES.values(), ids=SHAPES)
+def test_peft_alone_finds_the_base_from_anywhere_or_says_what_can_load_it(
+    tmp_path: Path, kept: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    model, _ = write(Path("made"), "llama", kept)
+    adapted = with_adapters(model)
+    save_adapters(Path("made"), adapted, trained=True, place=Path("model"))
+    Path("made").rename("model")
+    monkeypatch.chdir("/")
+    folder, expected = tmp_path / "model", logits_of(adapted)
+    if kept is KEPT:  # transformers cannot build it
+        with pytest.raises(OSError, match=r"qpruner.load_compressed\('.*/model'\)"):
+            peft.AutoPeftModelForCausalLM.from_pretrained(folder / "adapter")
+    else:
+        assert torch.equal(logits_of(peft.AutoPeftModelForCausalLM.from_pretrained(folder / "adapter")), expected)
+    over = peft.PeftModel.from_pretrained(load_base(folder).model, folder / "adapter")
+    assert torch.equal(logits_of(over), expected)
+    folder.rename(tmp_path / "copied")
+    loaded = load_compressed(tmp_path / "copied")
+    assert torch.equal(logits_of(loaded), expected)
+    assert loaded.peft_config["default"].base_model_name_or_path == str(tmp_path / "copied")
 
 
 def test_a_new_process_computes_identical_logits(tmp_path: Path) -> None:

@@ -142,7 +142,7 @@ def test_merge_gives_a_dense_copy_of_the_same_function(
     assert (dense - packed).norm() / packed.norm() < 0.01  # what rounding to bfloat16 costs
     with pytest.raises(UserError, match="is there already"):
         run(["merge", str(tmp_path / "x"), str(tmp_path / "merged")])
-    with pytest.raises(UserError, match="holds no finished run with a compressed model"):
+    with pytest.raises(UserError, match="There is no folder"):
         run(["merge", str(tmp_path / "nothing"), str(tmp_path / "elsewhere")])
 
 

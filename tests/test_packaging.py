@@ -39,7 +39,7 @@ ALLOWED: dict[str, set[str]] = {
     "quantization": {"adapters", "anatomy", "errors", "files", "plan", "pretrained"},
     "memory": {"errors", "quantization"},
     "pruning": {"adapters", "anatomy", "errors", "memory", "plan", "quantization", "seeds"},
-    "pricing": {"anatomy", "memory", "plan", "pruning", "quantization"},
+    "pricing": {"adapters", "anatomy", "memory", "plan", "pruning", "quantization"},
     "allocation": {"adapters", "anatomy", "errors", "files", "plan", "pricing", "pruning", "quantization", "seeds"},
     "checkpoint": {"anatomy", "errors", "files", "memory", "plan", "pretrained", "pruning", "quantization"},
     "runs": {"allocation", "errors", "files", "plan"},
@@ -65,7 +65,8 @@ ALLOWED: dict[str, set[str]] = {
     },
     "quiet": set(),
     "merge": {
-        "checkpoint", "datamodules", "errors", "memory", "plan", "quantization", "runs", "training",
+        "checkpoint", "datamodules", "errors", "files", "memory", "plan", "pretrained", "quantization", "runs",
+        "training",
     },
     "__main__": {"cli", "errors", "quiet"},
     "__init__": {"checkpoint"},

@@ -1,5 +1,6 @@
 """LoRA adapters on the projections of a decoder, by PEFT."""
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -10,6 +11,9 @@ from torch import nn
 from qpruner.errors import UserError
 from qpruner.seeds import derive_seed
 
+ALL_LINEAR = "all-linear"
+"""In place of names: every linear but the language-model head."""
+
 
 @dataclass(frozen=True)
 class LoRAConfig:
@@ -19,18 +23,78 @@ class LoRAConfig:
         r: rank of the adapters, at least 1.
         alpha: scale of the adapters; their output is multiplied by ``alpha / r``.
         dropout: probability with which an input of the adapters is zeroed in training, in [0, 1).
-        target_modules: last parts of the names of the linears that get adapters.
+        target_modules: the linears that get adapters: ends of their names, such as ``q_proj``; a regular expression
+            for the whole of a name; or ``all-linear``, all but the language-model head.
     """
 
     r: int = 8
     alpha: float = 16.0
     dropout: float = 0.05
-    target_modules: Sequence[str] = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+    target_modules: Sequence[str] | str = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "target_modules", tuple(self.target_modules))  # a list from YAML compares as a tuple
+        if not isinstance(self.target_modules, str):  # a list from YAML compares as a tuple
+            object.__setattr__(self, "target_modules", tuple(self.target_modules))
+        elif not _is_pattern(self.target_modules):
+            raise UserError(
+                f"--model.lora.target_modules is {self.target_modules!r}, which is no regular expression. Give one, "
+                f"the names of linears as a list, or {ALL_LINEAR}."
+            )
         if self.r < 1 or self.alpha <= 0 or not 0 <= self.dropout < 1:
             raise UserError(f"LoRA needs r of at least 1, alpha above 0 and dropout in [0, 1), not {self}.")
+
+
+def is_target(name: str, targets: Sequence[str] | str) -> bool:
+    """Whether the linear of a decoder's layer that has this name gets an adapter; by the rules of PEFT.
+
+    Args:
+        name: in the model.
+        targets: as ``target_modules`` of `LoRAConfig`.
+    """
+    if isinstance(targets, str):
+        return targets.lower() == ALL_LINEAR or re.fullmatch(targets, name) is not None
+    return any(f".{name}".endswith(f".{target}") for target in targets)
+
+
+def target_linears(model: Any, targets: Sequence[str] | str) -> list[str]:
+    """The names of the linears of a model that get adapters.
+
+    Raises:
+        UserError: a target is the end of no linear's name, or a pattern matches none, or something else than linears.
+    """
+    tables = {id(module) for module in model.get_input_embeddings().modules()}  # packed, it holds a linear
+    linears = [
+        name for name, module in model.named_modules() if isinstance(module, nn.Linear) and id(module) not in tables
+    ]
+    head = model.get_output_embeddings()
+    chosen = [name for name in linears if is_target(name, targets)]
+    if isinstance(targets, str):
+        if targets.lower() == ALL_LINEAR:
+            return [name for name in linears if model.get_submodule(name) is not head]
+        missing = [] if chosen else [targets]
+        others = [name for name, _ in model.named_modules() if name not in linears and is_target(name, targets)]
+        if others:
+            raise UserError(
+                f"LoRA target {targets} matches {others[0]}, which is no linear of a layer. Let the pattern match "
+                f"linears alone, as {linears[0]}."
+            )
+    else:
+        missing = sorted(target for target in targets if not any(is_target(name, [target]) for name in linears))
+    if missing or not chosen:
+        ends = {name.rpartition(".")[2] for name in linears}
+        raise UserError(
+            f"LoRA target(s) {', '.join(missing) or 'none'} match no linear of {type(model).__name__}, which has "
+            f"{', '.join(sorted(ends))}. Name some of these in --model.lora.target_modules."
+        )
+    return chosen
+
+
+def _is_pattern(text: str) -> bool:
+    try:
+        re.compile(text)
+    except re.error:
+        return False
+    return True
 
 
 @dataclass(frozen=True)
@@ -66,21 +130,19 @@ def attach_adapters(model: Any, config: LoRAConfig, *, seed: int) -> Any:
     """Wraps the model in PEFT adapters, the only parameters that are left to train, in float32.
 
     Raises:
-        UserError: a name in ``target_modules`` is the end of no linear's name.
+        UserError: as `target_linears`.
     """
     import peft
 
-    ends = {name.rpartition(".")[2] for name, module in model.named_modules() if isinstance(module, nn.Linear)}
-    if missing := set(config.target_modules) - ends:
-        raise UserError(
-            f"LoRA target(s) {', '.join(sorted(missing))} match no linear of {type(model).__name__}, which has "
-            f"{', '.join(sorted(ends))}. Name some of these in --model.lora.target_modules."
-        )
+    targets = config.target_modules
+    names = target_linears(model, targets)
+    if isinstance(targets, str) and targets.lower() == ALL_LINEAR:  # which is more to PEFT where tables are packed
+        targets = sorted({name.rpartition(".")[2] for name in names})
     lora = peft.LoraConfig(
         r=config.r,
         lora_alpha=config.alpha,
         lora_dropout=config.dropout,
-        target_modules=list(config.target_modules),
+        target_modules=targets if isinstance(targets, str) else list(targets),
         task_type=peft.TaskType.CAUSAL_LM,
     )
     # Every rank and every resumed run draws the same A, whatever was drawn before.

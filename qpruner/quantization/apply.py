@@ -1,6 +1,6 @@
 """Carries out the precisions of a plan on a model, with adapters that start from what rounding left."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -8,13 +8,12 @@ import torch
 from torch import Tensor, nn
 
 from qpruner.adapters.loftq import LoftQResult, loftq
-from qpruner.adapters.lora import LoRAConfig
+from qpruner.adapters.lora import LoRAConfig, is_target
 from qpruner.anatomy import unit_linears
 from qpruner.errors import UserError
 from qpruner.plan import DENSE, CompressionPlan, Precision
 from qpruner.quantization.embedding import quantize_tables_
 from qpruner.quantization.formats import dequantize, format_for, quantize, rebuild
-from qpruner.quantization.model import announce_packed
 from qpruner.quantization.packed import PackedLinear
 
 Factors = tuple[Tensor, Tensor]
@@ -41,14 +40,14 @@ class LoftQSettings:
     Args:
         rank: r of the adapters.
         scale: what the forward pass multiplies ``B A`` by.
-        targets: last parts of the names of the linears that get adapters.
+        targets: the linears that get adapters, as ``target_modules`` of `LoRAConfig`.
         num_iterations: T of LoftQ, at least 1.
         seed: of the run.
     """
 
     rank: int
     scale: float
-    targets: tuple[str, ...]
+    targets: Sequence[str] | str
     num_iterations: int
     seed: int
 
@@ -57,7 +56,7 @@ class LoftQSettings:
         """Those of a model's adapters; None, from zero, without iterations."""
         if num_iterations == 0:
             return None
-        return cls(lora.r, lora.alpha / lora.r, tuple(lora.target_modules), num_iterations, seed)
+        return cls(lora.r, lora.alpha / lora.r, lora.target_modules, num_iterations, seed)
 
 
 def linear_precisions(model: nn.Module, plan: CompressionPlan) -> dict[str, Precision]:
@@ -103,7 +102,6 @@ def quantize_(
         if quantized.factors is not None:
             factors[name] = quantized.factors
         model.set_submodule(name, quantized.packed.to(next(model.parameters()).device).train(linear.training))
-    announce_packed(model)
     return factors
 
 
@@ -111,7 +109,7 @@ def quantize_linear(
     linear: nn.Linear, precision: Precision, name: str, settings: LoftQSettings | None, device: torch.device
 ) -> Quantized:
     """One linear in a precision, on a device, with the start of its adapter where it gets one."""
-    if settings is None or name.rpartition(".")[2] not in settings.targets:
+    if settings is None or not is_target(name, settings.targets):
         return Quantized(quantize(linear.to(device), precision), None)
     result = quantize_with_adapter(linear, precision, name, settings, device)
     return Quantized(result.quantized, (result.lora_A.cpu(), result.lora_B.cpu()))
@@ -125,7 +123,8 @@ def quantize_with_adapter(
 
     def packed(weight: Tensor) -> PackedLinear:
         state = format_for(precision).encode(weight, precision)
-        return rebuild(state, linear.out_features, linear.in_features, precision=precision, bias=bias)
+        shape = linear.out_features, linear.in_features
+        return rebuild(state, *shape, precision=precision, bias=bias, dtype=linear.weight.dtype)
 
     return loftq(
         linear.weight.detach().to(device),
@@ -151,7 +150,7 @@ def check_rank(model: nn.Module, precisions: Mapping[str, Precision], settings: 
     ranks = {
         name: min(linear.in_features, linear.out_features)
         for name, linear in linears.items()
-        if name.rpartition(".")[2] in settings.targets
+        if is_target(name, settings.targets)
     }
     if ranks and settings.rank > min(ranks.values()):
         name = min(ranks, key=lambda one: ranks[one])

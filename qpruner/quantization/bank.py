@@ -26,7 +26,6 @@ from qpruner.files import hash_json, replacing
 from qpruner.plan import DENSE, CompressionPlan, Precision
 from qpruner.quantization.apply import Factors, LoftQSettings, check_rank, linear_precisions, quantize_linear
 from qpruner.quantization.formats import dequantize, num_bytes, rebuild
-from qpruner.quantization.model import announce_packed
 from qpruner.quantization.packed import PackedLinear
 
 
@@ -63,7 +62,8 @@ class Bank:
             return dense
         bias = None if dense.bias is None else dense.bias.detach()
         state = self._entry(name, precision)
-        return rebuild(state, dense.out_features, dense.in_features, precision=precision, bias=bias)
+        shape = dense.out_features, dense.in_features
+        return rebuild(state, *shape, precision=precision, bias=bias, dtype=dense.weight.dtype)
 
     def factors(self, name: str, precision: Precision) -> Factors | None:
         """What the adapter of a linear starts from in a precision; None where it starts from zero."""
@@ -104,7 +104,6 @@ class Bank:
             self.place_(model, [name], precision)
             if (start := self.factors(name, precision)) is not None:
                 factors[name] = start
-        announce_packed(model)
         return factors
 
     def _entry(self, name: str, precision: Precision) -> Mapping[str, Tensor]:

@@ -2,6 +2,8 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
+from typing import Any
 
 import bitsandbytes as bnb
 import torch
@@ -53,7 +55,7 @@ class Blockwise4:
 
     With double quantization, instead of ``scales``:
 
-    - ``scale_codes``: uint8 [m], indices into ``scale_code_book()``;
+    - ``scale_codes``: uint8 [m], indices into ``scale_code_book``;
     - ``scale_scales``: float32 [ceil(m / 256)];
     - ``scale_offset``: float32 []; scale = scale code book[scale code] * scale scale of its 256 scales + scale offset.
 
@@ -96,7 +98,7 @@ class Blockwise4:
             return {"codes": codes.flatten(), "scales": state.absmax}
         offset = state.absmax.mean()
         scale_codes, scale_state = quantize_blockwise(
-            state.absmax - offset, code=scale_code_book().to(offset.device), blocksize=SCALE_GROUP
+            state.absmax - offset, code=scale_code_book(offset.device), blocksize=SCALE_GROUP
         )
         return {
             "codes": codes.flatten(),
@@ -132,11 +134,12 @@ class Blockwise4:
         in_features: int,
         precision: Precision,
         bias: nn.Parameter | None,
+        dtype: torch.dtype,
     ) -> PackedLinear:
-        return Blockwise4Linear(state, out_features, in_features, precision, bias, self)
+        return Blockwise4Linear(state, out_features, in_features, precision, bias, dtype, self)
 
     def book(self, device: torch.device) -> Tensor:
-        return torch.tensor(CODE_BOOKS[self.code_book], dtype=torch.float32, device=device)
+        return _code_book(self.code_book, device)
 
     def group(self, precision: Precision) -> int:
         return precision.group or self.groups[0]
@@ -152,17 +155,20 @@ class Blockwise4:
         if not self.double:
             return state["scales"][blocks]
         codes = state["scale_codes"][blocks]
-        values = scale_code_book().to(codes.device)[codes.int()]
+        values = scale_code_book(codes.device)[codes.int()]
         return values * state["scale_scales"][blocks // SCALE_GROUP] + state["scale_offset"]
 
 
-class Blockwise4Linear(PackedLinear, bnb.nn.Linear4bit):
-    """A ``bnb.nn.Linear4bit`` whose results are right on every CPU, in evaluation and after it.
+class Blockwise4Linear(PackedLinear):
+    """A linear in blocks of four-bit floats; CUDA multiplies by the kernels of bitsandbytes.
 
-    On CPUs with AVX512-BF16 the class of bitsandbytes rewrites the weight in place at the first forward in evaluation;
-    from then on no gradient passes through it, silently, and its codes and scales mean something else. On CPUs with
-    AVX512 its kernel mixes up scales when ``in`` is a multiple of 32 but not of the group. And it computes for good in
-    the dtype of the first input that it sees.
+    On CPUs it unpacks with torch. The ``Linear4bit`` of bitsandbytes would rewrite its weight in place at the first
+    forward in evaluation where there is AVX512-BF16, after which no gradient passes through it, silently; with AVX512
+    its kernel mixes up scales when ``in`` is a multiple of 32 but not of the group; and it computes for good in the
+    dtype of the first input that it sees.
+
+    Args:
+        number_format: of the state; the others as of `PackedLinear`.
     """
 
     def __init__(
@@ -172,74 +178,70 @@ class Blockwise4Linear(PackedLinear, bnb.nn.Linear4bit):
         in_features: int,
         precision: Precision,
         bias: nn.Parameter | None,
+        dtype: torch.dtype,
         number_format: Blockwise4,
     ) -> None:
-        # On the meta device: neither memory nor random draws.
-        super().__init__(in_features, out_features, bias=False, device="meta")
-        self.support_avx512bf16_for_cpu = False
-        self.precision = precision
-        self.bias = bias
-        group = number_format.group(precision)
-        codes = state["codes"]
-        scales = {"absmax": state.get("scales")}
-        if number_format.double:
-            scale_state = QuantState(
-                absmax=state["scale_scales"],
-                blocksize=SCALE_GROUP,
-                code=scale_code_book().to(codes.device),
-                dtype=torch.float32,
-            )
-            scales = {"absmax": state["scale_codes"], "offset": state["scale_offset"], "state2": scale_state}
-        self.weight = bnb.nn.Params4bit(
-            codes.view(-1, 1),
-            quant_state=QuantState(
-                shape=torch.Size((out_features, in_features)),
-                code=number_format.book(codes.device),
-                blocksize=group,
-                quant_type=number_format.code_book,
-                dtype=torch.float32,
-                **scales,
-            ),
-            blocksize=group,
-            compress_statistics=number_format.double,
-            quant_type=number_format.code_book,
-            bnb_quantized=True,
-        )
-
-    def packed(self) -> dict[str, Tensor]:
-        codes, state = self.weight.data.flatten(), self.weight.quant_state
-        if not state.nested:
-            return {"codes": codes, "scales": state.absmax}
-        return {
-            "codes": codes,
-            "scale_codes": state.absmax,
-            "scale_scales": state.state2.absmax,
-            "scale_offset": state.offset,
-        }
+        super().__init__(state, out_features, in_features, precision, bias, dtype)
+        self.number_format = number_format
 
     def unpack(self, dtype: torch.dtype) -> Tensor:
-        codes, state = self.weight.data, self.weight.quant_state
-        scales = state.absmax
-        if state.nested:
-            scales = dequantize_blockwise(scales, state.state2) + state.offset
+        packed = self.packed()
+        codes, scales = packed["codes"], packed.get("scales")
+        if scales is None:
+            scales = dequantize_blockwise(packed["scale_codes"], _scale_state(packed)) + packed["scale_offset"]
         # The kernel is told of a matrix with a block in each row, or of one long row: these it reads rightly. It knows
         # three dtypes, and leaves memory as it is for others.
-        group, length = state.blocksize, 2 * codes.numel()
+        number_format = self.number_format
+        group, length = number_format.group(self.precision), 2 * codes.numel()
         shape = (1, length) if length % group else (length // group, group)
-        values = torch.ops.bitsandbytes.dequantize_4bit(codes, scales, group, state.quant_type, shape, torch.float32)
+        values = torch.ops.bitsandbytes.dequantize_4bit(
+            codes.view(-1, 1), scales, group, number_format.code_book, shape, torch.float32
+        )
         weight = values.flatten()[: self.out_features * self.in_features].view(self.out_features, self.in_features)
         return weight.to(dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         if not x.is_cuda:
             return super().forward(x)
-        state = self.weight.quant_state
-        state.dtype = x.dtype  # the backward pass dequantizes to this
         bias = None if self.bias is None else self.bias.to(x.dtype)
-        return bnb.matmul_4bit(x, self.weight, bias=bias, quant_state=state)
+        packed = self.packed()
+        return bnb.matmul_4bit(x, packed["codes"].view(-1, 1), bias=bias, quant_state=self.state_of(packed, x.dtype))
+
+    def state_of(self, packed: Mapping[str, Tensor], dtype: torch.dtype) -> QuantState:
+        """What bitsandbytes has to know of the codes, for products in a dtype and their backward pass."""
+        number_format = self.number_format
+        scales: dict[str, Any] = {"absmax": packed.get("scales")}
+        if number_format.double:
+            scales = {
+                "absmax": packed["scale_codes"],
+                "offset": packed["scale_offset"],
+                "state2": _scale_state(packed),
+            }
+        return QuantState(
+            shape=torch.Size((self.out_features, self.in_features)),
+            code=number_format.book(packed["codes"].device),
+            blocksize=number_format.group(self.precision),
+            quant_type=number_format.code_book,
+            dtype=dtype,
+            **scales,
+        )
 
 
-def scale_code_book() -> Tensor:
+def _scale_state(packed: Mapping[str, Tensor]) -> QuantState:
+    """What bitsandbytes has to know of scales that are quantized themselves."""
+    scales = packed["scale_scales"]
+    return QuantState(absmax=scales, blocksize=SCALE_GROUP, code=scale_code_book(scales.device), dtype=torch.float32)
+
+
+@cache  # moved to a device once, not at every product
+@torch.inference_mode(False)
+def _code_book(name: str, device: torch.device) -> Tensor:
+    return torch.tensor(CODE_BOOKS[name], dtype=torch.float32, device=device)
+
+
+@cache
+@torch.inference_mode(False)
+def scale_code_book(device: torch.device) -> Tensor:
     """The 256 values, ascending, of the signed dynamic type for scales; float32 [256].
 
     Zero, one, and, for each power of ten from 1e-6 to 1, with either sign, the middles of 1, 2, 4, .. 64 equal parts of
@@ -252,7 +254,7 @@ def scale_code_book() -> Tensor:
         edges = torch.linspace(0.1, 1, 2**exponent + 1, dtype=torch.float32, device="cpu")
         middles = 10 ** (exponent - 6) * (edges[:-1] + edges[1:]) / 2
         values += [middles, -middles]
-    return torch.cat(values).sort().values
+    return torch.cat(values).sort().values.to(device)
 
 
 def _spread(scales: Tensor, group: int, length: int) -> Tensor:

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from qpruner.anatomy import family_of
 from qpruner.errors import UserError
 from qpruner.plan import DENSE, Precision
-from qpruner.quantization.formats import dequantize, dequantize_rows, quantize
-from qpruner.quantization.model import announce_packed, rebuild_linear
+from qpruner.quantization.formats import dequantize_rows, quantize
+from qpruner.quantization.model import rebuild_linear
 from qpruner.quantization.packed import PackedLinear
 
 
@@ -41,14 +41,26 @@ class PackedEmbedding(nn.Module):
         self._without_weight = (dense,)  # in a tuple, so that it is no part of the model
 
     def forward(self, ids: Tensor) -> Tensor:  # [..] -> [.., hidden]
-        rows = dequantize_rows(self.table, ids.flatten()).to(self.scale.dtype)
+        table: Any = self.table
+        if isinstance(table, PackedLinear):
+            rows = dequantize_rows(table, ids.flatten()).to(self.scale.dtype)
+        else:  # since something wrote to the weight of a tied head
+            rows = table.weight[ids.flatten()]
         return rows.view(*ids.shape, self.table.in_features) * self.scale
 
-    def unpacked(self) -> nn.Embedding:
-        """The embedding that it was made from, with these rows, in float32."""
-        made = copy.deepcopy(self._without_weight[0])
-        made.weight = nn.Parameter(dequantize(self.table), requires_grad=False)
-        return made
+    def unpacked_(self) -> nn.Embedding:
+        """The embedding that it was made from, with the weight of the table, which is dense from now on."""
+        embedding = copy.deepcopy(self._without_weight[0])
+        embedding.weight = self.table.become_dense_().weight
+        return embedding
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "table" and not isinstance(value, PackedLinear):  # PEFT puts its layers in place this way
+            raise UserError(
+                "A packed embedding takes no adapters. Name the linears of the layers as target modules, or leave the "
+                "embedding dense in the plan."
+            )
+        super().__setattr__(name, value)
 
 
 def table_precisions(config: Any, embedding: Precision, head: Precision) -> dict[str, Precision]:
@@ -111,7 +123,7 @@ def rebuild_tables_(
 
 
 def unpack_embedding_(model: Any) -> None:
-    """Replaces a packed embedding, and the head where the two are tied, by dense ones that share one float32 weight.
+    """Replaces a packed embedding by a dense one, and makes the head dense where that is the same table.
 
     Args:
         model: changed in place; left alone where its embedding is dense.
@@ -119,12 +131,8 @@ def unpack_embedding_(model: Any) -> None:
     _, family = family_of(model.config)
     packed = model.get_submodule(family.embedding)
     if isinstance(packed, PackedEmbedding):
-        dense = packed.unpacked()
-        model.set_submodule(family.embedding, dense)
+        model.set_submodule(family.embedding, packed.unpacked_())
         if model.config.tie_word_embeddings:
-            head = _as_linear(dense)
-            head.weight = dense.weight
-            model.set_submodule(family.head, head)
             del model._tied_weights_keys  # that of the class holds again
             model.all_tied_weights_keys = model.get_expanded_tied_weights_keys()
 
@@ -150,7 +158,6 @@ def _replace_(
             model.set_submodule(family.head, table)
             model._tied_weights_keys = {family.head: f"{name}.table"}
             model.all_tied_weights_keys = model.get_expanded_tied_weights_keys()
-    announce_packed(model)
 
 
 def _as_linear(embedding: nn.Embedding) -> nn.Linear:

@@ -54,6 +54,7 @@ class Format(Protocol):
         in_features: int,
         precision: Precision,
         bias: nn.Parameter | None,
+        dtype: torch.dtype,
     ) -> PackedLinear:
         """A linear on the tensors of a state, which it takes over without a copy."""
 
@@ -103,7 +104,8 @@ def quantize(linear: nn.Linear, precision: Precision) -> PackedLinear:
     out_features, in_features = linear.weight.shape
     state = format_for(precision).encode(linear.weight.detach(), precision)
     bias = None if linear.bias is None else linear.bias.detach().clone()
-    return rebuild(state, out_features, in_features, precision=precision, bias=bias).train(linear.training)
+    dtype = linear.weight.dtype
+    return rebuild(state, out_features, in_features, precision=precision, bias=bias, dtype=dtype).train(linear.training)
 
 
 def dequantize(module: PackedLinear) -> Tensor:
@@ -136,7 +138,8 @@ def narrowed(module: PackedLinear, axis: int, index: Tensor) -> PackedLinear:
     bias = None if module.bias is None else module.bias.detach()
     if bias is not None:
         bias = bias[index] if axis == 0 else bias.clone()
-    return rebuild(state, *shape, precision=module.precision, bias=bias).train(module.training)
+    dtype = module.like.dtype
+    return rebuild(state, *shape, precision=module.precision, bias=bias, dtype=dtype).train(module.training)
 
 
 def quantize_dequantize(weight: Tensor, precision: Precision) -> Tensor:
@@ -161,7 +164,13 @@ def num_bytes(out_features: int, in_features: int, precision: Precision) -> int:
 
 
 def rebuild(
-    state: Mapping[str, Tensor], out_features: int, in_features: int, *, precision: Precision, bias: Tensor | None
+    state: Mapping[str, Tensor],
+    out_features: int,
+    in_features: int,
+    *,
+    precision: Precision,
+    bias: Tensor | None,
+    dtype: torch.dtype,
 ) -> PackedLinear:
     """The packed linear of a state, bit for bit, on the state's device; it takes the tensors over without a copy.
 
@@ -171,6 +180,7 @@ def rebuild(
         in_features: columns of the weight.
         precision: what the state was made with.
         bias: [out] or None.
+        dtype: of the dense linear that it stands for.
 
     Raises:
         UserError: no format offers the precision, or a tensor is missing or not of the shape and dtype of the layout.
@@ -187,4 +197,5 @@ def rebuild(
                 "plan that it was saved with, or quantize again."
             )
     frozen = None if bias is None else nn.Parameter(bias, requires_grad=False)
-    return number_format.build({name: state[name] for name in layout}, out_features, in_features, precision, frozen)
+    packed = {name: state[name] for name in layout}
+    return number_format.build(packed, out_features, in_features, precision, frozen, dtype)

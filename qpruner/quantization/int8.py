@@ -1,9 +1,8 @@
-"""Eight-bit integers with a scale for every row, by bitsandbytes."""
+"""Eight-bit integers with a scale for every row."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
-import bitsandbytes as bnb
 import torch
 from torch import Tensor, nn
 
@@ -73,41 +72,20 @@ class Int8:
         in_features: int,
         precision: Precision,
         bias: nn.Parameter | None,
+        dtype: torch.dtype,
     ) -> PackedLinear:
-        return Int8Linear(state, out_features, in_features, precision, bias)
+        return Int8Linear(state, out_features, in_features, precision, bias, dtype)
 
 
-class Int8Linear(PackedLinear, bnb.nn.Linear8bitLt):
-    """A ``bnb.nn.Linear8bitLt`` that is int8 from the start, on every device, and leaves activations alone.
+class Int8Linear(PackedLinear):
+    """A linear in int8 that leaves activations alone.
 
-    The class of bitsandbytes casts activations to float16 and rounds each row of them to int8, on CUDA always and on
-    CPUs in evaluation but not in training. Here only the weight is int8, so a result is the same in both modes, on both
-    devices and from the stored codes and scales. The threshold is 0: no outliers are kept apart.
+    The ``Linear8bitLt`` of bitsandbytes casts activations to float16 and rounds each row of them to int8, on CUDA
+    always and on CPUs in evaluation but not in training. Here only the weight is int8, so a result is the same in both
+    modes, on both devices and from the stored codes and scales.
     """
 
-    def __init__(
-        self,
-        state: Mapping[str, Tensor],
-        out_features: int,
-        in_features: int,
-        precision: Precision,
-        bias: nn.Parameter | None,
-    ) -> None:
-        # On the meta device: neither memory nor random draws.
-        super().__init__(in_features, out_features, bias=False, has_fp16_weights=False, threshold=0.0, device="meta")
-        self.precision = precision
-        self.bias = bias
-        self.weight = bnb.nn.Int8Params(state["codes"], requires_grad=False, SCB=state["scales"])
-
-    def packed(self) -> dict[str, Tensor]:
-        return {"codes": self.weight.data, "scales": self.weight.SCB}
-
     def unpack(self, dtype: torch.dtype) -> Tensor:
-        codes = self.weight.data.to(dtype)  # exact in all of them
-        return codes.mul_((self.weight.SCB * (1 / 127)).unsqueeze(1))  # in float32, then rounded
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Int8Linear":
-        scales = self.weight.SCB  # a move of the whole model comes by here and would leave them behind
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        self.weight.SCB = scales.to(self.weight.device)
-        return self
+        packed = self.packed()
+        codes = packed["codes"].to(dtype)  # exact in all of them
+        return codes.mul_((packed["scales"] * (1 / 127)).unsqueeze(1))  # in float32, then rounded

@@ -1,7 +1,6 @@
 """Packed linears in the place of the dense ones of a model."""
 
 from collections.abc import Mapping
-from typing import Any
 
 from torch import Tensor, nn
 
@@ -23,7 +22,6 @@ def quantize_linears_(model: nn.Module, precisions: Mapping[str, Precision]) -> 
     """
     for name, linear in _dense_linears(model, precisions).items():
         model.set_submodule(name, quantize(linear, precisions[name]))
-    announce_packed(model)
 
 
 def rebuild_linears_(model: nn.Module, precisions: Mapping[str, Precision], state: Mapping[str, Tensor]) -> None:
@@ -41,7 +39,6 @@ def rebuild_linears_(model: nn.Module, precisions: Mapping[str, Precision], stat
     """
     for name, linear in _dense_linears(model, precisions).items():
         model.set_submodule(name, rebuild_linear(name, linear, precisions[name], state))
-    announce_packed(model)
 
 
 def rebuild_linear(name: str, linear: nn.Linear, precision: Precision, state: Mapping[str, Tensor]) -> PackedLinear:
@@ -57,7 +54,8 @@ def rebuild_linear(name: str, linear: nn.Linear, precision: Precision, state: Ma
             "The file belongs to another model; give the one that it was saved from."
         )
     try:
-        packed = rebuild(own, linear.out_features, linear.in_features, precision=precision, bias=own.get("bias"))
+        shape, dtype = (linear.out_features, linear.in_features), linear.weight.dtype
+        packed = rebuild(own, *shape, precision=precision, bias=own.get("bias"), dtype=dtype)
     except UserError as error:
         raise UserError(f"{name}: {error}") from error
     return packed.train(linear.training)
@@ -75,10 +73,3 @@ def _dense_linears(model: nn.Module, precisions: Mapping[str, Precision]) -> dic
                 f"It has {len(linears)} of them; give names from its `named_modules`."
             )
     return {name: linears[name] for name in chosen}
-
-
-def announce_packed(model: Any) -> None:
-    """Says so on a model that has packed linears."""
-    if any(isinstance(module, PackedLinear) for module in model.modules()):
-        # PEFT chooses a LoRA layer by the class of each linear, but looks at a class only when the model says so.
-        model.is_loaded_in_4bit = model.is_loaded_in_8bit = True

@@ -1,32 +1,60 @@
 """The linear that every format makes: frozen, its weight held as codes and scales."""
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Self, cast
 
 import torch
 from torch import Tensor, nn
 
 from qpruner.plan import Precision
+from qpruner.quantization.weight import Frozen, PackedWeight
 
 
-class PackedLinear(nn.Module):
+class PackedLinear(nn.Linear):
     """A frozen linear ``x W^T + b`` that computes in the dtype of ``x``; W is held in a packed number format.
 
     It multiplies with exactly the weight that its codes and scales mean, in training and in evaluation.
 
     Its state dict holds the tensors of ``packed``, in the layout that the format documents, and ``bias``, so that a
-    model with packed linears is saved and loaded as any other. Subclasses have the back end's own linear as a second
-    base, by which PEFT chooses its LoRA layers.
+    model with packed linears is saved and loaded as any other. To others, such as PEFT, it is a linear as any other,
+    too: its ``weight`` can be read, and once it is written to the linear is dense; see `PackedWeight`.
+
+    Args:
+        state: codes and scales by name, taken over without a copy.
+        out_features: rows of the weight.
+        in_features: columns of the weight.
+        precision: what the state was made with.
+        bias: [out] or None.
+        dtype: of the weight when others see it, or when the linear becomes dense; follows ``to``.
     """
 
-    in_features: int
-    out_features: int
     precision: Precision
-    bias: nn.Parameter | None
+
+    def __init__(
+        self,
+        state: Mapping[str, Tensor],
+        out_features: int,
+        in_features: int,
+        precision: Precision,
+        bias: nn.Parameter | None,
+        dtype: torch.dtype,
+    ) -> None:
+        nn.Module.__init__(self)  # that of `nn.Linear` makes a weight
+        self.in_features, self.out_features = in_features, out_features
+        self.precision = precision
+        # An empty parameter has the dtype, so that casts of the model reach it. Transformers takes the dtype of a model
+        # from its first parameter of floats, which in a packed embedding would be the scales.
+        device = next(iter(state.values())).device
+        self.like = Frozen(torch.empty(0, dtype=dtype, device=device))
+        self._packed = tuple(state)
+        # No buffers: those DDP would send around at every step.
+        for name, tensor in state.items():
+            self.register_parameter(name, Frozen(tensor))
+        self.register_parameter("bias", bias)
 
     def packed(self) -> dict[str, Tensor]:
         """Codes and scales by name: the module's own storage, not copies."""
-        raise NotImplementedError
+        return {name: self.get_parameter(name).data for name in self._packed}
 
     def unpack(self, dtype: torch.dtype) -> Tensor:
         """The weight [out, in], rounded once from float32."""
@@ -36,6 +64,53 @@ class PackedLinear(nn.Module):
         bias = None if self.bias is None else self.bias.to(x.dtype)
         product: Tensor = _UnpackedProduct.apply(x, bias, self.unpack)  # type: ignore[no-untyped-call]
         return product
+
+    @property
+    def weight(self) -> Tensor:
+        """The weight as others see it."""
+        return PackedWeight.of(self, (self.out_features, self.in_features), self.like)
+
+    @weight.setter
+    def weight(self, weight: Tensor) -> None:
+        if not (isinstance(weight, PackedWeight) and weight.linear is self):
+            self.become_dense_(weight)
+
+    def become_dense_(self, weight: Tensor | None = None) -> nn.Linear:
+        """Turns into a dense linear, the way a ``LazyLinear`` of torch turns into one.
+
+        Args:
+            weight: [out, in], cast to the dtype of ``like``; default the one that the codes mean, so that only the
+                dtype rounds.
+        """
+        dense = self.unpack(torch.float32) if weight is None else weight
+        dense = dense.detach().to(self.like.dtype, copy=isinstance(weight, nn.Parameter))
+        bias = self.bias
+        for name in ("like", *self._packed, "bias"):
+            delattr(self, name)
+        for name in ("precision", "number_format", "_packed"):
+            vars(self).pop(name, None)
+        linear = cast(nn.Linear, self)
+        linear.__class__ = nn.Linear
+        linear.weight = nn.Parameter(dense, requires_grad=False)
+        linear.register_parameter("bias", bias)
+        return linear
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        if name == "weight" and param is not None:  # assigned by others
+            self.become_dense_(param)
+        else:
+            super().register_parameter(name, param)
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, {self.precision}"
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        before = self.packed()
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        for name, tensor in before.items():  # a cast of the model is none of the scales'
+            if (moved := self.get_parameter(name)).dtype != tensor.dtype:
+                self.register_parameter(name, Frozen(tensor.to(moved.device)))
+        return self
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         for name, tensor in self._stored().items():

@@ -156,7 +156,7 @@ class TrialRunner:
         work, since = self.work, time.perf_counter()
         plan = module.plan = self.plan_of(key["choices"])
         module.initial_adapters = self.bank.assemble_(self.model, plan)
-        price = price_narrowed(self.skeleton, plan, rank=module.lora.r, targets=tuple(module.lora.target_modules))
+        price = price_narrowed(self.skeleton, plan, rank=module.lora.r, targets=module.lora.target_modules)
         assembled = time.perf_counter()
         work.data.seed = key["seed"]
         training = TrainingTime()

@@ -268,7 +268,7 @@ class CompressibleModule(LightningModule):
         )
         if self.initial_adapters or self.taken_from is not None:
             self.attach_adapters()
-            model_folder.save_adapters(folder, self.model, trained=trained)
+            model_folder.save_adapters(folder, self.model, trained=trained, place=self.kept_in)
 
     def keep_adapters(self) -> None:
         """Puts the trained adapters to the compressed base, where that is kept."""

@@ -64,6 +64,7 @@ class LoRAFinetuner(CompressibleModule):
         # `load_from_checkpoint` gives back the plain data that a checkpoint holds.
         lora = LoRAConfig(**lora) if isinstance(lora, dict) else lora
         optimizer = OptimizerConfig(**optimizer) if isinstance(optimizer, dict) else optimizer
+        targets = lora.target_modules
         super().__init__(base, dtype, trust_remote_code, gradient_checkpointing, lora, seed)
         self.save_hyperparameters(
             {
@@ -71,7 +72,7 @@ class LoRAFinetuner(CompressibleModule):
                 "dtype": dtype,
                 "trust_remote_code": trust_remote_code,
                 "gradient_checkpointing": gradient_checkpointing,
-                "lora": {**asdict(lora), "target_modules": list(lora.target_modules)},
+                "lora": {**asdict(lora), "target_modules": targets if isinstance(targets, str) else list(targets)},
                 "optimizer": asdict(optimizer),
                 "seed": seed,
             }

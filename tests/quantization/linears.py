@@ -26,7 +26,6 @@ class Chain(nn.Module):
     def __init__(self, first: nn.Module, second: nn.Module) -> None:
         super().__init__()
         self.first, self.second = first, second
-        self.is_loaded_in_4bit = self.is_loaded_in_8bit = True
 
     def forward(self, x: Tensor) -> Tensor:
         return self.second(self.first(x))

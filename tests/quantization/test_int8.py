@@ -1,6 +1,5 @@
 import copy
 
-import peft
 import pytest
 import torch
 from linears import Chain, random_linear, with_lora
@@ -76,13 +75,3 @@ def test_the_bias_keeps_its_dtype_when_inputs_have_another() -> None:
     module = quantize(random_linear(64, 32), INT8)
     module(torch.randn(2, 64, dtype=torch.bfloat16))
     assert module.bias.dtype == torch.float32
-
-
-@pytest.mark.filterwarnings("ignore:Merge lora module")
-def test_a_merge_by_peft_is_found() -> None:
-    model = with_lora(Chain(quantize(random_linear(64, 32), INT8), quantize(random_linear(32, 64), INT8))).eval()
-    assert isinstance(model, peft.PeftModel)
-    layer = model.base_model.model.first
-    expected = dequantize(layer.base_layer) + layer.get_delta_weight("default").detach()
-    layer.merge()
-    torch.testing.assert_close(dequantize(layer.base_layer), expected, rtol=0, atol=expected.abs().max().item() / 250)
