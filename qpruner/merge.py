@@ -5,17 +5,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
-from jsonargparse import ArgumentParser
+from jsonargparse import ArgumentError, ArgumentParser
 from lightning.pytorch.plugins import Precision
 
 from qpruner.checkpoint import is_compressed, load_compressed, read_plan, save_base
 from qpruner.datamodules.base import TokenDataModule
 from qpruner.errors import UserError
+from qpruner.files import MALFORMED, reading
 from qpruner.memory import num_parameters
 from qpruner.plan import DENSE, UNITS
 from qpruner.quantization.merging import merge_
-from qpruner.runs.folder import RunFolder
+from qpruner.runs.folder import RESTORE, RunFolder
 from qpruner.training.evaluation import evaluate
 from qpruner.training.module import LoRAFinetuner
 
@@ -54,11 +54,13 @@ def merge_command(arguments: list[str]) -> None:
 
 def run_data(folder: RunFolder) -> TokenDataModule:
     """The data module of a run, from its configuration."""
-    config = yaml.safe_load(folder.config.read_text(encoding="utf-8"))
-    config["data"]["init_args"]["tokenizer"] = config["model"]["base"]  # linked on the command line
+    config = folder.read_config()
     parser: Any = ArgumentParser(exit_on_error=False)
     parser.add_subclass_arguments(TokenDataModule, "data")
-    data: TokenDataModule = parser.instantiate_classes(parser.parse_object({"data": config["data"]})).data
+    with reading(folder.config, RESTORE, (*MALFORMED, KeyError, TypeError, ArgumentError)):
+        config["data"]["init_args"]["tokenizer"] = config["model"]["base"]  # linked on the command line
+        options = parser.parse_object({"data": config["data"]})
+    data: TokenDataModule = parser.instantiate_classes(options).data
     return data
 
 

@@ -276,10 +276,10 @@ def test_what_is_no_json_object_is_no_plan() -> None:
 
 def test_a_file_that_holds_no_plan_is_named(tmp_path: Path) -> None:
     missing = str(tmp_path / "plan.json")
-    with pytest.raises(UserError, match=f"^Cannot read a plan from {missing!r}: .*No such file"):
+    with pytest.raises(UserError, match=f"^Cannot read {missing!r}: .*No such file"):
         CompressionPlan.read(tmp_path / "plan.json")
     (tmp_path / "binary").write_bytes(b"\xff\xfe")
-    with pytest.raises(UserError, match="^Cannot read a plan from '.*binary': .*utf-8"):
+    with pytest.raises(UserError, match="^Cannot read '.*binary': .*utf-8"):
         CompressionPlan.read(tmp_path / "binary")
     (tmp_path / "other.json").write_text("{}")
     with pytest.raises(UserError, match=r"""^'.*other.json': This is no plan: it does not say "kind"."""):
