@@ -1,6 +1,6 @@
 """Plain data from a file, as values of the types that the code is written in; anything else is a `UserError`."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, fields, is_dataclass
 from functools import cache
 from pathlib import Path
@@ -20,6 +20,8 @@ NAMES: dict[type, str] = {
 }
 LARGEST = 2**63 - 1
 """Whole numbers above it are a slip, or worse: nothing that is counted here comes near."""
+NOT_FINITE = ("nan", "inf", "-inf")
+"""How numbers are written that JSON does not have."""
 
 
 def read_as(path: Path, hint: type[T], *, remedy: str) -> T:
@@ -42,12 +44,12 @@ def conform(value: Any, hint: Any, place: str = "") -> Any:
     """Plain data as a value of a type, down to the last entry.
 
     Objects become dataclasses (with exactly their fields) or typed dictionaries (with at least theirs), lists become
-    tuples where the type says so, whole numbers become floats.
+    tuples where the type says so, whole numbers and `NOT_FINITE` become floats.
 
     Args:
         value: as JSON or a checkpoint gave it.
-        hint: a dataclass, a `TypedDict`, ``tuple[X, ...]``, ``list[X]``, ``dict[K, X]``, a `Literal`, ``X | None``, a
-            plain class, or ``Any``.
+        hint: a dataclass, a `TypedDict`, ``tuple[X, ...]``, ``list[X]``, ``Sequence[X]``, ``dict[K, X]``, a
+            `Literal`, ``X | None``, a plain class, or ``Any``.
         place: where in the file the value stands; empty for the whole.
 
     Raises:
@@ -69,15 +71,19 @@ def conform(value: Any, hint: Any, place: str = "") -> Any:
         return {
             _key(key, key_type, place): conform(entry, entry_type, _below(place, key)) for key, entry in entries.items()
         }
-    if kind in (tuple, list):
+    if kind in (tuple, list, Sequence):
         entries = value if isinstance(value, list | tuple) else _refuse(value, "a list", place)
-        return kind(conform(entry, inner[0], f"{place}[{number}]") for number, entry in enumerate(entries))
-    if hint is float and type(value) is int and abs(value) <= LARGEST:
+        make = list if kind is list else tuple
+        return make(conform(entry, inner[0], f"{place}[{number}]") for number, entry in enumerate(entries))
+    if hint is float and (value in NOT_FINITE if isinstance(value, str) else _is_whole(value)):
         return float(value)
-    fits = type(value) is hint if hint in (int, bool) else isinstance(value, hint)
-    if not fits or (hint is int and abs(value) > LARGEST):
+    if not (_is_whole(value) if hint is int else isinstance(value, hint)):
         _refuse(value, NAMES.get(hint, f"a {hint.__name__}"), place)
     return value
+
+
+def _is_whole(value: Any) -> bool:
+    return type(value) is int and abs(value) <= LARGEST  # True is an int, too
 
 
 def _record(value: Any, hint: Any, place: str) -> Any:

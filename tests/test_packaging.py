@@ -49,7 +49,7 @@ ALLOWED: dict[str, set[str]] = {
     "datamodules": {"errors", "files", "seeds", "pretrained", "stories"},
     "training": {
         "adapters", "anatomy", "checkpoint", "datamodules", "errors", "files", "memory", "plan", "pretrained",
-        "pricing", "pruning", "quantization", "seeds",
+        "pricing", "pruning", "quantization", "schema", "seeds",
     },
     "callbacks": {
         "adapters", "allocation", "anatomy", "checkpoint", "datamodules", "errors", "files", "memory", "plan",

@@ -1,5 +1,6 @@
 """LoRA adapters on the projections of a decoder, by PEFT."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -29,7 +30,7 @@ class LoRAConfig:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "target_modules", tuple(self.target_modules))  # a list from YAML compares as a tuple
-        if self.r < 1 or self.alpha <= 0 or not 0 <= self.dropout < 1:
+        if self.r < 1 or not 0 < self.alpha < math.inf or not 0 <= self.dropout < 1:
             raise UserError(f"LoRA needs r of at least 1, alpha above 0 and dropout in [0, 1), not {self}.")
 
 

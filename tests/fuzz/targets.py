@@ -1,6 +1,7 @@
 """What is read from disk: artefacts to damage, and a function for each that reads one and uses what it got."""
 
 import json
+import re
 import shutil
 from collections.abc import Callable, Sequence
 from contextlib import redirect_stdout
@@ -23,12 +24,13 @@ from qpruner.allocation.decision import Allocation, Decision
 from qpruner.allocation.items import Item
 from qpruner.allocation.sensitivities import Rises, Sensitivities
 from qpruner.anatomy import architecture_of
-from qpruner.checkpoint import load_base, load_compressed, read_base_config, save_adapters, save_base
+from qpruner.checkpoint import load_compressed, read_base_config, save_adapters, save_base
 from qpruner.cli import QPrunerCLI, run
 from qpruner.datamodules import InstructionDataModule, TextDataModule
 from qpruner.datamodules.base import LoaderConfig
 from qpruner.files import hash_file
 from qpruner.plan import DENSE, UNITS, CompressionPlan, Precision
+from qpruner.pretrained import EMBEDDED, load_tokenizer
 from qpruner.pruning.surgery import apply_pruning_
 from qpruner.quantization.apply import quantize_
 from qpruner.runs.folder import RunFolder
@@ -51,11 +53,13 @@ class Target:
         make: writes the artefact whole into an empty folder.
         use: reads it, uses what it got, and makes sure that it is sane.
         damage: damages something in the folder and says what; any file, unless told.
+        named: of what a refusal must name one, by what was damaged and the folder.
     """
 
     make: Callable[[Path], None]
     use: Callable[[Path], None]
     damage: Callable[[Random, Path], str] = lambda rng, folder: damage_file(rng, rng.choice(files_in(folder)))
+    named: Callable[[str, Path], list[str]] = lambda damage, folder: [str(folder)]
 
 
 def files_in(folder: Path) -> list[Path]:
@@ -143,6 +147,9 @@ def relist(folder: Path) -> None:
 
 def damage_model(rng: Random, folder: Path) -> str:
     path = rng.choice(files_in(folder))
+    for other in folder.iterdir():
+        if not path.is_relative_to(other):
+            shutil.rmtree(other)
     said = damage_file(rng, path)
     if path.name != "manifest.json" and rng.random() < 0.85:
         place = path.parent.parent if path.parent.name == "adapter" else path.parent
@@ -154,9 +161,8 @@ def damage_model(rng: Random, folder: Path) -> str:
 def use_models(folder: Path) -> None:
     for place in sorted(path for path in folder.iterdir() if path.is_dir()):
         architecture_of(read_base_config(str(place)))
-        for load in (lambda place: load_base(place).model, load_compressed):
-            logits = logits_of(load(place))
-            assert logits.ndim == 3 and logits.is_floating_point()
+        logits = logits_of(load_compressed(place))
+        assert logits.ndim == 3 and logits.is_floating_point()
 
 
 # Checkpoints of fits.
@@ -272,6 +278,9 @@ def make_data(folder: Path) -> None:
     rng = Random(0)
     texts = [" ".join(rng.choices(WORDS, k=rng.randrange(9, 40))) for _ in range(40)]
     records = [{"text": text, "instruction": text[:20], "output": text[20:], "input": ""} for text in texts]
+    tokenizer = load_tokenizer(EMBEDDED)
+    tokenizer.chat_template = "{% for turn in messages %}{{ turn['role'] + ': ' + turn['content'] }}\n{% endfor %}"
+    tokenizer.save_pretrained(folder / "tokenizer")
     for record in records[:10]:
         turns = [("user", record["text"]), ("assistant", "Yes.")]
         record["messages"] = [{"role": role, "content": text} for role, text in turns]
@@ -285,19 +294,17 @@ def make_data(folder: Path) -> None:
 def damage_data(rng: Random, folder: Path) -> str:
     path = rng.choice([folder / f"data.{suffix}" for suffix in ("txt", "jsonl", "json", "parquet", "csv")])
     said = damage_file(rng, path)
-    for other in files_in(folder):
+    for other in folder.glob("data.*"):
         if other != path:
             other.unlink()
     return said
 
 
 def use_data(folder: Path) -> None:
-    from qpruner.pretrained import EMBEDDED
-
     path = next(folder.glob("data.*"), folder / "data.txt")
     for module in (TextDataModule, InstructionDataModule):
         data = module(
-            train=str(path), tokenizer=EMBEDDED, max_length=128, loader=LoaderConfig(batch_size=4, eval_batch_size=4),
+            train=str(path), tokenizer=str(folder / "tokenizer"), max_length=128, loader=LoaderConfig(batch_size=4),
             cache_dir=str(folder / "cache"), held_out=0.0,
         )  # fmt: skip
         if module is InstructionDataModule and path.suffix == ".txt":
@@ -367,7 +374,7 @@ def damage_options(rng: Random, folder: Path) -> str:
         return damage_file(rng, path)
     tree, place = damaged_tree(rng, yaml.safe_load(path.read_text()))
     path.write_text(yaml.safe_dump(tree, allow_unicode=False))
-    return "options.yaml " + ".".join(map(str, place))
+    return f"options.yaml {' '.join(map(str, place))}"
 
 
 def use_options(folder: Path) -> None:
@@ -384,10 +391,6 @@ TARGETS = {
     "dense models": Target(make_dense, use_models, damage_model),
     "checkpoint": Target(make_checkpoint, use_checkpoint, damage_checkpoint),
     "run": Target(make_run, use_run),
-    "data": Target(make_data, use_data, damage_data),
-    "options": Target(make_options, use_options, damage_options),
+    "data": Target(make_data, use_data, damage_data, lambda damage, folder: [damage.split()[0]]),
+    "options": Target(make_options, use_options, damage_options, lambda damage, folder: re.findall(r"[\w./]+", damage)),
 }
-
-
-def copy_to(original: Path, place: Path) -> None:
-    shutil.copytree(original, place)
