@@ -138,7 +138,7 @@ def load_base(folder: str | Path) -> CompressedBase:
     # A uniform Llama may have been written as a Mistral.
     written = replace(architecture_of(config), model_type=plan.architecture.model_type)
     if differences := describe_differences(plan.widths, written):
-        raise UserError(f"The plan in {str(folder)!r} is not that of its weights: {differences}.")
+        raise UserError(f"The plan in {str(folder)!r} is not that of its weights: {differences}. {COPY_AGAIN}")
     with reading(folder / CONFIG, COPY_AGAIN, ANYTHING):
         model = build_skeleton(config)
     state: dict[str, Tensor] = {}

