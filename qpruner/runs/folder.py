@@ -43,10 +43,22 @@ RESTORE = "Restore the file, or start the run anew with --restart."
 """What to do about a file of a run that is damaged."""
 
 
-class PhasesOver(TypedDict):
-    """What ``finished.json`` holds: how many phases that others follow are over."""
+@dataclass(frozen=True)
+class PhasesOver:
+    """What ``finished.json`` holds.
+
+    Args:
+        finished: how many phases that others follow are over.
+
+    Raises:
+        UserError: less than none.
+    """
 
     finished: int
+
+    def __post_init__(self) -> None:
+        if self.finished < 0:
+            raise UserError(f"{self.finished} phases are over; it must be 0 or more.")
 
 
 class RunOver(TypedDict):
@@ -180,7 +192,7 @@ class RunFolder:
     def finished_phases(self) -> int:
         """How many phases that others follow are over."""
         path = self.phases / FINISHED
-        return read_as(path, PhasesOver, remedy=RESTORE)["finished"] if path.exists() else 0
+        return read_as(path, PhasesOver, remedy=RESTORE).finished if path.exists() else 0
 
     @property
     def finished(self) -> bool:

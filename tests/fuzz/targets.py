@@ -268,7 +268,7 @@ def use_runs(folder: Path) -> None:
     run_folder, search = RunFolder(folder / "run"), RunFolder(folder / "search")
     with patch("qpruner.runs.report.save_figure", draw), patch("qpruner.runs.search.save_figure", draw):
         if run_folder.path.exists():
-            assert 0 <= run_folder.finished_phases <= 1000
+            assert run_folder.finished_phases >= 0
             assert isinstance(run_folder.finished, bool)
             run_folder.claim(OPTIONS, restart=False)
             begin_session(run_folder)

@@ -108,3 +108,12 @@ def test_what_lies_among_the_phases_is_no_phase(tmp_path: Path) -> None:
     for name in ("1", "2", "10", "1.bak", "notes"):
         (folder.phases / name).mkdir(parents=True)
     assert [phase.phase for phase in folder.all_phases] == [1, 2, 10, None]
+
+
+@pytest.mark.parametrize("content", ['{"finished": -1}', '{"finished": "1"}', '{"finished": true}', "{}", "[1]", ""])
+def test_a_number_of_phases_that_is_none_is_named(tmp_path: Path, content: str) -> None:
+    folder = RunFolder(tmp_path)
+    folder.phases.mkdir()
+    (folder.phases / "finished.json").write_text(content)
+    with pytest.raises(UserError, match="finished.json"):
+        _ = folder.finished_phases
