@@ -8,32 +8,80 @@ adapter/                               LoRA adapters in PEFT's layout, once they
 manifest.json                          version, base model, size and SHA-256 of every file above
 """
 
+import json
 import shutil
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, Literal, NotRequired, TypedDict
 
 import transformers
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from qpruner.anatomy import COMPRESSED, FAMILIES, architecture_of, family_of
-from qpruner.errors import UserError
-from qpruner.files import hash_file, read_json, replacing_folder, write_json
+from qpruner.errors import UserError, brief, cut, listed
+from qpruner.files import MALFORMED, hash_file, read_json, reading, replacing_folder, write_json
 from qpruner.memory import tensor_bytes
-from qpruner.plan import CompressionPlan, describe_differences
+from qpruner.plan import MOST_LAYERS, CompressionPlan, describe_differences
 from qpruner.pretrained import hold_in_, load_config, load_generation_config, resolve
 from qpruner.pruning.surgery import narrow_
 from qpruner.pruning.widths import compressed_config_class, plain_dict, portable_config, with_widths
 from qpruner.quantization.apply import linear_precisions
 from qpruner.quantization.embedding import rebuild_tables_
 from qpruner.quantization.model import rebuild_linears_
+from qpruner.quantization.packed import PackedLinear
+from qpruner.schema import conform, read_as
 
 KIND, VERSION = "qpruner model", 1
 MANIFEST, PLAN, ADAPTER = "manifest.json", "plan.json", "adapter"
-ADAPTER_WEIGHTS = f"{ADAPTER}/adapter_model.safetensors"
+CONFIG, GENERATION = "config.json", "generation_config.json"
+ADAPTER_CONFIG, ADAPTER_WEIGHTS = f"{ADAPTER}/adapter_config.json", f"{ADAPTER}/adapter_model.safetensors"
+COPY_AGAIN = "Copy the folder again, or run the fit that wrote it again."
+ANYTHING = (Exception,)
+"""What transformers and PEFT raise over content that they did not expect: they check little of it."""
+
+
+class Entry(TypedDict):
+    """What the manifest says of a file."""
+
+    size: int
+    sha256: str
+
+
+class Base(TypedDict):
+    """What the manifest says of the dense model, and of how it was quantized; see `CompressedBase`."""
+
+    name: str
+    sha256: str | None
+    loftq_iterations: int
+
+
+class Manifest(TypedDict):
+    """What ``manifest.json`` holds.
+
+    Args:
+        kind: `KIND`.
+        version: `VERSION`.
+        base: what was compressed.
+        files: by their path in the folder.
+        adapters: whether a fit has trained them; None where there are none.
+    """
+
+    kind: str
+    version: int
+    base: Base
+    files: dict[str, Entry]
+    adapters: NotRequired[Literal["trained", "initial"] | None]
+
+
+class Configuration(TypedDict):
+    """What must be known of ``config.json`` before transformers may read it."""
+
+    model_type: str
+    num_hidden_layers: NotRequired[int]
 
 
 @dataclass(frozen=True)
@@ -68,9 +116,13 @@ def load_compressed(folder: str | Path) -> Any:
 
     model = load_base(folder).model
     if has_adapters(Path(folder)):
-        config = peft.PeftConfig.from_pretrained(str(Path(folder) / ADAPTER))
-        config.base_model_name_or_path = str(Path(folder).absolute())  # wherever it was written
-        model = peft.PeftModelForCausalLM(model, config)
+        path = Path(folder) / ADAPTER_CONFIG
+        with reading(path, COPY_AGAIN, ANYTHING):
+            config = peft.PeftConfig.from_pretrained(str(path.parent))
+            if config.peft_type != peft.PeftType.LORA:
+                raise UserError(f"It is of PEFT type {brief(config.peft_type)}; a compressed folder holds LORA.")
+            config.base_model_name_or_path = str(Path(folder).absolute())  # wherever it was written
+            model = peft.PeftModelForCausalLM(model, config)
         load_adapters(Path(folder), model)
         model.requires_grad_(False)
     return model.eval()
@@ -88,32 +140,35 @@ def load_base(folder: str | Path) -> CompressedBase:
     # A uniform Llama may have been written as a Mistral.
     written = replace(architecture_of(config), model_type=plan.architecture.model_type)
     if differences := describe_differences(plan.widths, written):
-        raise UserError(f"The plan in {str(folder)!r} is not that of its weights: {differences}.")
-    model = hold_in_(build_skeleton(config), config.dtype)  # packed linears take theirs from it
+        raise UserError(f"The plan in {str(folder)!r} is not that of its weights: {differences}. {COPY_AGAIN}")
+    with reading(folder / CONFIG, COPY_AGAIN, ANYTHING):
+        model = hold_in_(build_skeleton(config), config.dtype)  # packed linears take theirs from it
     state: dict[str, Tensor] = {}
     for name in manifest["files"]:
         if name.endswith(".safetensors") and "/" not in name:
-            try:
-                state |= load_file(folder / name)
-            except SafetensorError as error:
-                raise UserError(f"{str(folder / name)!r} is not a safetensors file: {error}.") from error
-    if plan.quantized:
-        rebuild_linears_(model, linear_precisions(model, plan), state)
-        rebuild_tables_(model, plan.embedding, plan.head, state, dtype=config.dtype)
-    try:
-        left = model.load_state_dict(state, strict=False, assign=True)
-    except RuntimeError as error:  # another shape
-        raise UserError(f"The weights in {str(folder)!r} are not those of its configuration: {error}") from error
-    model.tie_weights()
-    missing = [name for name, tensor in model.state_dict().items() if tensor.is_meta]
-    if missing or left.unexpected_keys:
-        raise UserError(
-            f"The weights in {str(folder)!r} are not those of its configuration: missing {missing or 'none'}, "
-            f"unexpected {left.unexpected_keys or 'none'}."
-        )
+            state |= _load_tensors(folder / name)
+    with reading(folder, COPY_AGAIN):
+        if plan.quantized:
+            rebuild_linears_(model, linear_precisions(model, plan), state)
+            rebuild_tables_(model, plan.embedding, plan.head, state, dtype=config.dtype)
+        try:
+            left = model.load_state_dict(state, strict=False, assign=True)
+        except RuntimeError as error:  # another shape, or no floating point
+            raise UserError(f"The weights are not those of its configuration: {cut(error)}") from error
+        model.tie_weights()
+        missing = [name for name, tensor in model.state_dict().items() if tensor.is_meta]
+        if missing or left.unexpected_keys:
+            raise UserError(
+                f"The weights are not those of its configuration: missing {listed(missing)}, unexpected "
+                f"{listed(left.unexpected_keys)}."
+            )
+        dtype = config.dtype or model.dtype
+        if others := [name for name, weight in _dense_weights(model) if weight.dtype != dtype]:
+            raise UserError(f"The weights are not those of its configuration: {listed(others)} should be of {dtype}.")
     model.requires_grad_(False)
-    if "generation_config.json" in manifest["files"]:
-        model.generation_config = transformers.GenerationConfig.from_pretrained(folder)
+    if GENERATION in manifest["files"]:
+        with reading(folder / GENERATION, COPY_AGAIN, ANYTHING):
+            model.generation_config = transformers.GenerationConfig.from_pretrained(folder)
     base = manifest["base"]
     return CompressedBase(model.eval(), plan, base["name"], base["sha256"], base["loftq_iterations"])
 
@@ -228,10 +283,44 @@ def _name_for_peft(folder: Path, place: Path) -> str:
 
 
 def load_adapters(folder: Path, model: Any) -> None:
-    """Gives a PEFT model the adapters of its base's folder."""
+    """Gives a PEFT model the adapters of its base's folder.
+
+    Raises:
+        UserError: the file is damaged, or does not hold the adapters of this model.
+    """
     from peft import set_peft_model_state_dict
 
-    set_peft_model_state_dict(model, load_file(folder / ADAPTER_WEIGHTS))
+    path = folder / ADAPTER_WEIGHTS
+    state = _load_tensors(path)
+    with reading(path, COPY_AGAIN, (RuntimeError,)):  # an adapter of another shape
+        left = set_peft_model_state_dict(model, state)
+        missing = [name for name in left.missing_keys if "lora_" in name]
+        if missing or left.unexpected_keys:
+            raise UserError(
+                f"It holds other adapters than the model has: missing {listed(missing)}, unexpected "
+                f"{listed(left.unexpected_keys)}."
+            )
+        if integers := [name for name, tensor in state.items() if not tensor.is_floating_point()]:
+            raise UserError(f"The weights of adapters are floating point, not {state[integers[0]].dtype}.")
+
+
+def _dense_weights(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """The weights that are not packed, and so compute in the dtype that they are held in."""
+    for name, module in model.named_modules():
+        if not isinstance(module, PackedLinear):
+            yield from module.named_parameters(name, recurse=False)
+
+
+def _load_tensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of a safetensors file.
+
+    Raises:
+        UserError: there is none, or it is damaged.
+    """
+    try:
+        return load_file(path)
+    except (*MALFORMED, SafetensorError, KeyError, RuntimeError) as error:  # the last two: a dtype unknown to torch
+        raise UserError(f"{str(path)!r} is not a safetensors file: {cut(error)}. {COPY_AGAIN}") from error
 
 
 def is_compressed(folder: Path) -> bool:
@@ -246,8 +335,7 @@ def read_plan(folder: Path) -> CompressionPlan:
 
 def has_adapters(folder: Path) -> bool:
     """Whether a compressed folder holds adapters."""
-    listed = _manifest(folder)["files"].keys()
-    return {f"{ADAPTER}/adapter_config.json", ADAPTER_WEIGHTS} <= listed
+    return {ADAPTER_CONFIG, ADAPTER_WEIGHTS} <= _manifest(folder)["files"].keys()
 
 
 def has_trained_adapters(folder: Path) -> bool:
@@ -261,15 +349,26 @@ def has_initial_adapters(folder: Path) -> bool:
 
 
 def read_config(folder: Path) -> Any:
-    """The configuration of a compressed folder, of a class that can express its widths."""
-    content = read_json(folder / "config.json")
-    model_type = content.get("model_type", "")
-    if not model_type.startswith(COMPRESSED):
-        return transformers.AutoConfig.from_pretrained(folder)
-    family = model_type.removeprefix(COMPRESSED)
-    if family not in FAMILIES:
-        raise UserError(f"{str(folder)!r} holds a model of type {model_type!r}, which this qpruner does not know.")
-    return compressed_config_class(family).from_pretrained(folder)  # type: ignore[attr-defined]
+    """The configuration of a compressed folder, of a class that can express its widths.
+
+    Raises:
+        UserError: it is damaged, or of a model that cannot be pruned.
+    """
+    path = folder / CONFIG
+    content = read_as(path, Configuration, remedy=COPY_AGAIN)
+    model_type = content["model_type"]
+    with reading(path, COPY_AGAIN, ANYTHING):
+        # Transformers makes lists of that length, whatever it is.
+        if not 0 < content.get("num_hidden_layers", 1) <= MOST_LAYERS:
+            raise UserError(f"num_hidden_layers is {content['num_hidden_layers']}; it must be 1 to {MOST_LAYERS}.")
+        if not model_type.startswith(COMPRESSED):
+            config = transformers.AutoConfig.from_pretrained(folder)
+        elif (family := model_type.removeprefix(COMPRESSED)) in FAMILIES:
+            config = compressed_config_class(family).from_pretrained(folder)  # type: ignore[attr-defined]
+        else:
+            raise UserError(f"It is of a model of type {brief(model_type)}, which this qpruner does not know.")
+        architecture_of(config)  # has widths
+    return config
 
 
 def read_base_config(name: str) -> Any:
@@ -303,45 +402,53 @@ def _model_class_name(config: Any) -> str:
     return f"Compressed{name}" if config.model_type.startswith(COMPRESSED) else name
 
 
-def _manifest(folder: Path) -> dict[str, Any]:
+def _manifest(folder: Path) -> Manifest:
     path = folder / MANIFEST
     try:
-        manifest: dict[str, Any] = read_json(path)
-    except (OSError, ValueError) as error:
-        raise UserError(f"{str(folder)!r} holds no compressed model: cannot read its {MANIFEST} ({error}).") from error
-    if not isinstance(manifest, dict):
-        raise UserError(f"{str(path)!r} holds no manifest of a compressed model. Copy the folder again.")
-    if manifest.get("kind") != KIND or manifest.get("version") != VERSION:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except MALFORMED as error:
         raise UserError(
-            f"{str(path)!r} is of kind {manifest.get('kind')!r}, version {manifest.get('version')!r}; "
-            f"this qpruner reads {KIND!r}, version {VERSION}."
+            f"{str(folder)!r} holds no compressed model: cannot read its {MANIFEST} ({cut(error)}). "
+            f"Name the folder that a fit wrote, or copy that again."
+        ) from error
+    if not isinstance(content, dict):
+        raise UserError(f"{str(path)!r} holds no manifest of a compressed model. {COPY_AGAIN}")
+    if content.get("kind") != KIND or content.get("version") != VERSION:
+        raise UserError(
+            f"{str(path)!r} is of kind {brief(content.get('kind'))}, version {brief(content.get('version'))}; "
+            f"this qpruner reads {KIND!r}, version {VERSION}. Read it with the qpruner that wrote it."
         )
-    try:
-        listed = {name: (entry["size"], entry["sha256"]) for name, entry in manifest["files"].items()}
-        unlisted = {"config.json", PLAN} - listed.keys()
-        _ = [manifest["base"][key] for key in ("name", "sha256", "loftq_iterations")]
-    except (KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{str(path)!r} lacks {error}. Copy the folder again.") from error
-    if unlisted:
-        raise UserError(f"{str(path)!r} does not list {', '.join(sorted(unlisted))}. Copy the folder again.")
+    with reading(path, COPY_AGAIN):
+        manifest: Manifest = conform(content, Manifest)
+        if unlisted := {CONFIG, PLAN} - manifest["files"].keys():
+            raise UserError(f"It does not list {', '.join(sorted(unlisted))}.")
+        for name in map(PurePosixPath, manifest["files"]):
+            if name.is_absolute() or ".." in name.parts:
+                raise UserError(f"It lists {brief(str(name))}, which lies outside the folder.")
     return manifest
 
 
-def _checked_manifest(folder: Path) -> dict[str, Any]:
+def _checked_manifest(folder: Path) -> Manifest:
     """The manifest, after every file that it lists was found to be as it says."""
     manifest = _manifest(folder)
     for name, expected in manifest["files"].items():
         path = folder / name
-        if not path.is_file():
-            raise UserError(f"{str(path)!r} is missing. Copy the whole folder again.")
-        size = path.stat().st_size
+        with reading(path, COPY_AGAIN):  # it may not be ours to read
+            size = path.stat().st_size if path.is_file() else None
+            sha256 = hash_file(path) if size == expected["size"] else None
+        if size is None:
+            raise UserError(
+                f"{str(path)!r} is {'no file' if path.exists() else 'missing'}. Copy the whole folder again."
+            )
         if size != expected["size"]:
             raise UserError(
                 f"{str(path)!r} has {size:,} bytes instead of {expected['size']:,}: it was cut off or altered. "
                 f"Copy the folder again."
             )
-        if hash_file(path) != expected["sha256"]:
-            raise UserError(f"{str(path)!r} was altered: its SHA-256 is not {expected['sha256']}. Copy it again.")
+        if sha256 != expected["sha256"]:
+            raise UserError(
+                f"{str(path)!r} was altered: its SHA-256 is not {cut(expected['sha256'], 80)}. Copy it again."
+            )
     return manifest
 
 

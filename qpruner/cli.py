@@ -50,6 +50,7 @@ from qpruner.runs.report import Stage, Summary
 from qpruner.runs.search import SearchResults, variants_table
 from qpruner.search.config import SearchConfig
 from qpruner.search.trainer import SearchTrainer
+from qpruner.training.checkpoint_file import read_checkpoint
 from qpruner.training.module import LoRAFinetuner
 from qpruner.training.preflight import (
     check_callbacks,
@@ -308,6 +309,7 @@ class QPrunerCLI(LightningCLI):
             if len(self.phases) > 1:
                 rank_zero_info(f"Phase {self.phase.number} of {len(self.phases)}.")
             if self.continues and self.folder.checkpoint.exists():
+                read_checkpoint(self.folder.checkpoint)  # so that damage is told
                 ckpt_path = str(self.folder.checkpoint)
                 rank_zero_info(f"Going on from {ckpt_path}.")
             elif ckpt_path is not None:
@@ -355,7 +357,10 @@ class QPrunerCLI(LightningCLI):
             check_checkpoint(self.model, ckpt_path)
         if ckpt_path is not None or self._is_trained:
             return ckpt_path
-        return str(self.folder.checkpoint) if self.folder.checkpoint.exists() else None
+        if not self.folder.checkpoint.exists():
+            return None
+        read_checkpoint(self.folder.checkpoint)
+        return str(self.folder.checkpoint)
 
     @property
     def _is_trained(self) -> bool:

@@ -11,6 +11,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from qpruner.anatomy import architecture_of
 from qpruner.checkpoint import build_skeleton, read_base_config
 from qpruner.errors import UserError
+from qpruner.files import reading
 from qpruner.memory import num_parameters
 from qpruner.plan import UNITS, CompressionPlan, LayerPlan, describe_differences, format_ranges
 from qpruner.pretrained import model_fingerprint
@@ -60,12 +61,12 @@ def plan_command(arguments: list[str]) -> None:
     diff = commands.add_parser("diff", help="in which layers two plans differ; exit status 1 if they do")
     diff.add_argument("before", type=Path)
     diff.add_argument("after", type=Path)
-    diff.set_defaults(run=lambda given: diff_plans(*map(CompressionPlan.read, (given.before, given.after))))
+    diff.set_defaults(run=lambda given: diff_plans(given.before, given.after))
 
     check = commands.add_parser("check", help="whether a plan is for a model, and what would be left of that")
     check.add_argument("plan", type=Path)
     check.add_argument("--base", required=True, help="model folder or hub name; its weights are only hashed")
-    check.set_defaults(run=lambda given: check_plan(CompressionPlan.read(given.plan), given.base))
+    check.set_defaults(run=lambda given: check_plan(given.plan, given.base))
 
     ratios = commands.add_parser("ratios", help="the ratios that a model can be pruned to locally, without its weights")
     ratios.add_argument("base", help=base_help)
@@ -96,10 +97,11 @@ def show_plan(plan: CompressionPlan) -> None:
     print(markdown_table(["layer", "KV groups", "FFN channels", *UNITS], rows))
 
 
-def diff_plans(before: CompressionPlan, after: CompressionPlan) -> None:
+def diff_plans(path: Path, other: Path) -> None:
     """Prints where two plans differ, layer by layer and unit by unit; ends with exit status 1 when there are any."""
+    before, after = map(CompressionPlan.read, (path, other))
     if differences := describe_differences(before.architecture, after.architecture):
-        raise UserError(f"The plans are for models of different shapes: {differences}.")
+        raise UserError(f"{str(path)!r} and {str(other)!r} are for models of different shapes: {differences}.")
     lines = [
         f"{name} {old} becomes {new}"
         for name, old, new in (
@@ -134,17 +136,19 @@ def _changes(before: LayerPlan, after: LayerPlan) -> list[str]:
     return changes
 
 
-def check_plan(plan: CompressionPlan, base: str) -> None:
+def check_plan(path: Path, base: str) -> None:
     """Says what a plan makes of a model.
 
     Raises:
-        UserError: the plan is for a model of another shape.
+        UserError: the plan is for a model of another shape, or holds something in a precision that cannot be had.
     """
-    config = read_base_config(base)
-    plan.check(architecture_of(config), model_fingerprint(base))
+    plan, config = CompressionPlan.read(path), read_base_config(base)
+    architecture, fingerprint = architecture_of(config), model_fingerprint(base)
     model = build_skeleton(config).to(torch.bfloat16)
     before = Size.of(model)
-    cost = price(model, plan)
+    with reading(path, "Correct the plan, or make one for this model."):
+        plan.check(architecture, fingerprint)
+        cost = price(model, plan)
     line = describe(plan, before, Size.of(model), "as the plan says", ())
     print(f"The plan fits {base}. {line.replace('Pruned', 'It takes', 1)}")
     print(

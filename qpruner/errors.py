@@ -1,7 +1,9 @@
 """The one error that means: what the user gave cannot be used, and this is what to do about it."""
 
-from collections.abc import Iterable
+import reprlib
+from collections.abc import Collection, Iterable
 from difflib import get_close_matches
+from itertools import islice
 
 
 class UserError(ValueError):
@@ -16,6 +18,25 @@ def user_error(error: BaseException | None) -> UserError | None:
     while error is not None and not isinstance(error, UserError):
         error = error.__cause__ or error.__context__
     return error
+
+
+def brief(value: object) -> str:
+    """A value as a message can show it: its `repr` with long parts left out, at most 120 characters."""
+    shortening = reprlib.Repr()
+    shortening.maxstring = shortening.maxother = shortening.maxlong = 80
+    return cut(shortening.repr(value), 120)
+
+
+def cut(text: object, length: int = 300) -> str:
+    """What a text says, on one line, with its middle left out where that is longer than a message should be."""
+    line = " ".join(str(text).split())
+    return line if len(line) <= length else f"{line[: length // 2 - 2]} ... {line[3 - length // 2 :]}"
+
+
+def listed(names: Collection[str], most: int = 3) -> str:
+    """The first of some names, and how many more there are; ``none`` for none."""
+    more = f" and {len(names) - most:,} more" if len(names) > most else ""
+    return cut(", ".join(islice(names, most)) + more) or "none"
 
 
 def nearest(word: str, choices: Iterable[str]) -> str:

@@ -9,6 +9,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from qpruner.errors import UserError, cut
+
+MALFORMED = (OSError, ValueError, RecursionError)
+"""What opening, decoding and parsing a file that is not as it should be may raise."""
+
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
@@ -55,8 +60,35 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
-def read_json(path: Path) -> Any:
-    return json.loads(path.read_text(encoding="utf-8"))
+@contextmanager
+def reading(path: Path, remedy: str, errors: tuple[type[Exception], ...] = MALFORMED) -> Iterator[None]:
+    """Makes of whatever is wrong with a file that is read inside a mistake that names the file and its remedy.
+
+    Args:
+        path: of the file, or of the folder where the mistake may lie in several.
+        remedy: what to do about it, as a sentence.
+        errors: that say so.
+
+    Raises:
+        UserError: one of these, or a mistake in what was read.
+    """
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"{str(path)!r}: {cut(error, 500)} {remedy}") from error
+    except errors as error:
+        said = cut(error) if isinstance(error, MALFORMED) else f"{type(error).__name__}: {cut(error)}"
+        raise UserError(f"Cannot read {str(path)!r}: {said.rstrip('.')}. {remedy}") from error
+
+
+def read_json(path: Path, *, remedy: str = "Restore the file.") -> Any:
+    """What a JSON file holds.
+
+    Raises:
+        UserError: there is no such file, or it is no JSON.
+    """
+    with reading(path, remedy):
+        return json.loads(path.read_text(encoding="utf-8"))
 
 
 def hash_file(path: Path) -> str:

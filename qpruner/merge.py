@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from jsonargparse import ArgumentParser
 from lightning.pytorch.plugins import Precision
 from torch import nn
@@ -132,7 +131,7 @@ def run_data(model: Path) -> TokenDataModule | str:
     if run is None:
         return f"{str(model)!r} lies in no run, whose configuration would name the data."
     try:
-        config = yaml.safe_load(run.config.read_text(encoding="utf-8"))
+        config = run.read_config()
         config["data"]["init_args"]["tokenizer"] = str(model)
         parser: Any = ArgumentParser(exit_on_error=False)
         parser.add_subclass_arguments(TokenDataModule, "data")

@@ -3,16 +3,17 @@
 import json
 import re
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-from qpruner.errors import UserError
-from qpruner.files import write_text
+from qpruner.errors import UserError, brief, cut
+from qpruner.files import reading, write_text
 
 KIND, VERSION = "qpruner plan", 1
-LARGEST = 10_000_000  # no layer has more units, and a slip of the pen shall not fill the memory
+# No model has more, and a slip of the pen shall not fill the memory.
+MOST_LAYERS, MOST_UNITS, MOST_IN_ALL, MOST_BYTES = 10_000, 1_000_000, 20_000_000, 2**26
 UNITS = ("qkv", "o", "gate_up", "down")
 """The quantization units of a layer: what serving engines fuse shares one width."""
 
@@ -22,9 +23,12 @@ class Precision:
     """How the weights of a quantization unit are held.
 
     Args:
-        format: number format; ``dense`` leaves the weights as they are.
+        format: name of a number format; ``dense`` leaves the weights as they are.
         bits: of one weight, scales not counted, from 1 to 16.
         group: weights that share a scale; None where the format itself says.
+
+    Raises:
+        UserError: another number of bits, a group without weights, or a format that is no name.
     """
 
     format: str
@@ -32,12 +36,12 @@ class Precision:
     group: int | None = None
 
     def __post_init__(self) -> None:
-        if not isinstance(self.format, str):
-            raise UserError(f"A format is a name, not {self.format!r}.")
+        if not isinstance(self.format, str) or not re.fullmatch(r"[\w-]{1,40}", self.format):
+            raise UserError(f"A format is a name, not {brief(self.format)}.")
         if type(self.bits) is not int or not 1 <= self.bits <= 16:
-            raise UserError(f"A weight has 1 to 16 bits, not {self.bits!r}.")
-        if self.group is not None and (type(self.group) is not int or self.group < 1):
-            raise UserError(f"A group holds at least 1 weight, not {self.group!r}.")
+            raise UserError(f"A weight has 1 to 16 bits, not {brief(self.bits)}.")
+        if self.group is not None and (type(self.group) is not int or not 1 <= self.group <= MOST_UNITS):
+            raise UserError(f"A group holds at least 1 weight, not {brief(self.group)}.")
 
     def __str__(self) -> str:
         return f"{self.format} {self.bits}" + (f"/{self.group}" if self.group else "")
@@ -59,7 +63,8 @@ class Architecture:
         ffn_channels: [layers], intermediate channels of each layer.
 
     Raises:
-        UserError: a width that is not a positive whole number, or lists of different lengths.
+        UserError: a width that is not a positive whole number or larger than that of any model, or lists of different
+            lengths.
     """
 
     model_type: str
@@ -70,11 +75,18 @@ class Architecture:
     ffn_channels: tuple[int, ...]
 
     def __post_init__(self) -> None:
+        if not isinstance(self.model_type, str) or not re.fullmatch(r"[\w-]{1,80}", self.model_type):
+            raise UserError(f"model_type is the name of a family, not {brief(self.model_type)}.")
         numbers = self.hidden_size, self.head_dim, self.queries_per_group, *self.kv_groups, *self.ffn_channels
         if not all(type(number) is int and number > 0 for number in numbers):
-            raise UserError(f"The widths of an architecture are whole numbers above 0: {self}.")
+            raise UserError(f"The widths of an architecture are whole numbers above 0: {cut(self)}.")
         if not self.kv_groups or len(self.kv_groups) != len(self.ffn_channels):
-            raise UserError(f"An architecture has KV groups and FFN channels for each of its layers: {self}.")
+            raise UserError(f"An architecture has KV groups and FFN channels for each of its layers: {cut(self)}.")
+        if self.num_layers > MOST_LAYERS or max(numbers) > MOST_UNITS or sum(numbers) > MOST_IN_ALL:
+            raise UserError(
+                f"An architecture has at most {MOST_LAYERS:,} layers, widths of {MOST_UNITS:,} and {MOST_IN_ALL:,} "
+                f"units in all: {cut(self)}."
+            )
 
     @property
     def num_layers(self) -> int:
@@ -99,12 +111,14 @@ class LayerPlan:
         for name in ("kv_groups", "ffn_channels"):
             kept = getattr(self, name)
             if any(type(unit) is not int for unit in kept):
-                raise UserError(f"{name} are whole numbers, not {kept!r}.")
+                raise UserError(f"{name} are whole numbers, not {brief(kept)}.")
             if not kept or kept[0] < 0 or any(a >= b for a, b in zip(kept, kept[1:], strict=False)):
-                raise UserError(f"{name} must be ascending numbers from 0, at least one, not {format_ranges(kept)!r}.")
+                raise UserError(
+                    f"{name} must be ascending numbers from 0, at least one, not {brief(format_ranges(kept))}."
+                )
         if self.precision.keys() != set(UNITS):
             raise UserError(
-                f"A layer has a precision for each of {', '.join(UNITS)}; found {', '.join(self.precision)}."
+                f"A layer has a precision for each of {', '.join(UNITS)}; found {cut(', '.join(self.precision))}."
             )
 
 
@@ -132,16 +146,11 @@ class CompressionPlan:
     def __post_init__(self) -> None:
         model = self.architecture
         if not isinstance(self.base_sha256, str | None):
-            raise UserError(f"base_sha256 is a hash in hexadecimal or null, not {self.base_sha256!r}.")
+            raise UserError(f"base_sha256 is a hash in hexadecimal or null, not {brief(self.base_sha256)}.")
         if len(self.layers) != model.num_layers:
-            raise UserError(f"The plan has {len(self.layers)} layers; its model has {model.num_layers}.")
+            raise _other_layers(len(self.layers), model)
         for number, layer in enumerate(self.layers):
-            for name, kept, count in (
-                ("KV groups", layer.kv_groups, model.kv_groups[number]),
-                ("FFN channels", layer.ffn_channels, model.ffn_channels[number]),
-            ):
-                if kept[-1] >= count:
-                    raise UserError(f"Layer {number} keeps {name} up to {kept[-1]}; it has 0 to {count - 1}.")
+            _expect_units(model, number, layer)
 
     @classmethod
     def dense(cls, architecture: Architecture, base_sha256: str | None) -> "CompressionPlan":
@@ -262,11 +271,13 @@ class CompressionPlan:
         try:
             content = json.loads(text)
         except (ValueError, RecursionError) as error:
-            raise UserError(f"This is no plan: not valid JSON ({error}).") from error
+            raise UserError(f"This is no plan: not valid JSON ({cut(error)}).") from error
         if not isinstance(content, dict) or content.get("kind") != KIND:
             raise UserError(f'This is no plan: it does not say "kind": "{KIND}".')
         if content.get("version") != VERSION:
-            raise UserError(f"The plan has version {content.get('version')!r}; this qpruner reads version {VERSION}.")
+            raise UserError(
+                f"The plan has version {brief(content.get('version'))}; this qpruner reads version {VERSION}."
+            )
         try:
             _expect_keys(content, {"kind", "version", "architecture", "base_sha256", "embedding", "head", "layers"})
             _expect_keys(content["architecture"], {field.name for field in fields(Architecture)})
@@ -274,15 +285,16 @@ class CompressionPlan:
                 name: tuple(value) if isinstance(value, list) else value
                 for name, value in content["architecture"].items()
             }
+            architecture = Architecture(**widths)
             return cls(
-                Architecture(**widths),
+                architecture,
                 content["base_sha256"],
-                tuple(map(_read_layer, content["layers"])),
+                tuple(_read_layers(content["layers"], architecture)),
                 embedding=Precision(**content["embedding"]),
                 head=Precision(**content["head"]),
             )
         except (TypeError, AttributeError) as error:
-            raise UserError(f"The plan has an entry of a wrong kind: {error}.") from error
+            raise UserError(f"The plan has an entry of a wrong kind: {cut(error)}.") from error
 
     def write(self, path: Path) -> None:
         write_text(path, self.to_json())
@@ -294,18 +306,16 @@ class CompressionPlan:
         Raises:
             UserError: there is no such file, or it holds no plan; see `from_json`.
         """
-        try:
+        with reading(path, "Correct the file, or give the plan.json of a finished run."):
+            if (size := path.stat().st_size) > MOST_BYTES:
+                raise UserError(f"This is no plan: it has {size:,} bytes, and no plan needs {MOST_BYTES:,}.")
             return cls.from_json(path.read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"Cannot read a plan from {str(path)!r}: {error}") from error
-        except UserError as error:
-            raise UserError(f"{str(path)!r}: {error}") from error
 
 
 def describe_differences(expected: Architecture, found: Architecture) -> str:
     """The widths in which two architectures differ, or an empty string."""
     return "; ".join(
-        f"{field.name} is {getattr(expected, field.name)} there and {getattr(found, field.name)} here"
+        f"{field.name} is {cut(getattr(expected, field.name), 80)} there and {cut(getattr(found, field.name), 80)} here"
         for field in fields(Architecture)
         if getattr(expected, field.name) != getattr(found, field.name)
     )
@@ -332,10 +342,34 @@ def parse_ranges(text: str) -> tuple[int, ...]:
     for part in text.split():
         bounds = re.fullmatch(r"(\d+)(?:-(\d+))?", part)
         run = range(int(bounds[1]), int(bounds[2] or bounds[1]) + 1) if bounds else range(0)
-        if not run or run[-1] > LARGEST or (numbers and run[0] <= numbers[-1]):
-            raise UserError(f"{part!r} in {text!r} must be a number or a range such as 4-7, above those before it.")
+        if not run or run[-1] > MOST_UNITS or (numbers and run[0] <= numbers[-1]):
+            raise UserError(
+                f"{brief(part)} in {brief(text)} must be a number or a range such as 4-7, above those before it."
+            )
         numbers += run
     return tuple(numbers)
+
+
+def _read_layers(contents: list[Any], architecture: Architecture) -> Iterator[LayerPlan]:
+    if isinstance(contents, list) and len(contents) != architecture.num_layers:
+        raise _other_layers(len(contents), architecture)
+    for number, content in enumerate(contents):
+        layer = _read_layer(content)
+        _expect_units(architecture, number, layer)  # before the next one is spelt out
+        yield layer
+
+
+def _other_layers(count: int, architecture: Architecture) -> UserError:
+    return UserError(f"The plan has {count} layers; its model has {architecture.num_layers}.")
+
+
+def _expect_units(architecture: Architecture, number: int, layer: LayerPlan) -> None:
+    for name, kept, count in (
+        ("KV groups", layer.kv_groups, architecture.kv_groups[number]),
+        ("FFN channels", layer.ffn_channels, architecture.ffn_channels[number]),
+    ):
+        if kept[-1] >= count:
+            raise UserError(f"Layer {number} keeps {name} up to {kept[-1]}; it has 0 to {count - 1}.")
 
 
 def _read_layer(content: dict[str, Any]) -> LayerPlan:
@@ -353,5 +387,5 @@ def _expect_keys(content: Mapping[str, Any], keys: set[str]) -> None:
         raise UserError(
             "The plan is not as it should be:"
             + (f" {', '.join(missing)} missing." if missing else "")
-            + (f" {', '.join(unknown)} unknown." if unknown else "")
+            + (f" {cut(', '.join(unknown))} unknown." if unknown else "")
         )

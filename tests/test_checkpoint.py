@@ -461,11 +461,11 @@ def test_weights_that_are_not_those_of_the_configuration_are_refused(tmp_path: P
     tensor = weights.pop(name)
     save_file(weights, path)
     relist(tmp_path / "model")
-    whose = f"The weights in {str(tmp_path / 'model')!r} are not those of its configuration:"
-    refused(tmp_path / "model", f"{whose} missing ['{name}'], unexpected none.")
+    whose = f"{str(tmp_path / 'model')!r}: The weights are not those of its configuration:"
+    refused(tmp_path / "model", f"{whose} missing {name}, unexpected none.")
     save_file({**weights, name: tensor, "model.layers.9.weight": tensor.clone()}, path)
     relist(tmp_path / "model")
-    refused(tmp_path / "model", f"{whose} missing none, unexpected ['model.layers.9.weight'].")
+    refused(tmp_path / "model", f"{whose} missing none, unexpected model.layers.9.weight.")
     path.write_bytes(b"no weights")
     relist(tmp_path / "model")
     refused(tmp_path / "model", f"{str(path)!r} is not a safetensors file: ")
@@ -474,8 +474,8 @@ def test_weights_that_are_not_those_of_the_configuration_are_refused(tmp_path: P
 @pytest.mark.parametrize(
     ("model_type", "message"),
     [
-        ("compressed_gpt2", "{!r} holds a model of type 'compressed_gpt2', which this qpruner does not know."),
-        ("gpt2", "Models of type 'gpt2' cannot be pruned; llama, mistral, qwen2, qwen3, gemma, gemma2 can."),
+        ("compressed_gpt2", "{!r}: It is of a model of type 'compressed_gpt2', which this qpruner does not know."),
+        ("gpt2", "{!r}: Models of type 'gpt2' cannot be pruned; llama, mistral, qwen2, qwen3, gemma, gemma2 can."),
     ],
 )
 def test_a_model_of_an_unknown_type_is_refused(tmp_path: Path, model_type: str, message: str) -> None:
@@ -483,7 +483,7 @@ def test_a_model_of_an_unknown_type_is_refused(tmp_path: Path, model_type: str, 
     path = tmp_path / "model/config.json"
     path.write_text(json.dumps({"model_type": model_type}))
     relist(tmp_path / "model")
-    refused(tmp_path / "model", message.format(str(tmp_path / "model")))
+    refused(tmp_path / "model", message.format(str(path)))
 
 
 # Whole or not at all.

@@ -30,7 +30,8 @@ def test_top_level_folders_have_one_identity(folder: str) -> None:
 ALLOWED: dict[str, set[str]] = {
     "errors": set(),
     "seeds": set(),
-    "files": set(),
+    "files": {"errors"},
+    "schema": {"errors", "files"},
     "stories": set(),
     "plan": {"errors", "files"},
     "anatomy": {"errors", "plan"},
@@ -40,13 +41,15 @@ ALLOWED: dict[str, set[str]] = {
     "memory": {"errors", "quantization"},
     "pruning": {"adapters", "anatomy", "errors", "memory", "plan", "quantization", "seeds"},
     "pricing": {"adapters", "anatomy", "memory", "plan", "pruning", "quantization"},
-    "allocation": {"adapters", "anatomy", "errors", "files", "plan", "pricing", "pruning", "quantization", "seeds"},
-    "checkpoint": {"anatomy", "errors", "files", "memory", "plan", "pretrained", "pruning", "quantization"},
-    "runs": {"allocation", "errors", "files", "plan"},
+    "allocation": {
+        "adapters", "anatomy", "errors", "files", "plan", "pricing", "pruning", "quantization", "schema", "seeds",
+    },
+    "checkpoint": {"anatomy", "errors", "files", "memory", "plan", "pretrained", "pruning", "quantization", "schema"},
+    "runs": {"allocation", "errors", "files", "plan", "schema"},
     "datamodules": {"errors", "files", "seeds", "pretrained", "stories"},
     "training": {
         "adapters", "anatomy", "checkpoint", "datamodules", "errors", "files", "memory", "plan", "pretrained",
-        "pricing", "pruning", "quantization", "seeds",
+        "pricing", "pruning", "quantization", "schema", "seeds",
     },
     "callbacks": {
         "adapters", "allocation", "anatomy", "checkpoint", "datamodules", "errors", "files", "memory", "plan",
@@ -58,7 +61,9 @@ ALLOWED: dict[str, set[str]] = {
     },
     "phases": {"callbacks", "errors", "runs", "training"},
     "options": {"callbacks", "datamodules", "errors"},
-    "commands": {"anatomy", "checkpoint", "errors", "memory", "plan", "pretrained", "pricing", "pruning", "runs"},
+    "commands": {
+        "anatomy", "checkpoint", "errors", "files", "memory", "plan", "pretrained", "pricing", "pruning", "runs",
+    },
     "cli": {
         "callbacks", "checkpoint", "commands", "datamodules", "errors", "memory", "merge", "options", "phases",
         "plan", "pretrained", "runs", "search", "training",

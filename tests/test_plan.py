@@ -276,10 +276,10 @@ def test_what_is_no_json_object_is_no_plan() -> None:
 
 def test_a_file_that_holds_no_plan_is_named(tmp_path: Path) -> None:
     missing = str(tmp_path / "plan.json")
-    with pytest.raises(UserError, match=f"^Cannot read a plan from {missing!r}: .*No such file"):
+    with pytest.raises(UserError, match=f"^Cannot read {missing!r}: .*No such file"):
         CompressionPlan.read(tmp_path / "plan.json")
     (tmp_path / "binary").write_bytes(b"\xff\xfe")
-    with pytest.raises(UserError, match="^Cannot read a plan from '.*binary': .*utf-8"):
+    with pytest.raises(UserError, match="^Cannot read '.*binary': .*utf-8"):
         CompressionPlan.read(tmp_path / "binary")
     (tmp_path / "other.json").write_text("{}")
     with pytest.raises(UserError, match=r"""^'.*other.json': This is no plan: it does not say "kind"."""):
@@ -378,3 +378,45 @@ def test_what_looks_like_a_value_and_is_none_is_refused(change: Callable[[Any], 
 @pytest.mark.parametrize("text", ["[" * 100_000, "1" * 5_000, ""])
 def test_text_that_json_chokes_on_is_refused(text: str) -> None:
     assert "This is no plan" in refusal(text)
+
+
+# A slip of the pen does not fill the memory.
+
+
+def test_more_units_than_any_model_has_are_refused_before_they_are_spelt_out() -> None:
+    assert "widths of 1,000,000" in refusal(altered(lambda c: c["architecture"].update(ffn_channels=[10**7, 10])))
+    assert "20,000,000 units in all" in refusal(
+        altered(lambda c: c["architecture"].update(kv_groups=[4] * 21, ffn_channels=[10**6] * 21))
+    )
+    assert "at most 10,000 layers" in refusal(
+        altered(lambda c: c["architecture"].update(kv_groups=[1] * 10**6, ffn_channels=[1] * 10**6))
+    )
+    assert "'0-1000001' in" in refusal(altered(lambda c: c["layers"][0].update(ffn_channels="0-1000001")))
+
+
+def test_a_layer_too_wide_is_refused_before_the_next_is_read() -> None:
+    text = altered(lambda c: (c["layers"][0].update(ffn_channels="0-999999"), c["layers"].__setitem__(1, "nonsense")))
+    assert refusal(text) == "Layer 0 keeps FFN channels up to 999999; it has 0 to 11."
+
+
+def test_a_file_larger_than_any_plan_is_not_read(tmp_path: Path) -> None:
+    with (tmp_path / "plan.json").open("wb") as file:
+        file.truncate(10**9)
+    with pytest.raises(UserError, match="plan.json': This is no plan: it has 1,000,000,000 bytes"):
+        CompressionPlan.read(tmp_path / "plan.json")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda c: c["layers"][0].update(ffn_channels="9-0 " * 9999),
+        lambda c: c["layers"][0]["precision"]["o"].update(format="x" * 9999),
+        lambda c: c["architecture"].update(model_type="x" * 9999),
+        lambda c: c["architecture"].update(kv_groups=[10**900] * 99),
+        lambda c: c.update(base_sha256=["x"] * 9999),
+        lambda c: c.update({"x" * 9999: 1}),
+        lambda c: c.update(version="x" * 9999),
+    ],
+)
+def test_a_refusal_is_short_whatever_was_in_the_plan(change: Callable[[Any], Any]) -> None:
+    assert len(refusal(altered(change))) < 600

@@ -206,7 +206,7 @@ def test_changed_pruning_options_are_refused_by_name(arguments: list[str]) -> No
         (["--trainer.callbacks.selection.scope", "globl"], "Did you mean 'global'?"),
         (["--trainer.callbacks.selection.leave_alone", "[0,1]"], "names every layer"),
         (["--trainer.callbacks.selection.leave_alone", "[7]"], "the model has 0 to 1"),
-        (["--plan", "nothing.json"], "Cannot read a plan from 'nothing.json'"),
+        (["--plan", "nothing.json"], "Cannot read 'nothing.json'"),
     ],
 )
 def test_mistakes_are_told_before_any_model_is_loaded(

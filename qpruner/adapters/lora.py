@@ -1,5 +1,6 @@
 """LoRA adapters on the projections of a decoder, by PEFT."""
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -40,7 +41,7 @@ class LoRAConfig:
                 f"--model.lora.target_modules is {self.target_modules!r}, which is no regular expression. Give one, "
                 f"the names of linears as a list, or {ALL_LINEAR}."
             )
-        if self.r < 1 or self.alpha <= 0 or not 0 <= self.dropout < 1:
+        if self.r < 1 or not 0 < self.alpha < math.inf or not 0 <= self.dropout < 1:
             raise UserError(f"LoRA needs r of at least 1, alpha above 0 and dropout in [0, 1), not {self}.")
 
 

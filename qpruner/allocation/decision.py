@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from math import log2
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from qpruner.allocation.budget import Budget
 from qpruner.allocation.items import Granularity, Item
@@ -12,16 +12,19 @@ from qpruner.allocation.mutual_information import MutualInformationConfig
 from qpruner.allocation.sensitivities import Measure, Sensitivities
 from qpruner.allocation.solving import Choice, exact, greedy, total_cost
 from qpruner.errors import UserError
-from qpruner.files import read_json, write_json
+from qpruner.files import write_json
 from qpruner.plan import CompressionPlan, Precision
 from qpruner.pricing import Price
 from qpruner.pruning.calibration import CalibrationConfig
+from qpruner.schema import read_as
 
 TRIFLE = 1e-6
 """Of what the choice of an item makes on average."""
 
 Method = Literal["uniform", "mutual_information", "sensitivity"]
 Solver = Literal["exact", "greedy"]
+Counted = Literal["kl", "loss", "first_order", "mutual information"]
+"""What costs count, as a person reads it."""
 
 
 @dataclass(frozen=True)
@@ -68,6 +71,9 @@ class Decision:
         chosen: place of what it got.
         greedy: place of what the greedy upgrades give it.
         exact: place of what the optimum gives it.
+
+    Raises:
+        UserError: no choices, not a size and a cost for each, or a place that is none of theirs.
     """
 
     item: Item
@@ -77,6 +83,15 @@ class Decision:
     chosen: int
     greedy: int
     exact: int
+
+    def __post_init__(self) -> None:
+        count = len(self.choices)
+        places = (self.chosen, self.greedy, self.exact)
+        if not count == len(self.sizes) == len(self.costs) or not all(0 <= place < count for place in places):
+            raise UserError(
+                f"{str(self.item).capitalize()} has {count} choices, {len(self.sizes)} sizes and {len(self.costs)} "
+                f"costs; they go together, and places {places} count among them from 0."
+            )
 
     @property
     def precision(self) -> Precision:
@@ -98,10 +113,13 @@ class Allocation:
         average_bits: of the weights in the decoder linears, scales included.
         above_dearest: whether the budget is above the dearest plan.
         decisions: for each item.
+
+    Raises:
+        UserError: no decisions.
     """
 
     method: Method
-    measure: str | None
+    measure: Counted | None
     solver: Solver
     budget: str
     limit: int
@@ -110,6 +128,10 @@ class Allocation:
     average_bits: float
     above_dearest: bool
     decisions: tuple[Decision, ...]
+
+    def __post_init__(self) -> None:
+        if not self.decisions:
+            raise UserError("An allocation decides on at least one item.")
 
     def cost_of(self, solver: Solver) -> float:
         """The sum of costs that a solver reaches."""
@@ -131,15 +153,12 @@ class Allocation:
 
     @classmethod
     def read(cls, path: Path) -> "Allocation":
-        content = read_json(path)
-        return cls(**{**content, "decisions": tuple(_read_decision(one) for one in content["decisions"])})
+        """Reads what `write` wrote.
 
-
-def _read_decision(content: dict[str, Any]) -> Decision:
-    item = Item(content["item"]["layer"], tuple(content["item"]["units"]))
-    lists = {name: tuple(content[name]) for name in ("sizes", "costs")}
-    choices = tuple(Precision(**precision) for precision in content["choices"])
-    return Decision(**{**content, "item": item, "choices": choices, **lists})
+        Raises:
+            UserError: no such file, or it holds something else.
+        """
+        return read_as(path, cls, remedy="Restore the file, or run the fit again with --restart.")
 
 
 def decide(
@@ -187,11 +206,15 @@ def decide(
     chosen = of_exact if config.solver == "exact" else of_greedy
     decided = with_choices(plan, items, [order[place] for place in chosen])
     price = price_of(decided)
-    measure = {"uniform": None, "mutual_information": "mutual information", "sensitivity": config.measure}[method]
+    counted: dict[Method, Counted | None] = {
+        "uniform": None,
+        "mutual_information": "mutual information",
+        "sensitivity": config.measure,
+    }
     decisions = zip(items, sizes, costs, chosen, of_greedy, of_exact, strict=True)
     return decided, Allocation(
         method=method,
-        measure=measure,
+        measure=counted[method],
         solver=config.solver,
         budget=str(budget),
         limit=limit,

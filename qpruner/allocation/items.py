@@ -7,7 +7,7 @@ from typing import Literal
 from torch import nn
 
 from qpruner.anatomy import unit_linears
-from qpruner.errors import UserError
+from qpruner.errors import UserError, brief
 from qpruner.plan import UNITS, Architecture, Precision
 from qpruner.pricing import unit_shapes, weight_bytes
 
@@ -21,10 +21,17 @@ class Item:
     Args:
         layer: its number.
         units: some of `UNITS`.
+
+    Raises:
+        UserError: a number below 0, or other units.
     """
 
     layer: int
     units: tuple[str, ...]
+
+    def __post_init__(self) -> None:
+        if self.layer < 0 or not self.units or not set(self.units) <= set(UNITS):
+            raise UserError(f"An item is some of {', '.join(UNITS)} of a layer from 0, not {brief(self)}.")
 
     def __str__(self) -> str:
         return f"layer {self.layer}" if self.units == UNITS else f"layer {self.layer} {'+'.join(self.units)}"

@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 from qpruner.allocation.items import Item
-from qpruner.files import read_json, write_json
+from qpruner.errors import UserError
+from qpruner.files import write_json
 from qpruner.plan import DENSE, Precision
+from qpruner.schema import read_as
 
 Measure = Literal["kl", "loss", "first_order"]
 
@@ -40,12 +42,22 @@ class Sensitivities:
         mutual_information: of each layer's output and the prediction, in nats; None where it was not asked for.
         precisions: that ``rises`` are of, without dense.
         rises: of each item; None where they were not asked for.
+
+    Raises:
+        UserError: neither information nor rises, or not as many rises of an item as precisions.
     """
 
     made_from: dict[str, Any]
     mutual_information: tuple[float, ...] | None = None
     precisions: tuple[Precision, ...] = ()
     rises: tuple[Rises, ...] | None = None
+
+    def __post_init__(self) -> None:
+        if self.mutual_information is None and self.rises is None:
+            raise UserError("There is neither mutual information nor a rise of anything.")
+        for one in self.rises or ():
+            if {len(one.kl), len(one.loss), len(one.first_order)} != {len(self.precisions)}:
+                raise UserError(f"The rises of {one.item} are not those in {len(self.precisions)} precisions.")
 
     def costs(
         self, items: Sequence[Item], order: Sequence[Precision], measure: Measure | Literal["mutual_information"]
@@ -81,16 +93,9 @@ class Sensitivities:
 
     @classmethod
     def read(cls, path: Path) -> "Sensitivities":
-        content = read_json(path)
-        information, rises = content["mutual_information"], content["rises"]
-        return cls(
-            content["made_from"],
-            None if information is None else tuple(information),
-            tuple(Precision(**precision) for precision in content["precisions"]),
-            None if rises is None else tuple(map(_read_rises, rises)),
-        )
+        """Reads what `write` wrote.
 
-
-def _read_rises(content: dict[str, Any]) -> Rises:
-    item = Item(content["item"]["layer"], tuple(content["item"]["units"]))
-    return Rises(item, *(tuple(content[name]) for name in ("kl", "loss", "first_order")))
+        Raises:
+            UserError: no such file, or it holds something else.
+        """
+        return read_as(path, cls, remedy="Delete the file, and continue the run: it finds them anew.")

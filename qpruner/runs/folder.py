@@ -4,13 +4,14 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import yaml
 from filelock import FileLock, Timeout
 
 from qpruner.errors import UserError
-from qpruner.files import read_json, write_json, write_text
+from qpruner.files import MALFORMED, reading, write_json, write_text
+from qpruner.schema import conform, read_as
 
 FREE_OPTIONS = (
     "ckpt_path",
@@ -37,6 +38,33 @@ FREE_OPTIONS = (
 
 FINISHED = "finished.json"
 """Of the phases of a run, beside their folders."""
+
+RESTORE = "Restore the file, or start the run anew with --restart."
+"""What to do about a file of a run that is damaged."""
+
+
+@dataclass(frozen=True)
+class PhasesOver:
+    """What ``finished.json`` holds.
+
+    Args:
+        finished: how many phases that others follow are over.
+
+    Raises:
+        UserError: less than none.
+    """
+
+    finished: int
+
+    def __post_init__(self) -> None:
+        if self.finished < 0:
+            raise UserError(f"{self.finished} phases are over; it must be 0 or more.")
+
+
+class RunOver(TypedDict):
+    """What ``summary.json`` holds, as far as the folder asks."""
+
+    finished: bool
 
 
 @dataclass(frozen=True)
@@ -163,11 +191,12 @@ class RunFolder:
     @property
     def finished_phases(self) -> int:
         """How many phases that others follow are over."""
-        return int(read_json(self.phases / FINISHED)["finished"]) if (self.phases / FINISHED).exists() else 0
+        path = self.phases / FINISHED
+        return read_as(path, PhasesOver, remedy=RESTORE).finished if path.exists() else 0
 
     @property
     def finished(self) -> bool:
-        return self.summary.exists() and bool(read_json(self.summary)["finished"])
+        return self.summary.exists() and read_as(self.summary, RunOver, remedy=RESTORE)["finished"]
 
     # Of one phase.
 
@@ -211,7 +240,7 @@ class RunFolder:
     @property
     def all_phases(self) -> list["RunFolder"]:
         """The folder in each phase that has begun, the last one last."""
-        numbers = sorted(int(folder.name) for folder in self.phases.glob("[0-9]*"))
+        numbers = sorted(int(name) for folder in self.phases.glob("*") if (name := folder.name).isdecimal())
         return [*(RunFolder(self.path, number) for number in numbers), RunFolder(self.path)]
 
     @property
@@ -261,14 +290,10 @@ class RunFolder:
         Raises:
             UserError: the folder belongs to a run with other options; each is named.
         """
-        stored = yaml.safe_load(self.config.read_text(encoding="utf-8")) if self.config.exists() else {}
+        # One that is thrown away need not be readable.
+        stored = self.read_config() if self.config.exists() and not restart else {}
         changes = changed_options(stored, config)
-        begun = self.finished or any(
-            part.exists()
-            for phase in self.all_phases
-            for part in (phase.checkpoint, phase.model, phase.base, phase.ledger)
-        )
-        if restart or not stored or (changes and not begun):
+        if restart or not stored or (changes and not self._begun):
             self._clear()
             write_text(self.config, yaml.safe_dump(config, sort_keys=False))
             return False
@@ -279,6 +304,24 @@ class RunFolder:
                 f"start it anew with --restart, or give this run another --run.name."
             )
         return True
+
+    def read_config(self) -> dict[str, Any]:
+        """The options that the folder is bound to.
+
+        Raises:
+            UserError: the file is gone or damaged.
+        """
+        with reading(self.config, RESTORE, (*MALFORMED, yaml.YAMLError)):
+            return conform(yaml.safe_load(self.config.read_text(encoding="utf-8")), dict[str, Any])
+
+    @property
+    def _begun(self) -> bool:
+        """Whether the run has compressed or trained anything."""
+        return self.finished or any(
+            part.exists()
+            for phase in self.all_phases
+            for part in (phase.checkpoint, phase.model, phase.base, phase.ledger)
+        )
 
     def _clear(self) -> None:
         """Removes what a run left here, and nothing else: the folder may hold more than runs."""

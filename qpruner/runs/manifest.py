@@ -5,10 +5,12 @@ import sys
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 from qpruner.errors import UserError
-from qpruner.files import read_json, write_json
+from qpruner.files import write_json
+from qpruner.runs.folder import RESTORE
+from qpruner.schema import read_as
 
 PACKAGES = (
     "qpruner",
@@ -22,6 +24,24 @@ PACKAGES = (
     "nevergrad",
     "numpy",
 )
+
+
+class Recorded(TypedDict):
+    """What the file holds.
+
+    Args:
+        seed: of the run.
+        base: name and SHA-256 of the base model.
+        data: rows, tokens and SHA-256 of each split.
+        compression: what is done to the base, with every option, and in which phase.
+        sessions: when, how and with what the run was begun and continued.
+    """
+
+    seed: int
+    base: dict[str, Any]
+    data: dict[str, Any]
+    compression: list[dict[str, Any]]
+    sessions: list[dict[str, Any]]
 
 
 def record_session(
@@ -48,7 +68,7 @@ def record_session(
     Raises:
         UserError: the run was begun with another base model or other data.
     """
-    manifest: dict[str, Any] = {
+    manifest: Recorded = {
         "seed": seed,
         "base": base,
         "data": data,
@@ -56,17 +76,17 @@ def record_session(
         "sessions": [],
     }
     if path.exists():
-        stored = read_json(path)
-        for part, name in (("base", "base model"), ("data", "data")):
-            if stored[part] != manifest[part]:
-                difference = _difference(stored[part], manifest[part])
+        stored = read_as(path, Recorded, remedy=RESTORE)
+        for name, begun_with, given in (("base model", stored["base"], base), ("data", stored["data"], data)):
+            if begun_with != given:
+                difference = _difference(begun_with, given)
                 raise UserError(
                     f"The {name} changed since {str(path.parent)!r} was begun: {difference}. "
                     f"Put it back, start anew with --restart, or give this run another --run.name."
                 )
         manifest = stored
     of_phases = manifest["compression"]
-    if not any(entry["phase"] == phase for entry in of_phases):
+    if not any(entry.get("phase") == phase for entry in of_phases):
         of_phases += [{"phase": phase, **entry} for entry in compression]
     manifest["sessions"].append(
         {

@@ -6,12 +6,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from qpruner.allocation.decision import Allocation
-from qpruner.files import read_json, write_json, write_text
+from qpruner.errors import UserError
+from qpruner.files import write_json, write_text
 from qpruner.plan import CompressionPlan
 from qpruner.runs.allocation import allocation_figure, allocation_section
-from qpruner.runs.folder import RunFolder
+from qpruner.runs.folder import RESTORE, RunFolder
 from qpruner.runs.pictures import loss_figure, plan_figure, ratio_figure, save_figure
 from qpruner.runs.tables import markdown_table
+from qpruner.schema import LARGEST, read_as
 
 CURVES = ("train/loss", "val/loss", "pruning/ratio")
 """That a report draws."""
@@ -32,6 +34,9 @@ class Stage:
             the evaluation took.
         peak_training: highest use of memory in training, in bytes; None where nothing was trained or it is unknown.
         peak_inference: highest use of memory in evaluation, in bytes.
+
+    Raises:
+        UserError: a number of tokens that counts nothing.
     """
 
     name: str
@@ -42,6 +47,10 @@ class Stage:
     seconds: float
     peak_training: int | None
     peak_inference: int | None
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.results.get("tokens", 0) < LARGEST:
+            raise UserError(f"The stage {self.name!r} scored {self.results['tokens']} tokens; it must be a count.")
 
 
 @dataclass(frozen=True)
@@ -62,10 +71,12 @@ class Summary:
 
     @classmethod
     def read(cls, path: Path) -> "Summary":
-        content = read_json(path)
-        for stage in content["stages"]:
-            stage["results"] = {name: float(value) for name, value in stage["results"].items()}
-        return cls(**{**content, "stages": tuple(Stage(**stage) for stage in content["stages"])})
+        """Reads what `write` wrote.
+
+        Raises:
+            UserError: no such file, or it holds something else.
+        """
+        return read_as(path, cls, remedy=RESTORE)
 
     def write(self, path: Path) -> None:
         content = asdict(self)

@@ -6,10 +6,12 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import TYPE_CHECKING, Any
 
-from qpruner.files import read_json, write_json, write_text
+from qpruner.errors import UserError, brief
+from qpruner.files import write_json, write_text
 from qpruner.runs.folder import RunFolder
 from qpruner.runs.pictures import save_figure
 from qpruner.runs.tables import markdown_table
+from qpruner.schema import read_as
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -26,6 +28,9 @@ class Tried:
         average_bits: of the weights in the decoder linears, scales included.
         losses: nats per token, one for each seed.
         scores: all that the trial of the first seed found.
+
+    Raises:
+        UserError: no losses, or a score ``kl`` that is no number.
     """
 
     name: str
@@ -34,6 +39,12 @@ class Tried:
     average_bits: float
     losses: tuple[float, ...]
     scores: dict[str, Any]
+
+    def __post_init__(self) -> None:
+        if not self.losses:
+            raise UserError(f"{self.name!r} has no loss.")
+        if not isinstance(self.scores.get("kl"), float | int | None):
+            raise UserError(f"The score kl of {self.name!r} must be a number, not {brief(self.scores['kl'])}.")
 
     @property
     def loss(self) -> float:
@@ -60,6 +71,9 @@ class SearchResults:
         variants: finalists and plans that were not searched for, each with all seeds, best first; those that failed for
             some seeds last.
         front: names of the trials that no other beats in both loss and bytes, fewest bytes first.
+
+    Raises:
+        UserError: no variants, or a plan that does not have one of the bits for each item.
     """
 
     protocol: str
@@ -72,6 +86,16 @@ class SearchResults:
     variants: tuple[Tried, ...]
     front: tuple[str, ...]
 
+    def __post_init__(self) -> None:
+        if not self.variants:
+            raise UserError("A search ends with at least one variant.")
+        for one in (*self.trials, *self.variants):
+            if len(one.choices) != len(self.items) or not all(0 <= choice < len(self.bits) for choice in one.choices):
+                raise UserError(
+                    f"{one.name!r} has the choices {brief(one.choices)}; it must have one for each of "
+                    f"{len(self.items)} items, from 0 to {len(self.bits) - 1}."
+                )
+
     @property
     def winner(self) -> Tried:
         return self.variants[0]
@@ -81,18 +105,12 @@ class SearchResults:
 
     @classmethod
     def read(cls, path: Path) -> "SearchResults":
-        content = read_json(path)
-        for name in ("trials", "variants"):
-            content[name] = tuple(map(_read_tried, content[name]))
-        for name in ("items", "bits", "front"):
-            content[name] = tuple(content[name])
-        content["failed"] = {int(number): why for number, why in content["failed"].items()}
-        return cls(**content)
+        """Reads what `write` wrote.
 
-
-def _read_tried(content: dict[str, Any]) -> Tried:
-    lists = {name: tuple(content[name]) for name in ("choices", "losses")}
-    return Tried(**{**content, **lists})
+        Raises:
+            UserError: no such file, or it holds something else.
+        """
+        return read_as(path, cls, remedy="Restore the file, or delete it and continue the search: it is made anew.")
 
 
 def pareto_front(trials: Sequence[Tried]) -> list[Tried]:

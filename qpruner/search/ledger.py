@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from qpruner.errors import UserError
-from qpruner.files import write_text
+from qpruner.files import reading, write_text
 
 KIND, VERSION = "qpruner search ledger", 1
 PACKAGES = ("qpruner", "torch", "nevergrad")
@@ -93,13 +93,14 @@ class Ledger:
             header = {"kind": KIND, "version": VERSION, "search": search, "versions": _versions()}
             write_text(path, _line(header).decode())
             return ledger
-        *lines, torn = path.read_bytes().split(b"\n")
+        remedy = "Restore the file, or start a new search."
+        with reading(path, remedy):
+            *lines, torn = path.read_bytes().split(b"\n")
         ledger._check_header(lines[0] if lines else torn, plain(dict(search)))
         if not torn and len(lines) > 1 and _parse(lines[-1]) is None:
             torn = lines.pop()
         for number, line in enumerate(lines[1:], 2):
             entry = _parse(line)
-            remedy = "Restore the file, or start a new search."
             if entry is None:
                 raise UserError(f"Line {number} of {str(path)!r} is damaged. {remedy}")
             try:

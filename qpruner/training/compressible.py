@@ -12,7 +12,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from qpruner import checkpoint as model_folder
 from qpruner.adapters.lora import LoRAConfig, attach_adapters, detach_adapters, set_factors_
 from qpruner.anatomy import architecture_of
-from qpruner.errors import UserError
+from qpruner.errors import UserError, brief, listed
 from qpruner.files import replacing_folder
 from qpruner.plan import DENSE, UNITS, CompressionPlan
 from qpruner.pretrained import DType, hold_in_, load_model, model_fingerprint, resolve
@@ -323,10 +323,11 @@ class CompressibleModule(LightningModule):
                     f"checkpoint did, or begin a new fit."
                 )
             self._rebuild(plan, checkpoint)
+        self.check_adapters(checkpoint)
         self.configure_model()
+        self._check_state(checkpoint["state_dict"])
         if masks := checkpoint.get("masks"):
             self.mask([(groups.tolist(), channels.tolist()) for groups, channels in masks])
-        self.check_adapters(checkpoint)
 
     def check_base(self, checkpoint: dict[str, Any], base_sha256: str | None) -> None:
         """Makes sure that the adapters of a checkpoint were trained on a base.
@@ -348,9 +349,28 @@ class CompressibleModule(LightningModule):
         """
         stored, ours = checkpoint["lora"], self.hparams["lora"]
         if different := [key for key in ("r", "alpha", "target_modules") if stored[key] != ours[key]]:
-            listed = ", ".join(f"{key} {stored[key]} there, {ours[key]} here" for key in different)
+            differences = ", ".join(f"{key} {brief(stored[key])} there, {brief(ours[key])} here" for key in different)
             raise UserError(
-                f"The checkpoint's adapters are of another kind: {listed}. Use the --model.lora of its run."
+                f"The checkpoint's adapters are of another kind: {differences}. Use the --model.lora of its run."
+            )
+
+    def _check_state(self, state: dict[str, torch.Tensor]) -> None:
+        """Makes sure that a checkpoint holds each adapter of the model, in its shape, and nothing else.
+
+        Raises:
+            UserError: it does not.
+        """
+        # What is missing would keep its start in silence, since the base is missing, too.
+        trained = {name: factor for name, factor in self.named_parameters() if factor.requires_grad}
+        fitting = {
+            name
+            for name, factor in trained.items()
+            if name in state and state[name].shape == factor.shape and state[name].is_floating_point()
+        }
+        if wrong := sorted((trained.keys() | state.keys()) - fitting):
+            raise UserError(
+                f"The checkpoint's adapters are not those of the model: {listed(wrong)} are missing, of another shape "
+                f"or too many. Copy the checkpoint again, or begin a new fit."
             )
 
     def _rebuild(self, plan: CompressionPlan, checkpoint: dict[str, Any]) -> None:

@@ -3,7 +3,8 @@
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
-from typing import Any
+from pathlib import Path
+from typing import Any, Self
 
 import torch
 from lightning.pytorch.trainer.states import TrainerFn
@@ -13,8 +14,10 @@ from torch.optim import Optimizer
 
 from qpruner.adapters.lora import LoRAConfig
 from qpruner.datamodules.rows import Batch
+from qpruner.files import reading
 from qpruner.pretrained import EMBEDDED, DType
 from qpruner.seeds import derive_seed
+from qpruner.training.checkpoint_file import REMEDY, read_checkpoint
 from qpruner.training.compressible import CompressibleModule
 from qpruner.training.finite import LossWatch, all_finite, broken_names, not_finite, tensors_of
 from qpruner.training.metrics import IGNORED, ChoiceAccuracy, Perplexity, choose, token_nll
@@ -82,6 +85,22 @@ class LoRAFinetuner(CompressibleModule):
         self._losses = LossWatch()
         self.perplexity = Perplexity()
         self.accuracy = ChoiceAccuracy()
+
+    @classmethod
+    def load_from_checkpoint(cls, checkpoint_path: Any, *args: Any, **kwargs: Any) -> Self:
+        """The module of a checkpoint's options, with its plan and adapters.
+
+        Args:
+            checkpoint_path: of the file.
+            args: see Lightning.
+            kwargs: options in place of those in the checkpoint; see Lightning, too.
+
+        Raises:
+            UserError: the file is damaged, or its adapters do not fit the base.
+        """
+        read_checkpoint(Path(checkpoint_path))
+        with reading(Path(checkpoint_path), REMEDY):
+            return super().load_from_checkpoint(checkpoint_path, *args, **kwargs)
 
     def forward(self, batch: Batch) -> Tensor:  # [B, T, V]
         output = self.model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False)

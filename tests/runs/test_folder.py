@@ -91,3 +91,29 @@ def test_a_place_that_cannot_be_written_is_named(tmp_path: Path) -> None:
 def test_a_name_that_is_no_folder_name_is_refused(name: str) -> None:
     with pytest.raises(UserError, match="run.name"):
         RunConfig(name=name)
+
+
+@pytest.mark.parametrize("damage", [b"\xff", b"a: [", b"[1]", b"3", b"\0"])
+def test_damaged_options_are_named_and_can_be_thrown_away(tmp_path: Path, damage: bytes) -> None:
+    folder = RunFolder(tmp_path)
+    folder.config.write_bytes(damage)
+    with pytest.raises(UserError, match=r"config.yaml'.*Restore the file, or start the run anew with --restart\.$"):
+        folder.claim({"a": 1}, restart=False)
+    assert not folder.claim({"a": 1}, restart=True)
+    assert folder.read_config() == {"a": 1}
+
+
+def test_what_lies_among_the_phases_is_no_phase(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    for name in ("1", "2", "10", "1.bak", "notes"):
+        (folder.phases / name).mkdir(parents=True)
+    assert [phase.phase for phase in folder.all_phases] == [1, 2, 10, None]
+
+
+@pytest.mark.parametrize("content", ['{"finished": -1}', '{"finished": "1"}', '{"finished": true}', "{}", "[1]", ""])
+def test_a_number_of_phases_that_is_none_is_named(tmp_path: Path, content: str) -> None:
+    folder = RunFolder(tmp_path)
+    folder.phases.mkdir()
+    (folder.phases / "finished.json").write_text(content)
+    with pytest.raises(UserError, match="finished.json"):
+        _ = folder.finished_phases

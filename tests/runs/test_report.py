@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 from torch.utils.tensorboard import SummaryWriter
 
+from qpruner.errors import UserError
 from qpruner.runs.folder import RunFolder
 from qpruner.runs.report import Stage, Summary, protocol_line, scalars, table, write_report
 from qpruner.runs.tables import markdown_table
@@ -81,3 +82,24 @@ def test_report_holds_the_table_and_a_picture_of_what_was_logged(tmp_path: Path,
     assert folder.loss_picture.exists() is logged
     if logged:
         assert folder.loss_picture.read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "said"),
+    [
+        ('"rows of 8"', "8", "protocol must be text, not 8"),
+        ('"finished": true', '"finished": 1', "finished must be true or false"),
+        ('"parameters": 1000', '"parameters": 1e99', r"stages\[0\].parameters must be a whole number"),
+        ('"perplexity": 3.14159', '"perplexity": null', r"stages\[0\].results.perplexity must be a number, not None"),
+        ('"tokens": 12.0', '"tokens": NaN', "scored nan tokens"),
+        ('"name": "recovered",', "", "name missing"),
+        ("]", "", "Expecting|delimiter"),
+    ],
+)
+def test_a_summary_that_holds_something_else_is_named(tmp_path: Path, before: str, after: str, said: str) -> None:
+    path = tmp_path / "summary.json"
+    SUMMARY.write(path)
+    assert before in path.read_text()
+    path.write_text(path.read_text().replace(before, after))
+    with pytest.raises(UserError, match=f"summary.json'.*{said}.*Restore the file, or start the run anew"):
+        Summary.read(path)

@@ -1,10 +1,13 @@
 """What came of a search: the front and the table by hand, and JSON that comes back as it went."""
 
+import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from qpruner.commands import report as report_command
+from qpruner.errors import UserError
 from qpruner.runs.folder import RunFolder
 from qpruner.runs.search import SearchResults, Tried, pareto_front, ranked, variants_table, write_search_report
 
@@ -90,3 +93,25 @@ def test_the_report_of_a_search_can_be_written_again(tmp_path: Path, capsys: pyt
     report_command([str(tmp_path)])
     assert variants_table(RESULTS) in RunFolder(tmp_path).report.read_text()
     assert variants_table(RESULTS) in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"variants": []}, "at least one variant"),
+        (
+            {"bits": [4]},
+            r"'trial 1' has the choices \[0, 1\]; it must have one for each of 2 items, from 0 to 0|choices",
+        ),
+        ({"items": ["layer 0"]}, "one for each of 1 items"),
+        ({"failed": {"x": "MemoryError"}}, "failed must be a number, not 'x'"),
+        ({"trials": [{"name": "trial 1"}]}, r"trials\[0\] is not as it should be: average_bits, choices, losses"),
+        ({"front": None}, "front must be a list, not None"),
+    ],
+)
+def test_results_that_hold_something_else_are_named(tmp_path: Path, changes: dict[str, Any], said: str) -> None:
+    path = tmp_path / "search.json"
+    RESULTS.write(path)
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    with pytest.raises(UserError, match=f"search.json': .*{said}"):
+        SearchResults.read(path)

@@ -167,3 +167,8 @@ def test_what_cannot_be_written_is_not_written(path: Path) -> None:
     with pytest.raises(ValueError, match="does not follow"):
         ledger.start(3, KEYS[0], 2)
     assert (ledger.records, path.read_bytes()) == (RECORDS, before)
+
+
+def test_a_folder_in_its_place_is_named(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="Cannot read .*directory.*start a new search"):
+        Ledger.open(tmp_path, SEARCH)

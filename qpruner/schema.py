@@ -1,0 +1,143 @@
+"""Plain data from a file, as values of the types that the code is written in; anything else is a `UserError`."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import MISSING, fields, is_dataclass
+from functools import cache
+from pathlib import Path
+from types import NoneType, UnionType
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints, is_typeddict
+
+from qpruner.errors import UserError, brief, cut
+from qpruner.files import read_json, reading
+
+T = TypeVar("T")
+NAMES: dict[type, str] = {
+    str: "text",
+    int: "a whole number",
+    float: "a number",
+    bool: "true or false",
+    dict: "an object",
+}
+LARGEST = 2**63 - 1
+"""Whole numbers above it are a slip, or worse: nothing that is counted here comes near."""
+NOT_FINITE = ("nan", "inf", "-inf")
+"""How numbers are written that JSON does not have."""
+
+
+def read_as(path: Path, hint: type[T], *, remedy: str) -> T:
+    """What a JSON file holds, as a value of a type; see `conform`.
+
+    Args:
+        path: of the file.
+        hint: the type.
+        remedy: what to do about a file that is not as it should be, as a sentence.
+
+    Raises:
+        UserError: there is no such file, it is no JSON, or an entry is missing, unknown, of a wrong type or impossible.
+    """
+    content = read_json(path, remedy=remedy)
+    with reading(path, remedy):
+        return conform(content, hint)
+
+
+def conform(value: Any, hint: Any, place: str = "") -> Any:
+    """Plain data as a value of a type, down to the last entry.
+
+    Objects become dataclasses (with exactly their fields) or typed dictionaries (with at least theirs), lists become
+    tuples where the type says so, whole numbers and `NOT_FINITE` become floats.
+
+    Args:
+        value: as JSON or a checkpoint gave it.
+        hint: a dataclass, a `TypedDict`, ``tuple[X, ...]``, ``list[X]``, ``Sequence[X]``, ``dict[K, X]``, a
+            `Literal`, ``X | None``, a plain class, or ``Any``.
+        place: where in the file the value stands; empty for the whole.
+
+    Raises:
+        UserError: an entry is missing, unknown, of a wrong type or impossible; it is named.
+    """
+    kind, inner = get_origin(hint), get_args(hint)
+    if hint is Any:
+        return value
+    if kind in (Union, UnionType):  # X | None
+        (some,) = (one for one in inner if one is not NoneType)
+        return None if value is None else conform(value, some, place)
+    if kind is Literal:
+        return value if isinstance(value, str) and value in inner else _refuse(value, " or ".join(inner), place)
+    if is_dataclass(hint) or is_typeddict(hint):
+        return _record(value, hint, place)
+    if kind is dict:
+        entries = value if isinstance(value, dict) else _refuse(value, "an object", place)
+        key_type, entry_type = inner
+        return {
+            _key(key, key_type, place): conform(entry, entry_type, _below(place, key)) for key, entry in entries.items()
+        }
+    if kind in (tuple, list, Sequence):
+        entries = value if isinstance(value, list | tuple) else _refuse(value, "a list", place)
+        make = list if kind is list else tuple
+        return make(conform(entry, inner[0], f"{place}[{number}]") for number, entry in enumerate(entries))
+    if hint is float and (value in NOT_FINITE if isinstance(value, str) else _is_whole(value)):
+        return float(value)
+    if not (_is_whole(value) if hint is int else isinstance(value, hint)):
+        _refuse(value, NAMES.get(hint, f"a {hint.__name__}"), place)
+    return value
+
+
+def _is_whole(value: Any) -> bool:
+    return type(value) is int and abs(value) <= LARGEST  # True is an int, too
+
+
+def _record(value: Any, hint: Any, place: str) -> Any:
+    """A dataclass, which has its fields and no others, or a typed dictionary, which may have more."""
+    content = value if isinstance(value, Mapping) else _refuse(value, "an object", place)
+    hints, required = _fields(hint)
+    missing = sorted(required - content.keys())
+    unknown = sorted(map(str, content.keys() - hints.keys())) if is_dataclass(hint) else []
+    if missing or unknown:
+        raise UserError(
+            f"{_whose(place)} is not as it should be:"
+            + (f" {', '.join(missing)} missing." if missing else "")
+            + (f" {cut(', '.join(unknown))} unknown." if unknown else "")
+        )
+    typed = {
+        name: conform(content[name], inner, _below(place, name)) for name, inner in hints.items() if name in content
+    }
+    if not is_dataclass(hint):
+        return {**content, **typed}
+    try:
+        return hint(**typed)  # type: ignore[operator]  # a dataclass, not an instance of one
+    except UserError as error:
+        raise UserError(f"{place}: {error}" if place else str(error)) from error
+
+
+@cache
+def _fields(hint: Any) -> tuple[dict[str, Any], set[str]]:
+    """The types of the entries of a dataclass or typed dictionary, and the names of those that must be there."""
+    if is_typeddict(hint):
+        return get_type_hints(hint), set(hint.__required_keys__)
+    without_default = {
+        field.name for field in fields(hint) if field.default is MISSING and field.default_factory is MISSING
+    }
+    return get_type_hints(hint), without_default
+
+
+def _key(key: Any, hint: type, place: str) -> Any:
+    if hint is not int:
+        return conform(key, hint, place)
+    # The keys of JSON are text.
+    return (
+        int(key)
+        if str(key).isascii() and str(key).isdigit() and len(str(key)) < 10
+        else _refuse(key, "a number", place)
+    )
+
+
+def _below(place: str, key: Any) -> str:
+    return f"{place}.{cut(key, 80)}" if place else cut(key, 80)
+
+
+def _whose(place: str) -> str:
+    return place or "It"
+
+
+def _refuse(value: Any, expected: str, place: str) -> Any:
+    raise UserError(f"{_whose(place)} must be {expected}, not {brief(value)}.")

@@ -1,0 +1,68 @@
+"""The file that a fit goes on from, looked at before a model is made for it."""
+
+from pathlib import Path
+from typing import Any, NotRequired, TypedDict
+
+import torch
+from torch import Tensor
+
+from qpruner.adapters.lora import LoRAConfig
+from qpruner.files import reading
+from qpruner.pretrained import DType
+from qpruner.schema import conform
+from qpruner.training.optimization import OptimizerConfig
+
+REMEDY = "Copy the file again, or begin the fit anew: with --restart, or without --ckpt_path."
+
+
+class Options(TypedDict):
+    """The options of the module."""
+
+    base: str
+    dtype: DType
+    trust_remote_code: bool
+    gradient_checkpointing: bool
+    lora: LoRAConfig
+    optimizer: OptimizerConfig
+    seed: int
+
+
+class AdapterKind(TypedDict):
+    """What adapters must agree in to go on from others."""
+
+    r: int
+    alpha: float
+    target_modules: list[str]
+
+
+FitCheckpoint = TypedDict(
+    "FitCheckpoint",
+    {
+        "pytorch-lightning_version": str,
+        "state_dict": dict[str, Tensor],
+        "hyper_parameters": Options,
+        "base_sha256": str | None,
+        "plan": str | None,
+        "plans_before": NotRequired[list[str]],
+        "loftq_iterations": int,
+        "masks": NotRequired[list[tuple[Tensor, ...]] | None],
+        "kept_in": str | None,
+        "follows": NotRequired[str | None],
+        "lora": AdapterKind,
+    },
+)
+"""What the module keeps in a checkpoint, beside what Lightning does."""
+
+
+def read_checkpoint(path: Path) -> dict[str, Any]:
+    """What the checkpoint of a fit holds, on the CPU.
+
+    Raises:
+        UserError: there is no such file, it is damaged, or it lacks something.
+    """
+    # Where the archive is damaged, or its pickle holds more than plain data, torch raises whatever it stumbles over.
+    with reading(path, REMEDY, (Exception,)):
+        content: Any = torch.load(path, map_location="cpu", weights_only=True)
+    with reading(path, REMEDY):
+        checked: dict[str, Any] = conform(content, FitCheckpoint)
+    return checked
