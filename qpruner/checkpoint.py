@@ -232,14 +232,14 @@ def read_config(folder: Path) -> Any:
     return compressed_config_class(family).from_pretrained(folder)  # type: ignore[attr-defined]
 
 
-def read_base_config(name: str) -> Any:
+def read_base_config(name: str, *, trust_remote_code: bool = False) -> Any:
     """The configuration of a base model, which may be a compressed folder, without its weights.
 
     Raises:
         UserError: nothing of that name.
     """
     folder = Path(resolve(name))
-    return read_config(folder) if is_compressed(folder) else load_config(name)
+    return read_config(folder) if is_compressed(folder) else load_config(name, trust_remote_code=trust_remote_code)
 
 
 def build_skeleton(config: Any) -> Any:

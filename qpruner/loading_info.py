@@ -17,11 +17,19 @@ NAMED = 3  # tensors of each kind in a message
 
 
 def check_architecture(name: str, config: Any) -> None:
-    """Makes sure that a model was not saved as something else than a language model.
+    """Makes sure that a model is a causal language model, and was saved as one.
 
     Raises:
-        UserError: it was.
+        UserError: it is not, or was not.
     """
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    brings_its_code = "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING and not brings_its_code:
+        raise UserError(
+            f"{name!r} is of type {config.model_type!r}, and transformers has no causal language model of that type. "
+            f"Give a causal language model; of a model that also sees or hears, the part that reads text."
+        )
     for architecture in config.architectures or ():
         if OTHER_HEADS.search(architecture):
             raise UserError(
@@ -109,11 +117,11 @@ def mend_padding_(config: Any) -> int | None:
     """Takes a padding token out of a configuration whose embedding has no row for it; padding is masked in any case.
 
     Returns:
-        The token, if there was such a one.
+        The token, if it was taken out.
     """
     text = config.get_text_config()
     token: int | None = getattr(text, "pad_token_id", None)
-    if token is None or -text.vocab_size <= token < text.vocab_size:
+    if token is None or 0 <= token < text.vocab_size:
         return None
     text.pad_token_id = None
     return token
@@ -134,5 +142,3 @@ def _remedy(missing: list[str], misplaced: list[str]) -> str:
     if missing == ["lm_head.weight"]:
         return "Save it with its head, or set tie_word_embeddings to true in config.json if that is the embedding."
     return "Give it the config.json that belongs to its weights, or fetch or save both again."
-
-

@@ -55,7 +55,9 @@ def merge_command(arguments: list[str]) -> None:
 def run_data(folder: RunFolder) -> TokenDataModule:
     """The data module of a run, from its configuration."""
     config = yaml.safe_load(folder.config.read_text(encoding="utf-8"))
-    config["data"]["init_args"]["tokenizer"] = config["model"]["base"]  # linked on the command line
+    # Linked on the command line.
+    config["data"]["init_args"]["tokenizer"] = config["model"]["base"]
+    config["data"]["init_args"]["trust_remote_code"] = config["model"]["trust_remote_code"]
     parser: Any = ArgumentParser(exit_on_error=False)
     parser.add_subclass_arguments(TokenDataModule, "data")
     data: TokenDataModule = parser.instantiate_classes(parser.parse_object({"data": config["data"]})).data
@@ -66,6 +68,7 @@ def measured_perplexity(model: Any, data: TokenDataModule) -> float | None:
     """Perplexity of a model on the test split, on the CPU or the first CUDA device; None without such a split."""
     if "test" not in data.prepared.splits:
         return None
+    data.check_vocabulary(model.config.get_text_config().vocab_size)
     module = LoRAFinetuner()
     module.model = model
     results = evaluate(

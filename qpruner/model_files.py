@@ -17,11 +17,8 @@ OTHER_LAYOUTS = {
     "modules.json": "a sentence-transformers model, not a language model",
     "*.gguf": "a GGUF file; transformers makes a folder of it with `from_pretrained(folder, gguf_file=...)`",
     "params.json": "weights in the layout of their makers; transformers converts them with the script of their family",
-    "*.pth": "weights without a configuration",
-    "*.bin": "weights without a configuration",
-    "*.safetensors": "weights without a configuration",
 }
-"""What a folder without a config.json holds, by the files that give it away."""
+"""What a folder without a config.json holds, by the file that gives it away."""
 OTHER_WEIGHTS = {
     "*.gguf": "GGUF. Transformers makes safetensors of it: `from_pretrained(folder, gguf_file=...)`, `save_pretrained`",
     **dict.fromkeys(
@@ -51,19 +48,26 @@ def check_is_model(folder: Path) -> None:
     if (folder / ADAPTERS).is_file():
         raise UserError(adapters_are_no_base(str(folder), folder / ADAPTERS, beside=(folder / CONFIG).is_file()))
     if not (folder / CONFIG).is_file():
-        named = [what for pattern, what in OTHER_LAYOUTS.items() if any(folder.glob(pattern))]
-        inside = sorted({str(file.parent) for file in [*folder.glob("*/config.json"), *folder.glob("*/*/config.json")]})
-        if not named and inside:
-            raise UserError(
-                f"{str(folder)!r} holds no {CONFIG}; {', '.join(map(repr, inside[:3]))} "
-                f"{'does' if len(inside) == 1 else 'do'}. Give the folder of the model itself."
-            )
-        named += ["a tokenizer alone"] if has_tokenizer(folder) else []
-        raise UserError(
-            f"{str(folder)!r} holds no {CONFIG}{f', but {named[0]}' if named else ''}. Give a folder as "
-            f"`save_pretrained` of transformers writes it: {CONFIG}, safetensors and a tokenizer."
-        )
+        raise UserError(_without_configuration(folder))
     check_fetched(file for file in folder.iterdir() if file.suffix in (".json", ".py"))
+
+
+def _without_configuration(folder: Path) -> str:
+    instead = next((kind for pattern, kind in OTHER_LAYOUTS.items() if any(folder.glob(pattern))), None)
+    # Such as the folder of a run, or one with the checkpoints of a training.
+    inside = sorted(str(file.parent) for depth in ("*", "*/*") for file in folder.glob(f"{depth}/{CONFIG}"))
+    if instead is None and inside:
+        listed = ", ".join(map(repr, inside[:3]))
+        return (
+            f"{str(folder)!r} holds no {CONFIG}; {listed} {'does' if len(inside) == 1 else 'do'}. Give the folder of "
+            f"the model itself."
+        )
+    if instead is None and has_tokenizer(folder):
+        instead = "a tokenizer alone"
+    return (
+        f"{str(folder)!r} holds no {CONFIG}{f', but {instead}' if instead else ''}. Give a folder as `save_pretrained` "
+        f"of transformers writes it: {CONFIG}, safetensors and a tokenizer."
+    )
 
 
 def check_weights(folder: Path) -> None:
@@ -81,7 +85,9 @@ def check_weights(folder: Path) -> None:
             raise UserError(f"{str(folder)!r} holds no weights ({WEIGHTS}, or shards with {INDEX}). Fetch them, too.")
         raise UserError(f"{str(folder)!r} holds no safetensors; its weights are {kind}.")
     if missing := [file.name for file in files if not file.is_file()]:
-        raise UserError(f"{str(folder)!r} lacks {', '.join(missing)}, which its {INDEX} names. Fetch the missing files.")
+        raise UserError(
+            f"{str(folder)!r} lacks {', '.join(missing)}, which its {INDEX} names. Fetch the missing files."
+        )
     check_fetched(files)
     for file in files:
         try:
@@ -126,7 +132,7 @@ def adapters_are_no_base(name: str, adapter_config: Path, *, beside: bool) -> st
     base = described.get("base_model_name_or_path") if isinstance(described, dict) else None
     without = "take the adapter_* files out of it" if beside else f"give their base{f', {base!r}' if base else ''}"
     return (
-        f"{name!r} holds adapters of PEFT ({ADAPTERS}){' beside a model' if beside else ''}, and a base has none. To "
-        f"build on them, merge them with PEFT first (`merge_and_unload`, `save_pretrained`) and give that folder; to do "
-        f"without them, {without}."
+        f"{name!r} holds adapters of PEFT ({ADAPTERS}){' beside a model' if beside else ''}, and a base has none. "
+        f"To build on them, merge them with PEFT first (`merge_and_unload`, `save_pretrained`) and give that folder; "
+        f"to do without them, {without}."
     )

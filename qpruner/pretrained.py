@@ -2,6 +2,7 @@
 
 import copy
 import logging
+import textwrap
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -43,6 +44,9 @@ DType = Literal["float32", "bfloat16", "float16"]
 
 TOKENIZER_SUFFIXES = (".json", ".model", ".txt", ".tiktoken", ".jinja", ".py")
 LONGEST_CAUSE = 300  # characters of what a library says
+SPEAKERS = ("modeling_utils", "integrations.bitsandbytes")
+TOLD_BY_US = ("LOAD REPORT", "This checkpoint seem corrupted", "we will NOT tie them", "The modules are dequantized")
+"""What transformers logs as it loads, and we say or refuse."""
 
 
 def resolve(name: str) -> str:
@@ -56,7 +60,9 @@ def resolve(name: str) -> str:
     path = Path(name).expanduser()
     if path.is_dir():
         return str(path)
-    if path.exists() or path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1:
+    if path.is_file():
+        raise UserError(f"{name!r} is a file. Give the folder of the model, such as {str(path.parent)!r}.")
+    if path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1:
         raise UserError(f"There is no folder {name!r}. Give a model folder, a hub name or {EMBEDDED!r}.")
     return name
 
@@ -92,6 +98,8 @@ def load_model(
         model, left_out = _load(name, config, trust_remote_code, dtype=getattr(torch, dtype), device="cpu")
         check_tied(name, model)
         if (padding := mend_padding_(config)) is not None:
+            # Written beside the model, where it would be refused.
+            model.generation_config.pad_token_id = None
             say(f"{name} names a padding token, {padding}, that its embedding has no row for; it is left out.")
         if left_out:
             say(f"{name} has tensors beside its language model, which are left out: {', '.join(left_out)}.")
@@ -219,9 +227,7 @@ def _files(name: str) -> Path | None:
     if folder.is_dir():
         return folder
     try:
-        return Path(
-            snapshot_download(name, local_files_only=True, allow_patterns=["*.json", "*.safetensors"])
-        )
+        return Path(snapshot_download(name, local_files_only=True, allow_patterns=["*.json", "*.safetensors"]))
     except LocalEntryNotFoundError:
         return None
 
@@ -239,8 +245,9 @@ def hold_in_(model: Any, dtype: torch.dtype) -> Any:
 @contextmanager
 def _loading(kind: str, name: str) -> Iterator[None]:
     """Makes of whatever a library raises as it reads a model a `UserError` that names the model."""
-    report = logging.getLogger("transformers.modeling_utils")
-    report.addFilter(_is_no_report)
+    speakers = [logging.getLogger(f"transformers.{name}") for name in SPEAKERS]
+    for speaker in speakers:
+        speaker.addFilter(_is_news)
     try:
         yield
     except (UserError, MemoryError):
@@ -250,17 +257,17 @@ def _loading(kind: str, name: str) -> Iterator[None]:
     except Exception as error:
         raise UserError(f"Cannot load a {kind} from {name!r}: {_cause(error)} {_remedy(name, error)}") from error
     finally:
-        report.removeFilter(_is_no_report)
+        for speaker in speakers:
+            speaker.removeFilter(_is_news)
 
 
-def _is_no_report(record: logging.LogRecord) -> bool:
-    return "LOAD REPORT" not in record.getMessage()
+def _is_news(record: logging.LogRecord) -> bool:
+    return not any(phrase in record.getMessage() for phrase in TOLD_BY_US)
 
 
 def _cause(error: Exception) -> str:
     """What an exception says, in one line that ends like a sentence."""
-    text = " ".join(str(error).split())
-    text = text if len(text) <= LONGEST_CAUSE else f"{text[:LONGEST_CAUSE]} ..."
+    text = textwrap.shorten(str(error), LONGEST_CAUSE, placeholder=" ...")
     if not isinstance(error, (OSError, ValueError, ImportError, RuntimeError)):  # says little without its name
         text = f"{type(error).__name__}: {text}" if text else type(error).__name__
     return text if text.endswith((".", "!", "?")) else f"{text}."

@@ -184,7 +184,7 @@ def test_a_path_that_is_not_there_is_told_before_anything_is_loaded(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls: list[str] = []
-    monkeypatch.setattr("qpruner.datamodules.base.load_tokenizer", lambda name: calls.append("tokenizer"))
+    monkeypatch.setattr("qpruner.datamodules.base.load_tokenizer", lambda name, **options: calls.append("tokenizer"))
     monkeypatch.setattr("datasets.load_dataset", lambda *args, **kwargs: calls.append("hub"))
     (tmp_path / "empty").mkdir()
     for kind in (TextDataModule, InstructionDataModule):
