@@ -12,7 +12,7 @@ from qpruner.datamodules.cache import Prepared
 from qpruner.datamodules.documents import NOT_UNICODE, Record, Skipped, is_unicode
 from qpruner.datamodules.rows import Row, TokenRows
 from qpruner.datamodules.splits import Split, hold_out, make_disjoint
-from qpruner.datamodules.text import ended, named_sources, notes
+from qpruner.datamodules.text import ended, missing_end, named_sources, notes
 from qpruner.datamodules.tokens import tokenize
 from qpruner.errors import UserError
 
@@ -107,7 +107,10 @@ class InstructionDataModule(TokenDataModule):
             rows[split] = TokenRows.of(self._rows(dialogues[split], counter))
             if not len(rows[split]):
                 raise UserError(f"The {split} split holds no usable record: {counter}.")
-        return Prepared(rows, notes(type(self).__name__, skipped, repeated, rows))
+        said = notes(type(self).__name__, skipped, repeated, rows)
+        alpaca = any(not dialogue.complete for split in dialogues for dialogue in dialogues[split])
+        unended = "no row of 'instruction' and 'output' ends with one" if alpaca else None
+        return Prepared(rows, said + missing_end(self.tokenizer, unended))
 
     def _dialogues(self, split: Split, skipped: Skipped) -> Iterator[Dialogue]:
         for where, record in self.sources[split].records(skipped):

@@ -267,17 +267,26 @@ def _is_news(record: logging.LogRecord) -> bool:
 
 def _cause(error: Exception) -> str:
     """What an exception says, in one line that ends like a sentence."""
+    if _wants_trust(error):
+        return "it comes with code of its own."
     text = textwrap.shorten(str(error), LONGEST_CAUSE, placeholder=" ...")
     if not isinstance(error, (OSError, ValueError, ImportError, RuntimeError)):  # says little without its name
         text = f"{type(error).__name__}: {text}" if text else type(error).__name__
     return text if text.endswith((".", "!", "?")) else f"{text}."
 
 
+def _wants_trust(error: Exception) -> bool:
+    return "trust_remote_code" in str(error)
+
+
 def _remedy(name: str, error: Exception) -> str:
     if isinstance(error, ImportError):
         return "Install what is missing."
-    if "trust_remote_code" in str(error):
-        return "Read the code that comes with it; if you trust it, give --model.trust_remote_code true."
+    if _wants_trust(error):
+        return (
+            "Read that code; if you trust it, give --model.trust_remote_code true (--trust_remote_code for "
+            "`qpruner plan`)."
+        )
     if Path(resolve(name)).is_dir():
         return "Put right what is named, or fetch the folder again."
     return (
