@@ -98,8 +98,8 @@ def load_model(
         model, left_out = _load(name, config, trust_remote_code, dtype=getattr(torch, dtype), device="cpu")
         check_tied(name, model)
         if (padding := mend_padding_(config)) is not None:
-            # Written beside the model, where it would be refused.
-            model.generation_config.pad_token_id = None
+            if model.generation_config is not None:  # which has the same and could not be written again
+                model.generation_config.pad_token_id = None
             say(f"{name} names a padding token, {padding}, that its embedding has no row for; it is left out.")
         if left_out:
             say(f"{name} has tensors beside its language model, which are left out: {', '.join(left_out)}.")
@@ -156,18 +156,30 @@ def load_tokenizer(name: str, *, trust_remote_code: bool = False) -> Any:
 def _read_config(name: str, trust_remote_code: bool) -> Any:
     """The configuration as it is written, after what it says of the weights was found to be possible."""
     from transformers import AutoConfig
-    from transformers.utils.peft_utils import find_adapter_config_file
 
     place = resolve(name)
     if (folder := Path(place)).is_dir():
         check_is_model(folder)
-    elif (adapter_config := find_adapter_config_file(place)) is not None:
-        raise UserError(adapters_are_no_base(name, Path(adapter_config), beside=False))
     config = AutoConfig.from_pretrained(place, trust_remote_code=trust_remote_code)
+    _refuse_adapters_of_hub(name)  # those of a folder are refused above
     check_architecture(name, config)
     if (quantization := quantization_of(config)) is not None:
         check_dequantizable(quantization, name)
     return config
+
+
+def _refuse_adapters_of_hub(name: str) -> None:
+    from transformers.utils.peft_utils import find_adapter_config_file
+
+    place = resolve(name)
+    if Path(place).is_dir():
+        return
+    try:
+        adapter_config = find_adapter_config_file(place)
+    except (OSError, ValueError):  # no name that the hub could know
+        return
+    if adapter_config is not None:
+        raise UserError(adapters_are_no_base(name, Path(adapter_config), beside=False))
 
 
 def _load(
@@ -200,8 +212,8 @@ def _load(
     if quantized:
         model = hold_in_(dequantize(model, dtype), dtype)
         drop_quantization(model.config)
-    elif (files := _files(name)) is not None:
-        check_number_formats(name, model, weight_files(files))
+    elif (local := _local_folder(name)) is not None:
+        check_number_formats(name, model, weight_files(local))
     return model, left_out
 
 
@@ -210,7 +222,7 @@ def model_fingerprint(name: str) -> str | None:
 
     None where the weights are not there.
     """
-    if (folder := _files(name)) is None:
+    if (folder := _local_folder(name)) is None:
         return None
     files = sorted(file for file in folder.iterdir() if file.name == "config.json" or file.suffix == ".safetensors")
     if not any(file.suffix == ".safetensors" for file in files):
@@ -218,7 +230,7 @@ def model_fingerprint(name: str) -> str | None:
     return hash_json({file.name: hash_file(file) for file in files})
 
 
-def _files(name: str) -> Path | None:
+def _local_folder(name: str) -> Path | None:
     """The folder of a model, or that of the local hub cache; None where there is none."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError
@@ -255,6 +267,7 @@ def _loading(kind: str, name: str) -> Iterator[None]:
     # Not narrower: what a damaged or foreign file makes of the code of three libraries, or of the code that comes with
     # a model, may be any exception, and none of them says which model it was or what to do.
     except Exception as error:
+        _refuse_adapters_of_hub(name)
         raise UserError(f"Cannot load a {kind} from {name!r}: {_cause(error)} {_remedy(name, error)}") from error
     finally:
         for speaker in speakers:
@@ -269,6 +282,8 @@ def _cause(error: Exception) -> str:
     """What an exception says, in one line that ends like a sentence."""
     if _wants_trust(error):
         return "it comes with code of its own."
+    if "use_safetensors" in str(error):
+        return "it has no safetensors, and other formats, which may run code as they are opened, are not read."
     text = textwrap.shorten(str(error), LONGEST_CAUSE, placeholder=" ...")
     if not isinstance(error, (OSError, ValueError, ImportError, RuntimeError)):  # says little without its name
         text = f"{type(error).__name__}: {text}" if text else type(error).__name__
