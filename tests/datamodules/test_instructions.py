@@ -253,3 +253,12 @@ def test_the_reason_is_told_before_anything_is_held_out(tmp_path: Path) -> None:
     (tmp_path / "a.json").write_text('[{"prompt": "x"}]')
     with pytest.raises(UserError, match="a.json' holds no usable record: 1 with neither 'messages' nor"):
         InstructionDataModule(train=str(tmp_path / "a.json"), tokenizer=EMBEDDED).prepare_data()
+
+
+def test_a_missing_end_token_is_told_where_no_template_writes_one(tmp_path: Path) -> None:
+    chat = {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]}
+    for records, told in (([RECORD, chat], True), ([chat], False)):
+        module = make(records, tmp_path, CHAT)
+        module.tokenizer.eos_token = None
+        notes = "".join(module.prepared.notes)
+        assert ("has no end-of-text token: no row of 'instruction' and 'output' ends with one" in notes) is told
