@@ -56,6 +56,7 @@ class TokenDataModule(LightningDataModule):
         loader: how rows become batches.
         cache_dir: where tokenized splits are kept for the next run; default ``~/.cache/qpruner/tokens``.
         seed: of the training order and of what is drawn for calibration; on the command line ``--seed_everything``.
+        trust_remote_code: whether code that comes with the tokenizer may run; on the command line that of the model.
 
     Raises:
         UserError: ``max_length`` below 2.
@@ -68,6 +69,7 @@ class TokenDataModule(LightningDataModule):
         loader: LoaderConfig = LoaderConfig(),  # frozen
         cache_dir: str | None = None,
         seed: int = 0,
+        trust_remote_code: bool = False,
     ) -> None:
         super().__init__()
         if max_length < 2:
@@ -76,8 +78,9 @@ class TokenDataModule(LightningDataModule):
         self.loader = loader
         self.cache_dir = Path(cache_dir).expanduser() if cache_dir else default_cache_dir()
         self.seed = seed
-        self.tokenizer = load_tokenizer(tokenizer)
+        self.tokenizer = load_tokenizer(tokenizer, trust_remote_code=trust_remote_code)
         self._prepared: Prepared | None = None
+        self._vocabulary: int | None = None  # tokens that the model knows, once that is told
 
     # What a data module must say.
 
@@ -102,8 +105,34 @@ class TokenDataModule(LightningDataModule):
 
     @property
     def pad_token(self) -> int:
-        tokenizer = self.tokenizer
-        return next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)
+        wanted = (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id)
+        return next((i for i in wanted if i is not None and (self._vocabulary is None or i < self._vocabulary)), 0)
+
+    def check_vocabulary(self, size: int) -> None:
+        """Makes sure that a model has an embedding for every token of the data.
+
+        What counts is the tokens of the rows: many tokenizers know a few more than their model, which no text has, and
+        padding is masked, so that any token may stand there.
+
+        Args:
+            size: tokens that the model knows.
+
+        Raises:
+            UserError: the data have a token that it does not know.
+        """
+        if size == self._vocabulary:
+            return
+        if max(self.tokenizer.get_vocab().values(), default=-1) >= size:  # only then are the rows read through
+            rows = [*self.prepared.splits.values()]
+            rows += [choices.rows for split in self.prepared.splits if (choices := self.choices(split)) is not None]
+            highest = max((int(part.tokens.max()) for part in rows if len(part.tokens)), default=-1)
+            if highest >= size:
+                raise UserError(
+                    f"The data have the token {highest} ({self.tokenizer.convert_ids_to_tokens(highest)!r}); the "
+                    f"tokenizer {self.tokenizer.name_or_path!r} has {len(self.tokenizer):,} tokens, and the embedding "
+                    f"of the model has {size:,} rows. Give the model the tokenizer that it was trained with."
+                )
+        self._vocabulary = size
 
     @cached_property
     def key(self) -> str:

@@ -11,7 +11,7 @@ from qpruner.datamodules.documents import Skipped
 from qpruner.datamodules.records import KNOWN, UNKNOWN
 from qpruner.datamodules.rows import Row, TokenRows
 from qpruner.datamodules.splits import SPLITS, Split, hold_out, make_disjoint
-from qpruner.datamodules.text import ended, named_sources, notes
+from qpruner.datamodules.text import ended, missing_end, named_sources, notes
 from qpruner.datamodules.tokens import tokenize
 from qpruner.errors import UserError
 
@@ -114,7 +114,10 @@ class InstructionDataModule(TokenDataModule):
             if not len(rows[split]):
                 raise UserError(f"The {split} split holds no usable record: {counter}.")
         name = type(self).__name__
-        return Prepared(rows, (*notes(name, skipped, repeated, rows, self.sources), *_notes_on_fields(name, dialogues)))
+        said = (*notes(name, skipped, repeated, rows, self.sources), *_notes_on_fields(name, dialogues))
+        without_template = any(not dialogue.complete for split in dialogues for dialogue in dialogues[split])
+        unended = "no row that is laid out without a chat template ends with one" if without_template else None
+        return Prepared(rows, said + missing_end(self.tokenizer, unended))
 
     def _dialogues(self, split: Split, skipped: Skipped) -> Iterator[Dialogue]:
         for where, record in self.sources[split].records(skipped):

@@ -10,7 +10,7 @@ from qpruner.datamodules.cache import Prepared
 from qpruner.datamodules.documents import Skipped
 from qpruner.datamodules.rows import ChoiceExamples, TokenRows
 from qpruner.datamodules.splits import SPLITS, Split
-from qpruner.datamodules.text import Layout, layout_protocol, notes, rows_of_text
+from qpruner.datamodules.text import Layout, layout_protocol, missing_end, notes, rows_of_text, unended_rows
 from qpruner.datamodules.tokens import tokenize
 from qpruner.errors import UserError
 from qpruner.stories import Story, generate_stories
@@ -88,7 +88,8 @@ class StoriesDataModule(TokenDataModule):
             )
             for split in SPLITS
         }
-        return Prepared(rows, notes(type(self).__name__, skipped, {}, rows, {}))
+        said = notes(type(self).__name__, skipped, {}, rows, {})
+        return Prepared(rows, said + missing_end(self.tokenizer, unended_rows(self.layout, self.end_token)))
 
     def stories(self, split: Split) -> list[Story]:
         return list(generate_stories(split, num_stories=self.num_stories[split], seed=self.story_seed))

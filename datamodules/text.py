@@ -103,7 +103,8 @@ class TextDataModule(TokenDataModule):
             )
             for split in texts
         }
-        return Prepared(rows, notes(type(self).__name__, skipped, repeated, rows, self.sources))
+        said = notes(type(self).__name__, skipped, repeated, rows, self.sources)
+        return Prepared(rows, said + missing_end(self.tokenizer, unended_rows(self.layout, self.end_token)))
 
     def _documents(self, split: Split, skipped: Skipped) -> Iterator[str]:
         for where, record in self.sources[split].records(skipped):
@@ -208,6 +209,23 @@ def notes(
         if count
     ]
     return tuple(lines)
+
+
+def unended_rows(layout: Layout, end_token: bool) -> str | None:
+    """What is not ended where the tokenizer has no end-of-text token; nothing where none was asked for."""
+    if layout == "packed":
+        return "documents follow each other in a row with nothing between them"
+    return "no row ends with one" if end_token else None
+
+
+def missing_end(tokenizer: Any, unended: str | None) -> tuple[str, ...]:
+    """What a person should know when rows are to be ended and the tokenizer has no token for it."""
+    if unended is None or tokenizer.eos_token_id is not None:
+        return ()
+    return (
+        f"The tokenizer {tokenizer.name_or_path!r} has no end-of-text token: {unended}, and the model is not taught "
+        f"where a text ends.",
+    )
 
 
 def _join_documents(documents: Iterator[Row], end_token: int | None) -> Row:

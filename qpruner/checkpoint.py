@@ -216,18 +216,19 @@ def save_base(
         write_json(temporary / MANIFEST, manifest)
 
 
-def rehearse_saving(base: str, tokenizer: Any) -> None:
+def rehearse_saving(base: str, config: Any, tokenizer: Any) -> None:
     """Finds, before any work with a model, that something cannot be written which its folder holds beside weights.
 
     Args:
         base: folder or hub name of the model that is going to be compressed.
+        config: its configuration.
         tokenizer: to be put beside it.
 
     Raises:
         UserError: its configuration, generation configuration or tokenizer cannot be saved.
     """
     parts = {
-        "configuration": read_base_config(base),
+        "configuration": config,
         "generation configuration": load_generation_config(base),
         "tokenizer": tokenizer,
     }
@@ -371,14 +372,14 @@ def read_config(folder: Path) -> Any:
     return config
 
 
-def read_base_config(name: str) -> Any:
+def read_base_config(name: str, *, trust_remote_code: bool = False) -> Any:
     """The configuration of a base model, which may be a compressed folder, without its weights.
 
     Raises:
         UserError: nothing of that name.
     """
     folder = Path(resolve(name))
-    return read_config(folder) if is_compressed(folder) else load_config(name)
+    return read_config(folder) if is_compressed(folder) else load_config(name, trust_remote_code=trust_remote_code)
 
 
 def build_skeleton(config: Any) -> Any:

@@ -31,7 +31,6 @@ from qpruner.checkpoint import (
     build_skeleton,
     has_trained_adapters,
     is_compressed,
-    read_base_config,
     read_plan,
     rehearse_saving,
 )
@@ -115,6 +114,7 @@ class QPrunerCLI(LightningCLI):
             help="Throw away what the run folder holds and begin anew (fit and search).",
         )
         parser.link_arguments("model.base", "data.init_args.tokenizer")
+        parser.link_arguments("model.trust_remote_code", "data.init_args.trust_remote_code")
         parser.link_arguments("seed_everything", "model.seed")
         parser.link_arguments("seed_everything", "data.init_args.seed")
 
@@ -240,18 +240,20 @@ class QPrunerCLI(LightningCLI):
         ]
 
     def _rehearse(self) -> None:
-        """Finds what the callbacks of all phases ask for and the model cannot give, and what cannot be saved of it.
+        """Finds what is wrong with the base, what of it cannot be saved, and what callbacks ask for and it cannot give.
 
         Raises:
             UserError: something.
         """
         compressing = [callback for phase in self.phases for callback in phase.compressing]
+        config = self.model.check_base()
+        self.datamodule.check_vocabulary(config.get_text_config().vocab_size)
         if compressing:
-            skeleton = build_skeleton(read_base_config(self.model.base))
+            skeleton = build_skeleton(config)
             rehearsal = Rehearsal(skeleton.to(getattr(torch, self.model.dtype_of_base)), self.model.lora)
             for callback in compressing:
                 callback.check(rehearsal)
-            rehearse_saving(self.model.base, self.datamodule.tokenizer)
+            rehearse_saving(self.model.base, config, self.datamodule.tokenizer)
 
     def _lock_folder(self, run: RunFolder, claim: ExitStack) -> None:
         """Keeps others out of the folder of the run and begins its log, on rank zero."""

@@ -53,6 +53,7 @@ def plan_command(arguments: list[str]) -> None:
     parser = argparse.ArgumentParser("qpruner plan", description=plan_command.__doc__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     base_help = "model folder or hub name; only its configuration is read"
+    trust_help = "whether code that comes with the model may run"
 
     show = commands.add_parser("show", help="what a plan keeps of each layer")
     show.add_argument("plan", type=Path)
@@ -66,10 +67,12 @@ def plan_command(arguments: list[str]) -> None:
     check = commands.add_parser("check", help="whether a plan is for a model, and what would be left of that")
     check.add_argument("plan", type=Path)
     check.add_argument("--base", required=True, help="model folder or hub name; its weights are only hashed")
-    check.set_defaults(run=lambda given: check_plan(given.plan, given.base))
+    check.add_argument("--trust_remote_code", action="store_true", help=trust_help)
+    check.set_defaults(run=lambda given: check_plan(given.plan, given.base, trust_remote_code=given.trust_remote_code))
 
     ratios = commands.add_parser("ratios", help="the ratios that a model can be pruned to locally, without its weights")
     ratios.add_argument("base", help=base_help)
+    ratios.add_argument("--trust_remote_code", action="store_true", help=trust_help)
     ratios.add_argument("--step", type=float, default=0.05, help="between two ratios listed (default: %(default)s)")
     ratios.add_argument("--floor", type=float, default=SelectionConfig.floor, help="share of a layer that stays")
     ratios.add_argument("--round-to", type=int, help="multiple for FFN widths")
@@ -136,13 +139,13 @@ def _changes(before: LayerPlan, after: LayerPlan) -> list[str]:
     return changes
 
 
-def check_plan(path: Path, base: str) -> None:
+def check_plan(path: Path, base: str, *, trust_remote_code: bool = False) -> None:
     """Says what a plan makes of a model.
 
     Raises:
         UserError: the plan is for a model of another shape, or holds something in a precision that cannot be had.
     """
-    plan, config = CompressionPlan.read(path), read_base_config(base)
+    plan, config = CompressionPlan.read(path), read_base_config(base, trust_remote_code=trust_remote_code)
     architecture, fingerprint = architecture_of(config), model_fingerprint(base)
     model = build_skeleton(config).to(torch.bfloat16)
     before = Size.of(model)
@@ -163,7 +166,7 @@ def list_ratios(given: Any) -> None:
     selection = replace(SelectionConfig(), floor=given.floor, round_to=given.round_to, leave_alone=given.leave_alone)
     if not 0 < given.step < 1:
         raise UserError(f"--step is {given.step}; the distance between two ratios lies in (0, 1).")
-    model = build_skeleton(read_base_config(given.base))
+    model = build_skeleton(read_base_config(given.base, trust_remote_code=given.trust_remote_code))
     rows = [
         [
             f"{legal.ratio:.4f}",

@@ -132,7 +132,8 @@ def run_data(model: Path) -> TokenDataModule | str:
         return f"{str(model)!r} lies in no run, whose configuration would name the data."
     try:
         config = run.read_config()
-        config["data"]["init_args"]["tokenizer"] = str(model)
+        config["data"]["init_args"]["tokenizer"] = str(model)  # linked on the command line
+        config["data"]["init_args"]["trust_remote_code"] = config["model"].get("trust_remote_code", False)
         parser: Any = ArgumentParser(exit_on_error=False)
         parser.add_subclass_arguments(TokenDataModule, "data")
         data: TokenDataModule = parser.instantiate_classes(parser.parse_object({"data": config["data"]})).data
@@ -149,6 +150,7 @@ def run_data(model: Path) -> TokenDataModule | str:
 
 def measured_perplexity(model: Any, data: TokenDataModule) -> float | None:
     """Perplexity of a model on the test split, on the CPU or the first CUDA device; None where nothing is scored."""
+    data.check_vocabulary(model.config.get_text_config().vocab_size)
     module = LoRAFinetuner()
     module.model = model
     results = evaluate(

@@ -1,5 +1,11 @@
 """Base models and tokenizers from a folder, a hub name, or the one that the package brings."""
 
+import copy
+import logging
+import textwrap
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
@@ -7,11 +13,40 @@ import torch
 
 from qpruner.errors import UserError
 from qpruner.files import hash_file, hash_json
+from qpruner.loading_info import (
+    check_architecture,
+    check_loaded,
+    check_number_formats,
+    check_tied,
+    mend_padding_,
+)
+from qpruner.model_files import (
+    adapters_are_no_base,
+    check_fetched,
+    check_is_model,
+    check_weights,
+    has_tokenizer,
+    weight_files,
+)
+from qpruner.prequantized import (
+    check_dequantizable,
+    dequantize,
+    describe,
+    drop_quantization,
+    load_densely_,
+    quantization_of,
+)
 
 EMBEDDED = "qpruner/stories"
 """The name of the small story teller that comes with the package."""
 
 DType = Literal["float32", "bfloat16", "float16"]
+
+TOKENIZER_SUFFIXES = (".json", ".model", ".txt", ".tiktoken", ".jinja", ".py")
+LONGEST_CAUSE = 300  # characters of what a library says
+SPEAKERS = ("modeling_utils", "integrations.bitsandbytes")
+TOLD_BY_US = ("LOAD REPORT", "This checkpoint seem corrupted", "we will NOT tie them", "The modules are dequantized")
+"""What transformers logs as it loads, and we say or refuse."""
 
 
 def resolve(name: str) -> str:
@@ -25,7 +60,9 @@ def resolve(name: str) -> str:
     path = Path(name).expanduser()
     if path.is_dir():
         return str(path)
-    if path.exists() or path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1:
+    if path.is_file():
+        raise UserError(f"{name!r} is a file. Give the folder of the model, such as {str(path.parent)!r}.")
+    if path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1:
         raise UserError(f"There is no folder {name!r}. Give a model folder, a hub name or {EMBEDDED!r}.")
     return name
 
@@ -39,34 +76,60 @@ def is_reachable(name: str) -> bool:
     return True
 
 
-def load_model(name: str, *, dtype: DType, trust_remote_code: bool) -> Any:
+def load_model(
+    name: str, *, dtype: DType, trust_remote_code: bool, say: Callable[[str], object] = warnings.warn
+) -> Any:
     """The causal language model, in evaluation mode on the CPU; only safetensors are read, never a pickle.
 
-    Raises:
-        UserError: nothing of that name, or not a causal language model.
-    """
-    from transformers import AutoModelForCausalLM
+    Weights that are quantized already are made dense.
 
-    try:
-        return AutoModelForCausalLM.from_pretrained(
-            resolve(name), dtype=getattr(torch, dtype), trust_remote_code=trust_remote_code, use_safetensors=True
-        )
-    except (OSError, ValueError) as error:
-        raise _cannot_load("model", name, error) from error
-
-
-def load_config(name: str) -> Any:
-    """The configuration of a model, without its weights.
+    Args:
+        name: folder, hub name, or `EMBEDDED`.
+        dtype: number format of the weights.
+        trust_remote_code: whether code that comes with the model may run.
+        say: told what a person should know of it, such as that it was quantized.
 
     Raises:
-        UserError: nothing of that name.
+        UserError: nothing of that name, no causal language model, or weights that are not those of its configuration.
     """
-    from transformers import AutoConfig
+    with _loading("model", name):
+        config = _read_config(name, trust_remote_code)
+        quantization = quantization_of(config)
+        model, left_out = _load(name, config, trust_remote_code, dtype=getattr(torch, dtype), device="cpu")
+        check_tied(name, model)
+        if (padding := mend_padding_(config)) is not None:
+            if model.generation_config is not None:  # which has the same and could not be written again
+                model.generation_config.pad_token_id = None
+            say(f"{name} names a padding token, {padding}, that its embedding has no row for; it is left out.")
+        if left_out:
+            say(f"{name} has tensors beside its language model, which are left out: {', '.join(left_out)}.")
+        if quantization is not None:
+            say(f"{name} is quantized ({describe(quantization)}); its weights are made dense in {dtype}.")
+        return model
 
-    try:
-        return AutoConfig.from_pretrained(resolve(name))
-    except (OSError, ValueError) as error:
-        raise _cannot_load("configuration", name, error) from error
+
+def check_model(name: str, *, trust_remote_code: bool) -> None:
+    """Makes sure that a model can be loaded, from its configuration and the headers of its weights.
+
+    Raises:
+        UserError: as `load_model`.
+    """
+    with _loading("model", name):
+        config = _read_config(name, trust_remote_code)
+        if quantization_of(config) is None:  # codes cannot be loaded without their values
+            _load(name, config, trust_remote_code, dtype=torch.float32, device="meta")
+
+
+def load_config(name: str, *, trust_remote_code: bool = False) -> Any:
+    """The configuration of a model as `load_model` makes it, without its weights.
+
+    Raises:
+        UserError: nothing of that name, or quantized in a way that cannot be undone.
+    """
+    with _loading("configuration", name):
+        config = _read_config(name, trust_remote_code)
+        mend_padding_(config)
+        return drop_quantization(config)
 
 
 def load_generation_config(name: str) -> Any | None:
@@ -97,10 +160,81 @@ def load_tokenizer(name: str, *, trust_remote_code: bool = False) -> Any:
     """
     from transformers import AutoTokenizer
 
-    try:
+    with _loading("tokenizer", name):
+        folder = Path(resolve(name))
+        if folder.is_dir():
+            check_fetched(file for file in folder.iterdir() if file.suffix in TOKENIZER_SUFFIXES)
+            if not has_tokenizer(folder):
+                check_is_model(folder)
+                raise UserError(
+                    f"{name!r} holds no tokenizer. Put that of the model there, such as its tokenizer.json and "
+                    f"tokenizer_config.json."
+                )
         return AutoTokenizer.from_pretrained(resolve(name), trust_remote_code=trust_remote_code)
-    except (OSError, ValueError) as error:
-        raise _cannot_load("tokenizer", name, error) from error
+
+
+def _read_config(name: str, trust_remote_code: bool) -> Any:
+    """The configuration as it is written, after what it says of the weights was found to be possible."""
+    from transformers import AutoConfig
+
+    place = resolve(name)
+    if (folder := Path(place)).is_dir():
+        check_is_model(folder)
+    config = AutoConfig.from_pretrained(place, trust_remote_code=trust_remote_code)
+    _refuse_adapters_of_hub(name)  # those of a folder are refused above
+    check_architecture(name, config)
+    if (quantization := quantization_of(config)) is not None:
+        check_dequantizable(quantization, name)
+    return config
+
+
+def _refuse_adapters_of_hub(name: str) -> None:
+    from transformers.utils.peft_utils import find_adapter_config_file
+
+    place = resolve(name)
+    if Path(place).is_dir():
+        return
+    try:
+        adapter_config = find_adapter_config_file(place)
+    except (OSError, ValueError):  # no name that the hub could know
+        return
+    if adapter_config is not None:
+        raise UserError(adapters_are_no_base(name, Path(adapter_config), beside=False))
+
+
+def _load(
+    name: str, config: Any, trust_remote_code: bool, *, dtype: torch.dtype, device: Literal["cpu", "meta"]
+) -> tuple[Any, tuple[str, ...]]:
+    """The model of a configuration, and the tensors of its file that it has no part for; on "meta" nothing is read."""
+    from transformers import AutoModelForCausalLM
+
+    place = resolve(name)
+    if (folder := Path(place)).is_dir():
+        check_weights(folder)
+    loading = copy.deepcopy(config)
+    mend_padding_(loading)
+    quantized = quantization_of(loading) is not None
+    if quantized:
+        load_densely_(loading)
+    else:
+        drop_quantization(loading)  # an empty entry is one all the same for transformers
+    model, info = AutoModelForCausalLM.from_pretrained(
+        place,
+        config=loading,
+        dtype=dtype,
+        device_map={"": device} if quantized or device == "meta" else None,
+        trust_remote_code=trust_remote_code,
+        use_safetensors=True,
+        ignore_mismatched_sizes=True,  # they are told below, by name
+        output_loading_info=True,
+    )
+    left_out = check_loaded(name, model, info)
+    if quantized:
+        model = hold_in_(dequantize(model, dtype), dtype)
+        drop_quantization(model.config)
+    elif (local := _local_folder(name)) is not None:
+        check_number_formats(name, model, weight_files(local))
+    return model, left_out
 
 
 def model_fingerprint(name: str) -> str | None:
@@ -108,15 +242,26 @@ def model_fingerprint(name: str) -> str | None:
 
     None where the weights are not there.
     """
-    folder = Path(resolve(name))
-    if not folder.is_dir():
-        from huggingface_hub import snapshot_download
-
-        folder = Path(snapshot_download(name, local_files_only=True, allow_patterns=["config.json", "*.safetensors"]))
+    if (folder := _local_folder(name)) is None:
+        return None
     files = sorted(file for file in folder.iterdir() if file.name == "config.json" or file.suffix == ".safetensors")
     if not any(file.suffix == ".safetensors" for file in files):
         return None
     return hash_json({file.name: hash_file(file) for file in files})
+
+
+def _local_folder(name: str) -> Path | None:
+    """The folder of a model, or that of the local hub cache; None where there is none."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    folder = Path(resolve(name))
+    if folder.is_dir():
+        return folder
+    try:
+        return Path(snapshot_download(name, local_files_only=True, allow_patterns=["*.json", "*.safetensors"]))
+    except LocalEntryNotFoundError:
+        return None
 
 
 def hold_in_(model: Any, dtype: torch.dtype) -> Any:
@@ -129,10 +274,57 @@ def hold_in_(model: Any, dtype: torch.dtype) -> Any:
     return model
 
 
-def _cannot_load(kind: str, name: str, error: Exception) -> UserError:
-    if isinstance(error, UserError):
-        return error
-    return UserError(
-        f"Cannot load a {kind} from {name!r}: {error} Give a folder in the Hugging Face layout, the name of a hub "
-        f"model that is reachable or already downloaded, or {EMBEDDED!r}."
+@contextmanager
+def _loading(kind: str, name: str) -> Iterator[None]:
+    """Makes of whatever a library raises as it reads a model a `UserError` that names the model."""
+    speakers = [logging.getLogger(f"transformers.{name}") for name in SPEAKERS]
+    for speaker in speakers:
+        speaker.addFilter(_is_news)
+    try:
+        yield
+    except (UserError, MemoryError):
+        raise
+    # Not narrower: what a damaged or foreign file makes of the code of three libraries, or of the code that comes with
+    # a model, may be any exception, and none of them says which model it was or what to do.
+    except Exception as error:
+        _refuse_adapters_of_hub(name)
+        raise UserError(f"Cannot load a {kind} from {name!r}: {_cause(error)} {_remedy(name, error)}") from error
+    finally:
+        for speaker in speakers:
+            speaker.removeFilter(_is_news)
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    return not any(phrase in record.getMessage() for phrase in TOLD_BY_US)
+
+
+def _cause(error: Exception) -> str:
+    """What an exception says, in one line that ends like a sentence."""
+    if _wants_trust(error):
+        return "it comes with code of its own."
+    if "use_safetensors" in str(error):
+        return "it has no safetensors, and other formats, which may run code as they are opened, are not read."
+    text = textwrap.shorten(str(error), LONGEST_CAUSE, placeholder=" ...")
+    if not isinstance(error, (OSError, ValueError, ImportError, RuntimeError)):  # says little without its name
+        text = f"{type(error).__name__}: {text}" if text else type(error).__name__
+    return text if text.endswith((".", "!", "?")) else f"{text}."
+
+
+def _wants_trust(error: Exception) -> bool:
+    return "trust_remote_code" in str(error)
+
+
+def _remedy(name: str, error: Exception) -> str:
+    if isinstance(error, ImportError):
+        return "Install what is missing."
+    if _wants_trust(error):
+        return (
+            "Read that code; if you trust it, give --model.trust_remote_code true (--trust_remote_code for "
+            "`qpruner plan`)."
+        )
+    if Path(resolve(name)).is_dir():
+        return "Put right what is named, or fetch the folder again."
+    return (
+        f"Give a folder in the Hugging Face layout, the name of a hub model that is reachable or already downloaded, "
+        f"or {EMBEDDED!r}."
     )

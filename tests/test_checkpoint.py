@@ -34,7 +34,7 @@ from qpruner.checkpoint import (
 )
 from qpruner.errors import UserError
 from qpruner.plan import CompressionPlan
-from qpruner.pretrained import EMBEDDED, load_tokenizer
+from qpruner.pretrained import EMBEDDED, load_config, load_tokenizer
 from qpruner.pruning.surgery import apply_pruning_, stated_by_weights
 
 TESTS = Path(__file__).parent
@@ -129,15 +129,15 @@ def test_folders_beside_the_weights_are_listed_and_checked(tmp_path: Path) -> No
 
 def test_what_can_be_saved_passes_the_rehearsal_and_leaves_nothing(tiny_llama: Path, tmp_path: Path) -> None:
     before = state(tiny_llama)
-    rehearse_saving(str(tiny_llama), with_templates(tmp_path))
+    rehearse_saving(str(tiny_llama), load_config(str(tiny_llama)), with_templates(tmp_path))
     (tmp_path / "sampled").mkdir()
     for name in ("config.json", "generation_config.json"):
         (tmp_path / "sampled" / name).write_bytes((tiny_llama / name).read_bytes())
     # What transformers only warns of, it saves again.
     (tmp_path / "sampled" / "generation_config.json").write_text('{"temperature": 0.7, "do_sample": false}')
-    rehearse_saving(str(tmp_path / "sampled"), load_tokenizer(EMBEDDED))
+    rehearse_saving(str(tmp_path / "sampled"), load_config(str(tmp_path / "sampled")), load_tokenizer(EMBEDDED))
     (tmp_path / "sampled" / "generation_config.json").unlink()
-    rehearse_saving(str(tmp_path / "sampled"), load_tokenizer(EMBEDDED))
+    rehearse_saving(str(tmp_path / "sampled"), load_config(str(tmp_path / "sampled")), load_tokenizer(EMBEDDED))
     assert state(tiny_llama) == before
 
 
@@ -146,7 +146,7 @@ def test_a_generation_config_that_cannot_be_used_is_refused(tiny_llama: Path, tm
     (tmp_path / "config.json").write_bytes((tiny_llama / "config.json").read_bytes())
     (tmp_path / "generation_config.json").write_text(content)
     with pytest.raises(UserError, match="The generation_config.json of .* cannot be used .*Mend that file, or delete"):
-        rehearse_saving(str(tmp_path), load_tokenizer(EMBEDDED))
+        rehearse_saving(str(tmp_path), load_config(str(tmp_path)), load_tokenizer(EMBEDDED))
 
 
 def test_a_tokenizer_that_cannot_be_saved_is_refused(tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -158,7 +158,7 @@ def test_a_tokenizer_that_cannot_be_saved_is_refused(tiny_llama: Path, monkeypat
     monkeypatch.setattr(tokenizer, "save_pretrained", refuse)
     message = f"The tokenizer of {str(tiny_llama)!r} cannot be saved beside a compressed model (NotImplementedError: "
     with pytest.raises(UserError, match=re.escape(message)):
-        rehearse_saving(str(tiny_llama), tokenizer)
+        rehearse_saving(str(tiny_llama), load_config(str(tiny_llama)), tokenizer)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -7,15 +7,16 @@ from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule
-from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from qpruner import checkpoint as model_folder
 from qpruner.adapters.lora import LoRAConfig, attach_adapters, detach_adapters, set_factors_
 from qpruner.anatomy import architecture_of
+from qpruner.datamodules.base import TokenDataModule
 from qpruner.errors import UserError, brief, listed
 from qpruner.files import replacing_folder
 from qpruner.plan import DENSE, UNITS, CompressionPlan
-from qpruner.pretrained import DType, hold_in_, load_model, model_fingerprint, resolve
+from qpruner.pretrained import DType, check_model, hold_in_, load_model, model_fingerprint, resolve
 from qpruner.pricing import average_bits
 from qpruner.pruning.masks import UnitMasks
 from qpruner.pruning.rounds import Size
@@ -77,7 +78,11 @@ class CompressibleModule(LightningModule):
         self.strict_loading = False  # checkpoints leave the base out; see `on_load_checkpoint`
 
     def load_base(self) -> None:
-        """Loads the base unless it is there: the one that is kept, else what an earlier fit left, else the dense."""
+        """Loads the base unless it is there: the one that is kept, else what an earlier fit left, else the dense.
+
+        Raises:
+            UserError: there is no such base, or it has no embedding for a token of the data.
+        """
         if self.model is None:
             if self.kept_in is not None and self._is_kept(self.kept_in):
                 self.load_kept_base(self.kept_in)
@@ -85,6 +90,9 @@ class CompressibleModule(LightningModule):
                 self.load_kept_base(self.follows)
             else:
                 self.load_dense_base()
+        data = self._trainer and self.trainer.datamodule  # type: ignore[attr-defined]
+        if isinstance(data, TokenDataModule):
+            data.check_vocabulary(self.model.config.get_text_config().vocab_size)
 
     def _is_kept(self, folder: Path) -> bool:
         """Whether the compressed base is there, for all processes alike.
@@ -102,6 +110,19 @@ class CompressibleModule(LightningModule):
                 )
         return kept
 
+    def check_base(self) -> Any:
+        """Makes sure that the dense base can be loaded, without reading its weights.
+
+        Returns:
+            Its configuration.
+
+        Raises:
+            UserError: it cannot.
+        """
+        if not model_folder.is_compressed(Path(resolve(self.base))):
+            check_model(self.base, trust_remote_code=self.trust_remote_code)
+        return model_folder.read_base_config(self.base, trust_remote_code=self.trust_remote_code)
+
     def load_dense_base(self) -> None:
         """Loads the dense base in place of whatever is there, adapters included."""
         if model_folder.is_compressed(folder := Path(resolve(self.base))):
@@ -111,7 +132,9 @@ class CompressibleModule(LightningModule):
             if model_folder.has_adapters(folder):
                 rank_zero_warn(f"{self.base!r} is taken as the base without its adapters.")
         else:
-            self.model = load_model(self.base, dtype=self.dtype_of_base, trust_remote_code=self.trust_remote_code)
+            self.model = load_model(
+                self.base, dtype=self.dtype_of_base, trust_remote_code=self.trust_remote_code, say=rank_zero_info
+            )
         self.model.requires_grad_(False)
         self.base_sha256 = self._of_rank_zero(lambda: model_fingerprint(self.base))
         self.plan, self.plans_before = None, []

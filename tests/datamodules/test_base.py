@@ -1,5 +1,6 @@
 """What all data modules share, on the stories."""
 
+import re
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -117,3 +118,26 @@ def test_padding_without_a_padding_token() -> None:
 def test_a_row_needs_two_tokens() -> None:
     with pytest.raises(UserError, match="max_length is 1; a row needs at least 2 tokens"):
         make(max_length=1)
+
+
+def test_the_vocabulary_of_the_model_is_held_against_the_tokens_of_the_data(data: StoriesDataModule) -> None:
+    known = 1 + max(int(data.examples(split).rows.tokens.max()) for split in ("train", "validation", "test"))
+    known = max(known, 1 + max(int(data.choices(split).rows.tokens.max()) for split in ("validation", "test")))  # type: ignore[union-attr]
+    assert known < len(data.tokenizer) == 2048
+    module = make(max_length=60)
+    for enough in (2048, 4096, known):  # tokens that no text has do no harm
+        module.check_vocabulary(enough)
+    token = module.tokenizer.convert_ids_to_tokens(known - 1)
+    message = rf"the token {known - 1} \('{re.escape(token)}'\); .* has 2,048 tokens, and the .* has {known - 1:,} rows"
+    with pytest.raises(UserError, match=message):
+        module.check_vocabulary(known - 1)
+
+
+def test_padding_that_the_model_does_not_know_becomes_a_token_that_it_does() -> None:
+    module = make()
+    module.tokenizer.add_special_tokens({"pad_token": "[PAD]"})
+    assert module.pad_token == 2048
+    module.check_vocabulary(2048)
+    assert module.pad_token == module.tokenizer.eos_token_id == 1
+    module.check_vocabulary(2049)
+    assert module.pad_token == 2048

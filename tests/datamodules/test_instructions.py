@@ -284,3 +284,14 @@ def test_chosen_answers_are_learnt_where_they_are_asked_for(tmp_path: Path) -> N
         make([record], tmp_path).examples("test")
     module = make([record], tmp_path, learn_chosen=True)
     assert scored_text(module, 0) == "It is red.</s>"
+
+
+def test_a_missing_end_token_is_told_where_no_template_writes_one(tmp_path: Path) -> None:
+    chat = {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]}
+    for records, told in (([RECORD, chat], True), ([chat], False)):
+        module = make(records, tmp_path, CHAT)
+        module.tokenizer.eos_token = None
+        notes = "".join(module.prepared.notes)
+        assert (
+            "has no end-of-text token: no row that is laid out without a chat template ends with one" in notes
+        ) is told

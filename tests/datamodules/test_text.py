@@ -218,7 +218,7 @@ def test_a_path_that_is_not_there_is_told_before_anything_is_loaded(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls: list[str] = []
-    monkeypatch.setattr("qpruner.datamodules.base.load_tokenizer", lambda name: calls.append("tokenizer"))
+    monkeypatch.setattr("qpruner.datamodules.base.load_tokenizer", lambda name, **options: calls.append("tokenizer"))
     monkeypatch.setattr("datasets.load_dataset", lambda *args, **kwargs: calls.append("hub"))
     (tmp_path / "empty").mkdir()
     for kind in (TextDataModule, InstructionDataModule):
@@ -288,3 +288,30 @@ def test_notes_say_what_there_is(stories_file: Path, tokenizer: Any) -> None:
     module = make(test=str(stories_file), layout="per_document", separator="<|endoftext|>")
     tokens = sum(len(tokenizer(story)["input_ids"]) for story in STORIES)
     assert module.prepared.notes == (f"TextDataModule: test: 3 rows, {tokens} tokens",)
+
+
+@pytest.mark.parametrize(
+    ("options", "unended"),
+    [
+        ({"layout": "packed", "max_length": 2}, "documents follow each other in a row with nothing between them"),
+        ({"end_token": True}, "no row ends with one"),
+        ({"end_token": False}, None),
+    ],
+)
+def test_a_missing_end_token_is_told_where_rows_would_have_it(
+    options: dict[str, Any], unended: str | None, tmp_path: Path
+) -> None:
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": f"{word} {word}"}) + "\n" for word in "abc"))
+    sources = {"test": str(tmp_path / "a.jsonl")}
+    without = word_module(sources, tmp_path, **options)
+    told = [note for note in without.prepared.notes if "end-of-text" in note]
+    assert told == (
+        [
+            f"The tokenizer {str(tmp_path / 'words')!r} has no end-of-text token: {unended}, and the model is not "
+            f"taught where a text ends."
+        ]
+        if unended
+        else []
+    )
+    ended = word_module(sources, tmp_path, end="</s>", **options)
+    assert not any("end-of-text" in note for note in ended.prepared.notes)

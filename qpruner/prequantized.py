@@ -1,0 +1,87 @@
+"""Base models whose weights are quantized already: made dense again where transformers can, refused where not."""
+
+from typing import Any
+
+import torch
+
+from qpruner.errors import UserError
+
+DEQUANTIZED = ("bitsandbytes", "compressed-tensors", "fp8")
+"""The methods, by their ``quant_method``, of which transformers makes dense weights on any machine."""
+TRACES = ("is_loaded_in_4bit", "is_loaded_in_8bit", "is_quantized")
+"""What transformers leaves on a model that was quantized, by which PEFT chooses its adapters."""
+
+
+def quantization_of(config: Any) -> dict[str, Any] | None:
+    """What a configuration says of how the weights are quantized; None where they are dense."""
+    places = (config, config.get_text_config(decoder=True))
+    return next((entry for place in places if (entry := getattr(place, "quantization_config", None))), None)
+
+
+def describe(quantization: dict[str, Any]) -> str:
+    """The method, and the bits where they are said."""
+    bits = quantization.get("bits") or next((bits for bits in (4, 8) if quantization.get(f"load_in_{bits}bit")), None)
+    return f"{_method(quantization)}{f', {bits} bits' if bits else ''}"
+
+
+def check_dequantizable(quantization: dict[str, Any], name: str) -> None:
+    """Makes sure that transformers can make dense weights of those of a model.
+
+    Args:
+        quantization: the entry of its configuration.
+        name: of the model, for the message.
+
+    Raises:
+        UserError: it cannot, or needs a package that is not there.
+    """
+    from transformers.quantizers.auto import AutoHfQuantizer
+
+    dense = "Give the model that it was quantized from."
+    if _method(quantization) not in DEQUANTIZED:
+        raise UserError(
+            f"{name!r} is quantized already ({describe(quantization)}), and dense weights can only be made of "
+            f"{', '.join(DEQUANTIZED)}. {dense}"
+        )
+    try:
+        AutoHfQuantizer.from_config(_to_dense(quantization)).validate_environment(device_map={"": "cpu"})
+    except ImportError as error:
+        raise UserError(
+            f"{name!r} is quantized already ({describe(quantization)}), and a package is missing that makes it dense: "
+            f"{error} Or do without: {dense[0].lower()}{dense[1:]}"
+        ) from error
+
+
+def load_densely_(config: Any) -> None:
+    """Sets a configuration so that the weights are made dense as they are loaded, where the method has that."""
+    quantization = quantization_of(config)
+    assert quantization is not None
+    config.quantization_config = _to_dense(quantization)
+
+
+def dequantize(model: Any, dtype: torch.dtype) -> Any:
+    """The model with dense weights in place of quantized ones, and without a trace of these."""
+    if model.is_quantized:
+        model = model.dequantize(dtype=dtype)
+    for trace in TRACES:
+        if hasattr(model, trace):
+            delattr(model, trace)
+    return model
+
+
+def drop_quantization(config: Any) -> Any:
+    """The configuration as that of a dense model."""
+    for place in (config, config.get_text_config(decoder=True)):
+        for attribute in ("quantization_config", "_is_quantized"):
+            if hasattr(place, attribute):
+                delattr(place, attribute)
+    return config
+
+
+def _method(quantization: dict[str, Any]) -> str:
+    # Older entries of bitsandbytes do not name it.
+    of_bits = quantization.get("load_in_4bit") or quantization.get("load_in_8bit")
+    return str(quantization.get("quant_method") or ("bitsandbytes" if of_bits else "an unnamed method"))
+
+
+def _to_dense(quantization: dict[str, Any]) -> dict[str, Any]:
+    return quantization if _method(quantization) == "bitsandbytes" else {**quantization, "dequantize": True}

@@ -1,0 +1,105 @@
+"""Bases whose weights are quantized already."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import bitsandbytes
+import pytest
+import torch
+from bases import FOUR_BITS, copy_base, save_quantized
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from qpruner.errors import UserError
+from qpruner.pretrained import check_model, load_config, load_model
+
+TOKENS = torch.arange(5, 25)[None]
+EIGHT_BITS = {"load_in_8bit": True}
+
+
+def dequantized(options: dict[str, Any], weight: Tensor) -> Tensor:
+    """What bitsandbytes makes of a weight and back, by its own functions."""
+    if options == EIGHT_BITS:
+        # It rounds what it is given in half precision.
+        codes, scales, _ = bitsandbytes.functional.int8_vectorwise_quant(weight.half())
+        return bitsandbytes.functional.int8_vectorwise_dequant(codes, scales)
+    codes, state = bitsandbytes.functional.quantize_4bit(weight, quant_type="nf4", compress_statistics=True)
+    return bitsandbytes.functional.dequantize_4bit(codes, state)
+
+
+@pytest.mark.parametrize("options", [FOUR_BITS, EIGHT_BITS], ids=["4 bits", "8 bits"])
+def test_weights_of_bitsandbytes_become_dense(options: dict[str, Any], tiny_llama: Path, tmp_path: Path) -> None:
+    folder = save_quantized(tiny_llama, tmp_path / "base", **options)
+    assert "quantization_config" in json.loads((folder / "config.json").read_text())
+    check_model(str(folder), trust_remote_code=False)
+    notes: list[str] = []
+    model = load_model(str(folder), dtype="float32", trust_remote_code=False, say=notes.append)
+    bits = 8 if options == EIGHT_BITS else 4
+    assert notes == [f"{folder} is quantized (bitsandbytes, {bits} bits); its weights are made dense in float32."]
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+
+    expected = AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.float32)
+    for name, linear in expected.named_modules():
+        if name.endswith("_proj"):
+            linear.weight.data = dequantized(options, linear.weight.data)
+    assert torch.equal(model(TOKENS).logits, expected(TOKENS).logits)
+    dense = AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.float32)
+    assert not torch.equal(model(TOKENS).logits, dense(TOKENS).logits)
+
+    # Nothing is left by which transformers or PEFT would take it for quantized, neither here nor in what is saved.
+    traces = ("is_loaded_in_4bit", "is_loaded_in_8bit", "hf_quantizer", "quantization_method")
+    assert not any(hasattr(model, trace) for trace in traces) and not getattr(model, "is_quantized", False)
+    assert not hasattr(load_config(str(folder)), "quantization_config")
+    model.save_pretrained(tmp_path / "again")
+    assert "quantiz" not in (tmp_path / "again" / "config.json").read_text()
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "again", dtype=torch.float32)
+    assert torch.equal(again(TOKENS).logits, model(TOKENS).logits)
+
+
+def in_fp8(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Projections in one block of 128 x 128, divided by a scale, as DeepSeek's checkpoints hold them."""
+    changed = dict(tensors)
+    for name, weight in tensors.items():
+        if "_proj" in name:
+            scale = weight.abs().max() / 448
+            changed[name] = (weight / scale).to(torch.float8_e4m3fn)
+            changed[f"{name}_scale_inv"] = scale.reshape(1, 1)
+    return changed
+
+
+def test_weights_in_fp8_become_dense(tiny_llama: Path, tmp_path: Path) -> None:
+    quantization = {"quant_method": "fp8", "weight_block_size": [128, 128], "activation_scheme": "dynamic"}
+    folder = copy_base(tiny_llama, tmp_path / "base", weights=in_fp8, quantization_config=quantization)
+    check_model(str(folder), trust_remote_code=False)
+    notes: list[str] = []
+    model = load_model(str(folder), dtype="float32", trust_remote_code=False, say=notes.append)
+    assert notes == [f"{folder} is quantized (fp8); its weights are made dense in float32."]
+    stored, weights = load_file(folder / "model.safetensors"), model.state_dict()
+    for name in stored:
+        if f"{name}_scale_inv" in stored:
+            torch.testing.assert_close(weights[name], stored[name].float() * stored[f"{name}_scale_inv"])
+    assert "quantization_config" not in model.config.to_dict()
+
+
+@pytest.mark.parametrize("method", ["gptq", "awq", "hqq", "quanto", "torchao", "mxfp4", "bitnet", "exl2", None])
+def test_methods_that_are_not_undone(method: str | None, tiny_llama: Path, tmp_path: Path) -> None:
+    entry = {"quant_method": method, "bits": 4}
+    folder = copy_base(tiny_llama, tmp_path / "base", quantization_config=entry)
+    message = rf"base' is quantized already \({method or 'an unnamed method'}, 4 bits\), and dense weights can only be"
+    for refuse in (
+        lambda: load_model(str(folder), dtype="float32", trust_remote_code=False),
+        lambda: check_model(str(folder), trust_remote_code=False),
+        lambda: load_config(str(folder)),
+    ):
+        with pytest.raises(UserError, match=message):
+            refuse()
+
+
+def test_a_package_that_is_missing(tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("transformers.quantizers.quantizer_bnb_4bit.is_bitsandbytes_available", lambda: False)
+    entry = {"quant_method": "bitsandbytes", "load_in_4bit": True}
+    folder = copy_base(tiny_llama, tmp_path / "base", quantization_config=entry)
+    with pytest.raises(UserError, match=r"bitsandbytes, 4 bits\), and a package is missing .*pip install .*Or do with"):
+        check_model(str(folder), trust_remote_code=False)
