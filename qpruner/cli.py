@@ -28,15 +28,15 @@ from qpruner.callbacks import (
 )
 from qpruner.callbacks.compression import CompressionInSetup, Rehearsal
 from qpruner.checkpoint import build_skeleton, has_trained_adapters, is_compressed, read_base_config, read_plan
-from qpruner.commands import plan_command, report, show_summary
+from qpruner.commands import COMMANDS
 from qpruner.datamodules.base import TokenDataModule
 from qpruner.errors import UserError, user_error
 from qpruner.memory import num_parameters, peak_meaning, read_peak, reset_peak, tensor_bytes
-from qpruner.merge import merge_command
 from qpruner.options import SuggestingParser
 from qpruner.phases import Phase, PhaseConfig, phases_of
 from qpruner.plan import CompressionPlan
 from qpruner.pretrained import is_reachable
+from qpruner.report_command import show_summary
 from qpruner.runs.folder import RunConfig, RunFolder
 from qpruner.runs.log import log_to
 from qpruner.runs.report import Stage, Summary
@@ -49,16 +49,13 @@ WRITING = ("fit", "search")
 """Commands that make a run, whose options the run folder is bound to."""
 EVALUATING = ("validate", "test", "predict")
 TRAINER_DEFAULTS = {"use_distributed_sampler": False}  # the loaders share the rows among the ranks themselves
-DESCRIPTION = """Narrower layers, each at the bits it deserves, adapters that win back what was lost.
-Besides the commands below, `qpruner report RUN` writes the report of a run again, `qpruner plan` shows, compares and
-checks plans and lists the ratios that a model can be pruned to, and `qpruner merge RUN FOLDER` writes a dense copy of
-the run's model."""
 
 
 class QPrunerCLI(LightningCLI):
     """``fit``, ``validate``, ``test``, ``predict`` and ``search`` over a run folder."""
 
     def __init__(self, args: list[str] | None = None) -> None:
+        self.command = (sys.argv[1:] if args is None else args)[0]
         super().__init__(
             LoRAFinetuner,
             TokenDataModule,
@@ -69,7 +66,7 @@ class QPrunerCLI(LightningCLI):
             auto_configure_optimizers=False,
             load_from_checkpoint_support=False,  # the module keeps its own options as plain data
             parser_class=SuggestingParser,
-            parser_kwargs={"prog": "qpruner", "description": DESCRIPTION},
+            parser_kwargs={"prog": "qpruner", self.command: {"description": COMMANDS[self.command].summary}},
             args=args,
         )
 
@@ -242,17 +239,20 @@ class QPrunerCLI(LightningCLI):
         with self._claim:
             super()._run_subcommand(subcommand)
 
-    @staticmethod
-    def subcommands() -> dict[str, set[str]]:
-        """The commands, each with the arguments of the Trainer's method that are no options here."""
+    def subcommands(self) -> dict[str, set[str]]:  # type: ignore[override]  # Lightning calls it on an instance
+        """The command that runs, with the arguments of the Trainer's method that are no options here.
+
+        Not all commands: Lightning builds the parser of each that it is told of.
+        """
         ours = {"model", "datamodule", "weights_only"}
-        return {
+        skipped = {
             "fit": ours | {"train_dataloaders", "val_dataloaders"},
             "validate": ours | {"dataloaders", "verbose"},
             "test": ours | {"dataloaders", "verbose"},
             "predict": ours | {"dataloaders", "return_predictions"},
             "search": {"model", "datamodule"},
         }
+        return {self.command: skipped[self.command]}
 
     # LightningCLI calls these in place of the Trainer's methods.
 
@@ -261,7 +261,7 @@ class QPrunerCLI(LightningCLI):
             rank_zero_info(f"The run {self.folder.path} is finished.")
             if self.trainer.is_global_zero:
                 self.phase.end()  # in case that it was cut off before it could
-            show_summary(Summary.read(self.folder.summary), "test")
+                show_summary(Summary.read(self.folder.summary), "test")
             return
         if self.phase.number > 1:
             ckpt_path = None  # the first phase began with it
@@ -375,18 +375,14 @@ def _measured(callbacks: Sequence[Callback], report: RunReport) -> Iterator[Call
             yield MeasuredStage(report, callback.leaves)
 
 
-WITHOUT_TRAINER = {"merge": merge_command, "plan": plan_command, "report": report}
-"""Commands that need no Trainer; the LightningCLI never sees them."""
+def run_trainer(arguments: list[str]) -> None:
+    """Runs a command that needs a Trainer.
 
-
-def run(arguments: list[str]) -> None:
-    """Runs one command.
+    Args:
+        arguments: of the command line, the command first.
 
     Raises:
         UserError: the command cannot be carried out as given.
     """
-    if arguments and (command := WITHOUT_TRAINER.get(arguments[0])):
-        command(arguments[1:])
-    else:
-        # Lightning starts the other ranks with the command of this process, so it must be left to read that itself.
-        QPrunerCLI(None if arguments == sys.argv[1:] else arguments)
+    # Lightning starts the other ranks with the command of this process, so it must be left to read that itself.
+    QPrunerCLI(None if arguments == sys.argv[1:] else arguments)

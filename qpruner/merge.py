@@ -1,6 +1,5 @@
-"""`qpruner merge`: a dense 16-bit copy of a run's model, with its adapters in its weights."""
+"""A dense 16-bit copy of a run's model, with its adapters in its weights."""
 
-import argparse
 from pathlib import Path
 from typing import Any
 
@@ -20,29 +19,29 @@ from qpruner.training.evaluation import evaluate
 from qpruner.training.module import LoRAFinetuner
 
 
-def merge_command(arguments: list[str]) -> None:
-    """Merges the adapters of a run's model into a dense 16-bit copy, and prints what that changed.
+def merge_run(run: Path, output: Path, dtype: str) -> None:
+    """Merges the adapters of a run's model into a dense copy, and prints what that changed.
 
-    The copy is narrower than the dense model where that was pruned, and loads without qpruner where all layers are
-    equally wide. It is never packed again: rounding a second time costs more than the adapters gave.
+    Args:
+        run: folder of a finished run.
+        output: folder to write; it must not be there yet.
+        dtype: ``bfloat16`` or ``float16``.
+
+    Raises:
+        UserError: no such run, or the folder to write is there.
     """
-    parser = argparse.ArgumentParser("qpruner merge", description=merge_command.__doc__)
-    parser.add_argument("run", type=Path, help="folder of a finished run, such as runs/quickstart")
-    parser.add_argument("output", type=Path, help="folder to write; it must not be there yet")
-    parser.add_argument("--dtype", choices=("bfloat16", "float16"), default="bfloat16", help="default: %(default)s")
-    given = parser.parse_args(arguments)
-    folder = RunFolder(given.run)
+    folder = RunFolder(run)
     if not (is_compressed(folder.model) and folder.finished):
         raise UserError(f"{str(folder.path)!r} holds no finished run with a compressed model. Finish its fit first.")
-    if given.output.exists():
-        raise UserError(f"{str(given.output)!r} is there already. Name a folder that is not.")
+    if output.exists():
+        raise UserError(f"{str(output)!r} is there already. Name a folder that is not.")
     data, plan = run_data(folder), read_plan(folder.model)
     model = load_compressed(folder.model)
     before = measured_perplexity(model, data)
-    merged = merge_(model, getattr(torch, given.dtype))
+    merged = merge_(model, getattr(torch, dtype))
     plan = plan.with_precision([dict.fromkeys(UNITS, DENSE)] * len(plan.layers))
-    save_base(given.output, merged, plan, base_name=str(given.run), tokenizer=data.tokenizer)
-    print(f"{given.output} holds {num_parameters(merged):,} dense parameters in {given.dtype}.")
+    save_base(output, merged, plan, base_name=str(run), tokenizer=data.tokenizer)
+    print(f"{output} holds {num_parameters(merged):,} dense parameters in {dtype}.")
     if before is not None:
         after = measured_perplexity(merged, data)
         assert after is not None

@@ -12,7 +12,8 @@ import torch
 import yaml
 from jsonargparse import Namespace
 
-from qpruner.cli import QPrunerCLI, run
+from qpruner.cli import QPrunerCLI
+from qpruner.commands import run
 from qpruner.errors import UserError
 from qpruner.files import read_json
 from qpruner.runs.report import scalars

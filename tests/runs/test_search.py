@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from qpruner.commands import report as report_command
+from qpruner.report_command import report_command
 from qpruner.runs.folder import RunFolder
 from qpruner.runs.search import SearchResults, Tried, pareto_front, ranked, variants_table, write_search_report
 
