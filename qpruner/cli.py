@@ -4,6 +4,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, nullcontext
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,9 @@ from qpruner.commands import COMMANDS
 from qpruner.datamodules.base import TokenDataModule
 from qpruner.errors import UserError, user_error
 from qpruner.memory import num_parameters, peak_meaning, read_peak, reset_peak, tensor_bytes
-from qpruner.options import SuggestingParser
+from qpruner.options.given import config_files, read_arguments, read_file
+from qpruner.options.mistakes import Mistakes
+from qpruner.options.parser import CommandParser
 from qpruner.phases import Phase, PhaseConfig, phases_of
 from qpruner.plan import CompressionPlan
 from qpruner.pretrained import is_reachable
@@ -48,6 +51,21 @@ from qpruner.training.module import LoRAFinetuner
 WRITING = ("fit", "search")
 """Commands that make a run, whose options the run folder is bound to."""
 EVALUATING = ("validate", "test", "predict")
+OURS = {"model", "datamodule", "weights_only"}
+SKIPPED = {
+    "fit": OURS | {"train_dataloaders", "val_dataloaders"},
+    "validate": OURS | {"dataloaders", "verbose"},
+    "test": OURS | {"dataloaders", "verbose"},
+    "predict": OURS | {"dataloaders", "return_predictions"},
+    "search": {"model", "datamodule"},
+}
+"""Arguments of the Trainer's method that are no options, for each command that it runs."""
+LINKS = (
+    ("model.base", "data.init_args.tokenizer"),
+    ("seed_everything", "model.seed"),
+    ("seed_everything", "data.init_args.seed"),
+)
+"""Options that give their values to others."""
 TRAINER_DEFAULTS = {"use_distributed_sampler": False}  # the loaders share the rows among the ranks themselves
 
 
@@ -65,10 +83,28 @@ class QPrunerCLI(LightningCLI):
             save_config_callback=None,  # the run folder keeps the configuration
             auto_configure_optimizers=False,
             load_from_checkpoint_support=False,  # the module keeps its own options as plain data
-            parser_class=SuggestingParser,
+            parser_class=CommandParser,
             parser_kwargs={"prog": "qpruner", self.command: {"description": COMMANDS[self.command].summary}},
             args=args,
         )
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Parses the options.
+
+        Raises:
+            UserError: an option or a file is wrong.
+        """
+        arguments = (sys.argv[1:] if args is None else args)[1:]
+        for path in config_files(arguments):
+            read_file(path)
+        try:
+            super().parse_arguments(parser, args)
+        except UserError as error:
+            options = self._parser(self.command)
+            flags = {action.dest for action in options._actions if action.nargs == 0}
+            linked = {target.replace(".init_args", "") for _, target in LINKS}
+            Mistakes(options, linked, elsewhere(self.command)).check(read_arguments(arguments, flags))
+            raise error from None  # nothing that is known here; it was told by the parser
 
     def add_default_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_argument(
@@ -94,9 +130,8 @@ class QPrunerCLI(LightningCLI):
             action="store_true",
             help="Throw away what the run folder holds and begin anew (fit and search).",
         )
-        parser.link_arguments("model.base", "data.init_args.tokenizer")
-        parser.link_arguments("seed_everything", "model.seed")
-        parser.link_arguments("seed_everything", "data.init_args.seed")
+        for source, target in LINKS:
+            parser.link_arguments(source, target)
 
     def _parse_ckpt_path(self) -> None:
         """Leaves the options alone: a checkpoint that does not fit them is an error, never a silent change of them."""
@@ -244,15 +279,7 @@ class QPrunerCLI(LightningCLI):
 
         Not all commands: Lightning builds the parser of each that it is told of.
         """
-        ours = {"model", "datamodule", "weights_only"}
-        skipped = {
-            "fit": ours | {"train_dataloaders", "val_dataloaders"},
-            "validate": ours | {"dataloaders", "verbose"},
-            "test": ours | {"dataloaders", "verbose"},
-            "predict": ours | {"dataloaders", "return_predictions"},
-            "search": {"model", "datamodule"},
-        }
-        return {self.command: skipped[self.command]}
+        return {self.command: SKIPPED[self.command]}
 
     # LightningCLI calls these in place of the Trainer's methods.
 
@@ -373,6 +400,12 @@ def _measured(callbacks: Sequence[Callback], report: RunReport) -> Iterator[Call
         yield callback
         if isinstance(callback, CompressionInSetup):
             yield MeasuredStage(report, callback.leaves)
+
+
+def elsewhere(command: str) -> dict[str, str]:
+    """The options that only other commands have, each with such a command."""
+    options = {other: {*signature(getattr(SearchTrainer, other)).parameters} - SKIPPED[other] for other in SKIPPED}
+    return {name: other for other in SKIPPED for name in options[other] - options[command] if name != "self"}
 
 
 def run_trainer(arguments: list[str]) -> None:

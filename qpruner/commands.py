@@ -30,7 +30,7 @@ COMMANDS = {
     "fit": Command("Compress a model, train adapters that win back what was lost, and keep all in a run folder."),
     "validate": Command("Measure a run on the validation split: dense, compressed and recovered."),
     "test": Command("Measure a run on the test split: dense, compressed and recovered."),
-    "predict": Command("Write what a run's model says of every row of the test split."),
+    "predict": Command("Write the loss of each row of the test split, and which option of each question is chosen."),
     "search": Command("Find the bits of each layer by many short fits under a budget."),
     "report": Command("Write the report of a run again, and print its table.", "qpruner.report_command:report_command"),
     "plan": Command(
