@@ -33,8 +33,10 @@ from qpruner.commands import COMMANDS
 from qpruner.datamodules.base import TokenDataModule
 from qpruner.errors import UserError, user_error
 from qpruner.memory import num_parameters, peak_meaning, read_peak, reset_peak, tensor_bytes
+from qpruner.options.classes import Options
 from qpruner.options.given import config_files, read_arguments, read_file
 from qpruner.options.mistakes import Mistakes
+from qpruner.options.nulls import check_nulls
 from qpruner.options.parser import CommandParser
 from qpruner.phases import Phase, PhaseConfig, phases_of
 from qpruner.plan import CompressionPlan
@@ -60,12 +62,6 @@ SKIPPED = {
     "search": {"model", "datamodule"},
 }
 """Arguments of the Trainer's method that are no options, for each command that it runs."""
-LINKS = (
-    ("model.base", "data.init_args.tokenizer"),
-    ("seed_everything", "model.seed"),
-    ("seed_everything", "data.init_args.seed"),
-)
-"""Options that give their values to others."""
 TRAINER_DEFAULTS = {"use_distributed_sampler": False}  # the loaders share the rows among the ranks themselves
 
 
@@ -94,17 +90,21 @@ class QPrunerCLI(LightningCLI):
         Raises:
             UserError: an option or a file is wrong.
         """
-        arguments = (sys.argv[1:] if args is None else args)[1:]
+        arguments, options = (sys.argv[1:] if args is None else args)[1:], self._parser(self.command)
         for path in config_files(arguments):
             read_file(path)
         try:
             super().parse_arguments(parser, args)
         except UserError as error:
-            options = self._parser(self.command)
             flags = {action.dest for action in options._actions if action.nargs == 0}
-            linked = {target.replace(".init_args", "") for _, target in LINKS}
-            Mistakes(options, linked, elsewhere(self.command)).check(read_arguments(arguments, flags))
-            raise error from None  # nothing that is known here; it was told by the parser
+            Mistakes(options, elsewhere(self.command)).check(read_arguments(arguments, flags))
+            raise error from None  # of a kind that is not known here: as the parser told it
+        given = self.config[self.command]
+        check_nulls(Options.of_parser(options), given)
+        if not 0 <= given.seed_everything < 2**32:
+            raise UserError(f"seed_everything is {given.seed_everything}; it must be from 0 to {2**32 - 1}.")
+        if not isinstance(given.restart, bool):  # in a file it may be anything, and text would mean yes
+            raise UserError(f"restart is {given.restart!r}; it must be true or false.")
 
     def add_default_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_argument(
@@ -130,8 +130,9 @@ class QPrunerCLI(LightningCLI):
             action="store_true",
             help="Throw away what the run folder holds and begin anew (fit and search).",
         )
-        for source, target in LINKS:
-            parser.link_arguments(source, target)
+        parser.link_arguments("model.base", "data.init_args.tokenizer")
+        parser.link_arguments("seed_everything", "model.seed")
+        parser.link_arguments("seed_everything", "data.init_args.seed")
 
     def _parse_ckpt_path(self) -> None:
         """Leaves the options alone: a checkpoint that does not fit them is an error, never a silent change of them."""
@@ -154,7 +155,8 @@ class QPrunerCLI(LightningCLI):
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Claims the run folder, now that every option is known to be good and before any work is done."""
         options = self.config_init[self.subcommand]
-        callbacks: list[Callback] = list(options.trainer.callbacks or [])
+        given = options.trainer.callbacks or []
+        callbacks: list[Callback] = [given] if isinstance(given, Callback) else list(given)
         self.rehearses = self.subcommand == "fit" and bool(options.trainer.fast_dev_run)
         notes: list[str] = []
         further: list[PhaseConfig] = options.phases if self.subcommand != "search" else []

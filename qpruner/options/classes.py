@@ -1,7 +1,7 @@
 """Classes that are named in options, and the options of a parser or of a class."""
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, is_dataclass
 from inspect import isabstract
 from pkgutil import resolve_name
 from typing import Any
@@ -9,7 +9,7 @@ from typing import Any
 from jsonargparse import ArgumentParser
 
 from qpruner import callbacks, datamodules
-from qpruner.options.words import is_class, item_type, members
+from qpruner.options.words import in_words, is_class, item_type, listed, members
 
 OURS = {name: getattr(package, name) for package in (callbacks, datamodules) for name in package.__all__}
 """What the package offers for ``data`` and ``trainer.callbacks``."""
@@ -17,10 +17,19 @@ OURS = {name: getattr(package, name) for package in (callbacks, datamodules) for
 
 @dataclass(frozen=True)
 class Options:
-    """The type of each option by its dotted name, and the names of those that must be given."""
+    """The options of a parser or of a class.
+
+    Args:
+        types: of each option, by its dotted name.
+        required: those that must be given.
+        linked: those that others give their values to; a person need not.
+        unset: those whose default is null, so that null means nothing else, whatever their type.
+    """
 
     types: Mapping[str, Any]
     required: frozenset[str]
+    linked: frozenset[str]
+    unset: frozenset[str]
 
     @classmethod
     def of_parser(cls, parser: ArgumentParser) -> "Options":
@@ -35,7 +44,13 @@ class Options:
         required = {action.dest for action in actions if action.required} | getattr(
             parser, "_extra_required_keys", set()
         )
-        return cls({name: kind for name, kind in types.items() if kind is not None}, frozenset(required))
+        links = getattr(getattr(parser, "_links_group", None), "_group_actions", ())
+        return cls(
+            {name: kind for name, kind in types.items() if kind is not None},
+            frozenset(required),
+            frozenset(link.dest.replace(".init_args.", ".") for link in links),
+            frozenset(action.dest for action in actions if action.default is None and not action.required),
+        )
 
     @classmethod
     def of_class(cls, of: type) -> "Options":
@@ -80,14 +95,23 @@ def class_named(base: type, name: str) -> type | None:
 
 def offered_classes(base: type) -> list[type]:
     """The classes that can be named where a ``base`` is asked for: those of the package, or if it has none, any."""
-    ours = [known for known in OURS.values() if issubclass(known, base) and _is_made_of_options(known)]
+    ours = [known for known in OURS.values() if issubclass(known, base) and _can_be_named(known)]
     return ours or [known for known in _with_subclasses(base) if not isabstract(known)]
 
 
-def _is_made_of_options(known: type) -> bool:
-    """Whether a person can make one: it is not abstract, and needs no object that only a program has."""
+def allowed(option_type: Any) -> str:
+    """What an option may be, in words; classes by their names."""
+    base = class_in(option_type)
+    if base is None or is_dataclass(base):
+        return in_words(option_type)
+    return f"one of {listed(known.__name__ for known in offered_classes(base))}"
+
+
+def _can_be_named(known: type) -> bool:
+    """Whether a person can make one: it is not what others are made from, and needs nothing that only a program has."""
+    is_base = any(issubclass(other, known) for other in OURS.values() if other is not known)
     options = Options.of_class(known)
-    return not isabstract(known) and all(class_in(options.types.get(name)) is None for name in options.required)
+    return not is_base and all(class_in(options.types.get(name)) is None for name in options.required)
 
 
 def _with_subclasses(base: type) -> Iterator[type]:

@@ -95,9 +95,7 @@ def read_file(path: str) -> dict[str, Any]:
         kind = "a list" if isinstance(content, list) else f"only {shown(content)}"
         raise UserError(f"{path!r} holds {kind}. It must hold options by their names, as `model:` on its first line.")
     if all(value is None for value in content.values()):
-        raise UserError(
-            f"{path!r} has no value for any of its options, {', '.join(map(str, content))}. Give them some."
-        )
+        raise UserError(f"{path!r} gives no value to any of its options ({', '.join(map(str, content))}).")
     for twice in _repeated_keys(root):
         raise UserError(
             f"{path!r} names {twice.value!r} a second time in line {twice.start_mark.line + 1}, which would replace "
@@ -108,7 +106,7 @@ def read_file(path: str) -> dict[str, Any]:
 
 def shown(value: Any) -> str:
     """A value as an error names it, not longer than a line."""
-    text = repr(value)
+    text = "null" if value is None else repr(value)
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 

@@ -15,9 +15,9 @@ import yaml
 from jsonargparse import ArgumentError, ArgumentParser
 
 from qpruner.errors import UserError, nearest
-from qpruner.options.classes import Options, class_in, class_named, offered_classes
+from qpruner.options.classes import Options, allowed, class_in, class_named, offered_classes
 from qpruner.options.given import GivenOption, read_file, shown
-from qpruner.options.words import in_words, item_type, listed, literal_choices, members
+from qpruner.options.words import item_type, literal_choices, members, takes_null
 
 OF_A_CLASS = ("class_path", "init_args", "dict_kwargs")
 """What stands in a mapping that names a class."""
@@ -36,14 +36,12 @@ class Mistakes:
 
     Args:
         parser: of the command.
-        linked: options that others give their values to, such as ``data.tokenizer``: a person need not.
         elsewhere: the command that has an option, for those that this one has not.
     """
 
-    def __init__(self, parser: ArgumentParser, linked: Iterable[str], elsewhere: Mapping[str, str]) -> None:
+    def __init__(self, parser: ArgumentParser, elsewhere: Mapping[str, str]) -> None:
         self.help = f"`{parser.prog.replace(' [options]', '')} --help` explains all."
         self.options = Options.of_parser(parser)
-        self.linked = frozenset(linked)
         self.elsewhere = elsewhere
         self.chosen: dict[str, list[Chosen]] = {}
 
@@ -53,9 +51,9 @@ class Mistakes:
         Raises:
             UserError: one is wrong or missing.
         """
-        names = set()
+        names: set[str] = set()
         for option in given:
-            names.add(option.name)
+            (names.discard if option.value in (None, "null") else names.add)(option.name)
             try:
                 self._check_option(self.options, option.name, option.value)
             except UserError as error:
@@ -67,7 +65,7 @@ class Mistakes:
             for chosen in classes:
                 options = Options.of_class(chosen.of)
                 for name in sorted(options.required - chosen.given):
-                    if f"{owner}.{name}" not in self.linked:
+                    if f"{owner}.{name}" not in self.options.linked:
                         raise UserError(
                             f"{chosen.of.__name__} needs {owner}.{name}, and it was not given. It must be "
                             f"{allowed(options.types[name])}."
@@ -137,7 +135,7 @@ class Mistakes:
         elif base is not None and _is_object(base, loaded):
             self._check_object(base, loaded, name)
             self.chosen[name][-1].given |= kept
-        elif not _takes(option_type, value):
+        elif (value is None and not takes_null(option_type)) or not _takes(option_type, value):
             if base is not None and not is_dataclass(base) and isinstance(value, str):
                 raise no_class(base, value, name)
             raise wrong_value(option_type, value, name)
@@ -163,14 +161,6 @@ class Mistakes:
             value = value.get("init_args")
         for key, content in _options_in(value, f"{name}.init_args").items():
             self._check_option_of_class(base, name, str(key), content)
-
-
-def allowed(option_type: Any) -> str:
-    """What an option may be, in words; classes by their names."""
-    base = class_in(option_type)
-    if base is None or is_dataclass(base):
-        return in_words(option_type)
-    return f"one of {listed(known.__name__ for known in offered_classes(base))}"
 
 
 def wrong_value(option_type: Any, value: Any, name: str) -> UserError:

@@ -39,6 +39,11 @@ def members(option_type: Any) -> Iterator[Any]:
         yield option_type
 
 
+def takes_null(option_type: Any) -> bool:
+    """Whether null is one of the values of a type."""
+    return any(member in (NoneType, Any) for member in members(option_type))
+
+
 def literal_choices(option_type: Any) -> list[str]:
     """The values that a type lists."""
     return [choice for member in members(option_type) for choice in _choices(member)]
