@@ -2,6 +2,7 @@
 
 import sys
 
+from qpruner.commands import run
 from qpruner.errors import UserError
 from qpruner.quiet import quieten
 
@@ -10,9 +11,6 @@ def main() -> None:
     """Runs a command; a user's mistake is told in a line or two, without a traceback, with exit status 2."""
     quieten()
     try:
-        # Imported here, so that `import qpruner` stays light and an interrupt while torch loads ends quietly.
-        from qpruner.cli import run
-
         run(sys.argv[1:])
     except UserError as error:
         sys.exit(_complain(str(error)))

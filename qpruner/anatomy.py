@@ -1,11 +1,12 @@
 """What a decoder layer is made of, for each model family: the only place that knows a family's names.
 
 To add a family whose layers hold ``self_attn`` with q, k, v and o projections and ``mlp`` with gate, up and down
-projections, add its line to `FAMILIES`; for other names give the line the names, too. Norms of q and k must be over one
-head, as in Qwen3: such norms belong to every head alike and need no narrowing. Norms over all heads (OLMo2) and fused
-projections (Phi-3) are not provided for.
+projections, add its line to `FAMILIES`; for other names, norms and biases give the line those, too. Norms of q and k
+must be over one head, as in Qwen3: such norms belong to every head alike and need no narrowing. Norms over all heads
+(OLMo2) and fused projections (Phi-3) are not provided for.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -27,6 +28,11 @@ class Family:
         projections: path in a layer to each projection.
         embedding: path to the token embedding.
         head: path to the linear that makes logits.
+        layer_norms: path in a layer to each norm over the hidden size.
+        head_norms: path in a layer to each norm over one head.
+        last_norm: path to the norm before the head.
+        biases: field of the configuration that says whether a projection has a bias, by projection; None where it has
+            one always. Projections that are not named have none.
     """
 
     model_class: str
@@ -40,15 +46,32 @@ class Family:
     )
     embedding: str = "model.embed_tokens"
     head: str = "lm_head"
+    layer_norms: tuple[str, ...] = ("input_layernorm", "post_attention_layernorm")
+    head_norms: tuple[str, ...] = ()
+    last_norm: str = "model.norm"
+    biases: Mapping[str, str | None] = field(default_factory=lambda: dict.fromkeys("qkvo", "attention_bias"))
 
 
 FAMILIES = {
-    "llama": Family("LlamaForCausalLM", "LlamaConfig"),
-    "mistral": Family("MistralForCausalLM", "MistralConfig"),
-    "qwen2": Family("Qwen2ForCausalLM", "Qwen2Config"),
-    "qwen3": Family("Qwen3ForCausalLM", "Qwen3Config"),
+    "llama": Family(
+        "LlamaForCausalLM",
+        "LlamaConfig",
+        biases=dict.fromkeys("qkvo", "attention_bias") | dict.fromkeys(("gate", "up", "down"), "mlp_bias"),
+    ),
+    "mistral": Family("MistralForCausalLM", "MistralConfig", biases={}),
+    "qwen2": Family("Qwen2ForCausalLM", "Qwen2Config", biases=dict.fromkeys("qkv")),
+    "qwen3": Family("Qwen3ForCausalLM", "Qwen3Config", head_norms=("self_attn.q_norm", "self_attn.k_norm")),
     "gemma": Family("GemmaForCausalLM", "GemmaConfig"),
-    "gemma2": Family("Gemma2ForCausalLM", "Gemma2Config"),
+    "gemma2": Family(
+        "Gemma2ForCausalLM",
+        "Gemma2Config",
+        layer_norms=(
+            "input_layernorm",
+            "post_attention_layernorm",
+            "pre_feedforward_layernorm",
+            "post_feedforward_layernorm",
+        ),
+    ),
 }
 """The families whose layers can be pruned, by the ``model_type`` of their configuration."""
 

@@ -4,6 +4,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, nullcontext
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -34,15 +35,19 @@ from qpruner.checkpoint import (
     read_plan,
     rehearse_saving,
 )
-from qpruner.commands import plan_command, report, show_summary
+from qpruner.commands import COMMANDS
 from qpruner.datamodules.base import TokenDataModule
 from qpruner.errors import UserError, user_error
 from qpruner.memory import num_parameters, peak_meaning, read_peak, reset_peak, tensor_bytes
-from qpruner.merge import merge_command
-from qpruner.options import SuggestingParser
+from qpruner.options.classes import Options
+from qpruner.options.given import config_files, read_arguments, read_file
+from qpruner.options.mistakes import Mistakes
+from qpruner.options.nulls import check_nulls
+from qpruner.options.parser import CommandParser
 from qpruner.phases import Phase, PhaseConfig, phases_of
 from qpruner.plan import CompressionPlan
 from qpruner.pretrained import is_reachable
+from qpruner.report_command import show_summary
 from qpruner.runs.folder import RunConfig, RunFolder
 from qpruner.runs.log import log_to
 from qpruner.runs.report import Stage, Summary
@@ -64,17 +69,23 @@ from qpruner.training.preflight import (
 WRITING = ("fit", "search")
 """Commands that make a run, whose options the run folder is bound to."""
 EVALUATING = ("validate", "test", "predict")
+OURS = {"model", "datamodule", "weights_only"}
+SKIPPED = {
+    "fit": OURS | {"train_dataloaders", "val_dataloaders"},
+    "validate": OURS | {"dataloaders", "verbose"},
+    "test": OURS | {"dataloaders", "verbose"},
+    "predict": OURS | {"dataloaders", "return_predictions"},
+    "search": {"model", "datamodule"},
+}
+"""Arguments of the Trainer's method that are no options, for each command that it runs."""
 TRAINER_DEFAULTS = {"use_distributed_sampler": False}  # the loaders share the rows among the ranks themselves
-DESCRIPTION = """Narrower layers, each at the bits it deserves, adapters that win back what was lost.
-Besides the commands below, `qpruner report RUN` writes the report of a run again, `qpruner plan` shows, compares and
-checks plans and lists the ratios that a model can be pruned to, and `qpruner merge RUN FOLDER` writes a dense copy of
-the run's model."""
 
 
 class QPrunerCLI(LightningCLI):
     """``fit``, ``validate``, ``test``, ``predict`` and ``search`` over a run folder."""
 
     def __init__(self, args: list[str] | None = None) -> None:
+        self.command = (sys.argv[1:] if args is None else args)[0]
         super().__init__(
             LoRAFinetuner,
             TokenDataModule,
@@ -84,10 +95,32 @@ class QPrunerCLI(LightningCLI):
             save_config_callback=None,  # the run folder keeps the configuration
             auto_configure_optimizers=False,
             load_from_checkpoint_support=False,  # the module keeps its own options as plain data
-            parser_class=SuggestingParser,
-            parser_kwargs={"prog": "qpruner", "description": DESCRIPTION},
+            parser_class=CommandParser,
+            parser_kwargs={"prog": "qpruner", self.command: {"description": COMMANDS[self.command].summary}},
             args=args,
         )
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Parses the options.
+
+        Raises:
+            UserError: an option or a file is wrong.
+        """
+        arguments, options = (sys.argv[1:] if args is None else args)[1:], self._parser(self.command)
+        for path in config_files(arguments):
+            read_file(path)
+        try:
+            super().parse_arguments(parser, args)
+        except UserError as error:
+            flags = {action.dest for action in options._actions if action.nargs == 0}
+            Mistakes(options, elsewhere(self.command)).check(read_arguments(arguments, flags))
+            raise error from None  # of a kind that is not known here: as the parser told it
+        given = self.config[self.command]
+        check_nulls(Options.of_parser(options), given)
+        if not 0 <= given.seed_everything < 2**32:
+            raise UserError(f"seed_everything is {given.seed_everything}; it must be from 0 to {2**32 - 1}.")
+        if not isinstance(given.restart, bool):  # in a file it may be anything, and text would mean yes
+            raise UserError(f"restart is {given.restart!r}; it must be true or false.")
 
     def add_default_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_argument(
@@ -139,7 +172,8 @@ class QPrunerCLI(LightningCLI):
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Claims the run folder, now that every option is known to be good and before any work is done."""
         options = self.config_init[self.subcommand]
-        callbacks: list[Callback] = list(options.trainer.callbacks or [])
+        given = options.trainer.callbacks or []
+        callbacks: list[Callback] = [given] if isinstance(given, Callback) else list(given)
         self.rehearses = self.subcommand == "fit" and bool(options.trainer.fast_dev_run)
         notes: list[str] = []
         further: list[PhaseConfig] = options.phases if self.subcommand != "search" else []
@@ -281,17 +315,12 @@ class QPrunerCLI(LightningCLI):
         with self._claim:
             super()._run_subcommand(subcommand)
 
-    @staticmethod
-    def subcommands() -> dict[str, set[str]]:
-        """The commands, each with the arguments of the Trainer's method that are no options here."""
-        ours = {"model", "datamodule", "weights_only"}
-        return {
-            "fit": ours | {"train_dataloaders", "val_dataloaders"},
-            "validate": ours | {"dataloaders", "verbose"},
-            "test": ours | {"dataloaders", "verbose"},
-            "predict": ours | {"dataloaders", "return_predictions"},
-            "search": {"model", "datamodule"},
-        }
+    def subcommands(self) -> dict[str, set[str]]:  # type: ignore[override]  # Lightning calls it on an instance
+        """The command that runs, with the arguments of the Trainer's method that are no options here.
+
+        Not all commands: Lightning builds the parser of each that it is told of.
+        """
+        return {self.command: SKIPPED[self.command]}
 
     # LightningCLI calls these in place of the Trainer's methods.
 
@@ -300,7 +329,7 @@ class QPrunerCLI(LightningCLI):
             rank_zero_info(f"The run {self.folder.path} is finished.")
             if self.trainer.is_global_zero:
                 self.phase.end()  # in case that it was cut off before it could
-            show_summary(Summary.read(self.folder.summary), "test")
+                show_summary(Summary.read(self.folder.summary), "test")
             return
         if self.phase.number > 1:
             ckpt_path = None  # the first phase began with it
@@ -422,19 +451,21 @@ def _measured(callbacks: Sequence[Callback], report: RunReport) -> Iterator[Call
             yield MeasuredStage(report, callback.leaves)
 
 
-WITHOUT_TRAINER = {"merge": merge_command, "plan": plan_command, "report": report}
-"""Commands that need no Trainer; the LightningCLI never sees them."""
+def elsewhere(command: str) -> dict[str, str]:
+    """The options that only other commands have, each with such a command."""
+    options = {other: {*signature(getattr(SearchTrainer, other)).parameters} - SKIPPED[other] for other in SKIPPED}
+    return {name: other for other in SKIPPED for name in options[other] - options[command] if name != "self"}
 
 
-def run(arguments: list[str]) -> None:
-    """Runs one command.
+def run_trainer(arguments: list[str]) -> None:
+    """Runs a command that needs a Trainer.
+
+    Args:
+        arguments: of the command line, the command first.
 
     Raises:
         UserError: the command cannot be carried out as given.
     """
-    if arguments and (command := WITHOUT_TRAINER.get(arguments[0])):
-        command(arguments[1:])
-    else:
-        # Lightning starts the other ranks with the command of this process, so it must be left to read that itself.
-        with refusals_told():
-            QPrunerCLI(None if arguments == sys.argv[1:] else arguments)
+    # Lightning starts the other ranks with the command of this process, so it must be left to read that itself.
+    with refusals_told():
+        QPrunerCLI(None if arguments == sys.argv[1:] else arguments)

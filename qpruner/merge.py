@@ -1,6 +1,5 @@
-"""`qpruner merge`: a dense 16-bit copy of a run's model, with its adapters in its weights."""
+"""A dense 16-bit copy of a run's model, with its adapters in its weights."""
 
-import argparse
 import os
 from pathlib import Path
 from typing import Any
@@ -23,29 +22,30 @@ from qpruner.training.evaluation import evaluate
 from qpruner.training.module import LoRAFinetuner
 
 
-def merge_command(arguments: list[str]) -> None:
-    """Merges the adapters of a run's model into a dense 16-bit copy, and prints what that changed.
+def merge_run(run: Path, output: Path, dtype: str) -> None:
+    """Merges the adapters of a run's model into a dense copy, and prints what that changed.
 
-    The copy is narrower than the dense model where that was pruned, and loads without qpruner where all layers are
-    equally wide. It is never packed again: rounding a second time costs more than the adapters gave. Only the run's
-    model is needed; where its data can still be had, the perplexity is measured before and after.
+    Only the run's model is needed; where its data can still be had, the perplexity is measured before and after.
+
+    Args:
+        run: folder of a finished run, or of its model.
+        output: folder to write; it must not be there yet.
+        dtype: ``bfloat16`` or ``float16``.
+
+    Raises:
+        UserError: no such run, values that are not finite, or the folder to write is there or cannot be written.
     """
-    parser = argparse.ArgumentParser("qpruner merge", description=merge_command.__doc__)
-    parser.add_argument("run", type=Path, help="folder of a finished run, such as runs/quickstart, or of its model")
-    parser.add_argument("output", type=Path, help="folder to write; it must not be there yet")
-    parser.add_argument("--dtype", choices=("bfloat16", "float16"), default="bfloat16", help="default: %(default)s")
-    given = parser.parse_args(arguments)
-    folder, output = model_folder(given.run.expanduser()), given.output.expanduser()
+    folder, output = model_folder(run.expanduser()), output.expanduser()
     prepare_output(output)
     model, plan = load_compressed(folder), read_plan(folder)
     check_finite(model, f"the model in {str(folder)!r}", "Train again with a lower --model.optimizer.lr.")
     data = run_data(folder)
     before = None if isinstance(data, str) else measured_perplexity(model, data)
-    merged = merge_(model, getattr(torch, given.dtype))
-    check_finite(merged, f"the merged model in {given.dtype}", "Merge with --dtype bfloat16.")
+    merged = merge_(model, getattr(torch, dtype))
+    check_finite(merged, f"the merged model in {dtype}", "Merge with --dtype bfloat16.")
     plan = plan.with_precision([dict.fromkeys(UNITS, DENSE)] * len(plan.layers))
-    save_base(output, merged, plan, base_name=str(given.run), tokenizer=tokenizer_of(folder))
-    print(f"{output} holds {num_parameters(merged):,} dense parameters in {given.dtype}.")
+    save_base(output, merged, plan, base_name=str(run), tokenizer=tokenizer_of(folder))
+    print(f"{output} holds {num_parameters(merged):,} dense parameters in {dtype}.")
     if isinstance(data, str):
         print(f"The perplexity was not measured: {data}")
     elif before is not None and (after := measured_perplexity(merged, data)) is not None:

@@ -14,7 +14,7 @@ from test_quantized_runs import INT8, NAMES, NF4, stages
 
 from qpruner.allocation.decision import Allocation
 from qpruner.allocation.sensitivities import Sensitivities
-from qpruner.cli import run
+from qpruner.commands import run
 from qpruner.errors import UserError
 from qpruner.plan import CompressionPlan
 from qpruner.runs.allocation import sentence

@@ -13,7 +13,8 @@ import torch
 import yaml
 from jsonargparse import Namespace
 
-from qpruner.cli import QPrunerCLI, run
+from qpruner.cli import QPrunerCLI
+from qpruner.commands import run
 from qpruner.errors import UserError
 from qpruner.files import read_json
 from qpruner.runs.report import scalars
@@ -200,7 +201,7 @@ def test_seeds_reach_module_and_data(arguments: list[str], monkeypatch: pytest.M
     [
         (["--model.lora.rr", "3"], "no option 'model.lora.rr'. Did you mean 'model.lora.r'"),
         (["--model.optimiser.lr", "3"], "Did you mean 'model.optimizer.lr'"),
-        (["--data.num_trian", "5"], "no option 'num_trian'. Did you mean 'num_train'"),
+        (["--data.num_trian", "5"], "no option 'data.num_trian' of StoriesDataModule. Did you mean 'data.num_train'"),
         (["--data", "StoryDataModule"], "no class 'StoryDataModule'. Did you mean 'StoriesDataModule'"),
         (["--data.max_length", "1"], "max_length is 1; a row needs at least 2"),
         (["--model.lora.r", "0"], "LoRA needs r of at least 1"),
@@ -208,7 +209,7 @@ def test_seeds_reach_module_and_data(arguments: list[str], monkeypatch: pytest.M
         (["--run.name", "a/b"], "run.name is 'a/b'"),
         (["--run.dir", "/dev/null/x"], "Cannot write the run folder"),
         (["--model.base", "./nothing"], "There is no folder './nothing'"),
-        (["--config", "nothing.yaml"], "File does not exist"),
+        (["--config", "nothing.yaml"], "There is no file 'nothing.yaml'"),
     ],
 )
 def test_mistakes_are_told_in_a_line_before_any_work(
@@ -242,9 +243,9 @@ def test_every_option_of_ours_is_explained(monkeypatch: pytest.MonkeyPatch, argu
     from qpruner import datamodules
 
     monkeypatch.setattr(QPrunerCLI, "_run_subcommand", lambda self, subcommand: None)
-    cli = QPrunerCLI(["fit", *arguments])
-    cli._claim.close()
     for command in ("fit", "validate", "test", "predict"):
+        cli = QPrunerCLI([command, *arguments])
+        cli._claim.close()
         ours = [a for a in cli._parser(command)._actions if a.dest.startswith(("model", "run", "restart"))]
         assert len(ours) > 15
         assert [a.dest for a in ours if not a.help] == []

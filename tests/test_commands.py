@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 
 from qpruner.anatomy import architecture_of
 from qpruner.checkpoint import load_compressed, save_base
-from qpruner.cli import run
+from qpruner.commands import run
 from qpruner.errors import UserError
 from qpruner.files import read_json
 from qpruner.memory import num_parameters

@@ -8,7 +8,8 @@ import pytest
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from qpruner.checkpoint import load_base
-from qpruner.cli import QPrunerCLI, run
+from qpruner.cli import QPrunerCLI
+from qpruner.commands import run
 from qpruner.files import read_json
 from qpruner.memory import num_parameters
 from qpruner.plan import CompressionPlan

@@ -14,7 +14,7 @@ from test_pruned_runs import TESTS, adapters, command
 from test_quantized_runs import INT8, NF4, stages
 
 import qpruner
-from qpruner.cli import run
+from qpruner.commands import run
 from qpruner.errors import UserError
 from qpruner.files import read_json, write_json
 from qpruner.plan import CompressionPlan

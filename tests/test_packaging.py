@@ -64,23 +64,28 @@ ALLOWED: dict[str, set[str]] = {
     },
     "phases": {"callbacks", "errors", "runs", "training"},
     "options": {"callbacks", "datamodules", "errors"},
-    "commands": {
-        "anatomy", "checkpoint", "errors", "files", "memory", "plan", "pretrained", "pricing", "pruning", "runs",
+    "outline": {"anatomy"},
+    "plan_command": {
+        "anatomy", "checkpoint", "errors", "files", "memory", "outline", "plan", "pretrained", "pricing", "pruning",
+        "runs",
     },
+    "report_command": {"errors", "runs"},
+    "merge_command": {"merge"},
+    "commands": {"__version__", "cli", "errors"},
     "cli": {
-        "callbacks", "checkpoint", "commands", "datamodules", "errors", "memory", "merge", "options", "phases",
-        "plan", "pretrained", "runs", "search", "training",
+        "callbacks", "checkpoint", "commands", "datamodules", "errors", "memory", "options", "phases",
+        "plan", "pretrained", "report_command", "runs", "search", "training",
     },
     "quiet": set(),
     "merge": {
         "checkpoint", "datamodules", "errors", "files", "memory", "plan", "pretrained", "quantization", "runs",
         "training",
     },
-    "__main__": {"cli", "errors", "quiet"},
+    "__main__": {"commands", "errors", "quiet"},
     "__init__": {"checkpoint"},
 }  # fmt: skip
 OUTSIDERS = {
-    "lightning": {"callbacks", "cli", "commands", "merge", "datamodules", "options", "phases", "search", "training"},
+    "lightning": {"callbacks", "cli", "merge", "datamodules", "options", "phases", "search", "training"},
     "nevergrad": {"search"},
 }
 

@@ -13,7 +13,7 @@ import torch
 import yaml
 
 import qpruner
-from qpruner.cli import run
+from qpruner.commands import run
 from qpruner.errors import UserError
 from qpruner.files import read_json
 from qpruner.plan import CompressionPlan

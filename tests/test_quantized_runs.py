@@ -12,7 +12,7 @@ from test_pricing import payload
 from test_pruned_runs import RESULTS, TESTS, adapters, command
 
 import qpruner
-from qpruner.cli import run
+from qpruner.commands import run
 from qpruner.errors import UserError
 from qpruner.files import read_json
 from qpruner.plan import DENSE, UNITS, CompressionPlan, Precision

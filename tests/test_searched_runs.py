@@ -14,7 +14,7 @@ from test_pruned_runs import TESTS, command
 
 from qpruner.allocation.decision import Allocation
 from qpruner.checkpoint import load_compressed
-from qpruner.cli import run
+from qpruner.commands import run
 from qpruner.datamodules.base import TokenDataModule
 from qpruner.errors import UserError
 from qpruner.files import read_json

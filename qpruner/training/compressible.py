@@ -336,7 +336,7 @@ class CompressibleModule(LightningModule):
             UserError: another base or plan, or adapters of another kind or shape.
         """
         self.load_base()
-        self.check_base(checkpoint, self.base_sha256)
+        self.check_trained_on(checkpoint, self.base_sha256)
         plan = CompressionPlan.from_json(checkpoint["plan"]) if checkpoint.get("plan") else None
         if plan != self.plan:
             if plan is None or self.plan is not None:
@@ -352,7 +352,7 @@ class CompressibleModule(LightningModule):
         if masks := checkpoint.get("masks"):
             self.mask([(groups.tolist(), channels.tolist()) for groups, channels in masks])
 
-    def check_base(self, checkpoint: dict[str, Any], base_sha256: str | None) -> None:
+    def check_trained_on(self, checkpoint: dict[str, Any], base_sha256: str | None) -> None:
         """Makes sure that the adapters of a checkpoint were trained on a base.
 
         Raises:

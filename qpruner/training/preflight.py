@@ -208,7 +208,7 @@ def check_checkpoint(module: CompressibleModule, path: str) -> None:
         raise UserError(f"--ckpt_path is {path!r}, which is no checkpoint of a fit of qpruner.")
     module.check_adapters(content)
     if is_reachable(module.base):
-        module.check_base(content, model_fingerprint(module.base))
+        module.check_trained_on(content, model_fingerprint(module.base))
 
 
 def class_refused(error: ValueError) -> UserError | None:

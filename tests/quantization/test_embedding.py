@@ -16,11 +16,11 @@ from qpruner.anatomy import architecture_of
 from qpruner.callbacks import MixedPrecisionQuantization
 from qpruner.callbacks.compression import Rehearsal
 from qpruner.checkpoint import build_skeleton, load_base, load_compressed, save_base
-from qpruner.commands import diff_plans, show_plan
 from qpruner.datamodules import StoriesDataModule
 from qpruner.errors import UserError
 from qpruner.memory import num_parameters, tensor_bytes
 from qpruner.plan import DENSE, UNITS, CompressionPlan, Precision
+from qpruner.plan_command import diff_plans, show_plan
 from qpruner.pricing import price
 from qpruner.quantization.apply import LoftQSettings, quantize_
 from qpruner.quantization.embedding import PackedEmbedding, quantize_tables_

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from qpruner.commands import report as report_command
 from qpruner.errors import UserError
+from qpruner.report_command import report_command
 from qpruner.runs.folder import RunFolder
 from qpruner.runs.search import SearchResults, Tried, pareto_front, ranked, variants_table, write_search_report
 

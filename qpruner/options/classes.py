@@ -1,0 +1,126 @@
+"""Classes that are named in options, and the options of a parser or of a class."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, is_dataclass
+from inspect import isabstract
+from pkgutil import resolve_name
+from typing import Any
+
+from jsonargparse import ArgumentParser
+
+from qpruner import callbacks, datamodules
+from qpruner.options.words import in_words, is_class, item_type, listed, members
+
+OURS = {name: getattr(package, name) for package in (callbacks, datamodules) for name in package.__all__}
+"""What the package offers for ``data`` and ``trainer.callbacks``."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """The options of a parser or of a class.
+
+    Args:
+        types: of each option, by its dotted name.
+        required: those that must be given.
+        linked: those that others give their values to; a person need not.
+        unset: those whose default is null, so that null means nothing else, whatever their type.
+    """
+
+    types: Mapping[str, Any]
+    required: frozenset[str]
+    linked: frozenset[str]
+    unset: frozenset[str]
+
+    @classmethod
+    def of_parser(cls, parser: ArgumentParser) -> "Options":
+        # Without links, whose "option" is an arrow, `--data.help` and the like, and groups, which have no type.
+        actions = [
+            action
+            for action in parser._actions
+            if all(option.startswith("-") for option in action.option_strings) and not action.dest.endswith("help")
+        ]
+        types = {action.dest: _type_of(action) for action in actions}
+        # jsonargparse keeps apart what it needs and argparse does not know of: `data`.
+        required = {action.dest for action in actions if action.required} | getattr(
+            parser, "_extra_required_keys", set()
+        )
+        links = getattr(getattr(parser, "_links_group", None), "_group_actions", ())
+        return cls(
+            {name: kind for name, kind in types.items() if kind is not None},
+            frozenset(required),
+            frozenset(link.dest.replace(".init_args.", ".") for link in links),
+            frozenset(action.dest for action in actions if action.default is None and not action.required),
+        )
+
+    @classmethod
+    def of_class(cls, of: type) -> "Options":
+        parser: Any = ArgumentParser(exit_on_error=False)
+        parser.add_class_arguments(of)
+        return cls.of_parser(parser)
+
+    @property
+    def groups(self) -> list[str]:
+        """What stands above options: ``model``, ``model.lora``."""
+        parts = [name.split(".") for name in self.types]
+        return list(dict.fromkeys(".".join(part[:depth]) for part in parts for depth in range(1, len(part))))
+
+    def owner_of(self, name: str) -> str | None:
+        """The option whose class has the option of that name: ``data`` for ``data.num_train``."""
+        *above, _ = name.split(".")
+        owners = (".".join(above[:depth]) for depth in range(len(above), 0, -1))
+        return next((owner for owner in owners if class_in(self.types.get(owner)) is not None), None)
+
+
+def class_in(option_type: Any) -> type | None:
+    """The class whose objects a type asks for, alone or in a list."""
+    for member in members(option_type):
+        if is_class(member):
+            return member
+        if (item := item_type(member)) is not None and (inside := class_in(item)):
+            return inside
+    return None
+
+
+def class_named(base: type, name: str) -> type | None:
+    """The class of a name or an import path, a ``base`` or not; None where there is none."""
+    if "." not in name:
+        return {known.__name__: known for known in [*_with_subclasses(base), *OURS.values()]}.get(name)
+    module, _, attribute = name.rpartition(".")
+    try:
+        known = resolve_name(f"{module}:{attribute}")
+    except (ImportError, AttributeError, ValueError):
+        return None
+    return known if isinstance(known, type) else None
+
+
+def offered_classes(base: type) -> list[type]:
+    """The classes that can be named where a ``base`` is asked for: those of the package, or if it has none, any."""
+    ours = [known for known in OURS.values() if issubclass(known, base) and _can_be_named(known)]
+    return ours or [known for known in _with_subclasses(base) if not isabstract(known)]
+
+
+def allowed(option_type: Any) -> str:
+    """What an option may be, in words; classes by their names."""
+    base = class_in(option_type)
+    if base is None or is_dataclass(base):
+        return in_words(option_type)
+    return f"one of {listed(known.__name__ for known in offered_classes(base))}"
+
+
+def _can_be_named(known: type) -> bool:
+    """Whether a person can make one: it is not what others are made from, and needs nothing that only a program has."""
+    is_base = any(issubclass(other, known) for other in OURS.values() if other is not known)
+    options = Options.of_class(known)
+    return not is_base and all(class_in(options.types.get(name)) is None for name in options.required)
+
+
+def _with_subclasses(base: type) -> Iterator[type]:
+    yield base
+    children: list[type] = base.__subclasses__()
+    for child in children:
+        yield from _with_subclasses(child)
+
+
+def _type_of(action: Any) -> Any:
+    """The type of an option; None for a group."""
+    return bool if action.nargs == 0 else getattr(action, "_typehint", action.type)

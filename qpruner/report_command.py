@@ -1,0 +1,33 @@
+"""`qpruner report`: the report of a run again, from what its folder holds."""
+
+import argparse
+from pathlib import Path
+
+from qpruner.errors import UserError
+from qpruner.runs.folder import RunFolder
+from qpruner.runs.report import Summary, protocol_line, table, write_report
+from qpruner.runs.search import SearchResults, variants_table, write_search_report
+
+
+def report_command(arguments: list[str]) -> None:
+    """Writes the report of a run again, from what its folder holds, and prints its table."""
+    parser = argparse.ArgumentParser("qpruner report", description=report_command.__doc__)
+    parser.add_argument("run", type=Path, help="folder of the run, such as runs/quickstart")
+    folder = RunFolder(parser.parse_args(arguments).run)
+    if folder.results.exists():
+        results = SearchResults.read(folder.results)
+        write_search_report(folder, results)
+        print(f"\n{variants_table(results)}")
+        return
+    if not folder.summary.exists():
+        raise UserError(
+            f"{str(folder.path)!r} holds no summary.json: no fit has measured anything there yet, "
+            f"and no search has ended."
+        )
+    write_report(folder)
+    show_summary(Summary.read(folder.summary), "test")
+
+
+def show_summary(summary: Summary, split: str) -> None:
+    """Prints the table of a summary, and how it was measured on a split."""
+    print(f"\n{table(summary)}\n\n{protocol_line(summary, split)}")
