@@ -64,6 +64,10 @@ class Proposals(Protocol):
         OptimizerFailed: from any method.
     """
 
+    def wait(self) -> None:
+        """Returns when it is made; the other methods wait for that, too."""
+        ...
+
     def ask(self) -> Proposal: ...
 
     def tell(self, proposal: Proposal, score: Score) -> None: ...
@@ -108,6 +112,9 @@ class LocalProposals:
         self._optimizer = make_optimizer(settings)
         self._out: dict[int, Any] = {}
         self._asked = 0
+
+    def wait(self) -> None:
+        pass
 
     def ask(self) -> Proposal:
         candidate = self._optimizer.ask()
@@ -173,6 +180,11 @@ class ProposingProcess:
         self._send(settings)
         self._made = False
 
+    def wait(self) -> None:
+        if not self._made:
+            self._receive("is made", START_SECONDS)
+            self._made = True
+
     def ask(self) -> Proposal:
         return self._call("is asked", "ask")
 
@@ -188,9 +200,7 @@ class ProposingProcess:
         self._connection.close()
 
     def _call(self, moment: str, method: str, *arguments: Any) -> Any:
-        if not self._made:
-            self._receive("is made", START_SECONDS)
-            self._made = True
+        self.wait()
         self._send((method, *arguments))
         return self._receive(moment, self.patience)
 

@@ -91,8 +91,9 @@ def _rehearse(
     points: list[Point] = []
     try:
         with _opened(settings, patience) as first, _opened(settings, patience) as second:
-            for value, score in known:
-                for twin in (first, second):
+            for twin in (first, second):
+                twin.wait()
+                for value, score in known:
                     twin.learn(value, score)
             since = time.perf_counter()
             while len(points) < num_proposals and (not points or time.perf_counter() - since < seconds):

@@ -30,7 +30,7 @@ from qpruner.search.loop import Judge, finish_started, run_listed, run_trials
 from qpruner.search.preparation import DenseReference, SearchPreparation, part_of
 from qpruner.search.proposals import OptimizerFailed, Score, open_proposals
 from qpruner.search.rehearsal import check_runs
-from qpruner.search.results import tried
+from qpruner.search.results import proposers, tried
 from qpruner.search.space import SearchSpace
 from qpruner.search.succession import settings_of, succeed
 from qpruner.search.trial import TrialTrainer, TrialWork
@@ -226,6 +226,8 @@ class Search:
             outcome = f"failed: {record.why}"
         else:
             outcome = f"loss {record.scores['loss']:.4f}, {record.scores['bytes']:,} bytes"
+        if record.repeats is not None:
+            outcome = f"the plan of trial {record.repeats + 1} again, {outcome}"
         best = min(succeeded, key=lambda one: one.scores["loss"], default=None)  # type: ignore[index]
         best_line = "" if best is None else f"; best so far {best.scores['loss']:.4f} in trial {best.number + 1}"  # type: ignore[index]
         rank_zero_info(
@@ -277,6 +279,7 @@ class Search:
             failed={one.number + 1: one.why for one in records if one.why is not None},
             variants=tuple(ranked(variants)),
             front=tuple(one.name for one in front),
+            proposers=tuple(proposers(self.ledger)),
         )
         base = read_plan(self.folder.base)
         self.folder.plans.mkdir(exist_ok=True)
