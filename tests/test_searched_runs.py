@@ -316,6 +316,10 @@ def test_a_search_whose_optimizer_fails_goes_on_with_another(
         (["search.finalist_steps", "0"], ["search.finalist_steps is 0; finalists take at least the 1 steps of all"]),
         (["search.max_seconds", "0"], ["search.max_seconds is 0"]),
         (["search.executor.workers", "2"], ["the serial executor runs one trial at a time", "processes"]),
+        (
+            ["search.executor", "{kind: dask, address: 'tcp://127.0.0.1:9'}"],
+            ["No Dask scheduler answers at 'tcp://127"],
+        ),
         (["trainer.devices", "2"], ["the Trainer has 2", "--search.executor.kind processes"]),
         (["trainer.callbacks.budget", "{average_bits: 4}"], ["The budget is 4 bits per weight, and the cheapest plan"]),
         (["trainer.callbacks.deciding.calibration.num_sequences", "25"], ["Calibration asks for 25 sequences"]),
@@ -329,6 +333,7 @@ def test_mistakes_are_told_before_any_model_is_loaded(
     arguments: list[str], wrong: list[str], said: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("qpruner.training.compressible.load_model", None)
+    monkeypatch.setattr("qpruner.search.cluster.CONNECT_SECONDS", 0.5)
     with pytest.raises(UserError) as caught:
         run(["search", *arguments, f"--{wrong[0]}", wrong[1]])
     assert all(text in str(caught.value) for text in said), str(caught.value)

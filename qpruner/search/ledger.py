@@ -83,10 +83,9 @@ class Ledger:
     that has reached the disk when the method returns. Keys and scores are plain data: what JSON holds, and no NaN.
 
     Raises:
-        UserError: see `open`.
+        UserError: see `open`; or a record cannot be written, as on a full disk.
         ValueError: a key or scores with NaN or an infinite number, or a record that cannot follow, such as a second
             outcome of a trial.
-        OSError: the disk is full.
     """
 
     def __init__(self, path: Path) -> None:
@@ -168,10 +167,16 @@ class Ledger:
     def _append(self, entry: dict[str, Any]) -> None:
         line = _line(entry | {"time": datetime.now(UTC).isoformat(timespec="seconds")})
         self._apply(json.loads(line))
-        with self.path.open("ab", buffering=0) as file:
-            if file.write(line) != len(line):
-                raise OSError(f"{str(self.path)!r} took only a part of a record; is the disk full?")
-            os.fsync(file.fileno())
+        try:
+            with self.path.open("ab", buffering=0) as file:
+                if file.write(line) != len(line):
+                    raise OSError("it took only a part of a record; is the disk full?")
+                os.fsync(file.fileno())
+        except OSError as error:
+            raise UserError(
+                f"{str(self.path)!r} cannot be written ({error}). What it holds is safe: make room, and go on with the "
+                f"same command."
+            ) from error
 
     def _apply(self, entry: dict[str, Any]) -> None:
         kind = entry["record"]

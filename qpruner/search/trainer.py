@@ -24,7 +24,7 @@ from qpruner.plan import CompressionPlan
 from qpruner.runs.folder import RunFolder
 from qpruner.runs.search import SearchResults, Tried, pareto_front, ranked, show_search, write_search_report
 from qpruner.search.config import SearchConfig
-from qpruner.search.executors import make_executor
+from qpruner.search.executors import check_executor, make_executor
 from qpruner.search.ledger import Key, Ledger, Scores, TrialRecord
 from qpruner.search.loop import Judge, finish_started, run_listed, run_trials
 from qpruner.search.preparation import DenseReference, SearchPreparation, part_of
@@ -94,6 +94,7 @@ class Search:
             raise UserError("A search has no rehearsal: drop --trainer.fast_dev_run and give --search.trials 1.")
         config = self.config
         check_runs(config.optimizer, config.executor.workers)
+        check_executor(config.executor)
         if "validation" not in self.data.prepared.splits:
             raise UserError("A search chooses on the validation split, and there is none. Give one to the data module.")
         if config.max_seconds is not None:
@@ -110,6 +111,10 @@ class Search:
             limit=self.prior.for_items,
             spends=config.front,
         )
+        if self.space.is_single:
+            rank_zero_warn(
+                f"A budget of {self.prior.budget} leaves one plan, and nothing to search for. Give another budget."
+            )
         self.ledger = Ledger.open(self.folder.ledger, self.identity("trials"))
         succeed(
             self.ledger, config.optimizer, self.space, self.judge(),
