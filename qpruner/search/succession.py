@@ -46,7 +46,7 @@ def succeed(
     rehearse(settings_of(record, space, seed), known)
     ledger.begin(record)
     if before is not None:
-        rank_zero_info(f"{name} proposes from trial {first + 1} on, and is told of those before.")
+        rank_zero_info(f"{name} proposes from trial {first + 1} on; {before.name} proposed the last one before.")
 
 
 def settings_of(record: OptimizerRecord, space: SearchSpace, seed: int) -> OptimizerSettings:
