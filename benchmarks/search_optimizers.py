@@ -25,7 +25,7 @@ import numpy as np
 import numpy.typing as npt
 
 from qpruner.allocation.solving import Choice
-from qpruner.search.optimizers import make_optimizer
+from qpruner.search.optimizers import OptimizerSettings, make_optimizer
 from qpruner.search.space import SearchSpace
 
 Plan = tuple[int, ...]  # of each block, 1 for 8 bits
@@ -111,7 +111,7 @@ def search(optimizer: str, space: SearchSpace, table: Table, num_trials: int, se
 def ask_and_tell(
     optimizer: str, space: SearchSpace, plan_of: Callable[..., Plan], table: Table, num_trials: int, seed: int
 ) -> Iterator[Plan]:
-    made = make_optimizer(optimizer, space, num_trials=num_trials, num_workers=1, seed=seed)
+    made = make_optimizer(OptimizerSettings(optimizer, space, num_trials, num_workers=1, seed=seed))
     for _ in range(num_trials):
         candidate = made.ask()
         plan = plan_of(candidate.value)

@@ -51,7 +51,7 @@ from qpruner.report_command import show_summary
 from qpruner.runs.folder import RunConfig, RunFolder
 from qpruner.runs.log import log_to
 from qpruner.runs.report import Stage, Summary
-from qpruner.runs.search import SearchResults, variants_table
+from qpruner.runs.search import SearchResults, proposed_by, variants_table
 from qpruner.search.config import SearchConfig
 from qpruner.search.trainer import SearchTrainer
 from qpruner.training.checkpoint_file import read_checkpoint
@@ -360,7 +360,13 @@ class QPrunerCLI(LightningCLI):
         done = self.continues and self.folder.results.exists()
         results = SearchResults.read(self.folder.results) if done else None
         if results is not None and len(results.trials) + len(results.failed) >= search.trials:
-            rank_zero_info(f"The search {self.folder.path} is finished.")
+            if search.optimizer not in {proposer.optimizer for proposer in results.proposers}:
+                raise UserError(
+                    f"The search {str(self.folder.path)!r} is finished, and {search.optimizer} proposed none of it. "
+                    f"{proposed_by(results)} Give more --search.trials, start it anew with --restart, or give this "
+                    f"search another --run.name."
+                )
+            rank_zero_info(f"The search {self.folder.path} is finished. {proposed_by(results)}")
         else:
             assert isinstance(self.trainer, SearchTrainer)
             results = self.trainer.search(model, datamodule, search)

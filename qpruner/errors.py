@@ -40,6 +40,7 @@ def listed(names: Collection[str], most: int = 3) -> str:
 
 
 def nearest(word: str, choices: Iterable[str]) -> str:
-    """A sentence that offers the choice most like ``word``, or an empty string when none is like it."""
-    close = get_close_matches(word, list(choices), n=1)
-    return f" Did you mean {close[0]!r}?" if close else ""
+    """A sentence that offers the choice most like ``word``, in any case, or an empty string when none is like it."""
+    by_folded = {choice.casefold(): choice for choice in choices}
+    close = get_close_matches(word.casefold(), by_folded, n=1)
+    return f" Did you mean {by_folded[close[0]]!r}?" if close else ""

@@ -1,6 +1,7 @@
 """Searches from the command line: the record of them, kills, workers, and what cannot be searched."""
 
 import json
+from contextlib import nullcontext
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -22,8 +23,9 @@ from qpruner.plan import CompressionPlan
 from qpruner.quantization.packed import PackedLinear
 from qpruner.runs.folder import RunFolder
 from qpruner.runs.report import scalars
-from qpruner.runs.search import SearchResults, pareto_front, variants_table
+from qpruner.runs.search import Proposer, SearchResults, pareto_front, variants_table
 from qpruner.search.ledger import TrialRecord
+from qpruner.search.proposals import LocalProposals, OptimizerFailed, Proposal
 from qpruner.search.trial import TrialRunner
 
 config_that_prunes = test_pruned_runs.config
@@ -73,14 +75,23 @@ def records(path: Path) -> list[TrialRecord]:
     """Of a ledger, without a look at whose it is."""
     found: dict[int, TrialRecord] = {}
     for entry in map(json.loads, path.read_text().splitlines()[1:]):
+        if entry["record"] == "optimizer":
+            continue
         number = entry["trial"]
         if entry["record"] == "started":
             attempts = found[number].attempts + 1 if number in found else 1
-            found[number] = TrialRecord(number, entry["key"], entry["told"], attempts)
+            found[number] = TrialRecord(number, entry["key"], entry["told"], entry["point"], attempts)
         else:
             one = found[number]
             found[number] = TrialRecord(
-                number, one.key, one.told, one.attempts, entry.get("scores"), entry.get("why"), entry["repeats"]
+                number,
+                one.key,
+                one.told,
+                one.point,
+                one.attempts,
+                entry.get("scores"),
+                entry.get("why"),
+                entry["repeats"],
             )
     return [found[number] for number in sorted(found)]
 
@@ -255,6 +266,38 @@ def test_a_finished_search_goes_on_to_more_trials(arguments: list[str], tmp_path
     assert outcomes(folder.ledger) == outcomes(RunFolder(tmp_path / "runs" / "whole").ledger)[:4]
 
 
+def test_a_search_whose_optimizer_fails_goes_on_with_another(
+    arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class FailsLate(LocalProposals):
+        def ask(self) -> Proposal:
+            if self._asked == 2:
+                raise OptimizerFailed("TBPSA fails when it is asked: singular matrix.")
+            return super().ask()
+
+    monkeypatch.setattr("qpruner.search.trainer.check_runs", lambda *_: None)
+    monkeypatch.setattr("qpruner.search.succession.rehearse", lambda *_: None)
+    with monkeypatch.context() as patch:
+        patch.setattr("qpruner.search.trainer.open_proposals", lambda settings: nullcontext(FailsLate(settings)))
+        with pytest.raises(
+            UserError, match=r"singular matrix\. The 2 trials so far are safe in .*ledger.jsonl.*another"
+        ):
+            run(["search", *arguments, "--search.optimizer", "TBPSA"])
+    folder = RunFolder(tmp_path / "runs" / "x")
+    before = folder.ledger.read_text()
+    few = ["--search.finalists", "1", "--search.finalist_seeds", "1"]
+    run(["search", *arguments, *few, "--search.optimizer", "bayesian"])
+    assert folder.ledger.read_text().startswith(before)
+    assert [record.told for record in records(folder.ledger)] == [0, 1, 2, 3]
+    results = SearchResults.read(folder.results)
+    assert results.proposers == (Proposer("TBPSA", 1, 2), Proposer("bayesian", 3, 4))
+    assert "Trials 1 to 2 were proposed by `TBPSA`, 3 to 4 by `bayesian`." in folder.report.read_text()
+    # It is finished, whoever of the two is asked for; a third one would be answered with what it did not propose.
+    run(["search", *arguments, *few, "--search.optimizer", "TBPSA"])
+    with pytest.raises(UserError, match=r"is finished, and random proposed none of it\. .*--search\.trials"):
+        run(["search", *arguments, *few, "--search.optimizer", "random"])
+
+
 # What cannot be had.
 
 
@@ -263,12 +306,20 @@ def test_a_finished_search_goes_on_to_more_trials(arguments: list[str], tmp_path
     [
         (["search.optimizer", "bayesain"], ["no optimizer 'bayesain'", "Did you mean 'bayesian'"]),
         (["search.optimizer", "OnePlusOn"], ["no optimizer 'OnePlusOn'", "OnePlusOne"]),
+        (
+            ["search.optimizer", "SMAC3"],
+            ["SMAC3 fails when it is asked: it needs the package 'ConfigSpace'", "bayesian"],
+        ),
         (["search.trials", "0"], ["search.trials is 0; it must be at least 1"]),
         (["search.steps", "-1"], ["search.steps is -1; it must be at least 0"]),
         (["search.finalists", "0"], ["search.finalists is 0"]),
         (["search.finalist_steps", "0"], ["search.finalist_steps is 0; finalists take at least the 1 steps of all"]),
         (["search.max_seconds", "0"], ["search.max_seconds is 0"]),
         (["search.executor.workers", "2"], ["the serial executor runs one trial at a time", "processes"]),
+        (
+            ["search.executor", "{kind: dask, address: 'tcp://127.0.0.1:9'}"],
+            ["No Dask scheduler answers at 'tcp://127"],
+        ),
         (["trainer.devices", "2"], ["the Trainer has 2", "--search.executor.kind processes"]),
         (["trainer.callbacks.budget", "{average_bits: 4}"], ["The budget is 4 bits per weight, and the cheapest plan"]),
         (["trainer.callbacks.deciding.calibration.num_sequences", "25"], ["Calibration asks for 25 sequences"]),
@@ -282,6 +333,7 @@ def test_mistakes_are_told_before_any_model_is_loaded(
     arguments: list[str], wrong: list[str], said: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("qpruner.training.compressible.load_model", None)
+    monkeypatch.setattr("qpruner.search.cluster.CONNECT_SECONDS", 0.5)
     with pytest.raises(UserError) as caught:
         run(["search", *arguments, f"--{wrong[0]}", wrong[1]])
     assert all(text in str(caught.value) for text in said), str(caught.value)

@@ -28,6 +28,7 @@ FREE_OPTIONS = (
     "search.finalist_seeds",
     "search.finalist_steps",
     "search.finalists",
+    "search.optimizer",
     "search.trials",
     "trainer.enable_model_summary",
     "trainer.enable_progress_bar",

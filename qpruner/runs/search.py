@@ -57,6 +57,21 @@ class Tried:
 
 
 @dataclass(frozen=True)
+class Proposer:
+    """Who proposed some trials.
+
+    Args:
+        optimizer: name.
+        first: number of the first trial that it proposed, from 1.
+        last: number of the last one.
+    """
+
+    optimizer: str
+    first: int
+    last: int
+
+
+@dataclass(frozen=True)
 class SearchResults:
     """What ``search.json`` holds.
 
@@ -71,6 +86,7 @@ class SearchResults:
         variants: finalists and plans that were not searched for, each with all seeds, best first; those that failed for
             some seeds last.
         front: names of the trials that no other beats in both loss and bytes, fewest bytes first.
+        proposers: optimizers that proposed the trials, in order.
 
     Raises:
         UserError: no variants, or a plan that does not have one of the bits for each item.
@@ -85,6 +101,7 @@ class SearchResults:
     failed: dict[int, str]
     variants: tuple[Tried, ...]
     front: tuple[str, ...]
+    proposers: tuple[Proposer, ...]
 
     def __post_init__(self) -> None:
         if not self.variants:
@@ -143,17 +160,27 @@ def variants_table(results: SearchResults) -> str:
     return markdown_table(["plan", "bytes", "average bits", "validation loss", "KL to dense", "bits"], rows)
 
 
+def proposed_by(results: SearchResults) -> str:
+    """A sentence that says which optimizers proposed the trials."""
+    first, *others = results.proposers
+    if not others:
+        return f"Trials were proposed by `{first.optimizer}`."
+    further = "".join(f", {one.first} to {one.last} by `{one.optimizer}`" for one in others)
+    return f"Trials {first.first} to {first.last} were proposed by `{first.optimizer}`{further}."
+
+
 def write_search_report(folder: RunFolder, results: SearchResults) -> None:
     """Writes ``report.md`` and its pictures."""
     save_figure(trials_figure(results), folder.trials_picture)
     save_figure(front_figure(results), folder.pareto_picture)
     seeds = len(results.winner.losses)
+    plans = len({one.choices for one in results.trials})
     lines = [
         f"# Search {folder.path.name}",
         "",
-        f"{len(results.trials)} plans were tried under a budget of {results.budget}, with "
-        f"{results.prior.replace('_', ' ')} as the prior. The best ones, and those that nobody searched for, with "
-        f"{seeds} seed(s) each (mean ± standard deviation):",
+        f"{plans} {'plan was' if plans == 1 else 'plans were'} tried in {len(results.trials)} trials under a budget of "
+        f"{results.budget}, with {results.prior.replace('_', ' ')} as the prior. {proposed_by(results)} The best ones, "
+        f"and those that nobody searched for, with {seeds} seed(s) each (mean ± standard deviation):",
         "",
         variants_table(results),
         "",

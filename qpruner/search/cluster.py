@@ -28,19 +28,10 @@ def cluster_pool(work: Work, workers: int, address: str | None, time_limit: floa
     Raises:
         UserError: Dask is not installed, the scheduler does not answer, or too few workers are there.
     """
-    try:
-        import distributed
-    except ImportError as error:
-        raise UserError("executor.kind dask needs Dask. Install it with: pip install 'qpruner[cluster]'") from error
+    check_cluster(None)
     with ExitStack() as stack:
         place: Any = address if address is not None else stack.enter_context(_local_cluster(workers))
-        try:
-            client = stack.enter_context(distributed.Client(place, timeout=CONNECT_SECONDS, set_as_default=False))
-        except (OSError, ValueError) as error:
-            raise UserError(
-                f"No Dask scheduler answers at {address!r} ({error}). Start one with 'dask scheduler' and name the "
-                f"address that it prints in executor.address, or leave that out for workers on this machine."
-            ) from error
+        client = stack.enter_context(_connect(place))
         crew = Crew(client, work)
         try:
             client.wait_for_workers(workers, timeout=WORKERS_SECONDS)
@@ -53,6 +44,37 @@ def cluster_pool(work: Work, workers: int, address: str | None, time_limit: floa
         stack.callback(pool.close)
         pool.wait()
         yield pool
+
+
+def check_cluster(address: str | None) -> None:
+    """Finds what keeps `cluster_pool` from a scheduler, in moments.
+
+    Args:
+        address: of the scheduler; None for one of this machine.
+
+    Raises:
+        UserError: Dask is not installed, or the scheduler does not answer.
+    """
+    try:
+        import distributed  # noqa: F401
+    except ImportError as error:
+        raise UserError("executor.kind dask needs Dask. Install it with: pip install 'qpruner[cluster]'") from error
+    if address is not None:
+        with _connect(address):
+            pass
+
+
+def _connect(place: Any) -> Any:
+    """A client of the scheduler at an address, or of a cluster."""
+    from distributed import Client
+
+    try:
+        return Client(place, timeout=CONNECT_SECONDS, set_as_default=False)
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"No Dask scheduler answers at {place!r} ({error}). Start one with 'dask scheduler' and name the address "
+            f"that it prints in executor.address, or leave that out for workers on this machine."
+        ) from error
 
 
 @contextmanager

@@ -11,7 +11,8 @@ class SearchConfig:
     """How bits are searched for; budget, widths and prior are those of `MixedPrecisionQuantization`.
 
     Args:
-        optimizer: ``bayesian``, ``random``, or the name of an optimizer of Nevergrad.
+        optimizer: ``bayesian``, ``random``, or the name of an optimizer of Nevergrad, which is rehearsed before the
+            first trial. A search may go on with another one, which is told of the trials so far.
         trials: plans to try, at least 1.
         steps: optimizer steps of a trial's fit, at least 0; without any, plans are compared as they are.
         max_seconds: after which a trial's fit ends, whatever its steps; a search with it cannot be repeated exactly.

@@ -58,6 +58,18 @@ class ExecutorConfig:
             raise UserError(f"executor.address is {self.address!r}, which only executor.kind dask has.")
 
 
+def check_executor(config: ExecutorConfig) -> None:
+    """Finds what keeps trials from running there, before the work that they share is prepared.
+
+    Raises:
+        UserError: Dask is not installed, or its scheduler does not answer.
+    """
+    if config.kind == "dask":
+        from qpruner.search.cluster import check_cluster
+
+        check_cluster(config.address)
+
+
 @contextmanager
 def make_executor(config: ExecutorConfig, work: Work) -> Iterator[Executor]:
     """Workers that have prepared themselves; they end with the context, whatever they do.

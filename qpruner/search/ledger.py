@@ -9,7 +9,7 @@ import json
 import logging
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -31,6 +31,23 @@ Scores = dict[str, Any]
 
 
 @dataclass(frozen=True)
+class OptimizerRecord:
+    """Which optimizer proposed the trials from one on, up to the next record of this kind.
+
+    Args:
+        name: of the optimizer.
+        first: number of the first trial that it proposed or will propose; it was told of all before.
+        trials: of the whole search, when it began; many plan for them.
+        workers: trials proposed at a time, when it began.
+    """
+
+    name: str
+    first: int
+    trials: int
+    workers: int
+
+
+@dataclass(frozen=True)
 class TrialRecord:
     """What the ledger knows of one trial.
 
@@ -38,6 +55,7 @@ class TrialRecord:
         number: of the trial, from 0, in the order in which trials were proposed.
         key: what it evaluates.
         told: trials whose scores the optimizer had been told when it proposed this one.
+        point: what it proposed, as plain data; None for a trial that no optimizer proposed.
         attempts: times that it was started.
         scores: what it found; None while it runs and when it failed.
         why: it failed; None while it runs and when it succeeded.
@@ -47,6 +65,7 @@ class TrialRecord:
     number: int
     key: Key
     told: int
+    point: Any = None
     attempts: int = 1
     scores: Scores | None = None
     why: str | None = None
@@ -64,15 +83,15 @@ class Ledger:
     that has reached the disk when the method returns. Keys and scores are plain data: what JSON holds, and no NaN.
 
     Raises:
-        UserError: see `open`.
+        UserError: see `open`; or a record cannot be written, as on a full disk.
         ValueError: a key or scores with NaN or an infinite number, or a record that cannot follow, such as a second
             outcome of a trial.
-        OSError: the disk is full.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self._trials: list[TrialRecord] = []
+        self._optimizers: list[OptimizerRecord] = []
         self._outcomes: dict[str, int] = {}
 
     @classmethod
@@ -118,6 +137,11 @@ class Ledger:
     def records(self) -> tuple[TrialRecord, ...]:
         return tuple(self._trials)
 
+    @property
+    def optimizers(self) -> tuple[OptimizerRecord, ...]:
+        """Those that proposed, in order; none in a ledger of trials that no optimizer proposed."""
+        return tuple(self._optimizers)
+
     def attempts(self, number: int) -> int:
         """Times that a trial was started; a trial that is not in the ledger, 0 times."""
         return self._trials[number].attempts if number < len(self._trials) else 0
@@ -127,9 +151,13 @@ class Ledger:
         number = self._outcomes.get(identity(key))
         return None if number is None else self._trials[number]
 
-    def start(self, number: int, key: Key, told: int) -> None:
+    def begin(self, optimizer: OptimizerRecord) -> None:
+        """Says which optimizer proposes the trials that are not there yet."""
+        self._append({"record": "optimizer", **asdict(optimizer)})
+
+    def start(self, number: int, key: Key, told: int, point: Any = None) -> None:
         """Says that a trial is about to run, for the first time or again."""
-        self._append({"record": "started", "trial": number, "key": key, "told": told})
+        self._append({"record": "started", "trial": number, "key": key, "told": told, "point": point})
 
     def finish(self, number: int, scores: Scores, repeats: int | None = None) -> None:
         self._append({"record": "finished", "trial": number, "scores": scores, "repeats": repeats})
@@ -140,16 +168,29 @@ class Ledger:
     def _append(self, entry: dict[str, Any]) -> None:
         line = _line(entry | {"time": datetime.now(UTC).isoformat(timespec="seconds")})
         self._apply(json.loads(line))
-        with self.path.open("ab", buffering=0) as file:
-            if file.write(line) != len(line):
-                raise OSError(f"{str(self.path)!r} took only a part of a record; is the disk full?")
-            os.fsync(file.fileno())
+        try:
+            with self.path.open("ab", buffering=0) as file:
+                if file.write(line) != len(line):
+                    raise OSError("it took only a part of a record; is the disk full?")
+                os.fsync(file.fileno())
+        except OSError as error:
+            raise UserError(
+                f"{str(self.path)!r} cannot be written ({error}). What it holds is safe: make room, and go on with the "
+                f"same command."
+            ) from error
 
     def _apply(self, entry: dict[str, Any]) -> None:
-        kind, number = entry["record"], entry["trial"]
+        kind = entry["record"]
+        if kind == "optimizer":
+            optimizer = OptimizerRecord(**{field.name: entry[field.name] for field in fields(OptimizerRecord)})
+            _expect(isinstance(optimizer.name, str) and optimizer.first == len(self._trials))
+            _expect(optimizer.trials > optimizer.first and optimizer.workers > 0)
+            self._optimizers.append(optimizer)
+            return
+        number = entry["trial"]
         if kind == "started" and number == len(self._trials):
             _expect(isinstance(entry["key"], dict) and 0 <= entry["told"] <= number)
-            self._trials.append(TrialRecord(number, entry["key"], entry["told"]))
+            self._trials.append(TrialRecord(number, entry["key"], entry["told"], entry["point"]))
             return
         _expect(0 <= number < len(self._trials))
         trial = self._trials[number]

@@ -7,23 +7,47 @@ from typing import Any, Protocol
 
 from qpruner.errors import UserError
 from qpruner.search.ledger import Key, Ledger, Scores, TrialRecord, flat, identity, plain
+from qpruner.search.proposals import Score
 from qpruner.search.workers import Executor, Outcome
 
 MOST_ATTEMPTS = 2
 """Times that a trial is started when the search itself is cut off while it runs."""
 
-Score = float | list[float]
-"""What the optimizer is told, smaller is better: one number, or one for each objective."""
-
 logger = logging.getLogger(__name__)
 
 
 class Optimizer(Protocol):
-    """Nevergrad's ask and tell."""
+    """What proposes; `qpruner.search.proposals` has those of a search. What is proposed has plain data as ``value``."""
 
     def ask(self) -> Any: ...
 
-    def tell(self, candidate: Any, loss: Any) -> None: ...
+    def tell(self, proposal: Any, score: Any) -> None: ...
+
+    def learn(self, value: Any, score: Any) -> None:
+        """Tells of a trial that another optimizer proposed."""
+        ...
+
+
+class Judge:
+    """What an optimizer is told of trials, one after the other in their order.
+
+    A trial that failed is told as a penalty: the worst score so far and as much again as lies between it and the best.
+
+    Args:
+        score_of: what is told of scores.
+        first_penalty: told for a failed trial as long as none has succeeded; in the shape of ``score_of``.
+    """
+
+    def __init__(self, score_of: Callable[[Scores], Score], first_penalty: Score = 1e6) -> None:
+        self.score_of = score_of
+        self.first_penalty = first_penalty
+        self._history: list[Score] = []  # of the trials that succeeded
+
+    def __call__(self, trial: TrialRecord) -> Score:
+        if trial.scores is None:
+            return _penalty(self._history) if self._history else self.first_penalty
+        self._history.append(self.score_of(trial.scores))
+        return self._history[-1]
 
 
 def run_trials(
@@ -34,59 +58,75 @@ def run_trials(
     num_trials: int,
     workers: int,
     key_of: Callable[[Any], Key],
-    score_of: Callable[[Scores], Score],
+    judge: Judge,
     on_trial: Callable[[TrialRecord], None],
-    first_penalty: Score = 1e6,
 ) -> None:
     """Runs trials until the ledger holds ``num_trials``; what it already holds is told again instead of run again.
 
     Trials are proposed ``workers`` at a time and told in the order in which they were proposed, whichever ends first,
     and the ledger says how many had been told before each proposal. So an optimizer that is fresh, and made as the
     first one was, goes through the same proposals again, also when the number of workers or of trials is now another.
+    Only the last optimizer of the ledger does so: it learns what earlier ones proposed before it proposes anything.
 
     A key is evaluated once. A trial with the key of another one takes over what came of that, and counts: an optimizer
-    that only repeats itself comes to an end. A trial that fails, or finds NaN or an infinite number, is told as a
-    penalty: the worst score so far and as much again as lies between it and the best. A trial that was running when the
-    search was cut off is started once more, and fails if that happens again.
+    that only repeats itself comes to an end. A trial that finds NaN or an infinite number fails. A trial that was
+    running when the search was cut off is started once more, and fails if that happens again.
 
     Args:
         optimizer: fresh; nothing asked or told.
-        ledger: of this search.
+        ledger: of this search; see `finish_started`.
         executor: runs the trials.
         num_trials: in all, those in the ledger included.
         workers: trials proposed at a time.
-        key_of: what a candidate's ``value`` asks to be evaluated.
-        score_of: what the optimizer is told of scores.
-        on_trial: called with each trial that the ledger did not hold yet, after it was told.
-        first_penalty: told for a failed trial as long as none has succeeded; in the shape of ``score_of``.
+        key_of: what a proposal's ``value`` asks to be evaluated.
+        judge: fresh; what the optimizer is told of trials.
+        on_trial: called with each trial whose outcome the ledger did not hold yet.
 
     Raises:
-        UserError: the optimizer proposes something else than the ledger says it did.
+        UserError: the optimizer proposes something else than the ledger says it did; or from the optimizer.
     """
-    history: list[Score] = []  # of the trials that succeeded
-    told = 0
+    finish_started(ledger, executor, num_trials=num_trials, score_of=judge.score_of, on_trial=on_trial)
+    told = ledger.optimizers[-1].first if ledger.optimizers else 0
+    for trial in ledger.records[:told]:
+        optimizer.learn(trial.point, judge(trial))
     while told < num_trials:
         size = min(_wave_size(ledger.records[told:], told, workers), num_trials - told)
-        candidates = [optimizer.ask() for _ in range(size)]
-        keys = [plain(key_of(candidate.value)) for candidate in candidates]
-        was_done = {trial.number for trial in ledger.records[told : told + size] if trial.done}
-        to_run = _start(ledger, told, keys)
-        for place, outcome in executor.run([keys[number - told] for number in to_run]):
-            _record(ledger, to_run[place], outcome, score_of)
-        for place, (candidate, key) in enumerate(zip(candidates, keys, strict=True)):
-            number = told + place
-            if not ledger.records[number].done:
-                _repeat(ledger, number, key)
-            trial = ledger.records[number]
-            if trial.scores is None:
-                score = _penalty(history) if history else first_penalty
-            else:
-                score = score_of(trial.scores)
-                history.append(score)
-            optimizer.tell(candidate, score)
-            if number not in was_done:
+        proposals = [optimizer.ask() for _ in range(size)]
+        wave = [
+            TrialRecord(number, plain(key_of(proposal.value)), told, proposal.value)
+            for number, proposal in enumerate(proposals, told)
+        ]
+        recorded = ledger.records[told : told + size]
+        _check_same(ledger, recorded, wave)
+        _evaluate(ledger, executor, wave[len(recorded) :], judge.score_of)
+        for proposal, trial in zip(proposals, ledger.records[told : told + size], strict=True):
+            optimizer.tell(proposal, judge(trial))
+            if trial not in recorded:
                 on_trial(trial)
         told += size
+
+
+def finish_started(
+    ledger: Ledger,
+    executor: Executor,
+    *,
+    num_trials: int,
+    score_of: Callable[[Scores], Score],
+    on_trial: Callable[[TrialRecord], None],
+) -> None:
+    """Runs again what was running when the search was cut off, which takes no optimizer.
+
+    Args:
+        ledger: of the search.
+        executor: runs the trials.
+        num_trials: of the search; trials beyond them stay as they are.
+        score_of: what an optimizer is told of scores.
+        on_trial: called with each of these trials.
+    """
+    started = [trial for trial in ledger.records[:num_trials] if not trial.done]
+    _evaluate(ledger, executor, started, score_of)
+    for trial in started:
+        on_trial(ledger.records[trial.number])
 
 
 def run_listed(keys: Sequence[Key], ledger: Ledger, executor: Executor, *, known: Ledger) -> list[TrialRecord]:
@@ -121,30 +161,38 @@ def _wave_size(recorded: Sequence[TrialRecord], told: int, workers: int) -> int:
     return size if size < len(recorded) else max(size, workers)
 
 
-def _start(ledger: Ledger, told: int, keys: Sequence[Key]) -> list[int]:
-    """Writes down the trials of a wave that are not there yet, and returns those to run."""
-    to_run: list[int] = []
-    running: set[str] = set()
-    for number, key in enumerate(keys, told):
-        known = ledger.records[number] if number < len(ledger.records) else None
-        if known is not None and known.key != key:
+def _check_same(ledger: Ledger, recorded: Sequence[TrialRecord], proposed: Sequence[TrialRecord]) -> None:
+    for before, now in zip(recorded, proposed, strict=False):
+        if before.key != now.key:
             raise UserError(
-                f"{str(ledger.path)!r} does not fit this search: its trial {number} was {known.key}, and now the "
-                f"optimizer proposes {key}. Continue it with the options and versions that it was begun with, or start "
-                f"a new search."
+                f"{str(ledger.path)!r} does not fit this search: its trial {now.number} was {before.key}, and now the "
+                f"optimizer proposes {now.key}. Continue it with the options and versions that it was begun with, give "
+                f"another search.optimizer, which learns from the trials so far, or start a new search."
             )
-        if known is not None and known.done:
+
+
+def _evaluate(
+    ledger: Ledger, executor: Executor, trials: Sequence[TrialRecord], score_of: Callable[[Scores], Score]
+) -> None:
+    """Writes down that trials begin, runs those whose key is new, and writes down what came of each."""
+    to_run: list[TrialRecord] = []
+    running: set[str] = set()
+    for trial in trials:
+        attempts = ledger.attempts(trial.number)
+        known = ledger.outcome_of(trial.key) is not None or identity(trial.key) in running
+        if not known and attempts >= MOST_ATTEMPTS:
+            ledger.fail(trial.number, f"the search was cut off {MOST_ATTEMPTS} times while it ran")
             continue
-        if ledger.outcome_of(key) is not None or identity(key) in running:
-            if known is None:
-                ledger.start(number, key, told)
-        elif ledger.attempts(number) >= MOST_ATTEMPTS:
-            ledger.fail(number, f"the search was cut off {MOST_ATTEMPTS} times while it ran")
-        else:
-            ledger.start(number, key, told)
-            running.add(identity(key))
-            to_run.append(number)
-    return to_run
+        if not known or attempts == 0:
+            ledger.start(trial.number, trial.key, trial.told, trial.point)
+        if not known:
+            running.add(identity(trial.key))
+            to_run.append(trial)
+    for place, outcome in executor.run([trial.key for trial in to_run]):
+        _record(ledger, to_run[place].number, outcome, score_of)
+    for trial in trials:
+        if not ledger.records[trial.number].done:
+            _repeat(ledger, trial.number, trial.key)
 
 
 def _record(ledger: Ledger, number: int, outcome: Outcome, score_of: Callable[[Scores], Score]) -> None:

@@ -15,6 +15,7 @@ believer"), so that several can be out at once.
 objectives: Knowles 2006, "ParEGO". Refinement of a prior's bits by a Gaussian process: QPruner (arXiv 2412.11629).
 """
 
+from dataclasses import dataclass
 from typing import Any
 
 import nevergrad as ng
@@ -31,29 +32,41 @@ POOL = 1024  # plans that a proposal is picked from
 ATTEMPTS = 16  # pools without a new plan after which plans may repeat
 
 
-def make_optimizer(name: str, space: SearchSpace, *, num_trials: int, num_workers: int, seed: int) -> Optimizer:
-    """An optimizer whose candidates have a point of the space as their value.
+@dataclass(frozen=True)
+class OptimizerSettings:
+    """All that an optimizer's proposals depend on, but the scores.
 
     Args:
         name: ``bayesian``, ``random`` or one of Nevergrad's.
         space: of the plans.
-        num_trials: that will be told.
-        num_workers: trials that are out at once.
+        num_trials: that will be told, at least 1; many of Nevergrad's plan for them.
+        num_workers: trials that are out at once, at least 1.
         seed: of the random draws.
+    """
+
+    name: str
+    space: SearchSpace
+    num_trials: int
+    num_workers: int
+    seed: int
+
+
+def make_optimizer(settings: OptimizerSettings) -> Optimizer:
+    """An optimizer whose candidates have a point of the space as their value.
+
+    Args:
+        settings: of the optimizer.
 
     Raises:
-        UserError: nothing has this name; it needs a package that is not there; or it proposes one trial after the
-            other, and there are several workers.
+        UserError: from `check_optimizer`; other errors where one of Nevergrad's does not run here.
     """
+    name, budget, num_workers = settings.name, settings.num_trials, settings.num_workers
     check_optimizer(name, num_workers)
+    array = ng.p.Array(init=np.zeros(settings.space.dimension))
+    array.random_state = np.random.RandomState(derive_seed(settings.seed, "search", name) % 2**32)
     if name in OURS:
-        return OURS[name](_parametrization(name, space, seed), num_trials, num_workers, space=space, seed=seed)
-    registry = ng.optimizers.registry
-    try:  # Nevergrad lists optimizers of packages that it does not bring, which the first proposal tells.
-        registry[name](_parametrization(name, space, seed), num_trials, num_workers).ask()
-    except (ImportError, RuntimeError) as error:
-        raise UserError(f"{name} does not run here: {error}. Install what it needs, or take another.") from error
-    return registry[name](_parametrization(name, space, seed), num_trials, num_workers)
+        return OURS[name](array, budget, num_workers, space=settings.space, seed=settings.seed)
+    return ng.optimizers.registry[name](array, budget, num_workers)
 
 
 def check_optimizer(name: str, num_workers: int) -> None:
@@ -79,12 +92,6 @@ def check_optimizer(name: str, num_workers: int) -> None:
             f"{name} proposes one trial after the other, and there are {num_workers} workers. Have one worker, or take "
             f"{' or '.join(OURS)}."
         )
-
-
-def _parametrization(name: str, space: SearchSpace, seed: int) -> Any:
-    array = ng.p.Array(init=np.zeros(space.dimension))
-    array.random_state = np.random.RandomState(derive_seed(seed, "search", name) % 2**32)
-    return array
 
 
 class PlanOptimizer(Optimizer):

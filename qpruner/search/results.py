@@ -2,8 +2,8 @@
 
 from collections.abc import Sequence
 
-from qpruner.runs.search import Tried
-from qpruner.search.ledger import TrialRecord
+from qpruner.runs.search import Proposer, Tried
+from qpruner.search.ledger import Ledger, TrialRecord
 
 
 def tried(name: str, records: Sequence[TrialRecord]) -> Tried:
@@ -17,3 +17,13 @@ def tried(name: str, records: Sequence[TrialRecord]) -> Tried:
         losses=tuple(float(one["loss"]) for one in scores),
         scores=scores[0],
     )
+
+
+def proposers(ledger: Ledger) -> list[Proposer]:
+    """Who proposed which trials; without optimizers that were followed before they proposed any."""
+    ends = [*(record.first for record in ledger.optimizers[1:]), len(ledger.records)]
+    return [
+        Proposer(record.name, record.first + 1, end)
+        for record, end in zip(ledger.optimizers, ends, strict=True)
+        if end > record.first
+    ]

@@ -85,6 +85,14 @@ class SearchSpace:
         """Bytes of the smallest choices."""
         return sum(item[0].size for item in self.choices)
 
+    @property
+    def is_single(self) -> bool:
+        """Whether all points have one plan: the smallest choices, or the largest."""
+        largest = sum(item[-1].size for item in self.choices)
+        steps = [item[1].size - item[0].size for item in self.choices if len(item) > 1]
+        too_small = not steps or self.limit < self.smallest + min(steps)
+        return too_small or (not self.spends and self.limit >= largest)
+
     @cached_property
     def rates(self) -> list[Floats]:
         """[items][choices - 1], saving per byte of each step to the next choice, as the module says; falling."""

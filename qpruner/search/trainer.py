@@ -7,6 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from lightning.pytorch import Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
@@ -23,13 +24,15 @@ from qpruner.plan import CompressionPlan
 from qpruner.runs.folder import RunFolder
 from qpruner.runs.search import SearchResults, Tried, pareto_front, ranked, show_search, write_search_report
 from qpruner.search.config import SearchConfig
-from qpruner.search.executors import make_executor
+from qpruner.search.executors import check_executor, make_executor
 from qpruner.search.ledger import Key, Ledger, Scores, TrialRecord
-from qpruner.search.loop import run_listed, run_trials
-from qpruner.search.optimizers import check_optimizer, make_optimizer
+from qpruner.search.loop import Judge, finish_started, run_listed, run_trials
 from qpruner.search.preparation import DenseReference, SearchPreparation, part_of
-from qpruner.search.results import tried
+from qpruner.search.proposals import OptimizerFailed, Score, open_proposals
+from qpruner.search.rehearsal import check_runs
+from qpruner.search.results import proposers, tried
 from qpruner.search.space import SearchSpace
+from qpruner.search.succession import settings_of, succeed
 from qpruner.search.trial import TrialTrainer, TrialWork
 from qpruner.search.workers import Executor
 from qpruner.training.module import LoRAFinetuner
@@ -89,43 +92,68 @@ class Search:
     def run(self) -> SearchResults:
         if self.trainer.fast_dev_run:  # type: ignore[attr-defined]
             raise UserError("A search has no rehearsal: drop --trainer.fast_dev_run and give --search.trials 1.")
-        check_optimizer(self.config.optimizer, self.config.executor.workers)
+        config = self.config
+        check_runs(config.optimizer, config.executor.workers)
+        check_executor(config.executor)
         if "validation" not in self.data.prepared.splits:
             raise UserError("A search chooses on the validation split, and there is none. Give one to the data module.")
-        if self.config.max_seconds is not None:
+        if config.max_seconds is not None:
             rank_zero_warn(
                 "search.max_seconds makes trials depend on how fast they run: this search cannot be repeated."
             )
         method = self.prepare()
         self.prior = Allocation.read(part_of(self.folder, method).allocation)
-        space = SearchSpace(
+        self.space = SearchSpace(
             choices=[
                 [Choice(*pair) for pair in zip(one.sizes, one.costs, strict=True)] for one in self.prior.decisions
             ],
             levels=[[precision.bits for precision in one.choices] for one in self.prior.decisions],
             limit=self.prior.for_items,
-            spends=self.config.front,
+            spends=config.front,
         )
-        config, work = self.config, self.work(method)
-        optimizer = make_optimizer(
-            config.optimizer, space, num_trials=config.trials, num_workers=config.executor.workers, seed=self.model.seed
-        )
+        if self.space.is_single:
+            rank_zero_warn(
+                f"A budget of {self.prior.budget} leaves one plan, and nothing to search for. Give another budget."
+            )
         self.ledger = Ledger.open(self.folder.ledger, self.identity("trials"))
+        succeed(
+            self.ledger, config.optimizer, self.space, self.judge(),
+            num_trials=config.trials, workers=config.executor.workers, seed=self.model.seed,
+        )  # fmt: skip
         self.already = sum(record.done for record in self.ledger.records)
         self.since = time.perf_counter()
-        with make_executor(config.executor, work) as executor:
-            run_trials(
-                optimizer,
-                self.ledger,
-                executor,
-                num_trials=config.trials,
-                workers=config.executor.workers,
-                key_of=lambda point: self.key(space.decode(point[None])[0].tolist(), 0, config.steps),
-                score_of=self.score,
-                on_trial=self.report_trial,
-            )
+        with make_executor(config.executor, self.work(method)) as executor:
+            self.try_plans(executor)
             variants = self.compare(executor)
         return self.finish(variants)
+
+    def try_plans(self, executor: Executor) -> None:
+        """Runs the trials that are not in the ledger yet."""
+        config = self.config
+        if len(self.ledger.records) >= config.trials:
+            finish_started(
+                self.ledger, executor, num_trials=config.trials, score_of=self.score, on_trial=self.report_trial
+            )
+            return
+        settings = settings_of(self.ledger.optimizers[-1], self.space, self.model.seed)
+        try:
+            with open_proposals(settings) as proposals:
+                run_trials(
+                    proposals,
+                    self.ledger,
+                    executor,
+                    num_trials=config.trials,
+                    workers=config.executor.workers,
+                    key_of=lambda point: self.key(self.space.decode(np.array([point]))[0].tolist(), 0, config.steps),
+                    judge=self.judge(),
+                    on_trial=self.report_trial,
+                )
+        except OptimizerFailed as error:
+            safe = sum(record.done for record in self.ledger.records)
+            raise UserError(
+                f"{error} The {safe} trials so far are safe in {str(self.folder.ledger)!r}: the same command with "
+                f"another --search.optimizer, such as bayesian, goes on with them."
+            ) from error
 
     def prepare(self) -> Method:
         """Prunes the base, finds the prior and fills the bank, unless an earlier session did."""
@@ -168,15 +196,16 @@ class Search:
         """What a trial evaluates; the same data order and draws for all plans of one repetition."""
         return {"choices": list(choices), "steps": steps, "seed": self.model.seed + repetition}
 
-    def score(self, scores: Scores) -> float | list[float]:
+    def judge(self) -> Judge:
+        return Judge(self.score, first_penalty=[1e6, float(self.space.limit)] if self.config.front else 1e6)
+
+    def score(self, scores: Scores) -> Score:
         return [scores["loss"], float(scores["bytes"])] if self.config.front else scores["loss"]
 
     def identity(self, part: str) -> dict[str, Any]:
-        """What tells this search's ledger from others; more trials or workers are no other search."""
+        """What tells this search's ledger from others; more trials, workers or another optimizer are no other."""
         quantization = self.preparation.quantization
-        free = {"trials", "finalists", "finalist_seeds", "finalist_steps", "executor"} | (
-            {"optimizer"} if part == "variants" else set()
-        )
+        free = {"optimizer", "trials", "finalists", "finalist_seeds", "finalist_steps", "executor"}
         return {
             "part": part,
             "search": {name: value for name, value in asdict(self.config).items() if name not in free},
@@ -202,6 +231,8 @@ class Search:
             outcome = f"failed: {record.why}"
         else:
             outcome = f"loss {record.scores['loss']:.4f}, {record.scores['bytes']:,} bytes"
+        if record.repeats is not None:
+            outcome = f"the plan of trial {record.repeats + 1} again, {outcome}"
         best = min(succeeded, key=lambda one: one.scores["loss"], default=None)  # type: ignore[index]
         best_line = "" if best is None else f"; best so far {best.scores['loss']:.4f} in trial {best.number + 1}"  # type: ignore[index]
         rank_zero_info(
@@ -253,6 +284,7 @@ class Search:
             failed={one.number + 1: one.why for one in records if one.why is not None},
             variants=tuple(ranked(variants)),
             front=tuple(one.name for one in front),
+            proposers=tuple(proposers(self.ledger)),
         )
         base = read_plan(self.folder.base)
         self.folder.plans.mkdir(exist_ok=True)

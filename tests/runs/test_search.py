@@ -1,6 +1,7 @@
 """What came of a search: the front and the table by hand, and JSON that comes back as it went."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,16 @@ import pytest
 from qpruner.errors import UserError
 from qpruner.report_command import report_command
 from qpruner.runs.folder import RunFolder
-from qpruner.runs.search import SearchResults, Tried, pareto_front, ranked, variants_table, write_search_report
+from qpruner.runs.search import (
+    Proposer,
+    SearchResults,
+    Tried,
+    pareto_front,
+    proposed_by,
+    ranked,
+    variants_table,
+    write_search_report,
+)
 
 
 def tried(name: str, num_bytes: int, *losses: float, choices: tuple[int, ...] = (0, 1)) -> Tried:
@@ -38,6 +48,7 @@ RESULTS = SearchResults(
         Tried("uniform", (0, 0), 1400, 4.5, (2.0,), {"loss": 2.0}),
     ),
     front=("trial 2", "trial 1", "trial 8"),
+    proposers=(Proposer("TBPSA", 1, 5), Proposer("bayesian", 6, 8)),
 )
 
 
@@ -53,6 +64,12 @@ def test_results_come_back_as_they_were_written(tmp_path: Path) -> None:
     RESULTS.write(tmp_path / "search.json")
     assert SearchResults.read(tmp_path / "search.json") == RESULTS
     assert RESULTS.winner.name == "trial 8"
+
+
+def test_the_report_says_who_proposed_what() -> None:
+    assert proposed_by(RESULTS) == "Trials 1 to 5 were proposed by `TBPSA`, 6 to 8 by `bayesian`."
+    alone = replace(RESULTS, proposers=RESULTS.proposers[:1])
+    assert proposed_by(alone) == "Trials were proposed by `TBPSA`."
 
 
 def test_loss_and_spread_are_over_seeds() -> None:
@@ -77,7 +94,10 @@ def test_the_report_names_front_failures_and_pictures(tmp_path: Path) -> None:
     write_search_report(folder, RESULTS)
     report = folder.report.read_text()
     assert variants_table(RESULTS) in report and "- 3: MemoryError" in report
-    assert "7 plans were tried under a budget of 6 bits per weight, with mutual information as the prior" in report
+    tried_once = (
+        "1 plan was tried in 7 trials under a budget of 6 bits per weight, with mutual information as the prior"
+    )
+    assert f"{tried_once}. {proposed_by(RESULTS)}" in report  # the trials above all have the same choices
     assert "beats in both loss and bytes: trial 2, trial 1, trial 8; in `plans/`" in report
     for picture in (folder.trials_picture, folder.pareto_picture):
         assert picture.stat().st_size > 5000 and f"]({picture.name})" in report

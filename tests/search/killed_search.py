@@ -18,7 +18,7 @@ from toys import Toy
 
 from qpruner.search.executors import ExecutorConfig, make_executor
 from qpruner.search.ledger import Ledger
-from qpruner.search.loop import run_trials
+from qpruner.search.loop import Judge, run_trials
 
 NUM_TRIALS, WORKERS = 14, 2
 MOMENTS = (
@@ -55,7 +55,7 @@ def search(path: Path, kind: str = "serial", optimizer: Any = None, hang_at: int
             num_trials=NUM_TRIALS,
             workers=WORKERS,
             key_of=key_of,
-            score_of=loss_of,
+            judge=Judge(loss_of),
             on_trial=lambda trial: None,
         )
 

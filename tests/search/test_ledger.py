@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from qpruner.errors import UserError
-from qpruner.search.ledger import Ledger, TrialRecord
+from qpruner.search.ledger import Ledger, OptimizerRecord, TrialRecord
 
 SEARCH = {"seed": 1, "budget": {"share": 0.3}, "widths": (2, 4, 8)}
 KEYS = [{"choices": [2, 4], "seed": 0}, {"choices": [4, 4], "seed": 0}, {"choices": [8, 4], "seed": 0}]
@@ -172,3 +172,27 @@ def test_what_cannot_be_written_is_not_written(path: Path) -> None:
 def test_a_folder_in_its_place_is_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="Cannot read .*directory.*start a new search"):
         Ledger.open(tmp_path, SEARCH)
+
+
+def test_a_full_disk_is_told_and_costs_no_record(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(file: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    ledger = Ledger.open(path, SEARCH)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        with pytest.raises(UserError, match=r"cannot be written .*No space left.*go on with the same command"):
+            ledger.finish(3, {"loss": 1.0})
+    assert Ledger.open(path, SEARCH).records[:3] == RECORDS[:3]
+
+
+def test_says_which_optimizer_proposed_what(path: Path) -> None:
+    ledger = Ledger.open(path, SEARCH)
+    ledger.begin(OptimizerRecord("TBPSA", 4, 9, 2))
+    ledger.start(4, {"choices": [1]}, 4, [0.1 + 0.2, -1e-300])
+    again = Ledger.open(path, SEARCH)
+    assert again.optimizers == (OptimizerRecord("TBPSA", 4, 9, 2),)
+    assert again.records[4].point == [0.1 + 0.2, -1e-300]
+    for wrong in (OptimizerRecord("DE", 4, 9, 1), OptimizerRecord("DE", 5, 5, 1), OptimizerRecord("DE", 5, 9, 0)):
+        with pytest.raises(ValueError, match="does not follow"):
+            ledger.begin(wrong)

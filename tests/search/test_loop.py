@@ -17,7 +17,7 @@ from toys import Toy, quadratic
 from qpruner.errors import UserError
 from qpruner.search.executors import ExecutorConfig, SerialExecutor, make_executor
 from qpruner.search.ledger import Key, Ledger, TrialRecord
-from qpruner.search.loop import run_trials
+from qpruner.search.loop import Judge, run_trials
 from qpruner.search.workers import Executor, Outcome
 
 
@@ -60,11 +60,11 @@ def search(path: Path, executor: Executor | None = None, **changes: Any) -> tupl
         "num_trials": NUM_TRIALS,
         "workers": WORKERS,
         "key_of": key_of,
-        "score_of": loss_of,
         "on_trial": lambda trial: None,
     }
     optimizer = changes.pop("optimizer", None) or make_optimizer()
-    run_trials(optimizer, ledger, executor or Counting(), **options | changes)
+    judge = Judge(changes.pop("score_of", loss_of), changes.pop("first_penalty", 1e6))
+    run_trials(optimizer, ledger, executor or Counting(), judge=judge, **options | changes)
     return ledger.records
 
 

@@ -157,3 +157,14 @@ def test_a_thousand_points_take_little_time() -> None:
         space.decode(points)
         times.append(time.perf_counter() - start)
     assert min(times) < 0.1  # 0.007 s where nothing else runs
+
+
+@pytest.mark.parametrize("spends", [False, True])
+def test_a_budget_that_leaves_one_plan_is_told(spends: bool) -> None:
+    choices = [[Choice(10, 0.0), Choice(20, -1.0)], [Choice(10, 0.0), Choice(25, -1.0)]]
+    for limit in range(20, 60):
+        space = SearchSpace(choices, [(4, 8)] * 2, limit, spends)
+        plans = space.decode(np.random.default_rng(0).standard_normal((500, space.dimension)))
+        single = len(np.unique(plans, axis=0)) == 1
+        # Where only the first item's upgrade fits, that is not known without decoding.
+        assert space.is_single == (single and not 30 <= limit < 35)

@@ -1,0 +1,66 @@
+"""Which optimizer proposes which trials of a search, and how the next one takes over.
+
+The ledger says where each began. Only the last one is made again when a search goes on: it learns the points and scores
+of all trials before its first, and then makes the proposals that the ledger holds and those that are to come.
+"""
+
+from lightning.pytorch.utilities import rank_zero_info
+
+from qpruner.search.ledger import Ledger, OptimizerRecord
+from qpruner.search.loop import Judge
+from qpruner.search.optimizers import OURS, OptimizerSettings
+from qpruner.search.rehearsal import rehearse
+from qpruner.search.space import SearchSpace
+from qpruner.seeds import derive_seed
+
+
+def succeed(
+    ledger: Ledger, name: str, space: SearchSpace, judge: Judge, *, num_trials: int, workers: int, seed: int
+) -> None:
+    """Has an optimizer propose the trials that are left, once it was rehearsed, unless it does so already.
+
+    One of Nevergrad's that planned for fewer trials or workers begins anew, too; ours plan for none.
+
+    Args:
+        ledger: of the search.
+        name: of the optimizer.
+        space: of the plans.
+        judge: fresh; what optimizers are told of trials.
+        num_trials: of the whole search.
+        workers: trials proposed at a time.
+        seed: of the search.
+
+    Raises:
+        UserError: the rehearsal failed; the ledger is as it was.
+    """
+    first, before = len(ledger.records), ledger.optimizers[-1] if ledger.optimizers else None
+    goes_on = (
+        before is not None
+        and before.name == name
+        and (name in OURS or (num_trials <= before.trials and workers <= before.workers))
+    )
+    if goes_on or num_trials <= first:
+        return
+    record = OptimizerRecord(name, first, num_trials, workers)
+    known = [(trial.point, judge(trial)) for trial in ledger.records if trial.done]
+    rehearse(settings_of(record, space, seed), known)
+    ledger.begin(record)
+    if before is not None:
+        rank_zero_info(f"{name} proposes from trial {first + 1} on; {before.name} proposed the last one before.")
+
+
+def settings_of(record: OptimizerRecord, space: SearchSpace, seed: int) -> OptimizerSettings:
+    """What an optimizer is made from, so that it makes the same proposals each time.
+
+    Args:
+        record: of the optimizer.
+        space: of the plans.
+        seed: of the search; an optimizer that follows another has one of its own, lest it proposes the same again.
+    """
+    return OptimizerSettings(
+        record.name,
+        space,
+        num_trials=record.trials - record.first,
+        num_workers=record.workers,
+        seed=derive_seed(seed, "optimizer", record.first) if record.first else seed,
+    )
