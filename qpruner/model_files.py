@@ -53,20 +53,18 @@ def check_is_model(folder: Path) -> None:
 
 
 def _without_configuration(folder: Path) -> str:
+    refusal = f"Cannot load a model from {str(folder)!r}: it holds no {CONFIG}"
     instead = next((kind for pattern, kind in OTHER_LAYOUTS.items() if any(folder.glob(pattern))), None)
     # Such as the folder of a run, or one with the checkpoints of a training.
     inside = sorted(str(file.parent) for depth in ("*", "*/*") for file in folder.glob(f"{depth}/{CONFIG}"))
     if instead is None and inside:
-        listed = ", ".join(map(repr, inside[:3]))
-        return (
-            f"{str(folder)!r} holds no {CONFIG}; {listed} {'does' if len(inside) == 1 else 'do'}. Give the folder of "
-            f"the model itself."
-        )
+        verb = "does" if len(inside) == 1 else "do"
+        return f"{refusal}; {', '.join(map(repr, inside[:3]))} {verb}. Give the folder of the model itself."
     if instead is None and has_tokenizer(folder):
         instead = "a tokenizer alone"
     return (
-        f"{str(folder)!r} holds no {CONFIG}{f', but {instead}' if instead else ''}. Give a folder as `save_pretrained` "
-        f"of transformers writes it: {CONFIG}, safetensors and a tokenizer."
+        f"{refusal}{f', but {instead}' if instead else ''}. Give a folder as `save_pretrained` of transformers writes "
+        f"it: {CONFIG}, safetensors and a tokenizer."
     )
 
 
