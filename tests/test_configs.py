@@ -8,7 +8,6 @@ import pytest
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from qpruner.checkpoint import load_base
-from qpruner.cli import QPrunerCLI
 from qpruner.commands import run
 from qpruner.files import read_json
 from qpruner.memory import num_parameters
@@ -142,4 +141,3 @@ def test_configs_name_what_they_are_for() -> None:
         *(f"qpruner_llama2_7b_{share}" for share in (20, 30, 50)),
     }  # fmt: skip
     assert all(path.read_text().startswith("# ") for path in CONFIGS)
-    assert QPrunerCLI.subcommands().keys() == {"fit", "validate", "test", "predict", "search"}

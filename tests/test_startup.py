@@ -12,6 +12,7 @@ from families import tiny_config
 
 from qpruner import __version__
 from qpruner.anatomy import architecture_of
+from qpruner.cli import SKIPPED
 from qpruner.commands import COMMANDS, run
 from qpruner.errors import UserError
 from qpruner.plan import CompressionPlan
@@ -66,6 +67,7 @@ def test_help_lists_every_command_in_a_line(capsys: pytest.CaptureFixture[str]) 
 def test_every_command_is_there() -> None:
     targets = [command.target for command in COMMANDS.values() if command.target]
     assert len(targets) == 3 and all(map(callable, map(resolve_name, targets)))
+    assert {name for name, command in COMMANDS.items() if not command.target} == SKIPPED.keys()
 
 
 @pytest.mark.parametrize(

@@ -63,18 +63,20 @@ def read_arguments(arguments: Sequence[str], flags: Collection[str]) -> Iterator
             if value.startswith("-") and not NEGATIVE.fullmatch(value):
                 raise UserError(f"{option} needs a value. One that begins with '-' is given as {option}=VALUE.")
             next(words)
-        if option in CONFIG:
+        if option in CONFIG and not Path(value).is_fifo():  # what a pipe held was read by the parser
             yield from (GivenOption(str(key), content, value) for key, content in read_file(value).items())
-        else:
+        elif option not in CONFIG:
             yield GivenOption(name, value)
 
 
 def config_files(arguments: Sequence[str]) -> Iterator[str]:
-    """The files that a command line names."""
+    """The files that a command line names; no pipes, which can be read but once."""
     for number, argument in enumerate(arguments):
         option, equals, value = argument.partition("=")
         if option in CONFIG and (equals or number + 1 < len(arguments)):
-            yield value if equals else arguments[number + 1]
+            path = value if equals else arguments[number + 1]
+            if not Path(path).is_fifo():
+                yield path
 
 
 def read_file(path: str) -> dict[str, Any]:

@@ -8,7 +8,7 @@ are named; jsonargparse is only asked whether a type takes a value.
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, is_dataclass
 from difflib import get_close_matches
-from pathlib import Path
+from os.path import isfile
 from typing import Any
 
 import yaml
@@ -143,7 +143,7 @@ class Mistakes:
     def _check_object(self, base: type, value: Any, name: str) -> None:
         """Checks the name of a class, or a mapping that says which and with what options."""
         if isinstance(value, str):
-            value = {"class_path": value} if not Path(value).is_file() else read_file(value)
+            value = {"class_path": value} if not isfile(value) else read_file(value)
         if not isinstance(value, dict):
             raise wrong_value(base, value, name)
         if "class_path" in value:
@@ -181,7 +181,7 @@ def no_class(base: type, value: Any, name: str) -> UserError:
 def _options_in(value: Any, name: str) -> dict[Any, Any]:
     """The options that a group was given at once."""
     value = _loaded(value)
-    if isinstance(value, str) and Path(value).is_file():
+    if isinstance(value, str) and isfile(value):
         value = read_file(value)
     if value is None:
         return {}
@@ -193,7 +193,7 @@ def _options_in(value: Any, name: str) -> dict[Any, Any]:
 def _is_object(base: type, value: Any) -> bool:
     """Whether a value names a class, says its options, or is a file that does."""
     return isinstance(value, dict) or (
-        isinstance(value, str) and (class_named(base, value) is not None or Path(value).is_file())
+        isinstance(value, str) and (class_named(base, value) is not None or isfile(value))
     )
 
 

@@ -69,6 +69,7 @@ def tell(monkeypatch: pytest.MonkeyPatch) -> Tell:
         (["--model.optimizer.lr", "x"], "model.optimizer.lr is 'x'; it must be a number."),
         (["--model.optimizer.name", "adam"], "it must be one of adamw, adamw_8bit, paged_adamw_8bit, paged_adamw. Did"),
         (["--model.gradient_checkpointing", "perhaps"], "is 'perhaps'; it must be true or false."),
+        (["--model.lora", "x" * 9999], "xxx..., but it is a group of options."),
         (["--model", "LoRAFinetuner"], "model is 'LoRAFinetuner', but it is a group of options."),
         (["--trainer.max_epochs", "1.5"], "trainer.max_epochs is '1.5'; it must be a whole number or null."),
         (["--trainer.precision", "15"], "trainer.precision is '15'; it must be one of 64, 32, 16, "),
