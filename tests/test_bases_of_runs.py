@@ -9,7 +9,7 @@ import pytest
 import yaml
 from bases import FOUR_BITS, copy_base, save_quantized
 
-from qpruner.cli import run
+from qpruner.commands import run
 from qpruner.errors import UserError
 from qpruner.files import read_json
 from qpruner.pretrained import load_tokenizer

@@ -17,7 +17,7 @@ from test_cli import TESTS, adapters, in_own_process
 
 from qpruner.callbacks.pruning import StructuredPruning
 from qpruner.checkpoint import has_trained_adapters
-from qpruner.cli import run
+from qpruner.commands import run
 from qpruner.errors import UserError
 from qpruner.files import read_json
 from qpruner.runs.folder import RunFolder

@@ -11,7 +11,7 @@ from families import adapted, logits_of, tiny_model
 
 from qpruner.adapters.lora import LoRAConfig, attach_adapters, is_target, target_linears
 from qpruner.anatomy import architecture_of, unit_linears
-from qpruner.cli import run
+from qpruner.commands import run
 from qpruner.errors import UserError
 from qpruner.plan import UNITS, CompressionPlan, Precision
 from qpruner.pricing import price

@@ -25,7 +25,8 @@ from qpruner.allocation.items import Item
 from qpruner.allocation.sensitivities import Rises, Sensitivities
 from qpruner.anatomy import architecture_of
 from qpruner.checkpoint import load_compressed, read_base_config, save_adapters, save_base
-from qpruner.cli import QPrunerCLI, run
+from qpruner.cli import QPrunerCLI
+from qpruner.commands import run
 from qpruner.datamodules import InstructionDataModule, TextDataModule
 from qpruner.datamodules.base import LoaderConfig
 from qpruner.files import hash_file

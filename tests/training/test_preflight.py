@@ -10,7 +10,7 @@ import yaml
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import EarlyStopping
 
-from qpruner.cli import run
+from qpruner.commands import run
 from qpruner.datamodules import StoriesDataModule
 from qpruner.errors import UserError
 from qpruner.files import read_json
