@@ -18,7 +18,10 @@ from qpruner.errors import UserError
 from qpruner.plan import CompressionPlan
 
 HEAVY = ("torch", "transformers", "lightning", "jsonargparse", "matplotlib")
-OF_MODELS = ("lightning", "jsonargparse", "transformers.modeling_utils", "peft", "matplotlib", "datasets", "scipy")
+OF_MODELS = (
+    "lightning", "jsonargparse", "transformers.modeling_utils", "peft", "matplotlib", "datasets", "scipy",
+    "bitsandbytes", "torch._dynamo",
+)  # fmt: skip
 
 
 def imported_by(commands: Iterable[list[str]], modules: tuple[str, ...]) -> set[str]:

@@ -5,9 +5,7 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
-import bitsandbytes as bnb
 import torch
-from bitsandbytes.functional import QuantState, dequantize_blockwise, quantize_4bit, quantize_blockwise
 from torch import Tensor, nn
 
 from qpruner.plan import Precision
@@ -91,13 +89,13 @@ class Blockwise4:
         }
 
     def encode(self, weight: Tensor, precision: Precision) -> dict[str, Tensor]:
-        codes, state = quantize_4bit(
+        codes, state = _bitsandbytes().functional.quantize_4bit(
             weight.float().contiguous(), blocksize=self.group(precision), quant_type=self.code_book
         )
         if not self.double:
             return {"codes": codes.flatten(), "scales": state.absmax}
         offset = state.absmax.mean()
-        scale_codes, scale_state = quantize_blockwise(
+        scale_codes, scale_state = _bitsandbytes().functional.quantize_blockwise(
             state.absmax - offset, code=scale_code_book(offset.device), blocksize=SCALE_GROUP
         )
         return {
@@ -185,10 +183,11 @@ class Blockwise4Linear(PackedLinear):
         self.number_format = number_format
 
     def unpack(self, dtype: torch.dtype) -> Tensor:
-        packed = self.packed()
+        bnb, packed = _bitsandbytes(), self.packed()
         codes, scales = packed["codes"], packed.get("scales")
         if scales is None:
-            scales = dequantize_blockwise(packed["scale_codes"], _scale_state(packed)) + packed["scale_offset"]
+            scales = bnb.functional.dequantize_blockwise(packed["scale_codes"], _scale_state(packed))
+            scales = scales + packed["scale_offset"]
         # The kernel is told of a matrix with a block in each row, or of one long row: these it reads rightly. It knows
         # three dtypes, and leaves memory as it is for others.
         number_format = self.number_format
@@ -205,9 +204,10 @@ class Blockwise4Linear(PackedLinear):
             return super().forward(x)
         bias = None if self.bias is None else self.bias.to(x.dtype)
         packed = self.packed()
+        bnb = _bitsandbytes()
         return bnb.matmul_4bit(x, packed["codes"].view(-1, 1), bias=bias, quant_state=self.state_of(packed, x.dtype))
 
-    def state_of(self, packed: Mapping[str, Tensor], dtype: torch.dtype) -> QuantState:
+    def state_of(self, packed: Mapping[str, Tensor], dtype: torch.dtype) -> Any:
         """What bitsandbytes has to know of the codes, for products in a dtype and their backward pass."""
         number_format = self.number_format
         scales: dict[str, Any] = {"absmax": packed.get("scales")}
@@ -217,7 +217,7 @@ class Blockwise4Linear(PackedLinear):
                 "offset": packed["scale_offset"],
                 "state2": _scale_state(packed),
             }
-        return QuantState(
+        return _bitsandbytes().functional.QuantState(
             shape=torch.Size((self.out_features, self.in_features)),
             code=number_format.book(packed["codes"].device),
             blocksize=number_format.group(self.precision),
@@ -227,10 +227,19 @@ class Blockwise4Linear(PackedLinear):
         )
 
 
-def _scale_state(packed: Mapping[str, Tensor]) -> QuantState:
+def _bitsandbytes() -> Any:
+    """Imported when something is computed: it takes longer than torch, and a plan's bytes are counted without it."""
+    import bitsandbytes
+
+    return bitsandbytes
+
+
+def _scale_state(packed: Mapping[str, Tensor]) -> Any:
     """What bitsandbytes has to know of scales that are quantized themselves."""
     scales = packed["scale_scales"]
-    return QuantState(absmax=scales, blocksize=SCALE_GROUP, code=scale_code_book(scales.device), dtype=torch.float32)
+    return _bitsandbytes().functional.QuantState(
+        absmax=scales, blocksize=SCALE_GROUP, code=scale_code_book(scales.device), dtype=torch.float32
+    )
 
 
 @cache  # moved to a device once, not at every product
