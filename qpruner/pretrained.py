@@ -116,6 +116,7 @@ def check_model(name: str, *, trust_remote_code: bool) -> None:
     """
     with _loading("model", name):
         config = _read_config(name, trust_remote_code)
+        load_generation_config(name)
         if quantization_of(config) is None:  # codes cannot be loaded without their values
             _load(name, config, trust_remote_code, dtype=torch.float32, device="meta")
 

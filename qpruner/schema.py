@@ -1,6 +1,7 @@
 """Plain data from a file, as values of the types that the code is written in; anything else is a `UserError`."""
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import MISSING, fields, is_dataclass
 from functools import cache
 from pathlib import Path
@@ -49,7 +50,7 @@ def conform(value: Any, hint: Any, place: str = "") -> Any:
     Args:
         value: as JSON or a checkpoint gave it.
         hint: a dataclass, a `TypedDict`, ``tuple[X, ...]``, ``list[X]``, ``Sequence[X]``, ``dict[K, X]``, a
-            `Literal`, ``X | None``, a plain class, or ``Any``.
+            `Literal`, a plain class, ``Any``, or a union of these, of which the first that takes the value counts.
         place: where in the file the value stands; empty for the whole.
 
     Raises:
@@ -58,9 +59,8 @@ def conform(value: Any, hint: Any, place: str = "") -> Any:
     kind, inner = get_origin(hint), get_args(hint)
     if hint is Any:
         return value
-    if kind in (Union, UnionType):  # X | None
-        (some,) = (one for one in inner if one is not NoneType)
-        return None if value is None else conform(value, some, place)
+    if kind in (Union, UnionType):
+        return _member(value, inner, place)
     if kind is Literal:
         return value if isinstance(value, str) and value in inner else _refuse(value, " or ".join(inner), place)
     if is_dataclass(hint) or is_typeddict(hint):
@@ -80,6 +80,17 @@ def conform(value: Any, hint: Any, place: str = "") -> Any:
     if not (_is_whole(value) if hint is int else isinstance(value, hint)):
         _refuse(value, NAMES.get(hint, f"a {hint.__name__}"), place)
     return value
+
+
+def _member(value: Any, hints: Sequence[Any], place: str) -> Any:
+    """The value as the first of some types that takes it; what the last says where none does."""
+    if value is None and NoneType in hints:
+        return None
+    *others, last = (hint for hint in hints if hint is not NoneType)
+    for hint in others:
+        with suppress(UserError):
+            return conform(value, hint, place)
+    return conform(value, last, place)
 
 
 def _is_whole(value: Any) -> bool:

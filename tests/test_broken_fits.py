@@ -80,7 +80,7 @@ def test_adapters_in_float16_stop_the_fit_and_nothing_is_kept(arguments: list[st
     assert_not_finished(folder)
     assert not (folder / "checkpoints" / "last.ckpt").exists()
     assert refused(halves) == said  # no step was kept, so that it begins anew
-    with pytest.raises(UserError, match="holds no finished run"):
+    with pytest.raises(UserError, match="is not over. Finish it first"):
         run(["merge", str(folder), str(tmp_path / "merged")])
     mended = [*arguments, "--model.dtype", "float16", "--trainer.precision", "16-mixed", "--restart"]
     run(["fit", *mended])

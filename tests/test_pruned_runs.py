@@ -202,7 +202,7 @@ def test_changed_pruning_options_are_refused_by_name(arguments: list[str]) -> No
         (["--trainer.callbacks.ratio", "-0.1"], "ratio -0.1"),
         (["--trainer.callbacks.ratio", "0"], "ratio 0.0"),
         (["--trainer.callbacks.criterion", "param_frist"], "Did you mean 'param_first'?"),
-        (["--trainer.callbacks.criterium", "param_first"], "Did you mean 'criterion'?"),
+        (["--trainer.callbacks.criterium", "param_first"], "Did you mean 'trainer.callbacks.criterion'?"),
         (["--trainer.callbacks.selection.scope", "globl"], "Did you mean 'global'?"),
         (["--trainer.callbacks.selection.leave_alone", "[0,1]"], "names every layer"),
         (["--trainer.callbacks.selection.leave_alone", "[7]"], "the model has 0 to 1"),

@@ -210,7 +210,7 @@ def test_changed_bits_are_refused_by_name(arguments: list[str]) -> None:
         (["four_bit", "nf5"], "nf4"),
         (["group", "48"], "nf4 has no groups of 48"),
         (["loftq_iterations", "-1"], "loftq_iterations is -1"),
-        (["loftq_iteration", "2"], "Did you mean 'loftq_iterations'?"),
+        (["loftq_iteration", "2"], "Did you mean 'trainer.callbacks.loftq_iterations'?"),
     ],
     ids=lambda value: value if isinstance(value, str) else " ".join(value),
 )

@@ -91,12 +91,15 @@ def read_file(path: str) -> dict[str, Any]:
         content = yaml.safe_load(text)
     except yaml.YAMLError as error:
         raise UserError(f"{path!r} is not YAML: {_yaml_problem(error, text)}") from error
+    except (RecursionError, ValueError) as error:  # of numbers with thousands of digits, or dates that are none
+        said = "it is nested too deeply" if isinstance(error, RecursionError) else str(error)
+        raise UserError(f"Cannot read {path!r}: {said}. It must hold options, as the files in configs do.") from error
     if content is None:
         raise UserError(f"{path!r} is empty. It must hold options, such as those in the folder configs.")
     if not isinstance(content, dict):
         kind = "a list" if isinstance(content, list) else f"only {shown(content)}"
         raise UserError(f"{path!r} holds {kind}. It must hold options by their names, as `model:` on its first line.")
-    if all(value is None for value in content.values()):
+    if content and all(value is None for value in content.values()):
         raise UserError(f"{path!r} gives no value to any of its options ({', '.join(map(str, content))}).")
     for twice in _repeated_keys(root):
         raise UserError(

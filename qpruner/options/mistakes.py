@@ -133,8 +133,11 @@ class Mistakes:
             for item in loaded:
                 self._check_object(base, item, name)
         elif base is not None and _is_object(base, loaded):
+            if isinstance(loaded, dict) and "class_path" not in loaded and not (is_dataclass(base) or kept):
+                raise wrong_value(option_type, value, name)  # it names no class, nor does anything before it
             self._check_object(base, loaded, name)
-            self.chosen[name][-1].given |= kept
+            for chosen in self.chosen.get(name, [])[-1:]:
+                chosen.given |= kept
         elif (value is None and not takes_null(option_type)) or not _takes(option_type, value):
             if base is not None and not is_dataclass(base) and isinstance(value, str):
                 raise no_class(base, value, name)

@@ -89,7 +89,7 @@ class SearchResults:
         proposers: optimizers that proposed the trials, in order.
 
     Raises:
-        UserError: no variants, or a plan that does not have one of the bits for each item.
+        UserError: no variants, no proposers, or a plan that does not have one of the bits for each item.
     """
 
     protocol: str
@@ -104,8 +104,8 @@ class SearchResults:
     proposers: tuple[Proposer, ...]
 
     def __post_init__(self) -> None:
-        if not self.variants:
-            raise UserError("A search ends with at least one variant.")
+        if not self.variants or not self.proposers:
+            raise UserError("A search ends with at least one variant, and one optimizer that proposed its trials.")
         for one in (*self.trials, *self.variants):
             if len(one.choices) != len(self.items) or not all(0 <= choice < len(self.bits) for choice in one.choices):
                 raise UserError(

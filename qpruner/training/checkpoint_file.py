@@ -32,7 +32,7 @@ class AdapterKind(TypedDict):
 
     r: int
     alpha: float
-    target_modules: list[str]
+    target_modules: list[str] | str
 
 
 FitCheckpoint = TypedDict(

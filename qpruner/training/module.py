@@ -143,7 +143,8 @@ class LoRAFinetuner(CompressibleModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_save_checkpoint(checkpoint)
-        self.check_losses()
+        if self._trainer is not None:  # else it has trained nothing
+            self.check_losses()
         self._check_trained(
             {"adapters": checkpoint["state_dict"], "state of the optimizer": checkpoint.get("optimizer_states")}
         )

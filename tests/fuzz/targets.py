@@ -37,7 +37,7 @@ from qpruner.quantization.apply import quantize_
 from qpruner.runs.folder import RunFolder
 from qpruner.runs.manifest import record_session
 from qpruner.runs.report import Stage, Summary
-from qpruner.runs.search import SearchResults, Tried
+from qpruner.runs.search import Proposer, SearchResults, Tried
 from qpruner.search.ledger import Ledger
 from qpruner.training.module import LoRAFinetuner
 
@@ -238,6 +238,7 @@ def make_runs(folder: Path) -> None:
     SearchResults(
         "rows of 8", "mutual_information", "6 bits", ("layer 0", "layer 1"), (4, 8), trials, {3: "MemoryError"},
         (trials[0], replace(trials[0], name="uniform", losses=(2.5,))), ("trial 1",),
+        (Proposer("bayesian", 1, 4),),
     ).write(search.results)  # fmt: skip
     ledger = Ledger.open(search.ledger, SEARCH)
     for number in range(3):

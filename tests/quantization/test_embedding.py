@@ -298,12 +298,14 @@ def test_a_run_keeps_packed_tables_and_trains_on_what_it_kept(
     assert torch.equal(logits_of(load_compressed(tmp_path / "model"), tokens), logits_of(first.model, tokens))
 
 
-def test_plans_are_shown_and_compared_with_their_tables(capsys: pytest.CaptureFixture[str]) -> None:
+def test_plans_are_shown_and_compared_with_their_tables(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     before, after = (planned(tiny_model("llama"), NF4, head) for head in (DENSE, INT8))
     show_plan(after)
     assert "\nEmbedding nf4 4, head int8 8.\n" in capsys.readouterr().out
+    before.write(tmp_path / "before.json")
+    after.write(tmp_path / "after.json")
     with pytest.raises(SystemExit):
-        diff_plans(before, after)
+        diff_plans(tmp_path / "before.json", tmp_path / "after.json")
     assert capsys.readouterr().out == "head dense 16 becomes int8 8\n"
     assert CompressionPlan.from_json(after.to_json()) == after
     assert not planned(tiny_model("llama"), DENSE, DENSE).quantized
