@@ -64,7 +64,16 @@ def stand_in(folder: Path, layers: int) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("path", [path for path in CONFIGS if path not in SEARCHES], ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "path",
+    [
+        # Other numbers in the configuration for 20 %.
+        pytest.param(path, marks=[pytest.mark.slow] if path.stem.endswith(("_30", "_50")) else [])
+        for path in CONFIGS
+        if path not in SEARCHES
+    ],
+    ids=lambda path: path.stem,
+)
 def test_config_runs_on_a_tiny_stand_in(path: Path, tmp_path: Path, local_data: dict[str, list[str]]) -> None:
     prunes_in_training = "LoRAGuidedPruning" in path.read_text()
     run(

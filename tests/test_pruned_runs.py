@@ -120,8 +120,8 @@ def test_test_measures_all_three_stages_again(arguments: list[str], tmp_path: Pa
     ("scope", "kills"),
     [
         ({"scope": "local"}, [("training", "1"), ("training", "4")]),
-        ({"scope": "global"}, [("keeping", "1")]),
-        ({"scope": "global", "uniform": True}, [("scoring", "1")]),
+        pytest.param({"scope": "global"}, [("keeping", "1")], marks=pytest.mark.slow),
+        pytest.param({"scope": "global", "uniform": True}, [("scoring", "1")], marks=pytest.mark.slow),
     ],
     ids=["local", "global", "uniform"],
 )
