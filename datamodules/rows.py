@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-IGNORED = -100  # the label of a position that is not scored, as torch's cross entropy has it
+from qpruner.likelihood import IGNORED
+
 FILLER = -1  # the number of an example that only keeps the ranks in step
 
 

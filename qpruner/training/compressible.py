@@ -11,9 +11,10 @@ from lightning.pytorch.utilities import rank_zero_warn
 
 from qpruner import checkpoint as model_folder
 from qpruner.adapters.lora import LoRAConfig, attach_adapters, detach_adapters, set_factors_
-from qpruner.anatomy import architecture_of
+from qpruner.anatomy import FAMILIES, architecture_of
 from qpruner.errors import UserError
 from qpruner.files import replacing_folder
+from qpruner.likelihood import check_head
 from qpruner.plan import DENSE, UNITS, CompressionPlan
 from qpruner.pretrained import DType, hold_in_, load_model, model_fingerprint, resolve
 from qpruner.pricing import average_bits
@@ -112,6 +113,8 @@ class CompressibleModule(LightningModule):
                 rank_zero_warn(f"{self.base!r} is taken as the base without its adapters.")
         else:
             self.model = load_model(self.base, dtype=self.dtype_of_base, trust_remote_code=self.trust_remote_code)
+        if self.model.config.model_type not in FAMILIES:  # whose heads are known
+            check_head(self.model)
         self.model.requires_grad_(False)
         self.base_sha256 = self._of_rank_zero(lambda: model_fingerprint(self.base))
         self.plan, self.plans_before = None, []
