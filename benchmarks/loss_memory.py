@@ -3,9 +3,9 @@
     python benchmarks/loss_memory.py                               4 x 2,048 tokens, 151,936 words, bfloat16
     python benchmarks/loss_memory.py --rows 2 --length 1024        a quarter of them
 
-Each way runs in a process of its own, on the head of a language model alone: what comes before it is the same in all of
-them. ``torch`` is torch's own ``linear_cross_entropy``, which knows neither packed heads nor capped logits. The error is
-that of the mean loss, against float64.
+Each way runs in a process of its own, on the head of a language model alone: what comes before it is the same in all
+of them. ``torch`` is torch's own ``linear_cross_entropy``, which knows neither packed heads nor capped logits. The
+error is that of the mean loss, against float64.
 """
 
 import argparse

@@ -79,9 +79,9 @@ def check_head(model: Any) -> None:
     difference = (Head.of(model)(hidden_states(model, tokens)).float() - logits).abs().max()
     if not difference <= 1e-2 * logits.abs().max():
         raise UserError(
-            f"Models of type {model.config.model_type!r} make their logits in a way that qpruner does not know: a linear "
-            f"on the last hidden states, scaled or capped, gives others (off by {float(difference):.3g}). Use another "
-            f"base, or add what the family does to Head in qpruner/likelihood.py."
+            f"Models of type {model.config.model_type!r} make their logits in a way that qpruner does not know: a "
+            f"linear on the last hidden states, scaled or capped, gives others (off by {float(difference):.3g}). Use "
+            f"another base, or add what the family does to Head in qpruner/likelihood.py."
         )
 
 

@@ -120,8 +120,10 @@ def test_bfloat16_is_as_near_to_float64_as_the_whole_logits_are() -> None:
 def test_a_family_that_does_something_else_to_its_logits_is_refused() -> None:
     model = GraniteForCausalLM(GraniteConfig(**SIZES, logits_scaling=4.0)).eval()
     check_head(model)
-    model.lm_head.register_forward_hook(lambda module, inputs, output: output - output.mean())  # what Head sees, too
-    check_head(model)
-    model.register_forward_hook(lambda module, inputs, output: output.logits.mul_(2.0)[:0].sum() and None)
+
+    def double(module: Any, inputs: Any, output: Any) -> None:
+        output.logits *= 2
+
+    model.register_forward_hook(double)
     with pytest.raises(UserError, match=r"'granite' make their logits in a way .* off by"):
         check_head(model)
