@@ -125,5 +125,5 @@ def test_a_family_that_does_something_else_to_its_logits_is_refused() -> None:
         output.logits *= 2
 
     model.register_forward_hook(double)
-    with pytest.raises(UserError, match=r"'granite' make their logits in a way .* off by"):
+    with pytest.raises(UserError, match=r"'granite' make their logits in a way .*off by"):
         check_head(model)

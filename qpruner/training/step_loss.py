@@ -19,7 +19,12 @@ class StepLoss:
     The mean of the means of micro-batches, which is what a Trainer makes of their losses, gives the tokens of a
     micro-batch with few of them more weight. Here each micro-batch gives the *sum* over its tokens (`add`), and once
     the gradients of all micro-batches and ranks have come together, they are divided by the number of tokens (`end`).
+
+    Attributes:
+        factor: what the gradients of the last step were multiplied by.
     """
+
+    factor: Tensor
 
     def __init__(self) -> None:
         self._sums: Tensor | None = None  # of losses and of tokens since the last step, [2] float64
@@ -54,8 +59,8 @@ class StepLoss:
         total, num_tokens = trainer.strategy.reduce(self._sums, reduce_op="sum")
         self._sums = None
         num_tokens = num_tokens.clamp(min=1)
-        factor = TOKENS_OF_A_LOSS * trainer.accumulate_grad_batches * trainer.world_size / num_tokens
+        self.factor = TOKENS_OF_A_LOSS * trainer.accumulate_grad_batches * trainer.world_size / num_tokens
         for parameter in parameters:
             if parameter.grad is not None:
-                parameter.grad.mul_(factor)
+                parameter.grad.mul_(self.factor)
         return total / num_tokens
