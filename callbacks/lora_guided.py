@@ -155,8 +155,7 @@ class LoRAGuidedPruning(Compression):
         """Scores the units from the gradients of an optimizer step."""
         gradients = None
         if self._weights is not None:
-            factor = module.step_loss.factor
-            gradients = self._weights.take(lambda one: trainer.strategy.reduce(one, reduce_op="mean") * factor)
+            gradients = self._weights.take(lambda one: trainer.strategy.reduce(one, reduce_op="mean"))
         if finite:
             self._average.add(score_adapted(module.model.get_base_model(), self.variant, gradients))
         else:

@@ -17,7 +17,6 @@ from qpruner.seeds import derive_seed
 from qpruner.training.compressible import CompressibleModule
 from qpruner.training.metrics import ChoiceAccuracy, Perplexity, choose
 from qpruner.training.optimization import OptimizerConfig, make_optimizer, make_scheduler
-from qpruner.training.step_loss import StepLoss
 
 
 class LoRAFinetuner(CompressibleModule):
@@ -64,7 +63,6 @@ class LoRAFinetuner(CompressibleModule):
         )
         self.optimizer_config = optimizer
         self.after_clipping: list[Callable[[bool], None]] = []
-        self.step_loss = StepLoss()
         self.perplexity = Perplexity()
         self.accuracy = ChoiceAccuracy()
 
@@ -87,10 +85,13 @@ class LoRAFinetuner(CompressibleModule):
         return self.token_nll(batch).sum() / (batch["labels"][:, 1:] != IGNORED).sum().clamp(min=1)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        return self.step_loss.add(self.token_nll(batch), (batch["labels"][:, 1:] != IGNORED).sum())
-
-    def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
-        self.log("train/loss", self.step_loss.end(self.trainer, self.parameters()), prog_bar=True)
+        total = self.token_nll(batch).sum()
+        num_tokens = (batch["labels"][:, 1:] != IGNORED).sum().clamp(min=1)
+        self.log("train/loss", total.detach() / num_tokens, prog_bar=True, batch_size=len(batch["input_ids"]))
+        # The Trainer takes the mean over micro-batches, its strategy that over ranks. A mean of means would give the
+        # tokens of a micro-batch with few of them more weight than others have.
+        loss: Tensor = total / batch.get("step_tokens", num_tokens)
+        return loss
 
     def configure_gradient_clipping(
         self,

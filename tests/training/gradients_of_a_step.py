@@ -1,43 +1,44 @@
-"""Writes the gradients and the loss of the first optimizer step on 16 rows of uneven length, dealt out as told.
+"""Writes the gradients of the first optimizer step on 16 rows of uneven length, dealt out as told.
 
 Usage: gradients_of_a_step.py MODEL OUTPUT RANKS ROWS_OF_A_MICRO_BATCH MICRO_BATCHES
 """
 
 import sys
-from typing import Any
 
+import numpy as np
 import torch
 from lightning.pytorch import LightningDataModule, Trainer
 from torch.optim import Optimizer
-from torch.utils.data import DataLoader
 
 from qpruner.adapters.lora import LoRAConfig
-from qpruner.datamodules.rows import IGNORED, Batch
+from qpruner.datamodules.loader import ResumableLoader
+from qpruner.datamodules.rows import Row, TextExamples, TokenRows
 from qpruner.training.module import LoRAFinetuner
 
 
-def ragged_rows() -> Batch:
-    """16 rows, of which each has its own number of scored tokens, the first none."""
-    tokens = torch.randint(5, 1000, (16, 20), generator=torch.Generator().manual_seed(2))
-    labels = tokens.where(torch.arange(20) <= torch.arange(16)[:, None], IGNORED)
-    return Batch(
-        input_ids=tokens, attention_mask=torch.ones_like(tokens), labels=labels,
-        num_bytes=torch.zeros(16), example=torch.arange(16),
-    )  # fmt: skip
+def ragged_rows() -> TextExamples:
+    """16 rows, of which each has its own length and number of scored tokens, one of them none."""
+    tokens = np.random.default_rng(2).integers(5, 1000, (16, 20)).astype(np.int32)
+    places = np.arange(20)
+    nothing = np.zeros(20, np.int32)
+    rows = [Row(tokens[n], places <= n, nothing)[: 3 + n] for n in range(16)]
+    return TextExamples(TokenRows.of(rows), pad_token=0)
 
 
 class RaggedRows(LightningDataModule):
-    """The rows, shared out among ranks and micro-batches in order."""
+    """The rows, dealt to ranks and micro-batches in a random order."""
 
-    def __init__(self, size: int, num: int) -> None:
+    def __init__(self, size: int) -> None:
         super().__init__()
-        self.size, self.num = size, num
+        self.size = size
 
-    def train_dataloader(self) -> Any:
-        first = self.trainer.global_rank * self.size * self.num
-        starts = range(first, first + self.size * self.num, self.size)
-        batches = [{k: v[start : start + self.size] for k, v in ragged_rows().items()} for start in starts]
-        return DataLoader(batches, batch_size=None)
+    def train_dataloader(self) -> ResumableLoader:
+        trainer = self.trainer
+        assert trainer is not None
+        return ResumableLoader(
+            ragged_rows(), batch_size=self.size, shuffle=True, seed=3, rank=trainer.global_rank,
+            world_size=trainer.world_size, accumulate=trainer.accumulate_grad_batches,
+        )  # fmt: skip
 
 
 class WritingFinetuner(LoRAFinetuner):
@@ -46,10 +47,9 @@ class WritingFinetuner(LoRAFinetuner):
     output = ""
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
-        super().on_before_optimizer_step(optimizer)
         gradients = {name: p.grad for name, p in self.named_parameters() if p.requires_grad}
         if self.global_rank == 0:
-            torch.save({"gradients": gradients, "loss": self.trainer.callback_metrics["train/loss"]}, self.output)
+            torch.save(gradients, self.output)
 
 
 def finetuner(model: str) -> WritingFinetuner:
@@ -69,7 +69,7 @@ def write_gradients(model: str, output: str, ranks: int, size: int, num: int) ->
         accumulate_grad_batches=num, enable_progress_bar=False, enable_model_summary=False,
         enable_checkpointing=False, use_distributed_sampler=False,
     )  # fmt: skip
-    trainer.fit(module, datamodule=RaggedRows(size, num))
+    trainer.fit(module, datamodule=RaggedRows(size))
 
 
 if __name__ == "__main__":
