@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import LightningDataModule
+from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
@@ -183,7 +184,18 @@ class TokenDataModule(LightningDataModule):
         }
 
     def make_loader(self, examples: Examples, *, train: bool) -> ResumableLoader:
-        """This rank's loader over some examples; alone in the world when no Trainer is attached."""
+        """This rank's loader over some examples; alone in the world when no Trainer is attached.
+
+        Raises:
+            UserError: the number of micro-batches to an optimizer step changes in the course of the fit.
+        """
+        callbacks: list[Any] = self.trainer.callbacks if self.trainer and train else []  # type: ignore[attr-defined]
+        if any(isinstance(callback, GradientAccumulationScheduler) for callback in callbacks):
+            raise UserError(
+                "GradientAccumulationScheduler changes the number of micro-batches to an optimizer step in the course "
+                "of a fit, and then the tokens of a step cannot be weighed alike. Give one number for all of the fit: "
+                "--trainer.accumulate_grad_batches."
+            )
         return ResumableLoader(
             examples,
             batch_size=self.loader.batch_size if train else self.loader.eval_batch_size,
@@ -193,6 +205,7 @@ class TokenDataModule(LightningDataModule):
             world_size=self.trainer.world_size if self.trainer else 1,
             num_workers=self.loader.num_workers,
             limit=self.trainer.limit_train_batches if self.trainer and train else None,
+            accumulate=self.trainer.accumulate_grad_batches if self.trainer and train else 1,
         )
 
     def train_dataloader(self) -> ResumableLoader:

@@ -18,6 +18,10 @@ class Examples(Protocol):
 
     def collate(self, indices: Sequence[int]) -> Batch: ...
 
+    def num_scored(self, indices: Sequence[int]) -> int:
+        """Scored tokens of some examples together."""
+        ...
+
 
 class _Numbers(Dataset[int]):
     """Maps a number to itself: an example is gathered with its batch, by `Examples.collate`."""
@@ -46,6 +50,7 @@ class ResumableLoader:
         world_size: number of processes that share the examples.
         num_workers: processes that prepare batches ahead; 0 prepares them here.
         limit: how many batches of an epoch will be read, as a number or a share; see ``Trainer(limit_train_batches)``.
+        accumulate: micro-batches to an optimizer step, of which the last of an epoch may have fewer.
 
     Raises:
         UserError: in training, when there are fewer examples than one batch on every rank needs.
@@ -62,6 +67,7 @@ class ResumableLoader:
         world_size: int = 1,
         num_workers: int = 0,
         limit: int | float | None = None,
+        accumulate: int = 1,
     ) -> None:
         self.examples = examples
         self.batch_size = batch_size
@@ -71,6 +77,7 @@ class ResumableLoader:
         self.world_size = world_size
         self.num_workers = num_workers
         self.limit = limit
+        self.accumulate = accumulate
         self.epoch = 0
         self.consumed = 0
         self._resume = True  # whether the next pass goes on at (epoch, consumed) instead of starting a new epoch
@@ -87,15 +94,35 @@ class ResumableLoader:
 
     def batches(self, epoch: int) -> list[list[int]]:
         """The numbers of the examples in each of this rank's batches."""
-        num_examples = len(self.examples)
-        if self.shuffle:
-            generator = torch.Generator().manual_seed(derive_seed(self.seed, "order", epoch))
-            order = torch.randperm(num_examples, generator=generator).tolist()
-        else:
-            order = list(range(num_examples))
+        order = self._order(epoch)
         step = self.batch_size * self.world_size
         starts = range(self.rank * self.batch_size, len(self) * step, step)
         return [order[start : start + self.batch_size] or [FILLER] for start in starts]
+
+    def _order(self, epoch: int) -> list[int]:
+        if not self.shuffle:
+            return list(range(len(self.examples)))
+        generator = torch.Generator().manual_seed(derive_seed(self.seed, "order", epoch))
+        return torch.randperm(len(self.examples), generator=generator).tolist()
+
+    @property
+    def batches_read(self) -> int:
+        """How many batches of an epoch are read."""
+        limit = len(self) if self.limit is None else self.limit
+        return min(len(self), int(len(self) * limit) if isinstance(limit, float) else limit)
+
+    def step_tokens(self, epoch: int) -> list[float]:
+        """Scored tokens of a micro-batch of each optimizer step, in the mean over its micro-batches and all ranks.
+
+        A step of fewer micro-batches than others is divided by as many as these have, as Trainers do with its loss.
+        """  # [optimizer steps]
+        order, size = self._order(epoch), self.batch_size * self.world_size  # examples of a micro-batch of all ranks
+        end = self.batches_read * size
+        micro_batches = self.accumulate * self.world_size
+        return [
+            self.examples.num_scored(order[start : min(start + size * self.accumulate, end)]) / micro_batches
+            for start in range(0, end, size * self.accumulate)
+        ]
 
     def __iter__(self) -> Iterator[Batch]:
         # Being a generator, this runs at the first `next`, not at `iter`: Lightning makes iterators it never reads.
@@ -110,7 +137,11 @@ class ResumableLoader:
             # Workers draw nothing; a generator of its own keeps the loader from drawing on the global one.
             generator=torch.Generator(),
         )
+        step_tokens = self.step_tokens(self.epoch) if self.shuffle else []
         for batch in loader:
+            step = self.consumed // self.accumulate
+            if step < len(step_tokens):  # a reader may go on beyond the limit
+                batch["step_tokens"] = torch.tensor(step_tokens[step] or 1.0)
             self.consumed += 1
             yield batch
 
@@ -120,5 +151,4 @@ class ResumableLoader:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.epoch, self.consumed = state["epoch"], state["consumed"]
         # A finished epoch is followed by the next one, as it would have been without the interruption.
-        limit = len(self) if self.limit is None else self.limit
-        self._resume = self.consumed < min(len(self), int(len(self) * limit) if isinstance(limit, float) else limit)
+        self._resume = self.consumed < self.batches_read

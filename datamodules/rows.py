@@ -5,6 +5,7 @@ Shapes: N tokens in all, R rows in a split, B rows in a batch, T tokens in the l
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import NotRequired, TypedDict
 
 import numpy as np
@@ -12,7 +13,8 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-IGNORED = -100  # the label of a position that is not scored, as torch's cross entropy has it
+from qpruner.likelihood import IGNORED
+
 FILLER = -1  # the number of an example that only keeps the ranks in step
 
 
@@ -28,6 +30,7 @@ class Batch(TypedDict):
     labels: Tensor  # [B, T] int64, IGNORED where nothing is scored
     num_bytes: Tensor  # [B] int64, bytes of text in the scored tokens; 0 where unknown
     example: Tensor  # [B] int64, number of the row's example in its split; FILLER where the row fills a shard
+    step_tokens: NotRequired[Tensor]  # [] training: scored tokens of a micro-batch, mean over its optimizer step
     option: NotRequired[Tensor]  # [B] int64, choice tasks: which of its example's options the row is
     gold: NotRequired[Tensor]  # [B] int64, choice tasks: which option of its example is right
 
@@ -89,10 +92,17 @@ class TokenRows:
     def lengths(self) -> Tensor:  # [R]
         return self.offsets.diff()
 
+    @cached_property
+    def scored_tokens(self) -> Tensor:
+        """Targets in each row, without its first token, which nothing predicts."""  # [R] int64
+        targets = self.scored.clone()
+        targets[self.offsets[:-1][self.lengths > 0]] = False
+        return torch.cat([torch.zeros(1, dtype=torch.int64), targets.cumsum(0)])[self.offsets].diff()
+
     @property
     def num_scored(self) -> int:
-        """Targets in all rows, without the first token of each, which nothing predicts."""
-        return int(self.scored.sum() - self.scored[self.offsets[:-1][self.lengths > 0]].sum())
+        """Targets in all rows."""
+        return int(self.scored_tokens.sum())
 
     def pad(self, indices: Sequence[int], pad_token: int) -> Batch:
         """The rows with these numbers as a batch; a `FILLER` or an empty row becomes one unscored token."""
@@ -129,6 +139,9 @@ class TextExamples:
     def __len__(self) -> int:
         return len(self.rows)
 
+    def num_scored(self, indices: Sequence[int]) -> int:
+        return int(self.rows.scored_tokens[list(indices)].sum())
+
     def collate(self, indices: Sequence[int]) -> Batch:
         return self.rows.pad(indices, self.pad_token)
 
@@ -151,6 +164,10 @@ class ChoiceExamples:
 
     def __len__(self) -> int:
         return len(self.gold)
+
+    def num_scored(self, indices: Sequence[int]) -> int:
+        options = [row for index in indices for row in range(*self.first_option[index : index + 2].tolist())]
+        return int(self.rows.scored_tokens[options].sum())
 
     def collate(self, indices: Sequence[int]) -> Batch:
         rows: list[int] = []

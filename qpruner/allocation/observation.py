@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from qpruner.allocation.mutual_information import Estimate, MutualInformationConfig, estimate
 from qpruner.anatomy import decoder_blocks
 from qpruner.errors import UserError
+from qpruner.likelihood import Head, hidden_states
 from qpruner.pruning.calibration import Calibration
 from qpruner.seeds import derive_seed
 
@@ -71,8 +72,8 @@ def observe(model: Any, calibration: Calibration, config: MutualInformationConfi
             with ExitStack() as hooks, calibration.forward_context():
                 for place, block in zip(places, blocks, strict=False):
                     hooks.enter_context(block.register_forward_hook(partial(keep, place)))
-                logits = model(input_ids=batch.tokens.to(device), use_cache=False).logits
-            places[-1] = _prediction(logits, config)
+                hidden = hidden_states(model, batch.tokens.to(device))
+                places[-1] = _predictions(Head.of(model), hidden, config)
     samples = calibration.reduce(samples).flatten(1).cpu()
     finite = samples.isfinite().all(1)
     if not finite.all():
@@ -96,12 +97,18 @@ def _summary(output: Tensor, config: MutualInformationConfig) -> Tensor:
             return output.amax(-1)
 
 
-def _prediction(logits: Tensor, config: MutualInformationConfig) -> Tensor:
+def _predictions(head: Head, hidden: Tensor, config: MutualInformationConfig) -> Tensor:
     """The most probable token at each position, or the logarithm of its probability; nan where logits are broken."""
+    positions = hidden.flatten(0, 1)
+    parts = [_prediction(head(positions[part]), config) for part in head.chunks(positions)]
+    return torch.cat(parts).view(hidden.shape[:2])  # [B, T]
+
+
+def _prediction(logits: Tensor, config: MutualInformationConfig) -> Tensor:
     if config.prediction == "argmax":
         highest, token = logits.max(-1)
-        return token.double().where(highest.isfinite(), math.nan)  # [B, T]
-    return logits.float().log_softmax(-1).amax(-1)
+        return token.double().where(highest.isfinite(), math.nan)
+    return logits.float().log_softmax(-1).amax(-1).double()
 
 
 def _warn_of_chance(

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from qpruner.allocation.items import Item
 from qpruner.errors import UserError
+from qpruner.likelihood import Head, hidden_states
 from qpruner.plan import DENSE, Precision
 from qpruner.pruning.calibration import Calibration, gradient_sums
 from qpruner.quantization.bank import Bank
@@ -50,19 +51,20 @@ def measured_rises(
     device, was_training = next(model.parameters()).device, model.training
     sums = torch.zeros(2, len(items), len(precisions), dtype=torch.float64, device=device)
     model.eval()
+    head = Head.of(model)
     for batch in calibration.batches:
         tokens = batch.tokens.to(device)
-        reference = _log_probabilities(model, tokens, calibration)  # [B, T, V]
-        reference_nll = _nll(reference, tokens)
+        with calibration.forward_context():
+            reference = hidden_states(model, tokens)
         for row, item in enumerate(items):
             names = item.linears(model)
             for column, precision in enumerate(precisions):
                 bank.place_(model, names, precision)
-                changed = _log_probabilities(model, tokens, calibration)
-                kl = F.kl_div(changed, reference, log_target=True, reduction="none").sum(-1)  # [B, T]
+                with calibration.forward_context():
+                    kl, rise = _distances(head, hidden_states(model, tokens), reference, tokens)
                 # Means over each sequence, so that batches of any size add up to the mean over all sequences.
-                sums[0, row, column] += kl.double().mean(1).sum()
-                sums[1, row, column] += (_nll(changed, tokens) - reference_nll).double().mean(1).sum()
+                sums[0, row, column] += kl.mean(1).sum()
+                sums[1, row, column] += rise[:, :-1].mean(1).sum()
             bank.place_(model, names, DENSE)
     model.train(was_training)
     kl, loss = calibration.reduce(sums).cpu() / calibration.num_sequences
@@ -96,12 +98,22 @@ def first_order_rises(
     return torch.stack(totals).abs().cpu()
 
 
-def _log_probabilities(model: Any, tokens: Tensor, calibration: Calibration) -> Tensor:
-    with calibration.forward_context():
-        logits = model(input_ids=tokens, use_cache=False).logits
-    return F.log_softmax(logits.float(), dim=-1)
+def _distances(head: Head, changed: Tensor, reference: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
+    """KL to the reference at each position, and the rise of the loss of the token after it.
 
+    Args:
+        head: of both.
+        changed: hidden states [B, T, H].
+        reference: hidden states [B, T, H] of the model before the change.
+        tokens: [B, T].
 
-def _nll(log_probabilities: Tensor, tokens: Tensor) -> Tensor:
-    """Of each token but the first; [B, T - 1]."""
-    return -log_probabilities[:, :-1].gather(2, tokens[:, 1:, None]).squeeze(2)
+    Returns:
+        Two tensors [B, T] in float64; at the last position of a row, which predicts no token, the rise means nothing.
+    """
+    changed, reference, targets = changed.flatten(0, 1), reference.flatten(0, 1), tokens.roll(-1, 1).flatten()
+    kl, rise = (torch.empty(len(targets), dtype=torch.float64, device=tokens.device) for _ in range(2))
+    for part in head.chunks(changed):
+        after, before = (F.log_softmax(head(states[part]).float(), dim=-1) for states in (changed, reference))
+        kl[part] = F.kl_div(after, before, log_target=True, reduction="none").sum(-1).double()
+        rise[part] = (before - after).gather(1, targets[part, None]).squeeze(1).double()
+    return kl.view(tokens.shape), rise.view(tokens.shape)

@@ -14,10 +14,10 @@ from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from qpruner.errors import UserError
+from qpruner.likelihood import hidden_states, token_nll
 
 
 @dataclass(frozen=True)
@@ -94,7 +94,7 @@ def input_norms(model: Any, linears: dict[str, nn.Linear], calibration: Calibrat
     with _hooks(linears, add), torch.no_grad():
         for batch in calibration.batches:
             with calibration.forward_context():
-                model(input_ids=batch.tokens.to(device), use_cache=False)
+                hidden_states(model, batch.tokens.to(device))
     return {name: calibration.reduce(total).sqrt() for name, total in sums.items()}
 
 
@@ -155,10 +155,9 @@ def _backward(
     tokens = batch.tokens.to(next(model.parameters()).device)
     with _hooks(linears, on_forward), _gradients_from_embeddings(model), torch.enable_grad():
         with calibration.forward_context():
-            logits = model(input_ids=tokens, use_cache=False).logits
-        # Each sequence's own mean loss, so that the gradient at its tokens is that of the sequence.
-        nll = F.cross_entropy(logits[:, :-1].float().flatten(0, 1), tokens[:, 1:].flatten(), reduction="sum")
-        (nll / (tokens.shape[1] - 1)).backward()  # type: ignore[no-untyped-call]
+            # Each sequence's own mean loss, so that the gradient at its tokens is that of the sequence.
+            nll = token_nll(model, tokens, tokens).mean(1).sum()
+        nll.backward()  # type: ignore[no-untyped-call]
     return found
 
 

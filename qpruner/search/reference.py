@@ -15,8 +15,8 @@ from torch import Tensor
 from qpruner.datamodules.base import TokenDataModule
 from qpruner.datamodules.rows import Batch
 from qpruner.files import replacing
+from qpruner.likelihood import IGNORED, Head, hidden_states
 from qpruner.memory import check_room
-from qpruner.training.metrics import IGNORED
 from qpruner.training.module import LoRAFinetuner
 
 TOKENS = 2048
@@ -92,4 +92,5 @@ class Reference:
 def _scored(module: LoRAFinetuner, batch: Batch) -> Tensor:
     """Log-probabilities of the predictions of scored tokens; [tokens, V] in float32."""
     scored = batch["labels"][:, 1:] != IGNORED
-    return F.log_softmax(module(batch)[:, :-1][scored].float(), dim=-1)
+    hidden = hidden_states(module.model, batch["input_ids"], batch["attention_mask"])[:, :-1][scored]
+    return F.log_softmax(Head.of(module.model)(hidden).float(), dim=-1)

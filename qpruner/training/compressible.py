@@ -11,10 +11,11 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from qpruner import checkpoint as model_folder
 from qpruner.adapters.lora import LoRAConfig, attach_adapters, detach_adapters, set_factors_
-from qpruner.anatomy import architecture_of
+from qpruner.anatomy import COMPRESSED, FAMILIES, architecture_of
 from qpruner.datamodules.base import TokenDataModule
 from qpruner.errors import UserError, brief, listed
 from qpruner.files import replacing_folder
+from qpruner.likelihood import check_head
 from qpruner.plan import DENSE, UNITS, CompressionPlan
 from qpruner.pretrained import DType, check_model, hold_in_, load_model, model_fingerprint, resolve
 from qpruner.pricing import average_bits
@@ -135,6 +136,8 @@ class CompressibleModule(LightningModule):
             self.model = load_model(
                 self.base, dtype=self.dtype_of_base, trust_remote_code=self.trust_remote_code, say=rank_zero_info
             )
+        if self.model.config.model_type.removeprefix(COMPRESSED) not in FAMILIES:  # whose heads are known
+            check_head(self.model)
         self.model.requires_grad_(False)
         self.base_sha256 = self._of_rank_zero(lambda: model_fingerprint(self.base))
         self.plan, self.plans_before = None, []

@@ -1,33 +1,15 @@
 """Perplexity and choice accuracy, exact under padding and over any number of ranks.
 
-Shapes: B rows, T tokens, V words of the vocabulary.
+Shapes: B rows, T tokens.
 """
 
 import math
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torchmetrics import Metric
 
-IGNORED = -100
-
-
-def token_nll(logits: Tensor, labels: Tensor) -> Tensor:
-    """Negative log-likelihood of each token given those before it, in nats.
-
-    The cross entropy is taken in float32 whatever the logits are: a softmax of its own, then a logarithm, would
-    overflow on confident models.
-
-    Args:
-        logits: [B, T, V], the prediction at t is for token t + 1.
-        labels: [B, T], the token at t, `IGNORED` where it is not scored.
-    """  # [B, T - 1] float32, 0 where not scored
-    targets = labels[:, 1:]
-    nll = F.cross_entropy(
-        logits[:, :-1].float().flatten(0, 1), targets.flatten(), ignore_index=IGNORED, reduction="none"
-    )
-    return nll.view(targets.shape)
+from qpruner.likelihood import IGNORED
 
 
 class Perplexity(Metric):
@@ -56,7 +38,7 @@ class Perplexity(Metric):
         """Adds a batch.
 
         Args:
-            nll: [B, T - 1] from `token_nll`.
+            nll: [B, T - 1] from `qpruner.likelihood.token_nll`.
             labels: [B, T].
             num_bytes: [B], bytes of text in the scored tokens of each row.
         """
@@ -97,7 +79,7 @@ class ChoiceAccuracy(Metric):
         """Adds a batch that holds all options of its examples.
 
         Args:
-            nll: [B, T - 1] from `token_nll`.
+            nll: [B, T - 1] from `qpruner.likelihood.token_nll`.
             labels: [B, T], scored on the tokens of the option only.
             example: [B], the example that a row is an option of; negative rows do not count.
             option: [B], which option it is.

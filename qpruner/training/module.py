@@ -15,12 +15,13 @@ from torch.optim import Optimizer
 from qpruner.adapters.lora import LoRAConfig
 from qpruner.datamodules.rows import Batch
 from qpruner.files import reading
+from qpruner.likelihood import IGNORED, token_nll
 from qpruner.pretrained import EMBEDDED, DType
 from qpruner.seeds import derive_seed
 from qpruner.training.checkpoint_file import REMEDY, read_checkpoint
 from qpruner.training.compressible import CompressibleModule
 from qpruner.training.finite import LossWatch, all_finite, broken_names, not_finite, tensors_of
-from qpruner.training.metrics import IGNORED, ChoiceAccuracy, Perplexity, choose, token_nll
+from qpruner.training.metrics import ChoiceAccuracy, Perplexity, choose
 from qpruner.training.optimization import OptimizerConfig, make_optimizer, make_scheduler
 
 SMALLEST_SCALE = 2.0**-14
@@ -115,15 +116,22 @@ class LoRAFinetuner(CompressibleModule):
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         torch.manual_seed(derive_seed(self.seed, "batch", self.current_epoch, batch_idx, self.global_rank))
 
+    def token_nll(self, batch: Batch) -> Tensor:
+        """Negative log-likelihood of each token of a batch, in nats; 0 where it is not scored."""  # [B, T - 1]
+        return token_nll(self.model, batch["input_ids"], batch["labels"], batch["attention_mask"])
+
     def loss(self, batch: Batch) -> Tensor:
-        """Mean negative log-likelihood of the scored tokens of the batch, in nats; 0 when there are none."""  # []
-        nll = token_nll(self(batch), batch["labels"])
-        return nll.sum() / (batch["labels"][:, 1:] != IGNORED).sum().clamp(min=1)
+        """Mean negative log-likelihood of the scored tokens of a batch, in nats; 0 when there are none."""  # []
+        return self.token_nll(batch).sum() / (batch["labels"][:, 1:] != IGNORED).sum().clamp(min=1)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        loss = self.loss(batch)
+        total = self.token_nll(batch).sum()
+        num_tokens = (batch["labels"][:, 1:] != IGNORED).sum().clamp(min=1)
+        self.log("train/loss", total.detach() / num_tokens, prog_bar=True, batch_size=len(batch["input_ids"]))
+        # The Trainer takes the mean over micro-batches, its strategy that over ranks. A mean of means would give the
+        # tokens of a micro-batch with few of them more weight than others have.
+        loss: Tensor = total / batch.get("step_tokens", num_tokens)
         self._losses.see(loss, self.global_step + 1)
-        self.log("train/loss", loss, prog_bar=True, batch_size=len(batch["input_ids"]))
         return loss
 
     def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
@@ -225,7 +233,7 @@ class LoRAFinetuner(CompressibleModule):
     def evaluate(self, batch: Batch, perplexity: Perplexity, accuracy: ChoiceAccuracy) -> None:
         """Adds a batch to the metric that it is for."""
         labels = batch["labels"]
-        nll = token_nll(self(batch), labels)
+        nll = self.token_nll(batch)
         if "gold" in batch:
             accuracy.update(nll, labels, batch["example"], batch["option"], batch["gold"])
         else:
@@ -246,7 +254,7 @@ class LoRAFinetuner(CompressibleModule):
     def predict_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> list[dict[str, Any]]:
         """One record for each row of text (its loss), or for each example of a choice task (the option chosen)."""
         labels = batch["labels"]
-        nll = token_nll(self(batch), labels)
+        nll = self.token_nll(batch)
         if "gold" in batch:
             real = batch["example"] >= 0
             rows = real.nonzero().flatten()[choose(nll[real], labels[real], batch["example"][real])]

@@ -108,7 +108,9 @@ def test_the_number_of_processes_does_not_matter(size: int, processes: int, pred
 @QUIET
 def test_each_micro_batch_passes_once() -> None:
     model, rows = tiny_model("llama"), []
-    with model.register_forward_pre_hook(lambda _, args, kwargs: rows.append(kwargs["input_ids"]), with_kwargs=True):
+    with model.model.register_forward_pre_hook(
+        lambda _, args, given: rows.append(given["input_ids"]), with_kwargs=True
+    ):
         layer_information(model, calibration(4), CONFIG)
     assert [len(tokens) for tokens in rows] == [4, 2]
     assert torch.equal(torch.cat(rows), random_tokens(S, T))
@@ -177,20 +179,35 @@ class Block(nn.Module):
         return hidden + 1, None
 
 
-class Tuples(nn.Module):
-    """A model whose blocks give tuples."""
+class Trunk(nn.Module):
+    """Blocks that give tuples, on hidden states that are the token's number."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.config = SimpleNamespace(model_type="llama")
-        self.model = nn.ModuleDict({"layers": nn.ModuleList([Block(), Block()])})
+        self.layers = nn.ModuleList([Block(), Block()])
         self.scale = nn.Parameter(torch.ones(4))
 
-    def forward(self, input_ids: Tensor, use_cache: bool) -> Any:
+    def forward(self, input_ids: Tensor, attention_mask: None, use_cache: bool) -> Any:
         hidden = input_ids[..., None] * self.scale
-        for block in self.model["layers"]:
+        for block in self.layers:
             hidden, _ = block(hidden)
-        return SimpleNamespace(logits=-(hidden[..., :1] - torch.arange(110)).abs())
+        return SimpleNamespace(last_hidden_state=hidden)
+
+
+class Tuples(nn.Module):
+    """A model of such a trunk, with a head that finds token k likeliest where the hidden states are k."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.config = SimpleNamespace(model_type="llama", get_text_config=SimpleNamespace)
+        self.base_model = self.model = Trunk()
+        self.head = nn.Linear(4, 110)
+        words = torch.arange(110.0)
+        self.head.weight.data = torch.stack([2 * words] + [0 * words] * 3, 1)
+        self.head.bias.data = -words.square()
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.head
 
 
 def test_blocks_may_give_tuples() -> None:

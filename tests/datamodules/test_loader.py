@@ -138,3 +138,28 @@ def test_too_few_examples_for_one_step() -> None:
         loader(5, world_size=3)
     assert len(loader(6, world_size=3)) == 1
     assert len(loader(0, shuffle=False)) == 0
+
+
+@pytest.mark.parametrize(("world_size", "accumulate", "limit"), [(1, 1, None), (1, 3, None), (2, 2, None), (1, 2, 3)])
+def test_a_training_batch_knows_the_scored_tokens_of_its_optimizer_step(
+    world_size: int, accumulate: int, limit: int | None
+) -> None:
+    """13 rows of 2 to 14 tokens, all but the first of each scored, in micro-batches of 2."""
+    lengths = torch.arange(2, 15)
+    numbers = torch.arange(int(lengths.sum()), dtype=torch.int32)
+    offsets = torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)])
+    rows = TokenRows(numbers, torch.ones(len(numbers), dtype=torch.bool), torch.zeros_like(numbers), offsets)
+    ranks = [
+        ResumableLoader(
+            TextExamples(rows, 0), batch_size=2, shuffle=True, seed=5, rank=rank, world_size=world_size,
+            accumulate=accumulate, limit=limit,
+        )
+        for rank in range(world_size)
+    ]  # fmt: skip
+    shares = [list(islice(rank, limit)) for rank in ranks]
+    for first in range(0, len(shares[0]), accumulate):
+        step = [batch for share in shares for batch in share[first : first + accumulate]]
+        scored = sum(int((batch["labels"] != -100).sum()) for batch in step)
+        assert scored > 0
+        for batch in step:
+            assert float(batch["step_tokens"]) == pytest.approx(scored / accumulate / world_size)
