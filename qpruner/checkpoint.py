@@ -8,13 +8,12 @@ adapter/                               LoRA adapters in PEFT's layout, once they
 manifest.json                          version, base model, size and SHA-256 of every file above
 """
 
-import json
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, Literal, NotRequired, TypedDict
+from typing import Any, NotRequired, TypedDict
 
 import transformers
 from safetensors import SafetensorError
@@ -23,7 +22,18 @@ from torch import Tensor, nn
 
 from qpruner.anatomy import COMPRESSED, FAMILIES, architecture_of, family_of
 from qpruner.errors import UserError, brief, cut, listed
-from qpruner.files import MALFORMED, hash_file, read_json, reading, replacing_folder, write_json
+from qpruner.files import MALFORMED, read_json, reading, replacing_folder, write_json
+from qpruner.folder_manifest import (
+    CONFIG,
+    COPY_AGAIN,
+    KIND,
+    MANIFEST,
+    PLAN,
+    VERSION,
+    entries_of,
+    read_checked_manifest,
+    read_manifest,
+)
 from qpruner.memory import tensor_bytes
 from qpruner.plan import MOST_LAYERS, CompressionPlan, describe_differences
 from qpruner.pretrained import hold_in_, load_config, load_generation_config, resolve
@@ -33,48 +43,12 @@ from qpruner.quantization.apply import linear_precisions
 from qpruner.quantization.embedding import rebuild_tables_
 from qpruner.quantization.model import rebuild_linears_
 from qpruner.quantization.packed import PackedLinear
-from qpruner.schema import conform, read_as
+from qpruner.schema import read_as
 
-KIND, VERSION = "qpruner model", 1
-MANIFEST, PLAN, ADAPTER = "manifest.json", "plan.json", "adapter"
-CONFIG, GENERATION = "config.json", "generation_config.json"
+ADAPTER, GENERATION = "adapter", "generation_config.json"
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = f"{ADAPTER}/adapter_config.json", f"{ADAPTER}/adapter_model.safetensors"
-COPY_AGAIN = "Copy the folder again, or run the fit that wrote it again."
 ANYTHING = (Exception,)
 """What transformers and PEFT raise over content that they did not expect: they check little of it."""
-
-
-class Entry(TypedDict):
-    """What the manifest says of a file."""
-
-    size: int
-    sha256: str
-
-
-class Base(TypedDict):
-    """What the manifest says of the dense model, and of how it was quantized; see `CompressedBase`."""
-
-    name: str
-    sha256: str | None
-    loftq_iterations: int
-
-
-class Manifest(TypedDict):
-    """What ``manifest.json`` holds.
-
-    Args:
-        kind: `KIND`.
-        version: `VERSION`.
-        base: what was compressed.
-        files: by their path in the folder.
-        adapters: whether a fit has trained them; None where there are none.
-    """
-
-    kind: str
-    version: int
-    base: Base
-    files: dict[str, Entry]
-    adapters: NotRequired[Literal["trained", "initial"] | None]
 
 
 class Configuration(TypedDict):
@@ -135,7 +109,7 @@ def load_base(folder: str | Path) -> CompressedBase:
         UserError: as `load_compressed`.
     """
     folder = Path(folder).expanduser()
-    manifest = _checked_manifest(folder)
+    manifest = read_checked_manifest(folder)
     config, plan = read_config(folder), read_plan(folder)
     # A uniform Llama may have been written as a Mistral.
     written = replace(architecture_of(config), model_type=plan.architecture.model_type)
@@ -211,7 +185,7 @@ def save_base(
             tokenizer.save_pretrained(temporary)
         plan.write(temporary / PLAN)
         base = {"name": base_name, "sha256": plan.base_sha256, "loftq_iterations": loftq_iterations}
-        files = _entries(temporary)
+        files = entries_of(temporary)
         manifest = {"kind": KIND, "version": VERSION, "base": base, "adapters": None, "files": files}
         write_json(temporary / MANIFEST, manifest)
 
@@ -255,13 +229,13 @@ def save_adapters(folder: Path, model: Any, *, trained: bool, place: Path | None
         trained: whether a fit has trained them, or they are what a fit starts from.
         place: where the folder is going to lie, if not where it is.
     """
-    manifest = _manifest(folder)
+    manifest = read_manifest(folder)
     of_base = {name: entry for name, entry in manifest["files"].items() if not name.startswith(f"{ADAPTER}/")}
     # Cut off from here on, the folder is that of the base alone.
     write_json(folder / MANIFEST, manifest | {"files": of_base, "adapters": None})
     with replacing_folder(folder / ADAPTER) as temporary:
         _write_adapters(temporary, model, _name_for_peft(folder, (place or folder).absolute()))
-    files = of_base | {f"{ADAPTER}/{name}": entry for name, entry in _entries(folder / ADAPTER).items()}
+    files = of_base | {f"{ADAPTER}/{name}": entry for name, entry in entries_of(folder / ADAPTER).items()}
     write_json(folder / MANIFEST, manifest | {"files": files, "adapters": "trained" if trained else "initial"})
 
 
@@ -336,17 +310,17 @@ def read_plan(folder: Path) -> CompressionPlan:
 
 def has_adapters(folder: Path) -> bool:
     """Whether a compressed folder holds adapters."""
-    return {ADAPTER_CONFIG, ADAPTER_WEIGHTS} <= _manifest(folder)["files"].keys()
+    return {ADAPTER_CONFIG, ADAPTER_WEIGHTS} <= read_manifest(folder)["files"].keys()
 
 
 def has_trained_adapters(folder: Path) -> bool:
     """Whether a compressed folder holds adapters as a fit left them."""
-    return has_adapters(folder) and _manifest(folder).get("adapters") == "trained"
+    return has_adapters(folder) and read_manifest(folder).get("adapters") == "trained"
 
 
 def has_initial_adapters(folder: Path) -> bool:
     """Whether a compressed folder holds adapters that no fit has trained yet."""
-    return has_adapters(folder) and _manifest(folder).get("adapters") == "initial"
+    return has_adapters(folder) and read_manifest(folder).get("adapters") == "initial"
 
 
 def read_config(folder: Path) -> Any:
@@ -401,62 +375,3 @@ def build_skeleton(config: Any) -> Any:
 def _model_class_name(config: Any) -> str:
     name: str = family_of(config)[1].model_class
     return f"Compressed{name}" if config.model_type.startswith(COMPRESSED) else name
-
-
-def _manifest(folder: Path) -> Manifest:
-    path = folder / MANIFEST
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except MALFORMED as error:
-        raise UserError(
-            f"{str(folder)!r} holds no compressed model: cannot read its {MANIFEST} ({cut(error)}). "
-            f"Name the folder that a fit wrote, or copy that again."
-        ) from error
-    if not isinstance(content, dict):
-        raise UserError(f"{str(path)!r} holds no manifest of a compressed model. {COPY_AGAIN}")
-    if content.get("kind") != KIND or content.get("version") != VERSION:
-        raise UserError(
-            f"{str(path)!r} is of kind {brief(content.get('kind'))}, version {brief(content.get('version'))}; "
-            f"this qpruner reads {KIND!r}, version {VERSION}. Read it with the qpruner that wrote it."
-        )
-    with reading(path, COPY_AGAIN):
-        manifest: Manifest = conform(content, Manifest)
-        if unlisted := {CONFIG, PLAN} - manifest["files"].keys():
-            raise UserError(f"It does not list {', '.join(sorted(unlisted))}.")
-        for name in map(PurePosixPath, manifest["files"]):
-            if name.is_absolute() or ".." in name.parts:
-                raise UserError(f"It lists {brief(str(name))}, which lies outside the folder.")
-    return manifest
-
-
-def _checked_manifest(folder: Path) -> Manifest:
-    """The manifest, after every file that it lists was found to be as it says."""
-    manifest = _manifest(folder)
-    for name, expected in manifest["files"].items():
-        path = folder / name
-        with reading(path, COPY_AGAIN):  # it may not be ours to read
-            size = path.stat().st_size if path.is_file() else None
-            sha256 = hash_file(path) if size == expected["size"] else None
-        if size is None:
-            raise UserError(
-                f"{str(path)!r} is {'no file' if path.exists() else 'missing'}. Copy the whole folder again."
-            )
-        if size != expected["size"]:
-            raise UserError(
-                f"{str(path)!r} has {size:,} bytes instead of {expected['size']:,}: it was cut off or altered. "
-                f"Copy the folder again."
-            )
-        if sha256 != expected["sha256"]:
-            raise UserError(
-                f"{str(path)!r} was altered: its SHA-256 is not {cut(expected['sha256'], 80)}. Copy it again."
-            )
-    return manifest
-
-
-def _entries(folder: Path) -> dict[str, dict[str, Any]]:
-    """What a manifest says of the files of a folder and of the folders in it: sizes and hashes, by their path in it."""
-    return {
-        path.relative_to(folder).as_posix(): {"size": path.stat().st_size, "sha256": hash_file(path)}
-        for path in sorted(folder.rglob("*"))
-        if path.is_file()
-    }

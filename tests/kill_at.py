@@ -49,7 +49,7 @@ match moment:
     case "trial":
         trial.evaluate = at_call(int(number), trial.evaluate, die)
     case "keeping":
-        model_folder._entries = at_call(int(number), model_folder._entries, die)
+        model_folder.entries_of = at_call(int(number), model_folder.entries_of, die)
     case "writing":
         torch_io._atomic_save = at_call(int(number), torch_io._atomic_save, half_written)
     case "replacing":

@@ -49,7 +49,11 @@ ALLOWED: dict[str, set[str]] = {
         "adapters", "anatomy", "errors", "files", "likelihood", "plan", "pricing", "pruning", "quantization", "schema",
         "seeds",
     },
-    "checkpoint": {"anatomy", "errors", "files", "memory", "plan", "pretrained", "pruning", "quantization", "schema"},
+    "folder_manifest": {"errors", "files", "schema"},
+    "checkpoint": {
+        "anatomy", "errors", "files", "folder_manifest", "memory", "plan", "pretrained", "pruning", "quantization",
+        "schema",
+    },
     "runs": {"allocation", "errors", "files", "plan", "schema"},
     "datamodules": {"errors", "files", "likelihood", "seeds", "pretrained", "stories"},
     "training": {

@@ -1,0 +1,114 @@
+"""The manifest of a compressed model's folder: what was compressed, and the size and SHA-256 of every file."""
+
+import json
+from pathlib import Path, PurePosixPath
+from typing import Any, Literal, NotRequired, TypedDict
+
+from qpruner.errors import UserError, brief, cut
+from qpruner.files import MALFORMED, hash_file, reading
+from qpruner.schema import conform
+
+KIND, VERSION = "qpruner model", 1
+MANIFEST, PLAN, CONFIG = "manifest.json", "plan.json", "config.json"
+COPY_AGAIN = "Copy the folder again, or run the fit that wrote it again."
+
+
+class Entry(TypedDict):
+    """What the manifest says of a file."""
+
+    size: int
+    sha256: str
+
+
+class Base(TypedDict):
+    """What the manifest says of the dense model, and of how it was quantized; see `CompressedBase`."""
+
+    name: str
+    sha256: str | None
+    loftq_iterations: int
+
+
+class Manifest(TypedDict):
+    """What ``manifest.json`` holds.
+
+    Args:
+        kind: `KIND`.
+        version: `VERSION`.
+        base: what was compressed.
+        files: by their path in the folder.
+        adapters: whether a fit has trained them; None where there are none.
+    """
+
+    kind: str
+    version: int
+    base: Base
+    files: dict[str, Entry]
+    adapters: NotRequired[Literal["trained", "initial"] | None]
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """The manifest of a folder.
+
+    Raises:
+        UserError: there is none, it is malformed or of another version, or it lists files elsewhere.
+    """
+    path = folder / MANIFEST
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except MALFORMED as error:
+        raise UserError(
+            f"{str(folder)!r} holds no compressed model: cannot read its {MANIFEST} ({cut(error)}). "
+            f"Name the folder that a fit wrote, or copy that again."
+        ) from error
+    if not isinstance(content, dict):
+        raise UserError(f"{str(path)!r} holds no manifest of a compressed model. {COPY_AGAIN}")
+    if content.get("kind") != KIND or content.get("version") != VERSION:
+        raise UserError(
+            f"{str(path)!r} is of kind {brief(content.get('kind'))}, version {brief(content.get('version'))}; "
+            f"this qpruner reads {KIND!r}, version {VERSION}. Read it with the qpruner that wrote it."
+        )
+    with reading(path, COPY_AGAIN):
+        manifest: Manifest = conform(content, Manifest)
+        if unlisted := {CONFIG, PLAN} - manifest["files"].keys():
+            raise UserError(f"It does not list {', '.join(sorted(unlisted))}.")
+        for name in map(PurePosixPath, manifest["files"]):
+            if name.is_absolute() or ".." in name.parts:
+                raise UserError(f"It lists {brief(str(name))}, which lies outside the folder.")
+    return manifest
+
+
+def read_checked_manifest(folder: Path) -> Manifest:
+    """The manifest of a folder, after every file that it lists was found to be as it says.
+
+    Raises:
+        UserError: as `read_manifest`, or a file is missing, cut off or altered.
+    """
+    manifest = read_manifest(folder)
+    for name, expected in manifest["files"].items():
+        path = folder / name
+        with reading(path, COPY_AGAIN):  # it may not be ours to read
+            size = path.stat().st_size if path.is_file() else None
+            sha256 = hash_file(path) if size == expected["size"] else None
+        if size is None:
+            raise UserError(
+                f"{str(path)!r} is {'no file' if path.exists() else 'missing'}. Copy the whole folder again."
+            )
+        if size != expected["size"]:
+            raise UserError(
+                f"{str(path)!r} has {size:,} bytes instead of {expected['size']:,}: it was cut off or altered. "
+                f"Copy the folder again."
+            )
+        if sha256 != expected["sha256"]:
+            raise UserError(
+                f"{str(path)!r} was altered: its SHA-256 is not {cut(expected['sha256'], 80)}. Copy it again."
+            )
+    return manifest
+
+
+def entries_of(folder: Path) -> dict[str, dict[str, Any]]:
+    """What a manifest says of the files of a folder and of the folders in it: sizes and hashes, by their path in it."""
+    return {
+        path.relative_to(folder).as_posix(): {"size": path.stat().st_size, "sha256": hash_file(path)}
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
