@@ -125,13 +125,13 @@ class LoRAFinetuner(CompressibleModule):
         return self.token_nll(batch).sum() / (batch["labels"][:, 1:] != IGNORED).sum().clamp(min=1)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        total = self.token_nll(batch).sum()
-        num_tokens = (batch["labels"][:, 1:] != IGNORED).sum().clamp(min=1)
-        self.log("train/loss", total.detach() / num_tokens, prog_bar=True, batch_size=len(batch["input_ids"]))
+        mean = self.loss(batch)
+        self._losses.see(mean, self.global_step + 1)
+        self.log("train/loss", mean, prog_bar=True, batch_size=len(batch["input_ids"]))
         # The Trainer takes the mean over micro-batches, its strategy that over ranks. A mean of means would give the
         # tokens of a micro-batch with few of them more weight than others have.
-        loss: Tensor = total / batch.get("step_tokens", num_tokens)
-        self._losses.see(loss, self.global_step + 1)
+        num_tokens = (batch["labels"][:, 1:] != IGNORED).sum()
+        loss: Tensor = mean * num_tokens / batch.get("step_tokens", num_tokens.clamp(min=1))
         return loss
 
     def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
