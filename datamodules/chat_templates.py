@@ -98,7 +98,7 @@ def _render(render: Render, messages: Sequence[Message]) -> tuple[Sequence[Messa
 
 
 def _variants(messages: Sequence[Message]) -> Iterator[Sequence[Message]]:
-    """The ways in which templates want calls: arguments as data or as a text, and beside them no text or none at all."""
+    """The ways in which templates want calls: arguments as data or as a text, content beside them empty or null."""
     yield messages
     if any("tool_calls" in message for message in messages):
         yield with_text_arguments(messages)

@@ -8,7 +8,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from qpruner.datamodules.documents import READABLE, Record, Skipped, kind, read_file
+from qpruner.datamodules.documents import READABLE, Record, Skipped, kind, read_file, without_padding
 from qpruner.datamodules.layout import Layout, read_layout
 from qpruner.datamodules.splits import Split
 from qpruner.errors import UserError
@@ -139,7 +139,7 @@ class Source:
     def _library_records(self) -> Iterator[tuple[str, Record]]:
         with self._explained():
             for number, record in enumerate(self._dataset()):
-                yield f"{self.spec} row {number}", record
+                yield f"{self.spec} row {number}", without_padding(record)
 
     def _dataset(self) -> Any:
         import datasets

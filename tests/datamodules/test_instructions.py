@@ -174,7 +174,8 @@ def test_chats_that_a_template_has_no_place_for_are_counted(tmp_path: Path) -> N
     for reason in (
         "1 that the chat template refuses (No system, please) (first: records.json record 1)",
         "1 that begins with a response (first: records.json record 2)",
-        "2 whose 'messages' are not a list of role and content (first: records.json record 3)",
+        "1 with a message of the assistant that has no content (first: records.json record 3)",
+        "1 whose 'messages' are not a list of role and content (first: records.json record 4)",
         "1 without a response (first: records.json record 5)",
         "1 with half a surrogate pair, which is no Unicode text (first: records.json record 6)",
     ):
