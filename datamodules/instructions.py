@@ -1,7 +1,7 @@
 """Instructions and chats, with the loss on what the assistant says or on everything."""
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from qpruner.datamodules.base import TokenDataModule
@@ -10,8 +10,9 @@ from qpruner.datamodules.dialogues import Dialogue, Layout, to_dialogue
 from qpruner.datamodules.documents import Skipped
 from qpruner.datamodules.records import KNOWN, UNKNOWN
 from qpruner.datamodules.rows import Row, TokenRows
-from qpruner.datamodules.splits import SPLITS, Split, hold_out, make_disjoint
-from qpruner.datamodules.text import ended, missing_end, named_sources, notes
+from qpruner.datamodules.sources import Source
+from qpruner.datamodules.splits import SPLITS, Split, at_fault, hold_out, make_disjoint
+from qpruner.datamodules.text import ended, missing_end, named_sources, notes, without_useless_splits
 from qpruner.datamodules.tokens import tokenize
 from qpruner.errors import UserError
 
@@ -92,6 +93,7 @@ class InstructionDataModule(TokenDataModule):
     def options(self) -> dict[str, Any]:
         return {
             "sources": {split: source.fingerprint() for split, source in self.sources.items()},
+            "named": [split for split, source in self.sources.items() if source.is_named],
             "response_only": self.response_only,
             "layout": self.layout,
             "learn_chosen": self.learn_chosen,
@@ -100,24 +102,44 @@ class InstructionDataModule(TokenDataModule):
         }
 
     def build(self) -> Prepared:
-        skipped = {split: Skipped() for split in self.sources}
-        given = {split: list(self._dialogues(split, skipped[split])) for split in self.sources}
-        for split, found in given.items():
-            if not found:
-                known = f" {KNOWN}" if any(map(_is_unknown, skipped[split].counts)) else ""
-                raise UserError(f"{self.sources[split]} holds no usable record: {skipped[split]}.{known}")
-        dialogues, repeated = make_disjoint(hold_out(given, _content, self.held_out), _content)
+        return without_useless_splits(type(self).__name__, self.sources, self._build)
+
+    def _build(self, sources: Mapping[Split, Source]) -> Prepared:
+        skipped = {split: Skipped() for split in sources}
+        given: dict[Split, list[Dialogue]] = {}
+        for split in sources:
+            with at_fault(split):
+                given[split] = list(self._dialogues(split, skipped[split]))
+                if not given[split]:
+                    known = f" {KNOWN}" if any(map(_is_unknown, skipped[split].counts)) else ""
+                    raise UserError(f"{sources[split]} holds no usable record: {skipped[split]}.{known}")
+        disjoint, repeated = make_disjoint(given, _content)
+        dialogues = hold_out(disjoint, _content, self.held_out)
         rows: dict[Split, TokenRows] = {}
         for split in dialogues:
             counter = skipped.setdefault(split, Skipped())
-            rows[split] = TokenRows.of(self._rows(dialogues[split], counter))
-            if not len(rows[split]):
-                raise UserError(f"The {split} split holds no usable record: {counter}.")
+            with at_fault(split):
+                rows[split] = TokenRows.of(self._rows(dialogues[split], counter))
+                if not len(rows[split]):
+                    raise UserError(f"The {split} split holds no usable record: {counter}.")
         name = type(self).__name__
-        said = (*notes(name, skipped, repeated, rows, self.sources), *_notes_on_fields(name, dialogues))
-        without_template = any(not dialogue.complete for split in dialogues for dialogue in dialogues[split])
+        said = (*notes(name, skipped, repeated, rows, sources), *_notes_on_fields(name, dialogues))
+        return Prepared(rows, said + self._notes_on_ends([d for split in dialogues for d in dialogues[split]]))
+
+    def _notes_on_ends(self, dialogues: list[Dialogue]) -> tuple[str, ...]:
+        without_template = any(not dialogue.complete for dialogue in dialogues)
         unended = "no row that is laid out without a chat template ends with one" if without_template else None
-        return Prepared(rows, said + missing_end(self.tokenizer, unended))
+        said = missing_end(self.tokenizer, unended)
+        added = [token.content for token in self.tokenizer.added_tokens_decoder.values() if token.special]
+        ends = tuple(filter(None, (*added, self.tokenizer.eos_token)))
+        chats = [dialogue for dialogue in dialogues if dialogue.complete]
+        if not chats or any(chat.ends_in(ends) for chat in chats):
+            return said
+        return (
+            *said,
+            f"The chat template of the tokenizer {self.tokenizer.name_or_path!r} ends no turn by a special token, and "
+            f"the model is not taught where a turn ends.",
+        )
 
     def _dialogues(self, split: Split, skipped: Skipped) -> Iterator[Dialogue]:
         for where, record in self.sources[split].records(skipped):

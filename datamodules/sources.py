@@ -3,7 +3,7 @@
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -43,10 +43,12 @@ class Source:
             ``.bz2``, ``.xz`` or ``.zst``, ``.parquet``, ``.arrow``, ``.feather``), or a local folder or a hub data set
             as ``NAME``, ``NAME@SPLIT`` or ``NAME:CONFIG@SPLIT``.
         split: the one to read when the spec names none.
+        is_named: whether the user asked for this split, which else only stands beside one.
     """
 
     spec: str
     split: Split
+    is_named: bool = field(default=True, compare=False)
 
     @cached_property
     def place(self) -> Place | None:
@@ -81,7 +83,7 @@ class Source:
         """Another split of the same local folder, if it has it and the spec names none."""
         if self.layout is None or self.place is None or self.place.split is not None or not self.layout.split(split):
             return None
-        return Source(self.spec, split)
+        return Source(self.spec, split, is_named=False)
 
     @property
     def selection(self) -> str | None:

@@ -287,6 +287,24 @@ def test_chosen_answers_are_learnt_where_they_are_asked_for(tmp_path: Path) -> N
     assert scored_text(module, 0) == "It is red.</s>"
 
 
+@pytest.mark.parametrize("response_only", [True, False])
+@pytest.mark.parametrize(("template", "told"), [(CHAT, False), (CHAT.replace("</s>", ""), True), (formats.QWEN3, True)])
+def test_a_chat_template_that_ends_no_turn_is_told(
+    tmp_path: Path, template: str, told: bool, response_only: bool
+) -> None:
+    notes = make([{"messages": TURNS}], tmp_path, template, response_only=response_only).prepared.notes
+    assert any("ends no turn by a special token" in note for note in notes) is told  # Qwen's is none of this tokenizer
+
+
+def test_an_empty_split_that_nobody_named_is_held_out_of_train(tmp_path: Path) -> None:
+    records = [{"instruction": f"Name number {n}.", "output": f"It is {n}."} for n in range(100)]
+    (tmp_path / "train.json").write_text(json.dumps(records))
+    (tmp_path / "test.json").write_text('[{"title": "x"}]')
+    module = InstructionDataModule(train=str(tmp_path), tokenizer=EMBEDDED, held_out=0.1)
+    assert len(module.examples("test")) > 1
+    assert any("test: left alone what the folder has of it. The split 'test' of" in n for n in module.prepared.notes)
+
+
 def test_a_missing_end_token_is_told_where_no_template_writes_one(tmp_path: Path) -> None:
     chat = {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]}
     for records, told in (([RECORD, chat], True), ([chat], False)):
