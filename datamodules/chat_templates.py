@@ -6,10 +6,11 @@ calls and the thoughts that the template writes out belong to it, and the header
 template writes a finished turn otherwise than the generation prompt begins it (DeepSeek-R1 opens a thought there, which
 no finished turn has), the response begins where the two part. White space between the end-of-turn token and the next
 turn is nobody's, nor is what follows the last turn only (Phi-3 puts the end of text there), unless it is what ends it.
-Where a template has ``{% generation %}`` blocks, these are the responses.
+Where a template has ``{% generation %}`` blocks and all that is said stands in them, these are the responses.
 
-Templates are programs; nothing is known of them but what they render. The places are found by marks, characters that
-stand in no text: one at the end of a message shows where its text comes to stand, among whatever else the template does
+Templates are programs; nothing is known of them but what they render. What they leave out is found first, see `traces`:
+a chat is not learnt without a call or a text of a response. The places are found by marks, characters that stand in no
+text: one at the end of a message shows where its text comes to stand, among whatever else the template does
 (thoughts left out of earlier turns, tools put before the last of them, a date).
 """
 
@@ -40,7 +41,8 @@ def lay_out(
         response_only: whether prompts are not scored.
 
     Raises:
-        Unusable: the template refuses the chat or leaves out a call, or the responses stand at no place to be found.
+        Unusable: the template refuses the chat, leaves out a call or what else a response says, or the responses stand
+            at no place to be found.
     """
     messages: Sequence[Message] = conversation.messages
     parts = conversation.parts

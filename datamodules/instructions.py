@@ -31,6 +31,7 @@ class InstructionDataModule(TokenDataModule):
       ``history`` (Alpaca, Dolly, LaMini, MetaMath, OpenOrca, GSM8K).
     - Completion: ``prompt`` and ``completion`` (TRL); two texts are joined as they are, and a text or a list of
       messages with a list of messages is a chat of which only the completion is learnt.
+    - Any of these with ``label`` or ``kto_tag``: skipped where it is false (KTO).
     - Preference, with ``learn_chosen``: ``chosen`` in place of an answer or completion, and perhaps without a prompt;
       ``rejected`` is left alone (TRL, UltraFeedback, ShareGPT's).
 
@@ -39,7 +40,9 @@ class InstructionDataModule(TokenDataModule):
     template reads; and ``weight``, ``train`` or ``loss`` of a message, at 0 or false of which a turn is not scored.
     Roles may have the names of chat templates, of ShareGPT or of others (``human``, ``gpt``, ``bot``, ``model``,
     ``function_call``, ``observation``, ...). Empty turns are not learnt. Records that cannot be used are skipped and
-    counted, and fields that are not used are named, in the notes on the data at the start of a run.
+    counted, such as those of whose responses the chat template leaves out a text or a call. Fields that are not used
+    and what else the template leaves out (thoughts of earlier turns, roles that it does not know) are named. Both stand
+    in the notes on the data at the start of a run.
 
     Of a response is scored what the model has to write: from the end of the generation prompt up to and including the
     end-of-turn token (see `chat_templates`), or with the prompt of Alpaca the answer and the end-of-text token.

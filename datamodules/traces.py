@@ -14,9 +14,8 @@ from qpruner.datamodules.messages import THOUGHTS, Message
 Span = tuple[int, int]  # of characters: the first, and the one after the last
 Render = Callable[..., str]  # render(messages, add_generation_prompt=False)
 
-FIRST_MARK = 0xF0000  # where a plane for private use begins, says Unicode
-MARK = chr(FIRST_MARK)
-MARKS = re.compile("[\U000f0000-\U0010fffd]")
+FIRST_MARK = 0xF0000  # where the planes for private use begin, says Unicode
+MARK = LAST_MARK = "\U0010fffd"
 # A thought may lack its beginning, which the generation prompt of some models writes.
 THOUGHT = re.compile(r"(<think>.*?</think>|\A(?:(?!<think>).)*?</think>)", re.DOTALL)
 THOUGHT_IN_CONTENT = "content (<think>)"
@@ -86,10 +85,13 @@ class Traces:
 def find_traces(render: Render, messages: Sequence[Message], text: str) -> Traces:
     """Which pieces of the messages stand in ``text``, their render, and where."""
     pieces: list[Piece] = []
+    # Fonts of icons have signs of their own there, which may stand in a text: marks come after those.
+    first_mark = max([FIRST_MARK, *(ord(sign) + 1 for sign in set(text) if sign < LAST_MARK)])
+    marks = re.compile(f"[{chr(first_mark)}-{LAST_MARK}]")
 
     def mark(piece: Piece, said: str) -> str:
         pieces.append(piece)
-        return with_mark(said, chr(FIRST_MARK + len(pieces) - 1))
+        return with_mark(said, chr(first_mark + len(pieces) - 1))
 
     marked = _changed(messages, mark)
     try:
@@ -97,10 +99,10 @@ def find_traces(render: Render, messages: Sequence[Message], text: str) -> Trace
     except Exception:  # a template may fail over what it does not expect in any way
         rendered = ""
     places: list[list[int]] = [[] for _ in pieces]
-    for count, match in enumerate(MARKS.finditer(rendered)):
-        places[ord(match[0]) - FIRST_MARK].append(match.start() - count)
+    for count, match in enumerate(marks.finditer(rendered)):
+        places[ord(match[0]) - first_mark].append(match.start() - count)
     lost = tuple(not ends and _is_lost(render, messages, number, text) for number, ends in enumerate(places))
-    is_undisturbed = MARKS.sub("", rendered) == text
+    is_undisturbed = marks.sub("", rendered) == text
     return Traces(tuple(pieces), lost, tuple(map(tuple, places)) if is_undisturbed else None)
 
 

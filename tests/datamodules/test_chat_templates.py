@@ -310,6 +310,17 @@ def test_a_name_that_the_result_of_the_call_repeats_is_not_scored(tokenizer: Any
     ]
 
 
+def test_signs_for_private_use_are_text_as_any_other(tokenizer: Any) -> None:
+    chat = [user("\U000f0000?"), said("\U000f0001\U000f0002."), user("?"), said("\U000f0000")]
+    assert scored(tokenizer, formats.QWEN3, chat) == [
+        "\U000f0001\U000f0002.<|im_end|>",
+        "<think>\n\n</think>\n\n\U000f0000<|im_end|>",
+    ]
+    assert ignored(tokenizer, formats.QWEN25, [{"role": "critic", "content": "\U000f0000"}, *chat]) == (
+        "messages.content of critic",
+    )
+
+
 TOOLS_LAST = formats.CHATML.replace(
     formats.GENERATE, "{% if tools %}TOOLS{{ tools | tojson }}{% endif %}" + formats.GENERATE
 )
