@@ -6,26 +6,26 @@ calls and the thoughts that the template writes out belong to it, and the header
 template writes a finished turn otherwise than the generation prompt begins it (DeepSeek-R1 opens a thought there, which
 no finished turn has), the response begins where the two part. White space between the end-of-turn token and the next
 turn is nobody's, nor is what follows the last turn only (Phi-3 puts the end of text there), unless it is what ends it.
-Where a template has ``{% generation %}`` blocks, these are the responses.
+Where a template has ``{% generation %}`` blocks and all that is said stands in them, these are the responses.
 
-Templates are programs; nothing is known of them but what they render. The places are found by marks, characters that
-stand in no text: one at the end of a message shows where its text comes to stand, among whatever else the template does
+Templates are programs; nothing is known of them but what they render. What they leave out is found first, see `traces`:
+a chat is not learnt without a call or a text of a response. The places are found by marks, characters that stand in no
+text: one at the end of a message shows where its text comes to stand, among whatever else the template does
 (thoughts left out of earlier turns, tools put before the last of them, a date).
 """
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from os.path import commonprefix
 from typing import Any
 
 from qpruner.datamodules.messages import Conversation, Message, Part, Unusable, with_text_arguments
+from qpruner.datamodules.traces import MARK, Render, Span, Traces, find_traces, is_same, with_mark
 
-Span = tuple[int, int]  # of characters: the first, and the one after the last
-Render = Callable[..., str]  # render(messages, add_generation_prompt=False)
-
-MARK = "\U000f0000"  # for private use, says Unicode
 GENERATION = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
-THOUGHT = re.compile(r"<think>.*?</think>", re.DOTALL)
+COMMENT = re.compile(r"\{#.*?#\}", re.DOTALL)
+CALLS_LEFT_OUT = "with tool calls, which the chat template leaves out"
 
 
 def lay_out(
@@ -41,7 +41,8 @@ def lay_out(
         response_only: whether prompts are not scored.
 
     Raises:
-        Unusable: the template refuses the chat or leaves out a call, or the responses stand at no place to be found.
+        Unusable: the template refuses the chat, leaves out a call or what else a response says, or the responses stand
+            at no place to be found.
     """
     messages: Sequence[Message] = conversation.messages
     parts = conversation.parts
@@ -50,8 +51,10 @@ def lay_out(
         messages, parts = messages[:end], parts[:end]
 
     def render(messages: Sequence[Message], add_generation_prompt: bool = False) -> str:
-        options = {**conversation.variables, "tokenize": False, "add_generation_prompt": add_generation_prompt}
-        return str(tokenizer.apply_chat_template(list(messages), **options))
+        options = {**conversation.variables, "add_generation_prompt": add_generation_prompt}
+        if any(message["content"] is None for message in messages):  # which apply_chat_template would leave out
+            return _render_as_it_is(tokenizer, messages, options)[0]
+        return str(tokenizer.apply_chat_template(list(messages), tokenize=False, **options))
 
     try:
         template = tokenizer.get_chat_template(tools=conversation.variables.get("tools"))
@@ -59,87 +62,137 @@ def lay_out(
             messages = [
                 {**message, "role": "system"} if message["role"] == "developer" else message for message in messages
             ]
-        messages, text = _render(render, messages)
-        ignored = _without_trace(template, render, messages, conversation.variables, text)
-        if "messages.tool_calls" in ignored:
-            raise Unusable("with tool calls, which the chat template leaves out")
-        places = _Places(tokenizer, render, messages, text)
-        return text, _scored(tokenizer, conversation, parts, places, response_only), ignored
+        messages, text, traces = _render(render, messages)
+        _refuse_lost_responses(traces, parts)
+        said_by = {piece.message for piece in traces.kept_pieces()}
+        silent = [number for number, part in enumerate(parts) if part == "response" and number not in said_by]
+        if not silent:
+            places = _Places(tokenizer, render, messages, text)
+            scored = _scored(tokenizer, conversation, parts, places, traces, response_only)
+            return text, scored, _ignored(template, render, messages, conversation.variables, text, traces)
     except Unusable:
         raise
     except Exception as error:  # a template is a program of others, which may fail over a record in any way
         said = " ".join(str(error).split())[:200] or type(error).__name__
         raise Unusable(f"that the chat template refuses ({said})") from error
+    # What the template writes nothing of is an empty turn, such as thoughts alone where it leaves out thoughts.
+    spoken = tuple("prompt" if number in silent else part for number, part in enumerate(conversation.parts))
+    if "response" not in spoken:
+        raise Unusable("without a response of which the chat template writes anything out")
+    return lay_out(tokenizer, replace(conversation, parts=spoken), response_only=response_only)
 
 
-def _render(render: Render, messages: Sequence[Message]) -> tuple[Sequence[Message], str]:
-    """The messages as the template takes them, and their text."""
-    try:
-        return messages, render(messages)
-    except Exception as error:  # as above; most templates want the arguments of a call as data, some as a text
-        if not any("tool_calls" in message for message in messages):
-            raise
-        messages_as_text = with_text_arguments(messages)
+def _render(render: Render, messages: Sequence[Message]) -> tuple[Sequence[Message], str, Traces]:
+    """The messages as the template takes them, their text, and what of them stands in it."""
+    first_error: Exception | None = None
+    for variant in _variants(messages):
         try:
-            return messages_as_text, render(messages_as_text)
-        except Exception:
-            raise error from None
+            text = render(variant)
+        except Exception as error:  # as above
+            first_error = first_error or error
+            continue
+        traces = find_traces(render, variant, text)
+        if all(piece.field != "tool_calls" for piece in traces.lost_pieces()):
+            return variant, text, traces
+        first_error = first_error or Unusable(CALLS_LEFT_OUT)
+    assert first_error is not None
+    raise first_error
+
+
+def _variants(messages: Sequence[Message]) -> Iterator[Sequence[Message]]:
+    """The ways in which templates want calls: arguments as data or as a text, content beside them empty or null."""
+    yield messages
+    if any("tool_calls" in message for message in messages):
+        yield with_text_arguments(messages)
+        null = [
+            {**message, "content": None} if "tool_calls" in message and not message["content"].strip() else message
+            for message in messages
+        ]
+        if null != [*messages]:
+            yield null
+            yield with_text_arguments(null)
+
+
+def _refuse_lost_responses(traces: Traces, parts: Sequence[Part]) -> None:
+    for piece in traces.lost_pieces():
+        if piece.field == "content" and parts[piece.message] == "response":
+            raise Unusable("with text in a response that the chat template leaves out")
 
 
 def _scored(
-    tokenizer: Any, conversation: Conversation, parts: Sequence[Part], places: "_Places", response_only: bool
+    tokenizer: Any,
+    conversation: Conversation,
+    parts: Sequence[Part],
+    places: "_Places",
+    traces: Traces,
+    response_only: bool,
 ) -> tuple[Span, ...] | None:
     """The spans to be scored, or nothing where all of the text is."""
     if not response_only:
         never = [places.of(number) for number, part in enumerate(parts) if part == "never"]
         return _without([(0, len(places.text))], never) if never else None
+    responses = [number for number, part in enumerate(parts) if part == "response"]
     blocks = _generation_blocks(tokenizer, places.messages, conversation.variables)
-    if blocks is None:
-        return tuple(places.of(number) for number, part in enumerate(parts) if part == "response")
+    if not all(traces.are_within(number, blocks) for number in responses) or not blocks:
+        return tuple(places.of(number) for number in responses)
     others = [
         places.of(number)
         for number, (message, part) in enumerate(zip(places.messages, parts, strict=True))
         if message["role"] == "assistant" and part != "response"
     ]
-    return _without(blocks, others)
+    # The block of another turn goes with all that is in it, such as its header, unless it holds a response as well.
+    kept = [
+        (first, last)
+        for first, last in blocks
+        if not any(first < end and start < last for start, end in others)
+        or any(traces.touch(number, (first, last)) for number in responses)
+    ]
+    return _without(kept, others)
 
 
-def _generation_blocks(tokenizer: Any, messages: Sequence[Message], variables: dict[str, Any]) -> list[Span] | None:
-    """The spans of the ``{% generation %}`` blocks, or nothing where the template has none."""
+def _generation_blocks(tokenizer: Any, messages: Sequence[Message], variables: dict[str, Any]) -> list[Span]:
+    """The spans of the ``{% generation %}`` blocks."""
+    template = tokenizer.get_chat_template(tools=variables.get("tools"))
+    if not GENERATION.search(COMMENT.sub("", template)):
+        return []
+    return _render_as_it_is(tokenizer, messages, {**variables, "return_assistant_tokens_mask": True})[1]
+
+
+def _render_as_it_is(tokenizer: Any, messages: Sequence[Message], options: dict[str, Any]) -> tuple[str, list[Span]]:
+    """The render of the very messages, and the spans of its ``{% generation %}`` blocks where options ask for them."""
     from transformers.utils.chat_template_utils import render_jinja_template
 
-    template = tokenizer.get_chat_template(tools=variables.get("tools"))
-    if not GENERATION.search(template):
-        return None
-    _, (spans,) = render_jinja_template(
+    (text,), spans = render_jinja_template(
         conversations=[list(messages)],
-        chat_template=template,
-        return_assistant_tokens_mask=True,
-        **{**tokenizer.special_tokens_map, **variables},
+        chat_template=tokenizer.get_chat_template(tools=options.get("tools")),
+        **{**tokenizer.special_tokens_map, **options},
     )
-    return list(spans)
+    return str(text), list(spans[0]) if spans else []
 
 
-def _without_trace(
-    template: str, render: Render, messages: Sequence[Message], variables: dict[str, Any], text: str
+def _ignored(
+    template: str,
+    render: Render,
+    messages: Sequence[Message],
+    variables: dict[str, Any],
+    text: str,
+    traces: Traces,
 ) -> tuple[str, ...]:
     """Fields that the template does not read, or whose text it leaves out."""
-
-    def is_same(changed: Sequence[Message]) -> bool:
-        try:
-            return render(changed).split() == text.split()
-        except Exception:  # as above: it reads what it cannot do without
-            return False
-
     ignored = [name for name in variables if not re.search(rf"\b{re.escape(name)}\b", template)]
+    kept = {piece.field for piece in traces.kept_pieces()}
+    for piece in traces.lost_pieces():
+        if piece.field == "content":
+            ignored.append(f"messages.content of {messages[piece.message]['role']}")
+        else:
+            ignored.append(f"messages.{piece.field}" + (" of some turns" if piece.field in kept else ""))
+    in_pieces = {"role", "content", *(piece.field for piece in traces.pieces)}
     keys = dict.fromkeys(key for message in messages for key in message if message[key])
-    for key in [key for key in keys if key not in ("role", "content")]:
-        if is_same([{name: value for name, value in message.items() if name != key} for message in messages]):
+    for key in [key for key in keys if key not in in_pieces]:
+        without = [{name: value for name, value in message.items() if name != key} for message in messages]
+        if is_same(render, without, text):
             ignored.append(f"messages.{key}")
-    thoughtless = [{**message, "content": THOUGHT.sub("", message["content"])} for message in messages]
-    if thoughtless != [*messages] and is_same(thoughtless):
-        ignored.append("messages.content (<think>)")
-    return tuple(ignored)
+    return tuple(dict.fromkeys(ignored))
 
 
 def _without(spans: Sequence[Span], others: Sequence[Span]) -> tuple[Span, ...]:
@@ -163,8 +216,7 @@ def _mark(message: Message) -> Message:
             **message,
             "tool_calls": [*calls[:-1], {**calls[-1], "function": {**function, "name": function["name"] + MARK}}],
         }
-    content = message["content"].rstrip()
-    return {**message, "content": content + MARK + message["content"][len(content) :]}
+    return {**message, "content": with_mark(message["content"], MARK)}
 
 
 def _no_place(trait: str) -> Unusable:
@@ -251,7 +303,10 @@ class _Places:
         rendered = self.render(marked, **options)
         if rendered.count(MARK) == 0 or rendered.replace(MARK, "") != text:
             raise _no_place(f"rewrites what the {messages[number]['role']} says")
-        return rendered.replace(MARK, "", rendered.count(MARK) - 1).index(MARK)
+        count = rendered.count(MARK)
+        if count > 1 and number + 1 < len(messages):  # later turns repeat it, as the results of a call its name
+            count = min(count, self.render(marked[: number + 1], **options).count(MARK) or count)
+        return rendered.replace(MARK, "", count - 1).index(MARK)
 
     def _beginning(self, text: str, other: str) -> str:
         """What the two have in common at their start, no token cut in two."""

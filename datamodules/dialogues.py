@@ -4,10 +4,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from qpruner.datamodules.chat_templates import Span, lay_out
+from qpruner.datamodules.chat_templates import lay_out
 from qpruner.datamodules.documents import NOT_UNICODE, Record, is_unicode
 from qpruner.datamodules.messages import Conversation, Unusable
 from qpruner.datamodules.records import Completion, Instruction, read_record
+from qpruner.datamodules.traces import Span
 from qpruner.errors import UserError
 
 Layout = Literal["alpaca", "chat"]
@@ -40,6 +41,11 @@ class Dialogue:
     complete: bool
     where: str
     unused: tuple[str, ...] = ()
+
+    def ends_in(self, tokens: tuple[str, ...]) -> bool:
+        """Whether something that is scored ends in one of the tokens, but for white space."""
+        spans = [(0, len(self.text))] if self.scored is None else self.scored
+        return any(self.text[first:last].rstrip().endswith(tokens) for first, last in spans)
 
 
 def to_dialogue(

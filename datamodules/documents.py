@@ -162,16 +162,28 @@ def _records_of(content: Record) -> list[Any]:
         ValueError: its records lie deeper.
     """
     columns = list(content.values())
+    if any(map(_is_chat, columns)):
+        return [content]
     for name, column in content.items():
         if isinstance(column, list) and any(isinstance(entry, dict) for entry in column):
             raise ValueError(
                 f"it must hold a list of records, not a dict; if they are the list {name!r} in it, write that alone"
             )
     if columns and all(isinstance(column, dict) for column in columns):
+        if all(name.isdigit() for name in content):  # records by number
+            return columns
+        if not all(name.isdigit() for column in columns for name in column):
+            raise ValueError("it must hold a list of records, not a dict of them")
         columns = [list(column.values()) for column in columns]
     if columns and all(isinstance(column, list) and len(column) == len(columns[0]) for column in columns):
         return [dict(zip(content, row, strict=True)) for row in zip(*columns, strict=True)]
     return [content]
+
+
+def _is_chat(column: Any) -> bool:
+    return isinstance(column, list) and any(
+        isinstance(entry, dict) and ("role" in entry or "from" in entry) for entry in column
+    )
 
 
 def _checked(record: Any, where: str, skipped: Skipped) -> Iterator[tuple[str, Record]]:
@@ -190,6 +202,8 @@ def _read_csv(path: Path, skipped: Skipped) -> Iterator[tuple[str, Record]]:
         # Strict, or a quote that is never closed would swallow the rest of the file.
         rows = csv.reader(chain([header], file), delimiter=delimiter, strict=True)
         names = [name.strip() for name in next(rows, [])]
+        if twice := [name for name in names if name and names.count(name) > 1]:
+            raise ValueError(f"it has several fields of the name {twice[0]!r}")
         for number, row in enumerate(rows):
             where = f"{path.name} row {number}"
             if len(row) == len(names):
@@ -232,7 +246,18 @@ def _parts(batch: Any) -> Iterator[Any]:
 def _rows(batches: Iterable[Any], name: str) -> Iterator[tuple[str, Record]]:
     records = (record for batch in batches for record in batch.to_pylist())
     for number, record in enumerate(records):
-        yield f"{name} row {number}", record
+        yield f"{name} row {number}", without_padding(record)
+
+
+def without_padding(record: Record) -> Record:
+    """A record of a table without the null fields in its structs: each struct of a column has the fields of all."""
+
+    def without(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: without(entry) for key, entry in value.items() if entry is not None}
+        return [without(entry) for entry in value] if isinstance(value, list) else value
+
+    return {name: without(value) for name, value in record.items()}
 
 
 READERS: dict[str, Callable[[Path, Skipped], Iterator[tuple[str, Record]]]] = {

@@ -1,7 +1,7 @@
 """Instructions and chats, with the loss on what the assistant says or on everything."""
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from qpruner.datamodules.base import TokenDataModule
@@ -10,8 +10,9 @@ from qpruner.datamodules.dialogues import Dialogue, Layout, to_dialogue
 from qpruner.datamodules.documents import Skipped
 from qpruner.datamodules.records import KNOWN, UNKNOWN
 from qpruner.datamodules.rows import Row, TokenRows
-from qpruner.datamodules.splits import SPLITS, Split, hold_out, make_disjoint
-from qpruner.datamodules.text import ended, missing_end, named_sources, notes
+from qpruner.datamodules.sources import Source
+from qpruner.datamodules.splits import SPLITS, Split, at_fault, hold_out, make_disjoint
+from qpruner.datamodules.text import ended, missing_end, named_sources, notes, without_useless_splits
 from qpruner.datamodules.tokens import tokenize
 from qpruner.errors import UserError
 
@@ -30,6 +31,7 @@ class InstructionDataModule(TokenDataModule):
       ``history`` (Alpaca, Dolly, LaMini, MetaMath, OpenOrca, GSM8K).
     - Completion: ``prompt`` and ``completion`` (TRL); two texts are joined as they are, and a text or a list of
       messages with a list of messages is a chat of which only the completion is learnt.
+    - Any of these with ``label`` or ``kto_tag``: skipped where it is false (KTO).
     - Preference, with ``learn_chosen``: ``chosen`` in place of an answer or completion, and perhaps without a prompt;
       ``rejected`` is left alone (TRL, UltraFeedback, ShareGPT's).
 
@@ -38,7 +40,9 @@ class InstructionDataModule(TokenDataModule):
     template reads; and ``weight``, ``train`` or ``loss`` of a message, at 0 or false of which a turn is not scored.
     Roles may have the names of chat templates, of ShareGPT or of others (``human``, ``gpt``, ``bot``, ``model``,
     ``function_call``, ``observation``, ...). Empty turns are not learnt. Records that cannot be used are skipped and
-    counted, and fields that are not used are named, in the notes on the data at the start of a run.
+    counted, such as those of whose responses the chat template leaves out a text or a call. Fields that are not used
+    and what else the template leaves out (thoughts of earlier turns, roles that it does not know) are named. Both stand
+    in the notes on the data at the start of a run.
 
     Of a response is scored what the model has to write: from the end of the generation prompt up to and including the
     end-of-turn token (see `chat_templates`), or with the prompt of Alpaca the answer and the end-of-text token.
@@ -92,6 +96,7 @@ class InstructionDataModule(TokenDataModule):
     def options(self) -> dict[str, Any]:
         return {
             "sources": {split: source.fingerprint() for split, source in self.sources.items()},
+            "named": [split for split, source in self.sources.items() if source.is_named],
             "response_only": self.response_only,
             "layout": self.layout,
             "learn_chosen": self.learn_chosen,
@@ -100,24 +105,44 @@ class InstructionDataModule(TokenDataModule):
         }
 
     def build(self) -> Prepared:
-        skipped = {split: Skipped() for split in self.sources}
-        given = {split: list(self._dialogues(split, skipped[split])) for split in self.sources}
-        for split, found in given.items():
-            if not found:
-                known = f" {KNOWN}" if any(map(_is_unknown, skipped[split].counts)) else ""
-                raise UserError(f"{self.sources[split]} holds no usable record: {skipped[split]}.{known}")
-        dialogues, repeated = make_disjoint(hold_out(given, _content, self.held_out), _content)
+        return without_useless_splits(type(self).__name__, self.sources, self._build)
+
+    def _build(self, sources: Mapping[Split, Source]) -> Prepared:
+        skipped = {split: Skipped() for split in sources}
+        given: dict[Split, list[Dialogue]] = {}
+        for split in sources:
+            with at_fault(split):
+                given[split] = list(self._dialogues(split, skipped[split]))
+                if not given[split]:
+                    known = f" {KNOWN}" if any(map(_is_unknown, skipped[split].counts)) else ""
+                    raise UserError(f"{sources[split]} holds no usable record: {skipped[split]}.{known}")
+        disjoint, repeated = make_disjoint(given, _content)
+        dialogues = hold_out(disjoint, _content, self.held_out)
         rows: dict[Split, TokenRows] = {}
         for split in dialogues:
             counter = skipped.setdefault(split, Skipped())
-            rows[split] = TokenRows.of(self._rows(dialogues[split], counter))
-            if not len(rows[split]):
-                raise UserError(f"The {split} split holds no usable record: {counter}.")
+            with at_fault(split):
+                rows[split] = TokenRows.of(self._rows(dialogues[split], counter))
+                if not len(rows[split]):
+                    raise UserError(f"The {split} split holds no usable record: {counter}.")
         name = type(self).__name__
-        said = (*notes(name, skipped, repeated, rows, self.sources), *_notes_on_fields(name, dialogues))
-        without_template = any(not dialogue.complete for split in dialogues for dialogue in dialogues[split])
+        said = (*notes(name, skipped, repeated, rows, sources), *_notes_on_fields(name, dialogues))
+        return Prepared(rows, said + self._notes_on_ends([d for split in dialogues for d in dialogues[split]]))
+
+    def _notes_on_ends(self, dialogues: list[Dialogue]) -> tuple[str, ...]:
+        without_template = any(not dialogue.complete for dialogue in dialogues)
         unended = "no row that is laid out without a chat template ends with one" if without_template else None
-        return Prepared(rows, said + missing_end(self.tokenizer, unended))
+        said = missing_end(self.tokenizer, unended)
+        added = [token.content for token in self.tokenizer.added_tokens_decoder.values() if token.special]
+        ends = tuple(filter(None, (*added, self.tokenizer.eos_token)))
+        chats = [dialogue for dialogue in dialogues if dialogue.complete]
+        if not chats or any(chat.ends_in(ends) for chat in chats):
+            return said
+        return (
+            *said,
+            f"The chat template of the tokenizer {self.tokenizer.name_or_path!r} ends no turn by a special token, and "
+            f"the model is not taught where a turn ends.",
+        )
 
     def _dialogues(self, split: Split, skipped: Skipped) -> Iterator[Dialogue]:
         for where, record in self.sources[split].records(skipped):

@@ -46,22 +46,27 @@ def read_messages(value: Any, name: str) -> tuple[list[Message], list[Part]]:
     """The messages in the field ``name``, and what each is to the model.
 
     Names of roles and fields become those of chat templates, contents become text, calls of tools a list with their
-    arguments as data. Null entries are left out at every depth: a table gives each call the arguments of all calls.
+    arguments as data. A field of a message that is null is none.
 
     Raises:
         Unusable: they are no messages with role and content.
     """
-    value = without_nulls(parsed(value))
+    value = parsed(value)
     if not isinstance(value, list):
         raise _no_messages(name)
     messages: list[Message] = []
     parts: list[Part] = []
     for entry in value:
+        if entry is None:
+            continue
         message = _message(entry, name)
-        flags = [message.pop(flag) for flag in TRAINED if flag in message]
-        messages.append(message)
+        weights = {flag: _weight(message[flag]) for flag in TRAINED if flag in message}
+        # A turn is learnt or not: another weight stays in the message, where it is seen that nothing reads it.
+        messages.append(
+            {key: entry for key, entry in message.items() if key not in weights or weights[key] not in (0, 1)}
+        )
         is_said = message["role"] == "assistant" and says_something(message)
-        parts.append("prompt" if not is_said else "response" if all(flags) else "never")
+        parts.append("prompt" if not is_said else "never" if 0 in weights.values() else "response")
     return messages, parts
 
 
@@ -75,7 +80,8 @@ def read_tools(tools: Any) -> list[Any]:
     tools = [parsed(tool) for tool in (tools if isinstance(tools, list) else [tools])]
     return [
         {"type": "function", "function": tool} if isinstance(tool, dict) and "name" in tool else tool
-        for tool in without_nulls(tools)
+        for tool in tools
+        if tool is not None
     ]
 
 
@@ -89,19 +95,27 @@ def parsed(value: Any) -> Any:
     return value
 
 
-def without_nulls(value: Any) -> Any:
-    """Nested lists and dicts without the entries that are null."""
-    if isinstance(value, dict):
-        return {key: without_nulls(entry) for key, entry in value.items() if entry is not None}
-    if isinstance(value, list):
-        return [without_nulls(entry) for entry in value if entry is not None]
-    return value
+def read_flag(value: Any) -> bool | None:
+    """What a truth value says, which tables without types have as a text; nothing where it is none."""
+    if isinstance(value, str):
+        return {"true": True, "false": False}.get(value.strip().lower())
+    return value if isinstance(value, bool) else None
+
+
+def _weight(value: Any) -> float | None:
+    """How much a turn counts, 0 where it is not to be learnt; nothing where that cannot be read."""
+    if (flag := read_flag(value)) is not None:
+        return float(flag)
+    try:
+        return max(float(value), 0.0)
+    except (TypeError, ValueError):
+        return None
 
 
 def _message(entry: Any, name: str) -> Message:
     if not isinstance(entry, dict):
         raise _no_messages(name)
-    extra = dict(entry)
+    extra = {key: value for key, value in entry.items() if value is not None}
     role = next((extra.pop(key) for key in ("role", "from") if key in extra), None)
     content = next((extra.pop(key) for key in ("content", "value") if key in extra), None)
     if not isinstance(role, str):
@@ -113,29 +127,33 @@ def _message(entry: Any, name: str) -> Message:
         role, content, calls = "assistant", "", [content]
     if role == "tool" and not isinstance(content, str) and not _is_parts(content):
         content = json.dumps(content, ensure_ascii=False)  # a result as data
-    message = {"role": role, **extra, **_contents(content, name)}
+    message = {"role": role, **extra, **_contents(content, role)}
     if tool_calls := [call for given in calls if given for call in _calls(given)]:
         message["tool_calls"] = tool_calls
     if "content" not in message:
         if not tool_calls and not any(message.get(key) for key in THOUGHTS):
-            raise _no_messages(name)
+            raise Unusable(f"with a message of the {role} that has no content")
         message["content"] = ""  # null is legal beside a call
     return message
 
 
-def _contents(content: Any, name: str) -> Message:
+def _contents(content: Any, role: str) -> Message:
     """The text of a message, and its thoughts where they are a part of its content."""
     if content is None:
         return {}
     if isinstance(content, str):
         return {"content": content}
     if not _is_parts(content):
-        raise _no_messages(name)
+        raise Unusable(f"with a message of the {role} whose content is no text")
     texts: list[str] = []
     thoughts: list[str] = []
     for part in content:
         kind = "text" if isinstance(part, str) else part["type"]
-        text = part if isinstance(part, str) else part.get(kind, part.get("text"))
+        text = (
+            part
+            if isinstance(part, str)
+            else next((part[key] for key in (kind, "text") if part.get(key) is not None), None)
+        )
         if kind not in (*TEXT_PARTS, *THOUGHTS) or not isinstance(text, str):
             raise Unusable(f"with a part of type {kind!r} in a message, where only text can be used")
         (thoughts if kind in THOUGHTS else texts).append(text)
@@ -151,16 +169,19 @@ def _is_parts(content: Any) -> bool:
 def _calls(given: Any) -> Iterator[Message]:
     """Calls as ``{"type": "function", "function": {"name", "arguments"}}``; they may come unwrapped, or as text."""
     given = parsed(given)
-    for call in given if isinstance(given, list) else [given]:
+    for call in filter(None, given) if isinstance(given, list) else [given]:
         call = parsed(call)
         function = call.get("function", call) if isinstance(call, dict) else None
         if not isinstance(function, dict) or not isinstance(function.get("name"), str):
             raise Unusable("with a tool call that has no name")
         around = {key: call[key] for key in call if key not in ("function", "name", "arguments")}
+        function = {**function, "arguments": parsed(function.get("arguments"))}
+        if function["arguments"] is None:
+            function["arguments"] = {}
         yield {
             "type": "function",
-            **around,
-            "function": {**function, "arguments": parsed(function.get("arguments", {}))},
+            **{key: value for key, value in around.items() if value is not None},
+            "function": {key: value for key, value in function.items() if value is not None},
         }
 
 

@@ -6,7 +6,7 @@ from itertools import takewhile
 from typing import Any
 
 from qpruner.datamodules.documents import Record
-from qpruner.datamodules.messages import Conversation, Message, Unusable, parsed, read_messages, read_tools
+from qpruner.datamodules.messages import Conversation, Message, Unusable, parsed, read_flag, read_messages, read_tools
 
 CHATS = ("messages", "conversations", "conversation", "dialogue", "dialog", "chat")
 QUESTIONS = ("instruction", "question", "query", "problem", "prompt")
@@ -17,6 +17,7 @@ KNOWN = (
     f"Known are chats ({', '.join(CHATS)}), and a question ({', '.join(QUESTIONS)}; or input) with an answer "
     f"({', '.join(ANSWERS)}; or chosen, with --data.init_args.learn_chosen true)."
 )
+LABELS = ("label", "kto_tag")  # whether the answer is a good one
 UNKNOWN = "in no known format"
 EMPTY: tuple[Any, ...] = ("", [], {})
 
@@ -92,6 +93,14 @@ class _Fields:
         self._taken.add(name)
         return self._values[name]
 
+    def take_flag(self, names: Sequence[str]) -> bool | None:
+        """What the first of the fields says that is true or false; one that holds anything else is left."""
+        for name in names:
+            if (flag := read_flag(self._values.get(name))) is not None:
+                self._taken.add(name)
+                return flag
+        return None
+
     @property
     def left(self) -> tuple[str, ...]:
         return tuple(name for name, value in self._values.items() if name not in self._taken and value not in EMPTY)
@@ -112,6 +121,8 @@ def read_record(record: Record, *, learn_chosen: bool = False) -> Conversation |
         chosen = fields.take("chosen")
         return _pair(fields, "chosen", [chosen] if isinstance(chosen, dict) else chosen, fields.take("rejected"))
     name = fields.first((*fields.chats, *ANSWERS)) or fields.first(CHATS)
+    if name is not None and fields.take_flag(LABELS) is False:
+        raise Unusable("whose answer is labelled as a bad one")
     if name in CHATS:
         return _conversation(fields, name, [], fields.take(name))
     if name is not None:

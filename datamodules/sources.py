@@ -3,12 +3,12 @@
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from qpruner.datamodules.documents import READABLE, Record, Skipped, kind, read_file
+from qpruner.datamodules.documents import READABLE, Record, Skipped, kind, read_file, without_padding
 from qpruner.datamodules.layout import Layout, read_layout
 from qpruner.datamodules.splits import Split
 from qpruner.errors import UserError
@@ -43,10 +43,12 @@ class Source:
             ``.bz2``, ``.xz`` or ``.zst``, ``.parquet``, ``.arrow``, ``.feather``), or a local folder or a hub data set
             as ``NAME``, ``NAME@SPLIT`` or ``NAME:CONFIG@SPLIT``.
         split: the one to read when the spec names none.
+        is_named: whether the user asked for this split, which else only stands beside one.
     """
 
     spec: str
     split: Split
+    is_named: bool = field(default=True, compare=False)
 
     @cached_property
     def place(self) -> Place | None:
@@ -81,7 +83,7 @@ class Source:
         """Another split of the same local folder, if it has it and the spec names none."""
         if self.layout is None or self.place is None or self.place.split is not None or not self.layout.split(split):
             return None
-        return Source(self.spec, split)
+        return Source(self.spec, split, is_named=False)
 
     @property
     def selection(self) -> str | None:
@@ -139,7 +141,7 @@ class Source:
     def _library_records(self) -> Iterator[tuple[str, Record]]:
         with self._explained():
             for number, record in enumerate(self._dataset()):
-                yield f"{self.spec} row {number}", record
+                yield f"{self.spec} row {number}", without_padding(record)
 
     def _dataset(self) -> Any:
         import datasets

@@ -1,7 +1,8 @@
 """Three splits, disjoint by content: train fits and calibrates, validation chooses, test is reported."""
 
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Literal, TypeVar
 
 from qpruner.errors import UserError
@@ -9,6 +10,28 @@ from qpruner.errors import UserError
 Split = Literal["train", "validation", "test"]
 SPLITS: tuple[Split, ...] = ("train", "validation", "test")
 T = TypeVar("T")
+
+
+class SplitError(UserError):
+    """A mistake that would not be one without some of the splits.
+
+    Args:
+        message: for the user.
+        splits: any of which may be at fault.
+    """
+
+    def __init__(self, message: str, *splits: Split) -> None:
+        super().__init__(message)
+        self.splits = splits
+
+
+@contextmanager
+def at_fault(split: Split) -> Iterator[None]:
+    """Makes a mistake of a user one of this split."""
+    try:
+        yield
+    except UserError as error:
+        raise SplitError(str(error), split) from error
 
 
 def hold_out(given: Mapping[Split, Sequence[T]], content: Callable[[T], str], share: float) -> dict[Split, list[T]]:
@@ -50,20 +73,23 @@ def make_disjoint(
     """Takes from train what is in validation or test, and from validation what is in test; the counts say how many.
 
     Raises:
-        UserError: nothing is left of a split.
+        SplitError: nothing is left of a split.
     """
-    seen: set[bytes] = set()
+    seen: dict[bytes, Split] = {}
     kept: dict[Split, list[T]] = {}
     for split in reversed(SPLITS):
         if split in splits:
             digests = [_digest(content(record)) for record in splits[split]]
             kept[split] = [record for record, digest in zip(splits[split], digests, strict=True) if digest not in seen]
             if splits[split] and not kept[split]:
-                raise UserError(
-                    f"Nothing is left of the {split} split: all its {len(digests):,} record(s) also stand in a split "
-                    f"that comes after it (train, validation, test). Give it data of its own."
+                later = [other for other in SPLITS if other in {seen[digest] for digest in digests}]
+                raise SplitError(
+                    f"Nothing is left of the {split} split: all its {len(digests):,} record(s) also stand in "
+                    f"{' or '.join(later)}. Give it data of its own.",
+                    split,
+                    *later,
                 )
-            seen.update(digests)
+            seen.update(dict.fromkeys(digests, split))
     return kept, {split: len(splits[split]) - len(records) for split, records in kept.items()}
 
 

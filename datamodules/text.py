@@ -1,6 +1,7 @@
 """Plain text: files or a hub data set, packed into blocks or one document a row."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from typing import Any, Literal
 
 import numpy as np
@@ -10,7 +11,7 @@ from qpruner.datamodules.cache import Prepared
 from qpruner.datamodules.documents import NOT_UNICODE, Skipped, is_unicode
 from qpruner.datamodules.rows import Row, TokenRows
 from qpruner.datamodules.sources import Source
-from qpruner.datamodules.splits import SPLITS, Split, hold_out, make_disjoint
+from qpruner.datamodules.splits import SPLITS, Split, SplitError, at_fault, hold_out, make_disjoint
 from qpruner.datamodules.tokens import tokenize
 from qpruner.errors import UserError, nearest
 
@@ -22,9 +23,9 @@ class TextDataModule(TokenDataModule):
 
     Each split is a local file (text, JSON Lines, JSON, CSV, Parquet or Arrow; see `Source`), or a local folder or a hub
     data set as ``NAME``, ``NAME@SPLIT`` or ``NAME:CONFIG@SPLIT``. Of a folder whose files are named for splits only the
-    one asked for is read. A split that is not given is that of the folder which ``train`` names, if it has one, and
-    else held out of the training documents by their content. Documents that stand in two splits are taken out of the
-    one that fits or chooses.
+    one asked for is read. A split that is not given is that of the folder which ``train`` names, if it has one
+    that can be used, and else held out of the training documents by their content. Documents that stand in two splits
+    are taken out of the one that fits or chooses.
 
     Args:
         train: documents that fit and calibrate; needed by ``fit`` only.
@@ -73,6 +74,7 @@ class TextDataModule(TokenDataModule):
     def options(self) -> dict[str, Any]:
         return {
             "sources": {split: source.fingerprint() for split, source in self.sources.items()},
+            "named": [split for split, source in self.sources.items() if source.is_named],
             "layout": self.layout,
             "separator": self.separator,
             "end_token": self.end_token,
@@ -81,29 +83,35 @@ class TextDataModule(TokenDataModule):
         }
 
     def build(self) -> Prepared:
-        skipped = {split: Skipped() for split in self.sources}
-        documents = {split: list(self._documents(split, skipped[split])) for split in self.sources}
-        for split, found in documents.items():
-            if not found:
-                _, record = next(self.sources[split].records(Skipped()))
-                raise UserError(
-                    f"{self.sources[split]} holds no usable text: {skipped[split]}. The text of a record is "
-                    f"taken from the field that --data.init_args.text_column names."
-                    + ("" if self.text_column in record else nearest(self.text_column, record))
+        return without_useless_splits(type(self).__name__, self.sources, self._build)
+
+    def _build(self, sources: Mapping[Split, Source]) -> Prepared:
+        skipped = {split: Skipped() for split in sources}
+        documents: dict[Split, list[str]] = {}
+        for split in sources:
+            with at_fault(split):
+                documents[split] = list(self._documents(split, skipped[split]))
+                if not documents[split]:
+                    _, record = next(sources[split].records(Skipped()))
+                    raise UserError(
+                        f"{sources[split]} holds no usable text: {skipped[split]}. The text of a record is "
+                        f"taken from the field that --data.init_args.text_column names."
+                        + ("" if self.text_column in record else nearest(self.text_column, record))
+                    )
+        disjoint, repeated = make_disjoint(documents, str)
+        texts = hold_out(disjoint, str, self.held_out)
+        rows: dict[Split, TokenRows] = {}
+        for split in texts:
+            with at_fault(split):
+                rows[split] = rows_of_text(
+                    self.tokenizer,
+                    texts[split],
+                    layout=self.layout,
+                    end_token=self.end_token,
+                    max_length=self.max_length,
+                    skipped=skipped.setdefault(split, Skipped()),
                 )
-        texts, repeated = make_disjoint(hold_out(documents, str, self.held_out), str)
-        rows = {
-            split: rows_of_text(
-                self.tokenizer,
-                texts[split],
-                layout=self.layout,
-                end_token=self.end_token,
-                max_length=self.max_length,
-                skipped=skipped.setdefault(split, Skipped()),
-            )
-            for split in texts
-        }
-        said = notes(type(self).__name__, skipped, repeated, rows, self.sources)
+        said = notes(type(self).__name__, skipped, repeated, rows, sources)
         return Prepared(rows, said + missing_end(self.tokenizer, unended_rows(self.layout, self.end_token)))
 
     def _documents(self, split: Split, skipped: Skipped) -> Iterator[str]:
@@ -139,6 +147,28 @@ def named_sources(*, held_out: float, **specs: str | None) -> dict[Split, Source
         _ = source.files  # a path that is not there is told before anything is loaded
     beside = {split: sources["train"].sibling(split) for split in SPLITS if split not in sources and "train" in sources}
     return sources | {split: source for split, source in beside.items() if source is not None}
+
+
+def without_useless_splits(
+    name: str, sources: Mapping[Split, Source], build: Callable[[Mapping[Split, Source]], Prepared]
+) -> Prepared:
+    """What is built of the sources, but of those that nobody named only where nothing is wrong with them.
+
+    Raises:
+        UserError: something is wrong with the others.
+    """
+    left_alone: list[str] = []
+    while True:
+        try:
+            prepared = build(sources)
+        except SplitError as error:
+            at_fault = [split for split in error.splits if split in sources and not sources[split].is_named]
+            if not at_fault:
+                raise
+            sources = {split: source for split, source in sources.items() if split not in at_fault}
+            left_alone += [f"{name}: {split}: left alone what the folder has of it. {error}" for split in at_fault]
+        else:
+            return replace(prepared, notes=(*left_alone, *prepared.notes))
 
 
 def rows_of_text(
@@ -193,7 +223,7 @@ def notes(
     skipped: dict[Split, Skipped],
     repeated: dict[Split, int],
     rows: dict[Split, TokenRows],
-    sources: dict[Split, Source],
+    sources: Mapping[Split, Source],
 ) -> tuple[str, ...]:
     """What a person should know of how the splits came about."""
     lines = [f"{name}: {split}: {source.selection}" for split, source in sources.items() if source.selection]

@@ -178,11 +178,23 @@ GPT_OSS = (  # thoughts in the last turn only, which ends in a token of its own;
     + "<|start|>assistant{% endif %}"
 )
 
+GPT_OSS_TOOLS = (  # no thoughts beside a call that an answer follows; the result begins with the name of its function
+    GPT_OSS.replace(
+        "{% elif m['role'] == 'assistant' %}",
+        "{% elif m.tool_calls %}{% set call = m.tool_calls[0].function %}{% if loop.last %}"
+        "<|start|>assistant<|channel|>analysis<|message|>{{ m.thinking }}<|end|>{% endif %}"
+        "<|start|>assistant to=functions.{{ call.name }}<|message|>"
+        "{{ call.arguments | tojson }}<|call|>{% elif m['role'] == 'tool' %}"
+        "<|start|>functions.{{ messages[loop.index0 - 1].tool_calls[0].function.name }} to=assistant<|message|>"
+        "{{ m['content'] | tojson }}<|end|>{% elif m['role'] == 'assistant' %}",
+    )
+)
+
 TOKENS = (
     "<|im_start|>", "<|im_end|>", "[INST]", "[/INST]", "[TOOL_CALLS]", "[AVAILABLE_TOOLS]", "[/AVAILABLE_TOOLS]",
     "[TOOL_RESULTS]", "[/TOOL_RESULTS]", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "<think>",
     "</think>", "<tool_call>", "</tool_call>", "<|system|>", "<|user|>", "<|assistant|>", "<|end|>", "<start_of_turn>",
     "<end_of_turn>", "<|User|>", "<|Assistant|>", "<|calls|>", "<|/calls|>", "<|call|>", "<|/call|>", "<|sep|>",
     "<|output|>", "<|/output|>", "<|START_OF_TURN_TOKEN|>", "<|END_OF_TURN_TOKEN|>", "<|CHATBOT_TOKEN|>",
-    "<|start|>", "<|channel|>", "<|message|>", "<|return|>", "<|USER_TOKEN|>", "<|SYSTEM_TOKEN|>",
+    "<|start|>", "<|channel|>", "<|message|>", "<|return|>", "<|call|>", "<|USER_TOKEN|>", "<|SYSTEM_TOKEN|>",
 )  # fmt: skip

@@ -41,7 +41,7 @@ REASONING = [user("Who?"), said("Tom.", reasoning_content="Hm."), user("When?"),
 CALL = {"type": "function", "id": "abcdefghi", "function": {"name": "look", "arguments": {"day": 3}}}
 RESULT = {"role": "tool", "content": "rain", "tool_call_id": "abcdefghi"}
 CALLS = [user("Who?"), said("Tom."), user("Rain?"), said("", tool_calls=[CALL]), RESULT, said("Yes.")]
-TWO_CALLS = [user("Rain?"), said("I look.", tool_calls=[CALL, CALL]), RESULT, RESULT, said("Yes.")]
+TWO_CALLS = [user("Rain?"), said("", tool_calls=[CALL, CALL]), RESULT, RESULT, said("Yes.")]
 TOOLS = [{"type": "function", "function": {"name": "look", "parameters": {}}}]
 
 
@@ -126,7 +126,7 @@ WRITTEN = '{"name": "look", "arguments": {"day": 3}}'
         (
             formats.QWEN25,
             f"<tool_call>\n{WRITTEN}\n</tool_call><|im_end|>",
-            f"I look.\n<tool_call>\n{WRITTEN}\n</tool_call>\n<tool_call>\n{WRITTEN}\n</tool_call><|im_end|>",
+            f"<tool_call>\n{WRITTEN}\n</tool_call>\n<tool_call>\n{WRITTEN}\n</tool_call><|im_end|>",
         ),
         (
             formats.MISTRAL,
@@ -218,10 +218,107 @@ def test_what_the_template_leaves_out_is_named(tokenizer: Any) -> None:
         "documents",
         "messages.reasoning_content",
     )
-    assert ignored(tokenizer, formats.QWEN3, REASONING, tools=TOOLS, enable_thinking=True) == ()
+    last = REASONING[2:]
+    assert ignored(tokenizer, formats.QWEN3, last, tools=TOOLS, enable_thinking=True) == ()
     assert ignored(tokenizer, formats.DEEPSEEK_R1, THOUGHTS) == ("messages.content (<think>)",)
-    assert ignored(tokenizer, formats.QWEN3, THOUGHTS) == ()
+    assert ignored(tokenizer, formats.QWEN3, THOUGHTS) == ("messages.content (<think>) of some turns",)
+    assert ignored(tokenizer, formats.QWEN3, REASONING) == ("messages.reasoning_content of some turns",)
     assert ignored(tokenizer, formats.QWEN25, [{**user("Who?"), "name": "Ann"}, said("Tom.")]) == ("messages.name",)
+
+
+@pytest.mark.parametrize(
+    ("template", "message", "name"),
+    [
+        (formats.QWEN25, {"role": "critic", "content": "Who?"}, "messages.content of critic"),
+        (formats.SMOLLM3, SYSTEM, "messages.content of system"),
+        (
+            formats.PHI3.replace("{{ m['content'] }}", "{{ m['content'] if m['role'] != 'tool' }}"),
+            RESULT,
+            "messages.content of tool",
+        ),
+    ],
+)
+def test_what_nobody_but_the_assistant_says_may_be_left_out_and_is_named(
+    tokenizer: Any, template: str, message: dict[str, Any], name: str
+) -> None:
+    assert name in ignored(tokenizer, template, [message, *PLAIN])
+
+
+@pytest.mark.parametrize("template", [formats.LLAMA3, formats.MISTRAL, formats.DEEPSEEK_R1])
+@pytest.mark.parametrize("response_only", [True, False])
+def test_a_response_is_not_learnt_without_its_text(tokenizer: Any, template: str, response_only: bool) -> None:
+    chat = [user("Rain?"), said("I look.", tool_calls=[CALL]), RESULT, said("Yes.")]
+    with pytest.raises(
+        Unusable, match="^with (text in a response|tool calls)(,| that) .*the chat template leaves out$"
+    ):
+        scored(tokenizer, template, chat, response_only=response_only)
+    assert scored(tokenizer, formats.QWEN25, chat)[0].startswith("I look.\n<tool_call>")
+
+
+def test_a_response_is_not_learnt_without_one_of_its_calls(tokenizer: Any) -> None:
+    first_only = formats.QWEN25.replace("in m.tool_calls or []", "in (m.tool_calls or [])[:1]")
+    other = {**CALL, "function": {"name": "go", "arguments": {}}}
+    with pytest.raises(Unusable, match="^with tool calls, which the chat template leaves out$"):
+        scored(tokenizer, first_only, [user("Rain?"), said("", tool_calls=[CALL, other])])
+
+
+def test_a_turn_of_thoughts_that_are_left_out_is_empty(tokenizer: Any) -> None:
+    silent = [said("", reasoning_content="Hm."), said("<think>Hm.</think>", reasoning_content="Hm.")]
+    assert scored(tokenizer, formats.QWEN25, [user("Who?"), silent[0], *PLAIN[:2]]) == ["Tom.<|im_end|>"]
+    assert scored(tokenizer, formats.DEEPSEEK_R1, [*PLAIN[:2], user("Who?"), silent[1]]) == ["Tom.</s>"]
+    with pytest.raises(Unusable, match="^without a response of which the chat template writes anything out$"):
+        scored(tokenizer, formats.QWEN25, [user("Who?"), silent[0]])
+
+
+def test_a_call_outside_of_generation_blocks_is_learnt(tokenizer: Any) -> None:
+    block = "{% generation %}{{ m['content'] }}<|im_end|>{% endgeneration %}"
+    partly = (
+        "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{% if m.tool_calls %}"
+        "[{{ m.tool_calls[0].function.name }}]<|im_end|>{% elif m['role'] == 'assistant' %}"
+        + block
+        + "{% else %}{{ m['content'] }}<|im_end|>{% endif %}\n{% endfor %}"
+        + formats.GENERATE
+        + "<|im_start|>assistant\n{% endif %}"
+    )
+    assert scored(tokenizer, partly, CALLS) == ["Tom.<|im_end|>", "[look]<|im_end|>", "Yes.<|im_end|>"]
+
+
+def test_generation_blocks_in_a_comment_are_none(tokenizer: Any) -> None:
+    commented = formats.CHATML + "{# {% generation %} would stand here #}"
+    assert scored(tokenizer, commented, PLAIN) == ["Tom.<|im_end|>", "On Friday.<|im_end|>"]
+
+
+def test_calls_that_a_template_writes_where_the_content_is_null(tokenizer: Any) -> None:
+    null = formats.DEEPSEEK_R1.replace("and m.tool_calls", "and m['content'] is none")
+    assert scored(tokenizer, null, CALLS)[1] == (
+        '<|calls|><|call|>function<|sep|>look\n```json\n{"day": 3}\n```<|/call|><|/calls|></s>'
+    )
+
+
+def test_the_block_of_a_turn_of_weight_0_goes_with_its_header(tokenizer: Any) -> None:
+    whole = formats.SMOLLM3.replace(
+        "<|im_start|>assistant\n{% generation %}", "{% generation %}<|im_start|>assistant\n"
+    )
+    chat = [user("Who?"), said("Tim.", weight=0), user("Really?"), said("Tom.")]
+    assert scored(tokenizer, whole, chat) == ["<|im_start|>assistant\nTom.<|im_end|>"]
+
+
+def test_a_name_that_the_result_of_the_call_repeats_is_not_scored(tokenizer: Any) -> None:
+    assert scored(tokenizer, formats.GPT_OSS_TOOLS, [*CALLS[2:5], said("Yes.", thinking="So.")]) == [
+        ' to=functions.look<|message|>{"day": 3}<|call|>',
+        "<|channel|>analysis<|message|>So.<|end|><|start|>assistant<|channel|>final<|message|>Yes.<|return|>",
+    ]
+
+
+def test_signs_for_private_use_are_text_as_any_other(tokenizer: Any) -> None:
+    chat = [user("\U000f0000?"), said("\U000f0001\U000f0002."), user("?"), said("\U000f0000")]
+    assert scored(tokenizer, formats.QWEN3, chat) == [
+        "\U000f0001\U000f0002.<|im_end|>",
+        "<think>\n\n</think>\n\n\U000f0000<|im_end|>",
+    ]
+    assert ignored(tokenizer, formats.QWEN25, [{"role": "critic", "content": "\U000f0000"}, *chat]) == (
+        "messages.content of critic",
+    )
 
 
 TOOLS_LAST = formats.CHATML.replace(

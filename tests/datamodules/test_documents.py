@@ -70,7 +70,7 @@ def test_tables_of_more_rows_than_are_read_at_once(tmp_path: Path, name: str) ->
 
 @pytest.mark.parametrize("name", ["a.parquet", "a.feather"])
 def test_tables_with_nested_fields(tmp_path: Path, name: str) -> None:
-    record = {"messages": [{"role": "user", "content": "Hi"}], "meta": {"n": None}, "text": "a"}
+    record = {"messages": [{"role": "user", "content": "Hi"}], "meta": {"n": [1, None]}, "text": "a", "no": None}
     table = pyarrow.Table.from_pylist([record])
     table = table.set_column(2, "text", pyarrow.array(["a"]).dictionary_encode())
     (pyarrow.parquet.write_table if name == "a.parquet" else pyarrow.feather.write_feather)(table, tmp_path / name)
@@ -153,6 +153,32 @@ def test_records_that_are_no_records_in_a_list(tmp_path: Path) -> None:
     assert str(skipped) == "2 not a record with named fields (first: a.json record 1)"
 
 
+@pytest.mark.parametrize("name", ["a.parquet", "a.feather"])
+def test_structs_of_tables_have_no_fields_of_others(tmp_path: Path, name: str) -> None:
+    records = [{"calls": [{"a": 1, "to": {"x": None}}]}, {"calls": [{"b": [None, 2]}, None]}]
+    table = pyarrow.Table.from_pylist(records)
+    (pyarrow.parquet.write_table if name == "a.parquet" else pyarrow.feather.write_feather)(table, tmp_path / name)
+    assert read(tmp_path / name) == [{"calls": [{"a": 1, "to": {}}]}, {"calls": [{"b": [None, 2]}, None]}]
+    (tmp_path / "a.json").write_text(json.dumps(records))
+    assert read(tmp_path / "a.json") == records
+
+
+CHAT = [{"role": "user", "content": "Hi"}, {"from": "gpt", "value": "Hello"}]
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        ({"messages": CHAT}, [{"messages": CHAT}]),
+        ({"prompt": CHAT[:1], "completion": CHAT[1:]}, [{"prompt": CHAT[:1], "completion": CHAT[1:]}]),
+        ({"messages": [CHAT, CHAT]}, [{"messages": CHAT}] * 2),
+        ({"1": RECORDS[0], "2": RECORDS[1]}, RECORDS[:2]),
+    ],
+)
+def test_what_a_json_object_holds(tmp_path: Path, content: Any, expected: list[Any]) -> None:
+    assert read(put(tmp_path / "a.json", json.dumps(content))) == expected
+
+
 def test_a_json_file_with_one_record(tmp_path: Path) -> None:
     assert read(put(tmp_path / "a.json", '{"text": "a", "tags": ["x", "y"]}\n')) == [{"text": "a", "tags": ["x", "y"]}]
 
@@ -179,6 +205,8 @@ DAMAGED = {
     "twice.json": (b'[{"n": 1}]\n[{"n": 2}]', "Extra data: line 2 column 1", "is one list of records"),
     "deep.json": (b"[" * 100_000, "recursion", "is one list of records"),
     "object.json": (b'{"data": [{"n": 1}]}', "a list of records, not a dict; if they are the list 'data' in it", ""),
+    "named.json": (b'{"a": {"n": 1}, "b": {"n": 2}}', "must hold a list of records, not a dict of them", ""),
+    "twice.csv": (b"text,n, text\na,1,b\n", "it has several fields of the name 'text'", "names of its fields"),
     "number.json": (b"7", "must hold a list of records, not a int", "or has one a line"),
     "text.parquet": (b"not a table, but long enough for one", "Parquet magic bytes not found", "Apache Parquet"),
     "empty.parquet": (b"", "Parquet file size is 0 bytes", "Apache Parquet"),

@@ -174,7 +174,8 @@ def test_chats_that_a_template_has_no_place_for_are_counted(tmp_path: Path) -> N
     for reason in (
         "1 that the chat template refuses (No system, please) (first: records.json record 1)",
         "1 that begins with a response (first: records.json record 2)",
-        "2 whose 'messages' are not a list of role and content (first: records.json record 3)",
+        "1 with a message of the assistant that has no content (first: records.json record 3)",
+        "1 whose 'messages' are not a list of role and content (first: records.json record 4)",
         "1 without a response (first: records.json record 5)",
         "1 with half a surrogate pair, which is no Unicode text (first: records.json record 6)",
     ):
@@ -284,6 +285,24 @@ def test_chosen_answers_are_learnt_where_they_are_asked_for(tmp_path: Path) -> N
         make([record], tmp_path).examples("test")
     module = make([record], tmp_path, learn_chosen=True)
     assert scored_text(module, 0) == "It is red.</s>"
+
+
+@pytest.mark.parametrize("response_only", [True, False])
+@pytest.mark.parametrize(("template", "told"), [(CHAT, False), (CHAT.replace("</s>", ""), True), (formats.QWEN3, True)])
+def test_a_chat_template_that_ends_no_turn_is_told(
+    tmp_path: Path, template: str, told: bool, response_only: bool
+) -> None:
+    notes = make([{"messages": TURNS}], tmp_path, template, response_only=response_only).prepared.notes
+    assert any("ends no turn by a special token" in note for note in notes) is told  # Qwen's is none of this tokenizer
+
+
+def test_an_empty_split_that_nobody_named_is_held_out_of_train(tmp_path: Path) -> None:
+    records = [{"instruction": f"Name number {n}.", "output": f"It is {n}."} for n in range(100)]
+    (tmp_path / "train.json").write_text(json.dumps(records))
+    (tmp_path / "test.json").write_text('[{"title": "x"}]')
+    module = InstructionDataModule(train=str(tmp_path), tokenizer=EMBEDDED, held_out=0.1)
+    assert len(module.examples("test")) > 1
+    assert any("test: left alone what the folder has of it. The split 'test' of" in n for n in module.prepared.notes)
 
 
 def test_a_missing_end_token_is_told_where_no_template_writes_one(tmp_path: Path) -> None:

@@ -1,8 +1,9 @@
+import json
 from typing import Any
 
 import pytest
 
-from qpruner.datamodules.messages import Unusable, parsed, read_messages, read_tools, with_text_arguments, without_nulls
+from qpruner.datamodules.messages import Unusable, parsed, read_messages, read_tools, with_text_arguments
 
 USER = {"role": "user", "content": "Rain?"}
 CALL = {"type": "function", "function": {"name": "look", "arguments": {"day": 3}}}
@@ -48,7 +49,7 @@ def test_what_is_empty_is_no_response() -> None:
         {"content": None, "function_call": {"name": "look", "arguments": '{"day": 3}'}},
         {
             "content": "",
-            "tool_calls": [{**CALL, "function": {**CALL["function"], "arguments": {"day": 3, "at": None}}}],
+            "tool_calls": [{**CALL, "id": None, "function": {**CALL["function"], "strict": None}}, None],
         },  # type: ignore[dict-item]
     ],
 )
@@ -89,8 +90,7 @@ def test_contents_become_text() -> None:
 
 @pytest.mark.parametrize(
     "messages",
-    ["x", 7, ["a"], [{"role": "user"}], [{"role": None, "content": "x"}], [{"content": "x"}], [USER, [USER]]]
-    + [[{"role": "assistant", "content": None}], [{"role": "user", "content": 7}]],
+    ["x", 7, ["a"], [{"role": None, "content": "x"}], [{"content": "x"}], [USER, [USER]]],
 )
 def test_what_is_no_list_of_messages_is_told(messages: Any) -> None:
     with pytest.raises(Unusable, match="^whose 'dialog' are not a list of role and content$"):
@@ -112,12 +112,49 @@ def test_tools_are_schemas_of_functions() -> None:
     wrapped = [{"type": "function", "function": schema}]
     for tools in ([schema], wrapped, '[{"name": "look", "parameters": {}}]', ['{"name": "look", "parameters": {}}']):
         assert read_tools(tools) == wrapped
-    assert read_tools([{**schema, "strict": None}]) == wrapped
+    nullable = {**schema, "parameters": {"enum": ["a", None], "default": None}}
+    assert read_tools([nullable, None]) == [{"type": "function", "function": nullable}]
     assert read_tools([]) == read_tools("[]") == []
 
 
-def test_nulls_are_left_out_at_every_depth() -> None:
-    assert without_nulls({"a": None, "b": [None, {"c": None, "d": 0}]}) == {"b": [{"d": 0}]}
+@pytest.mark.parametrize("arguments", [{"days": [1, None, 3]}, {"day": None, "at": 1}, {}])
+@pytest.mark.parametrize("as_text", [True, False])
+def test_nulls_in_arguments_are_kept(arguments: Any, as_text: bool) -> None:
+    call = {"function": {"name": "look", "arguments": json.dumps(arguments) if as_text else arguments}}
+    messages, _ = read_messages(
+        [{"role": "assistant", "content": None, "name": None, "tool_calls": [call]}], "messages"
+    )
+    assert messages[0].keys() == {"role", "content", "tool_calls"}
+    assert messages[0]["tool_calls"][0]["function"]["arguments"] == arguments
+    result = {"role": "tool", "content": {"rain": None}}
+    assert read_messages([result], "messages")[0][0]["content"] == '{"rain": null}'
+
+
+@pytest.mark.parametrize(
+    ("weight", "part", "is_left"),
+    [
+        ("0", "never", False), ("false", "never", False), (" False ", "never", False), ("0.0", "never", False),
+        (-1, "never", False), ("1", "response", False), ("true", "response", False), (1.0, "response", False),
+        (0.5, "response", True), ("0.3", "response", True), (2, "response", True), ("much", "response", True),
+    ],
+)  # fmt: skip
+def test_weights_are_read_from_text_and_others_than_0_and_1_are_left(weight: Any, part: str, is_left: bool) -> None:
+    (message,), parts = read_messages([{"role": "assistant", "content": "x", "weight": weight}], "messages")
+    assert parts == [part]
+    assert ("weight" in message) is is_left
+
+
+@pytest.mark.parametrize(
+    ("message", "reason"),
+    [
+        ({"role": "user", "content": None}, "with a message of the user that has no content"),
+        ({"role": "assistant"}, "with a message of the assistant that has no content"),
+        ({"from": "human", "value": 7}, "with a message of the user whose content is no text"),
+    ],
+)
+def test_what_is_no_content_is_told(message: Any, reason: str) -> None:
+    with pytest.raises(Unusable, match=f"^{reason}$"):
+        read_messages([message], "messages")
 
 
 def test_only_lists_and_objects_are_read_as_json() -> None:

@@ -136,6 +136,16 @@ def test_a_dialogue_that_is_a_text_is_no_chat_where_there_is_an_answer() -> None
         read_record({"dialogue": "A: Who? B: Tom."})
 
 
+@pytest.mark.parametrize("name", ["label", "kto_tag"])
+def test_answers_that_are_labelled_as_bad_are_not_learnt(name: str) -> None:
+    for record in ({"prompt": "The sky", "completion": " is blue."}, {"messages": CHAT}):
+        for bad in (False, "False"):
+            with pytest.raises(Unusable, match="^whose answer is labelled as a bad one$"):
+                read_record({**record, name: bad})
+        assert read_record({**record, name: True}) == read_record(record)
+        assert read_record({**record, name: 0}).unused == (name,)  # a class
+
+
 @pytest.mark.parametrize(
     ("record", "reason"),
     [

@@ -2,7 +2,7 @@ from collections import Counter
 
 import pytest
 
-from qpruner.datamodules.splits import hold_out, make_disjoint
+from qpruner.datamodules.splits import SplitError, hold_out, make_disjoint
 from qpruner.errors import UserError
 
 RECORDS = [f"record {number}" for number in range(2000)]
@@ -77,5 +77,9 @@ def test_content_says_what_is_the_same() -> None:
 
 
 def test_nothing_left_of_a_split() -> None:
-    with pytest.raises(UserError, match=r"Nothing is left of the train split: all its 2 record\(s\).*Give it data"):
-        make_disjoint({"train": ["a", "a"], "validation": ["a", "b"]}, str)
+    reason = (
+        r"^Nothing is left of the train split: all its 3 record\(s\) also stand in validation or test\. Give it data"
+    )
+    with pytest.raises(SplitError, match=reason) as caught:
+        make_disjoint({"train": ["a", "a", "c"], "validation": ["a", "b"], "test": ["c"]}, str)
+    assert caught.value.splits == ("train", "validation", "test")

@@ -1,5 +1,6 @@
 import gzip
 import json
+import re
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -39,6 +40,9 @@ def word_module(sources: dict[str, str], folder: Path, *, end: str | None = None
 def rows(module: TextDataModule, split: Any) -> list[list[int]]:
     found = module.examples(split).rows
     return [found.tokens[found.offsets[i] : found.offsets[i + 1]].tolist() for i in range(len(found))]
+
+
+TRAINED = "".join(json.dumps({"text": f"a b {number}"}) + "\n" for number in range(60))
 
 
 @pytest.fixture
@@ -234,6 +238,31 @@ def test_a_path_that_is_not_there_is_told_before_anything_is_loaded(
 def write_lines(path: Path, texts: list[str]) -> str:
     path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     return str(path)
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        ("", "holds no records: 1 file(s) without a record (first: test.jsonl)."),
+        ("nonsense", "holds no records: 1 not JSON"),
+        ('{"body": "x"}', "holds no usable text: 1 without text in the field 'text'"),
+        ("\xff", "is damaged or not what its name says"),
+        ('{"text": "a"}', "None of 1 document(s) has the 2 tokens that a row needs."),
+        (TRAINED, "Nothing is left of the train split: all its 60 record(s) also stand in test."),
+    ],
+)
+def test_a_split_that_nobody_named_does_not_end_the_run(tmp_path: Path, content: str, reason: str) -> None:
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "train.jsonl").write_text(TRAINED)
+    (tmp_path / "data" / "test.jsonl").write_text(content, encoding="latin-1")
+    module = word_module({"train": str(tmp_path / "data")}, tmp_path, held_out=0.2)
+    assert all(rows(module, split) for split in ("train", "validation", "test"))
+    assert sum(len(rows(module, split)) for split in ("train", "validation", "test")) == 60
+    (note,) = [note for note in module.prepared.notes if "left alone what" in note]
+    assert note.startswith("TextDataModule: test: left alone what the folder has of it. ") and reason in note
+    named = {"train": str(tmp_path / "data"), "test": f"{tmp_path / 'data'}@test"}
+    with pytest.raises(UserError, match=re.escape(reason)):
+        word_module(named, tmp_path, held_out=0.2).prepare_data()
 
 
 def test_an_end_of_text_that_the_tokenizer_adds_is_not_doubled(tmp_path: Path) -> None:
