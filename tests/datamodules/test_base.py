@@ -85,11 +85,13 @@ def test_impossible_batches(wrong: dict[str, int]) -> None:
 def test_ranks_of_a_trainer_share_the_rows(data: StoriesDataModule) -> None:
     ranks = [make(max_length=60, loader=LoaderConfig(batch_size=4)) for _ in range(2)]
     for number, rank in enumerate(ranks):
-        state = SimpleNamespace(fn="fit")
-        rank.trainer = SimpleNamespace(global_rank=number, world_size=2, limit_train_batches=0.7, state=state)  # type: ignore[assignment]
+        rank.trainer = SimpleNamespace(  # type: ignore[assignment]
+            global_rank=number, world_size=2, limit_train_batches=0.7, accumulate_grad_batches=2, callbacks=[],
+            state=SimpleNamespace(fn="fit"),
+        )  # fmt: skip
     train = [rank.train_dataloader() for rank in ranks]
     assert {len(loader) for loader in train} == {3}
-    assert {loader.limit for loader in train} == {0.7}
+    assert {(loader.limit, loader.accumulate) for loader in train} == {(0.7, 2)}
     seen = [index for loader in train for batch in loader for index in batch["example"].tolist()]
     assert len(set(seen)) == len(seen) == 24
     text = [next(iter(rank.val_dataloader()[0]))["example"].tolist() for rank in ranks]
