@@ -287,7 +287,8 @@ class QPrunerCLI(LightningCLI):
             rehearsal = Rehearsal(skeleton.to(getattr(torch, self.model.dtype_of_base)), self.model.lora)
             for callback in compressing:
                 callback.check(rehearsal)
-            rehearse_saving(self.model.base, config, self.datamodule.tokenizer)
+            trusted = self.model.trust_remote_code
+            rehearse_saving(self.model.base, config, self.datamodule.tokenizer, trust_remote_code=trusted)
 
     def _lock_folder(self, run: RunFolder, claim: ExitStack) -> None:
         """Keeps others out of the folder of the run and begins its log, on rank zero."""

@@ -12,7 +12,7 @@ from typing import Any, Literal
 import torch
 
 from qpruner.errors import UserError
-from qpruner.files import hash_file, hash_json
+from qpruner.files import hash_file, hash_json, read_json, write_json
 from qpruner.loading_info import (
     check_architecture,
     check_loaded,
@@ -42,6 +42,7 @@ EMBEDDED = "qpruner/stories"
 
 DType = Literal["float32", "bfloat16", "float16"]
 
+TOKENIZER_CONFIG = "tokenizer_config.json"
 TOKENIZER_SUFFIXES = (".json", ".model", ".txt", ".tiktoken", ".jinja", ".py")
 LONGEST_CAUSE = 300  # characters of what a library says
 SPEAKERS = ("modeling_utils", "integrations.bitsandbytes")
@@ -172,6 +173,20 @@ def load_tokenizer(name: str, *, trust_remote_code: bool = False) -> Any:
                     f"tokenizer_config.json."
                 )
         return AutoTokenizer.from_pretrained(resolve(name), trust_remote_code=trust_remote_code)
+
+
+def save_tokenizer(tokenizer: Any, folder: Path) -> None:
+    """Writes a tokenizer so that transformers can load it again, also one that comes with code of its own.
+
+    Of that, ``save_pretrained`` names the class alone where `AutoTokenizer` expects two, slow and fast.
+    """
+    tokenizer.save_pretrained(folder)
+    path = folder / TOKENIZER_CONFIG
+    written = read_json(path) if path.is_file() else {}
+    classes = written.get("auto_map") or {}
+    if isinstance(name := classes.get("AutoTokenizer"), str):
+        pair = [None, name] if getattr(tokenizer, "is_fast", False) else [name, None]
+        write_json(path, written | {"auto_map": classes | {"AutoTokenizer": pair}})
 
 
 def _read_config(name: str, trust_remote_code: bool) -> Any:

@@ -16,6 +16,7 @@ from qpruner.commands import run
 from qpruner.errors import UserError
 from qpruner.files import hash_file, read_json, write_json
 from qpruner.merge import model_folder
+from qpruner.pretrained import EMBEDDED, load_tokenizer
 
 OPTIONS = {
     "model.base": "base",
@@ -107,6 +108,37 @@ def test_it_can_be_called_from_anywhere(
 def test_other_data_of_that_name_are_not_measured_on(work: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (work / "text/test.txt").write_text("STOP".join(f"story {n} of the hens and the hills" for n in range(12)))
     assert "are not those of the run" in merged("runs/x", "out", capsys)
+
+
+@pytest.mark.parametrize("content", ["{}", "[]", "{", '{"data": 3}'])
+def test_without_the_record_of_the_data_nothing_is_measured_on_them(
+    work: Path, capsys: pytest.CaptureFixture[str], content: str
+) -> None:
+    (work / "runs/x/manifest.json").write_text(content)
+    said = merged("runs/x", "out", capsys)
+    assert "not measured: the data of the run cannot be had from here (" in said and "runs/x/manifest.json" in said
+
+
+def test_the_tokenizer_goes_along_whoever_wrote_its_code(work: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = read_json(work / "base/tokenizer_config.json") | {"auto_map": {"AutoTokenizer": [None, "tok_my.MyTok"]}}
+    write_json(work / "base/tokenizer_config.json", config)
+    (work / "base/tok_my.py").write_text(
+        "from transformers import PreTrainedTokenizerFast\nclass MyTok(PreTrainedTokenizerFast):\n    mine = True\n"
+    )
+    (work / "base/additional_chat_templates").mkdir()
+    (work / "base/additional_chat_templates/tool_use.jinja").write_text("{{ tools }}")
+    fit("own", *QUANTIZED, "--model.trust_remote_code=true")
+    run(["merge", "runs/own", "out"])
+    assert "with adapters beside their base" in capsys.readouterr().out
+    for folder in (work / "runs/own/model", work / "out"):
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
+        assert tokenizer.mine and tokenizer.chat_template["tool_use"] == "{{ tools }}"
+        assert tokenizer("a fox")["input_ids"] == load_tokenizer(EMBEDDED)("a fox")["input_ids"]
+        assert load_compressed(folder)  # all of it is in the manifest
+    files = {path.relative_to(work / "out").as_posix() for path in (work / "out").rglob("*") if path.is_file()}
+    model = {"config.json", "generation_config.json", "model.safetensors", "plan.json", "manifest.json"}
+    of_tokenizer = {"tok_my.py", "tokenizer.json", "tokenizer_config.json", "additional_chat_templates/tool_use.jinja"}
+    assert files == model | of_tokenizer
 
 
 def broken(work: Path, file: str, change: Any) -> None:
