@@ -31,6 +31,7 @@ from qpruner.folder_manifest import (
     PLAN,
     VERSION,
     entries_of,
+    is_compressed,
     read_checked_manifest,
     read_manifest,
 )
@@ -87,6 +88,9 @@ class CompressedBase:
 def load_compressed(folder: str | Path) -> Any:
     """The model of a compressed folder, with its adapters when it has any, in evaluation mode on the CPU.
 
+    A folder that was copied is to be loaded by this: PEFT alone looks for the base where the folder was written, and
+    may find another model there.
+
     Args:
         folder: such as ``runs/quickstart/model``.
 
@@ -95,16 +99,17 @@ def load_compressed(folder: str | Path) -> Any:
     """
     import peft
 
+    folder = Path(folder).expanduser()
     model = load_base(folder).model
-    if has_adapters(Path(folder)):
-        path = Path(folder) / ADAPTER_CONFIG
+    if has_adapters(folder):
+        path = folder / ADAPTER_CONFIG
         with reading(path, COPY_AGAIN, ANYTHING):
             config = peft.PeftConfig.from_pretrained(str(path.parent))
             if config.peft_type != peft.PeftType.LORA:
                 raise UserError(f"It is of PEFT type {brief(config.peft_type)}; a compressed folder holds LORA.")
-            config.base_model_name_or_path = str(Path(folder).absolute())  # wherever it was written
+            config.base_model_name_or_path = str(folder.absolute())  # wherever it was written
             model = peft.PeftModelForCausalLM(model, config)
-        load_adapters(Path(folder), model)
+        load_adapters(folder, model)
         model.requires_grad_(False)
     return model.eval()
 
@@ -282,7 +287,7 @@ def load_adapters(folder: Path, model: Any) -> None:
 
     path = folder / ADAPTER_WEIGHTS
     state = _load_tensors(path)
-    with reading(path, COPY_AGAIN, (RuntimeError,)):  # an adapter of another shape
+    with reading(path, COPY_AGAIN, ANYTHING):  # such as an adapter of another shape
         left = set_peft_model_state_dict(model, state)
         missing = [name for name in left.missing_keys if "lora_" in name]
         if missing or left.unexpected_keys:
@@ -311,11 +316,6 @@ def _load_tensors(path: Path) -> dict[str, Tensor]:
         return load_file(path)
     except (*MALFORMED, SafetensorError, KeyError, RuntimeError) as error:  # the last two: a dtype unknown to torch
         raise UserError(f"{str(path)!r} is not a safetensors file: {cut(error)}. {COPY_AGAIN}") from error
-
-
-def is_compressed(folder: Path) -> bool:
-    """Whether a folder says that it holds a compressed model."""
-    return (folder / MANIFEST).is_file() and (folder / PLAN).is_file()
 
 
 def read_plan(folder: Path) -> CompressionPlan:

@@ -31,13 +31,13 @@ from qpruner.callbacks.compression import CompressionInSetup, Rehearsal
 from qpruner.checkpoint import (
     build_skeleton,
     has_trained_adapters,
-    is_compressed,
     read_plan,
     rehearse_saving,
 )
 from qpruner.commands import COMMANDS
 from qpruner.datamodules.base import TokenDataModule
 from qpruner.errors import UserError, user_error
+from qpruner.folder_manifest import is_compressed
 from qpruner.memory import num_parameters, peak_meaning, read_peak, reset_peak, tensor_bytes
 from qpruner.options.classes import Options
 from qpruner.options.given import config_files, read_arguments, read_file

@@ -15,14 +15,13 @@ from qpruner.checkpoint import (
     ADAPTER,
     GENERATION,
     has_initial_adapters,
-    is_compressed,
     load_compressed,
     read_plan,
     save_base,
 )
 from qpruner.datamodules.base import TokenDataModule
 from qpruner.errors import UserError, user_error
-from qpruner.folder_manifest import CONFIG, PLAN, read_manifest
+from qpruner.folder_manifest import CONFIG, PLAN, is_compressed, read_manifest
 from qpruner.memory import num_parameters
 from qpruner.plan import DENSE, UNITS
 from qpruner.quantization.merging import merge_
@@ -83,6 +82,11 @@ def model_folder(given: Path) -> Path:
             raise UserError(
                 f"{str(given)!r} is a search, which keeps no trained model. Recover its plan first: "
                 f"`qpruner fit --plan {run.plan}`, and merge that run."
+            )
+        if run.finished and run.plan.exists() and not is_compressed(run.model):
+            raise UserError(
+                f"The compressed model of the run {str(given)!r} is gone: {str(run.model)!r} holds none. Put it back, "
+                f"or run the fit again with --restart."
             )
         if run.finished and not is_compressed(run.model):
             raise UserError(

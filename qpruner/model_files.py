@@ -7,6 +7,7 @@ from safetensors import SafetensorError, safe_open
 
 from qpruner.errors import UserError
 from qpruner.files import read_json
+from qpruner.folder_manifest import is_compressed
 
 CONFIG, ADAPTERS = "config.json", "adapter_config.json"
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -120,6 +121,8 @@ def check_fetched(files: Iterable[Path]) -> None:
 def adapters_are_no_base(name: str, adapter_config: Path, *, beside: bool) -> str:
     """Why a folder or hub model with adapters is no base, and what to do.
 
+    Those of a run lie in the folder of their base, whose own file may be packed.
+
     Args:
         name: of the folder or of the hub model.
         adapter_config: file that describes the adapters.
@@ -128,6 +131,12 @@ def adapters_are_no_base(name: str, adapter_config: Path, *, beside: bool) -> st
     check_fetched([adapter_config])
     described = read_json(adapter_config)
     base = described.get("base_model_name_or_path") if isinstance(described, dict) else None
+    if is_compressed(compressed := adapter_config.absolute().parent.parent):
+        return (
+            f"{name!r} holds the adapters of a compressed model, and a base has none. To build on them, make a dense "
+            f"copy with `qpruner merge {compressed} FOLDER` and give that; to do without them, give "
+            f"{str(compressed)!r}."
+        )
     without = "take the adapter_* files out of it" if beside else f"give their base{f', {base!r}' if base else ''}"
     return (
         f"{name!r} holds adapters of PEFT ({ADAPTERS}){' beside a model' if beside else ''}, and a base has none. "

@@ -25,7 +25,6 @@ from qpruner.adapters.lora import LoRAConfig, attach_adapters
 from qpruner.anatomy import FAMILIES, architecture_of
 from qpruner.checkpoint import (
     has_adapters,
-    is_compressed,
     load_base,
     load_compressed,
     read_config,
@@ -34,6 +33,7 @@ from qpruner.checkpoint import (
     save_base,
 )
 from qpruner.errors import UserError
+from qpruner.folder_manifest import is_compressed
 from qpruner.plan import UNITS, CompressionPlan, Precision
 from qpruner.pretrained import EMBEDDED, load_config, load_tokenizer, save_tokenizer
 from qpruner.pruning.surgery import apply_pruning_, stated_by_weights
@@ -333,6 +333,14 @@ def test_peft_alone_finds_the_base_from_anywhere_or_says_what_can_load_it(
     loaded = load_compressed(tmp_path / "copied")
     assert torch.equal(logits_of(loaded), expected)
     assert loaded.peft_config["default"].base_model_name_or_path == str(tmp_path / "copied")
+
+
+def test_a_home_folder_is_written_as_in_a_shell(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, _ = write(tmp_path / "model")
+    adapted = with_adapters(model)
+    save_adapters(tmp_path / "model", adapted, trained=True)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert torch.equal(logits_of(load_compressed("~/model")), logits_of(adapted))
 
 
 def test_a_new_process_computes_identical_logits(tmp_path: Path) -> None:

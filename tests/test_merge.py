@@ -15,6 +15,7 @@ from qpruner.checkpoint import load_compressed
 from qpruner.commands import run
 from qpruner.errors import UserError
 from qpruner.files import hash_file, read_json, write_json
+from qpruner.folder_manifest import is_compressed
 from qpruner.merge import model_folder
 from qpruner.pretrained import EMBEDDED, load_tokenizer
 
@@ -141,6 +142,15 @@ def test_the_tokenizer_goes_along_whoever_wrote_its_code(work: Path, capsys: pyt
     assert files == model | of_tokenizer
 
 
+@pytest.mark.parametrize("given", ["runs/x", "runs/x/model/adapter"])
+def test_the_folder_beside_that_of_the_model_is_told(work: Path, given: str) -> None:
+    assert not is_compressed(Path(given))
+    with pytest.raises(UserError, match=f"'{given}' holds no compressed model; 'runs/x/model' does. Name that"):
+        load_compressed(given)
+    with pytest.raises(UserError, match="qpruner merge .*/runs/x/model FOLDER|'runs/x/model' does. Give the folder of"):
+        fit("on_adapters", f"--model.base={given}")
+
+
 def broken(work: Path, file: str, change: Any) -> None:
     """Alters a file of the model and its entry in the manifest."""
     model = work / "runs/x/model"
@@ -195,6 +205,10 @@ def test_what_is_no_finished_run_is_named(work: Path) -> None:
     ):
         with pytest.raises(UserError, match=said):
             run(["merge", given, "out"])
+    (work / "runs/x/model").rename(work / "kept")
+    with pytest.raises(UserError, match="compressed model of the run 'runs/x' is gone: 'runs/x/model' holds none"):
+        run(["merge", "runs/x", "out"])
+    (work / "kept").rename(work / "runs/x/model")
     summary = read_json(work / "runs/x/summary.json")
     write_json(work / "runs/x/summary.json", summary | {"finished": False})
     with pytest.raises(UserError, match="The fit of 'runs/x' is not over"):
