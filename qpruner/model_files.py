@@ -2,15 +2,18 @@
 
 from collections.abc import Iterable
 from pathlib import Path
+from typing import TypedDict
 
 from safetensors import SafetensorError, safe_open
 
 from qpruner.errors import UserError
 from qpruner.files import read_json
 from qpruner.folder_manifest import is_compressed
+from qpruner.schema import read_as
 
 CONFIG, ADAPTERS = "config.json", "adapter_config.json"
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+FETCH_AGAIN = "Fetch the file again."
 LFS_POINTER = b"version https://git-lfs"
 TOKENIZER_FILES = ("tokenizer*", "vocab*", "*.model", "*.tiktoken", "merges.txt")
 OTHER_LAYOUTS = {
@@ -31,12 +34,20 @@ OTHER_WEIGHTS = {
 """In what a folder without safetensors may hold its weights."""
 
 
+class Index(TypedDict):
+    """What must be known of the file that says in which shard each tensor lies."""
+
+    weight_map: dict[str, str]
+
+
 def weight_files(folder: Path) -> list[Path]:
     """The safetensors that make the model, as transformers chooses them; none where there are none."""
     if (folder / WEIGHTS).is_file():
         return [folder / WEIGHTS]
     if (folder / INDEX).is_file():
-        return sorted({folder / shard for shard in read_json(folder / INDEX)["weight_map"].values()})
+        return sorted(
+            {folder / shard for shard in read_as(folder / INDEX, Index, remedy=FETCH_AGAIN)["weight_map"].values()}
+        )
     return []
 
 

@@ -36,7 +36,7 @@ ALLOWED: dict[str, set[str]] = {
     "stories": set(),
     "plan": {"errors", "files"},
     "anatomy": {"errors", "plan"},
-    "model_files": {"errors", "files", "folder_manifest"},
+    "model_files": {"errors", "files", "folder_manifest", "schema"},
     "prequantized": {"errors"},
     "loading_info": {"errors"},
     "pretrained": {"errors", "files", "loading_info", "model_files", "prequantized"},
