@@ -2,14 +2,14 @@
 
 config.json, generation_config.json    widths, where transformers alone can express them in its own types
 model*.safetensors, *.index.json       the compressed base
-tokenizer*, chat templates             of the base
+tokenizer*, chat templates, code       of the base
 plan.json                              what was kept of the dense model
 adapter/                               LoRA adapters in PEFT's layout, once they are trained
 manifest.json                          version, base model, size and SHA-256 of every file above
 """
 
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -31,12 +31,20 @@ from qpruner.folder_manifest import (
     PLAN,
     VERSION,
     entries_of,
+    is_compressed,
     read_checked_manifest,
     read_manifest,
 )
 from qpruner.memory import tensor_bytes
 from qpruner.plan import MOST_LAYERS, CompressionPlan, describe_differences
-from qpruner.pretrained import hold_in_, load_config, load_generation_config, resolve
+from qpruner.pretrained import (
+    hold_in_,
+    load_config,
+    load_generation_config,
+    load_tokenizer,
+    resolve,
+    save_tokenizer,
+)
 from qpruner.pruning.surgery import narrow_
 from qpruner.pruning.widths import compressed_config_class, plain_dict, portable_config, with_widths
 from qpruner.quantization.apply import linear_precisions
@@ -80,6 +88,9 @@ class CompressedBase:
 def load_compressed(folder: str | Path) -> Any:
     """The model of a compressed folder, with its adapters when it has any, in evaluation mode on the CPU.
 
+    A folder that was copied is to be loaded by this: PEFT alone looks for the base where the folder was written, and
+    may find another model there.
+
     Args:
         folder: such as ``runs/quickstart/model``.
 
@@ -88,16 +99,17 @@ def load_compressed(folder: str | Path) -> Any:
     """
     import peft
 
+    folder = Path(folder).expanduser()
     model = load_base(folder).model
-    if has_adapters(Path(folder)):
-        path = Path(folder) / ADAPTER_CONFIG
+    if has_adapters(folder):
+        path = folder / ADAPTER_CONFIG
         with reading(path, COPY_AGAIN, ANYTHING):
             config = peft.PeftConfig.from_pretrained(str(path.parent))
             if config.peft_type != peft.PeftType.LORA:
                 raise UserError(f"It is of PEFT type {brief(config.peft_type)}; a compressed folder holds LORA.")
-            config.base_model_name_or_path = str(Path(folder).absolute())  # wherever it was written
+            config.base_model_name_or_path = str(folder.absolute())  # wherever it was written
             model = peft.PeftModelForCausalLM(model, config)
-        load_adapters(Path(folder), model)
+        load_adapters(folder, model)
         model.requires_grad_(False)
     return model.eval()
 
@@ -180,9 +192,9 @@ def save_base(
         # In place of what `save_pretrained` makes of the configuration that the model computes with.
         portable = with_widths(model.config, plan.widths) if plan.quantized else portable_config(model.config)
         portable.architectures = [_model_class_name(portable)]
-        portable.save_pretrained(temporary)
+        portable.to_json_file(temporary / CONFIG)  # as it is: transformers cannot read what is packed
         if tokenizer is not None:
-            tokenizer.save_pretrained(temporary)
+            save_tokenizer(tokenizer, temporary)
         plan.write(temporary / PLAN)
         base = {"name": base_name, "sha256": plan.base_sha256, "loftq_iterations": loftq_iterations}
         files = entries_of(temporary)
@@ -190,32 +202,40 @@ def save_base(
         write_json(temporary / MANIFEST, manifest)
 
 
-def rehearse_saving(base: str, config: Any, tokenizer: Any) -> None:
+def rehearse_saving(base: str, config: Any, tokenizer: Any, *, trust_remote_code: bool = False) -> None:
     """Finds, before any work with a model, that something cannot be written which its folder holds beside weights.
 
     Args:
         base: folder or hub name of the model that is going to be compressed.
         config: its configuration.
         tokenizer: to be put beside it.
+        trust_remote_code: whether code that comes with the tokenizer may run.
 
     Raises:
-        UserError: its configuration, generation configuration or tokenizer cannot be saved.
+        UserError: its configuration, generation configuration or tokenizer cannot be saved, or the tokenizer not be
+            loaded again.
     """
-    parts = {
-        "configuration": config,
-        "generation configuration": load_generation_config(base),
-        "tokenizer": tokenizer,
-    }
-    with TemporaryDirectory(prefix="qpruner-") as folder:
-        for name, part in parts.items():
+    generation = load_generation_config(base)
+    with TemporaryDirectory(prefix="qpruner-") as temporary:
+        folder = Path(temporary) / "rehearsal"  # transformers keeps the code of a tokenizer under its folder's name
+        steps: dict[str, Callable[[], object]] = {
+            "configuration": lambda: config.save_pretrained(folder),
+            "generation configuration": lambda: generation and generation.save_pretrained(folder),
+            "tokenizer": lambda: _rehearse_tokenizer(tokenizer, folder, trust_remote_code),
+        }
+        for name, save in steps.items():
             try:
-                if part is not None:
-                    part.save_pretrained(folder)
+                save()
             except Exception as error:  # a tokenizer may be anybody's code, which raises what it likes
                 raise UserError(
                     f"The {name} of {base!r} cannot be saved beside a compressed model ({type(error).__name__}: "
                     f"{error}). Mend its files."
                 ) from error
+
+
+def _rehearse_tokenizer(tokenizer: Any, folder: Path, trust_remote_code: bool) -> None:
+    save_tokenizer(tokenizer, folder)
+    load_tokenizer(str(folder), trust_remote_code=trust_remote_code)
 
 
 def save_adapters(folder: Path, model: Any, *, trained: bool, place: Path | None = None) -> None:
@@ -267,7 +287,7 @@ def load_adapters(folder: Path, model: Any) -> None:
 
     path = folder / ADAPTER_WEIGHTS
     state = _load_tensors(path)
-    with reading(path, COPY_AGAIN, (RuntimeError,)):  # an adapter of another shape
+    with reading(path, COPY_AGAIN, ANYTHING):  # such as an adapter of another shape
         left = set_peft_model_state_dict(model, state)
         missing = [name for name in left.missing_keys if "lora_" in name]
         if missing or left.unexpected_keys:
@@ -296,11 +316,6 @@ def _load_tensors(path: Path) -> dict[str, Tensor]:
         return load_file(path)
     except (*MALFORMED, SafetensorError, KeyError, RuntimeError) as error:  # the last two: a dtype unknown to torch
         raise UserError(f"{str(path)!r} is not a safetensors file: {cut(error)}. {COPY_AGAIN}") from error
-
-
-def is_compressed(folder: Path) -> bool:
-    """Whether a folder says that it holds a compressed model."""
-    return (folder / MANIFEST).is_file() and (folder / PLAN).is_file()
 
 
 def read_plan(folder: Path) -> CompressionPlan:

@@ -31,13 +31,13 @@ from qpruner.callbacks.compression import CompressionInSetup, Rehearsal
 from qpruner.checkpoint import (
     build_skeleton,
     has_trained_adapters,
-    is_compressed,
     read_plan,
     rehearse_saving,
 )
 from qpruner.commands import COMMANDS
 from qpruner.datamodules.base import TokenDataModule
 from qpruner.errors import UserError, user_error
+from qpruner.folder_manifest import is_compressed
 from qpruner.memory import num_parameters, peak_meaning, read_peak, reset_peak, tensor_bytes
 from qpruner.options.classes import Options
 from qpruner.options.given import config_files, read_arguments, read_file
@@ -287,7 +287,8 @@ class QPrunerCLI(LightningCLI):
             rehearsal = Rehearsal(skeleton.to(getattr(torch, self.model.dtype_of_base)), self.model.lora)
             for callback in compressing:
                 callback.check(rehearsal)
-            rehearse_saving(self.model.base, config, self.datamodule.tokenizer)
+            trusted = self.model.trust_remote_code
+            rehearse_saving(self.model.base, config, self.datamodule.tokenizer, trust_remote_code=trusted)
 
     def _lock_folder(self, run: RunFolder, claim: ExitStack) -> None:
         """Keeps others out of the folder of the run and begins its log, on rank zero."""

@@ -46,6 +46,20 @@ class Manifest(TypedDict):
     adapters: NotRequired[Literal["trained", "initial"] | None]
 
 
+def is_compressed(folder: Path) -> bool:
+    """Whether a folder says that it holds a compressed model.
+
+    That of a run has files of the same names. One whose manifest is damaged is still taken for what it was.
+    """
+    if not ((folder / MANIFEST).is_file() and (folder / PLAN).is_file()):
+        return False
+    try:
+        content = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+    except MALFORMED:
+        return True
+    return not isinstance(content, dict) or content.get("kind") == KIND
+
+
 def read_manifest(folder: Path) -> Manifest:
     """The manifest of a folder.
 
@@ -53,6 +67,10 @@ def read_manifest(folder: Path) -> Manifest:
         UserError: there is none, it is malformed or of another version, or it lists files elsewhere.
     """
     path = folder / MANIFEST
+    if not is_compressed(folder):
+        for near in (folder / "model", folder.parent):  # of a run, or of the adapters
+            if is_compressed(near):
+                raise UserError(f"{str(folder)!r} holds no compressed model; {str(near)!r} does. Name that.")
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except MALFORMED as error:

@@ -5,6 +5,7 @@ from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import safe_open
 
 from qpruner.errors import UserError
@@ -107,10 +108,39 @@ def check_tied(name: str, model: Any) -> None:
     """
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     if model.config.get_text_config().tie_word_embeddings and head is not None and head.weight is not embedding.weight:
-        raise UserError(
-            f"The config.json of {name!r} says that head and embedding are tied (tie_word_embeddings), and the file "
-            f"has a head with other values. Set tie_word_embeddings to false there, or take the head out of the file."
-        )
+        raise UserError(_not_tied(name))
+
+
+def check_tied_in_files(name: str, model: Any, files: Iterable[Path]) -> None:
+    """Makes sure of the same before the weights are loaded, from the values of these two.
+
+    Args:
+        name: folder or hub name, for messages.
+        model: with or without its values.
+        files: safetensors of the model.
+
+    Raises:
+        UserError: the files have a head of its own.
+    """
+    tables = [model.get_input_embeddings(), model.get_output_embeddings()]
+    if not model.config.get_text_config().tie_word_embeddings or tables[1] is None:
+        return
+    prefix = f"{model.base_model_prefix}."
+    wanted = {f"{path}.weight".removeprefix(prefix) for path, part in model.named_modules() if part in tables}
+    stored = []
+    for file in files:
+        with safe_open(file, framework="pt") as opened:
+            names = [tensor for tensor in opened.keys() if tensor.removeprefix(prefix) in wanted]  # noqa: SIM118
+            stored += [opened.get_tensor(tensor) for tensor in names]
+    if len(stored) == len(tables) and not torch.equal(*stored):
+        raise UserError(_not_tied(name))
+
+
+def _not_tied(name: str) -> str:
+    return (
+        f"The config.json of {name!r} says that head and embedding are tied (tie_word_embeddings), and the file has a "
+        f"head with other values. Set tie_word_embeddings to false there, or take the head out of the file."
+    )
 
 
 def mend_padding_(config: Any) -> int | None:

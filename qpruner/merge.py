@@ -1,6 +1,8 @@
 """A dense 16-bit copy of a run's model, with its adapters in its weights."""
 
 import os
+import shutil
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -9,15 +11,23 @@ from jsonargparse import ArgumentParser
 from lightning.pytorch.plugins import Precision
 from torch import nn
 
-from qpruner.checkpoint import has_initial_adapters, is_compressed, load_compressed, read_plan, save_base
+from qpruner.checkpoint import (
+    ADAPTER,
+    GENERATION,
+    has_initial_adapters,
+    load_compressed,
+    read_plan,
+    save_base,
+)
 from qpruner.datamodules.base import TokenDataModule
 from qpruner.errors import UserError, user_error
-from qpruner.files import read_json
+from qpruner.folder_manifest import CONFIG, PLAN, is_compressed, read_manifest
 from qpruner.memory import num_parameters
 from qpruner.plan import DENSE, UNITS
-from qpruner.pretrained import load_tokenizer
 from qpruner.quantization.merging import merge_
-from qpruner.runs.folder import RunFolder
+from qpruner.runs.folder import RESTORE, RunFolder
+from qpruner.runs.manifest import Recorded
+from qpruner.schema import read_as
 from qpruner.training.evaluation import evaluate
 from qpruner.training.module import LoRAFinetuner
 
@@ -44,7 +54,7 @@ def merge_run(run: Path, output: Path, dtype: str) -> None:
     merged = merge_(model, getattr(torch, dtype))
     check_finite(merged, f"the merged model in {dtype}", "Merge with --dtype bfloat16.")
     plan = plan.with_precision([dict.fromkeys(UNITS, DENSE)] * len(plan.layers))
-    save_base(output, merged, plan, base_name=str(run), tokenizer=tokenizer_of(folder))
+    save_base(output, merged, plan, base_name=str(run), tokenizer=TokenizerFiles(folder))
     print(f"{output} holds {num_parameters(merged):,} dense parameters in {dtype}.")
     if isinstance(data, str):
         print(f"The perplexity was not measured: {data}")
@@ -72,6 +82,11 @@ def model_folder(given: Path) -> Path:
             raise UserError(
                 f"{str(given)!r} is a search, which keeps no trained model. Recover its plan first: "
                 f"`qpruner fit --plan {run.plan}`, and merge that run."
+            )
+        if run.finished and run.plan.exists() and not is_compressed(run.model):
+            raise UserError(
+                f"The compressed model of the run {str(given)!r} is gone: {str(run.model)!r} holds none. Put it back, "
+                f"or run the fit again with --restart."
             )
         if run.finished and not is_compressed(run.model):
             raise UserError(
@@ -117,12 +132,32 @@ def check_finite(model: nn.Module, what: str, remedy: str) -> None:
         raise UserError(f"Of {what}, {broken[0]}{others} hold values that are not finite. {remedy}")
 
 
-def tokenizer_of(folder: Path) -> Any | None:
-    """The tokenizer beside a model, if there is one."""
-    try:
-        return load_tokenizer(str(folder))
-    except UserError:
-        return None
+@dataclass(frozen=True)
+class TokenizerFiles:
+    """What lies beside a compressed model for its tokenizer, which is copied and never loaded: it may bring code.
+
+    Args:
+        folder: of the model.
+    """
+
+    folder: Path
+
+    @property
+    def names(self) -> list[str]:
+        """The paths in the folder, as its manifest lists them."""
+        return [name for name in read_manifest(self.folder)["files"] if not is_of_model(name)]
+
+    def save_pretrained(self, folder: Path) -> None:
+        """Copies the files to another folder."""
+        for name in self.names:
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(self.folder / name, folder / name)
+
+
+def is_of_model(name: str) -> bool:
+    """Whether a file of a compressed folder is one of the model itself: widths, weights, plan or adapters."""
+    weights = name.endswith((".safetensors", ".safetensors.index.json"))
+    return name in (CONFIG, GENERATION, PLAN) or weights or name.startswith(f"{ADAPTER}/")
 
 
 def run_data(model: Path) -> TokenDataModule | str:
@@ -137,13 +172,16 @@ def run_data(model: Path) -> TokenDataModule | str:
         parser: Any = ArgumentParser(exit_on_error=False)
         parser.add_subclass_arguments(TokenDataModule, "data")
         data: TokenDataModule = parser.instantiate_classes(parser.parse_object({"data": config["data"]})).data
-        found = data.fingerprint().get("test")
+        held = data.fingerprint().get("test")
+        recorded = (
+            read_as(run.manifest, Recorded, remedy=RESTORE)["data"].get("test") if run.manifest.exists() else held
+        )
     except Exception as error:  # data modules may be anyone's, and a merge needs none
         reason = str(user_error(error) or error).strip().splitlines() or [type(error).__name__]
         return f"the data of the run cannot be had from here ({reason[-1].strip(' .')})."
-    if found is None:
+    if held is None:
         return "the data of the run have no test split."
-    if run.manifest.exists() and read_json(run.manifest)["data"].get("test") != found:
+    if recorded != held:
         return "the test data that are there now are not those of the run."
     return data
 

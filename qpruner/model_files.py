@@ -2,14 +2,18 @@
 
 from collections.abc import Iterable
 from pathlib import Path
+from typing import TypedDict
 
 from safetensors import SafetensorError, safe_open
 
 from qpruner.errors import UserError
 from qpruner.files import read_json
+from qpruner.folder_manifest import is_compressed
+from qpruner.schema import read_as
 
 CONFIG, ADAPTERS = "config.json", "adapter_config.json"
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+FETCH_AGAIN = "Fetch the file again."
 LFS_POINTER = b"version https://git-lfs"
 TOKENIZER_FILES = ("tokenizer*", "vocab*", "*.model", "*.tiktoken", "merges.txt")
 OTHER_LAYOUTS = {
@@ -30,12 +34,20 @@ OTHER_WEIGHTS = {
 """In what a folder without safetensors may hold its weights."""
 
 
+class Index(TypedDict):
+    """What must be known of the file that says in which shard each tensor lies."""
+
+    weight_map: dict[str, str]
+
+
 def weight_files(folder: Path) -> list[Path]:
     """The safetensors that make the model, as transformers chooses them; none where there are none."""
     if (folder / WEIGHTS).is_file():
         return [folder / WEIGHTS]
     if (folder / INDEX).is_file():
-        return sorted({folder / shard for shard in read_json(folder / INDEX)["weight_map"].values()})
+        return sorted(
+            {folder / shard for shard in read_as(folder / INDEX, Index, remedy=FETCH_AGAIN)["weight_map"].values()}
+        )
     return []
 
 
@@ -120,6 +132,8 @@ def check_fetched(files: Iterable[Path]) -> None:
 def adapters_are_no_base(name: str, adapter_config: Path, *, beside: bool) -> str:
     """Why a folder or hub model with adapters is no base, and what to do.
 
+    Those of a run lie in the folder of their base, whose own file may be packed.
+
     Args:
         name: of the folder or of the hub model.
         adapter_config: file that describes the adapters.
@@ -128,6 +142,12 @@ def adapters_are_no_base(name: str, adapter_config: Path, *, beside: bool) -> st
     check_fetched([adapter_config])
     described = read_json(adapter_config)
     base = described.get("base_model_name_or_path") if isinstance(described, dict) else None
+    if is_compressed(compressed := adapter_config.absolute().parent.parent):
+        return (
+            f"{name!r} holds the adapters of a compressed model, and a base has none. To build on them, make a dense "
+            f"copy with `qpruner merge {compressed} FOLDER` and give that; to do without them, give "
+            f"{str(compressed)!r}."
+        )
     without = "take the adapter_* files out of it" if beside else f"give their base{f', {base!r}' if base else ''}"
     return (
         f"{name!r} holds adapters of PEFT ({ADAPTERS}){' beside a model' if beside else ''}, and a base has none. "

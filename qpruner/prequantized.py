@@ -1,13 +1,18 @@
 """Base models whose weights are quantized already: made dense again where transformers can, refused where not."""
 
+from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 
-from qpruner.errors import UserError
+from qpruner.errors import UserError, brief
 
 DEQUANTIZED = ("bitsandbytes", "compressed-tensors", "fp8")
 """The methods, by their ``quant_method``, of which transformers makes dense weights on any machine."""
+DENSE = ("F64", "F32", "F16", "BF16")
+"""The number formats of dense weights, as safetensors calls them."""
 TRACES = ("is_loaded_in_4bit", "is_loaded_in_8bit", "is_quantized")
 """What transformers leaves on a model that was quantized, by which PEFT chooses its adapters."""
 
@@ -16,6 +21,34 @@ def quantization_of(config: Any) -> dict[str, Any] | None:
     """What a configuration says of how the weights are quantized; None where they are dense."""
     places = (config, config.get_text_config(decoder=True))
     return next((entry for place in places if (entry := getattr(place, "quantization_config", None))), None)
+
+
+def check_entry(content: dict[str, Any], name: str) -> None:
+    """Makes sure that transformers can read what a config.json says of quantization.
+
+    Args:
+        content: of the file.
+        name: of the model, for the message.
+
+    Raises:
+        UserError: it is no object.
+    """
+    entry = content.get("quantization_config")
+    if entry is not None and not isinstance(entry, dict):
+        raise UserError(
+            f"The quantization_config in the config.json of {name!r} is {brief(entry)}, which is no object. Take it "
+            f"out there if the weights are dense, or fetch the file again."
+        )
+
+
+def stores_codes(files: Iterable[Path]) -> bool:
+    """Whether any weight of some safetensors is in another number format than dense ones are."""
+    for file in files:
+        with safe_open(file, framework="pt") as opened:
+            weights = [name for name in opened.keys() if name.rpartition(".")[2].startswith("weight")]  # noqa: SIM118
+            if any(opened.get_slice(name).get_dtype() not in DENSE for name in weights):
+                return True
+    return False
 
 
 def describe(quantization: dict[str, Any]) -> str:

@@ -12,12 +12,13 @@ from typing import Any, Literal
 import torch
 
 from qpruner.errors import UserError
-from qpruner.files import hash_file, hash_json
+from qpruner.files import hash_file, hash_json, read_json, write_json
 from qpruner.loading_info import (
     check_architecture,
     check_loaded,
     check_number_formats,
     check_tied,
+    check_tied_in_files,
     mend_padding_,
 )
 from qpruner.model_files import (
@@ -30,11 +31,13 @@ from qpruner.model_files import (
 )
 from qpruner.prequantized import (
     check_dequantizable,
+    check_entry,
     dequantize,
     describe,
     drop_quantization,
     load_densely_,
     quantization_of,
+    stores_codes,
 )
 
 EMBEDDED = "qpruner/stories"
@@ -42,6 +45,7 @@ EMBEDDED = "qpruner/stories"
 
 DType = Literal["float32", "bfloat16", "float16"]
 
+TOKENIZER_CONFIG = "tokenizer_config.json"
 TOKENIZER_SUFFIXES = (".json", ".model", ".txt", ".tiktoken", ".jinja", ".py")
 LONGEST_CAUSE = 300  # characters of what a library says
 SPEAKERS = ("modeling_utils", "integrations.bitsandbytes")
@@ -53,10 +57,12 @@ def resolve(name: str) -> str:
     """A folder or a hub name that transformers understands.
 
     Raises:
-        UserError: the name is a path and there is no such folder.
+        UserError: the name is empty, or a path and there is no such folder.
     """
     if name == EMBEDDED:
         return str(Path(__file__).parent / "stories" / "checkpoint")
+    if not name.strip():
+        raise UserError(f"The name of a model is empty. Give a model folder, a hub name or {EMBEDDED!r}.")
     path = Path(name).expanduser()
     if path.is_dir():
         return str(path)
@@ -103,13 +109,15 @@ def load_model(
             say(f"{name} names a padding token, {padding}, that its embedding has no row for; it is left out.")
         if left_out:
             say(f"{name} has tensors beside its language model, which are left out: {', '.join(left_out)}.")
-        if quantization is not None:
+        if quantization is not None and not _holds_codes(name, config):
+            say(f"{name} has a quantization_config ({describe(quantization)}) over dense weights; it is left out.")
+        elif quantization is not None:
             say(f"{name} is quantized ({describe(quantization)}); its weights are made dense in {dtype}.")
         return model
 
 
 def check_model(name: str, *, trust_remote_code: bool) -> None:
-    """Makes sure that a model can be loaded, from its configuration and the headers of its weights.
+    """Makes sure that a model can be loaded, from its configuration, the headers of its weights, and a head of its own.
 
     Raises:
         UserError: as `load_model`.
@@ -117,8 +125,10 @@ def check_model(name: str, *, trust_remote_code: bool) -> None:
     with _loading("model", name):
         config = _read_config(name, trust_remote_code)
         load_generation_config(name)
-        if quantization_of(config) is None:  # codes cannot be loaded without their values
-            _load(name, config, trust_remote_code, dtype=torch.float32, device="meta")
+        if not _holds_codes(name, config):  # which cannot be loaded without their values
+            model, _ = _load(name, config, trust_remote_code, dtype=torch.float32, device="meta")
+            if (local := _local_folder(name)) is not None:
+                check_tied_in_files(name, model, weight_files(local))
 
 
 def load_config(name: str, *, trust_remote_code: bool = False) -> Any:
@@ -174,13 +184,28 @@ def load_tokenizer(name: str, *, trust_remote_code: bool = False) -> Any:
         return AutoTokenizer.from_pretrained(resolve(name), trust_remote_code=trust_remote_code)
 
 
+def save_tokenizer(tokenizer: Any, folder: Path) -> None:
+    """Writes a tokenizer so that transformers can load it again, also one that comes with code of its own.
+
+    Of that, ``save_pretrained`` names the class alone where `AutoTokenizer` expects two, slow and fast.
+    """
+    tokenizer.save_pretrained(folder)
+    path = folder / TOKENIZER_CONFIG
+    written = read_json(path) if path.is_file() else {}
+    classes = written.get("auto_map") or {}
+    if isinstance(name := classes.get("AutoTokenizer"), str):
+        pair = [None, name] if getattr(tokenizer, "is_fast", False) else [name, None]
+        write_json(path, written | {"auto_map": classes | {"AutoTokenizer": pair}})
+
+
 def _read_config(name: str, trust_remote_code: bool) -> Any:
     """The configuration as it is written, after what it says of the weights was found to be possible."""
-    from transformers import AutoConfig
+    from transformers import AutoConfig, PreTrainedConfig
 
     place = resolve(name)
     if (folder := Path(place)).is_dir():
         check_is_model(folder)
+    check_entry(PreTrainedConfig.get_config_dict(place)[0], name)
     config = AutoConfig.from_pretrained(place, trust_remote_code=trust_remote_code)
     _refuse_adapters_of_hub(name)  # those of a folder are refused above
     check_architecture(name, config)
@@ -214,11 +239,11 @@ def _load(
         check_weights(folder)
     loading = copy.deepcopy(config)
     mend_padding_(loading)
-    quantized = quantization_of(loading) is not None
+    quantized = _holds_codes(name, loading)
     if quantized:
         load_densely_(loading)
     else:
-        drop_quantization(loading)  # an empty entry is one all the same for transformers
+        drop_quantization(loading)  # transformers would quantize dense weights, and takes an empty entry for one, too
     model, info = AutoModelForCausalLM.from_pretrained(
         place,
         config=loading,
@@ -236,6 +261,17 @@ def _load(
     elif (local := _local_folder(name)) is not None:
         check_number_formats(name, model, weight_files(local))
     return model, left_out
+
+
+def _holds_codes(name: str, config: Any) -> bool:
+    """Whether the weights are stored quantized. A configuration may also say how to quantize dense ones."""
+    if quantization_of(config) is None:
+        return False
+    if (folder := Path(resolve(name))).is_dir():
+        check_weights(folder)
+    local = _local_folder(name)
+    files = [] if local is None else weight_files(local)
+    return not files or stores_codes(files)  # those of the hub may not be here yet
 
 
 def model_fingerprint(name: str) -> str | None:

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import peft
@@ -24,7 +25,6 @@ from qpruner.adapters.lora import LoRAConfig, attach_adapters
 from qpruner.anatomy import FAMILIES, architecture_of
 from qpruner.checkpoint import (
     has_adapters,
-    is_compressed,
     load_base,
     load_compressed,
     read_config,
@@ -33,9 +33,11 @@ from qpruner.checkpoint import (
     save_base,
 )
 from qpruner.errors import UserError
-from qpruner.plan import CompressionPlan
-from qpruner.pretrained import EMBEDDED, load_config, load_tokenizer
+from qpruner.folder_manifest import is_compressed
+from qpruner.plan import UNITS, CompressionPlan, Precision
+from qpruner.pretrained import EMBEDDED, load_config, load_tokenizer, save_tokenizer
 from qpruner.pruning.surgery import apply_pruning_, stated_by_weights
+from qpruner.quantization.apply import quantize_
 
 TESTS = Path(__file__).parent
 SHAPES = {"unequal": KEPT, "three groups": [((0, 1, 3), range(40))] * 3, "two groups": [((0, 3), range(9, 40))] * 3}
@@ -159,6 +161,47 @@ def test_a_tokenizer_that_cannot_be_saved_is_refused(tiny_llama: Path, monkeypat
     message = f"The tokenizer of {str(tiny_llama)!r} cannot be saved beside a compressed model (NotImplementedError: "
     with pytest.raises(UserError, match=re.escape(message)):
         rehearse_saving(str(tiny_llama), load_config(str(tiny_llama)), tokenizer)
+
+
+def test_a_tokenizer_that_cannot_be_loaded_again_is_refused(tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tokenizer = load_tokenizer(EMBEDDED)
+    monkeypatch.setattr(tokenizer, "save_pretrained", lambda folder: (folder / "tokenizer.json").write_text("{}"))
+    message = f"The tokenizer of {str(tiny_llama)!r} cannot be saved beside a compressed model (UserError: Cannot load"
+    with pytest.raises(UserError, match=re.escape(message)):
+        rehearse_saving(str(tiny_llama), load_config(str(tiny_llama)), tokenizer)
+
+
+@pytest.mark.parametrize(("fast", "saved"), [(True, [None, "my.Tok"]), (False, ["my.Tok", None])])
+def test_code_of_a_tokenizer_is_named_as_transformers_reads_it(tmp_path: Path, fast: bool, saved: Any) -> None:
+    def save_pretrained(folder: Path) -> None:  # as transformers does
+        (folder / "tokenizer_config.json").write_text('{"auto_map": {"AutoTokenizer": "my.Tok"}, "x": 1}')
+
+    save_tokenizer(SimpleNamespace(save_pretrained=save_pretrained, is_fast=fast), tmp_path)
+    assert json.loads((tmp_path / "tokenizer_config.json").read_text()) == {
+        "auto_map": {"AutoTokenizer": saved},
+        "x": 1,
+    }
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
+@pytest.mark.parametrize("kept", [None, SHAPES["three groups"], SHAPES["two groups"]], ids=["all", "three", "two"])
+@pytest.mark.parametrize("packed", [False, True])
+def test_adapters_that_peft_merged_leave_a_model_for_everybody(
+    tmp_path: Path, family: str, kept: Any, packed: bool
+) -> None:
+    if family == "gemma2" and kept == SHAPES["three groups"]:
+        pytest.skip("transformers has no configuration for it")
+    model, plan = compress(family, kept or [(range(4), range(48))] * 3)
+    if packed:
+        plan = plan.with_precision([dict.fromkeys(UNITS, Precision("int8", 8))] * 3)
+        quantize_(model, plan, None, device=torch.device("cpu"))
+    save_base(tmp_path / "model", model, plan, base_name="dense", tokenizer=None)
+    save_adapters(tmp_path / "model", with_adapters(model), trained=True)
+    merged = load_compressed(tmp_path / "model").merge_and_unload()
+    merged.save_pretrained(tmp_path / "merged")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    assert torch.equal(logits_of(again), logits_of(merged))
+    assert read_config(tmp_path / "merged").architectures == [type(again).__name__]
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -290,6 +333,14 @@ def test_peft_alone_finds_the_base_from_anywhere_or_says_what_can_load_it(
     loaded = load_compressed(tmp_path / "copied")
     assert torch.equal(logits_of(loaded), expected)
     assert loaded.peft_config["default"].base_model_name_or_path == str(tmp_path / "copied")
+
+
+def test_a_home_folder_is_written_as_in_a_shell(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, _ = write(tmp_path / "model")
+    adapted = with_adapters(model)
+    save_adapters(tmp_path / "model", adapted, trained=True)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert torch.equal(logits_of(load_compressed("~/model")), logits_of(adapted))
 
 
 def test_a_new_process_computes_identical_logits(tmp_path: Path) -> None:

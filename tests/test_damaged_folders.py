@@ -121,6 +121,8 @@ def cut_off(name: str) -> Callable[[Path], Any]:
         (edit(ADAPTER, r=4), FACTORS, "size mismatch"),
         (edit(ADAPTER, lora_alpha="x"), ADAPTER, ""),
         (edit(ADAPTER, target_modules=["nothing"]), ADAPTER, "nothing"),
+        (edit(ADAPTER, modules_to_save="llama"), FACTORS, ""),
+        (edit(ADAPTER, trainable_token_indices=[1]), ADAPTER, ""),
         (edit(ADAPTER, target_modules=["q_proj"]), FACTORS, "unexpected"),
     ],
 )  # fmt: skip

@@ -15,7 +15,9 @@ from qpruner.checkpoint import load_compressed
 from qpruner.commands import run
 from qpruner.errors import UserError
 from qpruner.files import hash_file, read_json, write_json
+from qpruner.folder_manifest import is_compressed
 from qpruner.merge import model_folder
+from qpruner.pretrained import EMBEDDED, load_tokenizer
 
 OPTIONS = {
     "model.base": "base",
@@ -109,6 +111,46 @@ def test_other_data_of_that_name_are_not_measured_on(work: Path, capsys: pytest.
     assert "are not those of the run" in merged("runs/x", "out", capsys)
 
 
+@pytest.mark.parametrize("content", ["{}", "[]", "{", '{"data": 3}'])
+def test_without_the_record_of_the_data_nothing_is_measured_on_them(
+    work: Path, capsys: pytest.CaptureFixture[str], content: str
+) -> None:
+    (work / "runs/x/manifest.json").write_text(content)
+    said = merged("runs/x", "out", capsys)
+    assert "not measured: the data of the run cannot be had from here (" in said and "runs/x/manifest.json" in said
+
+
+def test_the_tokenizer_goes_along_whoever_wrote_its_code(work: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = read_json(work / "base/tokenizer_config.json") | {"auto_map": {"AutoTokenizer": [None, "tok_my.MyTok"]}}
+    write_json(work / "base/tokenizer_config.json", config)
+    (work / "base/tok_my.py").write_text(
+        "from transformers import PreTrainedTokenizerFast\nclass MyTok(PreTrainedTokenizerFast):\n    mine = True\n"
+    )
+    (work / "base/additional_chat_templates").mkdir()
+    (work / "base/additional_chat_templates/tool_use.jinja").write_text("{{ tools }}")
+    fit("own", *QUANTIZED, "--model.trust_remote_code=true")
+    run(["merge", "runs/own", "out"])
+    assert "with adapters beside their base" in capsys.readouterr().out
+    for folder in (work / "runs/own/model", work / "out"):
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
+        assert tokenizer.mine and tokenizer.chat_template["tool_use"] == "{{ tools }}"
+        assert tokenizer("a fox")["input_ids"] == load_tokenizer(EMBEDDED)("a fox")["input_ids"]
+        assert load_compressed(folder)  # all of it is in the manifest
+    files = {path.relative_to(work / "out").as_posix() for path in (work / "out").rglob("*") if path.is_file()}
+    model = {"config.json", "generation_config.json", "model.safetensors", "plan.json", "manifest.json"}
+    of_tokenizer = {"tok_my.py", "tokenizer.json", "tokenizer_config.json", "additional_chat_templates/tool_use.jinja"}
+    assert files == model | of_tokenizer
+
+
+@pytest.mark.parametrize("given", ["runs/x", "runs/x/model/adapter"])
+def test_the_folder_beside_that_of_the_model_is_told(work: Path, given: str) -> None:
+    assert not is_compressed(Path(given))
+    with pytest.raises(UserError, match=f"'{given}' holds no compressed model; 'runs/x/model' does. Name that"):
+        load_compressed(given)
+    with pytest.raises(UserError, match="qpruner merge .*/runs/x/model FOLDER|'runs/x/model' does. Give the folder of"):
+        fit("on_adapters", f"--model.base={given}")
+
+
 def broken(work: Path, file: str, change: Any) -> None:
     """Alters a file of the model and its entry in the manifest."""
     model = work / "runs/x/model"
@@ -163,6 +205,10 @@ def test_what_is_no_finished_run_is_named(work: Path) -> None:
     ):
         with pytest.raises(UserError, match=said):
             run(["merge", given, "out"])
+    (work / "runs/x/model").rename(work / "kept")
+    with pytest.raises(UserError, match="compressed model of the run 'runs/x' is gone: 'runs/x/model' holds none"):
+        run(["merge", "runs/x", "out"])
+    (work / "kept").rename(work / "runs/x/model")
     summary = read_json(work / "runs/x/summary.json")
     write_json(work / "runs/x/summary.json", summary | {"finished": False})
     with pytest.raises(UserError, match="The fit of 'runs/x' is not over"):

@@ -32,10 +32,11 @@ ALLOWED: dict[str, set[str]] = {
     "seeds": set(),
     "files": {"errors"},
     "schema": {"errors", "files"},
+    "folder_manifest": {"errors", "files", "schema"},
     "stories": set(),
     "plan": {"errors", "files"},
     "anatomy": {"errors", "plan"},
-    "model_files": {"errors", "files"},
+    "model_files": {"errors", "files", "folder_manifest", "schema"},
     "prequantized": {"errors"},
     "loading_info": {"errors"},
     "pretrained": {"errors", "files", "loading_info", "model_files", "prequantized"},
@@ -49,7 +50,6 @@ ALLOWED: dict[str, set[str]] = {
         "adapters", "anatomy", "errors", "files", "likelihood", "plan", "pricing", "pruning", "quantization", "schema",
         "seeds",
     },
-    "folder_manifest": {"errors", "files", "schema"},
     "checkpoint": {
         "anatomy", "errors", "files", "folder_manifest", "memory", "plan", "pretrained", "pruning", "quantization",
         "schema",
@@ -57,8 +57,8 @@ ALLOWED: dict[str, set[str]] = {
     "runs": {"allocation", "errors", "files", "plan", "schema"},
     "datamodules": {"errors", "files", "likelihood", "seeds", "pretrained", "stories"},
     "training": {
-        "adapters", "anatomy", "checkpoint", "datamodules", "errors", "files", "likelihood", "memory", "plan",
-        "pretrained", "pricing", "pruning", "quantization", "schema", "seeds",
+        "adapters", "anatomy", "checkpoint", "datamodules", "errors", "files", "folder_manifest", "likelihood",
+        "memory", "plan", "pretrained", "pricing", "pruning", "quantization", "schema", "seeds",
     },
     "callbacks": {
         "adapters", "allocation", "anatomy", "checkpoint", "datamodules", "errors", "files", "memory", "plan",
@@ -79,12 +79,12 @@ ALLOWED: dict[str, set[str]] = {
     "merge_command": {"merge"},
     "commands": {"__version__", "cli", "errors"},
     "cli": {
-        "callbacks", "checkpoint", "commands", "datamodules", "errors", "memory", "options", "phases",
-        "plan", "pretrained", "report_command", "runs", "search", "training",
+        "callbacks", "checkpoint", "commands", "datamodules", "errors", "folder_manifest", "memory", "options",
+        "phases", "plan", "pretrained", "report_command", "runs", "search", "training",
     },
     "quiet": set(),
     "merge": {
-        "checkpoint", "datamodules", "errors", "files", "memory", "plan", "pretrained", "quantization", "runs",
+        "checkpoint", "datamodules", "errors", "folder_manifest", "memory", "plan", "quantization", "runs", "schema",
         "training",
     },
     "__main__": {"commands", "errors", "quiet"},

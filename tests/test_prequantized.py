@@ -97,6 +97,40 @@ def test_methods_that_are_not_undone(method: str | None, tiny_llama: Path, tmp_p
             refuse()
 
 
+@pytest.mark.parametrize(
+    "entry",
+    [
+        {"quant_method": "bitsandbytes", **FOUR_BITS},
+        EIGHT_BITS,
+        {"quant_method": "fp8", "weight_block_size": [128, 128], "activation_scheme": "dynamic"},
+    ],
+    ids=["4 bits", "8 bits", "fp8"],
+)
+def test_dense_weights_under_an_entry_are_read_as_they_are(entry: Any, tiny_llama: Path, tmp_path: Path) -> None:
+    folder = copy_base(tiny_llama, tmp_path / "base", quantization_config=entry)
+    check_model(str(folder), trust_remote_code=False)
+    notes: list[str] = []
+    model = load_model(str(folder), dtype="float32", trust_remote_code=False, say=notes.append)
+    assert len(notes) == 1 and "over dense weights; it is left out" in notes[0]
+    expected = load_model(str(tiny_llama), dtype="float32", trust_remote_code=False)
+    assert torch.equal(model(TOKENS).logits, expected(TOKENS).logits)
+    assert "quantization_config" not in model.config.to_dict()
+
+
+@pytest.mark.parametrize("entry", [[], [1], "fp8", 4, True])
+def test_an_entry_that_is_no_object(entry: Any, tiny_llama: Path, tmp_path: Path) -> None:
+    folder = copy_base(tiny_llama, tmp_path / "base", quantization_config=entry)
+    for refuse in (
+        lambda: load_model(str(folder), dtype="float32", trust_remote_code=False),
+        lambda: check_model(str(folder), trust_remote_code=False),
+        lambda: load_config(str(folder)),
+    ):
+        with pytest.raises(
+            UserError, match=r"quantization_config in the config.json of .*base' is .*, which is no object"
+        ):
+            refuse()
+
+
 def test_a_package_that_is_missing(tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("transformers.quantizers.quantizer_bnb_4bit.is_bitsandbytes_available", lambda: False)
     entry = {"quant_method": "bitsandbytes", "load_in_4bit": True}

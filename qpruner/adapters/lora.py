@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from qpruner.errors import UserError
+from qpruner.errors import UserError, brief
 from qpruner.seeds import derive_seed
 
 ALL_LINEAR = "all-linear"
@@ -36,7 +36,13 @@ class LoRAConfig:
     def __post_init__(self) -> None:
         if not isinstance(self.target_modules, str):  # a list from YAML compares as a tuple
             object.__setattr__(self, "target_modules", tuple(self.target_modules))
-        elif not _is_pattern(self.target_modules):
+        targets = [self.target_modules] if isinstance(self.target_modules, str) else self.target_modules
+        if not targets or not all(target.strip() for target in targets):
+            raise UserError(
+                f"--model.lora.target_modules is {brief(self.target_modules)}, and so names nothing. Give the names of "
+                f"linears as a list, such as [q_proj, v_proj], or {ALL_LINEAR}; without the option, all seven kinds."
+            )
+        if isinstance(self.target_modules, str) and not _is_pattern(self.target_modules):
             raise UserError(
                 f"--model.lora.target_modules is {self.target_modules!r}, which is no regular expression. Give one, "
                 f"the names of linears as a list, or {ALL_LINEAR}."
@@ -73,6 +79,12 @@ def target_linears(model: Any, targets: Sequence[str] | str) -> list[str]:
         if targets.lower() == ALL_LINEAR:
             return [name for name in linears if model.get_submodule(name) is not head]
         missing = [] if chosen else [targets]
+        names = [target for target in re.split(r"[\s,]+", targets) if target]
+        if missing and names and all(any(is_target(name, [target]) for name in linears) for target in names):
+            raise UserError(
+                f"LoRA target {targets!r} is taken as a regular expression for the whole of a name, and matches none. "
+                f"Give the ends of names as a list: [{', '.join(names)}]."
+            )
         others = [name for name, _ in model.named_modules() if name not in linears and is_target(name, targets)]
         if others:
             raise UserError(

@@ -3,11 +3,13 @@
 Widths that differ between layers stand in ``config.per_layer_config``, transformers' own record of them. Its model
 classes cannot build from that record yet, and some of its configurations (Llama, Gemma2) refuse head counts that do not
 divide the hidden size, although ``head_dim`` is given. So a narrowed model has a configuration class of ours, of type
-``compressed_<family>``; where transformers alone can express the widths, `portable_config` says how.
+``compressed_<family>``; where transformers alone can express the widths, `portable_config` says how, and that is what
+the class saves.
 """
 
 from contextlib import suppress
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import transformers
@@ -26,7 +28,18 @@ LLAMA_ONLY = ("attention_bias", "mlp_bias")
 def compressed_config_class(family: str) -> type:
     """The configuration class of a family's narrowed models: the family's own, with any head count allowed."""
     parent = getattr(transformers, FAMILIES[family].config_class)
+
+    def save_pretrained(self: Any, save_directory: str | Path, **options: Any) -> None:
+        # By a model that may be dense by now, in anybody's hands: what transformers alone can read is better.
+        portable = portable_config(self)
+        if portable is self:
+            parent.save_pretrained(self, save_directory, **options)
+        else:
+            portable.architectures = [family_of(portable)[1].model_class]
+            portable.save_pretrained(save_directory, **options)
+
     members = {
+        "save_pretrained": save_pretrained,
         "model_type": COMPRESSED + family,
         "validate_architecture": lambda self: None,
         "__module__": __name__,

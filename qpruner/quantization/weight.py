@@ -59,7 +59,7 @@ class PackedWeight(Tensor):
     def __torch_function__(
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        if func.__name__ in WITHOUT_VALUES:
+        if func.__name__ in WITHOUT_VALUES and getattr(func, "__self__", None) not in VIEWS:
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **(kwargs or {}))
         args, kwargs = tree_map_only(cls, lambda weight: weight.data, (args, dict(kwargs or {})))
@@ -90,6 +90,21 @@ class UnpackedWeight(Tensor):
         weight.linear, weight.whole = linear, part if whole is None else whole
         return weight
 
+    def _take_over(self) -> None:
+        """Makes the linear hold what was written.
+
+        Raises:
+            UserError: it holds another weight by now, as when the weight was read twice and both were written to.
+        """
+        held = self.linear.weight
+        if not isinstance(held, nn.Parameter):
+            self.linear.become_dense_(self.whole)
+        elif _storage(held) != _storage(self.whole):
+            raise UserError(
+                "A packed weight was read, and written to after its linear had become dense; that would be lost. Read "
+                "`weight.data` anew before each change, or make a dense copy of a run's model with `qpruner merge`."
+            )
+
     @property
     def data(self) -> Tensor:
         return self
@@ -108,9 +123,9 @@ class UnpackedWeight(Tensor):
         with torch._C.DisableTorchFunctionSubclass():
             plain_args, plain_named = tree_map_only(cls, _plain, (args, named))
             result = func(*plain_args, **plain_named)
-            for written in _written(func.__name__, args, named):
-                if isinstance(written, cls) and not isinstance(written.linear.weight, nn.Parameter):
-                    written.linear.become_dense_(written.whole)
+            for written in tree_leaves([*_written(func.__name__, args, named)]):
+                if isinstance(written, cls):
+                    written._take_over()
             given = {_storage(one): one for one in tree_leaves((args, named)) if isinstance(one, cls)}
 
             def watched(part: Tensor) -> Tensor:  # what shares the memory of the weight stands for it
@@ -157,6 +172,8 @@ WITHOUT_VALUES = (
     *("is_floating_point", "is_complex", "is_contiguous", "get_device", "__len__"),
 )
 """Functions of tensors that ask for no value; getters that do come by the dispatcher."""
+VIEWS = (Tensor.T, Tensor.mT, Tensor.H, Tensor.mH, Tensor.real)
+"""Getters of what shares the memory of the weight, and so may be written to."""
 OPERATORS = ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "and", "or", "xor", "lshift", "rshift", "div")
 IN_PLACE = ("__setitem__", *(f"__i{operator}__" for operator in OPERATORS))
 

@@ -15,6 +15,7 @@ from qpruner.anatomy import COMPRESSED, FAMILIES, architecture_of
 from qpruner.datamodules.base import TokenDataModule
 from qpruner.errors import UserError, brief, listed
 from qpruner.files import replacing_folder
+from qpruner.folder_manifest import is_compressed
 from qpruner.likelihood import check_head
 from qpruner.plan import DENSE, UNITS, CompressionPlan
 from qpruner.pretrained import DType, check_model, hold_in_, load_model, model_fingerprint, resolve
@@ -101,7 +102,7 @@ class CompressibleModule(LightningModule):
         Raises:
             UserError: some processes see it and others do not.
         """
-        kept = model_folder.is_compressed(folder)
+        kept = is_compressed(folder)
         if self._trainer is not None and self.trainer.world_size > 1:
             seen = torch.tensor(float(kept), device=self.trainer.strategy.root_device)
             if 0 < float(self.trainer.strategy.all_gather(seen).mean()) < 1:
@@ -120,13 +121,13 @@ class CompressibleModule(LightningModule):
         Raises:
             UserError: it cannot.
         """
-        if not model_folder.is_compressed(Path(resolve(self.base))):
+        if not is_compressed(Path(resolve(self.base))):
             check_model(self.base, trust_remote_code=self.trust_remote_code)
         return model_folder.read_base_config(self.base, trust_remote_code=self.trust_remote_code)
 
     def load_dense_base(self) -> None:
         """Loads the dense base in place of whatever is there, adapters included."""
-        if model_folder.is_compressed(folder := Path(resolve(self.base))):
+        if is_compressed(folder := Path(resolve(self.base))):
             self.model = model_folder.load_base(folder).model
             if not any(isinstance(module, PackedLinear) for module in self.model.modules()):
                 hold_in_(self.model, getattr(torch, self.dtype_of_base))
@@ -278,7 +279,7 @@ class CompressibleModule(LightningModule):
     def setup(self, stage: str) -> None:
         """Keeps what the callbacks, whose ``setup`` comes before this one, made of the base."""
         if stage == "fit" and self.kept_in is not None and self.plan is not None:
-            if self.trainer.is_global_zero and not model_folder.is_compressed(self.kept_in):
+            if self.trainer.is_global_zero and not is_compressed(self.kept_in):
                 with replacing_folder(self.kept_in) as folder:  # base and adapters appear together
                     self._keep(folder, self.plan, trained=False)
             self.trainer.strategy.barrier("compressed_base")
@@ -401,7 +402,7 @@ class CompressibleModule(LightningModule):
 
     def _rebuild(self, plan: CompressionPlan, checkpoint: dict[str, Any]) -> None:
         """Compresses the base as it was for a checkpoint; adapters of other shapes may be on it by now."""
-        if (kept := checkpoint["kept_in"]) and model_folder.is_compressed(Path(kept)):
+        if (kept := checkpoint["kept_in"]) and is_compressed(Path(kept)):
             self.load_kept_base(Path(kept))
             if self.plan == plan:
                 return

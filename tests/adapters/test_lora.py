@@ -70,8 +70,13 @@ def test_loftq_prices_and_packed_tables_agree_on_the_linears(targets: str, tied:
     [
         (["q_proj", "query"], r"LoRA target\(s\) query match no linear of LlamaForCausalLM, which has down_proj, "),
         (r".*\.query", r"LoRA target\(s\) \.\*\\\.query match no linear"),
-        ("q_proj", "q_proj match no linear"),  # the whole of a name
-        ([], "none match no linear"),
+        ("proj", "proj match no linear"),  # the whole of a name
+        ("q_proj", r"'q_proj' is taken as a regular expression .* as a list: \[q_proj\]"),
+        ("self_attn.q_proj, up_proj", r"as a list: \[self_attn.q_proj, up_proj\]"),
+        ([], r"target_modules is \(\), and so names nothing"),
+        ("", "target_modules is '', and so names nothing"),
+        (" ", "target_modules is ' ', and so names nothing"),
+        (["q_proj", ""], "names nothing"),
         (r".*\.mlp\.?.*", r"matches model.layers.0.mlp, which is no linear"),
         (r"model\.embed_tokens|.*q_proj", "matches model.embed_tokens, which is no linear"),
     ],

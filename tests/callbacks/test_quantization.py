@@ -12,9 +12,10 @@ from test_pruning import PRUNING, adapters, finetuner, fit, trainer
 
 from qpruner.adapters.lora import LoRAConfig
 from qpruner.callbacks import MixedPrecisionQuantization, RunCheckpoint, StructuredPruning
-from qpruner.checkpoint import is_compressed, load_compressed
+from qpruner.checkpoint import load_compressed
 from qpruner.datamodules import StoriesDataModule
 from qpruner.errors import UserError
+from qpruner.folder_manifest import is_compressed
 from qpruner.plan import DENSE, UNITS, CompressionPlan, Precision
 from qpruner.quantization.formats import dequantize
 from qpruner.quantization.packed import PackedLinear

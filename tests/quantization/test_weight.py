@@ -195,6 +195,11 @@ CHANGES: dict[str, Callable[[nn.Linear], Any]] = {
     "item": lambda one: one.weight.__setitem__((slice(None), 2), 7.0),
     "in place, of a view": lambda one: one.weight.data.view(-1).scatter_add_(0, torch.tensor([5]), torch.tensor([2.0])),
     "in place, transposed": lambda one: one.weight.data.T.copy_(torch.eye(64)[:, :33]),
+    "in place, T": lambda one: one.weight.T.mul_(0),
+    "in place, mT": lambda one: one.weight.mT[3].add_(1),
+    "in place, H": lambda one: one.weight.H.add_(one.weight.mH),
+    "in place, real": lambda one: one.weight.real.neg_(),
+    "foreach": lambda one: torch._foreach_mul_([one.weight.data], 0),
     "out": lambda one: torch.add(one.weight.data, 1, out=one.weight.data),
     "init": lambda one: nn.init.constant_(one.weight, 0.5),
     "held and assigned": lambda one: _held(one),
@@ -221,6 +226,18 @@ def test_a_write_makes_the_linear_the_dense_one_that_it_would_have_been(precisio
     assert type(module) is nn.Linear and set(module.state_dict()) == {"weight", "bias"}
     assert not any(parameter.requires_grad for parameter in module.parameters())
     assert set(vars(module)) <= set(vars(dense))
+
+
+def test_a_write_that_would_be_lost_is_refused(precision: Precision) -> None:
+    module = quantize(random_linear(64, 33), precision)
+    expected = dequantize(module) + 1
+    first, second = module.weight.data, module.weight.data
+    first += 1
+    with pytest.raises(UserError, match="would be lost. Read `weight.data` anew before each change.*qpruner merge"):
+        second += 1
+    assert torch.equal(module.weight, expected)
+    first += 1  # this one is the weight by now
+    assert torch.equal(module.weight, expected + 1)
 
 
 def test_a_read_gives_the_unpacked_weight_and_changes_nothing(precision: Precision) -> None:
