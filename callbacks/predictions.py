@@ -1,12 +1,14 @@
 """Writes what `predict` finds, in the order of the data."""
 
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch.distributed
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_warn
 
 from qpruner.files import write_text
 
@@ -46,4 +48,14 @@ class PredictionsWriter(Callback):
             records = sorted(
                 (r for rank in ranks for r in rank), key=lambda r: ("example" in r, r.get("row", r.get("example")))
             )
-            write_text(self.path, "".join(json.dumps(record) + "\n" for record in records))
+            if unscored := sum(not math.isfinite(record.get("nll", 0.0)) for record in records):
+                rank_zero_warn(
+                    f"The loss of {unscored} of {len(records)} records is not finite; their nll is written as text."
+                )
+            write_text(self.path, "".join(_line(record) for record in records))
+
+
+def _line(record: dict[str, Any]) -> str:
+    """A record as a line of JSON, whose numbers are all finite."""
+    numbers = {name: value if math.isfinite(value) else str(value) for name, value in record.items()}
+    return json.dumps(numbers) + "\n"

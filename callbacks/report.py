@@ -1,5 +1,6 @@
 """Measures the stages of a run and leaves the table, the summary and the report in its folder."""
 
+import os
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -19,6 +20,7 @@ from qpruner.runs.manifest import record_session
 from qpruner.runs.pictures import plan_figure
 from qpruner.runs.report import Stage, Summary, protocol_line, table, write_report
 from qpruner.training.evaluation import evaluate
+from qpruner.training.finite import NotFinite
 from qpruner.training.module import LoRAFinetuner
 from qpruner.training.preflight import check_lengths, check_monitored
 
@@ -138,7 +140,10 @@ class RunReport(Callback):
         leaves = [callback.leaves for callback in compressing(trainer)]
         name = self._titled("pruned in training" if "pruned in training" in leaves else "recovered")
         last = self.folder.phase is None
-        stage = self._measure(trainer, name, seconds=self._seconds, peak_training=self._peak)
+        try:
+            stage = self._measure(trainer, name, seconds=self._seconds, peak_training=self._peak)
+        except NotFinite as error:  # on all ranks
+            raise self._set_aside(trainer, error) from error
         module.keep_adapters()  # before the run is called finished, and after they were found to work
         if module.plan is not None and trainer.is_global_zero:
             module.plan.write(self.folder.plan)
@@ -152,6 +157,14 @@ class RunReport(Callback):
             write_report(self.folder)
             print(f"\n{table(summary)}\n\n{protocol_line(summary)}\nReport: {self.folder.report}")
         trainer.strategy.barrier("end_of_fit")  # what the first process wrote is there for the next phase
+
+    def _set_aside(self, trainer: Trainer, error: NotFinite) -> NotFinite:
+        """Lets no later session go on from the adapters of this one, which are finite themselves and of no use."""
+        aside = self.folder.checkpoint.with_name("not_finite.ckpt")
+        if trainer.is_global_zero and self.folder.checkpoint.exists():
+            os.replace(self.folder.checkpoint, aside)
+        kept = f"the run does not go on from its checkpoint, which is now {str(aside)!r}"
+        return NotFinite(error.problem, kept, error.remedy, error.again)
 
     def _titled(self, name: str) -> str:
         """The name of a stage in the table."""

@@ -18,7 +18,7 @@ from qpruner.datamodules.loader import Examples, ResumableLoader
 from qpruner.datamodules.rows import ChoiceExamples, TextExamples
 from qpruner.datamodules.splits import Split
 from qpruner.datamodules.tokens import tokenizer_fingerprint
-from qpruner.errors import UserError
+from qpruner.errors import UserError, check_ranges
 from qpruner.files import hash_json
 from qpruner.pretrained import load_tokenizer
 from qpruner.seeds import derive_seed
@@ -41,8 +41,13 @@ class LoaderConfig:
     num_workers: int = 0
 
     def __post_init__(self) -> None:
-        if self.batch_size < 1 or self.eval_batch_size < 1 or self.num_workers < 0:
-            raise UserError(f"Batch sizes must be at least 1 and num_workers at least 0, not {self}.")
+        check_ranges(
+            self,
+            "loader",
+            batch_size=("at least 1", self.batch_size >= 1),
+            eval_batch_size=("at least 1", self.eval_batch_size >= 1),
+            num_workers=("at least 0", self.num_workers >= 0),
+        )
 
 
 class TokenDataModule(LightningDataModule):

@@ -41,8 +41,8 @@ from qpruner.folder_manifest import is_compressed
 from qpruner.memory import num_parameters, peak_meaning, read_peak, reset_peak, tensor_bytes
 from qpruner.options.classes import Options
 from qpruner.options.given import config_files, read_arguments, read_file
-from qpruner.options.mistakes import Mistakes
-from qpruner.options.nulls import check_nulls
+from qpruner.options.mistakes import Mistakes, holds_empty_section
+from qpruner.options.parsed import check_parsed
 from qpruner.options.parser import CommandParser
 from qpruner.phases import Phase, PhaseConfig, phases_of
 from qpruner.plan import CompressionPlan
@@ -109,14 +109,17 @@ class QPrunerCLI(LightningCLI):
         arguments, options = (sys.argv[1:] if args is None else args)[1:], self._parser(self.command)
         for path in config_files(arguments):
             read_file(path)
+        flags = {action.dest for action in options._actions if action.nargs == 0}
+        mistakes = Mistakes(options, elsewhere(self.command))
         try:
             super().parse_arguments(parser, args)
+            check_parsed(Options.of_parser(options), self.config[self.command])
         except UserError as error:
-            flags = {action.dest for action in options._actions if action.nargs == 0}
-            Mistakes(options, elsewhere(self.command)).check(read_arguments(arguments, flags))
+            mistakes.check(read_arguments(arguments, flags))
             raise error from None  # of a kind that is not known here: as the parser told it
+        if any(holds_empty_section(option.value) for option in read_arguments(arguments, flags)):
+            mistakes.check(read_arguments(arguments, flags))
         given = self.config[self.command]
-        check_nulls(Options.of_parser(options), given)
         if not 0 <= given.seed_everything < 2**32:
             raise UserError(f"seed_everything is {given.seed_everything}; it must be from 0 to {2**32 - 1}.")
         if not isinstance(given.restart, bool):  # in a file it may be anything, and text would mean yes
@@ -230,7 +233,7 @@ class QPrunerCLI(LightningCLI):
         check_kept(options.trainer, keeps_checkpoint=self.subcommand == "fit" and not self.rehearses)
         with options_told():
             trainer = super().instantiate_trainer(**kwargs, callbacks=callbacks)
-        if self.subcommand == "fit":
+        if self.subcommand in WRITING:
             check_trainer(trainer)
             for other in self.phases[phase.number :]:
                 check_callbacks(trainer, other.callbacks)

@@ -20,6 +20,22 @@ def user_error(error: BaseException | None) -> UserError | None:
     return error
 
 
+def check_ranges(options: object, group: str, **ranges: tuple[str, bool]) -> None:
+    """Names the first option of a group whose value lies outside its range.
+
+    Args:
+        options: that have the values.
+        group: its name.
+        ranges: what each option must be, and whether it is.
+
+    Raises:
+        UserError: one is not.
+    """
+    for name, (range_in_words, is_inside) in ranges.items():
+        if not is_inside:
+            raise UserError(f"{group}.{name} is {getattr(options, name)}; it must be {range_in_words}.")
+
+
 def brief(value: object) -> str:
     """A value as a message can show it: its `repr` with long parts left out, at most 120 characters."""
     shortening = reprlib.Repr()

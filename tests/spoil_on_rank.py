@@ -6,14 +6,15 @@ from typing import Any
 from qpruner import __main__ as command_line
 from qpruner.training.module import LoRAFinetuner
 
-RIGHT = LoRAFinetuner.loss
+RIGHT = LoRAFinetuner.token_nll
 
 
-def loss(self: LoRAFinetuner, batch: Any) -> Any:
+def token_nll(self: LoRAFinetuner, batch: Any) -> Any:
     place = (self.global_rank, self.global_step + 1)
     spoiled = place == (int(os.environ["SPOILED_RANK"]), int(os.environ["SPOILED_STEP"]))
-    return RIGHT(self, batch) * (float("nan") if spoiled else 1.0)
+    losses = RIGHT(self, batch)
+    return losses * float("nan") if spoiled and losses.requires_grad else losses
 
 
-LoRAFinetuner.loss = loss  # type: ignore[method-assign]
+LoRAFinetuner.token_nll = token_nll  # type: ignore[method-assign]
 command_line.main()  # the other ranks are started with this file, too

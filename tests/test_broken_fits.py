@@ -33,11 +33,15 @@ Spoil = Callable[[LoRAFinetuner, torch.Tensor], torch.Tensor]
 
 @pytest.fixture
 def spoil(monkeypatch: pytest.MonkeyPatch) -> Callable[[Spoil], None]:
-    """Lets every training loss pass through a function."""
-    right = LoRAFinetuner.loss
+    """Lets the losses of every training step pass through a function."""
+    right = LoRAFinetuner.token_nll
 
     def install(change: Spoil) -> None:
-        monkeypatch.setattr(LoRAFinetuner, "loss", lambda self, batch: change(self, right(self, batch)))
+        def token_nll(self: LoRAFinetuner, batch: Any) -> torch.Tensor:
+            losses = right(self, batch)
+            return change(self, losses) if losses.requires_grad else losses
+
+        monkeypatch.setattr(LoRAFinetuner, "token_nll", token_nll)
 
     return install
 
@@ -271,3 +275,47 @@ def test_two_gloo_ranks_stop_together(arguments: list[str], tmp_path: Path) -> N
     folder = tmp_path / "runs" / "x"
     assert_not_finished(folder)
     assert torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)["global_step"] == 2
+
+
+def test_adapters_that_are_finite_and_of_no_use_are_not_gone_on_from(arguments: list[str], tmp_path: Path) -> None:
+    huge = [*arguments, "--model.optimizer.lr", "1e30", "--trainer.max_steps", "1"]
+    said = refused(huge)
+    checkpoints = tmp_path / "runs" / "x" / "checkpoints"
+    assert "The loss of the recovered model on the test split is nan, not finite; the run does not go on from" in said
+    assert str(checkpoints / "not_finite.ckpt") in said and "since the last checkpoint" not in said
+    assert [file.name for file in checkpoints.iterdir()] == ["not_finite.ckpt"]
+    assert_not_finished(tmp_path / "runs" / "x")
+    run(["fit", *arguments, "--trainer.max_steps", "1"])  # no step is kept that would bind the run to its options
+    assert RunFolder(tmp_path / "runs" / "x").finished
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--model.optimizer.lr", "1e38"], "The size of the update of optimizer step 1 is not finite"),
+        (
+            ["--trainer.detect_anomaly", "true", "--model.optimizer.lr", "1e30"],
+            "The gradients of LogSoftmaxBackward0 in optimizer step 2 are not finite",
+        ),
+    ],
+)
+def test_errors_of_torch_about_numbers_are_told_as_the_step_that_broke(
+    arguments: list[str], options: list[str], said: str
+) -> None:
+    assert said in (told := refused([*arguments, *options])) and "Lower --model.optimizer.lr" in told
+
+
+def test_losses_that_are_not_finite_are_predicted_as_text(
+    arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    right = LoRAFinetuner.token_nll
+    monkeypatch.setattr(LoRAFinetuner, "token_nll", lambda self, batch: right(self, batch) * math.nan)
+    with pytest.warns(UserWarning, match="The loss of 6 of 10 records is not finite"):
+        run(["predict", *arguments])
+
+    def refuse(constant: str) -> None:
+        raise AssertionError(f"{constant} is no JSON")
+
+    lines = (tmp_path / "runs" / "x" / "predictions.jsonl").read_text().splitlines()
+    records = [json.loads(line, parse_constant=refuse) for line in lines]
+    assert [record["nll"] for record in records[:6]] == ["nan"] * 6

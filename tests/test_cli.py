@@ -204,7 +204,7 @@ def test_seeds_reach_module_and_data(arguments: list[str], monkeypatch: pytest.M
         (["--data.num_trian", "5"], "no option 'data.num_trian' of StoriesDataModule. Did you mean 'data.num_train'"),
         (["--data", "StoryDataModule"], "no class 'StoryDataModule'. Did you mean 'StoriesDataModule'"),
         (["--data.max_length", "1"], "max_length is 1; a row needs at least 2"),
-        (["--model.lora.r", "0"], "LoRA needs r of at least 1"),
+        (["--model.lora.r", "0"], "lora.r is 0; it must be at least 1"),
         (["--model.optimizer.name", "sgd"], "adamw_8bit"),
         (["--run.name", "a/b"], "run.name is 'a/b'"),
         (["--run.dir", "/dev/null/x"], "Cannot write the run folder"),

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from qpruner.errors import UserError, brief
+from qpruner.errors import UserError, brief, check_ranges
 from qpruner.seeds import derive_seed
 
 ALL_LINEAR = "all-linear"
@@ -47,8 +47,13 @@ class LoRAConfig:
                 f"--model.lora.target_modules is {self.target_modules!r}, which is no regular expression. Give one, "
                 f"the names of linears as a list, or {ALL_LINEAR}."
             )
-        if self.r < 1 or not 0 < self.alpha < math.inf or not 0 <= self.dropout < 1:
-            raise UserError(f"LoRA needs r of at least 1, alpha above 0 and dropout in [0, 1), not {self}.")
+        check_ranges(
+            self,
+            "lora",
+            r=("at least 1", self.r >= 1),
+            alpha=("above 0 and finite", 0 < self.alpha < math.inf),
+            dropout=("at least 0 and below 1", 0 <= self.dropout < 1),
+        )
 
 
 def is_target(name: str, targets: Sequence[str] | str) -> bool:

@@ -1,18 +1,25 @@
 """Classes that are named in options, and the options of a parser or of a class."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, is_dataclass
 from inspect import isabstract
 from pkgutil import resolve_name
 from typing import Any
 
 from jsonargparse import ArgumentParser
+from lightning.pytorch.accelerators import Accelerator
+from lightning.pytorch.strategies import Strategy
 
 from qpruner import callbacks, datamodules
+from qpruner.datamodules.base import TokenDataModule
 from qpruner.options.words import in_words, is_class, item_type, listed, members
 
 OURS = {name: getattr(package, name) for package in (callbacks, datamodules) for name in package.__all__}
-"""What the package offers for ``data`` and ``trainer.callbacks``."""
+"""What the package has for ``data`` and ``trainer.callbacks``."""
+FOR_PEOPLE = (callbacks.Compression, TokenDataModule)
+"""What people choose among; the other callbacks are added by the commands."""
+NAMES: dict[type, Sequence[str]] = {Accelerator: ("auto", "cpu", "gpu", "cuda", "mps"), Strategy: ("auto", "ddp")}
+"""Words that stand for objects of Lightning, as far as a fit can be had with them."""
 
 
 @dataclass(frozen=True)
@@ -94,9 +101,21 @@ def class_named(base: type, name: str) -> type | None:
 
 
 def offered_classes(base: type) -> list[type]:
-    """The classes that can be named where a ``base`` is asked for: those of the package, or if it has none, any."""
+    """The classes to name where a ``base`` is asked for: those of the package, or if it has none, any."""
     ours = [known for known in OURS.values() if issubclass(known, base) and _can_be_named(known)]
-    return ours or [known for known in _with_subclasses(base) if not isabstract(known)]
+    return ours or [known for known in _with_subclasses(base) if not is_abstract(known)]
+
+
+def suggested_classes(base: type) -> list[type]:
+    """The classes that a word like a name may mean: those that are offered, and what else libraries have."""
+    others = (known for known in _with_subclasses(base) if not (known.__name__ in OURS or is_abstract(known)))
+    return [*offered_classes(base), *others]
+
+
+def is_abstract(known: type) -> bool:
+    """Whether it leaves methods to others, as far as that is said; not all that do are of `abc.ABCMeta`."""
+    methods = (getattr(known, name, None) for name in dir(known))
+    return isabstract(known) or any(getattr(method, "__isabstractmethod__", False) for method in methods)
 
 
 def allowed(option_type: Any) -> str:
@@ -104,14 +123,16 @@ def allowed(option_type: Any) -> str:
     base = class_in(option_type)
     if base is None or is_dataclass(base):
         return in_words(option_type)
+    if base in NAMES and str in members(option_type):
+        return f"one of {listed(NAMES[base])}"
     return f"one of {listed(known.__name__ for known in offered_classes(base))}"
 
 
 def _can_be_named(known: type) -> bool:
-    """Whether a person can make one: it is not what others are made from, and needs nothing that only a program has."""
-    is_base = any(issubclass(other, known) for other in OURS.values() if other is not known)
-    options = Options.of_class(known)
-    return not is_base and all(class_in(options.types.get(name)) is None for name in options.required)
+    """Whether it is for a person: no part of the commands, nor what others are made from, nor made by a program."""
+    if not issubclass(known, FOR_PEOPLE) or is_abstract(known):
+        return False
+    return not any("." in name for name in Options.of_class(known).required)  # parts of an object
 
 
 def _with_subclasses(base: type) -> Iterator[type]:

@@ -15,9 +15,17 @@ import yaml
 from jsonargparse import ArgumentError, ArgumentParser
 
 from qpruner.errors import UserError, nearest
-from qpruner.options.classes import Options, allowed, class_in, class_named, offered_classes
+from qpruner.options.classes import (
+    Options,
+    allowed,
+    class_in,
+    class_named,
+    is_abstract,
+    offered_classes,
+    suggested_classes,
+)
 from qpruner.options.given import GivenOption, read_file, shown
-from qpruner.options.words import item_type, literal_choices, members, takes_null
+from qpruner.options.words import is_class, item_type, literal_choices, members, takes_null
 
 OF_A_CLASS = ("class_path", "init_args", "dict_kwargs")
 """What stands in a mapping that names a class."""
@@ -75,8 +83,10 @@ class Mistakes:
         """Checks an option of the parser, or of the class that was named last for ``owner``."""
         appends, name = name.endswith("+"), name.removesuffix("+")
         prefix = f"{owner}." if owner else ""
-        if name in options.types:
+        if name in options.types and not (value is None and name in options.unset):
             self._check_value(options.types[name], value, prefix + name, appends=appends)
+        elif name in options.types:
+            return
         elif name in options.groups:
             for key, content in _options_in(value, prefix + name).items():
                 self._check_option(options, f"{name}.{key}", content, owner)
@@ -133,6 +143,8 @@ class Mistakes:
             for item in loaded:
                 self._check_object(base, item, name)
         elif base is not None and _is_object(base, loaded):
+            if not (appends or any(map(is_class, members(option_type)))):
+                raise wrong_value(option_type, value, name)  # one where several are asked for
             if isinstance(loaded, dict) and "class_path" not in loaded and not (is_dataclass(base) or kept):
                 raise wrong_value(option_type, value, name)  # it names no class, nor does anything before it
             self._check_object(base, loaded, name)
@@ -151,7 +163,7 @@ class Mistakes:
             raise wrong_value(base, value, name)
         if "class_path" in value:
             known = class_named(base, value["class_path"]) if isinstance(value["class_path"], str) else None
-            if known is None or not issubclass(known, base):
+            if known is None or not issubclass(known, base) or is_abstract(known):
                 raise no_class(base, value["class_path"], name)
             self.chosen.setdefault(name, []).append(Chosen(known))
         elif is_dataclass(base):
@@ -161,9 +173,17 @@ class Mistakes:
                 raise UserError(
                     f"{name}.{outside} stands beside class_path. The options of a class stand below init_args."
                 )
-            value = value.get("init_args")
+            value = value.get("init_args", {})
         for key, content in _options_in(value, f"{name}.init_args").items():
             self._check_option_of_class(base, name, str(key), content)
+
+
+def holds_empty_section(value: Any) -> bool:
+    """Whether there is an empty mapping in what a file gives, which the parser passes over whatever its name."""
+    if isinstance(value, Mapping):
+        contents = [content for key, content in value.items() if content or key not in OF_A_CLASS]
+        return not value or any(map(holds_empty_section, contents))
+    return isinstance(value, list) and any(map(holds_empty_section, value))
 
 
 def wrong_value(option_type: Any, value: Any, name: str) -> UserError:
@@ -175,9 +195,14 @@ def wrong_value(option_type: Any, value: Any, name: str) -> UserError:
 def no_class(base: type, value: Any, name: str) -> UserError:
     """The error that a class is not there, or is not what an option takes."""
     known = class_named(base, value) if isinstance(value, str) else None
-    problem = f"There is no class {shown(value)}." if known is None else f"{shown(value)} is no {base.__name__}."
-    offers = [offered.__name__ for offered in offered_classes(base)]
-    hint = nearest(value.rpartition(".")[2], offers) if isinstance(value, str) else ""
+    if known is None:
+        problem = f"There is no class {shown(value)}."
+    elif issubclass(known, base):
+        problem = f"{shown(value)} is what others are made from, and cannot be had itself."
+    else:
+        problem = f"{shown(value)} is no {base.__name__}."
+    names = [other.__name__ for other in suggested_classes(base)]
+    hint = nearest(value.rpartition(".")[2], names) if isinstance(value, str) and known is None else ""
     return UserError(f"{problem}{hint} {name} must be {allowed(base)}.")
 
 
@@ -186,8 +211,6 @@ def _options_in(value: Any, name: str) -> dict[Any, Any]:
     value = _loaded(value)
     if isinstance(value, str) and isfile(value):
         value = read_file(value)
-    if value is None:
-        return {}
     if not isinstance(value, dict):
         raise UserError(f"{name} is {shown(value)}, but it is a group of options. Give these by their names.")
     return value

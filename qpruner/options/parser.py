@@ -1,8 +1,10 @@
 """The argument parser of the commands that the LightningCLI runs."""
 
 import textwrap
+from enum import Enum
 from typing import Any, NoReturn
 
+from jsonargparse import Namespace
 from lightning.pytorch.cli import LightningArgumentParser
 
 from qpruner.errors import UserError, user_error
@@ -20,7 +22,22 @@ class CommandParser(LightningArgumentParser):
         # A group for them would have the method's name, which the section of `search` has already.
         return super().add_method_arguments(*args, **{**kwargs, "as_group": False})
 
+    def dump(self, cfg: Namespace, *args: Any, **kwargs: Any) -> str:
+        dumped: str = super().dump(plain(cfg), *args, **kwargs)
+        return dumped
+
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         if not self.exit_on_error:  # an inner parser, whose caller may try something else
             super().error(message, ex)
         raise user_error(ex) or UserError(textwrap.shorten(message, LONGEST)) from ex
+
+
+def plain(value: Any) -> Any:
+    """A copy of options with text for the enumerations that are text, which YAML does not know."""
+    if isinstance(value, Namespace):
+        copy = value.clone()
+        vars(copy).update({name: plain(content) for name, content in vars(value).items()})
+        return copy
+    if isinstance(value, list):
+        return [plain(item) for item in value]
+    return value.value if isinstance(value, Enum) and isinstance(value, str) else value

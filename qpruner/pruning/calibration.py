@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qpruner.errors import UserError
+from qpruner.errors import UserError, check_ranges
 from qpruner.likelihood import hidden_states, token_nll
 
 
@@ -36,8 +36,13 @@ class CalibrationConfig:
     batch_size: int | None = None
 
     def __post_init__(self) -> None:
-        if self.num_sequences < 1 or self.length < 2 or (self.batch_size is not None and self.batch_size < 1):
-            raise UserError(f"Calibration needs at least 1 sequence of 2 tokens, in batches of at least 1, not {self}.")
+        check_ranges(
+            self,
+            "calibration",
+            num_sequences=("at least 1", self.num_sequences >= 1),
+            length=("at least 2", self.length >= 2),
+            batch_size=("at least 1", self.batch_size is None or self.batch_size >= 1),
+        )
 
 
 @dataclass(frozen=True)

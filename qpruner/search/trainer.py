@@ -251,8 +251,8 @@ class Search:
         """The finalists and the plans that were not searched for, each with all seeds."""
         succeeded = {tuple(one.key["choices"]): one for one in reversed(self.ledger.records) if one.scores is not None}
         if not succeeded:
-            why = self.ledger.records[0].why
-            raise UserError(f"Every trial failed, the first one because {why}. See the log of the run.")
+            why = (self.ledger.records[0].why or "").rstrip(".")
+            raise UserError(f"Every trial failed. Of the first one: {why}. See the log of the run.")
         best_first = sorted(succeeded.values(), key=lambda one: (one.scores["loss"], one.number))  # type: ignore[index]
         plans = {f"trial {one.number + 1}": list(one.key["choices"]) for one in best_first[: self.config.finalists]}
         for method in ("uniform", "mutual_information", self.preparation.allocator.method):

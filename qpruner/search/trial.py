@@ -17,6 +17,7 @@ from qpruner.allocation.items import Item
 from qpruner.checkpoint import build_skeleton, load_base
 from qpruner.datamodules.base import TokenDataModule
 from qpruner.datamodules.splits import Split
+from qpruner.errors import UserError
 from qpruner.plan import CompressionPlan, Precision
 from qpruner.pricing import price_narrowed
 from qpruner.quantization.bank import open_folder
@@ -24,6 +25,7 @@ from qpruner.quantization.embedding import quantize_tables_
 from qpruner.search.ledger import Key, Scores
 from qpruner.search.reference import Reference
 from qpruner.training.evaluation import evaluate
+from qpruner.training.finite import NotFinite
 from qpruner.training.module import LoRAFinetuner
 
 
@@ -162,7 +164,10 @@ class TrialRunner:
         training = TrainingTime()
         with quiet():
             trainer = work.trainer.trainer(key["steps"], work.max_seconds, [training])
-            trainer.fit(module, datamodule=work.data)
+            try:
+                trainer.fit(module, datamodule=work.data)
+            except NotFinite as error:  # no run that could begin anew
+                raise UserError(f"{error.problem}. {error.remedy}.") from error
         fitted = time.perf_counter()
         device = trainer.strategy.root_device
         results = evaluate(

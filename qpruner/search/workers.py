@@ -186,4 +186,5 @@ def evaluate(trial: Trial, key: Key) -> Outcome:
         return Outcome(scores=json.loads(json.dumps(trial(key))))
     except Exception as error:
         first = str(error).partition("\n")[0]
-        return Outcome(why=f"{type(error).__name__}: {first}".removesuffix(": "), details=traceback.format_exc())
+        kind = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
+        return Outcome(why=f"{kind}{first}".removesuffix(": "), details=traceback.format_exc())

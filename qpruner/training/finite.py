@@ -32,12 +32,31 @@ def tensors_of(state: object) -> Iterable[Tensor]:
             yield from tensors_of(part)
 
 
-def not_finite(model: nn.Module, what: str) -> UserError:
+class NotFinite(UserError):
+    """Stops a fit whose numbers are not finite any more.
+
+    Args:
+        problem: what is not finite, as a sentence without its full stop.
+        kept: what became of the adapters, likewise.
+        remedy: what to change, likewise.
+        again: how to fit once more with that, to go behind the remedy.
+    """
+
+    def __init__(self, problem: str, kept: str, remedy: str, again: str) -> None:
+        super().__init__(problem, kept, remedy, again)
+        self.problem, self.kept, self.remedy, self.again = problem, kept, remedy, again
+
+    def __str__(self) -> str:
+        return f"{self.problem}; {self.kept}. {self.remedy}, and {self.again}."
+
+
+def not_finite(model: nn.Module, what: str, *, later_phase: bool = False) -> UserError:
     """The error that stops a fit: what is not finite, why if that is to be seen, and what to do about it.
 
     Args:
         model: that is trained, adapters and all.
         what: is not finite, with its verb.
+        later_phase: whether phases of the run are over, which beginning anew would throw away.
     """
     trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     if broken := broken_names((name, tensor) for name, tensor in model.state_dict().items() if name not in trained):
@@ -53,14 +72,15 @@ def not_finite(model: nn.Module, what: str) -> UserError:
     if any(parameter.dtype == torch.float16 for parameter in trained.values()):
         remedy = "Adapters in float16 are too coarse to train: use --trainer.precision 16-mixed or bf16-mixed"
     else:
+        rate = "optimizer.lr of this phase in --phases" if later_phase else "--model.optimizer.lr"
         remedy = (
-            "Lower --model.optimizer.lr, clip gradients by --trainer.gradient_clip_val, or compute with "
-            "--trainer.precision bf16-mixed or 32-true"
+            f"Lower {rate}, clip gradients by --trainer.gradient_clip_val, or compute with --trainer.precision "
+            f"bf16-mixed or 32-true"
         )
-    return UserError(
-        f"{what} not finite; what was trained since the last checkpoint is not kept. {remedy}, and begin anew with "
-        f"--restart or under another --run.name."
-    )
+    again = "begin anew with --restart or under another --run.name"
+    if later_phase:
+        again = "begin anew under another --run.name; --restart would throw away the phases that are over, too"
+    return NotFinite(f"{what} not finite", "what was trained since the last checkpoint is not kept", remedy, again)
 
 
 class LossWatch:

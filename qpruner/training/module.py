@@ -1,7 +1,9 @@
 """The LightningModule that fine-tunes LoRA adapters on a frozen base model."""
 
 import math
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Self
@@ -14,6 +16,7 @@ from torch.optim import Optimizer
 
 from qpruner.adapters.lora import LoRAConfig
 from qpruner.datamodules.rows import Batch
+from qpruner.errors import UserError
 from qpruner.files import reading
 from qpruner.likelihood import IGNORED, token_nll
 from qpruner.pretrained import EMBEDDED, DType
@@ -27,6 +30,11 @@ from qpruner.training.optimization import OptimizerConfig, make_optimizer, make_
 SMALLEST_SCALE = 2.0**-14
 """Of the loss under ``16-mixed``. It starts at 2 to the 16 and is halved at each step whose gradients overflow, so that
 one this small comes of gradients that no scale mends."""
+
+OVERFLOW = re.compile(
+    r"Function '(?P<operation>\w+)' returned nan values|cannot be converted to type \w+ without overflow"
+)
+"""What torch says of numbers that are not finite."""
 
 
 class LoRAFinetuner(CompressibleModule):
@@ -147,7 +155,7 @@ class LoRAFinetuner(CompressibleModule):
         self.check_losses()
         self._check_trained({"adapters": self._trained_tensors()})
         if self.global_step and self._scaler is not None and not any(one.state for one in self.trainer.optimizers):
-            raise not_finite(self.model, f"The gradients of all {self.global_step} optimizer steps so far are")
+            raise self._not_finite(f"The gradients of all {self.global_step} optimizer steps so far are")
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_save_checkpoint(checkpoint)
@@ -179,6 +187,30 @@ class LoRAFinetuner(CompressibleModule):
 
     # What is not finite.
 
+    def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
+        with self._overflow_told():
+            super().backward(loss, *args, **kwargs)
+
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        with self._overflow_told():
+            super().optimizer_step(*args, **kwargs)
+
+    @contextmanager
+    def _overflow_told(self) -> Iterator[None]:
+        """Tells torch's own errors about numbers that are not finite: those of anomaly detection, and of AdamW."""
+        try:
+            yield
+        except RuntimeError as error:
+            if (said := OVERFLOW.search(str(error))) is None:
+                raise
+            step = f"optimizer step {self.global_step + 1}"
+            what = f"gradients of {said['operation']} in" if said["operation"] else "size of the update of"
+            verb = "are" if said["operation"] else "is"
+            raise self._not_finite(f"The {what} {step} {verb}") from error
+
+    def _not_finite(self, what: str) -> UserError:
+        return not_finite(self.model, what, later_phase=self.follows is not None)
+
     def check_losses(self) -> None:
         """Waits for the losses so far; to be called on all ranks together.
 
@@ -188,10 +220,9 @@ class LoRAFinetuner(CompressibleModule):
         strategy = self.trainer.strategy
         step = self._losses.first_broken(self.device, lambda number: strategy.reduce(number, reduce_op="min"))
         if step is not None:
-            raise not_finite(self.model, f"The training loss of optimizer step {step} is")
+            raise self._not_finite(f"The training loss of optimizer step {step} is")
         if self._scaler is not None and self._scaler.get_scale() < SMALLEST_SCALE:
-            raise not_finite(
-                self.model,
+            raise self._not_finite(
                 f"By optimizer step {self.global_step} the loss scale of 16-mixed has fallen to "
                 f"{self._scaler.get_scale():.0e}, since gradients are still",
             )
@@ -208,7 +239,7 @@ class LoRAFinetuner(CompressibleModule):
         """
         for name in ("loss", "accuracy"):
             if not math.isfinite(results.get(name, 0.0)):
-                raise not_finite(self.model, f"The {name} of {whose} is {results[name]},")
+                raise self._not_finite(f"The {name} of {whose} is {results[name]},")
 
     @property
     def _scaler(self) -> Any:
@@ -223,8 +254,7 @@ class LoRAFinetuner(CompressibleModule):
             tensors = list(tensors_of(state))
             if not all_finite(tensors):
                 number = len(broken_names((what, tensor) for tensor in tensors))
-                raise not_finite(
-                    self.model,
+                raise self._not_finite(
                     f"After optimizer step {self.global_step}, {number} of {len(tensors)} tensors of the {what} are",
                 )
 

@@ -10,7 +10,7 @@ from torch.nn import Parameter
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
-from qpruner.errors import UserError
+from qpruner.errors import UserError, check_ranges
 
 OptimizerName = Literal["adamw", "adamw_8bit", "paged_adamw_8bit", "paged_adamw"]
 
@@ -42,12 +42,16 @@ class OptimizerConfig:
     final_lr: float = 0.0
 
     def __post_init__(self) -> None:
-        if self.lr <= 0 or self.weight_decay < 0 or self.warmup_steps < 0 or not 0 <= self.final_lr <= 1:
-            raise UserError(
-                f"lr must be above 0, weight_decay and warmup_steps at least 0, final_lr in [0, 1]: {self}."
-            )
-        if not (0 <= self.beta1 < 1 and 0 <= self.beta2 < 1):
-            raise UserError(f"beta1 and beta2 must lie in [0, 1), not {self.beta1} and {self.beta2}.")
+        check_ranges(
+            self,
+            "optimizer",
+            lr=("above 0 and finite", 0 < self.lr < math.inf),
+            weight_decay=("at least 0 and finite", 0 <= self.weight_decay < math.inf),
+            beta1=("at least 0 and below 1", 0 <= self.beta1 < 1),
+            beta2=("at least 0 and below 1", 0 <= self.beta2 < 1),
+            warmup_steps=("at least 0", self.warmup_steps >= 0),
+            final_lr=("from 0 to 1", 0 <= self.final_lr <= 1),
+        )
 
     def check(self, num_steps: float) -> None:
         """Finds that the schedule has no last step.

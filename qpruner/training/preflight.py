@@ -5,21 +5,25 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from pickle import UnpicklingError
+from traceback import walk_tb
 from typing import Any
 
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import (
-    BackboneFinetuning,
+    BaseFinetuning,
     BatchSizeFinder,
     DeviceStatsMonitor,
     LearningRateFinder,
     LearningRateMonitor,
+    ModelPruning,
     StochasticWeightAveraging,
+    WeightAveraging,
 )
+from lightning.pytorch.loggers import Logger
 from lightning.pytorch.plugins.io import AsyncCheckpointIO
-from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, SingleDeviceStrategy
+from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, SingleDeviceStrategy, Strategy
 
 from qpruner.datamodules.base import TokenDataModule
 from qpruner.errors import UserError
@@ -31,10 +35,13 @@ AT_LEAST_ONE = ("accumulate_grad_batches", "check_val_every_n_epoch", "val_check
 """Options of a Trainer that it divides by without a look."""
 NEEDS_LOGGER = (DeviceStatsMonitor, LearningRateMonitor)
 UNFIT = {
-    BackboneFinetuning: "trains weights of the base, which stays as it is",
+    BaseFinetuning: "trains weights of the base, which stays as it is",
     BatchSizeFinder: "looks for a batch_size that it can set; set --data.loader.batch_size",
     LearningRateFinder: "looks for a learning rate that it can set; set --model.optimizer.lr",
+    ModelPruning: "changes the base under the adapters, so that what is kept is not what was measured; use "
+    "StructuredPruning",
     StochasticWeightAveraging: "copies the model before it has been compressed and has its adapters",
+    WeightAveraging: "averages all tensors of the model, a compressed base too, and puts others in checkpoints",
 }
 """Callbacks of Lightning that cannot act on a fit of adapters, each with the reason."""
 
@@ -95,13 +102,13 @@ def check_kept(options: Any, *, keeps_checkpoint: bool) -> None:
 
 
 def check_trainer(trainer: Trainer) -> None:
-    """Finds options of a Trainer that no fit can go by.
+    """Finds options of a Trainer that no fit can go by, those of a search included.
 
     Raises:
         UserError: there is one.
     """
     for name in AT_LEAST_ONE:
-        value = getattr(trainer, name)
+        value = getattr(trainer, name, None)  # a Trainer that validates by the clock has no val_check_interval
         if isinstance(value, int) and value < 1:
             raise UserError(f"--trainer.{name} is {value}; it is at least 1.")
     strategy = trainer.strategy
@@ -218,5 +225,12 @@ def class_refused(error: ValueError) -> UserError | None:
         cause = cause.__cause__
     if cause is error or not JSONARGPARSE.search(str(error)):
         return None
-    names = [found["name"] for found in JSONARGPARSE.finditer(str(error)) if found["name"]]
+    names = [found["name"] for found in JSONARGPARSE.finditer(str(error)) if found["name"]] or _makers(cause)
     return UserError(f"{names[0]}: {cause}" if names else str(cause))
+
+
+def _makers(error: BaseException) -> list[str]:
+    """Names of the classes whose objects were being made when an error was raised."""
+    frames = [frame for frame, _ in walk_tb(error.__traceback__) if frame.f_code.co_name == "__init__"]
+    makers = [frame.f_locals.get("self") for frame in frames]
+    return [type(maker).__name__ for maker in makers if isinstance(maker, Callback | Logger | Strategy)]

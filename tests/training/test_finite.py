@@ -1,4 +1,5 @@
 import math
+import pickle
 
 import pytest
 import torch
@@ -47,3 +48,15 @@ def test_the_remedy_depends_on_what_is_broken() -> None:
     assert "the computation overflows. Use --trainer.precision" in str(not_finite(model[0], "The loss is"))
     torch.nn.init.constant_(model[0].bias, math.inf)
     assert "1 tensors are not, 0.bias the first. Give an undamaged model" in str(not_finite(model, "The loss is"))
+
+
+def test_a_later_phase_is_mended_without_losing_those_before() -> None:
+    model = torch.nn.Linear(2, 2)
+    said = str(not_finite(model, "The loss is", later_phase=True))
+    assert "Lower optimizer.lr of this phase in --phases" in said and "--model.optimizer.lr" not in said
+    assert said.endswith("under another --run.name; --restart would throw away the phases that are over, too.")
+
+
+def test_the_error_survives_the_way_to_another_process() -> None:
+    error = not_finite(torch.nn.Linear(2, 2), "The loss is")
+    assert str(pickle.loads(pickle.dumps(error))) == str(error)

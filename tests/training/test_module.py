@@ -159,9 +159,17 @@ def test_training_lowers_the_loss(trained: tuple[LoRAFinetuner, Path], stories: 
     assert after < before - 0.01
 
 
-@pytest.mark.parametrize("wrong", [{"r": 0}, {"alpha": 0.0}, {"dropout": 1.0}])
-def test_impossible_adapters_are_refused(wrong: dict[str, Any]) -> None:
-    with pytest.raises(UserError, match="r of at least 1"):
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        ({"r": 0}, "^lora.r is 0; it must be at least 1.$"),
+        ({"alpha": 0.0}, "^lora.alpha is 0.0; it must be above 0 and finite.$"),
+        ({"alpha": float("nan")}, "^lora.alpha is nan; "),
+        ({"dropout": 1.0}, "^lora.dropout is 1.0; it must be at least 0 and below 1.$"),
+    ],
+)
+def test_impossible_adapters_are_refused(wrong: dict[str, Any], said: str) -> None:
+    with pytest.raises(UserError, match=said):
         LoRAConfig(**wrong)
 
 

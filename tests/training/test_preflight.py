@@ -55,11 +55,14 @@ OPTIONS = {
     "max_epochs": [(-5, "max_epochs"), (-1, "schedule is 'cosine', which ends with the last step")],
     "callbacks": [
         ([of("EarlyStopping", monitor="val/losss")], "monitor 'val/losss', which nothing logs.*val/loss, val/perp"),
-        ([of("EarlyStopping", monitor="val/loss", mode="less")], "^`mode` can be min, max, got less$"),
-        ([of("ModelCheckpoint", save_top_k=3)], "^ModelCheckpoint.save_top_k=3, monitor=None. is not a valid"),
+        ([of("EarlyStopping", monitor="val/loss", mode="less")], "^EarlyStopping: `mode` can be min, max, got less$"),
+        ([of("ModelCheckpoint", save_top_k=3)], "^ModelCheckpoint: ModelCheckpoint.save_top_k=3, monitor=None. is"),
         ([of("RichProgressBar")], "enable_progress_bar=False"),
         ([of("StochasticWeightAveraging", swa_lrs=0.1)], "copies the model before it has been compressed"),
         ([of("LearningRateFinder")], "set --model.optimizer.lr"),
+        ([of("EMAWeightAveraging")], "averages all tensors of the model"),
+        ([of("WeightAveraging")], "averages all tensors of the model"),
+        ([of("ModelPruning", pruning_fn="l1_unstructured", amount=0.5)], "not what was measured; use StructuredPr"),
     ],
 }  # fmt: skip
 
@@ -92,6 +95,15 @@ def test_options_that_do_not_go_together_are_told(
         run(["fit", "--config", str(path)])
 
 
+def test_a_search_is_looked_at_as_a_fit_is(arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(CompressibleModule, "load_base", lambda self: pytest.fail("the model was loaded"))
+    quantizing = ["--trainer.callbacks+=MixedPrecisionQuantization", "--trainer.callbacks.budget.average_bits", "6"]
+    with pytest.raises(UserError, match="has EMAWeightAveraging, which averages all tensors"):
+        run(["search", *arguments, *quantizing, "--trainer.callbacks+=EMAWeightAveraging"])
+    with pytest.raises(UserError, match="accumulate_grad_batches is 0; it is at least 1"):
+        run(["search", *arguments, *quantizing, "--trainer.accumulate_grad_batches", "0"])
+
+
 def test_a_refused_restart_throws_nothing_away(arguments: list[str], tmp_path: Path) -> None:
     run(["fit", *arguments])
     with pytest.raises(UserError, match="invalid accelerator name"):
@@ -105,6 +117,9 @@ def test_a_refused_restart_throws_nothing_away(arguments: list[str], tmp_path: P
     [
         {"val_check_interval": 500, "check_val_every_n_epoch": None},
         {"val_check_interval": 500, "limit_val_batches": 0},
+        {"val_check_interval": "00:00:00:05"},
+        {"val_check_interval": {"seconds": 5}},
+        {"callbacks": [of("Timer", duration="00:00:01:00")]},
         {"log_every_n_steps": 0},
         {"max_epochs": 0},
         {"logger": False},
