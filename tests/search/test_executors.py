@@ -13,7 +13,8 @@ from toys import Toy, Unpreparable
 from qpruner.errors import UserError
 from qpruner.search import cluster
 from qpruner.search.executors import ExecutorConfig, ProcessWorker, make_executor, worker_environments
-from qpruner.search.workers import Executor, Outcome
+from qpruner.search.ledger import Key, Scores
+from qpruner.search.workers import Executor, Outcome, evaluate
 
 KINDS = ("serial", "processes", "dask")
 LIMIT = 1.0
@@ -227,3 +228,10 @@ def test_dask_that_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_impossible_configurations(options: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
         ExecutorConfig(**options)
+
+
+def test_a_mistake_of_the_user_is_told_without_the_name_of_its_class() -> None:
+    def refused(key: Key) -> Scores:
+        raise UserError("The loss is not finite.")
+
+    assert evaluate(refused, {}).why == "The loss is not finite."
