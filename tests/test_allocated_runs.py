@@ -77,6 +77,7 @@ def test_a_run_records_what_its_budget_bought(arguments: list[str], tmp_path: Pa
         )
 
 
+@pytest.mark.slow
 def test_killed_and_repeated_equals_uninterrupted(
     config: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

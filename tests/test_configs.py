@@ -67,8 +67,8 @@ def stand_in(folder: Path, layers: int) -> Path:
 @pytest.mark.parametrize(
     "path",
     [
-        # Other numbers in the configuration for 20 %.
-        pytest.param(path, marks=[pytest.mark.slow] if path.stem.endswith(("_30", "_50")) else [])
+        # Other numbers in the configuration for 20 %, another family in the one for a Llama of 1 B.
+        pytest.param(path, marks=[pytest.mark.slow] if path.stem.endswith(("_30", "_50", "qwen3_06b")) else [])
         for path in CONFIGS
         if path not in SEARCHES
     ],
@@ -115,7 +115,11 @@ def test_config_runs_on_a_tiny_stand_in(path: Path, tmp_path: Path, local_data: 
         assert 1 - narrow / dense == pytest.approx(ratio, abs=0.01)
 
 
-@pytest.mark.parametrize("path", SEARCHES, ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "path",
+    [pytest.param(path, marks=[pytest.mark.slow] if path.stem != "search" else []) for path in SEARCHES],
+    ids=lambda path: path.stem,
+)
 def test_search_runs_on_a_tiny_stand_in(path: Path, tmp_path: Path, local_data: dict[str, list[str]]) -> None:
     layers = LAYERS.get(path.stem, 32)
     run(

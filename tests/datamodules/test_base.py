@@ -76,10 +76,10 @@ def test_fingerprint_is_of_the_tokens(data: StoriesDataModule) -> None:
     assert make(max_length=60, story_seed=1).fingerprint()["test"]["sha256"] != fingerprint["test"]["sha256"]
 
 
-@pytest.mark.parametrize("wrong", [{"batch_size": 0}, {"eval_batch_size": 0}, {"num_workers": -1}])
-def test_impossible_batches(wrong: dict[str, int]) -> None:
-    with pytest.raises(UserError, match="Batch sizes must be at least 1"):
-        LoaderConfig(**wrong)
+@pytest.mark.parametrize(("name", "value"), [("batch_size", 0), ("eval_batch_size", 0), ("num_workers", -1)])
+def test_impossible_batches(name: str, value: int) -> None:
+    with pytest.raises(UserError, match=f"loader.{name} is {value}; it must be at least {value + 1}"):
+        LoaderConfig(**{name: value})
 
 
 def test_ranks_of_a_trainer_share_the_rows(data: StoriesDataModule) -> None:
