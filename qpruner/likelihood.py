@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from qpruner.errors import UserError
 
@@ -130,8 +131,7 @@ def nll_of_targets(head: Head, hidden: Tensor, targets: Tensor) -> Tensor:
     """  # [N] float32
     if torch.is_grad_enabled() and any(parameter.requires_grad for parameter in head.linear.parameters()):
         parts = [
-            torch.utils.checkpoint.checkpoint(_nll, head, hidden[part], targets[part], use_reentrant=False)
-            for part in head.chunks(hidden)
+            checkpoint(_nll, head, hidden[part], targets[part], use_reentrant=False) for part in head.chunks(hidden)
         ]
         return torch.cat(parts) if parts else hidden.new_zeros(0, dtype=torch.float32)
     nll: Tensor = _ChunkedNLL.apply(hidden, targets, head)  # type: ignore[no-untyped-call]

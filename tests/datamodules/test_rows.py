@@ -55,7 +55,7 @@ def test_padding_leaves_the_rows_as_they_were() -> None:
 def test_an_empty_row_is_one_unscored_token_wherever_it_stands() -> None:
     empty = row([], [], [])
     rows = TokenRows.of([empty, LONG, empty, SHORT, empty])
-    assert rows.num_scored == 2
+    assert (rows.scored_tokens.tolist(), rows.num_scored) == ([0, 1, 0, 1, 0], 2)
     assert_batch(
         rows.pad([0, 2, 3, 4], PAD),
         input_ids=[[PAD, PAD], [PAD, PAD], [8, 4], [PAD, PAD]],
