@@ -3,8 +3,16 @@
 import logging
 import warnings
 
-NOISE = ("\N{ELECTRIC LIGHT BULB} Tip:", "Failed to load CPU gemm_4bit_forward")
-SPEAKERS = ("lightning.pytorch.utilities.rank_zero", "bitsandbytes.backends.cpu.ops")
+NOISE = (
+    "\N{ELECTRIC LIGHT BULB} Tip:",
+    "Failed to load CPU gemm_4bit_forward",
+    "You are using a model of type `compressed_",  # said where only the tokenizer of such a folder is read
+)
+SPEAKERS = (
+    "lightning.pytorch.utilities.rank_zero",
+    "bitsandbytes.backends.cpu.ops",
+    "transformers.configuration_utils",
+)
 WARNINGS = (
     (FutureWarning, "`is_gradient_checkpointing` is deprecated"),
     (UserWarning, "`isinstance.treespec, LeafSpec.` is deprecated"),
