@@ -43,6 +43,7 @@ ALLOWED: dict[str, set[str]] = {
     "likelihood": {"errors"},
     "adapters": {"errors", "seeds"},
     "quantization": {"adapters", "anatomy", "errors", "files", "plan", "pretrained"},
+    "processes": set(),
     "memory": {"errors", "quantization"},
     "pruning": {"adapters", "anatomy", "errors", "likelihood", "memory", "plan", "quantization", "seeds"},
     "pricing": {"adapters", "anatomy", "memory", "plan", "pruning", "quantization"},
@@ -62,7 +63,7 @@ ALLOWED: dict[str, set[str]] = {
     },
     "callbacks": {
         "adapters", "allocation", "anatomy", "checkpoint", "datamodules", "errors", "files", "memory", "plan",
-        "pricing", "pruning", "quantization", "runs", "training",
+        "pricing", "processes", "pruning", "quantization", "runs", "training",
     },
     "search": {
         "allocation", "anatomy", "callbacks", "checkpoint", "datamodules", "errors", "files", "likelihood", "memory",

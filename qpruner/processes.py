@@ -1,0 +1,54 @@
+"""The processes that share a piece of work, each with a device of its own; what a Trainer knows of them, without it."""
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Processes:
+    """The processes that work on one model together, as one of them sees them.
+
+    Args:
+        device: device that this process computes on.
+        rank: place of this process among all, from 0.
+        world_size: number of processes.
+        forward_context: makes the context in which a model computes, such as autocast under ``bf16-mixed``.
+        reduce: sums a tensor over all processes; the sum is the same on each.
+        broadcast: gives each process the object of the first.
+        barrier: waits until all processes have called it.
+    """
+
+    device: torch.device
+    rank: int
+    world_size: int
+    forward_context: Callable[[], AbstractContextManager[Any]]
+    reduce: Callable[[Tensor], Tensor]
+    broadcast: Callable[[Any], Any]
+    barrier: Callable[[], None]
+
+    @classmethod
+    def alone(
+        cls,
+        device: torch.device | str = "cpu",
+        forward_context: Callable[[], AbstractContextManager[Any]] = nullcontext,
+    ) -> Self:
+        """One process that shares its work with no other."""
+        return cls(
+            device=torch.device(device),
+            rank=0,
+            world_size=1,
+            forward_context=forward_context,
+            reduce=lambda tensor: tensor,
+            broadcast=lambda value: value,
+            barrier=lambda: None,
+        )
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this process is the one that writes files and speaks."""
+        return self.rank == 0
