@@ -22,7 +22,7 @@ from qpruner.files import hash_json
 from qpruner.plan import DENSE, UNITS, CompressionPlan, Precision
 from qpruner.pricing import Price, price_narrowed
 from qpruner.quantization.bank import Bank, fill, fill_folder
-from qpruner.runs.folder import RunFolder
+from qpruner.records.folder import RunFolder
 from qpruner.training.module import LoRAFinetuner
 
 

@@ -17,7 +17,7 @@ from qpruner.pruning.rounds import check_ratio, round_to, supplies
 from qpruner.pruning.selection import SelectionConfig, local_widths
 from qpruner.pruning.surgery import narrow_
 from qpruner.quantization.packed import PackedLinear
-from qpruner.runs.folder import RunFolder
+from qpruner.records.folder import RunFolder
 from qpruner.training.module import LoRAFinetuner
 
 

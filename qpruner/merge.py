@@ -25,8 +25,8 @@ from qpruner.folder_manifest import CONFIG, PLAN, is_compressed, read_manifest
 from qpruner.memory import num_parameters
 from qpruner.plan import DENSE, UNITS
 from qpruner.quantization.merging import merge_
-from qpruner.runs.folder import RESTORE, RunFolder
-from qpruner.runs.manifest import Recorded
+from qpruner.records.folder import RESTORE, RunFolder
+from qpruner.records.manifest import Recorded
 from qpruner.schema import read_as
 from qpruner.training.evaluation import evaluate
 from qpruner.training.module import LoRAFinetuner

@@ -13,7 +13,7 @@ from qpruner.files import read_json
 from qpruner.memory import num_parameters
 from qpruner.plan import CompressionPlan
 from qpruner.pretrained import EMBEDDED, load_tokenizer
-from qpruner.runs.search import SearchResults
+from qpruner.records.search import SearchResults
 
 CONFIGS = sorted((Path(__file__).parents[1] / "configs").rglob("*.yaml"))
 
