@@ -9,7 +9,9 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_info
 
 from qpruner.allocation.decision import Allocation
-from qpruner.callbacks.compression import Compression
+from qpruner.callbacks.compression import Compression, CompressionInTraining
+from qpruner.callbacks.quantization import MixedPrecisionQuantization
+from qpruner.compressed import State
 from qpruner.datamodules.base import TokenDataModule
 from qpruner.memory import num_parameters, peak_meaning, read_peak, reset_peak, tensor_bytes
 from qpruner.records.allocation import allocation_figure, allocation_section
@@ -58,7 +60,7 @@ class RunReport(Callback):
             record_session(
                 self.folder.manifest,
                 seed=module.seed,
-                base={"name": module.base, "sha256": module.base_sha256},
+                base={"name": module.base, "sha256": module.compressed.base_sha256},
                 phase=self.phase,
                 data=data.fingerprint(),
                 compression=[
@@ -66,7 +68,7 @@ class RunReport(Callback):
                 ],
                 devices=f"{trainer.world_size} x {trainer.strategy.root_device.type}",
             )
-        if module.plan is None:  # else an earlier session has compressed it, and measured it before
+        if module.compressed.base_state is State.DENSE:  # else an earlier session has measured it before
             self.measure(trainer, "dense", seconds=loading)
 
     def measure(self, trainer: Trainer, name: str, *, seconds: float | None = None) -> None:
@@ -86,10 +88,11 @@ class RunReport(Callback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         module, _ = _expect(trainer, pl_module)
-        plan = module.plan
-        if module.starts_from_loftq and any(callback.leaves == "quantized" for callback in compressing(trainer)):
+        quantizes = any(isinstance(callback, MixedPrecisionQuantization) for callback in compressing(trainer))
+        if module.compressed.starts_from_loftq and quantizes:
             self.measure(trainer, "quantized + LoftQ")
-        if plan is not None and trainer.is_global_zero:
+        plan = module.compressed.plan
+        if plan is not None and module.compressed.base_state is not State.DENSE and trainer.is_global_zero:
             plan.write(self.folder.plan)
             if isinstance(trainer.logger, TensorBoardLogger):
                 board = trainer.logger.experiment
@@ -123,16 +126,17 @@ class RunReport(Callback):
             ResultNotFinite: its loss or accuracy is not finite; on all ranks.
         """
         module, _ = _expect(trainer, trainer.lightning_module)
-        leaves = [callback.leaves for callback in compressing(trainer)]
-        name = self._titled("pruned in training" if "pruned in training" in leaves else "recovered")
+        in_training = any(isinstance(callback, CompressionInTraining) for callback in compressing(trainer))
+        name = self._titled("pruned in training" if in_training else "recovered")
         try:
             stage = self._measure(trainer, name, seconds=self._seconds, peak_training=self._peak)
         except NotFinite as error:
             raise ResultNotFinite(error.problem, error.kept, error.remedy, error.again) from error
         self._add(trainer, stage)
         if trainer.is_global_zero:
-            if module.plan is not None:
-                module.plan.write(self.folder.plan)
+            plan = module.compressed.plan
+            if plan is not None and module.compressed.base_state is not State.DENSE:
+                plan.write(self.folder.plan)
             if self.folder.phase is None and isinstance(trainer.logger, TensorBoardLogger):
                 results = {f"test/{name}": value for name, value in stage.results.items()}
                 trainer.logger.log_hyperparams(dict(module.hparams), results)
@@ -171,10 +175,9 @@ class RunReport(Callback):
                 progress=trainer.is_global_zero and trainer.progress_bar_callback is not None,
             )
             module.check_results(f"the {name} model on the test split", results)
-        return Stage(
-            name, num_parameters(module.model), tensor_bytes(module.model), module.average_bits, results, seconds,
-            peak_training, read_peak(device),
-        )  # fmt: skip
+        size = num_parameters(module.model), tensor_bytes(module.model)
+        bits = module.compressed.average_bits
+        return Stage(name, *size, bits, results, seconds, peak_training, read_peak(device))
 
     def _add(self, trainer: Trainer, stage: Stage) -> None:
         """Puts a stage into the summary."""

@@ -82,8 +82,8 @@ def test_fit_leaves_a_whole_run_and_repeating_it_does_nothing(
     assert f"{recovered['results']['perplexity']:.3f}" in printed and "6 x" not in printed
     assert dense["results"]["tokens"] == 6 * 23
     assert {path.name for path in folder.iterdir()} == {
-        ".lock", "checkpoints", "config.yaml", "loss.png", "manifest.json", "report.md", "run.log", "summary.json",
-        "tensorboard",
+        ".lock", "checkpoints", "config.yaml", "loss.png", "manifest.json", "model", "report.md", "run.log",
+        "summary.json", "tensorboard",
     }  # fmt: skip
     assert [step for step, _ in scalars(folder / "tensorboard", "train/loss")] == list(range(10))
     assert [value > 0 for _, value in scalars(folder / "tensorboard", "train/tokens_per_second")] == [True] * 10

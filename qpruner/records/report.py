@@ -149,6 +149,8 @@ def write_report(folder: RunFolder) -> None:
             "",
             f"![What each layer keeps]({folder.plan_picture.name})",
         ]
+    elif folder.model.exists():
+        lines += ["", f"The dense model with its trained adapters is in `{folder.model.name}/`."]
     if folder.allocation.exists():
         allocation = Allocation.read(folder.allocation)
         save_figure(allocation_figure(allocation), folder.allocation_picture)

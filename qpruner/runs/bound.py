@@ -9,6 +9,10 @@ from typing import Any
 
 from qpruner.callbacks import Compression
 from qpruner.datamodules.base import TokenDataModule
+from qpruner.files import hash_json
+
+LONGEST = 200
+"""Characters of an option of a data module that are told."""
 
 
 def plain(value: Any) -> Any:
@@ -35,13 +39,18 @@ def _made_with(value: Any) -> dict[str, Any]:
     if isinstance(value, Compression):
         return value.options
     if isinstance(value, TokenDataModule):
-        shared = {"max_length": value.max_length, "loader": asdict(value.loader), "seed": value.seed}
-        return {**value.options(), **shared}
+        rows = {name: _short(option) for name, option in value.options().items()}
+        return {"rows": rows, "max_length": value.max_length, "loader": asdict(value.loader), "seed": value.seed}
     return {
         name: getattr(value, name)
         for name in _parameters(type(value))
         if isinstance(getattr(value, name, None), str | int | float | Path | Sequence | Mapping)
     }
+
+
+def _short(option: Any) -> Any:
+    """An option, or where it is more than a person would read, its hash."""
+    return option if len(str(option)) <= LONGEST else {"sha256": hash_json(option)}
 
 
 def _parameters(of: type) -> list[str]:

@@ -7,9 +7,9 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 from qpruner.callbacks import Compression, LoRAGuidedPruning
 from qpruner.callbacks.compression import Rehearsal
-from qpruner.checkpoint import build_skeleton, rehearse_saving
 from qpruner.datamodules.base import TokenDataModule
 from qpruner.errors import UserError
+from qpruner.model_folder import build_skeleton, rehearse_saving
 from qpruner.runs.phases import Phase, PhaseConfig
 from qpruner.training.module import LoRAFinetuner
 from qpruner.training.preflight import check_lengths, check_monitored

@@ -6,6 +6,7 @@ from typing import Literal
 
 from lightning.pytorch import Trainer
 
+from qpruner.compressed import State
 from qpruner.datamodules.base import TokenDataModule
 from qpruner.memory import num_parameters, peak_meaning, read_peak, reset_peak, tensor_bytes
 from qpruner.records.report import Stage, Summary
@@ -52,13 +53,14 @@ def measure_stages(
             size = num_parameters(module.model), tensor_bytes(module.model)
         results = {key.partition("/")[2]: value for key, value in results.items()}
         seconds = time.perf_counter() - since
-        stages.append(Stage(name, *size, module.average_bits, results, seconds, None, read_peak(device)))
+        stages.append(Stage(name, *size, module.compressed.average_bits, results, seconds, None, read_peak(device)))
 
     module.load_dense_base()
     measure("dense")
-    if module.follows is not None:
-        module.load_kept_base(module.follows)
-        measure("quantized" if module.plan and module.plan.quantized else "pruned")
+    if module.continues_from is not None:
+        module.open_base(module.continues_from)
+        if module.compressed.base_state is not State.DENSE:
+            measure("quantized" if module.compressed.base_state is State.QUANTIZED else "pruned")
     if checkpoint is not None or trained:
         measure("recovered", adapted=True)
     return Summary(True, data.protocol, peak_meaning(device), tuple(stages))

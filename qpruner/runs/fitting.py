@@ -4,10 +4,10 @@ import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 
-from qpruner.callbacks import MeasuredEnd, MeasuredStage, RunCheckpoint, RunReport, Throughput
+from qpruner.callbacks import KeepModel, MeasuredEnd, MeasuredStage, RunCheckpoint, RunReport, Throughput
 from qpruner.callbacks.compression import CompressionInSetup
 from qpruner.callbacks.report import ResultNotFinite
 from qpruner.datamodules.base import TokenDataModule
@@ -18,15 +18,6 @@ from qpruner.runs.trainers import TrainerOptions, make_trainer, options_of_train
 from qpruner.training.checkpoint_file import read_checkpoint
 from qpruner.training.module import LoRAFinetuner
 from qpruner.training.preflight import check_callbacks, check_checkpoint, check_trainer
-
-
-class KeepAdapters(Callback):
-    """Puts the trained adapters to the compressed base at the end of a fit, once they were found to work."""
-
-    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        assert isinstance(pl_module, LoRAFinetuner)
-        pl_module.keep_adapters()
-        trainer.strategy.barrier("end_of_fit")  # what the first process wrote is there for the next phase
 
 
 @dataclass
@@ -75,9 +66,9 @@ class PhasedFit:
         for callback in phase.callbacks:
             yield callback
             if isinstance(callback, CompressionInSetup):
-                yield MeasuredStage(report, callback.leaves)
+                yield MeasuredStage(report, callback.leaves.value)
         yield MeasuredEnd(report)
-        yield KeepAdapters()
+        yield KeepModel(phase.kept_in, phase.folder.model)
         yield Throughput()
         yield RunCheckpoint(phase.folder.checkpoint, self.checkpoint_every_n_steps)
 
@@ -107,6 +98,7 @@ class PhasedFit:
                 rank_zero_info(f"Going on from {begins_with}.")
             elif begins_with is not None:
                 check_checkpoint(module, begins_with)
+            module.release()  # what an earlier fit of it left in memory is in the folder, too
             try:
                 trainer.fit(module, datamodule=self.data, ckpt_path=begins_with, weights_only=True)
             except ResultNotFinite as error:  # on all ranks
@@ -117,7 +109,7 @@ class PhasedFit:
                 self._end(phase)
             if number == len(self.phases):
                 return
-            module.model = None  # the next phase loads what this one left
+            module.release()  # the next phase loads what this one left
             number += 1
             module, trainer = self.prepare(number)
 

@@ -9,7 +9,7 @@ from typing import Any
 from lightning.pytorch import Callback
 
 from qpruner.callbacks import Compression, MixedPrecisionQuantization, PlannedPruning
-from qpruner.callbacks.compression import check_order
+from qpruner.callbacks.compression import CompressionInTraining, check_order
 from qpruner.errors import UserError
 from qpruner.plan import CompressionPlan
 from qpruner.records.folder import RunFolder
@@ -72,7 +72,7 @@ class Phase:
     @property
     def prunes_in_training(self) -> bool:
         """Whether what it leaves has other shapes than what it trains."""
-        return any(callback.leaves == "pruned in training" for callback in self.compressing)
+        return any(isinstance(callback, CompressionInTraining) for callback in self.compressing)
 
     @property
     def length(self) -> dict[str, Any]:
@@ -91,10 +91,9 @@ class Phase:
             described: with the options of the first phase.
         """
         if self.config is None:
-            described.model = None  # what an earlier fit of it left in memory is in the folder, too
             return described
         module = renewed(described, optimizer=self.config.optimizer or described.optimizer_config)
-        module.follows = self.continues_from
+        module.continues_from = self.continues_from
         return module
 
     def end(self) -> None:
@@ -146,7 +145,9 @@ def phases_of(folder: RunFolder, first: Sequence[Callback], further: Sequence[Ph
     ]
     for phase in phases:
         check_order(phase.callbacks)
-        if phase.number > 1 and any(callback.leaves != "quantized" for callback in phase.compressing):
+        if phase.number > 1 and not all(
+            isinstance(callback, MixedPrecisionQuantization) for callback in phase.compressing
+        ):
             names = ", ".join(type(callback).__name__ for callback in phase.compressing)
             raise UserError(
                 f"Phase {phase.number} has {names}; a run prunes in its first phase, and the others may "

@@ -9,10 +9,10 @@ from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 
 from qpruner.callbacks import Compression, PredictionsWriter
-from qpruner.checkpoint import has_trained_adapters, read_plan
 from qpruner.datamodules.base import TokenDataModule
 from qpruner.errors import UserError
 from qpruner.folder_manifest import is_compressed
+from qpruner.model_folder import has_trained_adapters, read_plan
 from qpruner.plan import CompressionPlan
 from qpruner.records.folder import RunFolder
 from qpruner.records.log import log_to
@@ -188,7 +188,7 @@ class Run:
                     )
                 rank_zero_info(f"The search {self.folder.path} is finished. {proposed_by(results)}")
             else:
-                self.model.model = None
+                self.model.release()
                 results = trainer.search(self.model, self.data, config)
             print(f"\n{variants_table(results)}\n\nReport: {self.folder.report}\nPlan: {self.folder.plan}")
         return results
@@ -247,7 +247,7 @@ class Run:
     def _prepare_evaluation(self, callbacks: Sequence[Callback]) -> tuple[LoRAFinetuner, Trainer]:
         """A module that goes on from what the run has made of its base, and a Trainer that measures it."""
         module = renewed(self.model)
-        module.follows = self.folder.kept_base
+        module.continues_from = self.folder.kept_base
         options = options_of_trainer(self.trainer)
         return module, make_trainer(options, self.folder, [*self.callbacks, *callbacks])
 
@@ -263,7 +263,7 @@ class Run:
 
 def is_trained(module: LoRAFinetuner) -> bool:
     """Whether the base that a module continues from has trained adapters beside it."""
-    return module.follows is not None and has_trained_adapters(module.follows)
+    return module.continues_from is not None and has_trained_adapters(module.continues_from)
 
 
 def is_rank_zero() -> bool:
