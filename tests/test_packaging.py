@@ -70,8 +70,8 @@ ALLOWED: dict[str, set[str]] = {
         "plan", "pricing", "quantization", "records", "seeds", "training",
     },
     "runs": {
-        "callbacks", "checkpoint", "datamodules", "errors", "files", "folder_manifest", "memory", "plan", "records",
-        "search", "training",
+        "callbacks", "compressed", "datamodules", "errors", "files", "folder_manifest", "memory", "model_folder", "plan",
+        "records", "search", "training",
     },
     "options": {"callbacks", "datamodules", "errors"},
     "outline": {"anatomy"},
@@ -87,8 +87,8 @@ ALLOWED: dict[str, set[str]] = {
     },
     "quiet": set(),
     "merge": {
-        "checkpoint", "datamodules", "errors", "folder_manifest", "memory", "plan", "quantization", "records", "schema",
-        "training",
+        "compressed", "datamodules", "errors", "folder_manifest", "memory", "model_folder", "plan", "quantization",
+        "records", "schema", "training",
     },
     "__main__": {"commands", "errors", "quiet"},
     "__init__": {"checkpoint"},

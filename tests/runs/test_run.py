@@ -1,5 +1,7 @@
 """A run from Python: what the command line does, in a few lines of a notebook."""
 
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -278,3 +280,39 @@ def test_the_report_of_a_run_from_python_is_that_of_the_command_line(given: dict
     run.folder.report.unlink()
     run_command(["report", str(run.folder.path)])
     assert run.folder.report.read_text() == text
+
+
+SCRIPT = """
+import sys
+from qpruner.adapters.lora import LoRAConfig
+from qpruner.callbacks import StructuredPruning
+from qpruner.datamodules import StoriesDataModule
+from qpruner.runs.phases import PhaseConfig
+from qpruner.runs.run import Run
+from qpruner.training.module import LoRAFinetuner
+
+base, folder = sys.argv[1:]
+run = Run(
+    folder,
+    LoRAFinetuner(base=base, lora=LoRAConfig(r=2)),
+    StoriesDataModule(tokenizer=base, max_length=24, num_train=40, num_validation=6, num_test=7, num_choices=0),
+    callbacks=[StructuredPruning(0.05, criterion="magnitude_l1")],
+    trainer={"accelerator": "cpu", "devices": 2, "strategy": "ddp", "max_steps": 2, "enable_progress_bar": False},
+    phases=[PhaseConfig(max_steps=1)],
+)
+run.fit()
+"""
+
+
+@pytest.mark.slow
+def test_a_script_on_two_ranks_makes_one_run(tiny_llama: Path, tmp_path: Path) -> None:
+    """Lightning starts the script once more, for the second rank, which must claim nothing."""
+    script = tmp_path / "script.py"
+    script.write_text(SCRIPT)
+    done = subprocess.run([sys.executable, script, tiny_llama, tmp_path / "x"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    summary = Summary.read(tmp_path / "x" / "summary.json")
+    assert summary.finished and {stage.results["tokens"] for stage in summary.stages} == {7 * 23}
+    assert [stage.name for stage in summary.stages] == ["dense", "pruned", "recovered", "recovered (phase 2)"]
+    sessions = read_json(tmp_path / "x" / "manifest.json")["sessions"]
+    assert [(one["phase"], one["devices"]) for one in sessions] == [(1, "2 x cpu"), (2, "2 x cpu")]
