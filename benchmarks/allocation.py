@@ -28,7 +28,7 @@ from qpruner.allocation.sensitivity import first_order_rises, measured_rises
 from qpruner.allocation.solving import Choice, exact
 from qpruner.pruning.calibration import Calibration, micro_batches
 from qpruner.quantization.bank import fill
-from qpruner.runs.tables import markdown_table
+from qpruner.records.tables import markdown_table
 
 TRIFLE = 1e-9
 Losses = dict[str, float]

@@ -28,7 +28,7 @@ from qpruner.pruning.schedule import CubicSchedule
 from qpruner.pruning.scores import LayerScores
 from qpruner.pruning.selection import Kept
 from qpruner.pruning.weight_gradients import WeightGradients
-from qpruner.runs.tables import markdown_table
+from qpruner.records.tables import markdown_table
 from qpruner.training.module import LoRAFinetuner
 from qpruner.training.optimization import OptimizerConfig
 

@@ -37,7 +37,7 @@ from qpruner.pruning.lora_guided import MovingAverage, Variant, score_adapted
 from qpruner.pruning.scores import LayerScores
 from qpruner.pruning.weight_gradients import WeightGradients
 from qpruner.quantization.apply import quantize_
-from qpruner.runs.tables import markdown_table
+from qpruner.records.tables import markdown_table
 from qpruner.training.module import LoRAFinetuner
 from qpruner.training.optimization import make_optimizer
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from qpruner.likelihood import Head, nll_of_targets
 from qpruner.memory import read_peak, reset_peak
-from qpruner.runs.tables import markdown_table
+from qpruner.records.tables import markdown_table
 
 WAYS = ("whole", "chunks", "torch")
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from qpruner.allocation.mutual_information import MutualInformationConfig, estimate
-from qpruner.runs.tables import markdown_table
+from qpruner.records.tables import markdown_table
 
 
 def uniform(count: int) -> Tensor:

@@ -18,7 +18,7 @@ from qpruner.datamodules import TextDataModule
 from qpruner.memory import num_parameters
 from qpruner.pruning.calibration import CalibrationConfig
 from qpruner.pruning.selection import SelectionConfig
-from qpruner.runs.tables import markdown_table
+from qpruner.records.tables import markdown_table
 from qpruner.training.module import LoRAFinetuner
 from qpruner.training.optimization import OptimizerConfig
 

@@ -17,7 +17,7 @@ from studies import Row, add_arguments, complete, perplexity, recovery, text_dat
 
 from qpruner.callbacks import MixedPrecisionQuantization, StructuredPruning
 from qpruner.datamodules import TextDataModule
-from qpruner.runs.tables import markdown_table
+from qpruner.records.tables import markdown_table
 from qpruner.training.module import LoRAFinetuner
 from qpruner.training.optimization import OptimizerConfig
 

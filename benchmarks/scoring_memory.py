@@ -18,7 +18,7 @@ from transformers import LlamaForCausalLM
 from qpruner.memory import read_peak, reset_peak, tensor_bytes
 from qpruner.pruning.calibration import Calibration, micro_batches
 from qpruner.pruning.scores import score_units
-from qpruner.runs.tables import markdown_table
+from qpruner.records.tables import markdown_table
 
 PASSES = ("activations", "full backward", "vectorize", "param_first", "param_second", "param_mix", "wanda")
 

@@ -20,7 +20,7 @@ from studies import Row, add_arguments, complete, study_data
 from qpruner.allocation.budget import Budget
 from qpruner.allocation.decision import Allocation, DecidingConfig
 from qpruner.callbacks import MixedPrecisionQuantization, StructuredPruning
-from qpruner.runs.tables import markdown_table
+from qpruner.records.tables import markdown_table
 from qpruner.search.config import SearchConfig
 from qpruner.search.preparation import part_of
 from qpruner.search.trainer import Search, SearchTrainer

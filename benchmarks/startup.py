@@ -17,7 +17,7 @@ import tempfile
 from pathlib import Path
 from statistics import median
 
-from qpruner.runs.tables import markdown_table
+from qpruner.records.tables import markdown_table
 
 TORCH, ALL = "import torch", "import torch, lightning, transformers, peft"
 EMBEDDED = "qpruner/stories"

@@ -20,7 +20,7 @@ from qpruner.plan import DENSE, UNITS, CompressionPlan, Precision
 from qpruner.pricing import Price, price_narrowed
 from qpruner.quantization.apply import LoftQSettings
 from qpruner.quantization.bank import Bank, fill, fill_folder
-from qpruner.runs.folder import RunFolder
+from qpruner.records.folder import RunFolder
 
 
 @dataclass(frozen=True)

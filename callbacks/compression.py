@@ -21,7 +21,7 @@ from qpruner.processes import Processes
 from qpruner.pruning.rounds import check_ratio, round_to, supplies
 from qpruner.pruning.selection import SelectionConfig, local_widths
 from qpruner.pruning.surgery import narrow_
-from qpruner.runs.folder import RunFolder
+from qpruner.records.folder import RunFolder
 from qpruner.training.holding import HoldsModel, expect_holder
 
 

@@ -1,8 +1,6 @@
-"""Measures the stages of a run and leaves the table, the summary and the report in its folder."""
+"""Measures the stages of a run and records them in its folder."""
 
-import os
 import time
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -12,41 +10,40 @@ from lightning.pytorch.utilities import rank_zero_info
 
 from qpruner.allocation.decision import Allocation
 from qpruner.callbacks.compression import Compression, CompressionInTraining
-from qpruner.callbacks.keep_model import KeepModel
 from qpruner.callbacks.quantization import MixedPrecisionQuantization
 from qpruner.compressed import State
 from qpruner.datamodules.base import TokenDataModule
 from qpruner.memory import num_parameters, peak_meaning, read_peak, reset_peak, tensor_bytes
-from qpruner.runs.allocation import allocation_figure, allocation_section
-from qpruner.runs.folder import RunFolder
-from qpruner.runs.manifest import record_session
-from qpruner.runs.pictures import plan_figure
-from qpruner.runs.report import Stage, Summary, protocol_line, table, write_report
+from qpruner.records.allocation import allocation_figure, allocation_section
+from qpruner.records.folder import RunFolder
+from qpruner.records.manifest import record_session
+from qpruner.records.pictures import plan_figure
+from qpruner.records.report import Stage, Summary
 from qpruner.training.evaluation import evaluate
 from qpruner.training.finite import NotFinite
 from qpruner.training.module import LoRAFinetuner
-from qpruner.training.preflight import check_lengths, check_monitored
+
+
+class ResultNotFinite(NotFinite):
+    """Stops a fit whose numbers were finite and whose result is of no use all the same."""
 
 
 class RunReport(Callback):
-    """Evaluates the model on the test split before and after the fit, and writes what a person reads.
+    """Evaluates the model on the test split before and after the fit.
 
     In ``setup`` (fit only) it records the manifest and measures the dense model, unless an earlier session of the run
     did; before the first step it writes ``plan.json``. It stands before every callback that changes the model, with a
     `MeasuredStage` behind each that does so in ``setup``. A `MeasuredEnd` behind all of them measures what the fit made
-    of the model and, in the last phase of a run, ends ``summary.json`` and writes ``report.md``. Without a test split
-    the rows stay without a perplexity.
+    of the model. Each stage goes into ``summary.json``. Without a test split the rows stay without a perplexity.
 
     Args:
         folder: of the run, in the phase of the fit.
         phase: number of the fit in the run, from 1.
-        later: callbacks that compress in later phases, to be checked with those of this fit.
     """
 
-    def __init__(self, folder: RunFolder, phase: int = 1, later: Sequence[Compression] = ()) -> None:
+    def __init__(self, folder: RunFolder, phase: int = 1) -> None:
         self.folder = folder
         self.phase = phase
-        self.later = later
         self._seconds = 0.0  # of training in sessions that are over
         self._peak: int | None = None  # of training in sessions that are over
         self._since: float | None = None  # when training began in this session; None while nothing trains
@@ -56,7 +53,6 @@ class RunReport(Callback):
         if stage != "fit":
             return
         module, data = _expect(trainer, pl_module)
-        self._check(trainer, module, data)
         self._measured = time.perf_counter()
         module.load_base()
         loading = time.perf_counter() - self._measured
@@ -75,21 +71,6 @@ class RunReport(Callback):
         if module.compressed.base_state is State.DENSE:  # else an earlier session has measured it before
             self.measure(trainer, "dense", seconds=loading)
 
-    def _check(self, trainer: Trainer, module: LoRAFinetuner, data: TokenDataModule) -> None:
-        """Finds, before the model is loaded, what of the options does not go with the data.
-
-        Raises:
-            UserError: something.
-        """
-        steps = check_lengths(trainer, data)
-        module.optimizer_config.check(steps)
-        check_monitored(trainer, data)
-        if not self._measured_stages(trainer):
-            for callback in (*compressing(trainer), *self.later):
-                callback.check_text(data)
-            for callback in compressing(trainer):
-                callback.check_steps(steps)
-
     def measure(self, trainer: Trainer, name: str, *, seconds: float | None = None) -> None:
         """Measures the model as it is, unless an earlier session of the run did.
 
@@ -107,10 +88,10 @@ class RunReport(Callback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         module, _ = _expect(trainer, pl_module)
-        plan = module.compressed.plan
         quantizes = any(isinstance(callback, MixedPrecisionQuantization) for callback in compressing(trainer))
         if module.compressed.starts_from_loftq and quantizes:
             self.measure(trainer, "quantized + LoftQ")
+        plan = module.compressed.plan
         if plan is not None and module.compressed.base_state is not State.DENSE and trainer.is_global_zero:
             plan.write(self.folder.plan)
             if isinstance(trainer.logger, TensorBoardLogger):
@@ -139,36 +120,27 @@ class RunReport(Callback):
         self._seconds, self._peak = state["seconds"], state["peak"]
 
     def end(self, trainer: Trainer) -> None:
-        """Keeps and measures what the fit made of the model, and ends the run with its last phase."""
+        """Measures what the fit made of the model.
+
+        Raises:
+            ResultNotFinite: its loss or accuracy is not finite; on all ranks.
+        """
         module, _ = _expect(trainer, trainer.lightning_module)
         in_training = any(isinstance(callback, CompressionInTraining) for callback in compressing(trainer))
         name = self._titled("pruned in training" if in_training else "recovered")
-        last = self.folder.phase is None
         try:
             stage = self._measure(trainer, name, seconds=self._seconds, peak_training=self._peak)
-        except NotFinite as error:  # on all ranks
-            raise self._set_aside(trainer, error) from error
-        KeepModel(self.folder.model, self.folder.model).on_fit_end(trainer, module)  # the Run's, once it is there
-        if (plan := module.compressed.plan) is not None and trainer.is_global_zero:
-            plan.write(self.folder.plan)
-        self._add(trainer, stage, last=last)
-        if trainer.is_global_zero and last:
-            summary = Summary.read(self.folder.summary)
-            if isinstance(trainer.logger, TensorBoardLogger):
-                results = {f"test/{name}": value for name, value in summary.stages[-1].results.items()}
+        except NotFinite as error:
+            raise ResultNotFinite(error.problem, error.kept, error.remedy, error.again) from error
+        self._add(trainer, stage)
+        if trainer.is_global_zero:
+            plan = module.compressed.plan
+            if plan is not None and module.compressed.base_state is not State.DENSE:
+                plan.write(self.folder.plan)
+            if self.folder.phase is None and isinstance(trainer.logger, TensorBoardLogger):
+                results = {f"test/{name}": value for name, value in stage.results.items()}
                 trainer.logger.log_hyperparams(dict(module.hparams), results)
                 trainer.logger.save()
-            write_report(self.folder)
-            print(f"\n{table(summary)}\n\n{protocol_line(summary)}\nReport: {self.folder.report}")
-        trainer.strategy.barrier("end_of_fit")  # what the first process wrote is there for the next phase
-
-    def _set_aside(self, trainer: Trainer, error: NotFinite) -> NotFinite:
-        """Lets no later session go on from the adapters of this one, which are finite themselves and of no use."""
-        aside = self.folder.checkpoint.with_name("not_finite.ckpt")
-        if trainer.is_global_zero and self.folder.checkpoint.exists():
-            os.replace(self.folder.checkpoint, aside)
-        kept = f"the run does not go on from its checkpoint, which is now {str(aside)!r}"
-        return NotFinite(error.problem, kept, error.remedy, error.again)
 
     def _titled(self, name: str) -> str:
         """The name of a stage in the table."""
@@ -203,19 +175,17 @@ class RunReport(Callback):
                 progress=trainer.is_global_zero and trainer.progress_bar_callback is not None,
             )
             module.check_results(f"the {name} model on the test split", results)
-        return Stage(
-            name, num_parameters(module.model), tensor_bytes(module.model), module.compressed.average_bits, results,
-            seconds,
-            peak_training, read_peak(device),
-        )  # fmt: skip
+        size = num_parameters(module.model), tensor_bytes(module.model)
+        bits = module.compressed.average_bits
+        return Stage(name, *size, bits, results, seconds, peak_training, read_peak(device))
 
-    def _add(self, trainer: Trainer, stage: Stage, *, last: bool = False) -> None:
+    def _add(self, trainer: Trainer, stage: Stage) -> None:
         """Puts a stage into the summary."""
         if trainer.is_global_zero:
             others = (other for other in self._stages() if other.name != stage.name)  # of a session that was cut
             _, data = _expect(trainer, trainer.lightning_module)
             peak_of = peak_meaning(trainer.strategy.root_device)
-            Summary(last, data.protocol, peak_of, (*others, stage)).write(self.folder.summary)
+            Summary(False, data.protocol, peak_of, (*others, stage)).write(self.folder.summary)
 
     def _measured_stages(self, trainer: Trainer) -> list[str]:
         """Names of the stages that were measured, as rank zero has them: its view of the folder is up to date."""

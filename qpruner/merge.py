@@ -25,8 +25,8 @@ from qpruner.model_folder import (
 )
 from qpruner.plan import DENSE, UNITS
 from qpruner.quantization.merging import merge_
-from qpruner.runs.folder import RESTORE, RunFolder
-from qpruner.runs.manifest import Recorded
+from qpruner.records.folder import RESTORE, RunFolder
+from qpruner.records.manifest import Recorded
 from qpruner.schema import read_as
 from qpruner.training.evaluation import evaluate
 from qpruner.training.module import LoRAFinetuner
@@ -84,15 +84,10 @@ def model_folder(given: Path) -> Path:
                 f"{str(given)!r} is a search, which keeps no trained model. Recover its plan first: "
                 f"`qpruner fit --plan {run.plan}`, and merge that run."
             )
-        if run.finished and run.plan.exists() and not is_compressed(run.model):
-            raise UserError(
-                f"The compressed model of the run {str(given)!r} is gone: {str(run.model)!r} holds none. Put it back, "
-                f"or run the fit again with --restart."
-            )
         if run.finished and not is_compressed(run.model):
             raise UserError(
-                f"The run {str(given)!r} compressed nothing, and so it keeps no model but the checkpoint of its "
-                f"adapters. Give a run with a callback that compresses, such as MixedPrecisionQuantization."
+                f"The run {str(given)!r} keeps no model: {str(run.model)!r} holds none. Put it back, or run the fit "
+                f"again with --restart; of a base whose family cannot be compressed a run keeps only the adapters."
             )
         model, unfinished = run.model, not run.finished
     elif is_compressed(given):

@@ -8,7 +8,7 @@ from typing import Any
 from qpruner.errors import UserError
 from qpruner.files import reading
 from qpruner.plan import UNITS, CompressionPlan, LayerPlan, describe_differences, format_ranges
-from qpruner.runs.tables import markdown_table
+from qpruner.records.tables import markdown_table
 
 # torch and transformers, which take seconds to import, are for those that look at a model: `check` and `ratios`.
 

@@ -4,9 +4,9 @@ import argparse
 from pathlib import Path
 
 from qpruner.errors import UserError
-from qpruner.runs.folder import RunFolder
-from qpruner.runs.report import Summary, protocol_line, table, write_report
-from qpruner.runs.search import SearchResults, variants_table, write_search_report
+from qpruner.records.folder import RunFolder
+from qpruner.records.report import Summary, show_summary, write_report
+from qpruner.records.search import SearchResults, variants_table, write_search_report
 
 
 def report_command(arguments: list[str]) -> None:
@@ -25,9 +25,4 @@ def report_command(arguments: list[str]) -> None:
             f"and no search has ended."
         )
     write_report(folder)
-    show_summary(Summary.read(folder.summary), "test")
-
-
-def show_summary(summary: Summary, split: str) -> None:
-    """Prints the table of a summary, and how it was measured on a split."""
-    print(f"\n{table(summary)}\n\n{protocol_line(summary, split)}")
+    show_summary(Summary.read(folder.summary))

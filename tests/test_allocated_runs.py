@@ -17,9 +17,9 @@ from qpruner.allocation.sensitivities import Sensitivities
 from qpruner.commands import run
 from qpruner.errors import UserError
 from qpruner.plan import CompressionPlan
-from qpruner.runs.allocation import sentence
-from qpruner.runs.folder import RunFolder
-from qpruner.runs.report import scalars
+from qpruner.records.allocation import sentence
+from qpruner.records.folder import RunFolder
+from qpruner.records.report import scalars
 
 config_that_prunes = test_pruned_runs.config
 arguments = test_pruned_runs.arguments

@@ -20,7 +20,7 @@ from qpruner.commands import run
 from qpruner.errors import UserError
 from qpruner.files import read_json
 from qpruner.model_folder import has_trained_adapters
-from qpruner.runs.folder import RunFolder
+from qpruner.records.folder import RunFolder
 from qpruner.training.module import LoRAFinetuner
 
 config = test_cli.config

@@ -17,7 +17,7 @@ from qpruner.cli import QPrunerCLI
 from qpruner.commands import run
 from qpruner.errors import UserError
 from qpruner.files import read_json
-from qpruner.runs.report import scalars
+from qpruner.records.report import scalars
 
 TESTS = Path(__file__).parent
 
@@ -82,8 +82,8 @@ def test_fit_leaves_a_whole_run_and_repeating_it_does_nothing(
     assert f"{recovered['results']['perplexity']:.3f}" in printed and "6 x" not in printed
     assert dense["results"]["tokens"] == 6 * 23
     assert {path.name for path in folder.iterdir()} == {
-        ".lock", "checkpoints", "config.yaml", "loss.png", "manifest.json", "report.md", "run.log", "summary.json",
-        "tensorboard",
+        ".lock", "checkpoints", "config.yaml", "loss.png", "manifest.json", "model", "report.md", "run.log",
+        "summary.json", "tensorboard",
     }  # fmt: skip
     assert [step for step, _ in scalars(folder / "tensorboard", "train/loss")] == list(range(10))
     assert [value > 0 for _, value in scalars(folder / "tensorboard", "train/tokens_per_second")] == [True] * 10
@@ -192,8 +192,8 @@ def test_seeds_reach_module_and_data(arguments: list[str], monkeypatch: pytest.M
     monkeypatch.setattr(QPrunerCLI, "_run_subcommand", lambda self, subcommand: None)
     cli = QPrunerCLI(["fit", *arguments, "--seed_everything", "7"])
     assert (cli.model.seed, cli.datamodule.seed) == (7, 7)
-    assert cli.trainer._accelerator_connector.use_distributed_sampler is False
-    cli._claim.close()
+    assert cli.run.model is cli.model and cli.run.data is cli.datamodule
+    assert cli.trainer_options()["use_distributed_sampler"] is False
 
 
 @pytest.mark.parametrize(
@@ -245,7 +245,6 @@ def test_every_option_of_ours_is_explained(monkeypatch: pytest.MonkeyPatch, argu
     monkeypatch.setattr(QPrunerCLI, "_run_subcommand", lambda self, subcommand: None)
     for command in ("fit", "validate", "test", "predict"):
         cli = QPrunerCLI([command, *arguments])
-        cli._claim.close()
         ours = [a for a in cli._parser(command)._actions if a.dest.startswith(("model", "run", "restart"))]
         assert len(ours) > 15
         assert [a.dest for a in ours if not a.help] == []

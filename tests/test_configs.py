@@ -13,7 +13,7 @@ from qpruner.memory import num_parameters
 from qpruner.model_folder import load_base
 from qpruner.plan import CompressionPlan
 from qpruner.pretrained import EMBEDDED, load_tokenizer
-from qpruner.runs.search import SearchResults
+from qpruner.records.search import SearchResults
 
 CONFIGS = sorted((Path(__file__).parents[1] / "configs").rglob("*.yaml"))
 

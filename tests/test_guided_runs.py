@@ -18,8 +18,8 @@ from qpruner.commands import run
 from qpruner.errors import UserError
 from qpruner.files import read_json, write_json
 from qpruner.plan import CompressionPlan
-from qpruner.runs.folder import RunFolder
-from qpruner.runs.report import scalars
+from qpruner.records.folder import RunFolder
+from qpruner.records.report import scalars
 
 config_that_prunes = test_pruned_runs.config
 arguments = test_pruned_runs.arguments

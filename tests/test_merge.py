@@ -192,21 +192,32 @@ def test_places_that_cannot_be_written_are_found_first(work: Path, monkeypatch: 
         run(["merge", "runs/x", "out"])
 
 
-def test_what_is_no_finished_run_is_named(work: Path) -> None:
+def test_a_run_that_compressed_nothing_is_merged(work: Path, capsys: pytest.CaptureFixture[str]) -> None:
     fit("plain")
+    said = merged("runs/plain", "out", capsys)
+    assert "Perplexity on the test split" in said
+    dense = load_file(work / "base/model.safetensors")
+    changed = {
+        name
+        for name, tensor in load_file("out/model.safetensors").items()
+        if not torch.equal(tensor.float(), dense[name].bfloat16().float())
+    }
+    assert changed and all(name.endswith("proj.weight") for name in changed)  # what adapters were on
+
+
+def test_what_is_no_finished_run_is_named(work: Path) -> None:
     (work / "search").mkdir()
     for name in ("config.yaml", "search.json"):
         (work / "search" / name).write_text("{}")
     for given, said in (
         ("runs/z", "There is no folder 'runs/z'"),
         ("text", "'text' is the folder of no run"),
-        ("runs/plain", "compressed nothing.*such as MixedPrecisionQuantization"),
         ("search", "is a search.*qpruner fit --plan search/plan.json"),
     ):
         with pytest.raises(UserError, match=said):
             run(["merge", given, "out"])
     (work / "runs/x/model").rename(work / "kept")
-    with pytest.raises(UserError, match="compressed model of the run 'runs/x' is gone: 'runs/x/model' holds none"):
+    with pytest.raises(UserError, match="The run 'runs/x' keeps no model: 'runs/x/model' holds none. Put it back"):
         run(["merge", "runs/x", "out"])
     (work / "kept").rename(work / "runs/x/model")
     summary = read_json(work / "runs/x/summary.json")

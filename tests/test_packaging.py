@@ -55,7 +55,7 @@ ALLOWED: dict[str, set[str]] = {
         "anatomy", "errors", "files", "folder_manifest", "memory", "plan", "pretrained", "pruning", "quantization",
         "schema",
     },
-    "runs": {"allocation", "errors", "files", "plan", "schema"},
+    "records": {"allocation", "errors", "files", "folder_manifest", "plan", "schema"},
     "datamodules": {"errors", "files", "likelihood", "seeds", "pretrained", "stories"},
     "training": {
         "adapters", "anatomy", "checkpoint", "datamodules", "errors", "files", "folder_manifest", "likelihood",
@@ -63,36 +63,38 @@ ALLOWED: dict[str, set[str]] = {
     },
     "callbacks": {
         "adapters", "allocation", "anatomy", "checkpoint", "datamodules", "errors", "files", "memory", "plan",
-        "pricing", "processes", "pruning", "quantization", "runs", "training",
+        "pricing", "processes", "pruning", "quantization", "records", "training",
     },
     "search": {
         "allocation", "anatomy", "callbacks", "checkpoint", "datamodules", "errors", "files", "likelihood", "memory",
-        "plan", "pricing", "quantization", "runs", "seeds", "training",
+        "plan", "pricing", "quantization", "records", "seeds", "training",
     },
-    "phases": {"callbacks", "errors", "runs", "training"},
+    "runs": {
+        "callbacks", "compressed", "datamodules", "errors", "files", "folder_manifest", "memory", "model_folder", "plan",
+        "records", "search", "training",
+    },
     "options": {"callbacks", "datamodules", "errors"},
     "outline": {"anatomy"},
     "plan_command": {
         "anatomy", "checkpoint", "errors", "files", "memory", "outline", "plan", "pretrained", "pricing", "pruning",
-        "runs",
+        "records",
     },
-    "report_command": {"errors", "runs"},
+    "report_command": {"errors", "records"},
     "merge_command": {"merge"},
     "commands": {"__version__", "cli", "errors"},
     "cli": {
-        "callbacks", "checkpoint", "commands", "datamodules", "errors", "folder_manifest", "memory", "options",
-        "phases", "plan", "pretrained", "report_command", "runs", "search", "training",
+        "commands", "datamodules", "errors", "options", "pretrained", "records", "runs", "search", "training",
     },
     "quiet": set(),
     "merge": {
-        "checkpoint", "datamodules", "errors", "folder_manifest", "memory", "plan", "quantization", "runs", "schema",
-        "training",
+        "compressed", "datamodules", "errors", "folder_manifest", "memory", "model_folder", "plan", "quantization",
+        "records", "schema", "training",
     },
     "__main__": {"commands", "errors", "quiet"},
     "__init__": {"checkpoint"},
 }  # fmt: skip
 OUTSIDERS = {
-    "lightning": {"callbacks", "cli", "merge", "datamodules", "options", "phases", "search", "training"},
+    "lightning": {"callbacks", "cli", "merge", "datamodules", "options", "runs", "search", "training"},
     "nevergrad": {"search"},
 }
 

@@ -21,9 +21,9 @@ from qpruner.files import read_json
 from qpruner.model_folder import load_compressed
 from qpruner.plan import CompressionPlan
 from qpruner.quantization.packed import PackedLinear
-from qpruner.runs.folder import RunFolder
-from qpruner.runs.report import scalars
-from qpruner.runs.search import Proposer, SearchResults, pareto_front, variants_table
+from qpruner.records.folder import RunFolder
+from qpruner.records.report import scalars
+from qpruner.records.search import Proposer, SearchResults, pareto_front, variants_table
 from qpruner.search.ledger import TrialRecord
 from qpruner.search.proposals import LocalProposals, OptimizerFailed, Proposal
 from qpruner.search.trial import TrialRunner
@@ -374,10 +374,10 @@ def test_a_folder_and_a_ledger_belong_to_one_search(
     with pytest.raises(UserError) as caught:
         run(["search", *arguments, "--search.steps", "2"])
     assert "search.steps: was 1, is now 2" in str(caught.value)
-    # In Python nothing is claimed; the ledger tells.
+    # A `SearchTrainer` without a run claims nothing; the ledger tells.
     folder = RunFolder(tmp_path / "runs" / "x")
     folder.results.unlink()
-    monkeypatch.setattr(RunFolder, "claim", lambda *_, **__: True)
+    monkeypatch.setattr("qpruner.runs.run.claim_folder", lambda *_, **__: True)
     for options, said in (
         (["--seed_everything", "1"], "model.seed: was 0, is now 1"),
         (["--data.num_train", "23"], "data.train.rows: was 24, is now 23"),

@@ -1,1 +1,1 @@
-"""The run folder: everything of a run in one place, what it was made of, and the report a person reads."""
+"""A run: fits one behind the other in a folder that knows how far they came, and what is measured of them."""

@@ -13,7 +13,7 @@ from qpruner.compressed import CompressedModel, State
 from qpruner.datamodules.base import TokenDataModule
 from qpruner.errors import UserError
 from qpruner.plan import DENSE, UNITS
-from qpruner.runs.folder import RunFolder
+from qpruner.records.folder import RunFolder
 from qpruner.search.reference import Reference
 from qpruner.training.module import LoRAFinetuner
 

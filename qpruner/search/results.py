@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from qpruner.runs.search import Proposer, Tried
+from qpruner.records.search import Proposer, Tried
 from qpruner.search.ledger import Ledger, TrialRecord
 
 

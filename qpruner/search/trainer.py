@@ -21,8 +21,8 @@ from qpruner.errors import UserError
 from qpruner.files import hash_json, write_json
 from qpruner.model_folder import read_plan
 from qpruner.plan import CompressionPlan
-from qpruner.runs.folder import RunFolder
-from qpruner.runs.search import SearchResults, Tried, pareto_front, ranked, show_search, write_search_report
+from qpruner.records.folder import RunFolder
+from qpruner.records.search import SearchResults, Tried, pareto_front, ranked, show_search, write_search_report
 from qpruner.search.config import SearchConfig
 from qpruner.search.executors import check_executor, make_executor
 from qpruner.search.ledger import Key, Ledger, Scores, TrialRecord

@@ -1,7 +1,7 @@
 """Finds what of a Trainer's options cannot be had, before a fit has done any work."""
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from pickle import UnpicklingError
@@ -82,7 +82,7 @@ def options_told() -> Iterator[None]:
         yield
 
 
-def check_kept(options: Any, *, keeps_checkpoint: bool) -> None:
+def check_kept(options: Mapping[str, Any], *, keeps_checkpoint: bool) -> None:
     """Finds that a Trainer is asked to leave out what a run lives on.
 
     Args:
@@ -92,9 +92,9 @@ def check_kept(options: Any, *, keeps_checkpoint: bool) -> None:
     Raises:
         UserError: it is.
     """
-    if options.barebones:
+    if options.get("barebones"):
         raise UserError("--trainer.barebones leaves out the logs and metrics that a run is made of. Leave it out.")
-    if keeps_checkpoint and options.enable_checkpointing is False:
+    if keeps_checkpoint and options.get("enable_checkpointing") is False:
         raise UserError(
             "--trainer.enable_checkpointing is false, and a run goes on from its checkpoint. Leave it out; "
             "--run.checkpoint_every_n_steps says how often one is written."

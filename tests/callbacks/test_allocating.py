@@ -28,7 +28,7 @@ from qpruner.plan import DENSE, CompressionPlan, Precision
 from qpruner.pruning.calibration import CalibrationConfig
 from qpruner.pruning.selection import SelectionConfig
 from qpruner.quantization.formats import dequantize
-from qpruner.runs.folder import RunFolder
+from qpruner.records.folder import RunFolder
 from qpruner.training.module import LoRAFinetuner
 
 NF4, INT8 = Precision("nf4", 4, 64), Precision("int8", 8)

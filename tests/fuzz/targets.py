@@ -34,10 +34,11 @@ from qpruner.plan import DENSE, UNITS, CompressionPlan, Precision
 from qpruner.pretrained import EMBEDDED, load_tokenizer
 from qpruner.pruning.surgery import apply_pruning_
 from qpruner.quantization.apply import quantize_
-from qpruner.runs.folder import RunFolder
-from qpruner.runs.manifest import record_session
-from qpruner.runs.report import Stage, Summary
-from qpruner.runs.search import Proposer, SearchResults, Tried
+from qpruner.records.folder import RunFolder
+from qpruner.records.manifest import record_session
+from qpruner.records.report import Stage, Summary
+from qpruner.records.search import Proposer, SearchResults, Tried
+from qpruner.runs.claim import claim_folder
 from qpruner.search.ledger import Ledger
 from qpruner.training.module import LoRAFinetuner
 
@@ -212,7 +213,7 @@ def use_checkpoint(folder: Path) -> None:
 def make_runs(folder: Path) -> None:
     run_folder = RunFolder(folder / "run")
     run_folder.path.mkdir()
-    run_folder.claim(OPTIONS, restart=False)
+    claim_folder(run_folder, OPTIONS, restart=False)
     stage = Stage("dense", 1000, 4000, None, {"perplexity": 3.14, "tokens": 12.0}, 1.25, None, 3 * 2**20)
     Summary(True, "rows of 8", "resident set", (stage, replace(stage, name="recovered", average_bits=4.5))).write(
         run_folder.summary
@@ -268,11 +269,11 @@ def damage_run(rng: Random, folder: Path) -> str:
 
 def use_runs(folder: Path) -> None:
     run_folder, search = RunFolder(folder / "run"), RunFolder(folder / "search")
-    with patch("qpruner.runs.report.save_figure", draw), patch("qpruner.runs.search.save_figure", draw):
+    with patch("qpruner.records.report.save_figure", draw), patch("qpruner.records.search.save_figure", draw):
         if run_folder.path.exists():
             assert run_folder.finished_phases >= 0
             assert isinstance(run_folder.finished, bool)
-            run_folder.claim(OPTIONS, restart=False)
+            claim_folder(run_folder, OPTIONS, restart=False)
             begin_session(run_folder)
             quietly(["report", str(run_folder.path)])
             assert run_folder.report.stat().st_size
@@ -334,9 +335,6 @@ def use_data(folder: Path) -> None:
 
 class ParsingCLI(QPrunerCLI):
     """Makes the data module, the callbacks and the model of a command, and stops there."""
-
-    def instantiate_trainer(self, **kwargs: Any) -> Any:
-        return None
 
     def _run_subcommand(self, subcommand: str) -> None:
         pass

@@ -20,7 +20,7 @@ from qpruner.model_folder import build_skeleton, load_base, read_base_config
 from qpruner.pretrained import load_model
 from qpruner.pricing import price
 from qpruner.pruning.calibration import CalibrationConfig
-from qpruner.runs.search import SearchResults
+from qpruner.records.search import SearchResults
 from qpruner.search import reference as references
 from qpruner.search.config import SearchConfig
 from qpruner.search.ledger import Scores

@@ -14,7 +14,7 @@ from qpruner.commands import run
 from qpruner.datamodules import StoriesDataModule
 from qpruner.errors import UserError
 from qpruner.files import read_json
-from qpruner.runs.folder import RunFolder
+from qpruner.records.folder import RunFolder
 from qpruner.training.compressible import CompressibleModule
 from qpruner.training.preflight import check_monitored, class_refused
 

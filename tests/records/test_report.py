@@ -7,9 +7,9 @@ import pytest
 from torch.utils.tensorboard import SummaryWriter
 
 from qpruner.errors import UserError
-from qpruner.runs.folder import RunFolder
-from qpruner.runs.report import Stage, Summary, protocol_line, scalars, table, write_report
-from qpruner.runs.tables import markdown_table
+from qpruner.records.folder import RunFolder
+from qpruner.records.report import Stage, Summary, protocol_line, scalars, table, write_report
+from qpruner.records.tables import markdown_table
 
 SUMMARY = Summary(
     finished=True,

@@ -9,10 +9,10 @@ from qpruner.allocation.decision import Allocation
 from qpruner.errors import UserError
 from qpruner.files import write_json, write_text
 from qpruner.plan import CompressionPlan
-from qpruner.runs.allocation import allocation_figure, allocation_section
-from qpruner.runs.folder import RESTORE, RunFolder
-from qpruner.runs.pictures import loss_figure, plan_figure, ratio_figure, save_figure
-from qpruner.runs.tables import markdown_table
+from qpruner.records.allocation import allocation_figure, allocation_section
+from qpruner.records.folder import RESTORE, RunFolder
+from qpruner.records.pictures import loss_figure, plan_figure, ratio_figure, save_figure
+from qpruner.records.tables import markdown_table
 from qpruner.schema import LARGEST, read_as
 
 CURVES = ("train/loss", "val/loss", "pruning/ratio")
@@ -121,6 +121,11 @@ def protocol_line(summary: Summary, split: str = "test") -> str:
     )
 
 
+def show_summary(summary: Summary, split: str = "test") -> None:
+    """Prints the table of a summary, and how it was measured on a split."""
+    print(f"\n{table(summary)}\n\n{protocol_line(summary, split)}")
+
+
 def write_report(folder: RunFolder) -> None:
     """Writes ``report.md`` and its pictures from what the run folder holds."""
     summary = Summary.read(folder.summary)
@@ -144,6 +149,8 @@ def write_report(folder: RunFolder) -> None:
             "",
             f"![What each layer keeps]({folder.plan_picture.name})",
         ]
+    elif folder.model.exists():
+        lines += ["", f"The dense model with its trained adapters is in `{folder.model.name}/`."]
     if folder.allocation.exists():
         allocation = Allocation.read(folder.allocation)
         save_figure(allocation_figure(allocation), folder.allocation_picture)

@@ -5,7 +5,7 @@ import pytest
 
 from qpruner.errors import UserError
 from qpruner.files import read_json
-from qpruner.runs.manifest import record_session
+from qpruner.records.manifest import record_session
 
 BEGUN: dict[str, Any] = {
     "seed": 3,

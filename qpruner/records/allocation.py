@@ -5,8 +5,8 @@ from typing import TYPE_CHECKING
 
 from qpruner.allocation.decision import Allocation, Decision
 from qpruner.allocation.sensitivities import Sensitivities
-from qpruner.runs.folder import RunFolder
-from qpruner.runs.tables import markdown_table
+from qpruner.records.folder import RunFolder
+from qpruner.records.tables import markdown_table
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

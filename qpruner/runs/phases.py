@@ -8,10 +8,11 @@ from typing import Any
 
 from lightning.pytorch import Callback
 
-from qpruner.callbacks.compression import Compression, CompressionInTraining, check_order
-from qpruner.callbacks.quantization import MixedPrecisionQuantization
+from qpruner.callbacks import Compression, MixedPrecisionQuantization, PlannedPruning
+from qpruner.callbacks.compression import CompressionInTraining, check_order
 from qpruner.errors import UserError
-from qpruner.runs.folder import RunFolder
+from qpruner.plan import CompressionPlan
+from qpruner.records.folder import RunFolder
 from qpruner.training.module import LoRAFinetuner
 from qpruner.training.optimization import OptimizerConfig
 
@@ -45,11 +46,6 @@ class PhaseConfig:
         if (self.max_epochs or 0) < 1 and self.max_steps < 1:
             raise UserError("A phase has neither max_epochs nor max_steps, and would have no end. Give one of them.")
 
-    @property
-    def length(self) -> dict[str, Any]:
-        """The options of a Trainer that say how long it fits."""
-        return {"max_epochs": self.max_epochs, "max_steps": self.max_steps}
-
 
 @dataclass(frozen=True)
 class Phase:
@@ -60,14 +56,14 @@ class Phase:
         folder: of the run, in this phase.
         callbacks: the user's.
         config: of a further phase; None in the first.
-        follows: what the phase before left.
+        continues_from: what the phase before left.
     """
 
     number: int
     folder: RunFolder
     callbacks: list[Callback]
     config: PhaseConfig | None = None
-    follows: Path | None = None
+    continues_from: Path | None = None
 
     @property
     def compressing(self) -> list[Compression]:
@@ -79,17 +75,25 @@ class Phase:
         return any(isinstance(callback, CompressionInTraining) for callback in self.compressing)
 
     @property
+    def length(self) -> dict[str, Any]:
+        """The options of a Trainer that say how long it fits, where those of the run do not."""
+        return {} if self.config is None else {"max_epochs": self.config.max_epochs, "max_steps": self.config.max_steps}
+
+    @property
     def kept_in(self) -> Path:
         """Where the base that it trains on is kept."""
         return self.folder.base if self.prunes_in_training else self.folder.model
 
-    def module(self, first: LoRAFinetuner) -> LoRAFinetuner:
-        """The module that it trains: that of the first phase, or one like it that goes on from the phase before."""
+    def module(self, described: LoRAFinetuner) -> LoRAFinetuner:
+        """The module that it trains: the one described in the first phase, else one like it that goes on from there.
+
+        Args:
+            described: with the options of the first phase.
+        """
         if self.config is None:
-            return first
-        optimizer = self.config.optimizer or first.optimizer_config
-        module = LoRAFinetuner(**{**first.hparams, "optimizer": optimizer})
-        module.continues_from = self.follows
+            return described
+        module = renewed(described, optimizer=self.config.optimizer or described.optimizer_config)
+        module.continues_from = self.continues_from
         return module
 
     def end(self) -> None:
@@ -98,6 +102,19 @@ class Phase:
             self.folder.record_finished()
         if self.folder.phase is not None or self.prunes_in_training:
             self.folder.drop_training_state()
+
+
+def renewed(module: LoRAFinetuner, **changes: Any) -> LoRAFinetuner:
+    """A module with the options of another, some of them changed, as new."""
+    return type(module)(**{**module.hparams, **changes})
+
+
+def carrying_out(callbacks: Sequence[Callback], plan: CompressionPlan) -> list[Callback]:
+    """The callbacks, with those that decide on a compression replaced by those that carry out a plan."""
+    configured = next((callback for callback in callbacks if isinstance(callback, MixedPrecisionQuantization)), None)
+    quantization = [MixedPrecisionQuantization.of_plan(plan, configured)] if plan.quantized else []
+    others = [callback for callback in callbacks if not isinstance(callback, Compression)]
+    return [PlannedPruning(plan), *quantization, *others]
 
 
 def phases_of(folder: RunFolder, first: Sequence[Callback], further: Sequence[PhaseConfig]) -> list[Phase]:
@@ -128,12 +145,13 @@ def phases_of(folder: RunFolder, first: Sequence[Callback], further: Sequence[Ph
     ]
     for phase in phases:
         check_order(phase.callbacks)
-        if phase.number > 1 and any(
-            not isinstance(callback, MixedPrecisionQuantization) for callback in phase.compressing
+        if phase.number > 1 and not all(
+            isinstance(callback, MixedPrecisionQuantization) for callback in phase.compressing
         ):
+            names = ", ".join(type(callback).__name__ for callback in phase.compressing)
             raise UserError(
-                f"Phase {phase.number} has {', '.join(type(one).__name__ for one in phase.compressing)}; a run prunes "
-                f"in its first phase, and the others may quantize. Move the callback to trainer.callbacks."
+                f"Phase {phase.number} has {names}; a run prunes in its first phase, and the others may "
+                f"quantize. Move the callback to trainer.callbacks."
             )
     if further and not phases[0].compressing:
         raise UserError(

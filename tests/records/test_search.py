@@ -8,9 +8,8 @@ from typing import Any
 import pytest
 
 from qpruner.errors import UserError
-from qpruner.report_command import report_command
-from qpruner.runs.folder import RunFolder
-from qpruner.runs.search import (
+from qpruner.records.folder import RunFolder
+from qpruner.records.search import (
     Proposer,
     SearchResults,
     Tried,
@@ -20,6 +19,7 @@ from qpruner.runs.search import (
     variants_table,
     write_search_report,
 )
+from qpruner.report_command import report_command
 
 
 def tried(name: str, num_bytes: int, *losses: float, choices: tuple[int, ...] = (0, 1)) -> Tried:

@@ -9,7 +9,7 @@ from typing import Any, TypedDict
 
 from qpruner.errors import UserError
 from qpruner.files import write_json
-from qpruner.runs.folder import RESTORE
+from qpruner.records.folder import RESTORE
 from qpruner.schema import read_as
 
 PACKAGES = (

@@ -4,7 +4,8 @@ import pytest
 import yaml
 
 from qpruner.errors import UserError
-from qpruner.runs.folder import RunConfig, RunFolder, changed_options
+from qpruner.records.folder import RunConfig, RunFolder
+from qpruner.runs.claim import changed_options, claim_folder, lock_folder
 
 CONFIG = {"model": {"lora": {"r": 8}}, "trainer": {"max_steps": 5}, "run": {"name": "x"}}
 
@@ -22,18 +23,18 @@ def begin(folder: RunFolder) -> None:
 
 
 def test_the_same_options_continue_a_run_that_has_begun(folder: RunFolder) -> None:
-    assert folder.claim(CONFIG, restart=False) is False
+    assert claim_folder(folder, CONFIG, restart=False) is False
     assert yaml.safe_load(folder.config.read_text()) == CONFIG
     begin(folder)
-    assert folder.claim(CONFIG, restart=False) is True
+    assert claim_folder(folder, CONFIG, restart=False) is True
 
 
 def test_changed_options_are_refused_by_name(folder: RunFolder) -> None:
-    folder.claim(CONFIG, restart=False)
+    claim_folder(folder, CONFIG, restart=False)
     begin(folder)
     other = {"model": {"lora": {"r": 4}}, "trainer": {"max_steps": 5, "precision": "bf16"}, "run": {"name": "x"}}
     with pytest.raises(UserError) as caught:
-        folder.claim(other, restart=False)
+        claim_folder(folder, other, restart=False)
     text = str(caught.value)
     assert "model.lora.r: was 8, is now 4" in text
     assert "trainer.precision: was None, is now bf16" in text
@@ -43,7 +44,7 @@ def test_changed_options_are_refused_by_name(folder: RunFolder) -> None:
 
 
 def test_options_that_change_no_number_may_change(folder: RunFolder) -> None:
-    folder.claim(CONFIG, restart=False)
+    claim_folder(folder, CONFIG, restart=False)
     begin(folder)
     free = {"restart": True, "run": {"name": "y", "dir": "z"}, "data": {"init_args": {"loader": {"num_workers": 2}}}}
     assert changed_options(CONFIG, {**CONFIG, **free}) == {}
@@ -53,44 +54,38 @@ def test_options_that_change_no_number_may_change(folder: RunFolder) -> None:
 
 
 def test_a_run_that_measured_nothing_may_change_its_options(folder: RunFolder) -> None:
-    folder.claim(CONFIG, restart=False)
+    claim_folder(folder, CONFIG, restart=False)
     folder.manifest.write_text("{}")
-    assert folder.claim({"model": 1}, restart=False) is False
+    assert claim_folder(folder, {"model": 1}, restart=False) is False
     assert yaml.safe_load(folder.config.read_text()) == {"model": 1}
     assert not folder.manifest.exists()
 
 
 def test_restart_removes_what_the_run_left_and_nothing_else(folder: RunFolder) -> None:
-    folder.claim(CONFIG, restart=False)
+    claim_folder(folder, CONFIG, restart=False)
     begin(folder)
     folder.summary.write_text('{"finished": true}')
     assert folder.finished
     thesis = folder.path / "thesis.txt"
     thesis.write_text("years of work")
-    assert folder.claim({"other": 1}, restart=True) is False
+    assert claim_folder(folder, {"other": 1}, restart=True) is False
     assert not folder.checkpoint.exists() and not folder.finished
     assert thesis.read_text() == "years of work"
     assert yaml.safe_load(folder.config.read_text()) == {"other": 1}
 
 
 def test_two_processes_cannot_work_in_one_folder(folder: RunFolder) -> None:
-    lock = folder.lock()
+    lock = lock_folder(folder)
     with pytest.raises(UserError, match="Another process is working"):
-        folder.lock()
+        lock_folder(folder)
     lock.release()
-    folder.lock().release()
+    lock_folder(folder).release()
 
 
 def test_a_place_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match=r"Cannot write the run folder.*--run.dir"):
-        RunFolder(tmp_path / "file" / "run").lock()
-
-
-@pytest.mark.parametrize("name", ["", ".", "..", "a/b"])
-def test_a_name_that_is_no_folder_name_is_refused(name: str) -> None:
-    with pytest.raises(UserError, match="run.name"):
-        RunConfig(name=name)
+        lock_folder(RunFolder(tmp_path / "file" / "run"))
 
 
 @pytest.mark.parametrize("damage", [b"\xff", b"a: [", b"[1]", b"3", b"\0"])
@@ -98,22 +93,6 @@ def test_damaged_options_are_named_and_can_be_thrown_away(tmp_path: Path, damage
     folder = RunFolder(tmp_path)
     folder.config.write_bytes(damage)
     with pytest.raises(UserError, match=r"config.yaml'.*Restore the file, or start the run anew with --restart\.$"):
-        folder.claim({"a": 1}, restart=False)
-    assert not folder.claim({"a": 1}, restart=True)
+        claim_folder(folder, {"a": 1}, restart=False)
+    assert not claim_folder(folder, {"a": 1}, restart=True)
     assert folder.read_config() == {"a": 1}
-
-
-def test_what_lies_among_the_phases_is_no_phase(tmp_path: Path) -> None:
-    folder = RunFolder(tmp_path)
-    for name in ("1", "2", "10", "1.bak", "notes"):
-        (folder.phases / name).mkdir(parents=True)
-    assert [phase.phase for phase in folder.all_phases] == [1, 2, 10, None]
-
-
-@pytest.mark.parametrize("content", ['{"finished": -1}', '{"finished": "1"}', '{"finished": true}', "{}", "[1]", ""])
-def test_a_number_of_phases_that_is_none_is_named(tmp_path: Path, content: str) -> None:
-    folder = RunFolder(tmp_path)
-    folder.phases.mkdir()
-    (folder.phases / "finished.json").write_text(content)
-    with pytest.raises(UserError, match="finished.json"):
-        _ = folder.finished_phases

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 from qpruner.errors import UserError, brief
 from qpruner.files import write_json, write_text
-from qpruner.runs.folder import RunFolder
-from qpruner.runs.pictures import save_figure
-from qpruner.runs.tables import markdown_table
+from qpruner.records.folder import RunFolder
+from qpruner.records.pictures import save_figure
+from qpruner.records.tables import markdown_table
 from qpruner.schema import read_as
 
 if TYPE_CHECKING:

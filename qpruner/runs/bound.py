@@ -1,0 +1,60 @@
+"""The arguments of a run as plain data, which its folder is bound to."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, is_dataclass
+from enum import Enum
+from inspect import signature
+from pathlib import Path
+from typing import Any
+
+from qpruner.callbacks import Compression
+from qpruner.datamodules.base import TokenDataModule
+from qpruner.files import hash_json
+
+LONGEST = 200
+"""Characters of an option of a data module that are told."""
+
+
+def plain(value: Any) -> Any:
+    """What YAML can hold of a value; an object as its class and what it was made with, as on the command line."""
+    match value:
+        case None | bool() | int() | float() | str():
+            return value.value if isinstance(value, Enum) else value
+        case Path():
+            return str(value)
+        case Mapping():
+            return {str(key): plain(content) for key, content in value.items()}
+        case Sequence() | set() | frozenset():
+            return [plain(item) for item in value]
+        case type():
+            return f"{value.__module__}.{value.__qualname__}"
+        case _ if is_dataclass(value) and not isinstance(value, type):
+            return plain(asdict(value))
+        case _:
+            return {"class_path": plain(type(value)), "init_args": plain(_made_with(value))}
+
+
+def _made_with(value: Any) -> dict[str, Any]:
+    """The options that an object was made with, as far as it tells them."""
+    if isinstance(value, Compression):
+        return value.options
+    if isinstance(value, TokenDataModule):
+        rows = {name: _short(option) for name, option in value.options().items()}
+        return {"rows": rows, "max_length": value.max_length, "loader": asdict(value.loader), "seed": value.seed}
+    return {
+        name: getattr(value, name)
+        for name in _parameters(type(value))
+        if isinstance(getattr(value, name, None), str | int | float | Path | Sequence | Mapping)
+    }
+
+
+def _short(option: Any) -> Any:
+    """An option, or where it is more than a person would read, its hash."""
+    return option if len(str(option)) <= LONGEST else {"sha256": hash_json(option)}
+
+
+def _parameters(of: type) -> list[str]:
+    try:
+        return [*signature(of).parameters]
+    except ValueError:  # made in C, such as a timedelta
+        return [name for name in vars(of) if not name.startswith("_")]

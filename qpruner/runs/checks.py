@@ -1,0 +1,103 @@
+"""Finds what is wrong with a run before it has done any work."""
+
+from collections.abc import Sequence
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+from qpruner.callbacks import Compression, LoRAGuidedPruning
+from qpruner.callbacks.compression import Rehearsal
+from qpruner.datamodules.base import TokenDataModule
+from qpruner.errors import UserError
+from qpruner.model_folder import build_skeleton, rehearse_saving
+from qpruner.runs.phases import Phase, PhaseConfig
+from qpruner.training.module import LoRAFinetuner
+from qpruner.training.preflight import check_lengths, check_monitored
+
+
+def check_fit(phases: Sequence[PhaseConfig], plan: str | None) -> None:
+    """Finds options of a fit that do not go together.
+
+    Args:
+        phases: after the first.
+        plan: file of the plan to carry out.
+
+    Raises:
+        UserError: some do not.
+    """
+    if phases and plan is not None:
+        raise UserError(
+            "--plan carries out a plan in one fit, and the run has phases. Leave --phases out to recover the plan."
+        )
+
+
+def check_search(callbacks: Sequence[Callback], phases: Sequence[PhaseConfig], plan: str | None) -> None:
+    """Finds options that a search does not go with.
+
+    Args:
+        callbacks: that the search begins with.
+        phases: after the first.
+        plan: file of a plan to carry out.
+
+    Raises:
+        UserError: there are some.
+    """
+    if plan is not None:
+        raise UserError("A search makes plans; --plan is for `qpruner fit`, which carries one out.")
+    if any(isinstance(callback, LoRAGuidedPruning) for callback in callbacks):
+        raise UserError(
+            "LoRAGuidedPruning prunes in the course of a fit, and a search prunes before its trials. Search with "
+            "StructuredPruning, or `qpruner merge` a run that pruned in training and search on its result."
+        )
+    if phases:
+        raise UserError("A search has no phases; they are for `qpruner fit`. Leave --phases out.")
+
+
+def rehearse(model: LoRAFinetuner, data: TokenDataModule, phases: Sequence[Phase]) -> None:
+    """Finds what is wrong with the base, what of it cannot be saved, and what callbacks ask for and it cannot give.
+
+    Args:
+        model: whose base is not loaded for it.
+        data: whose tokens the base must know.
+        phases: of the run.
+
+    Raises:
+        UserError: something.
+    """
+    compressing = [callback for phase in phases for callback in phase.compressing]
+    config = model.check_base()
+    data.check_vocabulary(config.get_text_config().vocab_size)
+    if compressing:
+        skeleton = build_skeleton(config)
+        rehearsal = Rehearsal(skeleton.to(getattr(torch, model.dtype_of_base)), model.lora)
+        for callback in compressing:
+            callback.check(rehearsal)
+        rehearse_saving(model.base, config, data.tokenizer, trust_remote_code=model.trust_remote_code)
+
+
+class Preflight(Callback):
+    """Finds, in ``setup`` of a fit and before the model is loaded, what of the options does not go with the data.
+
+    Args:
+        phase: that the fit is.
+        later: callbacks that compress in later phases.
+
+    Raises:
+        UserError: something does not.
+    """
+
+    def __init__(self, phase: Phase, later: Sequence[Compression]) -> None:
+        self.phase = phase
+        self.later = later
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        data = trainer.datamodule  # type: ignore[attr-defined]
+        assert isinstance(pl_module, LoRAFinetuner) and isinstance(data, TokenDataModule)
+        steps = check_lengths(trainer, data)
+        pl_module.optimizer_config.check(steps)
+        check_monitored(trainer, data)
+        if not trainer.strategy.broadcast(self.phase.folder.summary.exists()):  # nothing has been measured yet
+            for callback in (*self.phase.compressing, *self.later):
+                callback.check_text(data)
+            for callback in self.phase.compressing:
+                callback.check_steps(steps)

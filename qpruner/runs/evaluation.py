@@ -1,0 +1,66 @@
+"""Measures what a run has made of its model: the dense one, the compressed one and the recovered one."""
+
+import time
+from contextlib import nullcontext
+from typing import Literal
+
+from lightning.pytorch import Trainer
+
+from qpruner.compressed import State
+from qpruner.datamodules.base import TokenDataModule
+from qpruner.memory import num_parameters, peak_meaning, read_peak, reset_peak, tensor_bytes
+from qpruner.records.report import Stage, Summary
+from qpruner.training.module import LoRAFinetuner
+
+Measured = Literal["validation", "test"]
+"""Splits that a run is measured on."""
+
+
+def measure_stages(
+    trainer: Trainer,
+    module: LoRAFinetuner,
+    data: TokenDataModule,
+    split: Measured,
+    *,
+    checkpoint: str | None,
+    trained: bool,
+) -> Summary:
+    """Measures the dense model and, where a fit has left them, the compressed and the recovered one.
+
+    Args:
+        trainer: that evaluates.
+        module: not loaded yet; it continues from the compressed base of the run, if there is one.
+        data: with the split.
+        split: to measure on.
+        checkpoint: file of the trained adapters, where they do not lie beside the base.
+        trained: whether they lie there.
+    """
+    device = trainer.strategy.root_device
+    evaluation = trainer.validate if split == "validation" else trainer.test
+    stages: list[Stage] = []
+
+    def measure(name: str, *, adapted: bool = False) -> None:
+        if not adapted:
+            size = num_parameters(module.model), tensor_bytes(module.model)
+        module.configure_model()
+        reset_peak(device)
+        since = time.perf_counter()
+        with nullcontext() if adapted else module.adapters_disabled():
+            (results, *_) = evaluation(
+                module, datamodule=data, ckpt_path=checkpoint if adapted else None, verbose=False, weights_only=True
+            )
+        if adapted:
+            size = num_parameters(module.model), tensor_bytes(module.model)
+        results = {key.partition("/")[2]: value for key, value in results.items()}
+        seconds = time.perf_counter() - since
+        stages.append(Stage(name, *size, module.compressed.average_bits, results, seconds, None, read_peak(device)))
+
+    module.load_dense_base()
+    measure("dense")
+    if module.continues_from is not None:
+        module.open_base(module.continues_from)
+        if module.compressed.base_state is not State.DENSE:
+            measure("quantized" if module.compressed.base_state is State.QUANTIZED else "pruned")
+    if checkpoint is not None or trained:
+        measure("recovered", adapted=True)
+    return Summary(True, data.protocol, peak_meaning(device), tuple(stages))

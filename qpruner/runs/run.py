@@ -1,0 +1,271 @@
+"""A run: the same object behind the command line and in a notebook."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
+
+from qpruner.callbacks import Compression, PredictionsWriter
+from qpruner.datamodules.base import TokenDataModule
+from qpruner.errors import UserError
+from qpruner.folder_manifest import is_compressed
+from qpruner.model_folder import has_trained_adapters, read_plan
+from qpruner.plan import CompressionPlan
+from qpruner.records.folder import RunFolder
+from qpruner.records.log import log_to
+from qpruner.records.report import Summary, show_summary
+from qpruner.records.search import SearchResults, proposed_by, variants_table
+from qpruner.runs.bound import plain
+from qpruner.runs.checks import check_fit, check_search, rehearse
+from qpruner.runs.claim import claim_folder, lock_folder
+from qpruner.runs.evaluation import Measured, measure_stages
+from qpruner.runs.fitting import PhasedFit
+from qpruner.runs.phases import Phase, PhaseConfig, carrying_out, phases_of, renewed
+from qpruner.runs.trainers import TrainerOptions, make_trainer, options_of_trainer
+from qpruner.search.config import SearchConfig
+from qpruner.training.checkpoint_file import read_checkpoint
+from qpruner.training.module import LoRAFinetuner
+from qpruner.training.preflight import check_checkpoint, check_trainer
+
+
+class Run:
+    """Compresses a model, trains adapters that win back what was lost, and measures, in a folder that keeps it all.
+
+    The folder is bound to the options of its first fit or search: the same run again goes on where that was cut off,
+    and does nothing when it is over; with other options it is refused. Everything is checked before any work is done.
+
+    ::
+
+        run = Run(
+            "runs/narrow",
+            LoRAFinetuner(base="HuggingFaceTB/SmolLM2-135M"),
+            TextDataModule(train="train.txt", test="test.txt", tokenizer="HuggingFaceTB/SmolLM2-135M"),
+            callbacks=[StructuredPruning(0.2)],
+            trainer={"max_steps": 200},
+            phases=[PhaseConfig(max_steps=100, callbacks=[MixedPrecisionQuantization(bits=4)])],
+        )
+        run.fit()
+        run.evaluate("validation")
+        run.summary.stages[-1].results["perplexity"]
+
+    Args:
+        folder: folder of the run; it may be there already.
+        model: module of the first phase, whose options those of later phases share.
+        data: data module of all phases.
+        callbacks: callbacks of the first phase; those that do not compress act in later phases, too, as copies.
+        trainer: options of a Lightning ``Trainer`` without callbacks, or a function that makes them: each phase has a
+            Trainer, to which loggers and strategies belong, so that options given as they are will be copied for it.
+        phases: further fits, each of which begins with what the fit before left.
+        plan: file of a plan to carry out in place of the callbacks that compress.
+        checkpoint_every_n_steps: optimizer steps between two checkpoints, at least 1.
+        options: plain data that the folder is bound to; by default all that is given here.
+
+    Raises:
+        UserError: in its methods, what is given cannot be had, or is not what the folder is bound to.
+    """
+
+    def __init__(
+        self,
+        folder: str | Path,
+        model: LoRAFinetuner,
+        data: TokenDataModule,
+        callbacks: Sequence[Callback] = (),
+        trainer: TrainerOptions | None = None,
+        *,
+        phases: Sequence[PhaseConfig] = (),
+        plan: str | Path | None = None,
+        checkpoint_every_n_steps: int = 50,
+        options: Mapping[str, Any] | None = None,
+    ) -> None:
+        self.folder = RunFolder(Path(folder).expanduser())
+        self.model = model
+        self.data = data
+        self.callbacks = list(callbacks)
+        self.phases = list(phases)
+        self.plan = None if plan is None else str(plan)
+        self.checkpoint_every_n_steps = checkpoint_every_n_steps
+        self.trainer = trainer or {}
+        self.options = options
+
+    @property
+    def summary(self) -> Summary:
+        """What the fits have measured.
+
+        Raises:
+            UserError: nothing yet.
+        """
+        return Summary.read(self.folder.summary)
+
+    def fit(self, ckpt_path: str | None = None, *, restart: bool = False) -> None:
+        """Carries out all phases, or what is left of them.
+
+        Args:
+            ckpt_path: checkpoint of another run, whose adapters the first phase begins with.
+            restart: whether to throw away what the folder holds and begin anew.
+        """
+        check_fit(self.phases, self.plan)
+        rehearses = bool(options_of_trainer(self.trainer).get("fast_dev_run"))
+        callbacks, notes = self._decided(restart)
+        phases = phases_of(self.folder, callbacks, self.phases)
+        self._check_base(phases, restart)
+        fits = PhasedFit(phases, self.model, self.data, self.trainer, self.checkpoint_every_n_steps, rehearses)
+        anew = restart or rehearses
+        number = 1 if anew else min(self.folder.finished_phases + 1, len(phases))
+        with nullcontext() if rehearses else self._locked():
+            module, trainer = fits.prepare(number)
+            continues = not rehearses and self._claim(restart)
+            for note in notes:
+                rank_zero_info(note)
+            if continues and self.folder.finished:
+                rank_zero_info(f"The run {self.folder.path} is finished.")
+                if trainer.is_global_zero:
+                    phases[-1].end()  # in case that it was cut off before it could
+                    show_summary(self.summary)
+            else:
+                fits.run(number, module, trainer, continues=continues, ckpt_path=ckpt_path)
+
+    def evaluate(self, split: Measured = "test", ckpt_path: str | None = None) -> Summary:
+        """Measures the dense model and, where a fit has left them, the compressed and the recovered one.
+
+        Args:
+            split: part of the data to measure on.
+            ckpt_path: checkpoint whose adapters are measured; by default those that the run trained.
+        """
+        with self._locked():
+            module, trainer = self._prepare_evaluation([])
+            checkpoint = self._checkpoint(module, ckpt_path)
+            summary = measure_stages(
+                trainer, module, self.data, split, checkpoint=checkpoint, trained=is_trained(module)
+            )
+            if trainer.is_global_zero:
+                summary.write(self.folder.test_summary if split == "test" else self.folder.validation_summary)
+                show_summary(summary, split)
+        return summary
+
+    def predict(self, ckpt_path: str | None = None) -> None:
+        """Writes the loss of each row of the test split, and which option of each question is chosen.
+
+        Args:
+            ckpt_path: checkpoint whose adapters predict; by default those that the run trained.
+        """
+        with self._locked():
+            module, trainer = self._prepare_evaluation([PredictionsWriter(self.folder.predictions)])
+            trainer.predict(
+                module,
+                datamodule=self.data,
+                ckpt_path=self._checkpoint(module, ckpt_path),
+                return_predictions=False,
+                weights_only=True,
+            )
+            rank_zero_info(f"Predictions: {self.folder.predictions}")
+
+    def search(self, config: SearchConfig, *, restart: bool = False) -> SearchResults:
+        """Finds the bits of each layer by many short fits under a budget, or goes on with that.
+
+        Args:
+            config: how to search.
+            restart: whether to throw away what the folder holds and begin anew.
+        """
+        check_search(self.callbacks, self.phases, self.plan)
+        phases = phases_of(self.folder, self.callbacks, [])
+        self._check_base(phases, restart)
+        with self._locked():
+            for callback in phases[0].compressing:
+                callback.folder = self.folder
+            trainer = make_trainer(options_of_trainer(self.trainer), self.folder, self.callbacks)
+            check_trainer(trainer)
+            continues = self._claim(restart, search=config)
+            results = SearchResults.read(self.folder.results) if continues and self.folder.results.exists() else None
+            if results is not None and len(results.trials) + len(results.failed) >= config.trials:
+                if config.optimizer not in {proposer.optimizer for proposer in results.proposers}:
+                    raise UserError(
+                        f"The search {str(self.folder.path)!r} is finished, and {config.optimizer} proposed none of "
+                        f"it. {proposed_by(results)} Give more --search.trials, start it anew with --restart, or give "
+                        f"this search another --run.name."
+                    )
+                rank_zero_info(f"The search {self.folder.path} is finished. {proposed_by(results)}")
+            else:
+                self.model.release()
+                results = trainer.search(self.model, self.data, config)
+            print(f"\n{variants_table(results)}\n\nReport: {self.folder.report}\nPlan: {self.folder.plan}")
+        return results
+
+    def _decided(self, restart: bool) -> tuple[list[Callback], list[str]]:
+        """The callbacks of the first phase, where a plan is carried out in place of some, and what to say of that."""
+        if self.plan is None:
+            return self.callbacks, []
+        kept = not restart and is_compressed(self.folder.model)  # then the run needs the file no more
+        plan = read_plan(self.folder.model) if kept else CompressionPlan.read(Path(self.plan).expanduser())
+        replaced = [callback for callback in self.callbacks if isinstance(callback, Compression)]
+        notes = [f"The plan {self.plan} replaces {callback}; nothing is scored." for callback in replaced]
+        return carrying_out(self.callbacks, plan), notes
+
+    def _check_base(self, phases: Sequence[Phase], restart: bool) -> None:
+        """Finds what is wrong with the base, unless the run keeps what it has made of it."""
+        if restart and Path(self.model.base).absolute().is_relative_to(self.folder.path.absolute()):
+            raise UserError(
+                f"--restart would throw away the base {self.model.base!r}, which lies in the folder of this run. "
+                f"Give the run another --run.name."
+            )
+        if restart or self.folder.kept_base is None:
+            rehearse(self.model, self.data, phases)
+
+    @contextmanager
+    def _locked(self) -> Iterator[None]:
+        """Keeps others out of the folder and logs what is said; on rank zero."""
+        with ExitStack() as stack:
+            if is_rank_zero():
+                stack.callback(lock_folder(self.folder).release)
+                stack.callback(log_to(self.folder.log))
+            yield
+
+    def _claim(self, restart: bool, **sections: Any) -> bool:
+        """Binds the folder to the options of the run, and says whether it goes on; on rank zero, which others obey."""
+        if not is_rank_zero():
+            return not restart
+        return claim_folder(self.folder, self.options or self._bound(**sections), restart=restart)
+
+    def _bound(self, **sections: Any) -> dict[str, Any]:
+        """What is given here, as plain data and under the names of the command line."""
+        phases = [{**vars(phase), "callbacks": phase.callbacks} for phase in self.phases]
+        bound = plain(
+            {
+                "run": {"checkpoint_every_n_steps": self.checkpoint_every_n_steps},
+                "model": self.model.hparams,
+                "data": self.data,
+                "trainer": {**options_of_trainer(self.trainer), "callbacks": self.callbacks},
+                "plan": self.plan,
+                "phases": phases,
+                **sections,
+            }
+        )
+        return dict(bound)
+
+    def _prepare_evaluation(self, callbacks: Sequence[Callback]) -> tuple[LoRAFinetuner, Trainer]:
+        """A module that goes on from what the run has made of its base, and a Trainer that measures it."""
+        module = renewed(self.model)
+        module.continues_from = self.folder.kept_base
+        options = options_of_trainer(self.trainer)
+        return module, make_trainer(options, self.folder, [*self.callbacks, *callbacks])
+
+    def _checkpoint(self, module: LoRAFinetuner, ckpt_path: str | None) -> str | None:
+        """The checkpoint to evaluate: the one given, or the run's unless its model has all that is needed."""
+        if ckpt_path is not None:
+            check_checkpoint(module, ckpt_path)
+        if ckpt_path is not None or is_trained(module) or not self.folder.checkpoint.exists():
+            return ckpt_path
+        read_checkpoint(self.folder.checkpoint)
+        return str(self.folder.checkpoint)
+
+
+def is_trained(module: LoRAFinetuner) -> bool:
+    """Whether the base that a module continues from has trained adapters beside it."""
+    return module.continues_from is not None and has_trained_adapters(module.continues_from)
+
+
+def is_rank_zero() -> bool:
+    """Whether this process is the first of those that share a run, as far as that is known before a Trainer is."""
+    return getattr(rank_zero_only, "rank", 0) == 0
