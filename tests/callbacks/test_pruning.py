@@ -12,10 +12,10 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from qpruner.adapters.lora import LoRAConfig
 from qpruner.anatomy import architecture_of, decoder_layers
 from qpruner.callbacks import PlannedPruning, RunCheckpoint, StructuredPruning
-from qpruner.checkpoint import load_compressed
 from qpruner.datamodules import StoriesDataModule
 from qpruner.errors import UserError
 from qpruner.memory import num_parameters
+from qpruner.model_folder import load_compressed
 from qpruner.plan import CompressionPlan
 from qpruner.pretrained import EMBEDDED, load_model, load_tokenizer
 from qpruner.pruning.calibration import CalibrationConfig

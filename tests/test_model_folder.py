@@ -23,7 +23,9 @@ import qpruner
 from qpruner import checkpoint
 from qpruner.adapters.lora import LoRAConfig, attach_adapters
 from qpruner.anatomy import FAMILIES, architecture_of
-from qpruner.checkpoint import (
+from qpruner.errors import UserError
+from qpruner.folder_manifest import is_compressed
+from qpruner.model_folder import (
     has_adapters,
     load_base,
     load_compressed,
@@ -32,8 +34,6 @@ from qpruner.checkpoint import (
     save_adapters,
     save_base,
 )
-from qpruner.errors import UserError
-from qpruner.folder_manifest import is_compressed
 from qpruner.plan import UNITS, CompressionPlan, Precision
 from qpruner.pretrained import EMBEDDED, load_config, load_tokenizer, save_tokenizer
 from qpruner.pruning.surgery import apply_pruning_, stated_by_weights
