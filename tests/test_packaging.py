@@ -66,8 +66,8 @@ ALLOWED: dict[str, set[str]] = {
         "pricing", "processes", "pruning", "quantization", "runs", "training",
     },
     "search": {
-        "allocation", "anatomy", "callbacks", "checkpoint", "datamodules", "errors", "files", "likelihood", "memory",
-        "plan", "pricing", "quantization", "runs", "seeds", "training",
+        "allocation", "callbacks", "compressed", "datamodules", "errors", "files", "folder_manifest", "likelihood",
+        "memory", "model_folder", "plan", "pricing", "processes", "quantization", "runs", "seeds", "training",
     },
     "phases": {"callbacks", "errors", "runs", "training"},
     "options": {"callbacks", "datamodules", "errors"},
