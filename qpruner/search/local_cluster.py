@@ -33,6 +33,8 @@ def local_cluster(workers: int) -> Iterator[Any]:
     settings = {
         "distributed.worker.daemon": False,  # a trial may load its data in processes of its own
         "distributed.scheduler.worker-ttl": None,  # `ClusterExecutor` decides how long is too long
+        # A worker that was lost this long ago, and just then is being replaced once more, would be given up for good.
+        "distributed.deploy.lost-worker-timeout": "1000 days",
         **{f"distributed.nanny.pre-spawn-environ.{name}": value for name, value in thread_limits(workers).items()},
     }
     with dask.config.set(settings), environment_kept():

@@ -4,7 +4,6 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from functools import wraps
-from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -51,10 +50,9 @@ class SearchTrainer(Trainer):
     """
 
     @wraps(Trainer.__init__)
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        arguments = signature(Trainer.__init__).bind(self, *args, **kwargs).arguments
-        self.given = {name: value for name, value in arguments.items() if name != "self"}
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self.given = options
 
     def search(
         self,

@@ -117,6 +117,20 @@ def test_a_worker_that_dies_between_trials_costs_nothing(executors: dict[str, Ex
     assert all(outcome.scores for outcome in outcomes(executors[kind], {}, {}, {}))
 
 
+@pytest.mark.slow
+def test_a_worker_that_dies_again_and_again_is_still_replaced() -> None:
+    """Also where it is gone 15 seconds after it was first lost, when Dask would give it up."""
+    with make_executor(ExecutorConfig("processes"), Toy()) as executor:
+        began = time.monotonic()
+        while time.monotonic() < began + 18:
+            (where,) = outcomes(executor, {"do": "where"})
+            if where.scores:
+                os.kill(where.scores["pid"], signal.SIGKILL)
+            time.sleep(0.3)
+        time.sleep(3)
+        assert all(outcome.scores for outcome in outcomes(executor, {}, {}))
+
+
 def test_workers_of_others_forget_what_was_prepared_and_take_no_part_in_what_is_left(
     executors: dict[str, Executor], address: str
 ) -> None:
