@@ -51,8 +51,9 @@ class SearchTrainer(Trainer):
 
     @wraps(Trainer.__init__)
     def __init__(self, **options: Any) -> None:
+        # Before Lightning puts callbacks of its own, such as the timer of max_time, into the list that it is given.
+        self.given = {name: list(value) if isinstance(value, list) else value for name, value in options.items()}
         super().__init__(**options)
-        self.given = options
 
     def search(
         self,

@@ -91,7 +91,10 @@ def test_defaults_are_plain_data() -> None:
         ({"profiler": "simple"}, "profiler is 'simple', .*profile a fit"),
         ({"barebones": True, "logger": None}, "barebones is True"),
         ({"callbacks": EarlyStopping("val/loss")}, "callbacks has EarlyStopping, .*give it to the fit"),
-        ({"callbacks": [LearningRateMonitor(), GradientAccumulationScheduler({0: 2})]}, "GradientAccumulationScheduler"),
+        (
+            {"callbacks": [LearningRateMonitor(), GradientAccumulationScheduler({0: 2})]},
+            "GradientAccumulationScheduler",
+        ),
         ({"callbacks": [Callback()]}, "callbacks has Callback"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
