@@ -126,7 +126,11 @@ def plain_training(given: argparse.Namespace, module: LoRAFinetuner, data: Stori
     import peft
 
     config = peft.LoraConfig(
-        r=LORA.r, lora_alpha=LORA.alpha, lora_dropout=0.0, target_modules=list(LORA.target_modules), task_type="CAUSAL_LM"
+        r=LORA.r,
+        lora_alpha=LORA.alpha,
+        lora_dropout=0.0,
+        target_modules=list(LORA.target_modules),
+        task_type="CAUSAL_LM",
     )
     model = peft.get_peft_model(module.model, config).train()
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]

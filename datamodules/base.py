@@ -1,11 +1,12 @@
 """What all data modules share: tokenized splits, their cache, resumable loaders and calibration sequences."""
 
+import copy
 from abc import abstractmethod
 from dataclasses import dataclass
 from functools import cached_property
 from hashlib import sha256
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from lightning.pytorch import LightningDataModule
@@ -187,6 +188,21 @@ class TokenDataModule(LightningDataModule):
             }
             for split, rows in self.prepared.splits.items()
         }
+
+    def for_another_trainer(self, seed: int | None = None, *, keep_rows: bool = True) -> Self:
+        """The same data, that no Trainer knows yet; this data module stays as it is.
+
+        Args:
+            seed: of the training order; default that of this one.
+            keep_rows: whether it has the rows that this one has read, or reads them from the cache, as where it is
+                sent to another process.
+        """
+        other = copy.copy(self)
+        other.trainer = None
+        other.seed = self.seed if seed is None else seed
+        if not keep_rows:
+            other._prepared = None
+        return other
 
     def make_loader(self, examples: Examples, *, train: bool) -> ResumableLoader:
         """This rank's loader over some examples; alone in the world when no Trainer is attached.

@@ -66,8 +66,8 @@ ALLOWED: dict[str, set[str]] = {
         "pricing", "processes", "pruning", "quantization", "records", "training",
     },
     "search": {
-        "allocation", "anatomy", "callbacks", "checkpoint", "datamodules", "errors", "files", "likelihood", "memory",
-        "plan", "pricing", "quantization", "records", "seeds", "training",
+        "allocation", "callbacks", "compressed", "datamodules", "errors", "files", "folder_manifest", "likelihood",
+        "memory", "model_folder", "plan", "pricing", "processes", "quantization", "records", "seeds", "training",
     },
     "runs": {
         "callbacks", "compressed", "datamodules", "errors", "files", "folder_manifest", "memory", "model_folder", "plan",

@@ -170,7 +170,7 @@ def test_a_search_records_what_it_tried_and_its_plan_is_carried_out(
     # Again nothing is done.
     written = folder.ledger.read_bytes(), folder.variants.read_bytes(), folder.results.stat().st_mtime_ns
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("qpruner.training.compressible.load_model", None)
+        patch.setattr("qpruner.compressed.load_model", None)
         patch.setattr(TrialRunner, "__call__", None)
         run(["search", *arguments])
     assert "is finished" in folder.log.read_text()
@@ -324,7 +324,9 @@ def test_a_search_whose_optimizer_fails_goes_on_with_another(
         (["trainer.callbacks.budget", "{average_bits: 4}"], ["The budget is 4 bits per weight, and the cheapest plan"]),
         (["trainer.callbacks.deciding.calibration.num_sequences", "25"], ["Calibration asks for 25 sequences"]),
         (["search.trails", "3"], ["trails"]),
-        (["trainer.fast_dev_run", "true"], ["A search has no rehearsal"]),
+        (["trainer.overfit_batches", "2"], ["overfit_batches is 2", "--trainer.limit_train_batches"]),
+        (["trainer.profiler", "simple"], ["profiler is 'simple'", "profile a fit"]),
+        (["trainer.fast_dev_run", "true"], ["a search has no rehearsal"]),
         (["plan", "plan.json"], ["--plan is for `qpruner fit`"]),
     ],
     ids=lambda value: value[0] if isinstance(value, list) and len(value) == 2 else "",
@@ -332,7 +334,7 @@ def test_a_search_whose_optimizer_fails_goes_on_with_another(
 def test_mistakes_are_told_before_any_model_is_loaded(
     arguments: list[str], wrong: list[str], said: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("qpruner.training.compressible.load_model", None)
+    monkeypatch.setattr("qpruner.compressed.load_model", None)
     monkeypatch.setattr("qpruner.search.cluster.CONNECT_SECONDS", 0.5)
     with pytest.raises(UserError) as caught:
         run(["search", *arguments, f"--{wrong[0]}", wrong[1]])
@@ -342,7 +344,7 @@ def test_mistakes_are_told_before_any_model_is_loaded(
 def test_a_search_needs_a_budget_text_and_a_validation_split(
     config: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("qpruner.training.compressible.load_model", None)
+    monkeypatch.setattr("qpruner.compressed.load_model", None)
     pruning, quantization = config["trainer"]["callbacks"]
     uniform = {**quantization["init_args"], "allocation": "uniform", "deciding": {"calibration": {"num_sequences": 25}}}
     without_text = {"class_path": quantization["class_path"], "init_args": uniform}

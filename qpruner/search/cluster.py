@@ -1,67 +1,66 @@
-"""Workers on a Dask cluster, of this machine or of others."""
+"""Trials on the workers of a Dask cluster, of this machine or of others."""
 
 import logging
 import time
 import uuid
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
 from typing import Any
 
 from qpruner.errors import UserError
-from qpruner.search.executors import environment_of, thread_limits, worker_environments
 from qpruner.search.ledger import Key
-from qpruner.search.workers import Outcome, Pool, Trial, Work, WorkerDied, evaluate, prepare
+from qpruner.search.local_cluster import local_cluster
+from qpruner.search.workers import Outcome, Trial, Work, evaluate, prepare
 
+POLL_SECONDS = 0.02  # trials take seconds to minutes
+REFRESH_SECONDS = 0.2  # after which the scheduler is asked again who is there
 CONNECT_SECONDS = 15
 WORKERS_SECONDS = 60  # for a worker to come
 ANSWER_SECONDS = 10  # for an outcome, which is small, to come over the network
 KILL_SECONDS = 2
-REFRESH_SECONDS = 0.2
+MOST_DEATHS = 3  # of each worker, in a row, before it has prepared itself: it is no accident
+
+logger = logging.getLogger(__name__)
 
 
 @contextmanager
-def cluster_pool(work: Work, workers: int, address: str | None, time_limit: float | None) -> Iterator[Pool]:
-    """Workers on a cluster; on one of this machine, which ends with the context, where there is no address.
+def cluster_executor(
+    work: Work, workers: int, address: str | None, time_limit: float | None
+) -> Iterator["ClusterExecutor"]:
+    """Workers of a cluster that have prepared themselves; where there is no address, of one of this machine.
 
-    A worker that does not answer is restarted by its nanny, which is how ``dask worker`` runs unless told otherwise.
+    A cluster of this machine ends with the context. A worker of others that does not answer is restarted by its nanny,
+    which is how ``dask worker`` runs unless told otherwise.
 
     Raises:
-        UserError: Dask is not installed, the scheduler does not answer, or too few workers are there.
+        UserError: the scheduler does not answer, too few workers are there, or they cannot prepare themselves.
     """
-    check_cluster(None)
     with ExitStack() as stack:
-        place: Any = address if address is not None else stack.enter_context(_local_cluster(workers))
-        client = stack.enter_context(_connect(place))
-        crew = Crew(client, work)
+        client = stack.enter_context(_connect(address or stack.enter_context(local_cluster(workers))))
+        executor = ClusterExecutor(client, work, workers, time_limit)
+        if address is not None:
+            stack.callback(executor.leave)
         try:
             client.wait_for_workers(workers, timeout=WORKERS_SECONDS)
         except TimeoutError:
             raise UserError(
-                f"The Dask cluster has {len(crew.addresses())} workers and executor.workers is {workers}. Start more "
+                f"The Dask cluster has {len(client.nthreads())} workers and executor.workers is {workers}. Start more "
                 f"with 'dask worker', or lower it."
             ) from None
-        pool = Pool(lambda _: ClusterWorker(crew), workers, time_limit)
-        stack.callback(pool.close)
-        pool.wait()
-        yield pool
+        executor.wait()
+        yield executor
 
 
-def check_cluster(address: str | None) -> None:
-    """Finds what keeps `cluster_pool` from a scheduler, in moments.
-
-    Args:
-        address: of the scheduler; None for one of this machine.
+def check_scheduler(address: str) -> None:
+    """Makes sure that a scheduler answers.
 
     Raises:
-        UserError: Dask is not installed, or the scheduler does not answer.
+        UserError: it does not.
     """
-    try:
-        import distributed  # noqa: F401
-    except ImportError as error:
-        raise UserError("executor.kind dask needs Dask. Install it with: pip install 'qpruner[cluster]'") from error
-    if address is not None:
-        with _connect(address):
-            pass
+    with _connect(address):
+        pass
 
 
 def _connect(place: Any) -> Any:
@@ -77,49 +76,134 @@ def _connect(place: Any) -> Any:
         ) from error
 
 
-@contextmanager
-def _local_cluster(workers: int) -> Iterator[Any]:
-    import dask
-    from distributed import Nanny, Scheduler, SpecCluster
-
-    here = {"host": "127.0.0.1", "dashboard": False}
-    # Dask's own cluster of this machine gives all workers one environment, and ends those that take more than a share
-    # of the memory that it works out itself.
-    options = here | {"nthreads": 1, "memory_limit": 0, "silence_logs": logging.ERROR}
-    environments = worker_environments(workers)
-    settings = {
-        "distributed.worker.daemon": False,  # a trial may load its data in processes of its own
-        "distributed.scheduler.worker-ttl": None,  # `Pool` decides how long is too long
-        **{f"distributed.nanny.pre-spawn-environ.{name}": value for name, value in thread_limits(workers).items()},
-    }
-    with dask.config.set(settings), environment_of({}):
-        specification = {
-            slot: {"cls": Nanny, "options": options | {"env": environment}}
-            for slot, environment in enumerate(environments)
-        }
-        scheduler = {"cls": Scheduler, "options": here | {"port": 0}}
-        with SpecCluster(workers=specification, scheduler=scheduler, silence_logs=logging.ERROR) as cluster:
-            yield cluster
-
-
-class Crew:
-    """The workers of a cluster, as `ClusterWorker` shares them out.
+@dataclass
+class Task:
+    """What a worker is at.
 
     Args:
-        client: of the cluster.
-        work: what each worker prepares.
+        future: answer that is to come.
+        place: place of its trial among those of `ClusterExecutor.run`; None while it prepares itself.
+        since: time at which it began, in seconds of the monotonic clock.
     """
 
-    def __init__(self, client: Any, work: Work) -> None:
+    future: Any
+    place: int | None
+    since: float
+
+
+class ClusterExecutor:
+    """Hands each worker one trial at a time; a worker that dies or does not answer is replaced, and costs its trial.
+
+    The workers are looked at every `POLL_SECONDS`. Whoever comes, also in place of another, first prepares itself.
+
+    Args:
+        client: connection to the cluster.
+        work: what each worker prepares.
+        workers: trials that run at a time.
+        time_limit: seconds that a trial may take, the preparation of its worker apart; None for no limit.
+    """
+
+    def __init__(self, client: Any, work: Work, workers: int, time_limit: float | None) -> None:
         self.client = client
         self.work = work
-        self.name = uuid.uuid4().hex
-        self.taken: set[str] = set()
-        self._addresses: set[str] = set()
+        self.workers = workers
+        self.time_limit = time_limit
+        self.name = uuid.uuid4().hex  # of the work, in workers that know other searches, too
+        self._tasks: dict[str, Task | None] = {}  # by the worker's address; None for one that is prepared and idle
+        self._deaths = 0
+        self._present: set[str] = set()
         self._asked, self._seen = float("-inf"), time.monotonic()
 
-    def addresses(self) -> set[str]:
-        """Of the workers that are there, as of a moment ago.
+    def wait(self) -> None:
+        """Returns when every worker has prepared itself, so that what keeps them all from it is known at once."""
+        while [*self._tasks.values()].count(None) < self.workers:
+            for _ in self._look():
+                pass
+            time.sleep(POLL_SECONDS)
+
+    def run(self, keys: Sequence[Key]) -> Iterator[tuple[int, Outcome]]:
+        waiting, num_open = deque(enumerate(keys)), len(keys)
+        while num_open:
+            for answer in self._look():
+                num_open -= 1
+                yield answer
+            for address in [address for address, task in self._tasks.items() if task is None]:
+                if waiting:
+                    place, key = waiting.popleft()
+                    self._begin(address, place, _evaluate, self.name, key)
+            time.sleep(POLL_SECONDS)
+
+    def leave(self) -> None:
+        """Leaves the workers to others: those that are at work are restarted, the others forget what they prepared."""
+        idle = [address for address, task in self._tasks.items() if task is None]
+        with suppress(OSError):  # the scheduler is gone, and its workers with it
+            for address in self._tasks.keys() - idle:
+                self._restart(address)
+            if idle:
+                self.client.run(_forget, self.name, workers=idle, on_error="ignore")
+
+    def _look(self) -> Iterator[tuple[int, Outcome]]:
+        """Who came, who left and who has answered; the place of each trial that ended, and its outcome."""
+        newcomers = sorted(self._addresses() - self._tasks.keys())
+        for address in newcomers[: self.workers - len(self._tasks)]:
+            self._begin(address, None, _prepare, self.name, self.work)
+        for address, task in list(self._tasks.items()):
+            if task is None:
+                if address not in self._addresses():
+                    self._lose(address, "its process ended")
+            elif task.future.done():
+                try:
+                    answer = task.future.result(timeout=ANSWER_SECONDS)
+                except Exception as error:  # gone with the outcome, killed again and again, or without qpruner
+                    self._asked = float("-inf")
+                    self._addresses()  # it is the scheduler that is gone, and no trial has failed
+                    yield from self._died(address, task, f"{type(error).__name__}: {error}")
+                    continue
+                self._tasks[address] = None
+                if task.place is not None:
+                    yield task.place, answer
+                elif answer is not None:
+                    raise answer
+                else:
+                    self._deaths = 0
+            elif address not in self._addresses():
+                yield from self._died(address, task, "its process ended")
+            elif task.place is not None and time.monotonic() - task.since > (self.time_limit or float("inf")):
+                self._restart(address)
+                self._lose(address, why := f"no answer in {self.time_limit:g} s")
+                yield task.place, Outcome(why=why)
+
+    def _begin(self, address: str, place: int | None, function: Any, *arguments: Any) -> None:
+        future = self.client.submit(function, *arguments, workers=[address], allow_other_workers=False, pure=False)
+        self._tasks[address] = Task(future, place, time.monotonic())
+
+    def _died(self, address: str, task: Task, why: str) -> Iterator[tuple[int, Outcome]]:
+        self._lose(address, why)
+        task.future.cancel()  # else the scheduler keeps it for a worker of the same address
+        if task.place is not None:
+            yield task.place, Outcome(why="the worker died", details=why)
+            return
+        self._deaths += 1
+        if self._deaths == MOST_DEATHS * self.workers:
+            raise UserError(
+                f"{self._deaths} workers in a row were lost before their first trial ({why}). Try fewer workers, "
+                f"if there may be too little memory for so many."
+            )
+
+    def _lose(self, address: str, why: str) -> None:
+        logger.warning("The worker at %s is replaced: %s.", address, why)
+        del self._tasks[address]
+
+    def _restart(self, address: str) -> None:
+        """Ends what a worker is at; its thread cannot be made to stop, and so its process goes."""
+        task = self._tasks[address]
+        assert task is not None
+        task.future.cancel()
+        self.client.restart_workers([address], timeout=KILL_SECONDS, raise_for_error=False)
+        self._asked = float("-inf")
+
+    def _addresses(self) -> set[str]:
+        """Addresses of the workers that are there, as of a moment ago.
 
         Raises:
             UserError: the scheduler is gone, or has had no worker for a while.
@@ -127,95 +211,15 @@ class Crew:
         now = time.monotonic()
         if now - self._asked > REFRESH_SECONDS:
             try:
-                self._addresses = set(self.client.nthreads())
+                self._present = set(self.client.nthreads())
             except OSError as error:
                 raise UserError(f"The Dask scheduler is gone ({error}). Go on with the same command.") from error
             self._asked = now
-            if self._addresses:
+            if self._present:
                 self._seen = now
             elif now - self._seen > WORKERS_SECONDS:
                 raise UserError("The Dask cluster has no worker left. Start some, and go on with the same command.")
-        return self._addresses
-
-    def forget_addresses(self) -> None:
-        self._asked = float("-inf")
-
-    def take(self) -> str | None:
-        """A worker that nobody has, if there is one."""
-        free = sorted(self.addresses() - self.taken)
-        if not free:
-            return None
-        self.taken.add(free[0])
-        return free[0]
-
-    def give_back(self, address: str) -> None:
-        self.taken.discard(address)
-        self.forget_addresses()
-
-
-class ClusterWorker:
-    """A worker of the cluster, or the place of one that is to come."""
-
-    def __init__(self, crew: Crew) -> None:
-        self.crew = crew
-        self._address: str | None = None
-        self._prepared = False
-        self._future: Any = None
-
-    def ready(self) -> bool:
-        if self._address is None:
-            self._address = self.crew.take()
-            if self._address is not None:
-                self._submit(_prepare, self.crew.name, self.crew.work)
-        elif self._prepared:
-            if self._address not in self.crew.addresses():
-                raise WorkerDied
-        elif answer := self._answer():
-            (error,) = answer
-            if error is not None:
-                raise error
-            self._prepared = True
-        return self._prepared
-
-    def begin(self, key: Key) -> None:
-        self._submit(_evaluate, self.crew.name, key)
-
-    def answer(self) -> Outcome | None:
-        answer = self._answer()
-        return answer[0] if answer else None
-
-    def dismiss(self) -> None:
-        if self._address is None:
-            return
-        client = self.crew.client
-        self.crew.forget_addresses()
-        with suppress(OSError, UserError):  # the scheduler is gone, and this worker with it
-            if self._future is not None:
-                self._future.cancel()
-            if self._address not in self.crew.addresses():
-                pass
-            elif self._future is not None:  # it is at work, and a thread cannot be made to stop
-                client.restart_workers([self._address], timeout=KILL_SECONDS, raise_for_error=False)
-            else:
-                client.run(_forget, self.crew.name, workers=[self._address], on_error="ignore")
-        self.crew.give_back(self._address)
-
-    def _submit(self, function: Any, *arguments: Any) -> None:
-        self._future = self.crew.client.submit(
-            function, *arguments, workers=[self._address], allow_other_workers=False, pure=False
-        )
-
-    def _answer(self) -> tuple[Any] | None:
-        future = self._future
-        if not future.done():
-            if self._address not in self.crew.addresses():
-                raise WorkerDied
-            return None
-        self._future = None
-        try:
-            return (future.result(timeout=ANSWER_SECONDS),)
-        except Exception as error:  # gone with the outcome, killed again and again, or without qpruner
-            raise WorkerDied(f"{type(error).__name__}: {error}") from error
+        return self._present
 
 
 # What runs in the workers.

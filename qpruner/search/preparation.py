@@ -1,93 +1,139 @@
-"""What a search needs before its first trial, by the callbacks of a fit: pruned base, sensitivities and bank."""
+"""What a search needs before its first trial: predictions of the dense model, the pruned base, priors and a bank."""
 
-from dataclasses import replace
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_info
 
-from qpruner.allocation.decision import Method
+from qpruner.allocation.decision import Allocation, Method
 from qpruner.callbacks.allocating import Allocator
-from qpruner.callbacks.compression import CompressionInSetup, CompressionJob, Rehearsal
+from qpruner.callbacks.compression import CompressionInSetup, CompressionJob, check_dense, check_order
 from qpruner.callbacks.quantization import MixedPrecisionQuantization
-from qpruner.compressed import CompressedModel, State
+from qpruner.compressed import CompressedModel
 from qpruner.datamodules.base import TokenDataModule
 from qpruner.errors import UserError
-from qpruner.plan import DENSE, UNITS
+from qpruner.folder_manifest import is_compressed
+from qpruner.plan import DENSE, UNITS, CompressionPlan, Precision
+from qpruner.processes import Processes
 from qpruner.records.folder import RunFolder
 from qpruner.search.reference import Reference
 from qpruner.training.module import LoRAFinetuner
 
 
-class DenseReference(Callback):
-    """Keeps what the dense model predicts, before other callbacks change it.
+@dataclass(frozen=True)
+class Preparation:
+    """What was prepared; all else lies in the folder of the search.
 
     Args:
-        folder: of the search.
+        base_sha256: hash of the dense model; None where its files were not at hand.
+        base: plan of the pruned base, dense but for its tables.
+        prior: the plan that the search starts from, and what it thinks of the others.
+        loftq_iterations: with which the bank was filled.
     """
 
-    def __init__(self, folder: RunFolder) -> None:
-        self.folder = folder
-
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        assert isinstance(pl_module, LoRAFinetuner)
-        pl_module.load_base()
-        if not self.folder.reference.exists():
-            data: Any = trainer.datamodule  # type: ignore[attr-defined]
-            device = trainer.strategy.root_device
-            Reference.of(pl_module, data, device, trainer.precision_plugin).write(self.folder.reference)
-
-
-class SearchPreparation(CompressionInSetup):
-    """Stands in the place of `MixedPrecisionQuantization` and leaves the base dense, with what a search starts from.
-
-    Args:
-        quantization: that it stands for; it has a budget.
-
-    Raises:
-        UserError: it has none.
-    """
-
-    leaves = State.QUANTIZED
-
-    def __init__(self, quantization: MixedPrecisionQuantization) -> None:
-        if quantization.allocator is None:
-            raise UserError(
-                "A search spends a budget, and MixedPrecisionQuantization has none. Give it one, such as "
-                "budget: {average_bits: 6}."
-            )
-        self.quantization = quantization
-        self.allocator: Allocator = quantization.allocator
-        self.folder = quantization.folder
+    base_sha256: str | None
+    base: CompressionPlan
+    prior: Allocation
+    loftq_iterations: int
 
     @property
-    def options(self) -> dict[str, Any]:
-        return self.quantization.options
+    def precisions(self) -> tuple[Precision, ...]:
+        """Precisions to choose from, the same for all items."""
+        return self.prior.decisions[0].choices
 
-    def check(self, rehearsal: Rehearsal) -> None:
-        self.quantization.check(rehearsal)
 
-    def check_text(self, data: TokenDataModule) -> None:
-        config = self.allocator.config  # mutual information is found whatever the method
-        config.mutual_information.check_samples(config.calibration.num_sequences * config.calibration.length)
-        data.calibration(config.calibration.num_sequences, config.calibration.length)
+def prepare(
+    module: LoRAFinetuner,
+    data: TokenDataModule,
+    pruning: Sequence[CompressionInSetup],
+    quantization: MixedPrecisionQuantization,
+    processes: Processes,
+    folder: RunFolder,
+) -> Preparation:
+    """Prunes the base, decides as those do that do not search, and fills the bank, unless an earlier session did.
 
-    def is_done(self, model: CompressedModel) -> bool:
-        return False
+    Args:
+        module: whose base, adapters and seed the search has; it is left without a model.
+        data: text for scores and sensitivities, and the validation split of the reference.
+        pruning: prunes the base; nothing or one.
+        quantization: has the budget; it quantizes nothing here.
+        processes: what computes.
+        folder: of the search.
 
-    def compress(self, job: CompressionJob) -> None:
-        assert self.folder is not None
-        plan = job.model.known_plan()
-        plan = plan.with_precision([dict.fromkeys(UNITS, DENSE)] * len(plan.layers), **self.quantization.tables)
-        if job.keep_in is not None:  # trials start from there, also where nothing was pruned
-            job.model.keep(job.keep_in, tokenizer=getattr(job.data, "tokenizer", None))
-        for method in dict.fromkeys(("uniform", "mutual_information", self.allocator.method)):
-            place = part_of(self.folder, method)
-            place.path.mkdir(parents=True, exist_ok=True)
-            allocator = replace(self.allocator, method=method)
-            allocator.allocate(replace(job, folder=place), plan)
-        self.allocator.bank(replace(job, folder=part_of(self.folder, self.allocator.method)), plan)
+    Raises:
+        UserError: no budget, too little text, or what pruning and allocation refuse.
+    """
+    allocator = allocator_of(quantization)
+    check_order([*pruning, quantization])
+    for callback in pruning:
+        callback.check_text(data)
+    check_text(allocator, data)
+    model = _prepared_base(module, data, pruning, processes, folder)
+    plan = model.known_plan()
+    plan = plan.with_precision([dict.fromkeys(UNITS, DENSE)] * len(plan.layers), **quantization.tables)
+    job = CompressionJob(model, data, processes, module.lora, module.seed, keep_in=folder.base)
+    for method in dict.fromkeys(("uniform", "mutual_information", allocator.method)):
+        part = part_of(folder, method)
+        part.path.mkdir(parents=True, exist_ok=True)
+        replace(allocator, method=method).allocate(replace(job, folder=part), plan)
+    part = part_of(folder, allocator.method)
+    allocator.bank(replace(job, folder=part), plan)
+    return Preparation(model.base_sha256, plan, Allocation.read(part.allocation), allocator.loftq_iterations)
+
+
+def allocator_of(quantization: MixedPrecisionQuantization) -> Allocator:
+    """What spends the budget.
+
+    Raises:
+        UserError: there is no budget.
+    """
+    if quantization.allocator is None:
+        raise UserError(
+            "A search spends a budget, and MixedPrecisionQuantization has none. Give it one, such as "
+            "budget: {average_bits: 6}."
+        )
+    return quantization.allocator
+
+
+def check_text(allocator: Allocator, data: TokenDataModule) -> None:
+    """Finds, before any work with the model, that the data are too few.
+
+    Raises:
+        UserError: they are.
+    """
+    config = allocator.config  # mutual information is measured whatever the method
+    config.mutual_information.check_samples(config.calibration.num_sequences * config.calibration.length)
+    data.calibration(config.calibration.num_sequences, config.calibration.length)
 
 
 def part_of(folder: RunFolder, method: Method) -> RunFolder:
-    """Where a search keeps what one method of allocation found."""
+    """Where a search keeps what one method of allocation decided."""
     return RunFolder(folder.prior / method)
+
+
+def _prepared_base(
+    module: LoRAFinetuner,
+    data: TokenDataModule,
+    pruning: Sequence[CompressionInSetup],
+    processes: Processes,
+    folder: RunFolder,
+) -> CompressedModel:
+    """The pruned base as `RunFolder.base` keeps it, once the reference is there, too."""
+    model = CompressedModel.open(folder.base) if is_compressed(folder.base) else None
+    if model is not None and folder.reference.exists() and Reference.read(folder.reference).base == model.base_sha256:
+        return model
+    dense = CompressedModel.load(
+        module.base, dtype=module.dtype_of_base, trust_remote_code=module.trust_remote_code, say=rank_zero_info
+    )
+    data.check_vocabulary(dense.network.config.get_text_config().vocab_size)
+    Reference.of(dense.network, data, processes, base=dense.base_sha256).write(folder.reference)
+    if model is not None:
+        return model
+    for callback in pruning:
+        check_dense(dense)
+        callback.compress(
+            CompressionJob(dense, data, processes, module.lora, module.seed, folder=folder, keep_in=folder.base)
+        )
+        dense.record(callback.step)
+    dense.keep(folder.base, tokenizer=data.tokenizer)  # also where nothing was pruned: trials start from there
+    return dense

@@ -1,5 +1,6 @@
 """What the dense model predicts on some validation text, kept so that trials can tell how far they are from it."""
 
+import json
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -8,16 +9,16 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from lightning.fabric.utilities import move_data_to_device
-from lightning.pytorch.plugins import Precision
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from qpruner.datamodules.base import TokenDataModule
 from qpruner.datamodules.rows import Batch
 from qpruner.files import replacing
 from qpruner.likelihood import IGNORED, Head, hidden_states
 from qpruner.memory import check_room
-from qpruner.training.module import LoRAFinetuner
+from qpruner.processes import Processes
 
 TOKENS = 2048
 """At most so many predictions are kept: with 32,000 words 128 MiB of half floats."""
@@ -28,47 +29,56 @@ class Reference:
     """Predictions of the dense model.
 
     Args:
+        base: hash of the dense model; None where its files were not at hand.
         batches: tensors of validation rows.
         log_probabilities: [tokens, V] in half precision, of all scored tokens of the batches, up to `TOKENS`.
     """
 
+    base: str | None
     batches: tuple[Batch, ...]
     log_probabilities: Tensor
 
     @classmethod
     @torch.no_grad()
-    def of(
-        cls, module: LoRAFinetuner, data: TokenDataModule, device: torch.device, precision: Precision
-    ) -> "Reference":
-        """What the module's model predicts, on the first rows of the validation split.
+    def of(cls, model: nn.Module, data: TokenDataModule, processes: Processes, *, base: str | None) -> "Reference":
+        """What a model predicts on the first rows of the validation split.
+
+        Args:
+            model: the dense model of transformers; it is moved to the device and left there.
+            data: where the rows come from.
+            processes: device and precision to compute in.
+            base: hash of the model.
 
         Raises:
             UserError: the model has no room on the device.
         """
         loader = data.evaluation_loaders("validation")[0]
         batches: list[Batch] = []
-        found: list[Tensor] = []
-        check_room(module.model, device)
-        module.to(device).eval()
+        predictions: list[Tensor] = []
+        check_room(model, processes.device)
+        model.to(processes.device).eval()
         for batch in islice(loader, len(loader)):
             batches.append(batch)
-            with precision.forward_context():
-                found.append(_scored(module, move_data_to_device(batch, device)).half().cpu())
-            if sum(map(len, found)) >= TOKENS:
+            predictions.append(_log_probabilities(model, batch, processes).half().cpu())
+            if sum(map(len, predictions)) >= TOKENS:
                 break
-        return cls(tuple(batches), torch.cat(found)[:TOKENS])
+        return cls(base, tuple(batches), torch.cat(predictions)[:TOKENS])
 
     @torch.no_grad()
-    def kl(self, module: LoRAFinetuner, device: torch.device, precision: Precision) -> float:
-        """KL of a model's predictions to these, in nats per token."""
-        module.to(device).eval()
+    def kl(self, model: nn.Module, processes: Processes) -> float:
+        """KL of a model's predictions to these, in nats per token.
+
+        Args:
+            model: of transformers or of PEFT around it; it is moved to the device and left there.
+            processes: device and precision to compute in.
+        """
+        model.to(processes.device).eval()
         total, start = 0.0, 0
         for batch in self.batches:
-            with precision.forward_context():
-                found = _scored(module, move_data_to_device(batch, device))
-            expected = self.log_probabilities[start : start + len(found)].to(device).float()
-            start += len(found)
-            total += float(F.kl_div(found[: len(expected)], expected, log_target=True, reduction="sum"))
+            predicted = _log_probabilities(model, batch, processes)
+            expected = self.log_probabilities[start : start + len(predicted)].to(processes.device).float()
+            start += len(predicted)
+            total += float(F.kl_div(predicted[: len(expected)], expected, log_target=True, reduction="sum"))
         return total / len(self.log_probabilities)
 
     def write(self, path: Path) -> None:
@@ -76,21 +86,27 @@ class Reference:
             f"{place:05d}.{name}": tensor for place, batch in enumerate(self.batches) for name, tensor in batch.items()
         }
         with replacing(path) as temporary:
-            save_file({**tensors, "log_probabilities": self.log_probabilities}, temporary)
+            save_file(
+                {**tensors, "log_probabilities": self.log_probabilities}, temporary, {"base": json.dumps(self.base)}
+            )
 
     @classmethod
     def read(cls, path: Path) -> "Reference":
+        with safe_open(path, framework="pt") as file:
+            base = json.loads((file.metadata() or {}).get("base", "null"))
         tensors = load_file(path)
         log_probabilities = tensors.pop("log_probabilities")
         batches: dict[str, Any] = {}
         for key, tensor in tensors.items():
             place, _, name = key.partition(".")
             batches.setdefault(place, {})[name] = tensor
-        return cls(tuple(batches[place] for place in sorted(batches)), log_probabilities)
+        return cls(base, tuple(batches[place] for place in sorted(batches)), log_probabilities)
 
 
-def _scored(module: LoRAFinetuner, batch: Batch) -> Tensor:
-    """Log-probabilities of the predictions of scored tokens; [tokens, V] in float32."""
+def _log_probabilities(model: nn.Module, batch: Batch, processes: Processes) -> Tensor:
+    """Those of the predictions of scored tokens; [tokens, V] in float32."""
+    batch = move_data_to_device(batch, processes.device)
     scored = batch["labels"][:, 1:] != IGNORED
-    hidden = hidden_states(module.model, batch["input_ids"], batch["attention_mask"])[:, :-1][scored]
-    return F.log_softmax(Head.of(module.model)(hidden).float(), dim=-1)
+    with processes.forward_context():
+        hidden = hidden_states(model, batch["input_ids"], batch["attention_mask"])[:, :-1][scored]
+        return F.log_softmax(Head.of(model)(hidden).float(), dim=-1)

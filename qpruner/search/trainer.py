@@ -1,39 +1,40 @@
 """The Trainer that also searches: `fit`, `validate`, `test` and `predict` of Lightning, and `search`."""
 
-import copy
 import time
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
+from functools import wraps
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from lightning.pytorch import Trainer
+from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
-from qpruner.allocation.decision import Allocation, Method, with_choices
+from qpruner.allocation.decision import Allocation, with_choices
 from qpruner.allocation.solving import Choice
-from qpruner.callbacks.compression import Compression
+from qpruner.callbacks.compression import Compression, CompressionInSetup
 from qpruner.callbacks.quantization import MixedPrecisionQuantization
 from qpruner.datamodules.base import TokenDataModule
 from qpruner.errors import UserError
 from qpruner.files import hash_json, write_json
-from qpruner.model_folder import read_plan
 from qpruner.plan import CompressionPlan
+from qpruner.processes import Processes
 from qpruner.records.folder import RunFolder
 from qpruner.records.search import SearchResults, Tried, pareto_front, ranked, show_search, write_search_report
 from qpruner.search.config import SearchConfig
 from qpruner.search.executors import check_executor, make_executor
 from qpruner.search.ledger import Key, Ledger, Scores, TrialRecord
 from qpruner.search.loop import Judge, finish_started, run_listed, run_trials
-from qpruner.search.preparation import DenseReference, SearchPreparation, part_of
+from qpruner.search.preparation import part_of, prepare
 from qpruner.search.proposals import OptimizerFailed, Score, open_proposals
 from qpruner.search.rehearsal import check_runs
 from qpruner.search.results import proposers, tried
 from qpruner.search.space import SearchSpace
 from qpruner.search.succession import settings_of, succeed
-from qpruner.search.trial import TrialTrainer, TrialWork
+from qpruner.search.trial import TrialWork
+from qpruner.search.trial_trainer import TrialTrainer, check_options
 from qpruner.search.workers import Executor
 from qpruner.training.module import LoRAFinetuner
 
@@ -42,7 +43,17 @@ class SearchTrainer(Trainer):
     """A Trainer with an outer loop that proposes bit vectors and scores each by a short fit (arXiv 2412.11629).
 
     Everything of a search lies in the Trainer's ``default_root_dir``, and a search that was cut off goes on from there.
+    Which of a Trainer's options a trial takes over, `qpruner.search.trial_trainer` lists.
+
+    Attributes:
+        given: arguments that it was made with.
     """
+
+    @wraps(Trainer.__init__)
+    def __init__(self, **options: Any) -> None:
+        # Before Lightning puts callbacks of its own, such as the timer of max_time, into the list that it is given.
+        self.given = {name: list(value) if isinstance(value, list) else value for name, value in options.items()}
+        super().__init__(**options)
 
     def search(
         self,
@@ -55,19 +66,14 @@ class SearchTrainer(Trainer):
         The base is pruned by the Trainer's callbacks once; no plan is scored on the test split.
 
         Args:
-            model: as for a fit.
+            model: as for a fit; without a base in memory afterwards.
             datamodule: as for a fit; its validation split chooses.
             search: how to search.
 
         Raises:
-            UserError: no budget or validation split, several devices, an unknown optimizer, or a folder that holds
-                another search.
+            UserError: no budget or validation split, options of the Trainer that a trial cannot go by, an unknown
+                optimizer, or a folder that holds another search.
         """
-        if self.world_size > 1:
-            raise UserError(
-                f"A trial uses one device, and the Trainer has {self.world_size}. Give --trainer.devices 1, and more "
-                f"workers by --search.executor.kind processes --search.executor.workers {self.world_size}."
-            )
         return Search(self, model, datamodule, search).run()
 
 
@@ -75,23 +81,26 @@ class Search:
     """One search, from the dense model to its results.
 
     Args:
-        trainer: whose callbacks, logger and options it uses.
-        model: to search for.
-        data: to fit and to choose with.
+        trainer: Trainer whose callbacks, logger and options it uses.
+        module: holds the model to search for.
+        data: text to fit and to choose with.
         config: how to search.
+
+    Raises:
+        UserError: options of the Trainer that a trial cannot go by, or no callback that quantizes.
     """
 
-    def __init__(self, trainer: Trainer, model: LoRAFinetuner, data: TokenDataModule, config: SearchConfig) -> None:
+    def __init__(self, trainer: SearchTrainer, module: LoRAFinetuner, data: TokenDataModule, config: SearchConfig):
+        check_options(trainer, trainer.given)
         self.trainer = trainer
-        self.model = model
+        self.module = module
         self.data = data
         self.config = config
         self.folder = RunFolder(Path(trainer.default_root_dir))
-        self.settings = TrialTrainer.of(trainer)
+        self.settings = TrialTrainer.of(trainer, trainer.given)
+        self.pruning, self.quantization = compressing(trainer.callbacks)  # type: ignore[attr-defined]
 
     def run(self) -> SearchResults:
-        if self.trainer.fast_dev_run:  # type: ignore[attr-defined]
-            raise UserError("A search has no rehearsal: drop --trainer.fast_dev_run and give --search.trials 1.")
         config = self.config
         check_runs(config.optimizer, config.executor.workers)
         check_executor(config.executor)
@@ -101,16 +110,7 @@ class Search:
             rank_zero_warn(
                 "search.max_seconds makes trials depend on how fast they run: this search cannot be repeated."
             )
-        method = self.prepare()
-        self.prior = Allocation.read(part_of(self.folder, method).allocation)
-        self.space = SearchSpace(
-            choices=[
-                [Choice(*pair) for pair in zip(one.sizes, one.costs, strict=True)] for one in self.prior.decisions
-            ],
-            levels=[[precision.bits for precision in one.choices] for one in self.prior.decisions],
-            limit=self.prior.for_items,
-            spends=config.front,
-        )
+        self.prepare()
         if self.space.is_single:
             rank_zero_warn(
                 f"A budget of {self.prior.budget} leaves one plan, and nothing to search for. Give another budget."
@@ -118,14 +118,50 @@ class Search:
         self.ledger = Ledger.open(self.folder.ledger, self.identity("trials"))
         succeed(
             self.ledger, config.optimizer, self.space, self.judge(),
-            num_trials=config.trials, workers=config.executor.workers, seed=self.model.seed,
+            num_trials=config.trials, workers=config.executor.workers, seed=self.module.seed,
         )  # fmt: skip
         self.already = sum(record.done for record in self.ledger.records)
         self.since = time.perf_counter()
-        with make_executor(config.executor, self.work(method)) as executor:
+        with make_executor(config.executor, self.work()) as executor:
             self.try_plans(executor)
             variants = self.compare(executor)
         return self.finish(variants)
+
+    def prepare(self) -> None:
+        """Prunes the base, makes the prior and fills the bank, unless an earlier session did; then the space is known.
+
+        Raises:
+            UserError: see `qpruner.search.preparation.prepare`.
+        """
+        alone = Processes.alone(self.trainer.strategy.root_device, self.trainer.precision_plugin.forward_context)
+        processes = replace(alone, precision=str(self.trainer.precision))
+        self.prepared = prepare(self.module, self.data, self.pruning, self.quantization, processes, self.folder)
+        self.prior = self.prepared.prior
+        self.space = SearchSpace(
+            choices=[
+                [Choice(*pair) for pair in zip(decision.sizes, decision.costs, strict=True)]
+                for decision in self.prior.decisions
+            ],
+            levels=[[precision.bits for precision in decision.choices] for decision in self.prior.decisions],
+            limit=self.prior.for_items,
+            spends=self.config.front,
+        )
+
+    def work(self) -> TrialWork:
+        """What workers get; the rows of the data each reads from the cache."""
+        return TrialWork(
+            base=self.folder.base,
+            bank=part_of(self.folder, self.prior.method).bank,
+            reference=self.folder.reference,
+            options=dict(self.module.hparams),
+            loftq_iterations=self.prepared.loftq_iterations,
+            data=self.data.for_another_trainer(keep_rows=False),
+            items=tuple(decision.item for decision in self.prior.decisions),
+            precisions=self.prepared.precisions,
+            tables=self.quantization.tables,
+            trainer=self.settings,
+            max_seconds=self.config.max_seconds,
+        )
 
     def try_plans(self, executor: Executor) -> None:
         """Runs the trials that are not in the ledger yet."""
@@ -135,7 +171,7 @@ class Search:
                 self.ledger, executor, num_trials=config.trials, score_of=self.score, on_trial=self.report_trial
             )
             return
-        settings = settings_of(self.ledger.optimizers[-1], self.space, self.model.seed)
+        settings = settings_of(self.ledger.optimizers[-1], self.space, self.module.seed)
         try:
             with open_proposals(settings) as proposals:
                 run_trials(
@@ -155,47 +191,9 @@ class Search:
                 f"another --search.optimizer, such as bayesian, goes on with them."
             ) from error
 
-    def prepare(self) -> Method:
-        """Prunes the base, finds the prior and fills the bank, unless an earlier session did."""
-        callbacks: Sequence[Any] = self.trainer.callbacks  # type: ignore[attr-defined]
-        quantizations = [callback for callback in callbacks if isinstance(callback, MixedPrecisionQuantization)]
-        if not quantizations:
-            raise UserError("A search spends a budget: add MixedPrecisionQuantization, with one, to the callbacks.")
-        preparation = SearchPreparation(quantizations[0])
-        preparation.folder = self.folder
-        self.pruning = [one for one in callbacks if isinstance(one, Compression) and one is not quantizations[0]]
-        for callback in (*self.pruning, preparation):
-            callback.check_text(self.data)
-        self.model.kept_in = self.folder.base
-        trainer = self.settings.trainer(0, callbacks=[DenseReference(self.folder), *self.pruning, preparation])
-        trainer.fit(self.model, datamodule=self.data)  # of no steps: it ends when all is set up
-        self.preparation = preparation
-        self.base_sha256 = self.model.compressed.base_sha256
-        self.model.release()  # trials load the pruned base for themselves
-        return preparation.allocator.method
-
-    def work(self, method: Method) -> TrialWork:
-        """What workers get; the data module as it was before it met a Trainer."""
-        data = copy.copy(self.data)
-        data.trainer = None
-        data._prepared = None  # each worker reads it from the cache
-        return TrialWork(
-            base=self.folder.base,
-            bank=part_of(self.folder, method).bank,
-            reference=self.folder.reference,
-            options=dict(self.model.hparams),
-            loftq_iterations=self.preparation.allocator.loftq_iterations,
-            data=data,
-            items=tuple(decision.item for decision in self.prior.decisions),
-            precisions=self.prior.decisions[0].choices,
-            tables=self.preparation.quantization.tables,
-            trainer=self.settings,
-            max_seconds=self.config.max_seconds,
-        )
-
     def key(self, choices: Sequence[int], repetition: int, steps: int) -> Key:
         """What a trial evaluates; the same data order and draws for all plans of one repetition."""
-        return {"choices": list(choices), "steps": steps, "seed": self.model.seed + repetition}
+        return {"choices": list(choices), "steps": steps, "seed": self.module.seed + repetition}
 
     def judge(self) -> Judge:
         return Judge(self.score, first_penalty=[1e6, float(self.space.limit)] if self.config.front else 1e6)
@@ -205,36 +203,36 @@ class Search:
 
     def identity(self, part: str) -> dict[str, Any]:
         """What tells this search's ledger from others; more trials, workers or another optimizer are no other."""
-        quantization = self.preparation.quantization
+        compression = [*self.pruning, self.quantization]
         free = {"optimizer", "trials", "finalists", "finalist_seeds", "finalist_steps", "executor"}
         return {
             "part": part,
             "search": {name: value for name, value in asdict(self.config).items() if name not in free},
-            "model": dict(self.model.hparams),
-            "base_sha256": self.base_sha256,
-            "compression": {type(one).__name__: one.options for one in (*self.pruning, quantization)},
+            "model": dict(self.module.hparams),
+            "base_sha256": self.prepared.base_sha256,
+            "compression": {type(callback).__name__: callback.options for callback in compression},
             "data": {
                 **self.data.fingerprint(),
                 "batch_size": self.data.loader.batch_size,
                 "seed": self.data.seed,
             },
-            "trainer": asdict(self.settings),
+            "trainer": self.settings.options,
             "prior": hash_json(asdict(self.prior)),
         }
 
     def report_trial(self, record: TrialRecord) -> None:
         """Says how a trial went, and how long the others may take."""
-        done = [one for one in self.ledger.records if one.done]
+        done = [trial for trial in self.ledger.records if trial.done]
         left = self.config.trials - len(done)
         rate = (time.perf_counter() - self.since) / (len(done) - self.already)
-        succeeded = [one for one in done if one.scores is not None]
+        succeeded = [trial for trial in done if trial.scores is not None]
         if record.scores is None:
             outcome = f"failed: {record.why}"
         else:
             outcome = f"loss {record.scores['loss']:.4f}, {record.scores['bytes']:,} bytes"
         if record.repeats is not None:
             outcome = f"the plan of trial {record.repeats + 1} again, {outcome}"
-        best = min(succeeded, key=lambda one: one.scores["loss"], default=None)  # type: ignore[index]
+        best = min(succeeded, key=lambda trial: trial.scores["loss"], default=None)  # type: ignore[index]
         best_line = "" if best is None else f"; best so far {best.scores['loss']:.4f} in trial {best.number + 1}"  # type: ignore[index]
         rank_zero_info(
             f"Trial {record.number + 1} of {self.config.trials}: {outcome}{best_line}; "
@@ -250,66 +248,96 @@ class Search:
 
     def compare(self, executor: Executor) -> list[Tried]:
         """The finalists and the plans that were not searched for, each with all seeds."""
-        succeeded = {tuple(one.key["choices"]): one for one in reversed(self.ledger.records) if one.scores is not None}
+        trials = [trial for trial in self.ledger.records if trial.scores is not None]
+        succeeded = {tuple(trial.key["choices"]): trial for trial in reversed(trials)}
         if not succeeded:
             why = (self.ledger.records[0].why or "").rstrip(".")
             raise UserError(f"Every trial failed. Of the first one: {why}. See the log of the run.")
-        best_first = sorted(succeeded.values(), key=lambda one: (one.scores["loss"], one.number))  # type: ignore[index]
-        plans = {f"trial {one.number + 1}": list(one.key["choices"]) for one in best_first[: self.config.finalists]}
-        for method in ("uniform", "mutual_information", self.preparation.allocator.method):
+        best_first = sorted(succeeded.values(), key=lambda trial: (trial.scores["loss"], trial.number))  # type: ignore[index]
+        finalists = best_first[: self.config.finalists]
+        plans = {f"trial {trial.number + 1}": list(trial.key["choices"]) for trial in finalists}
+        for method in ("uniform", "mutual_information", self.prior.method):
             allocation = Allocation.read(part_of(self.folder, method).allocation)
-            plans.setdefault(method.replace("_", " "), [one.chosen for one in allocation.decisions])
+            plans.setdefault(method.replace("_", " "), [decision.chosen for decision in allocation.decisions])
         steps, seeds = self.config.finalist_steps or self.config.steps, self.config.finalist_seeds
         keys = [self.key(plan, number, steps) for plan in plans.values() for number in range(seeds)]
         ledger = Ledger.open(self.folder.variants, self.identity("variants"))
         outcomes = run_listed(keys, ledger, executor, known=self.ledger)
-        found = []
+        variants = []
         for place, name in enumerate(plans):
-            records = [one for one in outcomes[place * seeds : (place + 1) * seeds] if one.scores is not None]
-            if records:
-                found.append(tried(name, records))
-        return found
+            repeated = outcomes[place * seeds : (place + 1) * seeds]
+            if records := [record for record in repeated if record.scores is not None]:
+                variants.append(tried(name, records))
+        return variants
 
     def finish(self, variants: Sequence[Tried]) -> SearchResults:
         """Writes the results, the winner's plan, the front and the report."""
         records = self.ledger.records
-        trials = [tried(f"trial {one.number + 1}", [one]) for one in records if one.scores is not None]
+        trials = [tried(f"trial {trial.number + 1}", [trial]) for trial in records if trial.scores is not None]
         front = pareto_front(trials)
         results = SearchResults(
             protocol=self.data.protocol,
-            prior=self.preparation.allocator.method,
+            prior=self.prior.method,
             items=tuple(str(decision.item) for decision in self.prior.decisions),
-            bits=tuple(precision.bits for precision in self.prior.decisions[0].choices),
+            bits=tuple(precision.bits for precision in self.prepared.precisions),
             budget=self.prior.budget,
             trials=tuple(trials),
-            failed={one.number + 1: one.why for one in records if one.why is not None},
+            failed={trial.number + 1: trial.why for trial in records if trial.why is not None},
             variants=tuple(ranked(variants)),
-            front=tuple(one.name for one in front),
+            front=tuple(point.name for point in front),
             proposers=tuple(proposers(self.ledger)),
         )
-        base = read_plan(self.folder.base)
         self.folder.plans.mkdir(exist_ok=True)
-        for one in front:
-            self.plan(base, one).write(self.folder.plans / f"{one.name.replace(' ', '-')}.json")
+        for point in front:
+            self.plan(point).write(self.folder.plans / plan_name(point))
         write_json(
             self.folder.pareto,
             [
-                {"name": one.name, "plan": f"{self.folder.plans.name}/{one.name.replace(' ', '-')}.json",
-                 "bytes": one.num_bytes, "average_bits": one.average_bits, "loss": one.loss}
-                for one in front
+                {"name": point.name, "plan": f"{self.folder.plans.name}/{plan_name(point)}",
+                 "bytes": point.num_bytes, "average_bits": point.average_bits, "loss": point.loss}
+                for point in front
             ],
         )  # fmt: skip
-        self.plan(base, results.winner).write(self.folder.plan)
+        self.plan(results.winner).write(self.folder.plan)
         write_search_report(self.folder, results)
         if isinstance(self.trainer.logger, TensorBoardLogger):
             show_search(self.trainer.logger, results)
         results.write(self.folder.results)  # last: with it the search is finished
         return results
 
-    def plan(self, base: CompressionPlan, one: Tried) -> CompressionPlan:
-        plan = base.with_precision(
-            [dict(layer.precision) for layer in base.layers], **self.preparation.quantization.tables
+    def plan(self, chosen: Tried) -> CompressionPlan:
+        """The plan of choices."""
+        precisions = [self.prepared.precisions[choice] for choice in chosen.choices]
+        return with_choices(self.prepared.base, [decision.item for decision in self.prior.decisions], precisions)
+
+
+def compressing(callbacks: Sequence[Callback]) -> tuple[list[CompressionInSetup], MixedPrecisionQuantization]:
+    """The callbacks that prune the base, and the one that has the budget.
+
+    Raises:
+        UserError: there is none that quantizes, or one that a search cannot do without a fit.
+    """
+    pruning: list[CompressionInSetup] = []
+    quantizations: list[MixedPrecisionQuantization] = []
+    for callback in callbacks:
+        if isinstance(callback, MixedPrecisionQuantization):
+            quantizations.append(callback)
+        elif isinstance(callback, CompressionInSetup):
+            pruning.append(callback)
+        elif isinstance(callback, Compression):
+            raise UserError(
+                f"{type(callback).__name__} prunes in the course of a fit, and a search prunes before its trials. "
+                f"Search with StructuredPruning, or `qpruner merge` a run that pruned in training and search on its "
+                f"result."
+            )
+    if len(quantizations) != 1:
+        raise UserError(
+            f"A search spends one budget, and {len(quantizations)} callbacks quantize: add MixedPrecisionQuantization, "
+            f"with a budget, to the callbacks once."
         )
-        precisions = self.prior.decisions[0].choices
-        items = [decision.item for decision in self.prior.decisions]
-        return with_choices(plan, items, [precisions[choice] for choice in one.choices])
+    return pruning, quantizations[0]
+
+
+def plan_name(point: Tried) -> str:
+    """File name of the plan of a point of the front."""
+    return f"{point.name.replace(' ', '-')}.json"

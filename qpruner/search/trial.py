@@ -5,7 +5,6 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 from qpruner.allocation.decision import with_choices
 from qpruner.allocation.items import Item
+from qpruner.callbacks.processes import processes_of
 from qpruner.compressed import CompressedModel, State
 from qpruner.datamodules.base import TokenDataModule
 from qpruner.datamodules.splits import Split
@@ -25,61 +25,10 @@ from qpruner.quantization.apply import LoftQSettings
 from qpruner.quantization.bank import open_folder
 from qpruner.search.ledger import Key, Scores
 from qpruner.search.reference import Reference
+from qpruner.search.trial_trainer import TrialTrainer
 from qpruner.training.evaluation import evaluate
 from qpruner.training.finite import NotFinite
 from qpruner.training.module import LoRAFinetuner
-
-
-@dataclass(frozen=True)
-class TrialTrainer:
-    """How a trial trains and evaluates: what of the Trainer's options matters to it, as plain data.
-
-    Args:
-        accelerator: kind of the one device.
-        precision: of computation.
-        accumulate: batches to an optimizer step.
-        clip: gradient norm or value; None for no clipping.
-        clip_by: ``norm`` or ``value``.
-        limit_validation: batches of the validation split, as a number or a share.
-    """
-
-    accelerator: str
-    precision: Any
-    accumulate: int
-    clip: float | None
-    clip_by: str | None
-    limit_validation: int | float
-
-    @classmethod
-    def of(cls, trainer: Trainer) -> "TrialTrainer":
-        return cls(
-            accelerator=trainer.strategy.root_device.type,
-            precision=trainer.precision,
-            accumulate=trainer.accumulate_grad_batches,
-            clip=trainer.gradient_clip_val,
-            clip_by=trainer.gradient_clip_algorithm,
-            limit_validation=trainer.limit_val_batches,
-        )
-
-    def trainer(self, steps: int, max_seconds: float | None = None, callbacks: Sequence[Callback] = ()) -> Trainer:
-        """A Trainer that leaves nothing behind."""
-        return Trainer(
-            accelerator=self.accelerator,
-            devices=1,
-            precision=self.precision,
-            accumulate_grad_batches=self.accumulate,
-            gradient_clip_val=self.clip,
-            gradient_clip_algorithm=self.clip_by,
-            max_steps=steps,
-            max_time=None if max_seconds is None else timedelta(seconds=max_seconds),
-            limit_val_batches=0,
-            logger=False,
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-            use_distributed_sampler=False,
-            callbacks=list(callbacks),
-        )
 
 
 @dataclass(frozen=True)
@@ -87,18 +36,18 @@ class TrialWork:
     """What a worker needs to run trials; plain data, a data module and paths, so that it can be sent to others.
 
     Args:
-        base: folder of the pruned base.
+        base: folder that keeps the pruned base.
         bank: folder of its bank.
         reference: file of the dense model's predictions.
-        options: of the `LoRAFinetuner`.
-        loftq_iterations: with which the bank was filled.
-        data: of the search.
-        items: that get widths.
-        precisions: of each choice of an item.
+        options: arguments of the `LoRAFinetuner`.
+        loftq_iterations: LoftQ's iterations with which the bank was filled.
+        data: text to fit and to score with.
+        items: items that get widths.
+        precisions: precision that each choice of an item stands for.
         tables: precisions of embedding and head.
         trainer: how trials train.
-        max_seconds: after which a fit ends, whatever its steps; None for steps alone.
-        split: that scores; a search never changes it.
+        max_seconds: seconds after which a fit ends, whatever its steps; None for steps alone.
+        split: split that scores; a search never changes it.
     """
 
     base: Path
@@ -119,23 +68,24 @@ class TrialWork:
 
 
 class TrialRunner:
-    """Runs trials one after the other on one device; the base is loaded once.
+    """Runs trials one after the other on one device; base and data are loaded once.
 
     Args:
-        work: what to run them on.
+        work: what to run them on; it stays as it is.
     """
 
     def __init__(self, work: TrialWork) -> None:
         self.work = work
-        self.compressed = CompressedModel.open(work.base, check_hashes=False)
-        network, plan = self.compressed.network, self.compressed.known_plan()
+        self.base = CompressedModel.open(work.base, check_hashes=False)
+        network, plan = self.base.network, self.base.known_plan()
         self.plan = plan.with_precision([layer.precision for layer in plan.layers], **work.tables)
         self.skeleton = build_skeleton(network.config).to(network.dtype)  # stays dense
-        module = LoRAFinetuner(**work.options)
-        # The bank has the search's seed.
+        module = LoRAFinetuner(**work.options)  # with the seed of the search, which the bank has, too
         self.loftq = LoftQSettings.of(module.lora, work.loftq_iterations, module.seed)
-        self.bank = open_folder(work.bank, network, self.loftq, base=self.compressed.identity)
+        self.bank = open_folder(work.bank, network, self.loftq, base=self.base.identity)
         self.reference = Reference.read(work.reference)
+        self.data = work.data.for_another_trainer()
+        self.data.prepared  # noqa: B018  # the rows, which all trials share
 
     def __call__(self, key: Key) -> Scores:
         """Evaluates one plan.
@@ -147,42 +97,41 @@ class TrialRunner:
             loss, perplexity and kl (to the dense model) in nats per token, accuracy where there is a choice task,
             bytes, average_bits, steps, and the seconds of assembling, training, evaluating, and of all together.
         """
-        module = self._module(key["seed"])
-        module.hold(self.compressed)
+        module = LoRAFinetuner(**{**self.work.options, "seed": key["seed"]}).hold(self.base)
         try:
             return self._evaluate(module, key)
         finally:  # also after an error, such as one of memory, the next trial finds the base without adapters
             module.to("cpu")
-            if self.compressed.state is State.ADAPTED:
-                self.compressed.detach()
+            if self.base.state is State.ADAPTED:
+                self.base.detach()
 
     def _evaluate(self, module: LoRAFinetuner, key: Key) -> Scores:
         work, since = self.work, time.perf_counter()
         plan = self.plan_of(key["choices"])
-        self.compressed.quantize(plan, self.loftq, device=torch.device("cpu"), bank=self.bank)
+        self.base.quantize(plan, self.loftq, device=torch.device("cpu"), bank=self.bank)
         price = price_narrowed(self.skeleton, plan, rank=module.lora.r, targets=module.lora.target_modules)
         assembled = time.perf_counter()
-        work.data.seed = key["seed"]
+        data = self.data.for_another_trainer(seed=key["seed"])
         training = TrainingTime()
         with quiet():
             trainer = work.trainer.trainer(key["steps"], work.max_seconds, [training])
             try:
-                trainer.fit(module, datamodule=work.data)
+                trainer.fit(module, datamodule=data)
             except NotFinite as error:  # no run that could begin anew
                 raise UserError(f"{error.problem}. {error.remedy}.") from error
         fitted = time.perf_counter()
-        device = trainer.strategy.root_device
+        processes = processes_of(trainer)
         results = evaluate(
             module,
-            work.data.evaluation_loaders(work.split),
+            data.evaluation_loaders(work.split),
             limit=work.trainer.limit_validation,
-            device=device,
+            device=processes.device,
             precision=trainer.precision_plugin,
             title="",
             progress=False,
         )
         scores: Scores = {name: results[name] for name in ("loss", "perplexity", "accuracy") if name in results}
-        scores["kl"] = self.reference.kl(module, device, trainer.precision_plugin)
+        scores["kl"] = self.reference.kl(self.base.network, processes)
         ended = time.perf_counter()
         seconds = {
             "assemble": assembled - since,
@@ -200,9 +149,6 @@ class TrialRunner:
 
     def plan_of(self, choices: Sequence[int]) -> CompressionPlan:
         return with_choices(self.plan, self.work.items, [self.work.precisions[choice] for choice in choices])
-
-    def _module(self, seed: int) -> LoRAFinetuner:
-        return LoRAFinetuner(**{**self.work.options, "seed": seed})
 
 
 class TrainingTime(Callback):

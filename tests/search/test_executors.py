@@ -1,10 +1,12 @@
-"""Executors with real processes and a real Dask cluster."""
+"""Executors with real processes: those that a search starts, and those of a cluster that others started."""
 
-import builtins
 import os
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,8 +14,10 @@ from toys import Toy, Unpreparable
 
 from qpruner.errors import UserError
 from qpruner.search import cluster
-from qpruner.search.executors import ExecutorConfig, ProcessWorker, make_executor, worker_environments
+from qpruner.search.cluster import ClusterExecutor
+from qpruner.search.executors import ExecutorConfig, check_executor, make_executor
 from qpruner.search.ledger import Key, Scores
+from qpruner.search.local_cluster import local_cluster, worker_environments
 from qpruner.search.workers import Executor, Outcome, evaluate
 
 KINDS = ("serial", "processes", "dask")
@@ -21,16 +25,23 @@ LIMIT = 1.0
 
 
 @pytest.fixture(scope="module")
-def executors() -> Iterator[dict[str, Executor]]:
+def address() -> Iterator[str]:
+    """Address of the scheduler of a cluster that stands for that of others, with two workers."""
+    with local_cluster(2) as started:
+        yield started.scheduler_address
+
+
+@pytest.fixture(scope="module")
+def executors(address: str) -> Iterator[dict[str, Executor]]:
     """One of each kind, the parallel ones with two workers; whatever a test does to it, the next one finds it whole."""
-    threads = os.environ.get("OMP_NUM_THREADS")
+    environment = dict(os.environ)
     with (
         make_executor(ExecutorConfig("serial"), Toy()) as serial,
         make_executor(ExecutorConfig("processes", workers=2, time_limit=LIMIT), Toy()) as processes,
-        make_executor(ExecutorConfig("dask", workers=2, time_limit=LIMIT), Toy()) as dask,
+        make_executor(ExecutorConfig("dask", workers=2, address=address, time_limit=LIMIT), Toy()) as dask,
     ):
         yield {"serial": serial, "processes": processes, "dask": dask}
-    assert os.environ.get("OMP_NUM_THREADS") == threads  # Dask sets it in this process too
+    assert dict(os.environ) == environment  # Dask sets threads in this process, too
 
 
 def outcomes(executor: Executor, *keys: dict[str, Any]) -> list[Outcome]:
@@ -106,19 +117,54 @@ def test_a_worker_that_dies_between_trials_costs_nothing(executors: dict[str, Ex
     assert all(outcome.scores for outcome in outcomes(executors[kind], {}, {}, {}))
 
 
-def test_a_cluster_is_found_by_its_address_and_forgets_what_was_prepared(executors: dict[str, Executor]) -> None:
+@pytest.mark.slow
+def test_a_worker_that_dies_again_and_again_is_still_replaced() -> None:
+    """Also where it is gone 15 seconds after it was first lost, when Dask would give it up."""
+    with make_executor(ExecutorConfig("processes"), Toy()) as executor:
+        began = time.monotonic()
+        while time.monotonic() < began + 18:
+            (where,) = outcomes(executor, {"do": "where"})
+            if where.scores:
+                os.kill(where.scores["pid"], signal.SIGKILL)
+            time.sleep(0.3)
+        time.sleep(3)
+        assert all(outcome.scores for outcome in outcomes(executor, {}, {}))
+
+
+def test_workers_of_others_forget_what_was_prepared_and_take_no_part_in_what_is_left(
+    executors: dict[str, Executor], address: str
+) -> None:
     wait_for_two_workers(executors["dask"])
-    # The pool's own cluster stands for one that others started.
-    worker = executors["dask"]._workers[0]  # type: ignore[attr-defined]
-    client, own = worker.crew.client, worker.crew.name
-    config = ExecutorConfig("dask", workers=2, address=client.scheduler.address)
-    with make_executor(config, Toy()) as executor:
+    other = executors["dask"]
+    assert isinstance(other, ClusterExecutor)
+    with make_executor(ExecutorConfig("dask", workers=2, address=address), Toy()) as executor:
         assert [outcome.scores for outcome in outcomes(executor, {"choices": [1.3]}, {})] == [
             {"loss": 1.0},
             {"loss": pytest.approx(0.09)},
         ]
-        assert all(len(names) == 2 for names in client.run(prepared_names).values())
-    assert list(client.run(prepared_names).values()) == [[own]] * 2
+        assert all(len(names) == 2 for names in other.client.run(prepared_names).values())
+    assert list(other.client.run(prepared_names).values()) == [[other.name]] * 2
+
+
+def test_workers_of_others_that_are_at_work_when_a_search_ends_are_restarted(
+    executors: dict[str, Executor], address: str
+) -> None:
+    wait_for_two_workers(executors["dask"])
+    other = executors["dask"]
+    assert isinstance(other, ClusterExecutor)
+    before = set(other.client.nthreads())
+    with make_executor(ExecutorConfig("dask", workers=1, address=address), Toy()) as executor:
+        trials = executor.run([{"choices": [0.0]}, {"choices": [0.0], "sleep": 1000}])
+        assert next(trials)[0] == 0
+        executor._look = interrupted  # type: ignore[attr-defined]  # as ^C while the second one runs
+        with pytest.raises(KeyboardInterrupt):
+            next(trials)
+    wait_for_two_workers(executors["dask"])
+    assert len(before & set(other.client.nthreads())) == 1
+
+
+def interrupted() -> Iterator[Any]:
+    raise KeyboardInterrupt
 
 
 def prepared_names() -> list[str]:
@@ -141,21 +187,15 @@ def test_workers_share_threads_and_gpus(executors: dict[str, Executor], monkeypa
         assert found.scores and found.scores["environment"]["OMP_NUM_THREADS"] == "1"  # half of one, and at least one
 
 
-def test_the_environment_is_given_to_the_worker_and_not_kept() -> None:
+def test_each_worker_has_the_environment_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    given = [{"CUDA_VISIBLE_DEVICES": "5"}, {"CUDA_VISIBLE_DEVICES": "1"}]
+    monkeypatch.setattr("qpruner.search.local_cluster.worker_environments", lambda workers: given[:workers])
     before = dict(os.environ)
-    worker = ProcessWorker(Toy(), {"QPRUNER_DEVICE": "3", "HOME": "/nowhere"})
-    try:
-        assert dict(os.environ) == before
-        while not worker.ready():
-            time.sleep(0.01)
-        worker.begin({"choices": [], "do": "where"})
-        while (outcome := worker.answer()) is None:
-            time.sleep(0.01)
-    finally:
-        worker.dismiss()
-    assert outcome.scores
-    assert outcome.scores["environment"]["QPRUNER_DEVICE"] == "3"
-    assert outcome.scores["environment"]["HOME"] == "/nowhere"
+    with make_executor(ExecutorConfig("dask", workers=2), Toy()) as executor:  # without an address as `processes`
+        trials = outcomes(executor, *[{"do": "where", "sleep": 0.2}] * 2)
+        devices = {trial.scores["environment"]["CUDA_VISIBLE_DEVICES"] for trial in trials if trial.scores}
+    assert devices == {"5", "1"}
+    assert dict(os.environ) == before
 
 
 @pytest.mark.parametrize("kind", ["serial", "processes"])
@@ -167,8 +207,7 @@ def test_what_keeps_every_worker_from_its_work_ends_the_search(kind: str) -> Non
         pass
 
 
-def test_what_keeps_every_cluster_worker_from_its_work_ends_the_search(executors: dict[str, Executor]) -> None:
-    address = executors["dask"]._workers[0].crew.client.scheduler.address  # type: ignore[attr-defined]
+def test_what_keeps_every_worker_of_others_from_its_work_ends_the_search(address: str) -> None:
     config = ExecutorConfig("dask", address=address)
     with pytest.raises(UserError, match=r"^There is no bank\.$"), make_executor(config, Unpreparable("user")):
         pass
@@ -180,36 +219,76 @@ def test_workers_that_die_while_they_prepare_themselves_end_the_search() -> None
         pass
 
 
+@pytest.mark.parametrize("how", ["SIGKILL", "SIGINT", "SIGTERM"])
+def test_workers_end_with_the_search_however_it_ends(how: str) -> None:
+    """While each is at a trial that never answers."""
+    here = Path(__file__)
+    script = [sys.executable, str(here.with_name("hanging_search.py"))]
+    search = subprocess.Popen(script, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    assert search.stdout is not None
+    pids = [int(pid) for pid in search.stdout.readline().split()]
+    assert len(pids) == 2 and all(is_alive(pid) for pid in pids)
+    if how == "SIGINT":
+        os.killpg(search.pid, signal.SIGINT)  # as the terminal does
+    else:
+        search.send_signal(signal.Signals[how])
+    _, errors = search.communicate(timeout=30)
+    assert search.returncode == -signal.Signals[how]
+    if how == "SIGINT":
+        assert errors.strip().endswith("KeyboardInterrupt")
+    deadline = time.monotonic() + 10
+    while any(is_alive(pid) for pid in pids):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def is_alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def test_a_script_without_a_main_part_is_told_so(tmp_path: Path) -> None:
+    script = tmp_path / "search.py"
+    script.write_text(
+        "from toys import Toy\n"
+        "from qpruner.search.executors import ExecutorConfig, make_executor\n"
+        "with make_executor(ExecutorConfig('processes'), Toy()):\n"
+        "    pass\n"
+    )
+    path = f"{Path(__file__).parent}:{os.environ.get('PYTHONPATH', '')}"
+    ran = subprocess.run(
+        [sys.executable, str(script)], capture_output=True, text=True, env=os.environ | {"PYTHONPATH": path}
+    )
+    assert ran.returncode == 1
+    assert "let the search stand under: if __name__ == '__main__'" in ran.stderr.splitlines()[-1]
+
+
 def test_a_scheduler_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cluster, "CONNECT_SECONDS", 0.5)
-    config = ExecutorConfig("dask", address="tcp://127.0.0.1:9")
-    with (
-        pytest.raises(UserError, match="No Dask scheduler answers at 'tcp://127.0.0.1:9'"),
-        make_executor(config, Toy()),
-    ):
-        pass
+    with pytest.raises(UserError, match="No Dask scheduler answers at 'tcp://127.0.0.1:9'"):
+        check_executor(ExecutorConfig("dask", address="tcp://127.0.0.1:9"))
 
 
-def test_a_cluster_with_too_few_workers(executors: dict[str, Executor], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_scheduler_that_goes_fails_no_trial() -> None:
+    with local_cluster(1) as started:
+        config = ExecutorConfig("dask", address=started.scheduler_address)
+        with make_executor(config, Toy()) as executor:
+            trials = executor.run([{"choices": [0.0]}, {"choices": [0.0], "sleep": 1000}])
+            assert next(trials)[1].scores
+            started.close()
+            with pytest.raises(UserError, match="The Dask scheduler is gone"):
+                next(trials)
+
+
+def test_a_cluster_with_too_few_workers(
+    executors: dict[str, Executor], address: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     wait_for_two_workers(executors["dask"])
     monkeypatch.setattr(cluster, "WORKERS_SECONDS", 0.3)
-    address = executors["dask"]._workers[0].crew.client.scheduler.address  # type: ignore[attr-defined]
     config = ExecutorConfig("dask", workers=3, address=address)
     with pytest.raises(UserError, match="has 2 workers and executor.workers is 3"), make_executor(config, Toy()):
-        pass
-
-
-def test_dask_that_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
-    imported = builtins.__import__
-
-    def missing(name: str, *args: Any, **kwargs: Any) -> Any:
-        if name == "distributed":
-            raise ImportError(name)
-        return imported(name, *args, **kwargs)
-
-    monkeypatch.setattr(builtins, "__import__", missing)
-    remedy = r"pip install 'qpruner\[cluster\]'"
-    with pytest.raises(UserError, match=remedy), make_executor(ExecutorConfig("dask"), Toy()):
         pass
 
 

@@ -15,10 +15,10 @@ from killed_search import IN_A_TRIAL, MOMENTS, NUM_TRIALS, WORKERS, key_of, loss
 from toys import Toy, quadratic
 
 from qpruner.errors import UserError
-from qpruner.search.executors import ExecutorConfig, SerialExecutor, make_executor
+from qpruner.search.executors import ExecutorConfig, make_executor
 from qpruner.search.ledger import Key, Ledger, TrialRecord
 from qpruner.search.loop import Judge, run_trials
-from qpruner.search.workers import Executor, Outcome
+from qpruner.search.workers import Executor, Outcome, SerialExecutor
 
 
 @pytest.fixture(autouse=True)

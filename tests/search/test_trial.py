@@ -7,85 +7,37 @@ from typing import Any
 
 import pytest
 import torch
-from lightning.pytorch import Callback, Trainer
+from tiny_search import finetuner, predictions, pruning, quantization, search_of, stories_of, trainer
 
 from qpruner.adapters.lora import LoRAConfig
 from qpruner.allocation.budget import Budget
-from qpruner.allocation.decision import Allocation, DecidingConfig
-from qpruner.callbacks import MixedPrecisionQuantization, StructuredPruning
-from qpruner.datamodules import StoriesDataModule
-from qpruner.datamodules.base import LoaderConfig
+from qpruner.allocation.decision import DecidingConfig
+from qpruner.callbacks import MixedPrecisionQuantization
+from qpruner.compressed import CompressedModel, State
 from qpruner.errors import UserError
-from qpruner.model_folder import build_skeleton, load_base, read_base_config
+from qpruner.model_folder import build_skeleton, read_base_config
 from qpruner.pretrained import load_model
 from qpruner.pricing import price
 from qpruner.pruning.calibration import CalibrationConfig
+from qpruner.quantization.apply import LoftQSettings
 from qpruner.records.search import SearchResults
-from qpruner.search import reference as references
 from qpruner.search.config import SearchConfig
 from qpruner.search.ledger import Scores
-from qpruner.search.preparation import part_of
 from qpruner.search.reference import Reference
-from qpruner.search.trainer import Search, SearchTrainer
+from qpruner.search.trainer import SearchTrainer
 from qpruner.search.trial import TrialRunner, TrialWork
 from qpruner.training.evaluation import evaluate
-from qpruner.training.metrics import IGNORED
 from qpruner.training.module import LoRAFinetuner
-from qpruner.training.optimization import OptimizerConfig
 
 PLAIN = [0, 1, 1, 0, 1, 0, 0, 1]
 OTHER = [1, 1, 0, 0, 0, 0, 1, 1]
 
 
-def finetuner(base: Path, seed: int = 3) -> LoRAFinetuner:
-    return LoRAFinetuner(base=str(base), seed=seed, lora=LoRAConfig(r=2), optimizer=OptimizerConfig(lr=0.01))
-
-
-def stories_of(base: Path) -> StoriesDataModule:
-    return StoriesDataModule(
-        tokenizer=str(base),
-        max_length=24,
-        num_train=24,
-        num_validation=6,
-        num_test=6,
-        num_choices=4,
-        loader=LoaderConfig(batch_size=4, eval_batch_size=4),
-    )
-
-
-def trainer(*callbacks: Callback, steps: int = 2, **options: Any) -> Trainer:
-    return Trainer(
-        accelerator="cpu",
-        max_steps=steps,
-        gradient_clip_val=0.5,
-        accumulate_grad_batches=2,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        use_distributed_sampler=False,
-        callbacks=list(callbacks),
-        **options,
-    )
-
-
 def prepared(base: Path, folder: Path, **tables: int) -> TrialWork:
     """What `Search` hands to its workers, on a pruned base with a bank of four and eight bits."""
-    text = CalibrationConfig(num_sequences=6, length=8, batch_size=2)
-    quantization = MixedPrecisionQuantization(
-        allocation="sensitivity",
-        budget=Budget(average_bits=6.2),
-        deciding=DecidingConfig(granularity="unit", calibration=text),
-        **tables,
-    )
-    callbacks = StructuredPruning(ratio=0.05, calibration=text), quantization
-    search = Search(
-        trainer(*callbacks, default_root_dir=folder), finetuner(base), stories_of(base), SearchConfig(steps=2)
-    )
-    search.data.prepared  # noqa: B018  # into the cache, as a search does first
-    method = search.prepare()
-    search.prior = Allocation.read(part_of(search.folder, method).allocation)
-    return search.work(method)
+    search = search_of(base, folder, pruning(), quantization(**tables))
+    search.prepare()
+    return search.work()
 
 
 @pytest.fixture(scope="module")
@@ -101,7 +53,7 @@ def runner(work: TrialWork) -> TrialRunner:
 
 
 def sent(work: TrialWork) -> TrialWork:
-    """As a process of its own gets it; a runner uses the data module of its work."""
+    """As another process gets it."""
     return pickle.loads(pickle.dumps(work))
 
 
@@ -115,20 +67,20 @@ def without_time(scores: Scores) -> Scores:
 
 def by_hand(work: TrialWork, base: Path, choices: list[int], seed: int) -> tuple[float, float]:
     """Loss before and after a fit of the narrowed base, quantized afresh."""
-    module, data = finetuner(base, seed), stories_of(base)
+    data = stories_of(base)
     data.seed = seed
-    module.load_kept_base(work.base)
-    assert module.plan is not None
-    precision = [dict(layer.precision) for layer in module.plan.layers]
+    model = CompressedModel.open(work.base)
+    plan = model.known_plan()
+    precision = [dict(layer.precision) for layer in plan.layers]
     for item, choice in zip(work.items, choices, strict=True):
         for unit in item.units:
             precision[item.layer][unit] = work.precisions[choice]
-    plan = module.plan.with_precision(precision, **work.tables)
-    module.quantize(plan, work.loftq_iterations, device=torch.device("cpu"))
-    module.taken_from = None
+    module = finetuner(base, seed).hold(model)
+    loftq = LoftQSettings.of(module.lora, work.loftq_iterations, seed)
+    model.quantize(plan.with_precision(precision, **work.tables), loftq, device=torch.device("cpu"))
     losses = []
     for steps in (0, 2):
-        done = trainer(steps=steps, limit_val_batches=0)
+        done = trainer(max_steps=steps, limit_val_batches=0)
         done.fit(module, datamodule=data)
         options: Any = {"limit": 1.0, "device": torch.device("cpu"), "precision": done.precision_plugin, "title": ""}
         results = evaluate(module, data.evaluation_loaders("validation"), progress=False, **options)
@@ -152,7 +104,8 @@ def test_a_trial_that_breaks_leaves_nothing_to_the_next(runner: TrialRunner, mon
         patch.setattr(LoRAFinetuner, "training_step", lambda *_: torch.zeros(2**60))
         with pytest.raises(RuntimeError):
             runner(key(PLAIN))
-    assert not any("lora" in name for name, _ in runner.model.named_parameters())
+    assert runner.base.state is State.QUANTIZED
+    assert not any("lora" in name for name, _ in runner.base.named_parameters())
     assert without_time(runner(key(OTHER))) == expected
 
 
@@ -213,57 +166,26 @@ def test_a_ledger_is_of_one_order_of_the_data(tiny_llama: Path, tmp_path: Path) 
         search(1)
 
 
-# The reference.
-
-
-def predictions(model: Any, data: StoriesDataModule) -> torch.Tensor:
-    """[tokens, V] log-probabilities of all tokens but the first of each row."""
-    found = []
-    for batch in data.evaluation_loaders("validation")[0]:
-        logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
-        scored = batch["labels"][:, 1:] != IGNORED
-        found.append(logits[:, :-1][scored].log_softmax(-1))
-    return torch.cat(found)
-
-
 @torch.no_grad()
 def test_kl_is_to_the_dense_model(work: TrialWork, runner: TrialRunner, tiny_llama: Path) -> None:
-    data = stories_of(tiny_llama)
-    dense = predictions(load_model(str(tiny_llama), dtype="float32", trust_remote_code=False).eval(), data)
-    reference = Reference.read(work.reference)
-    assert torch.equal(reference.log_probabilities, dense.half())
-    narrow = finetuner(tiny_llama)
-    narrow.model = load_base(work.base).model
-    found = predictions(narrow.model.eval(), data)
-    plain = trainer().precision_plugin
-    cpu = torch.device("cpu")
-    expected = float((dense.exp() * (dense - found)).sum(-1).mean())
-    assert reference.kl(narrow, cpu, plain) == pytest.approx(expected, rel=0.05) and expected > 1e-5
-    module = finetuner(tiny_llama)
-    module.load_dense_base()
-    assert abs(reference.kl(module, cpu, plain)) < 1e-4
+    """Plans whose every unit has 4 bits, or 8."""
+    dense = load_model(str(tiny_llama), dtype="float32", trust_remote_code=False)
+    assert torch.equal(
+        Reference.read(work.reference).log_probabilities, predictions(dense, stories_of(tiny_llama)).half()
+    )
+    assert Reference.read(work.reference).base == CompressedModel.open(work.base).base_sha256
     assert runner(key([0] * 8, steps=0))["kl"] > runner(key([1] * 8, steps=0))["kl"] > 0
 
 
-def test_the_reference_comes_back_and_keeps_no_more_than_it_may(
-    tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    module, data = finetuner(tiny_llama), stories_of(tiny_llama)
-    module.load_dense_base()
-    cpu, plain = torch.device("cpu"), trainer().precision_plugin
-    whole = Reference.of(module, data, cpu, plain)
-    assert len(whole.batches) == 2 and whole.log_probabilities.shape[1] == 2048
-    monkeypatch.setattr(references, "TOKENS", 50)  # in the first batch of 4 rows of 23 scored tokens
-    few = Reference.of(module, data, cpu, plain)
-    assert len(few.batches) == 1 and torch.equal(few.log_probabilities, whole.log_probabilities[:50])
-    assert abs(few.kl(module, cpu, plain)) < 1e-4
-    for one in (whole, few):
-        one.write(tmp_path / "reference.safetensors")
-        read = Reference.read(tmp_path / "reference.safetensors")
-        assert torch.equal(read.log_probabilities, one.log_probabilities)
-        for batch, expected in zip(read.batches, one.batches, strict=True):
-            assert batch.keys() == expected.keys()
-            assert all(torch.equal(tensor, expected[name]) for name, tensor in batch.items())  # type: ignore[literal-required]
+def test_work_is_a_value(work: TrialWork) -> None:
+    """Trials leave what they were given as it was, to the byte."""
+    before = pickle.dumps(work)
+    runner = work.prepare()
+    scores = runner(key(PLAIN, seed=6))
+    assert pickle.dumps(work) == before
+    assert work.data.seed == 0 and work.data.trainer is None and runner.data.trainer is None
+    assert without_time(runner(key(PLAIN, seed=6))) == without_time(scores)
+    assert b"StoriesDataModule" in before and len(before) < 2_000_000  # without the rows
 
 
 def test_a_trial_whose_loss_is_not_finite_fails_and_the_next_is_as_ever(

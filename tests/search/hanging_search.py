@@ -1,0 +1,11 @@
+"""A search with two workers, whose process ids it prints before both are at a trial that never answers."""
+
+from toys import Toy
+
+from qpruner.search.executors import ExecutorConfig, make_executor
+
+if __name__ == "__main__":
+    with make_executor(ExecutorConfig("processes", workers=2), Toy()) as executor:
+        where = [{"choices": [0.0], "do": "where", "sleep": 0.3}] * 2
+        print(*[outcome.scores["pid"] for _, outcome in executor.run(where) if outcome.scores], flush=True)
+        list(executor.run([{"choices": [0.0], "sleep": 1000}] * 2))
