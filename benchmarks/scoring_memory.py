@@ -9,14 +9,14 @@ loaded; on CUDA what was allocated. Activations are what a forward pass keeps fo
 
 import argparse
 import json
-from contextlib import nullcontext
 
 import torch
 from random_llama import add_arguments, random_llama, run_alone
 from transformers import LlamaForCausalLM
 
+from qpruner.calibration.text import Calibration
 from qpruner.memory import read_peak, reset_peak, tensor_bytes
-from qpruner.pruning.calibration import Calibration, micro_batches
+from qpruner.processes import Processes
 from qpruner.pruning.scores import score_units
 from qpruner.runs.tables import markdown_table
 
@@ -60,7 +60,7 @@ def measure(given: argparse.Namespace) -> dict[str, int]:
         loss = forward(model, tokens.to(device), backward=given.only == "full backward")
         assert loss.isfinite()
     else:
-        calibration = Calibration(micro_batches(tokens, None), len(tokens), nullcontext, lambda total: total)
+        calibration = Calibration.share(tokens, Processes.alone(device), batch_size=4096)
         score_units(model, given.only, "sum", calibration, seed=0)
     after = read_peak(device)
     assert after is not None

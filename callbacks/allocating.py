@@ -17,6 +17,7 @@ from qpruner.allocation.sensitivities import Rises, Sensitivities
 from qpruner.allocation.sensitivity import first_order_rises, measured_rises
 from qpruner.callbacks.calibration import calibration_of
 from qpruner.callbacks.compression import Rehearsal
+from qpruner.callbacks.processes import processes_of
 from qpruner.datamodules.base import TokenDataModule
 from qpruner.files import hash_json
 from qpruner.plan import DENSE, UNITS, CompressionPlan, Precision
@@ -126,7 +127,10 @@ class Allocator:
             rank_zero_info("The sensitivities that this run has found before are used again.")
             return stored, self.bank(trainer, module, plan, folder) if self.method == "sensitivity" else None
         bank = None
-        calibration = calibration_of(trainer, module, self.config.calibration, f"allocation: {self.method}")
+        data = trainer.datamodule  # type: ignore[attr-defined]
+        calibration = calibration_of(
+            module.model, data, self.config.calibration, processes_of(trainer), f"allocation: {self.method}"
+        )
         if self.method == "mutual_information":
             information = layer_information(module.model, calibration, self.config.mutual_information)
             found = Sensitivities(made_from, mutual_information=tuple(information))

@@ -1,40 +1,32 @@
 """The calibration text of one process of a Trainer."""
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager
-from typing import Any
+from torch import nn
 
-from lightning.pytorch import Trainer
-
+from qpruner.calibration.text import Calibration, CalibrationConfig
 from qpruner.datamodules.base import TokenDataModule
 from qpruner.errors import UserError
 from qpruner.memory import check_room
-from qpruner.pruning.calibration import Calibration, CalibrationConfig, micro_batches
-from qpruner.training.module import LoRAFinetuner
+from qpruner.processes import Processes
 
 
-def calibration_of(trainer: Trainer, module: LoRAFinetuner, config: CalibrationConfig, whose: str) -> Calibration:
+def calibration_of(
+    model: nn.Module, data: TokenDataModule | None, config: CalibrationConfig, processes: Processes, whose: str
+) -> Calibration:
     """This process's share of the text, with the model moved to the device that computes.
 
     Args:
-        trainer: of the fit.
-        module: with its base loaded.
+        model: network that the text passes through.
+        data: source of the text; None where there is none.
         config: which text.
-        whose: what needs it, to be named where there is none.
+        processes: those that share the text.
+        whose: name of what needs the text, for the message where there is none.
 
     Raises:
         UserError: no data module, too little text, or no room on the device.
     """
-    data = trainer.datamodule  # type: ignore[attr-defined]
     if not isinstance(data, TokenDataModule):
         raise UserError(f"{whose} needs calibration text; give fit a data module.")
     tokens = data.calibration(config.num_sequences, config.length)
-    check_room(module.model, trainer.strategy.root_device)
-    module.model.to(trainer.strategy.root_device)
-    context: Callable[[], AbstractContextManager[Any]] = trainer.precision_plugin.forward_context
-    return Calibration(
-        batches=micro_batches(tokens, config.batch_size)[trainer.global_rank :: trainer.world_size],
-        num_sequences=len(tokens),
-        forward_context=context,
-        reduce=lambda total: trainer.strategy.reduce(total, reduce_op="sum"),
-    )
+    check_room(model, processes.device)
+    model.to(processes.device)
+    return Calibration.share(tokens, processes, config.batch_size)

@@ -8,12 +8,13 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.utilities import rank_zero_info
 
 from qpruner.anatomy import architecture_of
+from qpruner.calibration.text import Calibration, CalibrationConfig
 from qpruner.callbacks.calibration import calibration_of
 from qpruner.callbacks.compression import CompressionInSetup, Rehearsal
+from qpruner.callbacks.processes import processes_of
 from qpruner.datamodules.base import TokenDataModule
 from qpruner.errors import UserError
 from qpruner.plan import CompressionPlan
-from qpruner.pruning.calibration import Calibration, CalibrationConfig
 from qpruner.pruning.criteria import Aggregate, Criterion
 from qpruner.pruning.rounds import Size, asked_for, describe, prune_
 from qpruner.pruning.scores import LayerScores, needs_text, score_units
@@ -121,7 +122,9 @@ class StructuredPruning(CompressionInSetup):
         """This device's share of the text, with the model moved to the device; None where no text is needed."""
         if not needs_text(self.criterion):
             return None
-        return calibration_of(trainer, module, self.calibration, f"The criterion {self.criterion!r}")
+        data = trainer.datamodule  # type: ignore[attr-defined]
+        whose = f"The criterion {self.criterion!r}"
+        return calibration_of(module.model, data, self.calibration, processes_of(trainer), whose)
 
 
 class PlannedPruning(CompressionInSetup):

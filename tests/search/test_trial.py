@@ -12,6 +12,7 @@ from lightning.pytorch import Callback, Trainer
 from qpruner.adapters.lora import LoRAConfig
 from qpruner.allocation.budget import Budget
 from qpruner.allocation.decision import Allocation, DecidingConfig
+from qpruner.calibration.text import CalibrationConfig
 from qpruner.callbacks import MixedPrecisionQuantization, StructuredPruning
 from qpruner.checkpoint import build_skeleton, load_base, read_base_config
 from qpruner.datamodules import StoriesDataModule
@@ -19,7 +20,6 @@ from qpruner.datamodules.base import LoaderConfig
 from qpruner.errors import UserError
 from qpruner.pretrained import load_model
 from qpruner.pricing import price
-from qpruner.pruning.calibration import CalibrationConfig
 from qpruner.runs.search import SearchResults
 from qpruner.search import reference as references
 from qpruner.search.config import SearchConfig
