@@ -11,8 +11,8 @@ in host memory; whatever is wanted of a block is seen by hooks while it works, o
                     states[place] = output.cpu()
 
 A block may be changed and its outputs computed again before the text goes on. Backward it goes from the last block to
-the first, with the states that entered each of them kept: a block works again, now with gradients, and is given the
-gradient of its outputs.
+the first, with the states that entered each of them kept: a block works
+again, now with gradients, and is given the gradient at its outputs.
 
 How a block is called (masks, rotary embeddings, which of them for which layer) is the model's business and is not
 repeated here: the model's own trunk runs once for each micro-batch with blocks that only remember their arguments.
@@ -113,20 +113,24 @@ class BlockRunner:
         for place in range(len(states)):
             yield self.call(number, place, states[place])
 
-    def backward(self, number: int, states: Sequence[Tensor], slopes: Sequence[Tensor]) -> Iterator[Tensor]:
+    def backward(
+        self, number: int, states: Sequence[Tensor], slope: Callable[[int, Tensor], Tensor]
+    ) -> Iterator[Tensor]:
         """The gradient at what enters a block, one micro-batch after the other.
 
         Args:
             number: place of the block among all.
             states: hidden states that enter the block.
-            slopes: gradients of a loss at the block's outputs; each is read when its turn comes.
+            slope: gives the gradient of a loss at what the block gives, from the place of the micro-batch and this
+                output [B, T, H]; so the last block, where it is that of the loss itself, need not have worked before.
         """
         for place, hidden in enumerate(states):
             leaf = hidden.to(self._device).detach().requires_grad_()
             with torch.enable_grad():
                 output = self.call(number, place, leaf)
-            (slope,) = torch.autograd.grad(output, leaf, slopes[place].to(self._device))
-            yield slope
+            at_output = slope(place, output.detach()).to(self._device)
+            (at_input,) = torch.autograd.grad(output, leaf, at_output)
+            yield at_input
 
     def last(self, hidden: Tensor) -> Tensor:
         """What the head gets when the last block gives hidden states [B, T, H]."""  # [B, T, H]

@@ -11,6 +11,7 @@ Shapes: B sequences of a micro-batch, T tokens, H hidden size.
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -63,33 +64,35 @@ def _made_of_gradients(
     made: dict[str, Tensor] = {}
     with block_runner(model, calibration) as runner:
         entering = [runner.embed()]
-        for number in range(len(runner.blocks)):
+        for number in range(len(runner.blocks) - 1):
             entering.append([output.cpu() for output in runner.outputs(number, entering[-1])])
-        slopes = _slopes_of_loss(runner, entering.pop())
+        slope: Callable[[int, Tensor], Tensor] = partial(_slope_of_loss, runner)
         for number in reversed(range(len(runner.blocks))):
             members = linears_within(runner.blocks[number], linears)
             gradients = _BlockGradients(per_sequence)
             with watching_gradients(members, gradients.add):
-                for place, slope in enumerate(runner.backward(number, entering.pop(), slopes)):
-                    slopes[place] = slope.cpu()
+                slopes = [at_input.cpu() for at_input in runner.backward(number, entering.pop(), slope)]
+            slope = partial(_slope_after, slopes)
             for name, linear in members.items():
                 made[name] = consume(name, *gradients.take(name, linear, calibration))
     return {name: made[name] for name in linears}
 
 
-def _slopes_of_loss(runner: BlockRunner, states: list[Tensor]) -> list[Tensor]:
+def _slope_of_loss(runner: BlockRunner, place: int, output: Tensor) -> Tensor:
     """The gradient at what the last block gives, of the sum over sequences of each one's mean loss."""  # [B, T, H]
-    slopes = []
-    for batch, hidden in zip(runner.batches, states, strict=True):
-        with torch.enable_grad():
-            leaf = hidden.detach().requires_grad_()
-            before_targets = runner.last(leaf)[:, :-1]
-            targets = batch.tokens[:, 1:].to(before_targets.device)
-            with runner.context():
-                nll = nll_of_targets(runner.head, before_targets.flatten(0, 1), targets.flatten())
-            (slope,) = torch.autograd.grad(nll.view(targets.shape).mean(1).sum(), leaf)
-        slopes.append(slope)
-    return slopes
+    with torch.enable_grad():
+        leaf = output.requires_grad_()
+        before_targets = runner.last(leaf)[:, :-1]
+        targets = runner.batches[place].tokens[:, 1:].to(output.device)
+        with runner.context():
+            nll = nll_of_targets(runner.head, before_targets.flatten(0, 1), targets.flatten())
+        (slope,) = torch.autograd.grad(nll.view(targets.shape).mean(1).sum(), leaf)
+    return slope
+
+
+def _slope_after(slopes: list[Tensor], place: int, output: Tensor) -> Tensor:
+    """The gradient at what a block gives, as the block after it found it."""  # [B, T, H]
+    return slopes[place]
 
 
 class _BlockGradients:
@@ -100,10 +103,13 @@ class _BlockGradients:
         self._sums: dict[str, tuple[Tensor, Tensor | None]] = {}
 
     def add(self, name: str, inputs: Tensor, at_output: Tensor) -> None:
-        gradients = weight_gradient(at_output, inputs, self._per_sequence)
-        for total, gradient in zip(self._sums.setdefault(name, gradients), gradients, strict=True):
-            if total is not None and total is not gradient:
-                total += gradient
+        gradient, squared = weight_gradient(at_output, inputs, self._per_sequence)
+        if name in self._sums:
+            earlier, earlier_squared = self._sums[name]
+            gradient += earlier
+            if squared is not None and earlier_squared is not None:
+                squared += earlier_squared
+        self._sums[name] = gradient, squared
 
     def take(self, name: str, linear: nn.Linear, calibration: Calibration) -> tuple[Tensor, Tensor | None]:
         """Means over all sequences of all processes: of gradients, and of squared ones."""
