@@ -11,7 +11,6 @@ mean over all allocations with k.
 import argparse
 import json
 import warnings
-from contextlib import nullcontext
 from itertools import product
 from pathlib import Path
 from statistics import mean
@@ -26,7 +25,8 @@ from qpruner.allocation.mutual_information import MutualInformationConfig
 from qpruner.allocation.observation import layer_information
 from qpruner.allocation.sensitivity import first_order_rises, measured_rises
 from qpruner.allocation.solving import Choice, exact
-from qpruner.pruning.calibration import Calibration, micro_batches
+from qpruner.calibration.text import Calibration
+from qpruner.processes import Processes
 from qpruner.quantization.bank import fill
 from qpruner.records.tables import markdown_table
 
@@ -123,7 +123,7 @@ def sensitivities(given: argparse.Namespace) -> dict[str, list[float]]:
     data = study_data(given, 0)
     model, plan = pruned(given.base, given.ratio, data)
     tokens = data.calibration(given.sequences, 64)
-    calibration = Calibration(micro_batches(tokens, 16), len(tokens), nullcontext, lambda total: total)
+    calibration = Calibration.share(tokens, Processes.alone(), batch_size=1024)
     found: dict[str, list[float]] = {}
     options = product(("histogram", "neighbours"), ("argmax", "log_probability"), ("mean", "norm", "max"))
     for estimator, prediction, summary in options:

@@ -19,10 +19,11 @@ import torch
 from studies import Row, add_arguments, complete, evaluated, recovery, study_data
 
 from qpruner.anatomy import architecture_of
+from qpruner.calibration.text import Calibration
 from qpruner.datamodules.base import TokenDataModule
 from qpruner.plan import UNITS, CompressionPlan, Precision
 from qpruner.pretrained import load_model
-from qpruner.pruning.calibration import Calibration, micro_batches
+from qpruner.processes import Processes
 from qpruner.pruning.rounds import prune_
 from qpruner.pruning.scores import score_units
 from qpruner.pruning.selection import SelectionConfig
@@ -103,7 +104,7 @@ def pruned(base: str, ratio: float, data: TokenDataModule) -> tuple[Any, Compres
     """A model with a share of its parameters taken out, as `StructuredPruning` does it by default."""
     model = load_model(base, dtype="float32", trust_remote_code=False).requires_grad_(False)
     tokens = data.calibration(10, 64)
-    calibration = Calibration(micro_batches(tokens, None), len(tokens), nullcontext, lambda total: total)
+    calibration = Calibration.share(tokens, Processes.alone(), batch_size=4096)
     plan = prune_(
         model,
         CompressionPlan.dense(architecture_of(model.config), None),

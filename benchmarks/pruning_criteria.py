@@ -13,10 +13,10 @@ import lightning as L
 import torch
 from studies import Row, add_arguments, complete, perplexity, recovery, text_data
 
+from qpruner.calibration.text import CalibrationConfig
 from qpruner.callbacks import StructuredPruning
 from qpruner.datamodules import TextDataModule
 from qpruner.memory import num_parameters
-from qpruner.pruning.calibration import CalibrationConfig
 from qpruner.pruning.selection import SelectionConfig
 from qpruner.records.tables import markdown_table
 from qpruner.training.module import LoRAFinetuner

@@ -2,11 +2,11 @@
 
 from torch import nn
 
+from qpruner.calibration.text import Calibration, CalibrationConfig
 from qpruner.datamodules.base import TokenDataModule
 from qpruner.errors import UserError
 from qpruner.memory import check_room
 from qpruner.processes import Processes
-from qpruner.pruning.calibration import Calibration, CalibrationConfig, micro_batches
 
 
 def calibration_of(
@@ -15,23 +15,18 @@ def calibration_of(
     """This process's share of the text, with the model moved to the device that computes.
 
     Args:
-        model: the model that reads the text.
-        data: where the text comes from.
+        model: network that the text passes through.
+        data: source of the text; None where there is none.
         config: which text.
-        processes: those that share it.
-        whose: what needs it, to be named where there is none.
+        processes: those that share the text.
+        whose: name of what needs the text, for the message where there is none.
 
     Raises:
         UserError: no data module, too little text, or no room on the device.
     """
-    if data is None:
+    if not isinstance(data, TokenDataModule):
         raise UserError(f"{whose} needs calibration text; give fit a data module.")
     tokens = data.calibration(config.num_sequences, config.length)
     check_room(model, processes.device)
     model.to(processes.device)
-    return Calibration(
-        batches=micro_batches(tokens, config.batch_size)[processes.rank :: processes.world_size],
-        num_sequences=len(tokens),
-        forward_context=processes.forward_context,
-        reduce=processes.reduce,
-    )
+    return Calibration.share(tokens, processes, config.batch_size)

@@ -7,13 +7,13 @@ from typing import Any
 from lightning.pytorch.utilities import rank_zero_info
 
 from qpruner.anatomy import architecture_of
+from qpruner.calibration.text import Calibration, CalibrationConfig
 from qpruner.callbacks.calibration import calibration_of
 from qpruner.callbacks.compression import CompressionInSetup, CompressionJob, Rehearsal
 from qpruner.compressed import State
 from qpruner.datamodules.base import TokenDataModule
 from qpruner.errors import UserError
 from qpruner.plan import CompressionPlan
-from qpruner.pruning.calibration import Calibration, CalibrationConfig
 from qpruner.pruning.criteria import Aggregate, Criterion
 from qpruner.pruning.rounds import Size, asked_for, describe, prune_
 from qpruner.pruning.scores import LayerScores, needs_text, score_units

@@ -45,11 +45,12 @@ ALLOWED: dict[str, set[str]] = {
     "quantization": {"adapters", "anatomy", "errors", "files", "plan", "pretrained"},
     "processes": set(),
     "memory": {"errors", "quantization"},
-    "pruning": {"adapters", "anatomy", "errors", "likelihood", "memory", "plan", "quantization", "seeds"},
+    "calibration": {"anatomy", "errors", "likelihood", "processes"},
+    "pruning": {"adapters", "anatomy", "calibration", "errors", "memory", "plan", "quantization", "seeds"},
     "pricing": {"adapters", "anatomy", "memory", "plan", "pruning", "quantization"},
     "allocation": {
-        "adapters", "anatomy", "errors", "files", "likelihood", "plan", "pricing", "pruning", "quantization", "schema",
-        "seeds",
+        "adapters", "anatomy", "calibration", "errors", "files", "likelihood", "plan", "pricing", "pruning",
+        "quantization", "schema", "seeds",
     },
     "checkpoint": {
         "anatomy", "errors", "files", "folder_manifest", "memory", "plan", "pretrained", "pruning", "quantization",

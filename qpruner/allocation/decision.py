@@ -11,11 +11,11 @@ from qpruner.allocation.items import Granularity, Item
 from qpruner.allocation.mutual_information import MutualInformationConfig
 from qpruner.allocation.sensitivities import Measure, Sensitivities
 from qpruner.allocation.solving import Choice, exact, greedy, total_cost
+from qpruner.calibration.text import CalibrationConfig
 from qpruner.errors import UserError
 from qpruner.files import write_json
 from qpruner.plan import CompressionPlan, Precision
 from qpruner.pricing import Price
-from qpruner.pruning.calibration import CalibrationConfig
 from qpruner.schema import read_as
 
 TRIFLE = 1e-6

@@ -9,19 +9,15 @@ Shapes: L layers, S sequences over all processes, T tokens, B sequences of a mic
 
 import math
 import warnings
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
-from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from qpruner.allocation.mutual_information import Estimate, MutualInformationConfig, estimate
-from qpruner.anatomy import decoder_blocks
+from qpruner.calibration.blocks import BlockRunner, block_runner
+from qpruner.calibration.text import Calibration
 from qpruner.errors import UserError
-from qpruner.likelihood import Head, hidden_states
-from qpruner.pruning.calibration import Calibration
 from qpruner.seeds import derive_seed
 
 
@@ -54,32 +50,29 @@ def observe(model: Any, calibration: Calibration, config: MutualInformationConfi
     Raises:
         UserError: too few samples; outputs or logits that are not finite, with the first layer that has them.
     """
-    blocks = decoder_blocks(model)
-    device = next(model.parameters()).device
-    own = sum(batch.tokens.numel() for batch in calibration.batches)
+    processes = calibration.processes
+    here = sum(batch.tokens.numel() for batch in calibration.batches)
     # A process without micro-batches does not know their length.
-    count = int(calibration.reduce(torch.tensor([own], dtype=torch.float64, device=device)))
+    count = int(processes.reduce(torch.tensor([here], dtype=torch.float64, device=processes.device)))
     config.check_samples(count)
-    shape = len(blocks) + 1, calibration.num_sequences, count // calibration.num_sequences
-    samples = torch.zeros(shape, dtype=torch.float64, device=device)
-
-    def keep(place: Tensor, module: nn.Module, inputs: Any, output: Any) -> None:
-        place.copy_(_summary(output[0] if isinstance(output, tuple) else output, config))
-
-    with _evaluating(model), torch.no_grad():
-        for batch in calibration.batches:
-            places = samples[:, batch.first : batch.first + len(batch.tokens)]  # [L + 1, B, T]
-            with ExitStack() as hooks, calibration.forward_context():
-                for place, block in zip(places, blocks, strict=False):
-                    hooks.enter_context(block.register_forward_hook(partial(keep, place)))
-                hidden = hidden_states(model, batch.tokens.to(device))
-                places[-1] = _predictions(Head.of(model), hidden, config)
-    samples = calibration.reduce(samples).flatten(1).cpu()
+    with block_runner(model, calibration) as runner:
+        num_layers = len(runner.blocks)
+        shape = num_layers + 1, calibration.num_sequences, count // calibration.num_sequences
+        samples = torch.zeros(shape, dtype=torch.float64, device=processes.device)
+        rows = [slice(batch.first, batch.first + len(batch.tokens)) for batch in calibration.batches]
+        states = runner.embed()
+        for number in range(num_layers):
+            for place, output in enumerate(runner.outputs(number, states)):
+                samples[number, rows[place]] = _summary(output, config).double()
+                states[place] = output.cpu()
+        for place, hidden in enumerate(states):
+            samples[-1, rows[place]] = _predictions(runner, hidden, config)
+    samples = processes.reduce(samples).flatten(1).cpu()
     finite = samples.isfinite().all(1)
     if not finite.all():
         first = int(finite.int().argmin())
         raise UserError(
-            f"The {f'output of layer {first}' if first < len(blocks) else 'logits'} on the calibration text (counted "
+            f"The {f'output of layer {first}' if first < num_layers else 'logits'} on the calibration text (counted "
             f"from 0) holds values that are not finite. Use --model.dtype bfloat16 or float32, or an undamaged model."
         )
     return samples[:-1], samples[-1].long() if config.prediction == "argmax" else samples[-1]
@@ -97,10 +90,11 @@ def _summary(output: Tensor, config: MutualInformationConfig) -> Tensor:
             return output.amax(-1)
 
 
-def _predictions(head: Head, hidden: Tensor, config: MutualInformationConfig) -> Tensor:
+@torch.no_grad()
+def _predictions(runner: BlockRunner, hidden: Tensor, config: MutualInformationConfig) -> Tensor:
     """The most probable token at each position, or the logarithm of its probability; nan where logits are broken."""
-    positions = hidden.flatten(0, 1)
-    parts = [_prediction(head(positions[part]), config) for part in head.chunks(positions)]
+    positions = runner.last(hidden).flatten(0, 1)
+    parts = [_prediction(runner.logits(positions[part]), config) for part in runner.head.chunks(positions)]
     return torch.cat(parts).view(hidden.shape[:2])  # [B, T]
 
 
@@ -130,15 +124,3 @@ def _warn_of_chance(
             f"estimator neighbours.",
             stacklevel=3,
         )
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode, after which each module is in its own again."""
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True

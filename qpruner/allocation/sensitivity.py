@@ -7,7 +7,8 @@ else as it was, M. Over the positions t of the calibration text
     loss(i, b) = mean_t [log p_M(x_t+1 | t) - log p_M(i,b)(x_t+1 | t)].
 
 That the sum of such rises over items tells how good a plan is holds for small rounding errors (Malinovskii et al.,
-HIGGS, 2024, arXiv:2411.17525, theorem 1). Cost: one forward pass for each item and precision.
+HIGGS, 2024, arXiv:2411.17525, theorem 1). Cost: for each item and
+precision a forward pass through the item's block and those after it, and through the head.
 
 **First order** (Li et al., LLM-MQ, 2023): the loss rises by about ``|sum g (Q_b(W) - W)|``, with g the gradient of the
 calibration loss and the true rounding error of b. Cost: one backward pass. At the end of a training the gradient is
@@ -15,6 +16,7 @@ noise around zero, and the sign of the product with it; what is left is of the r
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -22,10 +24,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from qpruner.allocation.items import Item
+from qpruner.calibration.blocks import BlockRunner, block_runner
+from qpruner.calibration.gradients import gradient_sums
+from qpruner.calibration.text import Calibration, micro_batches
 from qpruner.errors import UserError
-from qpruner.likelihood import Head, hidden_states
+from qpruner.likelihood import LOGITS_AT_ONCE, Head
 from qpruner.plan import DENSE, Precision
-from qpruner.pruning.calibration import Calibration, gradient_sums
 from qpruner.quantization.bank import Bank
 
 
@@ -48,26 +52,14 @@ def measured_rises(
     Raises:
         UserError: a rise is not finite.
     """
-    device, was_training = next(model.parameters()).device, model.training
-    sums = torch.zeros(2, len(items), len(precisions), dtype=torch.float64, device=device)
-    model.eval()
-    head = Head.of(model)
-    for batch in calibration.batches:
-        tokens = batch.tokens.to(device)
-        with calibration.forward_context():
-            reference = hidden_states(model, tokens)
-        for row, item in enumerate(items):
-            names = item.linears(model)
-            for column, precision in enumerate(precisions):
-                bank.place_(model, names, precision)
-                with calibration.forward_context():
-                    kl, rise = _distances(head, hidden_states(model, tokens), reference, tokens)
-                # Means over each sequence, so that batches of any size add up to the mean over all sequences.
-                sums[0, row, column] += kl.mean(1).sum()
-                sums[1, row, column] += rise[:, :-1].mean(1).sum()
-            bank.place_(model, names, DENSE)
-    model.train(was_training)
-    kl, loss = calibration.reduce(sums).cpu() / calibration.num_sequences
+    processes = calibration.processes
+    sums = torch.zeros(2, len(items), len(precisions), dtype=torch.float64, device=processes.device)
+    words: int = Head.of(model).linear.out_features  # type: ignore[assignment]
+    for shared in calibration.batches:
+        for batch in micro_batches(shared.tokens, LOGITS_AT_ONCE // words, shared.first):
+            with block_runner(model, replace(calibration, batches=[batch])) as runner:
+                sums += _rises(runner, batch.tokens.to(processes.device), bank, items, precisions)
+    kl, loss = processes.reduce(sums).cpu() / calibration.num_sequences
     for number, item in enumerate(items):
         if not (kl[number].isfinite().all() and loss[number].isfinite().all()):
             raise UserError(
@@ -98,22 +90,58 @@ def first_order_rises(
     return torch.stack(totals).abs().cpu()
 
 
-def _distances(head: Head, changed: Tensor, reference: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
-    """KL to the reference at each position, and the rise of the loss of the token after it.
+def _rises(
+    runner: BlockRunner, tokens: Tensor, bank: Bank, items: Sequence[Item], precisions: Sequence[Precision]
+) -> Tensor:
+    """Sums over the sequences of one micro-batch of their mean rises.
+
+    What enters each block of the dense model is kept, so that for an item only its own block and those after it work.
+
+    Returns:
+        [2, items, precisions] in float64, of KL and of loss.
+    """
+    entering = runner.embed()
+    for number in range(len(runner.blocks)):
+        entering.extend(runner.outputs(number, entering[-1:]))
+    last = runner.last(entering.pop()).flatten(0, 1)
+    reference = torch.cat([_log_probabilities(runner, last[part]) for part in runner.head.chunks(last)])  # [B T, V]
+    sums = torch.zeros(2, len(items), len(precisions), dtype=torch.float64, device=tokens.device)
+    for row, item in enumerate(items):
+        names = item.linears(runner.model)
+        for column, precision in enumerate(precisions):
+            bank.place_(runner.model, names, precision)
+            hidden = entering[item.layer]
+            for number in range(item.layer, len(runner.blocks)):
+                hidden = runner.call(number, 0, hidden)
+            kl, rise = _distances(runner, hidden, reference, tokens)
+            # Means over each sequence, so that batches of any size add up to the mean over all sequences.
+            sums[0, row, column] = kl.mean(1).sum()
+            sums[1, row, column] = rise[:, :-1].mean(1).sum()
+        bank.place_(runner.model, names, DENSE)
+    return sums
+
+
+def _log_probabilities(runner: BlockRunner, last: Tensor) -> Tensor:
+    """Of every word at each position, in float32."""  # [N, V]
+    return F.log_softmax(runner.logits(last).float(), dim=-1)
+
+
+def _distances(runner: BlockRunner, hidden: Tensor, reference: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
+    """KL to the model before a change at each position, and the rise of the loss of the token after it.
 
     Args:
-        head: of both.
-        changed: hidden states [B, T, H].
-        reference: hidden states [B, T, H] of the model before the change.
+        runner: on the changed model.
+        hidden: what its last block gives, [B, T, H].
+        reference: log-probabilities [B T, V] before the change.
         tokens: [B, T].
 
     Returns:
         Two tensors [B, T] in float64; at the last position of a row, which predicts no token, the rise means nothing.
     """
-    changed, reference, targets = changed.flatten(0, 1), reference.flatten(0, 1), tokens.roll(-1, 1).flatten()
+    last, targets = runner.last(hidden).flatten(0, 1), tokens.roll(-1, 1).flatten()
     kl, rise = (torch.empty(len(targets), dtype=torch.float64, device=tokens.device) for _ in range(2))
-    for part in head.chunks(changed):
-        after, before = (F.log_softmax(head(states[part]).float(), dim=-1) for states in (changed, reference))
+    for part in runner.head.chunks(last):
+        after, before, target = _log_probabilities(runner, last[part]), reference[part], targets[part, None]
         kl[part] = F.kl_div(after, before, log_target=True, reduction="none").sum(-1).double()
-        rise[part] = (before - after).gather(1, targets[part, None]).squeeze(1).double()
+        rise[part] = (before.gather(1, target) - after.gather(1, target)).squeeze(1).double()
     return kl.view(tokens.shape), rise.view(tokens.shape)

@@ -15,8 +15,7 @@ and without data or without gradients
     wanda                        sum of |w| |x|, x the inputs that w meets (arXiv 2306.11695, summed over a unit)
     random                       uniform in [0, 1)
 
-Scores accumulate over micro-batches: g is then the part of the gradient that comes from a micro-batch, so the absolute
-values make ``param_first`` and ``param_mix`` depend on the size of the micro-batches; the others do not.
+g and F are those of the whole text, however it was cut to pass through the model.
 """
 
 from typing import Literal, get_args
@@ -40,8 +39,8 @@ SECOND_ORDER: tuple[GradientCriterion, ...] = ("param_second", "param_mix")
 def element_scores(
     criterion: GradientCriterion,
     weight: Tensor,  # [out, in]
-    gradient: Tensor,  # [out, in], of the micro-batch, divided by the number of all sequences
-    squared: Tensor | None,  # [out, in], sum of squared gradients of its sequences, divided likewise
+    gradient: Tensor,  # [out, in], of the mean loss over all sequences
+    squared: Tensor | None,  # [out, in], mean of the squared gradients of each sequence's loss
 ) -> Tensor:
     """What each weight adds to the score of its unit; signed for ``vectorize``."""  # [out, in]
     first = weight * gradient

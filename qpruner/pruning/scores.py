@@ -8,8 +8,10 @@ import torch
 from torch import Tensor
 
 from qpruner.anatomy import Coupled, decoder_layers
+from qpruner.calibration.gradients import gradient_sums
+from qpruner.calibration.norms import input_norms
+from qpruner.calibration.text import Calibration
 from qpruner.errors import UserError
-from qpruner.pruning.calibration import Calibration, gradient_sums, input_norms
 from qpruner.pruning.criteria import (
     GRADIENT_CRITERIA,
     SECOND_ORDER,

@@ -12,7 +12,7 @@ from torch.utils.hooks import RemovableHandle
 
 from qpruner.adapters.lora import adapter_on
 from qpruner.anatomy import decoder_layers
-from qpruner.pruning.calibration import weight_gradient
+from qpruner.calibration.gradients import weight_gradient
 
 
 class WeightGradients:

@@ -4,8 +4,7 @@ import threading
 import warnings
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
-from types import SimpleNamespace
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -16,8 +15,9 @@ from torch import Tensor, nn
 from qpruner.allocation import observation
 from qpruner.allocation.mutual_information import MutualInformationConfig, mutual_information
 from qpruner.allocation.observation import layer_information, observe
+from qpruner.calibration.text import Calibration
 from qpruner.errors import UserError
-from qpruner.pruning.calibration import Calibration, micro_batches
+from qpruner.processes import Processes
 
 S, T = 6, 20
 CONFIG = MutualInformationConfig()
@@ -25,9 +25,10 @@ FAMILIES = pytest.mark.parametrize("family", ["llama", "qwen2", "gemma2"])
 QUIET = pytest.mark.filterwarnings("ignore:In . of . layers most of the mutual information is chance")
 
 
-def calibration(size: int | None = 4, tokens: Tensor | None = None) -> Calibration:
+def calibration(size: int = 4, tokens: Tensor | None = None, **changes: Any) -> Calibration:
+    """Text in micro-batches of some sequences, of one process unless told."""
     tokens = random_tokens(S, T) if tokens is None else tokens
-    return Calibration(micro_batches(tokens, size), len(tokens), nullcontext, lambda total: total)
+    return Calibration.share(tokens, replace(Processes.alone(), **changes), size * tokens.shape[1])
 
 
 def naive(model: Any) -> tuple[Tensor, Tensor]:
@@ -46,8 +47,8 @@ def hooks_of(model: nn.Module) -> int:
 
 @FAMILIES
 @pytest.mark.parametrize("summary", ["mean", "norm", "max"])
-@pytest.mark.parametrize("size", [None, 4, 1])
-def test_samples_are_those_of_the_hidden_states(family: str, summary: Any, size: int | None) -> None:
+@pytest.mark.parametrize("size", [S, 4, 1])
+def test_samples_are_those_of_the_hidden_states(family: str, summary: Any, size: int) -> None:
     model = tiny_model(family)
     hidden, logits = naive(model)
     expected = {"mean": hidden.mean(-1), "norm": hidden.square().sum(-1).sqrt(), "max": hidden.max(-1).values}[summary]
@@ -74,9 +75,9 @@ def test_information_is_that_of_each_layers_samples(family: str, estimator: Any,
     assert len(set(found)) > 1
 
 
-def in_processes(shares: list[list[Any]], act: Callable[[Calibration], Any]) -> list[Any]:
+def in_processes(count: int, size: int, act: Callable[[Calibration], Any]) -> list[Any]:
     """What each of some processes finds, here threads that meet to sum."""
-    meet, brought = threading.Barrier(len(shares), timeout=30), [torch.empty(0)] * len(shares)
+    meet, brought = threading.Barrier(count, timeout=30), [torch.empty(0)] * count
 
     def run(rank: int) -> Any:
         def reduce(total: Tensor) -> Tensor:
@@ -86,21 +87,19 @@ def in_processes(shares: list[list[Any]], act: Callable[[Calibration], Any]) -> 
             meet.wait()
             return result
 
-        return act(Calibration(shares[rank], S, nullcontext, reduce))
+        return act(calibration(size, world_size=count, rank=rank, reduce=reduce))
 
-    with ThreadPoolExecutor(len(shares)) as pool:
-        return list(pool.map(run, range(len(shares))))
+    with ThreadPoolExecutor(count) as pool:
+        return list(pool.map(run, range(count)))
 
 
 @pytest.mark.parametrize(("size", "processes"), [(1, 2), (2, 2), (4, 2), (4, 3)])  # 4: two micro-batches, 4 and 2
 @pytest.mark.parametrize("prediction", ["argmax", "log_probability"])
 def test_the_number_of_processes_does_not_matter(size: int, processes: int, prediction: Any) -> None:
     config = MutualInformationConfig(prediction=prediction)
-    batches = micro_batches(random_tokens(S, T), size)
     outputs, predictions = observe(tiny_model("llama"), calibration(size), config)
     model = tiny_model("llama")
-    shares = [batches[rank::processes] for rank in range(processes)]
-    for found in in_processes(shares, lambda given: observe(copy.deepcopy(model), given, config)):
+    for found in in_processes(processes, size, lambda given: observe(copy.deepcopy(model), given, config)):
         assert torch.equal(found[0], outputs)
         assert torch.equal(found[1], predictions)
 
@@ -108,19 +107,17 @@ def test_the_number_of_processes_does_not_matter(size: int, processes: int, pred
 @QUIET
 def test_each_micro_batch_passes_once() -> None:
     model, rows = tiny_model("llama"), []
-    with model.model.register_forward_pre_hook(
-        lambda _, args, given: rows.append(given["input_ids"]), with_kwargs=True
-    ):
-        layer_information(model, calibration(4), CONFIG)
-    assert [len(tokens) for tokens in rows] == [4, 2]
-    assert torch.equal(torch.cat(rows), random_tokens(S, T))
+    for number, block in enumerate(model.model.layers):
+        block.register_forward_pre_hook(lambda _, args, number=number: rows.append((number, len(args[0]))))
+    layer_information(model, calibration(4), CONFIG)
+    # Recorded once for each micro-batch, then block by block.
+    passes = [(number, size) for number in range(LAYERS) for size in (4, 2)]
+    assert rows == sorted(passes, key=lambda one: -one[1]) + passes
 
 
 def test_the_model_computes_in_the_given_context_without_gradients() -> None:
     model, types = tiny_model("llama"), []
-    given = Calibration(
-        micro_batches(random_tokens(S, T), 4), S, lambda: torch.autocast("cpu", torch.bfloat16), lambda x: x
-    )
+    given = calibration(4, forward_context=lambda: torch.autocast("cpu", torch.bfloat16))
     with model.lm_head.register_forward_hook(
         lambda _, args, output: types.append((output.dtype, output.requires_grad))
     ):
@@ -169,52 +166,9 @@ def test_an_error_in_the_pass_leaves_the_model_as_it_was() -> None:
 
 def test_too_little_text_is_found_before_the_pass(monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny_model("llama")
-    monkeypatch.setattr(model, "forward", lambda **_: pytest.fail("the model ran"))
+    monkeypatch.setattr(model.model, "forward", lambda **_: pytest.fail("the model ran"))
     with pytest.raises(UserError, match="at least 32 samples, not 24"):
         observe(model, calibration(tokens=random_tokens(2, 12)), CONFIG)
-
-
-class Block(nn.Module):
-    def forward(self, hidden: Tensor) -> tuple[Tensor, None]:
-        return hidden + 1, None
-
-
-class Trunk(nn.Module):
-    """Blocks that give tuples, on hidden states that are the token's number."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.layers = nn.ModuleList([Block(), Block()])
-        self.scale = nn.Parameter(torch.ones(4))
-
-    def forward(self, input_ids: Tensor, attention_mask: None, use_cache: bool) -> Any:
-        hidden = input_ids[..., None] * self.scale
-        for block in self.layers:
-            hidden, _ = block(hidden)
-        return SimpleNamespace(last_hidden_state=hidden)
-
-
-class Tuples(nn.Module):
-    """A model of such a trunk, with a head that finds token k likeliest where the hidden states are k."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.config = SimpleNamespace(model_type="llama", get_text_config=SimpleNamespace)
-        self.base_model = self.model = Trunk()
-        self.head = nn.Linear(4, 110)
-        words = torch.arange(110.0)
-        self.head.weight.data = torch.stack([2 * words] + [0 * words] * 3, 1)
-        self.head.bias.data = -words.square()
-
-    def get_output_embeddings(self) -> nn.Module:
-        return self.head
-
-
-def test_blocks_may_give_tuples() -> None:
-    tokens = random_tokens(S, T)
-    outputs, predictions = observe(Tuples(), calibration(4, tokens), CONFIG)
-    assert torch.equal(outputs, torch.stack([tokens + 1, tokens + 2]).flatten(1).double())
-    assert torch.equal(predictions, tokens.flatten() + 2)
 
 
 def given_samples(monkeypatch: pytest.MonkeyPatch, outputs: Tensor, predictions: Tensor) -> list[str]:

@@ -13,9 +13,9 @@ from torch import Tensor
 
 from qpruner.allocation.items import Item, items_of
 from qpruner.allocation.sensitivity import first_order_rises, measured_rises
+from qpruner.calibration.text import Calibration
 from qpruner.errors import UserError
 from qpruner.plan import DENSE, UNITS, Precision
-from qpruner.pruning.calibration import Calibration, micro_batches
 from qpruner.quantization.apply import LoftQSettings
 from qpruner.quantization.bank import fill
 from qpruner.quantization.formats import quantize_dequantize
@@ -68,8 +68,8 @@ def assert_close(found: Tensor, expected: Tensor) -> None:
 
 
 @FAMILIES
-@pytest.mark.parametrize("size", [None, 4, 1])
-def test_measured_rises_are_those_of_models_quantized_by_hand(family: str, size: int | None) -> None:
+@pytest.mark.parametrize("size", [S, 4, 1])
+def test_measured_rises_are_those_of_models_quantized_by_hand(family: str, size: int) -> None:
     model = frozen(family)
     kl, loss = measured_rises(model, bank_of(model), SOME, BOTH, calibration(size))
     expected_kl, expected_loss = naive(model, SOME)
@@ -109,7 +109,7 @@ def test_what_is_measured_is_the_weight_in_the_bank() -> None:
 
 @pytest.mark.parametrize(("size", "processes"), [(1, 2), (4, 2), (4, 3)])
 def test_the_number_of_processes_does_not_matter(size: int, processes: int) -> None:
-    model, batches = frozen(), micro_batches(random_tokens(S, T), size)
+    model = frozen()
     expected = measured_rises(model, bank_of(model), BLOCKS, BOTH, calibration(size))
     gradients = first_order_rises(model, bank_of(model), BLOCKS, BOTH, calibration(size))
 
@@ -118,7 +118,7 @@ def test_the_number_of_processes_does_not_matter(size: int, processes: int) -> N
         bank = bank_of(own)
         return *measured_rises(own, bank, BLOCKS, BOTH, given), first_order_rises(own, bank, BLOCKS, BOTH, given)
 
-    found = in_processes([batches[rank::processes] for rank in range(processes)], act)
+    found = in_processes(processes, size, act)
     for tensors in found:
         for tensor, one in zip(tensors, (*expected, gradients), strict=True):
             torch.testing.assert_close(tensor, one, rtol=1e-6, atol=1e-9)
@@ -144,12 +144,12 @@ def test_the_model_is_left_as_it_was(training: bool) -> None:
 
 def test_the_model_computes_in_the_given_context() -> None:
     model, types = frozen(), []
-    given = Calibration(calibration(4).batches, S, lambda: torch.autocast("cpu", torch.bfloat16), lambda total: total)
+    given = calibration(4, forward_context=lambda: torch.autocast("cpu", torch.bfloat16))
     with model.lm_head.register_forward_hook(
         lambda _, args, output: types.append((output.dtype, output.requires_grad))
     ):
         measured_rises(model, bank_of(model), SOME, [NF4], given)
-    assert types == [(torch.bfloat16, False)] * 2 * 2 * len(SOME)  # before and after, in two micro-batches
+    assert types == [(torch.bfloat16, False)] * 2 * (1 + len(SOME))  # in two micro-batches, before once and after each
 
 
 def plain_first_order(model: Any, item: Item, weight_of: Any) -> Tensor:
@@ -163,8 +163,8 @@ def plain_first_order(model: Any, item: Item, weight_of: Any) -> Tensor:
 
 
 @FAMILIES
-@pytest.mark.parametrize("size", [None, 4, 1])
-def test_first_order_is_the_product_of_gradient_and_rounding_error(family: str, size: int | None) -> None:
+@pytest.mark.parametrize("size", [S, 4, 1])
+def test_first_order_is_the_product_of_gradient_and_rounding_error(family: str, size: int) -> None:
     model = frozen(family)
     found = first_order_rises(model, bank_of(model), [*SOME, BLOCKS[1]], BOTH, calibration(size))
     expected = [

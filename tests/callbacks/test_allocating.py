@@ -17,6 +17,7 @@ from qpruner.allocation.decision import Allocation, DecidingConfig
 from qpruner.allocation.mutual_information import MutualInformationConfig
 from qpruner.allocation.sensitivities import Sensitivities
 from qpruner.anatomy import architecture_of
+from qpruner.calibration.text import CalibrationConfig
 from qpruner.callbacks import MixedPrecisionQuantization, PlannedPruning, StructuredPruning
 from qpruner.callbacks.compression import Compression, Rehearsal
 from qpruner.datamodules import StoriesDataModule
@@ -25,7 +26,6 @@ from qpruner.folder_manifest import read_manifest
 from qpruner.memory import tensor_bytes
 from qpruner.model_folder import build_skeleton, load_compressed, read_base_config
 from qpruner.plan import DENSE, CompressionPlan, Precision
-from qpruner.pruning.calibration import CalibrationConfig
 from qpruner.pruning.selection import SelectionConfig
 from qpruner.quantization.formats import dequantize
 from qpruner.records.folder import RunFolder

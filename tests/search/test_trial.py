@@ -12,13 +12,13 @@ from tiny_search import finetuner, predictions, pruning, quantization, search_of
 from qpruner.adapters.lora import LoRAConfig
 from qpruner.allocation.budget import Budget
 from qpruner.allocation.decision import DecidingConfig
+from qpruner.calibration.text import CalibrationConfig
 from qpruner.callbacks import MixedPrecisionQuantization
 from qpruner.compressed import CompressedModel, State
 from qpruner.errors import UserError
 from qpruner.model_folder import build_skeleton, read_base_config
 from qpruner.pretrained import load_model
 from qpruner.pricing import price
-from qpruner.pruning.calibration import CalibrationConfig
 from qpruner.quantization.apply import LoftQSettings
 from qpruner.records.search import SearchResults
 from qpruner.search.config import SearchConfig

@@ -2,8 +2,8 @@ import copy
 import math
 import weakref
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
-from typing import Any
+from dataclasses import replace
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -12,8 +12,11 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 from qpruner.anatomy import Coupled, decoder_layers
+from qpruner.calibration.gradients import gradient_sums
+from qpruner.calibration.norms import input_norms
+from qpruner.calibration.text import Calibration
 from qpruner.errors import UserError
-from qpruner.pruning.calibration import Calibration, gradient_sums, input_norms, micro_batches
+from qpruner.processes import Processes
 from qpruner.pruning.criteria import GradientCriterion, element_scores, sum_by_unit
 
 N, T, VOCAB = 6, 9, 40
@@ -60,8 +63,9 @@ def sequences(count: int = N) -> Tensor:
     return torch.randint(VOCAB, (count, T), generator=torch.Generator().manual_seed(5))
 
 
-def calibration(tokens: Tensor, size: int | None = None) -> Calibration:
-    return Calibration(micro_batches(tokens, size), len(tokens), nullcontext, lambda total: total)
+def calibration(tokens: Tensor, size: int = N, **changes: Any) -> Calibration:
+    """Text in micro-batches of some sequences, of one process unless told."""
+    return Calibration.share(tokens, replace(Processes.alone(), **changes), size * T)
 
 
 def coupled_weights(model: Any) -> dict[str, Coupled]:
@@ -176,10 +180,10 @@ def test_single_precision_is_enough() -> None:
     assert_close(weight_gradients(model, calibration(tokens)), autograd_gradients(model, tokens), 1e-5)
 
 
-@pytest.mark.parametrize("size", [None, 4, 1])
+@pytest.mark.parametrize("size", [N, 4, 1])
 @FAMILIES
 @pytest.mark.usefixtures("exact")
-def test_squared_gradients_are_those_of_each_sequence_alone(family: str, size: int | None) -> None:
+def test_squared_gradients_are_those_of_each_sequence_alone(family: str, size: int) -> None:
     model, tokens = build(family), sequences()
     alone = [autograd_gradients(model, one[None]) for one in tokens]
     expected = {name: sum(one[name].square() for one in alone) / N for name in alone[0]}
@@ -201,8 +205,8 @@ def test_gradients_and_squared_gradients_come_together() -> None:
 
 
 @pytest.mark.usefixtures("exact")
-@pytest.mark.parametrize("criterion", ["vectorize", "param_second"])
-def test_signed_and_second_order_sums_do_not_depend_on_the_micro_batch(criterion: GradientCriterion) -> None:
+@pytest.mark.parametrize("criterion", get_args(GradientCriterion))
+def test_scores_do_not_depend_on_the_micro_batch(criterion: GradientCriterion) -> None:
     model, tokens = build(), sequences()
     whole = unit_sums(model, calibration(tokens), criterion)
     for size in (1, 2, 4):
@@ -210,28 +214,17 @@ def test_signed_and_second_order_sums_do_not_depend_on_the_micro_batch(criterion
 
 
 @pytest.mark.usefixtures("exact")
-@pytest.mark.parametrize("size", [1, 4, 6])
-def test_first_order_is_the_sum_over_micro_batches(size: int) -> None:
+def test_first_order_is_the_product_of_weight_and_gradient() -> None:
     model, tokens = build(), sequences()
     parts = coupled_weights(model)
-    expected = {name: torch.zeros(part.num_units) for name, part in parts.items()}
-    for batch in tokens.split(size):
-        for name, gradient in autograd_gradients(model, batch).items():
-            each = (parts[name].linear.weight * gradient * len(batch) / N).abs()
-            expected[name] += torch.stack(
-                [block.sum() for block in each.split(parts[name].width, dim=parts[name].axis)]
-            )
-    assert_close(unit_sums(model, calibration(tokens, size), "param_first"), expected, 1e-12)
-
-
-@pytest.mark.usefixtures("exact")
-def test_first_order_is_at_least_vectorize_and_grows_with_fewer_together() -> None:
-    model, tokens = build(), sequences()
+    expected = {}
+    for name, gradient in autograd_gradients(model, tokens).items():
+        each = (parts[name].linear.weight * gradient).abs()
+        expected[name] = torch.stack([block.sum() for block in each.split(parts[name].width, dim=parts[name].axis)])
+    found = unit_sums(model, calibration(tokens, 4), "param_first")
+    assert_close(found, expected, 1e-12)
     signed = unit_sums(model, calibration(tokens, 4), "vectorize")
-    together, apart = (unit_sums(model, calibration(tokens, size), "param_first") for size in (None, 1))
-    for name in signed:
-        assert (together[name] > signed[name].abs()).all()
-        assert (apart[name] > together[name]).all()
+    assert all((found[name] > signed[name].abs()).all() for name in signed)
 
 
 @pytest.mark.usefixtures("exact")
@@ -259,7 +252,7 @@ def test_gradient_checkpointing_changes_nothing(reentrant: bool, criterion: Grad
     calls: list[int] = []
     with model.model.layers[0].self_attn.q_proj.register_forward_hook(lambda *_: calls.append(1)):
         assert_close(unit_sums(model, given, criterion), expected, 1e-12)
-    assert len(calls) == 2 * 2  # two micro-batches, and for each a second forward pass
+    assert len(calls) == 2 * 2  # two micro-batches, forward and again for the backward pass
 
 
 def hooks_of(model: nn.Module) -> int:
@@ -316,16 +309,16 @@ def test_each_gradient_is_used_once_and_gone_before_the_next(per_sequence: bool)
 
     sizes = dict.fromkeys(linears, 1)
     gradient_sums(model, linears, calibration(sequences(), 4), consume, sizes=sizes, per_sequence=per_sequence)
-    assert sorted(seen) == sorted([*linears, *linears])  # two micro-batches
+    assert sorted(seen) == sorted(linears)  # of two micro-batches together
     assert {name[0] for name in seen[:7]} == {"1"}  # from the last layer down
     assert all(one() is None for one in alive)
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
-@pytest.mark.parametrize("size", [None, 2])
+@pytest.mark.parametrize("size", [N, 2])
 @pytest.mark.parametrize("criterion", ["vectorize", "param_mix"])
 def test_the_sequence_whose_gradient_is_not_finite_is_named(
-    value: float, size: int | None, criterion: GradientCriterion
+    value: float, size: int, criterion: GradientCriterion
 ) -> None:
     model, tokens = build(), sequences().clamp(max=VOCAB - 2)
     tokens[3, 4] = VOCAB - 1
@@ -338,16 +331,14 @@ def test_the_sequence_whose_gradient_is_not_finite_is_named(
 
 def shared_between_two(tokens: Tensor, size: int, act: Callable[[Calibration], dict[str, Tensor]]) -> dict[str, Tensor]:
     """What the second of two processes finds, each of which had every other micro-batch."""
-    batches = micro_batches(tokens, size)
     of_first: list[Tensor] = []
 
     def remember(total: Tensor) -> Tensor:
         of_first.append(total.clone())
         return total
 
-    act(Calibration(batches[0::2], len(tokens), nullcontext, remember))
-    assert {total.dtype for total in of_first} == {torch.float64}
-    return act(Calibration(batches[1::2], len(tokens), nullcontext, lambda total: total + of_first.pop(0)))
+    act(calibration(tokens, size, world_size=2, rank=0, reduce=remember))
+    return act(calibration(tokens, size, world_size=2, rank=1, reduce=lambda total: total + of_first.pop(0)))
 
 
 @pytest.mark.usefixtures("exact")
@@ -362,13 +353,16 @@ def test_two_processes_sum_to_one(criterion: GradientCriterion) -> None:
 @pytest.mark.usefixtures("exact")
 def test_a_process_without_micro_batches_adds_nothing() -> None:
     model = build()
-    nothing = Calibration([], N, nullcontext, lambda total: total)
-    assert all(not total.any() for total in unit_sums(model, nothing, "vectorize").values())
+    nothing = Calibration([], N, Processes.alone())
+    for criterion in ("vectorize", "param_mix"):
+        sums = unit_sums(model, nothing, criterion)
+        assert list(sums) == list(coupled_weights(model)) and not any(total.any() for total in sums.values())
+    assert not any(norm.any() for norm in input_norms(model, linears_of(model), nothing).values())
 
 
 def test_a_bad_sequence_of_another_process_is_reported_here_too() -> None:
     model, tokens = build(), sequences()
-    given = Calibration(micro_batches(tokens, 2), N, nullcontext, lambda total: total * math.nan)
+    given = calibration(tokens, 2, reduce=lambda total: total * math.nan)
     with pytest.raises(UserError, match="of another process"):
         unit_sums(model, given, "vectorize")
 
@@ -387,7 +381,7 @@ def test_input_norms_are_those_of_what_the_linears_receive() -> None:
     for handle in handles:
         handle.remove()
     expected = {name: torch.linalg.norm(inputs.flatten(0, 1), dim=0) for name, inputs in seen.items()}
-    for size in (None, 4, 1):
+    for size in (N, 4, 1):
         assert_close(input_norms(model, linears, calibration(tokens, size)), expected, 1e-12)
     two = shared_between_two(tokens, 2, lambda given: input_norms(model, linears, given))
     assert_close(two, expected, 1e-12)
@@ -395,32 +389,20 @@ def test_input_norms_are_those_of_what_the_linears_receive() -> None:
 
 def test_the_model_computes_in_the_given_context() -> None:
     model, tokens = build(), sequences()
-    entered: list[int] = []
-
-    class Context(nullcontext):
-        def __enter__(self) -> None:
-            entered.append(1)
-
-    given = Calibration(micro_batches(tokens, 4), N, Context, lambda total: total)
+    given = calibration(tokens, 4, forward_context=lambda: torch.autocast("cpu", torch.bfloat16))
+    types: list[torch.dtype] = []
+    hooked = [*linears_of(model).values(), model.lm_head]
+    handles = [linear.register_forward_hook(lambda _, args, output: types.append(output.dtype)) for linear in hooked]
     unit_sums(model, given, "vectorize")
-    assert len(entered) == 2
+    assert types == [torch.bfloat16] * 2 * (3 * 7 + 1)  # micro-batches; the first block twice, the last; the head
+    types.clear()
     input_norms(model, linears_of(model), given)
-    assert len(entered) == 4
+    assert types == [torch.bfloat16] * 2 * 2 * 7
+    for handle in handles:
+        handle.remove()
 
 
 def test_autocast_gives_gradients_in_single_precision() -> None:
     model, tokens = build(), sequences()
-    given = Calibration(
-        micro_batches(tokens, None), N, lambda: torch.autocast("cpu", torch.bfloat16), lambda total: total
-    )
+    given = calibration(tokens, forward_context=lambda: torch.autocast("cpu", torch.bfloat16))
     assert_close(weight_gradients(model, given), autograd_gradients(model, tokens), 0.1)
-
-
-def test_micro_batches_are_cut_in_order() -> None:
-    tokens = sequences()
-    cut = micro_batches(tokens, 4)
-    assert [(batch.first, len(batch.tokens)) for batch in cut] == [(0, 4), (4, 2)]
-    assert torch.equal(torch.cat([batch.tokens for batch in cut]), tokens)
-    for size in (None, N, 100):
-        (whole,) = micro_batches(tokens, size)
-        assert whole.first == 0 and torch.equal(whole.tokens, tokens)

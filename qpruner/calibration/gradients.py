@@ -1,0 +1,165 @@
+"""Gradients of the weights of a model's linears over calibration text, those of one block at a time.
+
+No weight requires a gradient. While a block runs backward, the inputs of each linear and the gradient at its output
+make the gradient of its weight, summed over all micro-batches and then over all processes. It is given away when the
+block is done and forgotten, so that above weights, kept states and the activations of one block there are never more
+than the gradients of one block, and what is made of them does not depend on how the text was cut. The gradient of each
+sequence alone comes out of the same pass.
+
+Shapes: B sequences of a micro-batch, T tokens, H hidden size.
+"""
+
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qpruner.calibration.blocks import BlockRunner, block_runner, linears_within, watching_gradients
+from qpruner.calibration.text import Calibration, micro_batches
+from qpruner.errors import UserError
+from qpruner.likelihood import nll_of_targets
+from qpruner.processes import Processes
+
+Consume = Callable[[str, Tensor, Tensor | None], Tensor]
+
+
+def gradient_sums(
+    model: Any,
+    linears: dict[str, nn.Linear],
+    calibration: Calibration,
+    consume: Consume,
+    *,
+    sizes: dict[str, int],
+    per_sequence: bool,
+) -> dict[str, Tensor]:
+    """What is made of the gradient of each linear's weight; the same on all processes.
+
+    Args:
+        model: its weights stay frozen.
+        linears: linears within the model's blocks, by name.
+        calibration: this process's share of the text.
+        consume: makes a tensor [size], in float64, of a linear's name, the gradient of its weight [out, in] in float32
+            (of the mean loss over all sequences of all processes) and the mean over these sequences of their squared
+            gradients [out, in] (None unless ``per_sequence``). It is called once for each linear, from the last block
+            to the first.
+        sizes: number of elements of these tensors, by linear.
+        per_sequence: whether squared gradients are wanted.
+
+    Raises:
+        UserError: a gradient is not finite; the sequence is named.
+    """
+    made = _made_of_gradients(model, linears, calibration, consume, per_sequence)
+    assert all(made[name].shape == (size,) for name, size in sizes.items())
+    if not _finite(made):
+        _complain_of_gradients(model, linears, calibration, consume, per_sequence)
+    return made
+
+
+def _made_of_gradients(
+    model: Any, linears: dict[str, nn.Linear], calibration: Calibration, consume: Consume, per_sequence: bool
+) -> dict[str, Tensor]:
+    made: dict[str, Tensor] = {}
+    with block_runner(model, calibration) as runner:
+        entering = [runner.embed()]
+        for number in range(len(runner.blocks) - 1):
+            entering.append([output.cpu() for output in runner.outputs(number, entering[-1])])
+        slope: Callable[[int, Tensor], Tensor] = partial(_slope_of_loss, runner)
+        for number in reversed(range(len(runner.blocks))):
+            members = linears_within(runner.blocks[number], linears)
+            gradients = _BlockGradients(per_sequence)
+            with watching_gradients(members, gradients.add):
+                slopes = [at_input.cpu() for at_input in runner.backward(number, entering.pop(), slope)]
+            slope = partial(_slope_after, slopes)
+            for name, linear in members.items():
+                made[name] = consume(name, *gradients.take(name, linear, calibration))
+    return {name: made[name] for name in linears}
+
+
+def _slope_of_loss(runner: BlockRunner, place: int, output: Tensor) -> Tensor:
+    """The gradient at what the last block gives, of the sum over sequences of each one's mean loss."""  # [B, T, H]
+    with torch.enable_grad():
+        leaf = output.requires_grad_()
+        before_targets = runner.last(leaf)[:, :-1]
+        targets = runner.batches[place].tokens[:, 1:].to(output.device)
+        with runner.context():
+            nll = nll_of_targets(runner.head, before_targets.flatten(0, 1), targets.flatten())
+        (slope,) = torch.autograd.grad(nll.view(targets.shape).mean(1).sum(), leaf)
+    return slope
+
+
+def _slope_after(slopes: list[Tensor], place: int, output: Tensor) -> Tensor:
+    """The gradient at what a block gives, as the block after it found it."""  # [B, T, H]
+    return slopes[place]
+
+
+class _BlockGradients:
+    """Gradients of the weights of one block's linears, summed over micro-batches."""
+
+    def __init__(self, per_sequence: bool) -> None:
+        self._per_sequence = per_sequence
+        self._sums: dict[str, tuple[Tensor, Tensor | None]] = {}
+
+    def add(self, name: str, inputs: Tensor, at_output: Tensor) -> None:
+        gradient, squared = weight_gradient(at_output, inputs, self._per_sequence)
+        if name in self._sums:
+            earlier, earlier_squared = self._sums[name]
+            gradient += earlier
+            if squared is not None and earlier_squared is not None:
+                squared += earlier_squared
+        self._sums[name] = gradient, squared
+
+    def take(self, name: str, linear: nn.Linear, calibration: Calibration) -> tuple[Tensor, Tensor | None]:
+        """Means over all sequences of all processes: of gradients, and of squared ones."""
+        processes = calibration.processes
+        if name in self._sums:
+            gradient, squared = self._sums.pop(name)
+        else:  # this process has no micro-batch
+            gradient = torch.zeros(linear.out_features, linear.in_features, device=processes.device)
+            squared = torch.zeros_like(gradient) if self._per_sequence else None
+        share = calibration.num_sequences
+        return processes.reduce(gradient) / share, None if squared is None else processes.reduce(squared) / share
+
+
+def weight_gradient(at_output: Tensor, inputs: Tensor, per_sequence: bool) -> tuple[Tensor, Tensor | None]:
+    """Gradient of a linear's weight, and the sum over sequences of its square, in float32."""  # [out, in]
+    at_output, inputs = at_output.float(), inputs.float()  # [B, T, out], [B, T, in]
+    if not per_sequence:
+        return at_output.flatten(0, 1).T @ inputs.flatten(0, 1), None
+    gradient = torch.zeros(at_output.shape[-1], inputs.shape[-1], device=inputs.device)
+    squared = torch.zeros_like(gradient)
+    for one_output, one_input in zip(at_output, inputs, strict=True):
+        one = one_output.T @ one_input
+        gradient += one
+        squared += one.square_()
+    return gradient, squared
+
+
+def _finite(tensors: dict[str, Tensor]) -> bool:
+    return all(bool(tensor.isfinite().all()) for tensor in tensors.values())
+
+
+def _complain_of_gradients(
+    model: Any, linears: dict[str, nn.Linear], calibration: Calibration, consume: Consume, per_sequence: bool
+) -> None:
+    """Runs the sequences of this process one by one, to name the first whose gradient is not finite."""
+    broken = [name for name, parameter in model.named_parameters() if not parameter.isfinite().all()]
+    remedy = (
+        f"{broken[0]} of the base model holds values that are not finite. Load an undamaged model."
+        if broken
+        else "use --model.dtype bfloat16 or float32, or leave its text out."
+    )
+    alone = Processes.alone(calibration.processes.device, calibration.processes.forward_context)
+    for batch in calibration.batches:
+        for sequence in micro_batches(batch.tokens, 1, batch.first):
+            given = replace(calibration, batches=[sequence], processes=alone)
+            if not _finite(_made_of_gradients(model, linears, given, consume, per_sequence)):
+                raise UserError(
+                    f"The gradient of calibration sequence {sequence.first} (counted from 0) is not finite: {remedy}"
+                )
+    raise UserError(
+        "The gradient of a calibration sequence of another process, or the sum of several, is not finite: "
+        "use --model.dtype bfloat16 or float32."
+    )
