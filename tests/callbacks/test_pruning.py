@@ -252,5 +252,5 @@ def test_an_unsupported_family_is_named_with_those_that_are_supported(
 ) -> None:
     GPT2LMHeadModel(GPT2Config(vocab_size=2048, n_embd=16, n_layer=1, n_head=2)).save_pretrained(tmp_path)
     load_tokenizer(EMBEDDED).save_pretrained(tmp_path)
-    with pytest.raises(UserError, match=r"'gpt2' cannot be pruned; llama, .*gemma2 can.*qpruner/anatomy.py"):
+    with pytest.raises(UserError, match=r"'gpt_neox' cannot be pruned; llama, .*gpt2 can.*qpruner/anatomy/families.py"):
         fit(finetuner(tmp_path, lora=LoRAConfig(target_modules=["c_fc"])), stories, StructuredPruning(**PRUNING))

@@ -138,7 +138,7 @@ def test_two_units_by_hand() -> None:
         (0, "code", [1 / 10**0.5, 3 / 10**0.5]),
         (1, "code", [1, 0]),
     ):
-        part = Coupled("q", nn.Linear(2, 2), axis, 1)
+        part = Coupled("q", nn.Linear(2, 2), axis, 1, 2)
         scores = unit_scores(part, torch.ones(2, 2), adapter, None, variant)  # type: ignore[arg-type]
         assert scores.tolist() == pytest.approx(expected)
 
