@@ -23,7 +23,7 @@ TORCH, ALL = "import torch", "import torch, lightning, transformers, peft"
 EMBEDDED = "qpruner/stories"
 DENSE_PLAN = f"""
 from qpruner.anatomy import architecture_of
-from qpruner.checkpoint import read_base_config
+from qpruner.model_folder import read_base_config
 from qpruner.plan import CompressionPlan
 import pathlib, sys
 CompressionPlan.dense(architecture_of(read_base_config("{EMBEDDED}")), None).write(pathlib.Path(sys.argv[1]))

@@ -1,12 +1,10 @@
 """Decides in a fit which bits a budget buys, and leaves what it found in the run folder."""
 
-import hashlib
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from lightning.pytorch import Trainer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from qpruner.allocation.budget import Budget
@@ -16,14 +14,13 @@ from qpruner.allocation.observation import layer_information
 from qpruner.allocation.sensitivities import Rises, Sensitivities
 from qpruner.allocation.sensitivity import first_order_rises, measured_rises
 from qpruner.callbacks.calibration import calibration_of
-from qpruner.callbacks.compression import Rehearsal
-from qpruner.datamodules.base import TokenDataModule
+from qpruner.callbacks.compression import CompressionJob, Rehearsal
 from qpruner.files import hash_json
 from qpruner.plan import DENSE, UNITS, CompressionPlan, Precision
 from qpruner.pricing import Price, price_narrowed
+from qpruner.quantization.apply import LoftQSettings
 from qpruner.quantization.bank import Bank, fill, fill_folder
 from qpruner.runs.folder import RunFolder
-from qpruner.training.module import LoRAFinetuner
 
 
 @dataclass(frozen=True)
@@ -62,29 +59,25 @@ class Allocator:
             dense_size = rehearsal.model.dtype.itemsize
             affordable(plan, items, self.precisions, self.budget, dense_size=dense_size, price_of=price_of)
 
-    def allocate(
-        self, trainer: Trainer, module: LoRAFinetuner, plan: CompressionPlan, folder: RunFolder | None
-    ) -> tuple[CompressionPlan, Bank | None]:
+    def allocate(self, job: CompressionJob, plan: CompressionPlan) -> tuple[CompressionPlan, Bank | None]:
         """The plan that the budget buys, and the bank that sensitivities were measured with, if any.
 
         Args:
-            trainer: of the fit.
-            module: with its base pruned and dense.
-            plan: of the base; its tables have their precision.
-            folder: of the run, for what is found.
+            job: the model, pruned and dense, and what may be used for it.
+            plan: plan of the model; its tables have their precision.
 
         Raises:
             UserError: the budget is below the cheapest plan, or too little calibration text.
         """
         items = self._items(plan)
-        targets = module.lora.target_modules
+        network = job.model.network
 
         def price_of(plan: CompressionPlan) -> Price:
-            return price_narrowed(module.model, plan, rank=module.lora.r, targets=targets)
+            return price_narrowed(network, plan, rank=job.lora.r, targets=job.lora.target_modules)
 
-        dense_size = module.model.dtype.itemsize
+        dense_size = network.dtype.itemsize
         affordable(plan, items, self.precisions, self.budget, dense_size=dense_size, price_of=price_of)
-        sensitivities, bank = self._sensitivities(trainer, module, plan, items, folder)
+        sensitivities, bank = self._sensitivities(job, plan, items)
         decided, allocation = decide(
             plan,
             items,
@@ -99,88 +92,89 @@ class Allocator:
         if allocation.above_dearest:
             rank_zero_warn(f"The budget of {self.budget} is above the dearest plan, which is taken.")
         rank_zero_info(str(allocation))
-        if folder is not None and trainer.is_global_zero:
-            allocation.write(folder.allocation)
+        if job.folder is not None and job.processes.is_first:
+            allocation.write(job.folder.allocation)
         return decided, bank
 
     def _items(self, plan: CompressionPlan) -> list[Item]:
         return items_of(plan.architecture.num_layers, self.config.granularity, self.config.leave_alone)
 
     def _sensitivities(
-        self,
-        trainer: Trainer,
-        module: LoRAFinetuner,
-        plan: CompressionPlan,
-        items: Sequence[Item],
-        folder: RunFolder | None,
+        self, job: CompressionJob, plan: CompressionPlan, items: Sequence[Item]
     ) -> tuple[Sensitivities | None, Bank | None]:
-        """Those that an earlier session of the run has found, else new ones; what rank zero has, on all ranks."""
+        """Those that an earlier session of the run has measured, else new ones; what rank zero has, on all ranks."""
         if self.method == "uniform":
             return None, None
-        made_from = self._origin(trainer, module, plan)
+        job.keep()
+        made_from = self._origin(job)
+        processes, folder, network = job.processes, job.folder, job.model.network
         stored = None
-        if folder is not None and trainer.is_global_zero and folder.sensitivities.exists():
+        if folder is not None and processes.is_first and folder.sensitivities.exists():
             stored = Sensitivities.read(folder.sensitivities)
-        stored = trainer.strategy.broadcast(stored)
+        stored = processes.broadcast(stored)
         if stored is not None and hash_json(stored.made_from) == hash_json(made_from):
             rank_zero_info("The sensitivities that this run has found before are used again.")
-            return stored, self.bank(trainer, module, plan, folder) if self.method == "sensitivity" else None
+            return stored, self.bank(job, plan) if self.method == "sensitivity" else None
         bank = None
-        calibration = calibration_of(trainer, module, self.config.calibration, f"allocation: {self.method}")
+        calibration = calibration_of(
+            network, job.data, self.config.calibration, processes, f"allocation: {self.method}"
+        )
         if self.method == "mutual_information":
-            information = layer_information(module.model, calibration, self.config.mutual_information)
-            found = Sensitivities(made_from, mutual_information=tuple(information))
+            information = layer_information(network, calibration, self.config.mutual_information)
+            measured = Sensitivities(made_from, mutual_information=tuple(information))
         else:
-            bank = self.bank(trainer, module, plan, folder)
+            bank = self.bank(job, plan)
             precisions = [precision for precision in self.precisions if precision != DENSE]
-            kl, loss = measured_rises(module.model, bank, items, precisions, calibration)
-            first_order = first_order_rises(module.model, bank, items, precisions, calibration)
+            kl, loss = measured_rises(network, bank, items, precisions, calibration)
+            first_order = first_order_rises(network, bank, items, precisions, calibration)
             rows = zip(items, kl.tolist(), loss.tolist(), first_order.tolist(), strict=True)
             rises = tuple(Rises(item, *map(tuple, row)) for item, *row in rows)
-            found = Sensitivities(made_from, precisions=tuple(precisions), rises=rises)
-        found = trainer.strategy.broadcast(found)
-        if folder is not None and trainer.is_global_zero:
-            found.write(folder.sensitivities)
-        return found, bank
+            measured = Sensitivities(made_from, precisions=tuple(precisions), rises=rises)
+        measured = processes.broadcast(measured)
+        if folder is not None and processes.is_first:
+            measured.write(folder.sensitivities)
+        return measured, bank
 
-    def bank(self, trainer: Trainer, module: LoRAFinetuner, plan: CompressionPlan, folder: RunFolder | None) -> Bank:
+    def bank(self, job: CompressionJob, plan: CompressionPlan) -> Bank:
         """Every unit that is decided on, in every width; in the folder of the run if there is one."""
-        settings, device = module.loftq_settings(self.loftq_iterations), trainer.strategy.root_device
+        settings, device = self._loftq(job), job.processes.device
         layers = sorted({item.layer for item in self._items(plan)})
-        if folder is None:
-            return fill(module.model, self.precisions, settings, layers=layers, device=device)
+        if job.folder is None:
+            return fill(job.model.network, self.precisions, settings, layers=layers, device=device)
+        job.keep()
         return fill_folder(
-            folder.bank,
-            module.model,
+            job.folder.bank,
+            job.model.network,
             self.precisions,
             settings,
-            plan=plan,
+            base=job.model.identity,
             layers=layers,
             device=device,
-            rank=trainer.global_rank,
-            world_size=trainer.world_size,
-            barrier=trainer.strategy.barrier,
+            rank=job.processes.rank,
+            world_size=job.processes.world_size,
+            barrier=job.processes.barrier,
         )
 
-    def _origin(self, trainer: Trainer, module: LoRAFinetuner, plan: CompressionPlan) -> dict[str, Any]:
-        """What sensitivities are found from."""
-        data: Any = trainer.datamodule  # type: ignore[attr-defined]
-        loftq = module.loftq_settings(self.loftq_iterations)
-        kept = plan.with_precision([dict.fromkeys(UNITS, DENSE)] * len(plan.layers)).to_json()
+    def _loftq(self, job: CompressionJob) -> LoftQSettings | None:
+        return LoftQSettings.of(job.lora, self.loftq_iterations, job.seed)
+
+    def _origin(self, job: CompressionJob) -> dict[str, Any]:
+        """What sensitivities are measured on: the base, by the hash of the folder that keeps it, text, and options."""
+        loftq = self._loftq(job)
         return {
             "method": self.method,
-            "plan_sha256": hashlib.sha256(kept.encode()).hexdigest(),
-            "text_sha256": data.fingerprint()["train"]["sha256"] if isinstance(data, TokenDataModule) else None,
-            "text_seed": data.seed if isinstance(data, TokenDataModule) else None,
+            "base": job.model.identity,
+            "text_sha256": job.data and job.data.fingerprint()["train"]["sha256"],
+            "text_seed": job.data and job.data.seed,
             "calibration": asdict(self.config.calibration),
             "mutual_information": asdict(self.config.mutual_information),
             "granularity": self.config.granularity,
             "leave_alone": list(self.config.leave_alone),
             "precisions": [asdict(precision) for precision in self.precisions],
             "loftq": None if loftq is None else asdict(loftq),
-            "dtype": str(module.model.dtype),
-            "computed_in": str(trainer.precision),
-            "seed": module.seed,
+            "dtype": str(job.model.network.dtype),
+            "computed_in": job.processes.precision,
+            "seed": job.seed,
         }
 
 

@@ -3,22 +3,26 @@
 from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from pathlib import Path
+from typing import Any, ClassVar
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from qpruner.adapters.lora import LoRAConfig, target_linears
 from qpruner.anatomy import architecture_of
+from qpruner.callbacks.processes import processes_of
+from qpruner.compressed import CompressedModel, State
 from qpruner.datamodules.base import TokenDataModule
 from qpruner.errors import UserError
+from qpruner.folder_manifest import Step
 from qpruner.memory import num_parameters
 from qpruner.plan import CompressionPlan
+from qpruner.processes import Processes
 from qpruner.pruning.rounds import check_ratio, round_to, supplies
 from qpruner.pruning.selection import SelectionConfig, local_widths
 from qpruner.pruning.surgery import narrow_
-from qpruner.quantization.packed import PackedLinear
 from qpruner.runs.folder import RunFolder
-from qpruner.training.module import LoRAFinetuner
+from qpruner.training.holding import HoldsModel, expect_holder
 
 
 @dataclass
@@ -66,13 +70,42 @@ class Rehearsal:
             self.exact = False
 
 
-class Compression(Callback):
-    """Compresses the base of a `LoRAFinetuner` at the start of a fit or in its course."""
+@dataclass(frozen=True)
+class CompressionJob:
+    """What a callback compresses, and what it may use for that; the same from a Trainer and without one.
 
-    leaves: ClassVar[Literal["pruned", "quantized", "pruned in training"]]
-    """Name of the stage in which it leaves the model."""
+    Args:
+        model: the model, without adapters, in the memory of the CPU or of the device.
+        data: where calibration text comes from; None where there is none.
+        processes: those that work on the model together.
+        lora: the adapters that the model is going to have.
+        seed: seed of all random draws.
+        folder: folder of the run, for what is measured; None where there is no run.
+        keep_in: folder of the run that keeps the base, also one whose compression has further to go.
+    """
+
+    model: CompressedModel
+    data: TokenDataModule | None
+    processes: Processes
+    lora: LoRAConfig
+    seed: int
     folder: RunFolder | None = None
-    """Of the run, where it leaves what it found; nowhere when there is none."""
+    keep_in: Path | None = None
+
+    def keep(self) -> None:
+        """Writes a base that was changed to the folder that keeps it, so that what is measured on it can name it."""
+        if self.model.identity is None and self.keep_in is not None:
+            if self.processes.is_first:
+                self.model.keep(self.keep_in, tokenizer=getattr(self.data, "tokenizer", None))
+            self.processes.barrier()
+            self.model.is_kept_in(self.keep_in)
+
+
+class Compression(Callback):
+    """Compresses the model of a LightningModule at the start of a fit or in its course."""
+
+    folder: RunFolder | None = None
+    """Folder of the run, where it leaves what it measured; nowhere when there is none."""
 
     @property
     @abstractmethod
@@ -104,21 +137,25 @@ class Compression(Callback):
             UserError: it is.
         """
 
-    def begin(self, trainer: Trainer, pl_module: LightningModule) -> LoRAFinetuner:
-        """The module, with its base loaded, found to be one that the callbacks of the fit can compress."""
-        if not isinstance(pl_module, LoRAFinetuner):
-            raise TypeError(f"Compression acts on a LoRAFinetuner, not on a {type(pl_module).__name__}.")
-        check_order(trainer.callbacks)  # type: ignore[attr-defined]
-        pl_module.load_base()
-        return pl_module
+    @property
+    def step(self) -> Step:
+        """What it does, as the recipe of the model tells it."""
+        return Step(name=type(self).__name__, options=self.options)
 
-    def check_unadapted(self, module: LoRAFinetuner) -> None:
+    def begin(self, trainer: Trainer, pl_module: LightningModule) -> HoldsModel:
+        """The module, with its base loaded, found to be one that the callbacks of the fit can compress."""
+        module = expect_holder(pl_module)
+        check_order(trainer.callbacks)  # type: ignore[attr-defined]
+        module.load_base()
+        return module
+
+    def check_unadapted(self, model: CompressedModel) -> None:
         """Makes sure that the base has no adapters yet.
 
         Raises:
             UserError: it has.
         """
-        if module.adapted:
+        if model.state is State.ADAPTED:
             raise UserError(
                 f"{type(self).__name__} compresses a base before it gets adapters, and this module has them already. "
                 f"Make a new LoRAFinetuner for the fit."
@@ -135,23 +172,47 @@ class CompressionInSetup(Compression):
     fit of the run left is made one dense base before.
     """
 
-    @abstractmethod
-    def is_done(self, module: LoRAFinetuner) -> bool:
-        """Whether the base is already as this callback would leave it."""
+    leaves: ClassVar[State]
+    """State in which it leaves the model."""
 
     @abstractmethod
-    def compress(self, trainer: Trainer, module: LoRAFinetuner) -> None:
-        """Compresses the base, the same on all devices."""
+    def compress(self, job: CompressionJob) -> None:
+        """Compresses the model, the same on all processes."""
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if stage != "fit":
             return
         module = self.begin(trainer, pl_module)
         module.merge_inherited()
-        if not self.is_done(module):
-            self.check_unadapted(module)
-            check_dense(module)
-            self.compress(trainer, module)
+        model = module.compressed
+        if not self.is_done(model):
+            self.check_unadapted(model)
+            check_dense(model)
+            data = trainer.datamodule  # type: ignore[attr-defined]
+            data = data if isinstance(data, TokenDataModule) else None
+            self.compress(
+                CompressionJob(
+                    model,
+                    data,
+                    processes_of(trainer),
+                    module.lora,
+                    module.seed,
+                    folder=self.folder,
+                    keep_in=None if self.folder is None else module.kept_in,
+                )
+            )
+            model.record(self.step)
+
+    def is_done(self, model: CompressedModel) -> bool:
+        """Whether the base is already as this callback would leave it, or further."""
+        return ORDER.index(model.base_state) >= ORDER.index(self.leaves)
+
+
+ORDER = [State.DENSE, State.MERGED, State.PRUNED, State.QUANTIZED]
+
+
+class CompressionInTraining(Compression):
+    """Compresses the base while its adapters train, and changes its shapes at the end of the fit."""
 
 
 def check_order(callbacks: Sequence[Callback]) -> None:
@@ -160,8 +221,8 @@ def check_order(callbacks: Sequence[Callback]) -> None:
     Raises:
         UserError: it does not.
     """
-    stages = [callback.leaves for callback in callbacks if isinstance(callback, Compression)]
-    order = ["pruned", "quantized", "pruned in training"]
+    stages = [_stage(callback) for callback in callbacks if isinstance(callback, Compression)]
+    order = [State.PRUNED.value, State.QUANTIZED.value, "pruned in training"]
     if stages != [stage for stage in order if stage in stages]:
         raise UserError(
             f"The callbacks leave the base {', then '.join(stages)}; a fit prunes at most once, then quantizes at most "
@@ -170,14 +231,18 @@ def check_order(callbacks: Sequence[Callback]) -> None:
         )
 
 
-def check_dense(module: LoRAFinetuner) -> None:
+def _stage(callback: Compression) -> str:
+    return callback.leaves.value if isinstance(callback, CompressionInSetup) else "pruned in training"
+
+
+def check_dense(model: CompressedModel) -> None:
     """Makes sure that the weights of the base are not packed.
 
     Raises:
         UserError: they are.
     """
-    if any(isinstance(part, PackedLinear) for part in module.model.modules()):
+    if model.has_packed_weights():
         raise UserError(
-            f"The base {module.base!r} is quantized already; packed weights can be neither scored nor quantized again. "
+            f"The base {model.base!r} is quantized already; packed weights can be neither scored nor quantized again. "
             f"Give the model that it was made from, or `qpruner merge` its run first."
         )

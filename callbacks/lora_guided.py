@@ -13,8 +13,9 @@ from torch import Tensor
 
 from qpruner.adapters.lora import LoRAConfig, is_target
 from qpruner.anatomy import family_of
-from qpruner.callbacks.compression import Compression, Rehearsal, check_dense
+from qpruner.callbacks.compression import CompressionInTraining, Rehearsal, check_dense
 from qpruner.callbacks.pruning_event import PruningEvent
+from qpruner.compressed import State
 from qpruner.errors import UserError
 from qpruner.pruning.gradual import GradualPruning, agreement
 from qpruner.pruning.lora_guided import MovingAverage, Variant, score_adapted
@@ -23,10 +24,10 @@ from qpruner.pruning.schedule import CubicSchedule
 from qpruner.pruning.scores import LayerScores
 from qpruner.pruning.selection import SelectionConfig
 from qpruner.pruning.weight_gradients import WeightGradients
-from qpruner.training.module import LoRAFinetuner
+from qpruner.training.holding import HoldsModel, expect_holder
 
 
-class LoRAGuidedPruning(Compression):
+class LoRAGuidedPruning(CompressionInTraining):
     """Removes KV groups and FFN channels while LoRA trains, by the adapters' own gradients (LoRAPrune, 2305.18403).
 
     At every optimizer step up to the last event each unit is scored from the adapters' weights and clipped gradients
@@ -50,8 +51,6 @@ class LoRAGuidedPruning(Compression):
         UserError: a ratio that no legal widths reach, an unsupported model family, adapters on no linear of a kind of
             unit, a schedule longer than the fit, or no step before an event whose gradients are finite.
     """
-
-    leaves = "pruned in training"
 
     def __init__(
         self,
@@ -113,18 +112,19 @@ class LoRAGuidedPruning(Compression):
         if stage != "fit":
             return
         module = self.begin(trainer, pl_module)
-        self.check_unadapted(module)
-        if module.plan is None:
-            check_dense(module)
+        model = module.compressed
+        self.check_unadapted(model)
+        if model.base_state is State.DENSE:
+            check_dense(model)
         if self.criterion == "gradient" and trainer.precision == "16-mixed":
             raise UserError(
                 "With criterion gradient the gradients of weights would be those of a scaled loss under "
                 "--trainer.precision 16-mixed. Use bf16-mixed or 32-true, or criterion lora."
             )
-        self._check_targets(module.model, module.lora)
-        self.gradual = GradualPruning.of(module.model, self.ratio, self.selection)
-        self._before = Size.of(module.model)
-        self._asked = asked_for(self.ratio, module.model, self.selection)
+        self._check_targets(model.network, module.lora)
+        self.gradual = GradualPruning.of(model.network, self.ratio, self.selection)
+        self._before = Size.of(model.network)
+        self._asked = asked_for(self.ratio, model.network, self.selection)
         zeros = [
             LayerScores(*(torch.zeros(n, dtype=torch.float64) for n in (supply.kv_groups, supply.ffn_channels)))
             for supply in self.gradual.dense
@@ -137,16 +137,18 @@ class LoRAGuidedPruning(Compression):
         self._observing = ExitStack()
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        module = _expect(pl_module)
-        if module.masks is None:  # else they come from a checkpoint
-            module.mask([(list(range(s.kv_groups)), list(range(s.ffn_channels))) for s in self.gradual.dense])
+        module = expect_holder(pl_module)
+        if module.compressed.masks is None:  # else they come from a checkpoint
+            module.compressed.mask(
+                [(list(range(s.kv_groups)), list(range(s.ffn_channels))) for s in self.gradual.dense]
+            )
         if self._share == 1:  # resumed in the cool-down
             return
         observer = partial(self._observe, trainer, module)
         module.after_clipping.append(observer)
         self._observing.callback(module.after_clipping.remove, observer)
         if self.criterion == "gradient":
-            self._weights = WeightGradients(module.model.get_base_model())
+            self._weights = WeightGradients(module.compressed.network.get_base_model())
             self._observing.callback(self._weights.remove)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -156,13 +158,13 @@ class LoRAGuidedPruning(Compression):
         self._total_steps = int(steps)
         self._step = trainer.global_step
 
-    def _observe(self, trainer: Trainer, module: LoRAFinetuner, finite: bool) -> None:
+    def _observe(self, trainer: Trainer, module: HoldsModel, finite: bool) -> None:
         """Scores the units from the gradients of an optimizer step."""
         gradients = None
         if self._weights is not None:
             gradients = self._weights.take(lambda one: trainer.strategy.reduce(one, reduce_op="mean"))
         if finite:
-            self._average.add(score_adapted(module.model.get_base_model(), self.variant, gradients))
+            self._average.add(score_adapted(module.compressed.network.get_base_model(), self.variant, gradients))
         else:
             self._average.skipped += 1
 
@@ -172,7 +174,7 @@ class LoRAGuidedPruning(Compression):
         if trainer.global_step != self._step:
             self._step = trainer.global_step
             if self.schedule.is_event(self._step, self._total_steps):
-                self._prune(trainer, _expect(pl_module), self.schedule.share(self._step, self._total_steps))
+                self._prune(trainer, expect_holder(pl_module), self.schedule.share(self._step, self._total_steps))
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._share < 1:
@@ -180,23 +182,24 @@ class LoRAGuidedPruning(Compression):
                 f"The fit ended after {trainer.global_step} of {self._total_steps} optimizer steps, before its pruning "
                 f"schedule did. What is left to prune is pruned now."
             )
-            self._prune(trainer, _expect(pl_module), 1.0)
+            self._prune(trainer, expect_holder(pl_module), 1.0)
 
-    def _prune(self, trainer: Trainer, module: LoRAFinetuner, share: float) -> None:
+    def _prune(self, trainer: Trainer, module: HoldsModel, share: float) -> None:
         """Masks the units that are not to stay at a share of the way."""
         if self._average.steps == 0:
             raise UserError(
                 f"The gradients of all {self._average.skipped} steps so far were not finite, so that nothing says "
                 f"which units matter. Use --trainer.precision bf16-mixed or 32-true, or a lower --model.optimizer.lr."
             )
-        assert module.masks is not None
+        masks = module.compressed.masks
+        assert masks is not None
         scores = [LayerScores(one.kv_groups.cpu(), one.ffn_channels.cpu()) for one in self._average.scores]
-        alive = module.masks.kept
+        alive = masks.kept
         kept = trainer.strategy.broadcast(self.gradual.keep(scores, alive, share))
         same = None
         if self._last_scores is not None:
             same = agreement(alive, kept, self.gradual.keep(self._last_scores, alive, share))
-        module.mask(kept)
+        module.compressed.mask(kept)
         self._last_scores, self._share = scores, share
         if share == 1:  # nothing asks for scores any more
             self._observing.close()
@@ -205,12 +208,12 @@ class LoRAGuidedPruning(Compression):
         event.log(trainer.loggers)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        module = _expect(pl_module)
-        assert module.masks is not None
-        keep_in = None if self.folder is None else self.folder.model
-        after, rounded = module.narrow(module.masks.kept, keep_in=keep_in)
-        assert module.plan is not None
-        rank_zero_info(describe(module.plan, self._before, after, self._asked, self.selection.leave_alone))
+        model = expect_holder(pl_module).compressed
+        assert model.masks is not None
+        rounded = model.prune(model.masks.kept)
+        model.record(self.step)
+        after = Size.of(model.network)
+        rank_zero_info(describe(model.known_plan(), self._before, after, self._asked, self.selection.leave_alone))
         if rounded:
             rank_zero_info(
                 f"{len(rounded)} packed linears lost columns that share scales with others and were rounded anew: "
@@ -239,8 +242,3 @@ class LoRAGuidedPruning(Compression):
 
 def _tensors(scores: Sequence[LayerScores]) -> list[tuple[Tensor, Tensor]]:
     return [(one.kv_groups, one.ffn_channels) for one in scores]
-
-
-def _expect(pl_module: LightningModule) -> LoRAFinetuner:
-    assert isinstance(pl_module, LoRAFinetuner)  # found in `setup`
-    return pl_module

@@ -24,4 +24,5 @@ def processes_of(trainer: Trainer) -> Processes:
         reduce=reduce,
         broadcast=strategy.broadcast,
         barrier=strategy.barrier,
+        precision=str(trainer.precision),
     )

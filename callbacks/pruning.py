@@ -4,12 +4,12 @@ import hashlib
 from dataclasses import asdict
 from typing import Any
 
-from lightning.pytorch import Trainer
 from lightning.pytorch.utilities import rank_zero_info
 
 from qpruner.anatomy import architecture_of
 from qpruner.callbacks.calibration import calibration_of
-from qpruner.callbacks.compression import CompressionInSetup, Rehearsal
+from qpruner.callbacks.compression import CompressionInSetup, CompressionJob, Rehearsal
+from qpruner.compressed import State
 from qpruner.datamodules.base import TokenDataModule
 from qpruner.errors import UserError
 from qpruner.plan import CompressionPlan
@@ -19,7 +19,6 @@ from qpruner.pruning.rounds import Size, asked_for, describe, prune_
 from qpruner.pruning.scores import LayerScores, needs_text, score_units
 from qpruner.pruning.selection import Kept, SelectionConfig
 from qpruner.pruning.surgery import apply_pruning_
-from qpruner.training.module import LoRAFinetuner
 
 
 class StructuredPruning(CompressionInSetup):
@@ -42,7 +41,7 @@ class StructuredPruning(CompressionInSetup):
             calibration text, or a gradient that is not finite.
     """
 
-    leaves = "pruned"
+    leaves = State.PRUNED
 
     def __init__(
         self,
@@ -87,41 +86,37 @@ class StructuredPruning(CompressionInSetup):
             "calibration": asdict(self.calibration),
         }
 
-    def is_done(self, module: LoRAFinetuner) -> bool:
-        return module.plan is not None
+    def compress(self, job: CompressionJob) -> None:
+        model = job.model
+        before = Size.of(model.network)
+        asked = asked_for(self.ratio, model.network, self.selection)
+        calibration = self._calibration(job)
 
-    def compress(self, trainer: Trainer, module: LoRAFinetuner) -> None:
-        before = Size.of(module.model)
-        asked = asked_for(self.ratio, module.model, self.selection)
-        module.plan = self.prune(trainer, module)
-        rank_zero_info(describe(module.plan, before, Size.of(module.model), asked, self.selection.leave_alone))
+        def score(network: Any) -> list[LayerScores]:
+            return score_units(network, self.criterion, self.aggregate, calibration, seed=job.seed)
 
-    def prune(self, trainer: Trainer, module: LoRAFinetuner) -> CompressionPlan:
-        """Narrows the module's base in place, the same on all devices."""
-        dense = CompressionPlan.dense(architecture_of(module.model.config), module.base_sha256)
-        calibration = self._calibration(trainer, module)
+        def narrow(kept: Kept) -> None:
+            model.prune(job.processes.broadcast(kept))
 
-        def score(model: Any) -> list[LayerScores]:
-            return score_units(model, self.criterion, self.aggregate, calibration, seed=module.seed)
-
-        def agree(kept: Kept) -> Kept:
-            return trainer.strategy.broadcast(kept)
-
-        return prune_(
-            module.model,
-            dense,
+        prune_(
+            model.network,
+            model.known_plan().architecture,
             ratio=self.ratio,
             rounds=self.rounds,
             selection=self.selection,
             score=score,
-            agree=agree,
+            narrow=narrow,
         )
+        plan = model.known_plan()
+        rank_zero_info(describe(plan, before, Size.of(model.network), asked, self.selection.leave_alone))
 
-    def _calibration(self, trainer: Trainer, module: LoRAFinetuner) -> Calibration | None:
+    def _calibration(self, job: CompressionJob) -> Calibration | None:
         """This device's share of the text, with the model moved to the device; None where no text is needed."""
         if not needs_text(self.criterion):
             return None
-        return calibration_of(trainer, module, self.calibration, f"The criterion {self.criterion!r}")
+        return calibration_of(
+            job.model.network, job.data, self.calibration, job.processes, f"The criterion {self.criterion!r}"
+        )
 
 
 class PlannedPruning(CompressionInSetup):
@@ -133,7 +128,7 @@ class PlannedPruning(CompressionInSetup):
         plan: to carry out.
     """
 
-    leaves = "pruned"
+    leaves = State.PRUNED
 
     def __init__(self, plan: CompressionPlan) -> None:
         self.plan = plan
@@ -151,10 +146,9 @@ class PlannedPruning(CompressionInSetup):
     def options(self) -> dict[str, Any]:
         return {"plan_sha256": hashlib.sha256(self.plan.to_json().encode()).hexdigest()}
 
-    def is_done(self, module: LoRAFinetuner) -> bool:
-        return module.plan is not None
-
-    def compress(self, trainer: Trainer, module: LoRAFinetuner) -> None:
-        before = Size.of(module.model)
-        module.prune(self.plan)
-        rank_zero_info(describe(self.plan, before, Size.of(module.model), "as the plan says", ()))
+    def compress(self, job: CompressionJob) -> None:
+        model = job.model
+        before = Size.of(model.network)
+        self.plan.check(architecture_of(model.network.config), model.base_sha256)
+        model.prune([(list(layer.kv_groups), list(layer.ffn_channels)) for layer in self.plan.layers])
+        rank_zero_info(describe(model.known_plan(), before, Size.of(model.network), "as the plan says", ()))

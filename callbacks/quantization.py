@@ -11,7 +11,8 @@ from qpruner.allocation.budget import Budget
 from qpruner.allocation.decision import DecidingConfig, Method
 from qpruner.anatomy import architecture_of
 from qpruner.callbacks.allocating import Allocator, drop_bank
-from qpruner.callbacks.compression import CompressionInSetup, Rehearsal
+from qpruner.callbacks.compression import CompressionInSetup, CompressionJob, Rehearsal
+from qpruner.compressed import State
 from qpruner.datamodules.base import TokenDataModule
 from qpruner.errors import UserError
 from qpruner.memory import tensor_bytes
@@ -19,7 +20,6 @@ from qpruner.plan import DENSE, UNITS, CompressionPlan, Precision
 from qpruner.quantization.apply import LoftQSettings, check_rank, linear_precisions
 from qpruner.quantization.embedding import table_precisions
 from qpruner.quantization.formats import format_for
-from qpruner.training.module import LoRAFinetuner
 
 Bits = int | Sequence[int] | Mapping[str, int] | Sequence[Mapping[str, int]]
 FourBits = Literal["nf4", "nf4-double", "fp4", "fp4-double"]
@@ -57,7 +57,7 @@ class MixedPrecisionQuantization(CompressionInSetup):
             calibration text, a callback that prunes behind this one, or a LoRA rank above that of a linear.
     """
 
-    leaves = "quantized"
+    leaves = State.QUANTIZED
 
     def __init__(
         self,
@@ -192,23 +192,22 @@ class MixedPrecisionQuantization(CompressionInSetup):
             "loftq_iterations": self.loftq_iterations,
         }
 
-    def is_done(self, module: LoRAFinetuner) -> bool:
-        return module.plan is not None and module.plan.quantized
-
-    def compress(self, trainer: Trainer, module: LoRAFinetuner) -> None:
-        plan = module.plan or CompressionPlan.dense(architecture_of(module.model.config), module.base_sha256)
-        before = tensor_bytes(module.model)
+    def compress(self, job: CompressionJob) -> None:
+        model, device = job.model, job.processes.device
+        plan, bank = model.known_plan(), None
+        before = tensor_bytes(model.network)
         if self.allocator is None:
-            plan, bank = plan.with_precision(self.precision(plan.architecture.num_layers), **self.tables), None
+            plan = plan.with_precision(self.precision(plan.architecture.num_layers), **self.tables)
         else:
             plan = plan.with_precision([dict.fromkeys(UNITS, DENSE)] * len(plan.layers), **self.tables)
-            plan, bank = self.allocator.allocate(trainer, module, plan, self.folder)
-        module.quantize(plan, self.loftq_iterations, device=trainer.strategy.root_device, bank=bank)
+            plan, bank = self.allocator.allocate(job, plan)
+        loftq = LoftQSettings.of(job.lora, self.loftq_iterations, job.seed)
+        model.quantize(plan, loftq, device=device, bank=bank)
         alone = ["norms", *(name for name, precision in self.tables.items() if precision == DENSE)]
         if any(DENSE in layer.precision.values() for layer in plan.layers):
             alone.append("units of 16 bits")
         rank_zero_info(
-            f"Quantized {before:,} to {tensor_bytes(module.model):,} bytes, {module.average_bits:.2f} bits per weight "
+            f"Quantized {before:,} to {tensor_bytes(model.network):,} bytes, {model.average_bits:.2f} bits per weight "
             f"of the decoder linears with scales. Left alone: {', '.join(alone)}."
         )
 

@@ -11,7 +11,10 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_info
 
 from qpruner.allocation.decision import Allocation
-from qpruner.callbacks.compression import Compression
+from qpruner.callbacks.compression import Compression, CompressionInTraining
+from qpruner.callbacks.keep_model import KeepModel
+from qpruner.callbacks.quantization import MixedPrecisionQuantization
+from qpruner.compressed import State
 from qpruner.datamodules.base import TokenDataModule
 from qpruner.memory import num_parameters, peak_meaning, read_peak, reset_peak, tensor_bytes
 from qpruner.runs.allocation import allocation_figure, allocation_section
@@ -61,7 +64,7 @@ class RunReport(Callback):
             record_session(
                 self.folder.manifest,
                 seed=module.seed,
-                base={"name": module.base, "sha256": module.base_sha256},
+                base={"name": module.base, "sha256": module.compressed.base_sha256},
                 phase=self.phase,
                 data=data.fingerprint(),
                 compression=[
@@ -69,7 +72,7 @@ class RunReport(Callback):
                 ],
                 devices=f"{trainer.world_size} x {trainer.strategy.root_device.type}",
             )
-        if module.plan is None:  # else an earlier session has compressed it, and measured it before
+        if module.compressed.base_state is State.DENSE:  # else an earlier session has measured it before
             self.measure(trainer, "dense", seconds=loading)
 
     def _check(self, trainer: Trainer, module: LoRAFinetuner, data: TokenDataModule) -> None:
@@ -104,10 +107,11 @@ class RunReport(Callback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         module, _ = _expect(trainer, pl_module)
-        plan = module.plan
-        if module.starts_from_loftq and any(callback.leaves == "quantized" for callback in compressing(trainer)):
+        plan = module.compressed.plan
+        quantizes = any(isinstance(callback, MixedPrecisionQuantization) for callback in compressing(trainer))
+        if module.compressed.starts_from_loftq and quantizes:
             self.measure(trainer, "quantized + LoftQ")
-        if plan is not None and trainer.is_global_zero:
+        if plan is not None and module.compressed.base_state is not State.DENSE and trainer.is_global_zero:
             plan.write(self.folder.plan)
             if isinstance(trainer.logger, TensorBoardLogger):
                 board = trainer.logger.experiment
@@ -137,16 +141,16 @@ class RunReport(Callback):
     def end(self, trainer: Trainer) -> None:
         """Keeps and measures what the fit made of the model, and ends the run with its last phase."""
         module, _ = _expect(trainer, trainer.lightning_module)
-        leaves = [callback.leaves for callback in compressing(trainer)]
-        name = self._titled("pruned in training" if "pruned in training" in leaves else "recovered")
+        in_training = any(isinstance(callback, CompressionInTraining) for callback in compressing(trainer))
+        name = self._titled("pruned in training" if in_training else "recovered")
         last = self.folder.phase is None
         try:
             stage = self._measure(trainer, name, seconds=self._seconds, peak_training=self._peak)
         except NotFinite as error:  # on all ranks
             raise self._set_aside(trainer, error) from error
-        module.keep_adapters()  # before the run is called finished, and after they were found to work
-        if module.plan is not None and trainer.is_global_zero:
-            module.plan.write(self.folder.plan)
+        KeepModel(self.folder.model, self.folder.model).on_fit_end(trainer, module)  # the Run's, once it is there
+        if (plan := module.compressed.plan) is not None and trainer.is_global_zero:
+            plan.write(self.folder.plan)
         self._add(trainer, stage, last=last)
         if trainer.is_global_zero and last:
             summary = Summary.read(self.folder.summary)
@@ -200,7 +204,8 @@ class RunReport(Callback):
             )
             module.check_results(f"the {name} model on the test split", results)
         return Stage(
-            name, num_parameters(module.model), tensor_bytes(module.model), module.average_bits, results, seconds,
+            name, num_parameters(module.model), tensor_bytes(module.model), module.compressed.average_bits, results,
+            seconds,
             peak_training, read_peak(device),
         )  # fmt: skip
 

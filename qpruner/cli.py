@@ -17,6 +17,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 
 from qpruner.callbacks import (
     Compression,
+    KeepModel,
     LoRAGuidedPruning,
     MeasuredEnd,
     MeasuredStage,
@@ -28,17 +29,18 @@ from qpruner.callbacks import (
     Throughput,
 )
 from qpruner.callbacks.compression import CompressionInSetup, Rehearsal
-from qpruner.checkpoint import (
+from qpruner.commands import COMMANDS
+from qpruner.compressed import State
+from qpruner.datamodules.base import TokenDataModule
+from qpruner.errors import UserError, user_error
+from qpruner.folder_manifest import is_compressed
+from qpruner.memory import num_parameters, peak_meaning, read_peak, reset_peak, tensor_bytes
+from qpruner.model_folder import (
     build_skeleton,
     has_trained_adapters,
     read_plan,
     rehearse_saving,
 )
-from qpruner.commands import COMMANDS
-from qpruner.datamodules.base import TokenDataModule
-from qpruner.errors import UserError, user_error
-from qpruner.folder_manifest import is_compressed
-from qpruner.memory import num_parameters, peak_meaning, read_peak, reset_peak, tensor_bytes
 from qpruner.options.classes import Options
 from qpruner.options.given import config_files, read_arguments, read_file
 from qpruner.options.mistakes import Mistakes, holds_empty_section
@@ -224,12 +226,13 @@ class QPrunerCLI(LightningCLI):
             callbacks = [*callbacks, PredictionsWriter(self.folder.predictions)]
         if self.subcommand == "fit" and not self.rehearses:
             self.model.kept_in = phase.kept_in
+            keep = KeepModel(phase.kept_in, self.folder.model)
             later = [callback for other in self.phases[phase.number :] for callback in other.compressing]
             report = RunReport(self.folder, phase.number, later)
             checkpoint = RunCheckpoint(self.folder.checkpoint, options.run.checkpoint_every_n_steps)
-            callbacks = [report, *_measured(callbacks, report), MeasuredEnd(report), Throughput(), checkpoint]
+            callbacks = [report, *_measured(callbacks, report), keep, MeasuredEnd(report), Throughput(), checkpoint]
         elif self.subcommand in EVALUATING:
-            self.model.follows = next(filter(is_compressed, self.folder.bases), None)
+            self.model.continues_from = next(filter(is_compressed, self.folder.bases), None)
         check_kept(options.trainer, keeps_checkpoint=self.subcommand == "fit" and not self.rehearses)
         with options_told():
             trainer = super().instantiate_trainer(**kwargs, callbacks=callbacks)
@@ -357,7 +360,7 @@ class QPrunerCLI(LightningCLI):
             if self.phase.number == len(self.phases):
                 break
             ckpt_path = None
-            self.model.model = None  # the next phase loads what this one left
+            self.model.release()  # the next phase loads what this one left
             self.trainer = self._enter(self.phases[self.phase.number])
 
     def search(self, model: LoRAFinetuner, datamodule: TokenDataModule, search: SearchConfig) -> None:
@@ -406,7 +409,7 @@ class QPrunerCLI(LightningCLI):
     @property
     def _is_trained(self) -> bool:
         """Whether the model that is evaluated has trained adapters beside it."""
-        return self.model.follows is not None and has_trained_adapters(self.model.follows)
+        return self.model.continues_from is not None and has_trained_adapters(self.model.continues_from)
 
     def _evaluate(
         self, verb: str, split: str, model: LoRAFinetuner, datamodule: TokenDataModule, ckpt_path: str | None
@@ -429,14 +432,15 @@ class QPrunerCLI(LightningCLI):
                 size = num_parameters(model.model), tensor_bytes(model.model)
             results = {key.partition("/")[2]: value for key, value in results.items()}
             seconds = time.perf_counter() - since
-            stages.append(Stage(name, *size, model.average_bits, results, seconds, None, read_peak(device)))
+            stages.append(Stage(name, *size, model.compressed.average_bits, results, seconds, None, read_peak(device)))
 
         checkpoint = self._trained(ckpt_path)
         model.load_dense_base()
         measure("dense")
-        if model.follows is not None:
-            model.load_kept_base(model.follows)
-            measure("quantized" if model.plan and model.plan.quantized else "pruned")
+        if model.continues_from is not None:
+            model.open_base(model.continues_from)
+            if model.compressed.base_state is not State.DENSE:
+                measure("quantized" if model.compressed.base_state is State.QUANTIZED else "pruned")
         if checkpoint or self._is_trained:
             measure("recovered", adapted=True, checkpoint=checkpoint)
         summary = Summary(True, datamodule.protocol, peak_meaning(device), tuple(stages))
@@ -458,7 +462,7 @@ def _measured(callbacks: Sequence[Callback], report: RunReport) -> Iterator[Call
     for callback in callbacks:
         yield callback
         if isinstance(callback, CompressionInSetup):
-            yield MeasuredStage(report, callback.leaves)
+            yield MeasuredStage(report, callback.leaves.value)
 
 
 def elsewhere(command: str) -> dict[str, str]:

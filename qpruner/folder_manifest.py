@@ -1,15 +1,15 @@
-"""The manifest of a compressed model's folder: what was compressed, and the size and SHA-256 of every file."""
+"""The manifest of a compressed model's folder: what was done to which model, and size and SHA-256 of every file."""
 
 import json
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal, NotRequired, TypedDict
 
 from qpruner.errors import UserError, brief, cut
-from qpruner.files import MALFORMED, hash_file, reading
+from qpruner.files import MALFORMED, hash_file, hash_json, reading
 from qpruner.schema import conform
 
-KIND, VERSION = "qpruner model", 1
-MANIFEST, PLAN, CONFIG = "manifest.json", "plan.json", "config.json"
+KIND, VERSION = "qpruner model", 2
+MANIFEST, PLAN, CONFIG, ADAPTER = "manifest.json", "plan.json", "config.json", "adapter"
 COPY_AGAIN = "Copy the folder again, or run the fit that wrote it again."
 
 
@@ -21,11 +21,17 @@ class Entry(TypedDict):
 
 
 class Base(TypedDict):
-    """What the manifest says of the dense model, and of how it was quantized; see `CompressedBase`."""
+    """What the manifest says of the dense model: folder or hub name, and fingerprint."""
 
     name: str
     sha256: str | None
-    loftq_iterations: int
+
+
+class Step(TypedDict):
+    """One thing that was done to a model: by what, with which options."""
+
+    name: str
+    options: dict[str, Any]
 
 
 class Manifest(TypedDict):
@@ -34,7 +40,9 @@ class Manifest(TypedDict):
     Args:
         kind: `KIND`.
         version: `VERSION`.
-        base: what was compressed.
+        base: the dense model.
+        state: how far its compression has come.
+        recipe: what was done to it, in order.
         files: by their path in the folder.
         adapters: whether a fit has trained them; None where there are none.
     """
@@ -42,6 +50,8 @@ class Manifest(TypedDict):
     kind: str
     version: int
     base: Base
+    state: Literal["dense", "pruned", "quantized", "merged"]
+    recipe: list[Step]
     files: dict[str, Entry]
     adapters: NotRequired[Literal["trained", "initial"] | None]
 
@@ -95,8 +105,18 @@ def read_manifest(folder: Path) -> Manifest:
     return manifest
 
 
-def read_checked_manifest(folder: Path) -> Manifest:
+def identity_of(manifest: Manifest) -> str:
+    """The hash by which a base is known: of all that the manifest says of it, whatever adapters lie beside it."""
+    files = {name: entry for name, entry in manifest["files"].items() if not name.startswith(f"{ADAPTER}/")}
+    return hash_json([manifest[key] for key in ("kind", "version", "base", "state", "recipe")] + [files])
+
+
+def read_checked_manifest(folder: Path, *, hashes: bool = True) -> Manifest:
     """The manifest of a folder, after every file that it lists was found to be as it says.
+
+    Args:
+        folder: of a compressed model.
+        hashes: whether the files are read and compared with their hashes, beside their sizes.
 
     Raises:
         UserError: as `read_manifest`, or a file is missing, cut off or altered.
@@ -106,7 +126,7 @@ def read_checked_manifest(folder: Path) -> Manifest:
         path = folder / name
         with reading(path, COPY_AGAIN):  # it may not be ours to read
             size = path.stat().st_size if path.is_file() else None
-            sha256 = hash_file(path) if size == expected["size"] else None
+            sha256 = hash_file(path) if hashes and size == expected["size"] else None
         if size is None:
             raise UserError(
                 f"{str(path)!r} is {'no file' if path.exists() else 'missing'}. Copy the whole folder again."
@@ -116,7 +136,7 @@ def read_checked_manifest(folder: Path) -> Manifest:
                 f"{str(path)!r} has {size:,} bytes instead of {expected['size']:,}: it was cut off or altered. "
                 f"Copy the folder again."
             )
-        if sha256 != expected["sha256"]:
+        if hashes and sha256 != expected["sha256"]:
             raise UserError(
                 f"{str(path)!r} was altered: its SHA-256 is not {cut(expected['sha256'], 80)}. Copy it again."
             )

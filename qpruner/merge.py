@@ -11,18 +11,18 @@ from jsonargparse import ArgumentParser
 from lightning.pytorch.plugins import Precision
 from torch import nn
 
-from qpruner.checkpoint import (
-    ADAPTER,
+from qpruner.compressed import CompressedModel
+from qpruner.datamodules.base import TokenDataModule
+from qpruner.errors import UserError, user_error
+from qpruner.folder_manifest import ADAPTER, CONFIG, PLAN, Step, is_compressed, read_manifest
+from qpruner.memory import num_parameters
+from qpruner.model_folder import (
     GENERATION,
     has_initial_adapters,
     load_compressed,
     read_plan,
     save_base,
 )
-from qpruner.datamodules.base import TokenDataModule
-from qpruner.errors import UserError, user_error
-from qpruner.folder_manifest import CONFIG, PLAN, is_compressed, read_manifest
-from qpruner.memory import num_parameters
 from qpruner.plan import DENSE, UNITS
 from qpruner.quantization.merging import merge_
 from qpruner.runs.folder import RESTORE, RunFolder
@@ -53,8 +53,9 @@ def merge_run(run: Path, output: Path, dtype: str) -> None:
     before = None if isinstance(data, str) else measured_perplexity(model, data)
     merged = merge_(model, getattr(torch, dtype))
     check_finite(merged, f"the merged model in {dtype}", "Merge with --dtype bfloat16.")
+    recipe = [*read_manifest(folder)["recipe"], Step(name="merge", options={"dtype": dtype})]
     plan = plan.with_precision([dict.fromkeys(UNITS, DENSE)] * len(plan.layers))
-    save_base(output, merged, plan, base_name=str(run), tokenizer=TokenizerFiles(folder))
+    save_base(output, merged, plan, base_name=str(run), state="merged", recipe=recipe, tokenizer=TokenizerFiles(folder))
     print(f"{output} holds {num_parameters(merged):,} dense parameters in {dtype}.")
     if isinstance(data, str):
         print(f"The perplexity was not measured: {data}")
@@ -189,8 +190,7 @@ def run_data(model: Path) -> TokenDataModule | str:
 def measured_perplexity(model: Any, data: TokenDataModule) -> float | None:
     """Perplexity of a model on the test split, on the CPU or the first CUDA device; None where nothing is scored."""
     data.check_vocabulary(model.config.get_text_config().vocab_size)
-    module = LoRAFinetuner()
-    module.model = model
+    module = LoRAFinetuner().hold(CompressedModel(model))
     results = evaluate(
         module,
         data.evaluation_loaders("test"),

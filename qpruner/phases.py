@@ -8,7 +8,8 @@ from typing import Any
 
 from lightning.pytorch import Callback
 
-from qpruner.callbacks.compression import Compression, check_order
+from qpruner.callbacks.compression import Compression, CompressionInTraining, check_order
+from qpruner.callbacks.quantization import MixedPrecisionQuantization
 from qpruner.errors import UserError
 from qpruner.runs.folder import RunFolder
 from qpruner.training.module import LoRAFinetuner
@@ -75,7 +76,7 @@ class Phase:
     @property
     def prunes_in_training(self) -> bool:
         """Whether what it leaves has other shapes than what it trains."""
-        return any(callback.leaves == "pruned in training" for callback in self.compressing)
+        return any(isinstance(callback, CompressionInTraining) for callback in self.compressing)
 
     @property
     def kept_in(self) -> Path:
@@ -88,7 +89,7 @@ class Phase:
             return first
         optimizer = self.config.optimizer or first.optimizer_config
         module = LoRAFinetuner(**{**first.hparams, "optimizer": optimizer})
-        module.follows = self.follows
+        module.continues_from = self.follows
         return module
 
     def end(self) -> None:
@@ -127,7 +128,9 @@ def phases_of(folder: RunFolder, first: Sequence[Callback], further: Sequence[Ph
     ]
     for phase in phases:
         check_order(phase.callbacks)
-        if phase.number > 1 and any(callback.leaves != "quantized" for callback in phase.compressing):
+        if phase.number > 1 and any(
+            not isinstance(callback, MixedPrecisionQuantization) for callback in phase.compressing
+        ):
             raise UserError(
                 f"Phase {phase.number} has {', '.join(type(one).__name__ for one in phase.compressing)}; a run prunes "
                 f"in its first phase, and the others may quantize. Move the callback to trainer.callbacks."

@@ -114,7 +114,7 @@ def check_plan(path: Path, base: str, *, trust_remote_code: bool = False) -> Non
     import torch
 
     from qpruner.anatomy import architecture_of
-    from qpruner.checkpoint import read_base_config
+    from qpruner.model_folder import read_base_config
     from qpruner.outline import outline_of
     from qpruner.pretrained import model_fingerprint
     from qpruner.pricing import price
@@ -140,8 +140,8 @@ def list_ratios(given: Any) -> None:
     """Prints the ratios near multiples of a step that local pruning can reach, and what they mean."""
     if not 0 < given.step < 1:
         raise UserError(f"--step is {given.step}; the distance between two ratios lies in (0, 1).")
-    from qpruner.checkpoint import read_base_config
     from qpruner.memory import num_parameters
+    from qpruner.model_folder import read_base_config
     from qpruner.outline import outline_of
     from qpruner.pruning.rounds import legal_ratios
     from qpruner.pruning.selection import SelectionConfig

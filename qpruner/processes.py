@@ -21,6 +21,7 @@ class Processes:
         reduce: sums a tensor over all processes; the sum is the same on each.
         broadcast: gives each process the object of the first.
         barrier: waits until all processes have called it.
+        precision: name of the precision that ``forward_context`` computes in, such as ``bf16-mixed``.
     """
 
     device: torch.device
@@ -30,6 +31,7 @@ class Processes:
     reduce: Callable[[Tensor], Tensor]
     broadcast: Callable[[Any], Any]
     barrier: Callable[[], None]
+    precision: str = "32-true"
 
     @classmethod
     def alone(

@@ -10,7 +10,7 @@ from typing import Any
 import lightning.fabric.plugins.io.torch_io as torch_io
 
 from qpruner import __main__ as command_line
-from qpruner import checkpoint as model_folder
+from qpruner import model_folder
 from qpruner.callbacks import allocating, checkpoint, pruning
 from qpruner.search import trial
 from qpruner.training.module import LoRAFinetuner

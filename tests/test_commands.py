@@ -9,11 +9,11 @@ from families import tiny_config, tiny_model
 from transformers import AutoModelForCausalLM
 
 from qpruner.anatomy import architecture_of
-from qpruner.checkpoint import load_compressed, save_base
 from qpruner.commands import run
 from qpruner.errors import UserError
 from qpruner.files import read_json
 from qpruner.memory import num_parameters
+from qpruner.model_folder import load_compressed, save_base
 from qpruner.plan import DENSE, CompressionPlan, Precision
 
 NF4, INT8 = Precision("nf4", 4, 64), Precision("int8", 8)

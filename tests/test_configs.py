@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from qpruner.checkpoint import load_base
 from qpruner.commands import run
 from qpruner.files import read_json
 from qpruner.memory import num_parameters
+from qpruner.model_folder import load_base
 from qpruner.plan import CompressionPlan
 from qpruner.pretrained import EMBEDDED, load_tokenizer
 from qpruner.runs.search import SearchResults

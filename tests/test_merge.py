@@ -11,12 +11,12 @@ from families import logits_of
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from qpruner.checkpoint import load_compressed
 from qpruner.commands import run
 from qpruner.errors import UserError
 from qpruner.files import hash_file, read_json, write_json
 from qpruner.folder_manifest import is_compressed
 from qpruner.merge import model_folder
+from qpruner.model_folder import load_compressed
 from qpruner.pretrained import EMBEDDED, load_tokenizer
 
 OPTIONS = {

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from qpruner.adapters.lora import LoRAConfig, attach_adapters
 from qpruner.anatomy import FAMILIES, architecture_of
-from qpruner.checkpoint import build_skeleton, save_adapters, save_base
+from qpruner.model_folder import build_skeleton, save_adapters, save_base
 from qpruner.plan import DENSE, UNITS, CompressionPlan, Precision
 from qpruner.pricing import average_bits, price
 from qpruner.pruning.surgery import apply_pruning_

@@ -183,7 +183,7 @@ def test_a_plan_with_a_precision_that_is_not_offered_is_told_before_any_model_is
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     from qpruner.anatomy import architecture_of
-    from qpruner.checkpoint import read_base_config
+    from qpruner.model_folder import read_base_config
 
     plan = CompressionPlan.dense(architecture_of(read_base_config(str(tiny_llama))), None)
     plan.with_precision([dict.fromkeys(UNITS, precision)] * 2).write(tmp_path / "plan.json")

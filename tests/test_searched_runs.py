@@ -14,11 +14,11 @@ from test_pricing import payload
 from test_pruned_runs import TESTS, command
 
 from qpruner.allocation.decision import Allocation
-from qpruner.checkpoint import load_compressed
 from qpruner.commands import run
 from qpruner.datamodules.base import TokenDataModule
 from qpruner.errors import UserError
 from qpruner.files import read_json
+from qpruner.model_folder import load_compressed
 from qpruner.plan import CompressionPlan
 from qpruner.quantization.packed import PackedLinear
 from qpruner.runs.folder import RunFolder

@@ -21,7 +21,7 @@ from qpruner.pruning.selection import (
     local_widths,
     part_way,
 )
-from qpruner.pruning.surgery import narrow_, stated_by_weights
+from qpruner.pruning.surgery import stated_by_weights
 
 COARSE = 0.01
 """A step of more than this share of all parameters is worth a word."""
@@ -29,47 +29,44 @@ COARSE = 0.01
 
 def prune_(
     model: Any,
-    plan: CompressionPlan,
+    dense: Architecture,
     *,
     ratio: float,
     rounds: int,
     selection: SelectionConfig,
     score: Callable[[Any], list[LayerScores]],
-    agree: Callable[[Kept], Kept],
-) -> CompressionPlan:
-    """Narrows a model in place until a share of all its parameters is gone, and returns the plan of what it keeps.
+    narrow: Callable[[Kept], object],
+) -> None:
+    """Narrows a model in place until a share of all its parameters is gone.
 
     Args:
-        model: as the plan has it; its weights may also lie on the meta device if ``score`` can do without them.
-        plan: of the model, which keeps everything.
+        model: the model; its weights may also lie on the meta device if ``score`` can do without them.
+        dense: widths that floors are shares of.
         ratio: share of all parameters to remove, in (0, 1).
         rounds: of scoring and narrowing, each removing the same number of parameters.
         selection: how layers share what is removed.
         score: the units of the model as it is.
-        agree: makes all processes keep the same.
+        narrow: takes all units but some out of the model, the same on all processes.
 
     Raises:
         UserError: a ratio that no legal widths reach; see also `supplies`.
     """
     total, multiple = num_parameters(model), round_to(model, selection)
-    dense = supplies(model, selection)
-    check_ratio(ratio, dense, total)
-    goal = local_widths(dense, round(total * ratio), multiple)
+    supply = supplies(model, selection)
+    check_ratio(ratio, supply, total)
+    goal = local_widths(supply, round(total * ratio), multiple)
     for number in range(1, rounds + 1):
         scores = score(model)
         if selection.scope == "local":
-            widths = part_way(dense, goal, number / rounds)
+            widths = part_way(supply, goal, number / rounds)
         else:
             remove = round(total * ratio * number / rounds) - (total - num_parameters(model))
-            offers = supplies(model, selection, plan.architecture)
+            offers = supplies(model, selection, dense)
             last = number == rounds
             widths = competing_widths(scores, offers, remove, multiple, uniform=selection.uniform, last=last)
-        kept = agree(keep_highest(scores, widths))
-        narrow_(model, kept)
-        plan = plan.keeping(kept)
+        narrow(keep_highest(scores, widths))
     if num_parameters(model) == total:
         raise less_than_a_step(ratio, model, selection)
-    return plan
 
 
 def less_than_a_step(ratio: float, model: Any, selection: SelectionConfig) -> UserError:

@@ -150,7 +150,7 @@ def fill_folder(
     precisions: Sequence[Precision],
     settings: LoftQSettings | None,
     *,
-    plan: CompressionPlan,
+    base: str | None,
     layers: Iterable[int] | None = None,
     device: torch.device,
     rank: int,
@@ -164,7 +164,7 @@ def fill_folder(
         model: narrowed and dense.
         precisions: to quantize to.
         settings: of LoftQ; None where adapters start from zero.
-        plan: of the model, which tells whose bank this is.
+        base: hash by which the model is known, which tells whose bank this is.
         layers: numbers of those to quantize, default all.
         device: where each linear is computed.
         rank: this process's place; each makes the files of every ``world_size``-th layer.
@@ -175,7 +175,7 @@ def fill_folder(
         UserError: as `fill`, or the disk has no room.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    origin = _origin(plan, settings, next(model.parameters()).dtype)
+    origin = _origin(base, settings, next(model.parameters()).dtype)
     names = _linears(model)
     layers = list(range(len(names)) if layers is None else layers)
     wanted = [precision for precision in precisions if precision != DENSE]
@@ -193,16 +193,16 @@ def fill_folder(
             f"{unseen[0]!r} was to be made by another process and is not there. Name a --run.dir on a disk that all "
             f"machines share."
         )
-    return open_folder(folder, model, settings, plan=plan)
+    return open_folder(folder, model, settings, base=base)
 
 
-def open_folder(folder: Path, model: nn.Module, settings: LoftQSettings | None, *, plan: CompressionPlan) -> Bank:
+def open_folder(folder: Path, model: nn.Module, settings: LoftQSettings | None, *, base: str | None) -> Bank:
     """The bank that `fill_folder` left; arguments as there.
 
     Raises:
         UserError: the folder holds a bank of another model or of other settings, or a file was cut off.
     """
-    origin = _origin(plan, settings, next(model.parameters()).dtype)
+    origin = _origin(base, settings, next(model.parameters()).dtype)
     tensors: dict[str, Tensor] = {}
     for path in sorted(folder.glob("layer-*.safetensors")):
         with _opened(path, origin) as file:
@@ -248,11 +248,10 @@ def _path(folder: Path, number: int) -> Path:
     return folder / f"layer-{number:03d}.safetensors"
 
 
-def _origin(plan: CompressionPlan, settings: LoftQSettings | None, dtype: torch.dtype) -> str:
+def _origin(base: str | None, settings: LoftQSettings | None, dtype: torch.dtype) -> str:
     """What tells a bank from those of other models and settings."""
-    kept = [[layer.kv_groups, layer.ffn_channels] for layer in plan.layers]
     start = None if settings is None else asdict(settings)
-    return hash_json([asdict(plan.architecture), plan.base_sha256, kept, start, str(dtype)])
+    return hash_json([base, start, str(dtype)])
 
 
 def _holds(path: Path, names: Iterable[str], precisions: Sequence[Precision], origin: str) -> bool:

@@ -6,13 +6,13 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from qpruner.allocation.decision import Method
-from qpruner.anatomy import architecture_of
 from qpruner.callbacks.allocating import Allocator
-from qpruner.callbacks.compression import CompressionInSetup, Rehearsal
+from qpruner.callbacks.compression import CompressionInSetup, CompressionJob, Rehearsal
 from qpruner.callbacks.quantization import MixedPrecisionQuantization
+from qpruner.compressed import CompressedModel, State
 from qpruner.datamodules.base import TokenDataModule
 from qpruner.errors import UserError
-from qpruner.plan import DENSE, UNITS, CompressionPlan
+from qpruner.plan import DENSE, UNITS
 from qpruner.runs.folder import RunFolder
 from qpruner.search.reference import Reference
 from qpruner.training.module import LoRAFinetuner
@@ -47,7 +47,7 @@ class SearchPreparation(CompressionInSetup):
         UserError: it has none.
     """
 
-    leaves = "quantized"
+    leaves = State.QUANTIZED
 
     def __init__(self, quantization: MixedPrecisionQuantization) -> None:
         if quantization.allocator is None:
@@ -71,22 +71,21 @@ class SearchPreparation(CompressionInSetup):
         config.mutual_information.check_samples(config.calibration.num_sequences * config.calibration.length)
         data.calibration(config.calibration.num_sequences, config.calibration.length)
 
-    def is_done(self, module: LoRAFinetuner) -> bool:
+    def is_done(self, model: CompressedModel) -> bool:
         return False
 
-    def compress(self, trainer: Trainer, module: LoRAFinetuner) -> None:
+    def compress(self, job: CompressionJob) -> None:
         assert self.folder is not None
-        if module.plan is None:
-            module.plan = CompressionPlan.dense(architecture_of(module.model.config), module.base_sha256)
-        plan = module.plan.with_precision(
-            [dict.fromkeys(UNITS, DENSE)] * len(module.plan.layers), **self.quantization.tables
-        )
+        plan = job.model.known_plan()
+        plan = plan.with_precision([dict.fromkeys(UNITS, DENSE)] * len(plan.layers), **self.quantization.tables)
+        if job.keep_in is not None:  # trials start from there, also where nothing was pruned
+            job.model.keep(job.keep_in, tokenizer=getattr(job.data, "tokenizer", None))
         for method in dict.fromkeys(("uniform", "mutual_information", self.allocator.method)):
             place = part_of(self.folder, method)
             place.path.mkdir(parents=True, exist_ok=True)
             allocator = replace(self.allocator, method=method)
-            allocator.allocate(trainer, module, plan, place)
-        self.allocator.bank(trainer, module, plan, part_of(self.folder, self.allocator.method))
+            allocator.allocate(replace(job, folder=place), plan)
+        self.allocator.bank(replace(job, folder=part_of(self.folder, self.allocator.method)), plan)
 
 
 def part_of(folder: RunFolder, method: Method) -> RunFolder:

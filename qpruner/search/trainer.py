@@ -16,10 +16,10 @@ from qpruner.allocation.decision import Allocation, Method, with_choices
 from qpruner.allocation.solving import Choice
 from qpruner.callbacks.compression import Compression
 from qpruner.callbacks.quantization import MixedPrecisionQuantization
-from qpruner.checkpoint import read_plan
 from qpruner.datamodules.base import TokenDataModule
 from qpruner.errors import UserError
 from qpruner.files import hash_json, write_json
+from qpruner.model_folder import read_plan
 from qpruner.plan import CompressionPlan
 from qpruner.runs.folder import RunFolder
 from qpruner.runs.search import SearchResults, Tried, pareto_front, ranked, show_search, write_search_report
@@ -170,7 +170,8 @@ class Search:
         trainer = self.settings.trainer(0, callbacks=[DenseReference(self.folder), *self.pruning, preparation])
         trainer.fit(self.model, datamodule=self.data)  # of no steps: it ends when all is set up
         self.preparation = preparation
-        self.model.model = None  # trials load the pruned base for themselves
+        self.base_sha256 = self.model.compressed.base_sha256
+        self.model.release()  # trials load the pruned base for themselves
         return preparation.allocator.method
 
     def work(self, method: Method) -> TrialWork:
@@ -210,7 +211,7 @@ class Search:
             "part": part,
             "search": {name: value for name, value in asdict(self.config).items() if name not in free},
             "model": dict(self.model.hparams),
-            "base_sha256": self.model.base_sha256,
+            "base_sha256": self.base_sha256,
             "compression": {type(one).__name__: one.options for one in (*self.pruning, quantization)},
             "data": {
                 **self.data.fingerprint(),

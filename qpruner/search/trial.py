@@ -14,14 +14,15 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 from qpruner.allocation.decision import with_choices
 from qpruner.allocation.items import Item
-from qpruner.checkpoint import build_skeleton, load_base
+from qpruner.compressed import CompressedModel, State
 from qpruner.datamodules.base import TokenDataModule
 from qpruner.datamodules.splits import Split
 from qpruner.errors import UserError
+from qpruner.model_folder import build_skeleton
 from qpruner.plan import CompressionPlan, Precision
 from qpruner.pricing import price_narrowed
+from qpruner.quantization.apply import LoftQSettings
 from qpruner.quantization.bank import open_folder
-from qpruner.quantization.embedding import quantize_tables_
 from qpruner.search.ledger import Key, Scores
 from qpruner.search.reference import Reference
 from qpruner.training.evaluation import evaluate
@@ -126,13 +127,14 @@ class TrialRunner:
 
     def __init__(self, work: TrialWork) -> None:
         self.work = work
-        kept = load_base(work.base)
-        self.model, self.base_sha256 = kept.model, kept.base_sha256
-        self.plan = kept.plan.with_precision([layer.precision for layer in kept.plan.layers], **work.tables)
-        self.skeleton = build_skeleton(self.model.config).to(self.model.dtype)  # stays dense
-        settings = LoRAFinetuner(**work.options).loftq_settings(work.loftq_iterations)  # the bank has the search's seed
-        self.bank = open_folder(work.bank, self.model, settings, plan=kept.plan)
-        quantize_tables_(self.model, self.plan.embedding, self.plan.head, device=torch.device("cpu"))
+        self.compressed = CompressedModel.open(work.base, check_hashes=False)
+        network, plan = self.compressed.network, self.compressed.known_plan()
+        self.plan = plan.with_precision([layer.precision for layer in plan.layers], **work.tables)
+        self.skeleton = build_skeleton(network.config).to(network.dtype)  # stays dense
+        module = LoRAFinetuner(**work.options)
+        # The bank has the search's seed.
+        self.loftq = LoftQSettings.of(module.lora, work.loftq_iterations, module.seed)
+        self.bank = open_folder(work.bank, network, self.loftq, base=self.compressed.identity)
         self.reference = Reference.read(work.reference)
 
     def __call__(self, key: Key) -> Scores:
@@ -146,18 +148,18 @@ class TrialRunner:
             bytes, average_bits, steps, and the seconds of assembling, training, evaluating, and of all together.
         """
         module = self._module(key["seed"])
-        module.model, module.base_sha256 = self.model, self.base_sha256
+        module.hold(self.compressed)
         try:
             return self._evaluate(module, key)
         finally:  # also after an error, such as one of memory, the next trial finds the base without adapters
             module.to("cpu")
-            if module.adapted:
-                module.model.unload()  # leaves the base, in the widths of this plan
+            if self.compressed.state is State.ADAPTED:
+                self.compressed.detach()
 
     def _evaluate(self, module: LoRAFinetuner, key: Key) -> Scores:
         work, since = self.work, time.perf_counter()
-        plan = module.plan = self.plan_of(key["choices"])
-        module.initial_adapters = self.bank.assemble_(self.model, plan)
+        plan = self.plan_of(key["choices"])
+        self.compressed.quantize(plan, self.loftq, device=torch.device("cpu"), bank=self.bank)
         price = price_narrowed(self.skeleton, plan, rank=module.lora.r, targets=module.lora.target_modules)
         assembled = time.perf_counter()
         work.data.seed = key["seed"]

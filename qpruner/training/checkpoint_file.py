@@ -35,19 +35,30 @@ class AdapterKind(TypedDict):
     target_modules: list[str] | str
 
 
+class BaseOfCheckpoint(TypedDict):
+    """The base that adapters were trained on.
+
+    Args:
+        name: folder or hub name of the dense model.
+        dense_sha256: fingerprint of the dense model.
+        sha256: hash by which the base is known; that of the dense model where nothing was done to it.
+        folder: folder that keeps the base; None for the dense model as it came.
+    """
+
+    name: str
+    dense_sha256: str | None
+    sha256: str | None
+    folder: str | None
+
+
 FitCheckpoint = TypedDict(
     "FitCheckpoint",
     {
         "pytorch-lightning_version": str,
         "state_dict": dict[str, Tensor],
         "hyper_parameters": Options,
-        "base_sha256": str | None,
-        "plan": str | None,
-        "plans_before": NotRequired[list[str]],
-        "loftq_iterations": int,
+        "base": BaseOfCheckpoint,
         "masks": NotRequired[list[tuple[Tensor, ...]] | None],
-        "kept_in": str | None,
-        "follows": NotRequired[str | None],
         "lora": AdapterKind,
     },
 )

@@ -1,45 +1,41 @@
-"""A LightningModule around a base model that callbacks compress and a run folder keeps."""
+"""A LightningModule around a model that callbacks compress and a folder keeps."""
 
+import os
+import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Self, TypeVar
 
 import torch
 from lightning.pytorch import LightningModule
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_info
 
-from qpruner import checkpoint as model_folder
-from qpruner.adapters.lora import LoRAConfig, attach_adapters, detach_adapters, set_factors_
-from qpruner.anatomy import COMPRESSED, FAMILIES, architecture_of
+from qpruner.adapters.lora import LoRAConfig
+from qpruner.compressed import CompressedModel, State
 from qpruner.datamodules.base import TokenDataModule
 from qpruner.errors import UserError, brief, listed
-from qpruner.files import replacing_folder
-from qpruner.folder_manifest import is_compressed
-from qpruner.likelihood import check_head
-from qpruner.plan import DENSE, UNITS, CompressionPlan
-from qpruner.pretrained import DType, check_model, hold_in_, load_model, model_fingerprint, resolve
-from qpruner.pricing import average_bits
-from qpruner.pruning.masks import UnitMasks
-from qpruner.pruning.rounds import Size
-from qpruner.pruning.selection import Kept
-from qpruner.pruning.surgery import apply_pruning_, narrow_, narrow_factors
-from qpruner.quantization.apply import Factors, LoftQSettings, quantize_
-from qpruner.quantization.bank import Bank
-from qpruner.quantization.embedding import quantize_tables_
-from qpruner.quantization.merging import merge_
-from qpruner.quantization.packed import PackedLinear
+from qpruner.folder_manifest import identity_of, is_compressed, read_checked_manifest, read_manifest
+from qpruner.model_folder import read_base_config, read_plan
+from qpruner.pretrained import DType, check_model, is_reachable, model_fingerprint, resolve
+
+T = TypeVar("T")
+
+BASES = "compressed_bases"
+"""Folder under the Trainer's ``default_root_dir`` that keeps the bases of fits without a folder of their own."""
 
 
 class CompressibleModule(LightningModule):
-    """Holds a frozen base with LoRA adapters, and everything that a plan does to it.
+    """Holds a `CompressedModel` for a fit: loads it, keeps its base, and finds it again for a checkpoint.
 
-    The base is loaded by `load_base` and adapted by `attach_adapters`, both at most once; `configure_model` calls them,
-    and a callback that compresses the base calls the first in its ``setup``, acts before the second and leaves its
-    ``plan``. During a fit units may be masked (`mask`); at its end they are taken out (`narrow`). A checkpoint holds
-    plan, masks and adapters, and not the base. Where ``kept_in`` names a folder, the compressed base is written there
-    before training and taken from there by later sessions, and `keep_adapters` puts the trained adapters to it. Where
-    ``follows`` names the folder that an earlier fit left, base and adapters begin as they are there.
+    The base is loaded by `load_base` and gets its adapters by `attach_adapters`, both at most once; `configure_model`
+    calls them, and a callback that compresses calls the first in its ``setup`` and acts before the second. A checkpoint
+    holds adapters and masks, and names the folder that keeps the base, with its hash; a compressed base is never made
+    again from what made it.
+
+    Which base is loaded: the one that ``kept_in`` keeps, else the one that ``continues_from`` keeps, with its trained
+    adapters, else the dense one. Compressed by callbacks, it is written to ``kept_in`` by `KeepModel`; in a fit without
+    that, to a folder named by its hash under ``compressed_bases`` in the Trainer's ``default_root_dir``.
 
     Args:
         base: model folder, hub name, or ``qpruner/stories``.
@@ -47,7 +43,7 @@ class CompressibleModule(LightningModule):
         trust_remote_code: whether code that comes with the model may run.
         gradient_checkpointing: whether activations are computed again in the backward pass.
         lora: the adapters.
-        seed: of the adapters' start.
+        seed: seed of the adapters' start.
     """
 
     def __init__(
@@ -66,18 +62,38 @@ class CompressibleModule(LightningModule):
         self.gradient_checkpointing = gradient_checkpointing
         self.lora = lora
         self.seed = seed
-        self.model: Any = None
-        self.plan: CompressionPlan | None = None
-        self.masks: UnitMasks | None = None
-        self.initial_adapters: dict[str, Factors] = {}
-        self.loftq_iterations = 0
-        self.plans_before: list[CompressionPlan] = []  # those of the base before each time that it was narrowed
-        self.taken_from: Path | None = None  # the folder that the base was loaded from, when it is compressed
+        self.held: CompressedModel | None = None
         self.kept_in: Path | None = None
-        self.follows: Path | None = None
-        self.adapted = False
-        self.base_sha256: str | None = None
+        self.continues_from: Path | None = None
+        self._keeps_base = True
         self.strict_loading = False  # checkpoints leave the base out; see `on_load_checkpoint`
+
+    @property
+    def compressed(self) -> CompressedModel:
+        """The model under compression.
+
+        Raises:
+            RuntimeError: it is not loaded yet.
+        """
+        if self.held is None:
+            raise RuntimeError("No model is loaded. Call load_base() first; a fit does so in its setup.")
+        return self.held
+
+    @property
+    def model(self) -> Any:
+        """The model of transformers, or that of PEFT around it; None before it is loaded."""
+        return None if self.held is None else self.held.network
+
+    def hold(self, compressed: CompressedModel) -> Self:
+        """Takes a model that somebody else has loaded, and keeps; its base is written nowhere."""
+        self.held, self._keeps_base = compressed, False
+        return self
+
+    def release(self) -> None:
+        """Lets go of the model; `load_base` loads it again."""
+        self.held = None
+
+    # Loading.
 
     def load_base(self) -> None:
         """Loads the base unless it is there: the one that is kept, else what an earlier fit left, else the dense.
@@ -85,11 +101,11 @@ class CompressibleModule(LightningModule):
         Raises:
             UserError: there is no such base, or it has no embedding for a token of the data.
         """
-        if self.model is None:
+        if self.held is None:
             if self.kept_in is not None and self._is_kept(self.kept_in):
-                self.load_kept_base(self.kept_in)
-            elif self.follows is not None:
-                self.load_kept_base(self.follows)
+                self.open_base(self.kept_in)
+            elif self.continues_from is not None:
+                self.open_base(self.continues_from)
             else:
                 self.load_dense_base()
         data = self._trainer and self.trainer.datamodule  # type: ignore[attr-defined]
@@ -123,184 +139,58 @@ class CompressibleModule(LightningModule):
         """
         if not is_compressed(Path(resolve(self.base))):
             check_model(self.base, trust_remote_code=self.trust_remote_code)
-        return model_folder.read_base_config(self.base, trust_remote_code=self.trust_remote_code)
+        return read_base_config(self.base, trust_remote_code=self.trust_remote_code)
 
     def load_dense_base(self) -> None:
         """Loads the dense base in place of whatever is there, adapters included."""
-        if is_compressed(folder := Path(resolve(self.base))):
-            self.model = model_folder.load_base(folder).model
-            if not any(isinstance(module, PackedLinear) for module in self.model.modules()):
-                hold_in_(self.model, getattr(torch, self.dtype_of_base))
-            if model_folder.has_adapters(folder):
-                rank_zero_warn(f"{self.base!r} is taken as the base without its adapters.")
-        else:
-            self.model = load_model(
-                self.base, dtype=self.dtype_of_base, trust_remote_code=self.trust_remote_code, say=rank_zero_info
-            )
-        if self.model.config.model_type.removeprefix(COMPRESSED) not in FAMILIES:  # whose heads are known
-            check_head(self.model)
-        self.model.requires_grad_(False)
-        self.base_sha256 = self._of_rank_zero(lambda: model_fingerprint(self.base))
-        self.plan, self.plans_before = None, []
-        self._forget_adapters(None)
+        self.release()
+        self.held = CompressedModel.load(
+            self.base,
+            dtype=self.dtype_of_base,
+            trust_remote_code=self.trust_remote_code,
+            say=rank_zero_info,
+            fingerprint=lambda base: self._of_first(lambda: model_fingerprint(base)),
+        )
 
-    def _forget_adapters(self, taken_from: Path | None) -> None:
-        if self.masks is not None:
-            self.masks.remove()  # linears without an adapter outlive it, hooks and all
-        self.adapted, self.taken_from, self.initial_adapters, self.masks = False, taken_from, {}, None
+    def open_base(self, folder: Path) -> None:
+        """Takes the compressed base that a folder keeps in place of whatever is there, adapters included.
 
-    def _of_rank_zero(self, find: Callable[[], str | None]) -> str | None:
-        """What the first process finds; the others are spared the work."""
+        Raises:
+            UserError: no such folder, or it is damaged; its files are hashed by the first process alone.
+        """
+        self.release()
+        self._of_first(lambda: read_checked_manifest(folder))
+        self.held = CompressedModel.open(
+            folder, check_hashes=False, trained_adapters=folder == self.continues_from != self.kept_in
+        )
+
+    def _of_first(self, find: Callable[[], T]) -> T:
+        """What the first process finds, or the error that it meets, on all; the others are spared the work."""
         if self._trainer is None or self.trainer.world_size == 1:
             return find()
-        return self.trainer.strategy.broadcast(find() if self.trainer.is_global_zero else None)
-
-    def load_kept_base(self, folder: Path) -> None:
-        """Loads the compressed base of a folder in place of whatever is there, adapters included."""
-        kept = model_folder.load_base(folder)
-        self.model, self.plan, self.base_sha256 = kept.model, kept.plan, kept.base_sha256
-        self.loftq_iterations, self.plans_before = kept.loftq_iterations, []
-        self._forget_adapters(folder)
+        answer: Any = None
+        if self.trainer.is_global_zero:
+            try:
+                answer = find()
+            except UserError as error:
+                answer = error
+        answer = self.trainer.strategy.broadcast(answer)
+        if isinstance(answer, UserError):
+            raise answer
+        found: T = answer
+        return found
 
     def merge_inherited(self) -> None:
         """Makes one dense base of the base and the adapters that an earlier fit left, to be compressed further."""
-        if self.follows is not None and self.taken_from == self.follows and not self.adapted:
-            assert self.plan is not None
+        folder = self.compressed.kept and self.compressed.kept.path
+        if folder is not None and folder == self.continues_from and self.compressed.state is not State.ADAPTED:
             self.attach_adapters()
-            self.model = merge_(self.model, getattr(torch, self.dtype_of_base)).requires_grad_(False)
-            self.plan = self.plan.with_precision([dict.fromkeys(UNITS, DENSE)] * len(self.plan.layers))
-            self._forget_adapters(None)
-
-    def prune(self, plan: CompressionPlan) -> None:
-        """Narrows the dense base as a plan says; its precisions are left for `quantize`.
-
-        Raises:
-            UserError: the plan is for a model of another shape.
-        """
-        plan.check(architecture_of(self.model.config), self.base_sha256)
-        apply_pruning_(self.model, plan)
-        self.plan = plan.with_precision([dict.fromkeys(UNITS, DENSE)] * len(plan.layers))
-
-    def loftq_settings(self, num_iterations: int) -> LoftQSettings | None:
-        """How the adapters of quantized linears start; None, from zero, without iterations."""
-        return LoftQSettings.of(self.lora, num_iterations, self.seed)
-
-    def quantize(
-        self, plan: CompressionPlan, loftq_iterations: int, *, device: torch.device, bank: Bank | None = None
-    ) -> None:
-        """Holds the narrowed base as a plan says, and starts the adapters from what rounding left.
-
-        Args:
-            plan: with the widths that the base has.
-            loftq_iterations: of LoftQ; 0 starts the adapters from zero.
-            device: that quantizes.
-            bank: that has the linears already, quantized with as many iterations.
-
-        Raises:
-            UserError: no format offers a precision, or the rank of the adapters is above that of a linear.
-        """
-        loftq = self.loftq_settings(loftq_iterations)
-        if bank is None:
-            self.initial_adapters = quantize_(self.model, plan, loftq, device=device)
-        else:
-            quantize_tables_(self.model, plan.embedding, plan.head, device=device)
-            self.initial_adapters = bank.assemble_(self.model, plan)
-        self.loftq_iterations = loftq_iterations
-        self.plan = plan
-
-    @property
-    def average_bits(self) -> float | None:
-        """Bits per weight of the decoder linears, scales included; None where the base is as it came."""
-        return None if self.plan is None else average_bits(self.plan, self.model.dtype.itemsize)
-
-    @property
-    def starts_from_loftq(self) -> bool:
-        """Whether the adapters start from what quantization left."""
-        kept = self.taken_from is not None and model_folder.has_initial_adapters(self.taken_from)
-        return self.loftq_iterations > 0 and (kept or bool(self.initial_adapters))
+            self.compressed.merge(getattr(torch, self.dtype_of_base))
 
     def attach_adapters(self) -> None:
         """Puts adapters on the base unless they are there."""
-        if not self.adapted:
-            if self.gradient_checkpointing:
-                # Non-reentrant: the reentrant form loses gradients where no input of a block requires them.
-                self.model.gradient_checkpointing_enable({"use_reentrant": False})
-            self.model = attach_adapters(self.model, self.lora, seed=self.seed)
-            self.adapted = True
-            set_factors_(self.model, self.initial_adapters)
-            if (folder := self.taken_from) is not None and (
-                # A fit begins anew with the adapters that it began with, even if it has been over already.
-                model_folder.has_initial_adapters(folder)
-                or (folder == self.follows and model_folder.has_adapters(folder))
-            ):
-                model_folder.load_adapters(folder, self.model)
-
-    def mask(self, kept: Kept) -> None:
-        """Lets all units but some act as if they were gone.
-
-        Args:
-            kept: [layers], places of the KV groups and FFN channels that stay alive.
-        """
-        if self.masks is None:
-            self.masks = UnitMasks(self.model.get_base_model())
-        self.masks.keep(kept)
-
-    def narrow(self, kept: Kept, *, keep_in: Path | None) -> tuple[Size, dict[str, float]]:
-        """Takes all units but some out of the base and its adapters, which stay as they are in what is left.
-
-        Args:
-            kept: [layers], places of the KV groups and FFN channels that stay.
-            keep_in: folder to write the result to; from now on the one that the base is kept in.
-
-        Returns:
-            The size of the base, and the relative change of each packed linear that had to be rounded anew, by
-            ``layer.projection``.
-        """
-        plan = self.plan or CompressionPlan.dense(architecture_of(self.model.config), self.base_sha256)
-        self.model, factors = detach_adapters(self.model)
-        self._forget_adapters(None)
-        held_in = next(iter(factors.values()))[0].dtype  # of less than float32 with --trainer.precision bf16-true
-        self.initial_adapters = narrow_factors(self.model, factors, kept)
-        rounded = narrow_(self.model, kept)
-        self.plans_before.append(plan)
-        self.plan, size = plan.keeping(kept), Size.of(self.model)
-        if keep_in is not None:
-            self.kept_in = keep_in
-            if self.trainer.is_global_zero:
-                with replacing_folder(keep_in) as folder:
-                    self._keep(folder, self.plan, trained=True)
-            self.trainer.strategy.barrier("narrowed_base")
-        self.attach_adapters()
-        for factor in self.model.parameters():
-            if factor.requires_grad:
-                factor.data = factor.data.to(held_in)
-        return size, rounded
-
-    def setup(self, stage: str) -> None:
-        """Keeps what the callbacks, whose ``setup`` comes before this one, made of the base."""
-        if stage == "fit" and self.kept_in is not None and self.plan is not None:
-            if self.trainer.is_global_zero and not is_compressed(self.kept_in):
-                with replacing_folder(self.kept_in) as folder:  # base and adapters appear together
-                    self._keep(folder, self.plan, trained=False)
-            self.trainer.strategy.barrier("compressed_base")
-
-    def _keep(self, folder: Path, plan: CompressionPlan, *, trained: bool) -> None:
-        model_folder.save_base(
-            folder,
-            self.model,
-            plan,
-            base_name=self.base,
-            tokenizer=getattr(self.trainer.datamodule, "tokenizer", None),  # type: ignore[attr-defined]
-            loftq_iterations=self.loftq_iterations,
-        )
-        if self.initial_adapters or self.taken_from is not None:
-            self.attach_adapters()
-            model_folder.save_adapters(folder, self.model, trained=trained, place=self.kept_in)
-
-    def keep_adapters(self) -> None:
-        """Puts the trained adapters to the compressed base, where that is kept."""
-        if self.kept_in is not None and self.plan is not None and self.trainer.is_global_zero:
-            model_folder.save_adapters(self.kept_in, self.model, trained=True)
+        if self.compressed.state is not State.ADAPTED:
+            self.compressed.attach(self.lora, seed=self.seed, gradient_checkpointing=self.gradient_checkpointing)
 
     def configure_model(self) -> None:
         self.load_base()
@@ -310,51 +200,131 @@ class CompressibleModule(LightningModule):
     @contextmanager
     def adapters_disabled(self) -> Iterator[None]:
         """The base alone, as if there were no adapters."""
-        if self.adapted:
+        if self.compressed.state is State.ADAPTED:
             with self.model.disable_adapter():
                 yield
         else:
             yield
+
+    # Keeping.
+
+    def setup(self, stage: str) -> None:
+        """Keeps what callbacks, whose ``setup`` comes before this one, made of the base, where none of them did."""
+        if stage == "fit":
+            self._keep_by_hash(trained=False)
+
+    def on_fit_end(self) -> None:
+        """Keeps what callbacks made of the base in the course of the fit, where none of them did."""
+        self._keep_by_hash(trained=True)
+
+    def keep_base(self, folder: Path, *, trained: bool = False) -> None:
+        """Writes the base, and adapters that do not start as PEFT has it, to a folder; the same on all ranks.
+
+        Args:
+            folder: that is written.
+            trained: whether a fit has trained the adapters.
+        """
+        if self.compressed.initial_adapters:
+            self.attach_adapters()
+        self._of_first(lambda: self.compressed.keep(folder, tokenizer=self._tokenizer, trained=trained))
+        self.compressed.is_kept_in(folder)
+
+    def keep_adapters(self) -> None:
+        """Puts the adapters, as trained, to the base in its folder."""
+        self._of_first(lambda: self.compressed.keep_adapters(trained=True))
+
+    def _keep_by_hash(self, *, trained: bool) -> None:
+        """Writes a base that nobody else keeps to the folder named by its hash."""
+        if self.held is None or not self._keeps_base or self.trainer.fast_dev_run:  # type: ignore[attr-defined]
+            return
+        if self.compressed.identity is not None or self.compressed.plan is None:
+            return
+        self.compressed.is_kept_in(self._of_first(self._write_by_hash))
+        if self.compressed.initial_adapters:
+            self.attach_adapters()
+        if trained or self.compressed.initial_adapters:
+            self._of_first(lambda: self.compressed.keep_adapters(trained=trained))
+
+    def _write_by_hash(self) -> Path:
+        bases = Path(self.trainer.default_root_dir) / BASES
+        bases.mkdir(parents=True, exist_ok=True)
+        new = bases / f"new-{os.getpid()}"
+        self.compressed.keep(new, tokenizer=self._tokenizer)
+        place = bases / identity_of(read_manifest(new))[:16]
+        shutil.rmtree(place, ignore_errors=True)  # the same base, of an earlier fit
+        new.rename(place)
+        return place
+
+    @property
+    def _tokenizer(self) -> Any:
+        data = self._trainer and self.trainer.datamodule  # type: ignore[attr-defined]
+        return getattr(data, "tokenizer", None)
 
     # Checkpoints.
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         trained = {name for name, parameter in self.named_parameters() if parameter.requires_grad}
         checkpoint["state_dict"] = {name: t for name, t in checkpoint["state_dict"].items() if name in trained}
-        # Beside the hyper-parameters, which `load_from_checkpoint` overwrites with what it is given.
-        checkpoint["base_sha256"] = self.base_sha256
-        checkpoint["plan"] = self.plan and self.plan.to_json()
-        checkpoint["plans_before"] = [plan.to_json() for plan in self.plans_before]
-        checkpoint["loftq_iterations"] = self.loftq_iterations
-        checkpoint["masks"] = self.masks and [
-            tuple(torch.tensor(places) for places in layer) for layer in self.masks.kept
+        compressed = self.compressed
+        checkpoint["base"] = {
+            "name": compressed.base,
+            "dense_sha256": compressed.base_sha256,
+            "sha256": compressed.identity,
+            "folder": compressed.kept and str(compressed.kept.path.absolute()),
+        }
+        checkpoint["masks"] = compressed.masks and [
+            tuple(torch.tensor(places) for places in layer) for layer in compressed.masks.kept
         ]
-        checkpoint["kept_in"] = self.kept_in and str(self.kept_in.absolute())
-        checkpoint["follows"] = self.follows and str(self.follows)
+        # Beside the hyper-parameters, which `load_from_checkpoint` overwrites with what it is given.
         checkpoint["lora"] = self.hparams["lora"]
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Gives the base the shapes of the checkpoint, and makes sure that its adapters were trained on it and fit.
+        """Finds the base that a checkpoint's adapters were trained on, and makes sure that they fit.
 
         Raises:
-            UserError: another base or plan, or adapters of another kind or shape.
+            UserError: another base, a base that is not there any more, or adapters of another kind or shape.
         """
-        self.load_base()
-        self.check_trained_on(checkpoint, self.base_sha256)
-        plan = CompressionPlan.from_json(checkpoint["plan"]) if checkpoint.get("plan") else None
-        if plan != self.plan:
-            if plan is None or self.plan is not None:
-                how = "that was not compressed" if plan is None else "that was compressed by another plan"
-                raise UserError(
-                    f"The checkpoint's adapters were trained on a base {how}. Compress it as the run of the "
-                    f"checkpoint did, or begin a new fit."
-                )
-            self._rebuild(plan, checkpoint)
+        self._find_base(checkpoint)
         self.check_adapters(checkpoint)
         self.configure_model()
         self._check_state(checkpoint["state_dict"])
         if masks := checkpoint.get("masks"):
-            self.mask([(groups.tolist(), channels.tolist()) for groups, channels in masks])
+            self.compressed.mask([(groups.tolist(), channels.tolist()) for groups, channels in masks])
+
+    def _find_base(self, checkpoint: dict[str, Any]) -> None:
+        entry = checkpoint["base"]
+        folder = None if entry["folder"] is None else Path(entry["folder"])
+        if self.held is None and folder is not None and (self.kept_in is None or not is_compressed(self.kept_in)):
+            if is_reachable(self.base):
+                self.check_trained_on(checkpoint, self._of_first(lambda: model_fingerprint(self.base)))
+            self._open_kept(folder, entry["sha256"])
+            return
+        self.load_base()
+        self.check_trained_on(checkpoint, self.compressed.base_sha256)
+        if self.compressed.identity == entry["sha256"]:
+            return
+        if folder is None:
+            raise _other_base("that was not compressed")
+        if self.compressed.base_state is not State.DENSE and (
+            not is_compressed(folder) or read_plan(folder) != self.compressed.plan
+        ):
+            raise _other_base("that was compressed by another plan")
+        self._open_kept(folder, entry["sha256"])
+
+    def _open_kept(self, folder: Path, sha256: str) -> None:
+        """Takes the base of a checkpoint.
+
+        Raises:
+            UserError: it is not in its folder any more.
+        """
+        there = identity_of(read_manifest(folder)) if is_compressed(folder) else None
+        if there != sha256:
+            what = "is not there any more" if there is None else f"is another one by now (SHA-256 {there})"
+            raise UserError(
+                f"The checkpoint was trained on the compressed base in {str(folder)!r} (SHA-256 {sha256}), which "
+                f"{what}. Put that folder back; the base cannot be made again from its plan."
+            )
+        self.open_base(folder)
 
     def check_trained_on(self, checkpoint: dict[str, Any], base_sha256: str | None) -> None:
         """Makes sure that the adapters of a checkpoint were trained on a base.
@@ -362,10 +332,11 @@ class CompressibleModule(LightningModule):
         Raises:
             UserError: they were not.
         """
-        if checkpoint.get("base_sha256") != base_sha256:
+        trained_on = checkpoint["base"]["dense_sha256"]
+        if trained_on != base_sha256:
             raise UserError(
-                f"The checkpoint's adapters were trained on another base model ({checkpoint.get('base_sha256')}) than "
-                f"{self.base!r} ({base_sha256}). Give the base they were trained on as --model.base."
+                f"The checkpoint's adapters were trained on another base model ({trained_on}) than {self.base!r} "
+                f"({base_sha256}). Give the base they were trained on as --model.base."
             )
 
     def check_adapters(self, checkpoint: dict[str, Any]) -> None:
@@ -400,23 +371,9 @@ class CompressibleModule(LightningModule):
                 f"or too many. Copy the checkpoint again, or begin a new fit."
             )
 
-    def _rebuild(self, plan: CompressionPlan, checkpoint: dict[str, Any]) -> None:
-        """Compresses the base as it was for a checkpoint; adapters of other shapes may be on it by now."""
-        if (kept := checkpoint["kept_in"]) and is_compressed(Path(kept)):
-            self.load_kept_base(Path(kept))
-            if self.plan == plan:
-                return
-        if (follows := checkpoint.get("follows")) is not None:
-            raise UserError(
-                f"The checkpoint was trained on the base in {kept!r}, which was made from what an earlier fit left in "
-                f"{follows!r}; it is not there any more, and the dense model alone does not give it back. Put it back."
-            )
-        self.load_dense_base()
-        first, *later = [*map(CompressionPlan.from_json, checkpoint.get("plans_before", [])), plan]
-        self.prune(first)
-        if first.quantized:
-            self.quantize(first, checkpoint["loftq_iterations"], device=self.device)
-        for before, after in zip([first, *later], later, strict=False):  # packed weights were narrowed as they were
-            narrow_(self.model, after.places_in(before))
-            self.plan, self.initial_adapters = after, {}
-            self.plans_before.append(before)
+
+def _other_base(how: str) -> UserError:
+    return UserError(
+        f"The checkpoint's adapters were trained on a base {how}. Compress it as the run of the checkpoint did, or "
+        f"begin a new fit."
+    )

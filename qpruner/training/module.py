@@ -209,7 +209,7 @@ class LoRAFinetuner(CompressibleModule):
             raise self._not_finite(f"The {what} {step} {verb}") from error
 
     def _not_finite(self, what: str) -> UserError:
-        return not_finite(self.model, what, later_phase=self.follows is not None)
+        return not_finite(self.model, what, later_phase=self.continues_from is not None)
 
     def check_losses(self) -> None:
         """Waits for the losses so far; to be called on all ranks together.

@@ -211,7 +211,7 @@ def check_checkpoint(module: CompressibleModule, path: str) -> None:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except (OSError, RuntimeError, ValueError, EOFError, UnpicklingError) as error:
         raise UserError(f"--ckpt_path is {path!r}, which is no checkpoint ({type(error).__name__}).") from error
-    if not isinstance(content, dict) or not {"state_dict", "base_sha256", "lora"} <= content.keys():
+    if not isinstance(content, dict) or not {"state_dict", "base", "lora"} <= content.keys():
         raise UserError(f"--ckpt_path is {path!r}, which is no checkpoint of a fit of qpruner.")
     module.check_adapters(content)
     if is_reachable(module.base):

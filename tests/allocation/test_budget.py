@@ -7,8 +7,8 @@ from jsonargparse import ArgumentParser
 
 from qpruner.allocation.budget import Budget, dense_weights, parse_bytes
 from qpruner.anatomy import architecture_of
-from qpruner.checkpoint import build_skeleton
 from qpruner.errors import UserError
+from qpruner.model_folder import build_skeleton
 from qpruner.plan import DENSE, UNITS, CompressionPlan, Precision
 from qpruner.pricing import Price, price
 

@@ -19,10 +19,10 @@ from qpruner.allocation.sensitivities import Sensitivities
 from qpruner.anatomy import architecture_of
 from qpruner.callbacks import MixedPrecisionQuantization, PlannedPruning, StructuredPruning
 from qpruner.callbacks.compression import Compression, Rehearsal
-from qpruner.checkpoint import build_skeleton, load_compressed, read_base_config
 from qpruner.datamodules import StoriesDataModule
 from qpruner.errors import UserError
 from qpruner.memory import tensor_bytes
+from qpruner.model_folder import build_skeleton, load_compressed, read_base_config
 from qpruner.plan import DENSE, CompressionPlan, Precision
 from qpruner.pruning.calibration import CalibrationConfig
 from qpruner.pruning.selection import SelectionConfig

@@ -24,9 +24,9 @@ from test_pruning import adapters, finetuner
 from test_quantization import Losses, logits
 
 from qpruner.callbacks import LoRAGuidedPruning, MixedPrecisionQuantization, RunCheckpoint
-from qpruner.checkpoint import has_trained_adapters, load_compressed
 from qpruner.datamodules import StoriesDataModule
 from qpruner.errors import UserError
+from qpruner.model_folder import has_trained_adapters, load_compressed
 from qpruner.training.module import LoRAFinetuner
 
 

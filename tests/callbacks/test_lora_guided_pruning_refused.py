@@ -14,9 +14,9 @@ from test_quantization import logits
 from qpruner.adapters.lora import LoRAConfig
 from qpruner.callbacks import MixedPrecisionQuantization, StructuredPruning
 from qpruner.callbacks.compression import Rehearsal
-from qpruner.checkpoint import build_skeleton, read_base_config
 from qpruner.datamodules import StoriesDataModule
 from qpruner.errors import UserError
+from qpruner.model_folder import build_skeleton, read_base_config
 from qpruner.pruning.schedule import CubicSchedule
 from qpruner.pruning.selection import SelectionConfig
 

@@ -12,10 +12,10 @@ from test_pruning import PRUNING, adapters, finetuner, fit, trainer
 
 from qpruner.adapters.lora import LoRAConfig
 from qpruner.callbacks import MixedPrecisionQuantization, RunCheckpoint, StructuredPruning
-from qpruner.checkpoint import load_compressed
 from qpruner.datamodules import StoriesDataModule
 from qpruner.errors import UserError
 from qpruner.folder_manifest import is_compressed
+from qpruner.model_folder import load_compressed
 from qpruner.plan import DENSE, UNITS, CompressionPlan, Precision
 from qpruner.quantization.formats import dequantize
 from qpruner.quantization.packed import PackedLinear
@@ -253,7 +253,7 @@ def test_a_base_that_was_kept_without_its_start_is_not_taken_for_whole(
 
     whole = fit(finetuner(tiny_llama), stories, *mixed())
     with monkeypatch.context() as patch:
-        patch.setattr("qpruner.checkpoint.save_adapters", power_cut)
+        patch.setattr("qpruner.model_folder.save_adapters", power_cut)
         first = finetuner(tiny_llama)
         first.kept_in = tmp_path / "model"
         with pytest.raises(InterruptedError):

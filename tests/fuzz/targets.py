@@ -24,12 +24,12 @@ from qpruner.allocation.decision import Allocation, Decision
 from qpruner.allocation.items import Item
 from qpruner.allocation.sensitivities import Rises, Sensitivities
 from qpruner.anatomy import architecture_of
-from qpruner.checkpoint import load_compressed, read_base_config, save_adapters, save_base
 from qpruner.cli import QPrunerCLI
 from qpruner.commands import run
 from qpruner.datamodules import InstructionDataModule, TextDataModule
 from qpruner.datamodules.base import LoaderConfig
 from qpruner.files import hash_file
+from qpruner.model_folder import load_compressed, read_base_config, save_adapters, save_base
 from qpruner.plan import DENSE, UNITS, CompressionPlan, Precision
 from qpruner.pretrained import EMBEDDED, load_tokenizer
 from qpruner.pruning.surgery import apply_pruning_

@@ -8,9 +8,9 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 from qpruner.anatomy import architecture_of, decoder_layers, num_linear_parameters
-from qpruner.checkpoint import build_skeleton
 from qpruner.errors import UserError
 from qpruner.memory import num_parameters
+from qpruner.model_folder import build_skeleton
 from qpruner.plan import CompressionPlan
 from qpruner.pruning.rounds import Size, describe, legal_ratios, prune_, round_to, step_parameters, supplies
 from qpruner.pruning.scores import LayerScores, score_units

@@ -11,7 +11,7 @@ from families import HIDDEN, KEPT, logits_of, tiny_config, tiny_model
 from transformers import AutoModelForCausalLM
 
 from qpruner.anatomy import FAMILIES, architecture_of
-from qpruner.checkpoint import build_skeleton, save_base
+from qpruner.model_folder import build_skeleton, save_base
 from qpruner.plan import CompressionPlan
 from qpruner.pruning.surgery import apply_pruning_, narrow_
 from qpruner.pruning.widths import compressed_config_class, layer_config, plain_dict, portable_config, with_widths

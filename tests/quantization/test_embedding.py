@@ -15,10 +15,10 @@ from qpruner.adapters.lora import LoRAConfig, attach_adapters
 from qpruner.anatomy import architecture_of
 from qpruner.callbacks import MixedPrecisionQuantization
 from qpruner.callbacks.compression import Rehearsal
-from qpruner.checkpoint import build_skeleton, load_base, load_compressed, save_base
 from qpruner.datamodules import StoriesDataModule
 from qpruner.errors import UserError
 from qpruner.memory import num_parameters, tensor_bytes
+from qpruner.model_folder import build_skeleton, load_base, load_compressed, save_base
 from qpruner.plan import DENSE, UNITS, CompressionPlan, Precision
 from qpruner.plan_command import diff_plans, show_plan
 from qpruner.pricing import price

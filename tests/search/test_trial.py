@@ -13,10 +13,10 @@ from qpruner.adapters.lora import LoRAConfig
 from qpruner.allocation.budget import Budget
 from qpruner.allocation.decision import Allocation, DecidingConfig
 from qpruner.callbacks import MixedPrecisionQuantization, StructuredPruning
-from qpruner.checkpoint import build_skeleton, load_base, read_base_config
 from qpruner.datamodules import StoriesDataModule
 from qpruner.datamodules.base import LoaderConfig
 from qpruner.errors import UserError
+from qpruner.model_folder import build_skeleton, load_base, read_base_config
 from qpruner.pretrained import load_model
 from qpruner.pricing import price
 from qpruner.pruning.calibration import CalibrationConfig

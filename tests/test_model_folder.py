@@ -23,7 +23,9 @@ import qpruner
 from qpruner import checkpoint
 from qpruner.adapters.lora import LoRAConfig, attach_adapters
 from qpruner.anatomy import FAMILIES, architecture_of
-from qpruner.checkpoint import (
+from qpruner.errors import UserError
+from qpruner.folder_manifest import is_compressed
+from qpruner.model_folder import (
     has_adapters,
     load_base,
     load_compressed,
@@ -32,8 +34,6 @@ from qpruner.checkpoint import (
     save_adapters,
     save_base,
 )
-from qpruner.errors import UserError
-from qpruner.folder_manifest import is_compressed
 from qpruner.plan import UNITS, CompressionPlan, Precision
 from qpruner.pretrained import EMBEDDED, load_config, load_tokenizer, save_tokenizer
 from qpruner.pruning.surgery import apply_pruning_, stated_by_weights
@@ -525,8 +525,8 @@ def test_weights_that_are_not_those_of_the_configuration_are_refused(tmp_path: P
 @pytest.mark.parametrize(
     ("model_type", "message"),
     [
-        ("compressed_gpt2", "{!r}: It is of a model of type 'compressed_gpt2', which this qpruner does not know."),
-        ("gpt2", "{!r}: Models of type 'gpt2' cannot be pruned; llama, mistral, qwen2, qwen3, gemma, gemma2 can."),
+        ("compressed_gpt_neox", "{!r}: It is of a model of type 'compressed_gpt_neox', which this qpruner does not know."),
+        ("gpt_neox", "{!r}: Models of type 'gpt_neox' cannot be pruned; llama, mistral, qwen2, qwen3, gemma, gemma2, "),
     ],
 )
 def test_a_model_of_an_unknown_type_is_refused(tmp_path: Path, model_type: str, message: str) -> None:

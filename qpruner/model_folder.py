@@ -5,11 +5,11 @@ model*.safetensors, *.index.json       the compressed base
 tokenizer*, chat templates, code       of the base
 plan.json                              what was kept of the dense model
 adapter/                               LoRA adapters in PEFT's layout, once they are trained
-manifest.json                          version, base model, size and SHA-256 of every file above
+manifest.json                          version, base model, what was done to it, size and SHA-256 of every file above
 """
 
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -25,13 +25,16 @@ from qpruner.conv1d import conv1d_to_linear_
 from qpruner.errors import UserError, brief, cut, listed
 from qpruner.files import MALFORMED, read_json, reading, replacing_folder, write_json
 from qpruner.folder_manifest import (
+    ADAPTER,
     CONFIG,
     COPY_AGAIN,
     KIND,
     MANIFEST,
     PLAN,
     VERSION,
+    Step,
     entries_of,
+    identity_of,
     is_compressed,
     read_checked_manifest,
     read_manifest,
@@ -54,7 +57,7 @@ from qpruner.quantization.model import rebuild_linears_
 from qpruner.quantization.packed import PackedLinear
 from qpruner.schema import read_as
 
-ADAPTER, GENERATION = "adapter", "generation_config.json"
+GENERATION = "generation_config.json"
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = f"{ADAPTER}/adapter_config.json", f"{ADAPTER}/adapter_model.safetensors"
 ANYTHING = (Exception,)
 """What transformers and PEFT raise over content that they did not expect: they check little of it."""
@@ -68,22 +71,26 @@ class Configuration(TypedDict):
 
 
 @dataclass(frozen=True)
-class CompressedBase:
+class KeptBase:
     """What a folder holds beside the adapters.
 
     Args:
-        model: the compressed base, in evaluation mode on the CPU.
-        plan: that made it.
+        network: the compressed base, frozen, in evaluation mode on the CPU.
+        plan: what of the dense model it holds, and how.
         base_name: folder or hub name of the dense model.
         base_sha256: fingerprint of the dense model.
-        loftq_iterations: with which it was quantized.
+        state: how far its compression has come; see `qpruner.compressed.State`.
+        recipe: what was done to the dense model, in order.
+        sha256: hash of what the manifest says of the base, by which the base is known.
     """
 
-    model: Any
+    network: Any
     plan: CompressionPlan
     base_name: str
     base_sha256: str | None
-    loftq_iterations: int
+    state: str
+    recipe: tuple[Step, ...]
+    sha256: str
 
 
 def load_compressed(folder: str | Path) -> Any:
@@ -101,7 +108,7 @@ def load_compressed(folder: str | Path) -> Any:
     import peft
 
     folder = Path(folder).expanduser()
-    model = load_base(folder).model
+    model = load_base(folder).network
     if has_adapters(folder):
         path = folder / ADAPTER_CONFIG
         with reading(path, COPY_AGAIN, ANYTHING):
@@ -115,14 +122,18 @@ def load_compressed(folder: str | Path) -> Any:
     return model.eval()
 
 
-def load_base(folder: str | Path) -> CompressedBase:
+def load_base(folder: str | Path, *, check_hashes: bool = True) -> KeptBase:
     """The compressed base of a folder, without adapters.
+
+    Args:
+        folder: that `save_base` wrote.
+        check_hashes: whether every file is read and compared with its hash, beside its size.
 
     Raises:
         UserError: as `load_compressed`.
     """
     folder = Path(folder).expanduser()
-    manifest = read_checked_manifest(folder)
+    manifest = read_checked_manifest(folder, hashes=check_hashes)
     config, plan = read_config(folder), read_plan(folder)
     # A uniform Llama may have been written as a Mistral.
     written = replace(architecture_of(config), model_type=plan.architecture.model_type)
@@ -157,7 +168,15 @@ def load_base(folder: str | Path) -> CompressedBase:
         with reading(folder / GENERATION, COPY_AGAIN, ANYTHING):
             model.generation_config = transformers.GenerationConfig.from_pretrained(folder)
     base = manifest["base"]
-    return CompressedBase(model.eval(), plan, base["name"], base["sha256"], base["loftq_iterations"])
+    return KeptBase(
+        model.eval(),
+        plan,
+        base["name"],
+        base["sha256"],
+        manifest["state"],
+        tuple(manifest["recipe"]),
+        identity_of(manifest),
+    )
 
 
 def save_base(
@@ -166,8 +185,9 @@ def save_base(
     plan: CompressionPlan,
     *,
     base_name: str,
+    state: str,
+    recipe: Sequence[Step] = (),
     tokenizer: Any | None,
-    loftq_iterations: int = 0,
 ) -> None:
     """Writes a compressed base; the folder appears whole, with its manifest, or not at all.
 
@@ -176,8 +196,9 @@ def save_base(
         model: without adapters.
         plan: that made it.
         base_name: folder or hub name of the dense model.
+        state: how far its compression has come; see `qpruner.compressed.State`.
+        recipe: what was done to the dense model, in order.
         tokenizer: to put beside it.
-        loftq_iterations: with which the model was quantized.
 
     Raises:
         UserError: the disk has no room for it.
@@ -197,9 +218,15 @@ def save_base(
         if tokenizer is not None:
             save_tokenizer(tokenizer, temporary)
         plan.write(temporary / PLAN)
-        base = {"name": base_name, "sha256": plan.base_sha256, "loftq_iterations": loftq_iterations}
-        files = entries_of(temporary)
-        manifest = {"kind": KIND, "version": VERSION, "base": base, "adapters": None, "files": files}
+        manifest = {
+            "kind": KIND,
+            "version": VERSION,
+            "base": {"name": base_name, "sha256": plan.base_sha256},
+            "state": state,
+            "recipe": list(recipe),
+            "adapters": None,
+            "files": entries_of(temporary),
+        }
         write_json(temporary / MANIFEST, manifest)
 
 

@@ -1,0 +1,436 @@
+"""A language model under compression: what it is now, what was done to it, and the folder that keeps it."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from enum import StrEnum
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from torch import nn
+
+from qpruner import model_folder
+from qpruner.adapters.lora import LoRAConfig, attach_adapters, detach_adapters, set_factors_
+from qpruner.anatomy import COMPRESSED, FAMILIES, architecture_of
+from qpruner.errors import UserError
+from qpruner.files import replacing_folder
+from qpruner.folder_manifest import Step, identity_of, is_compressed, read_manifest
+from qpruner.likelihood import check_head
+from qpruner.plan import DENSE, UNITS, CompressionPlan, describe_differences
+from qpruner.pretrained import DType, hold_in_, load_model, model_fingerprint, resolve
+from qpruner.pricing import average_bits
+from qpruner.pruning.masks import UnitMasks
+from qpruner.pruning.selection import Kept
+from qpruner.pruning.surgery import narrow_, narrow_factors, stated_by_weights
+from qpruner.quantization.apply import Factors, LoftQSettings, quantize_
+from qpruner.quantization.bank import Bank
+from qpruner.quantization.embedding import quantize_tables_
+from qpruner.quantization.merging import merge_
+from qpruner.quantization.packed import PackedLinear
+
+
+class State(StrEnum):
+    """How far the compression of a model has come."""
+
+    DENSE = "dense"
+    """As its base came, whatever that holds."""
+    PRUNED = "pruned"
+    """Narrower; the weights that are left are those of the base."""
+    QUANTIZED = "quantized"
+    """Held as the plan says, pruned or not."""
+    ADAPTED = "adapted"
+    """With LoRA adapters on it, whatever it is below them."""
+    MERGED = "merged"
+    """Dense again, with what were its adapters in its weights."""
+
+
+NARROWABLE = frozenset({State.DENSE, State.PRUNED, State.MERGED, State.ADAPTED})
+PACKABLE = frozenset({State.DENSE, State.PRUNED, State.MERGED})
+BARE = frozenset({State.DENSE, State.PRUNED, State.QUANTIZED, State.MERGED})
+ADAPTED = frozenset({State.ADAPTED})
+
+
+@dataclass(frozen=True)
+class KeptFolder:
+    """The folder that keeps a compressed base.
+
+    Args:
+        path: where it lies.
+        sha256: hash of what its manifest says of the base, by which the base is known.
+    """
+
+    path: Path
+    sha256: str
+
+
+class CompressedModel(nn.Module):
+    """A causal language model, its plan, where its weights come from, and one method for each thing done to it.
+
+    dense --`prune`--> pruned --`quantize`--> quantized --`attach`--> adapted --`merge`--> merged
+
+    Steps may be left out; an adapted model may be narrowed, and a merged one quantized. Nothing but these methods
+    changes a model. What they leave depends on text as well as on the plan, so that no model is ever made again from a
+    plan and its dense base: `keep` writes it to a folder, `open` takes it from there, and the hash of that folder is
+    what a checkpoint or a bank knows it by.
+
+    Args:
+        network: the model of transformers, frozen and without adapters.
+        base: name of the dense model that all began with.
+        base_sha256: its fingerprint; None where its files are not at hand.
+        plan: what of the dense model ``network`` holds; by default all of it. Left out for families that cannot be
+            pruned or quantized.
+        state: of the network.
+        recipe: what was done to the dense model, in order.
+        kept: the folder that the network was taken from.
+
+    Attributes:
+        base_state: the state below adapters.
+        masks: the units that act as if they were gone; None as long as nothing was masked.
+        initial_adapters: factors A [r, in] and B [out, r] that adapters start from, by the name of their linear; the
+            others start as PEFT has it.
+    """
+
+    def __init__(
+        self,
+        network: Any,
+        *,
+        base: str = "",
+        base_sha256: str | None = None,
+        plan: CompressionPlan | None = None,
+        state: State = State.DENSE,
+        recipe: tuple[Step, ...] = (),
+        kept: KeptFolder | None = None,
+    ) -> None:
+        super().__init__()
+        self.network = network
+        self.base = base
+        self.base_sha256 = base_sha256
+        if plan is None and family_name(network) in FAMILIES:
+            plan = CompressionPlan.dense(architecture_of(network.config), base_sha256)
+        self.plan = plan
+        self.base_state = state
+        self.recipe = recipe
+        self.kept = kept
+        self.masks: UnitMasks | None = None
+        self.initial_adapters: dict[str, Factors] = {}
+        self._adapter_files: Path | None = None
+        self._lora: tuple[LoRAConfig, int] | None = None  # of the adapters that are on it, and their seed
+
+    # Where it comes from.
+
+    @classmethod
+    def load(
+        cls,
+        base: str,
+        *,
+        dtype: DType,
+        trust_remote_code: bool = False,
+        say: Callable[[str], None] = print,
+        fingerprint: Callable[[str], str | None] = model_fingerprint,
+    ) -> Self:
+        """The dense model of a folder or of the hub; of a folder that keeps a compressed one, that without adapters.
+
+        Args:
+            base: folder, hub name, or ``qpruner/stories``.
+            dtype: number format of the weights in memory.
+            trust_remote_code: whether code that comes with the model may run.
+            say: hears what a person should know of it.
+            fingerprint: tells the base from others; reads all of its files.
+
+        Raises:
+            UserError: there is no such model, or it is damaged.
+        """
+        plan = None
+        if is_compressed(folder := Path(resolve(base))):
+            content = model_folder.load_base(folder)
+            network, layers = content.network, content.plan.layers
+            if not any(isinstance(module, PackedLinear) for module in network.modules()):
+                hold_in_(network, getattr(torch, dtype))
+            if model_folder.has_adapters(folder):
+                say(f"{base!r} is taken as the base without its adapters.")
+            sha256 = fingerprint(base)
+            plan = CompressionPlan.dense(architecture_of(network.config), sha256).with_precision(
+                [layer.precision for layer in layers], embedding=content.plan.embedding, head=content.plan.head
+            )
+        else:
+            network = load_model(base, dtype=dtype, trust_remote_code=trust_remote_code, say=say)
+            sha256 = fingerprint(base)
+        if family_name(network) not in FAMILIES:  # whose heads are known
+            check_head(network)
+        return cls(network.requires_grad_(False), base=base, base_sha256=sha256, plan=plan)
+
+    @classmethod
+    def open(cls, folder: Path, *, check_hashes: bool = True, trained_adapters: bool = False) -> Self:
+        """The compressed model that a folder keeps; `attach` then starts from the adapters that lie there.
+
+        Args:
+            folder: that `keep` wrote.
+            check_hashes: whether every file is read and compared with its hash, beside its size.
+            trained_adapters: whether adapters may start from those that a fit has trained, too.
+
+        Raises:
+            UserError: no such folder, or it is damaged.
+        """
+        content = model_folder.load_base(folder, check_hashes=check_hashes)
+        model = cls(
+            content.network,
+            base=content.base_name,
+            base_sha256=content.base_sha256,
+            plan=content.plan,
+            state=State(content.state),
+            recipe=content.recipe,
+            kept=KeptFolder(folder, content.sha256),
+        )
+        if model_folder.has_initial_adapters(folder) or (trained_adapters and model_folder.has_adapters(folder)):
+            model._adapter_files = folder
+        return model
+
+    # What it is.
+
+    @property
+    def state(self) -> State:
+        return State.ADAPTED if self._lora is not None else self.base_state
+
+    @property
+    def identity(self) -> str | None:
+        """Hash that tells the base from others; None where it was changed and is kept nowhere yet."""
+        if self.base_state is State.DENSE:  # kept or not
+            return self.base_sha256
+        return None if self.kept is None else self.kept.sha256
+
+    @property
+    def average_bits(self) -> float | None:
+        """Bits per weight of the decoder linears, scales included; None where the base is as it came."""
+        if self.plan is None or self.base_state is State.DENSE:
+            return None
+        return average_bits(self.plan, self.network.dtype.itemsize)
+
+    @property
+    def starts_from_loftq(self) -> bool:
+        """Whether adapters start from what quantization left, rather than from zero."""
+        return bool(self.initial_adapters) or (
+            self._adapter_files is not None and model_folder.has_initial_adapters(self._adapter_files)
+        )
+
+    def has_packed_weights(self) -> bool:
+        """Whether linears hold codes rather than weights."""
+        return any(isinstance(module, PackedLinear) for module in self.network.modules())
+
+    def known_plan(self) -> CompressionPlan:
+        """The plan.
+
+        Raises:
+            UserError: the family cannot be compressed, and so has none.
+        """
+        if self.plan is None:
+            architecture_of(self.network.config)  # says why
+            raise AssertionError("a family that is known has a plan")
+        return self.plan
+
+    # What is done to it.
+
+    def record(self, step: Step) -> None:
+        """Writes a step into the recipe, once it is done."""
+        self.recipe = (*self.recipe, step)
+
+    def prune(self, kept: Kept) -> dict[str, float]:
+        """Takes all units but some out of the base, and out of the adapters, which stay as they are in what is left.
+
+        Args:
+            kept: [layers], places of the KV groups and FFN channels that stay, among those that are there.
+
+        Returns:
+            The relative change of each packed linear that had to be rounded anew, by ``layer.projection``.
+
+        Raises:
+            UserError: packed weights without adapters, or widths of the weights that are not those of the plan.
+        """
+        self._expect("pruned", NARROWABLE)
+        plan = self.known_plan()
+        # A uniform Llama may have been written as a Mistral.
+        stated = replace(stated_by_weights(self._below()), model_type=plan.architecture.model_type)
+        if differences := describe_differences(plan.widths, stated):
+            raise UserError(f"The plan does not fit the model: {differences}.")
+        with self._without_adapters(kept):
+            rounded = narrow_(self.network, kept)
+        self.plan, self.initial_adapters = plan.keeping(kept), {}
+        self._changed(self.base_state if self.base_state is State.QUANTIZED else State.PRUNED)
+        return rounded
+
+    def quantize(
+        self,
+        plan: CompressionPlan,
+        loftq: LoftQSettings | None,
+        *,
+        device: torch.device,
+        bank: Bank | None = None,
+    ) -> None:
+        """Holds the base as a plan says, and leaves what adapters start from.
+
+        Args:
+            plan: with the widths that the base has.
+            loftq: how adapters start; None for zero.
+            device: device that quantizes.
+            bank: linears that are quantized already, with ``loftq``; with one a base may be quantized again and again.
+
+        Raises:
+            UserError: no format offers a precision, or the rank of the adapters is above that of a linear.
+        """
+        self._expect("quantized", BARE if bank is not None else PACKABLE)
+        if bank is None:
+            self.initial_adapters = quantize_(self.network, plan, loftq, device=device)
+        else:
+            if self.base_state is not State.QUANTIZED:
+                quantize_tables_(self.network, plan.embedding, plan.head, device=device)
+            self.initial_adapters = bank.assemble_(self.network, plan)
+        self.plan = plan
+        self._changed(State.QUANTIZED)
+
+    def attach(self, lora: LoRAConfig, *, seed: int, gradient_checkpointing: bool = False) -> None:
+        """Puts adapters on the base, the only parameters that train.
+
+        Args:
+            lora: their rank and place.
+            seed: seed of those that start at random.
+            gradient_checkpointing: whether activations are computed again in the backward pass.
+
+        Raises:
+            UserError: a target matches no linear, or the adapters in the folder are of another kind.
+        """
+        self._expect("given adapters", BARE)
+        if gradient_checkpointing:
+            # Non-reentrant: the reentrant form loses gradients where no input of a block requires them.
+            self.network.gradient_checkpointing_enable({"use_reentrant": False})
+        self.network = attach_adapters(self.network, lora, seed=seed)
+        self._lora = lora, seed
+        set_factors_(self.network, self.initial_adapters)
+        if self._adapter_files is not None:
+            model_folder.load_adapters(self._adapter_files, self.network)
+
+    def detach(self) -> None:
+        """Takes the adapters off the base, unmerged and for good."""
+        self._expect("freed of adapters", ADAPTED)
+        self._drop_masks()
+        self.network, _ = detach_adapters(self.network)
+        self._lora, self.initial_adapters = None, {}
+
+    def mask(self, kept: Kept) -> None:
+        """Lets all units but some act as if they were gone, while every weight stays.
+
+        Args:
+            kept: [layers], places of the KV groups and FFN channels that stay alive.
+        """
+        self._expect("masked", ADAPTED)
+        if self.masks is None:
+            self.masks = UnitMasks(self._below())
+        self.masks.keep(kept)
+
+    def merge(self, dtype: torch.dtype) -> None:
+        """Makes one dense base of base and adapters.
+
+        Args:
+            dtype: number format of the result.
+        """
+        self._expect("merged", ADAPTED)
+        self._drop_masks()
+        self.network = merge_(self.network, dtype).requires_grad_(False)
+        if self.plan is not None:
+            self.plan = self.plan.with_precision([dict.fromkeys(UNITS, DENSE)] * len(self.plan.layers))
+        self._lora, self.initial_adapters = None, {}
+        self._changed(State.MERGED)
+        self.record(Step(name="merge", options={"dtype": str(dtype).removeprefix("torch.")}))
+
+    # Where it is kept.
+
+    def keep(self, folder: Path, *, tokenizer: Any | None, trained: bool = False) -> None:
+        """Writes the base, and its adapters if it has any, to a folder that appears whole or not at all.
+
+        Args:
+            folder: that is written; what is there goes. From now on the base is known by it.
+            tokenizer: to lie beside the model.
+            trained: whether a fit has trained the adapters, or they are what one starts from.
+
+        Raises:
+            UserError: a family that cannot be compressed, or the disk has no room.
+        """
+        plan = self.known_plan()
+        with replacing_folder(folder) as temporary:
+            with self._without_adapters():
+                model_folder.save_base(
+                    temporary,
+                    self.network,
+                    plan,
+                    base_name=self.base,
+                    state=self.base_state.value,
+                    recipe=self.recipe,
+                    tokenizer=tokenizer,
+                )
+            if self.state is State.ADAPTED:
+                model_folder.save_adapters(temporary, self.network, trained=trained, place=folder)
+        self.is_kept_in(folder)
+
+    def is_kept_in(self, folder: Path) -> None:
+        """Takes a folder that another process wrote for the one that keeps this base."""
+        self.kept = KeptFolder(folder, identity_of(read_manifest(folder)))
+
+    def keep_adapters(self, *, trained: bool) -> None:
+        """Puts the adapters to the base in its folder.
+
+        Args:
+            trained: whether a fit has trained them, or they are what one starts from.
+        """
+        assert self.kept is not None
+        self._expect("kept with its adapters", ADAPTED)
+        model_folder.save_adapters(self.kept.path, self.network, trained=trained)
+
+    # Inside.
+
+    def _below(self) -> Any:
+        """The model of transformers, below adapters."""
+        return self.network.get_base_model() if self.state is State.ADAPTED else self.network
+
+    def _expect(self, what: str, states: frozenset[State]) -> None:
+        if self.state not in states:
+            raise UserError(
+                f"A model that is {self.state} cannot be {what}; only one that is "
+                f"{' or '.join(state for state in State if state in states)} can. Load the base anew for this."
+            )
+
+    def _changed(self, state: State) -> None:
+        self.base_state = state
+        self.kept, self._adapter_files = None, None
+
+    def _drop_masks(self) -> None:
+        if self.masks is not None:
+            self.masks.remove()  # linears without an adapter outlive it, hooks and all
+            self.masks = None
+
+    @contextmanager
+    def _without_adapters(self, kept: Kept | None = None) -> Iterator[None]:
+        """The base alone meanwhile; afterwards its adapters are on it again, in their dtype.
+
+        Args:
+            kept: [layers], places of the units that the adapters keep; by default all.
+        """
+        if self._lora is None:
+            yield
+            return
+        self._drop_masks()
+        lora, seed = self._lora
+        self.network, factors = detach_adapters(self.network)
+        held_in = next(iter(factors.values()))[0].dtype  # of less than float32 with --trainer.precision bf16-true
+        if kept is not None:
+            factors = narrow_factors(self.network, factors, kept)
+        yield
+        self.network = attach_adapters(self.network, lora, seed=seed)
+        set_factors_(self.network, factors)
+        for factor in self.network.parameters():
+            if factor.requires_grad:
+                factor.data = factor.data.to(held_in)
+
+
+def family_name(network: Any) -> str:
+    """The ``model_type`` of a model as transformers knows it, compressed or not."""
+    name: str = network.config.model_type
+    return name.removeprefix(COMPRESSED)
