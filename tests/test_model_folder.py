@@ -525,7 +525,10 @@ def test_weights_that_are_not_those_of_the_configuration_are_refused(tmp_path: P
 @pytest.mark.parametrize(
     ("model_type", "message"),
     [
-        ("compressed_gpt_neox", "{!r}: It is of a model of type 'compressed_gpt_neox', which this qpruner does not know."),
+        (
+            "compressed_gpt_neox",
+            "{!r}: It is of a model of type 'compressed_gpt_neox', which this qpruner does not know.",
+        ),
         ("gpt_neox", "{!r}: Models of type 'gpt_neox' cannot be pruned; llama, mistral, qwen2, qwen3, gemma, gemma2, "),
     ],
 )

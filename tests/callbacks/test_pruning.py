@@ -254,4 +254,8 @@ def test_an_unsupported_family_is_named_with_those_that_are_supported(
     GPTNeoXForCausalLM(GPTNeoXConfig(**sizes, num_attention_heads=2)).save_pretrained(tmp_path)
     load_tokenizer(EMBEDDED).save_pretrained(tmp_path)
     with pytest.raises(UserError, match=r"'gpt_neox' cannot be pruned; llama, .*gpt2 can.*qpruner/anatomy/families.py"):
-        fit(finetuner(tmp_path, lora=LoRAConfig(target_modules=["query_key_value"])), stories, StructuredPruning(**PRUNING))
+        fit(
+            finetuner(tmp_path, lora=LoRAConfig(target_modules=["query_key_value"])),
+            stories,
+            StructuredPruning(**PRUNING),
+        )

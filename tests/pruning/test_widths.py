@@ -216,7 +216,7 @@ def test_our_configuration_is_the_familys_own_with_any_head_count(family: str) -
 
 @pytest.mark.parametrize("kept", [KEPT, TWO], ids=["unequal", "equal"])
 def test_positions_of_a_phi3_stretched_to_long_texts_are_those_of_its_heads(kept: Any) -> None:
-    # Transformers wants a factor for each pair of 64 / 8 channels, half of which turn; with 4 heads it reckons with 64 / 4.
+    # Transformers wants a factor for each pair of 64 / 8 channels, half of which turn; for 4 heads, of 64 / 4.
     stretched = {"rope_type": "longrope", "rope_theta": 1e4, "partial_rotary_factor": 0.5}
     stretched |= {"short_factor": [1.0, 2.0], "long_factor": [1.5, 3.0]}
     model = tiny_model("phi3", head_dim=8, rope_parameters=stretched, original_max_position_embeddings=64)
