@@ -232,7 +232,7 @@ def test_biases_of_every_projection_come_back(tmp_path: Path, kept: Any) -> None
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_loaded_model_is_frozen_in_evaluation_mode_and_on_the_cpu(tmp_path: Path, family: str) -> None:
     write(tmp_path / "model", family)
-    model = load_base(tmp_path / "model").model
+    model = load_base(tmp_path / "model").network
     assert not model.training
     assert not any(parameter.requires_grad for parameter in model.parameters())
     assert {tensor.device.type for tensor in [*model.parameters(), *model.buffers()]} == {"cpu"}
@@ -306,7 +306,7 @@ def test_adapters_come_back_with_identical_logits(tmp_path: Path, family: str, k
     save_adapters(tmp_path / "model", adapted, trained=True)
     assert has_adapters(tmp_path / "model")
     assert torch.equal(logits_of(load_compressed(tmp_path / "model")), expected)
-    assert torch.equal(logits_of(load_base(tmp_path / "model").model), plain)
+    assert torch.equal(logits_of(load_base(tmp_path / "model").network), plain)
     written = json.loads((tmp_path / "model/adapter/adapter_config.json").read_text())
     assert str(tmp_path / "model") in written["base_model_name_or_path"]
 
