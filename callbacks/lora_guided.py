@@ -95,9 +95,10 @@ class LoRAGuidedPruning(CompressionInTraining):
         _, family = family_of(model.config)
         layer_names = [f"{family.layers}.{number}" for number in range(model.config.num_hidden_layers)]
         for units, names in (("KV groups", ("q", "k", "v", "o")), ("FFN channels", ("gate", "up", "down"))):
-            ends = [family.projections[name].rpartition(".")[2] for name in names]
+            paths = [family.projections[first] for first, *_ in family.fused(names)]
+            ends = [path.rpartition(".")[2] for path in paths]
             targets = lora.target_modules
-            linears = [f"{name}.{family.projections[each]}" for name in layer_names for each in names]
+            linears = [f"{name}.{path}" for name in layer_names for path in paths]
             if not any(is_target(name, targets) for name in linears):
                 raise UserError(
                     f"LoRAGuidedPruning scores {units} by the adapters on {', '.join(ends)}, and there are none: "

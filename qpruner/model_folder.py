@@ -21,6 +21,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from qpruner.anatomy import COMPRESSED, FAMILIES, architecture_of, family_of
+from qpruner.conv1d import conv1d_to_linear_
 from qpruner.errors import UserError, brief, cut, listed
 from qpruner.files import MALFORMED, read_json, reading, replacing_folder, write_json
 from qpruner.folder_manifest import (
@@ -49,7 +50,7 @@ from qpruner.pretrained import (
     save_tokenizer,
 )
 from qpruner.pruning.surgery import narrow_
-from qpruner.pruning.widths import compressed_config_class, plain_dict, portable_config, with_widths
+from qpruner.pruning.widths import compressed_config_class, portable_config, skeleton_config, with_widths
 from qpruner.quantization.apply import linear_precisions
 from qpruner.quantization.embedding import rebuild_tables_
 from qpruner.quantization.model import rebuild_linears_
@@ -402,12 +403,10 @@ def build_skeleton(config: Any) -> Any:
     """A model of a configuration's widths: parameters on the meta device, to be assigned; buffers real."""
     from accelerate import init_empty_weights
 
-    family, anatomy = family_of(config)
-    uniform = compressed_config_class(family)(
-        **{k: v for k, v in plain_dict(config).items() if k != "per_layer_config"}
-    )
+    _, anatomy = family_of(config)
     with init_empty_weights(include_buffers=False):
-        model = getattr(transformers, anatomy.model_class)(uniform)
+        model = getattr(transformers, anatomy.model_class)(skeleton_config(config))
+        conv1d_to_linear_(model)
     widths = architecture_of(config)
     model.tie_weights()  # taken apart on the meta device
     narrow_(model, [(range(g), range(c)) for g, c in zip(widths.kv_groups, widths.ffn_channels, strict=True)])

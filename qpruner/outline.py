@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from qpruner.anatomy import architecture_of, family_of
+from qpruner.anatomy import architecture_of, family_of, unit_shapes
+from qpruner.anatomy.layers import MEMBERS
 
 
 def outline_of(config: Any) -> nn.Module:
@@ -27,28 +28,41 @@ def outline_of(config: Any) -> nn.Module:
     biased = {name for name, switch in family.biases.items() if switch is None or getattr(config, switch)}
     model: Any = nn.Module()
     model.config = config
-    table = torch.empty(vocabulary, hidden, device="meta")  # given to it: drawing one on meta imports a compiler
-    _put(model, family.embedding, nn.Embedding(vocabulary, hidden, _weight=table))
+
+    def norm() -> nn.Module:
+        return nn.LayerNorm(hidden, device="meta") if family.norm == "LayerNorm" else _rms_norm(hidden)
+
+    _put(model, family.embedding, _table(vocabulary, hidden))
+    if family.positions is not None:
+        _put(model, family.positions, _table(config.max_position_embeddings, hidden))
     _put(model, family.layers, nn.ModuleList(nn.Module() for _ in range(widths.num_layers)))
-    for number, (groups, channels) in enumerate(zip(widths.kv_groups, widths.ffn_channels, strict=True)):
-        queries, keys = groups * widths.queries_per_group * head_dim, groups * head_dim
-        shapes = {
-            **{"q": (hidden, queries), "k": (hidden, keys), "v": (hidden, keys), "o": (queries, hidden)},
-            **{"gate": (hidden, channels), "up": (hidden, channels), "down": (channels, hidden)},
-        }
+    for number, groups in enumerate(widths.kv_groups):
         layer = f"{family.layers}.{number}"
-        for name, (inputs, outputs) in shapes.items():
-            linear = nn.Linear(inputs, outputs, bias=name in biased, device="meta")
-            _put(model, f"{layer}.{family.projections[name]}", linear)
+        for unit, shapes in unit_shapes(widths, number).items():
+            for (first, *_), (outputs, inputs) in zip(family.fused(MEMBERS[unit]), shapes, strict=True):
+                linear = nn.Linear(inputs, outputs, bias=first in biased, device="meta")
+                _put(model, f"{layer}.{family.projections[first]}", linear)
         for path in family.layer_norms:
-            _put(model, f"{layer}.{path}", nn.RMSNorm(hidden, device="meta"))
+            _put(model, f"{layer}.{path}", norm())
         for path in family.head_norms:
-            _put(model, f"{layer}.{path}", nn.RMSNorm(head_dim, device="meta"))
-    _put(model, family.last_norm, nn.RMSNorm(hidden, device="meta"))
+            _put(model, f"{layer}.{path}", _rms_norm(head_dim))
+        for name, path in family.wide_norms.items():
+            heads = groups * (widths.queries_per_group if name == "q" else 1)
+            _put(model, f"{layer}.{path}", _rms_norm(heads * head_dim))
+    _put(model, family.last_norm, norm())
     _put(model, family.head, nn.Linear(hidden, vocabulary, bias=False, device="meta"))
     if config.tie_word_embeddings:
         model.get_submodule(family.head).weight = model.get_submodule(family.embedding).weight
     return model
+
+
+def _table(rows: int, columns: int) -> nn.Embedding:
+    # Its weight is given to it: drawing one on meta imports a compiler.
+    return nn.Embedding(rows, columns, _weight=torch.empty(rows, columns, device="meta"))
+
+
+def _rms_norm(channels: int) -> nn.RMSNorm:
+    return nn.RMSNorm(channels, device="meta")
 
 
 def _put(model: nn.Module, path: str, module: nn.Module) -> None:

@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 import torch
 
+from qpruner.conv1d import conv1d_to_linear_
 from qpruner.errors import UserError
 from qpruner.files import hash_file, hash_json, read_json, write_json
 from qpruner.loading_info import (
@@ -260,7 +261,7 @@ def _load(
         drop_quantization(model.config)
     elif (local := _local_folder(name)) is not None:
         check_number_formats(name, model, weight_files(local))
-    return model, left_out
+    return conv1d_to_linear_(model), left_out
 
 
 def _holds_codes(name: str, config: Any) -> bool:

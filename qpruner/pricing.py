@@ -1,15 +1,15 @@
 """What a plan costs in bytes before it is carried out: the sum of the tensors that its folder will hold."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from qpruner.adapters.lora import is_target
-from qpruner.anatomy import unit_linears
+from qpruner.anatomy import unit_linears, unit_shapes
 from qpruner.memory import tensor_bytes
-from qpruner.plan import DENSE, Architecture, CompressionPlan, Precision
+from qpruner.plan import DENSE, CompressionPlan, Precision
 from qpruner.pruning.surgery import apply_pruning_
 from qpruner.quantization.apply import linear_precisions
 from qpruner.quantization.embedding import table_precisions
@@ -97,19 +97,6 @@ def weight_bytes(shape: tuple[int, int], precision: Precision, dense_size: int) 
     """
     out_features, in_features = shape
     return out_features * in_features * dense_size if precision == DENSE else num_bytes(*shape, precision)
-
-
-def unit_shapes(widths: Architecture, layer: int) -> Mapping[str, tuple[tuple[int, int], ...]]:
-    """Shapes [out, in] of the weights of each unit of a layer."""
-    hidden, channels = widths.hidden_size, widths.ffn_channels[layer]
-    keys = widths.kv_groups[layer] * widths.head_dim
-    queries = keys * widths.queries_per_group
-    return {
-        "qkv": ((queries, hidden), (keys, hidden), (keys, hidden)),
-        "o": ((hidden, queries),),
-        "gate_up": ((channels, hidden), (channels, hidden)),
-        "down": ((hidden, channels),),
-    }
 
 
 def average_bits(plan: CompressionPlan, dense_size: int) -> float:

@@ -7,6 +7,7 @@ import transformers
 
 from qpruner.adapters.lora import LoRAConfig, attach_adapters
 from qpruner.anatomy import FAMILIES, architecture_of
+from qpruner.conv1d import conv1d_to_linear_
 from qpruner.plan import UNITS, CompressionPlan, Precision
 from qpruner.quantization.apply import quantize_
 
@@ -14,19 +15,47 @@ HIDDEN, LAYERS, FFN, VOCAB = 64, 3, 48, 100
 KEPT = [((0, 2, 3), (0, 1, *range(5, 40))), ((1,), tuple(range(3, 48, 2))), ((0, 1, 2, 3), (7,))]
 """A pruning of the default tiny model in which no two layers end equal."""
 
-EXPLICIT = {
+SPECIAL = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+EXPLICIT: dict[str, dict[str, Any]] = {
     "llama": {"head_dim": 16},
     "mistral": {"head_dim": 16, "sliding_window": 8},
     "qwen2": {},  # 64 / 8 = 8
     "qwen3": {"head_dim": 16},
     "gemma": {"head_dim": 16},
     "gemma2": {"head_dim": 16, "query_pre_attn_scalar": 16, "sliding_window": 8},
+    "gemma3_text": {
+        "head_dim": 16,
+        "query_pre_attn_scalar": 16,
+        "sliding_window": 8,
+        "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+    },
+    "granite": {
+        "head_dim": 16,
+        "embedding_multiplier": 3.0,
+        "logits_scaling": 0.5,
+        "residual_multiplier": 0.7,
+        "attention_multiplier": 0.3,
+    },
+    "smollm3": {**SPECIAL, "head_dim": 16, "no_rope_layers": [1, 0, 1]},
+    "olmo2": {**SPECIAL, "head_dim": 16, "rms_norm_eps": 1e-8},
+    "phi3": {**SPECIAL, "head_dim": 16, "sliding_window": 8, "partial_rotary_factor": 0.5},
+    "gpt2": {**SPECIAL, "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0},
 }
-"""What a configuration says beyond the sizes that all have; the sliding window is shorter than the tests' text."""
+"""What a configuration says beyond the sizes that all have.
+
+The sliding window is shorter than the tests' text, and the epsilon of OLMo2, whose part of norms over all heads changes
+as heads leave, smaller than their tolerance.
+"""
+
+
+MULTI_HEAD_ONLY = ("gpt2",)
 
 
 def tiny_config(family: str, **changes: Any) -> Any:
-    """3 layers, width 64, 8 query heads on 4 key-value heads, 48 FFN channels and 100 tokens."""
+    """3 layers, width 64, 8 query heads on 4 key-value heads, 48 FFN channels and 100 tokens.
+
+    A family that is multi-head alone has as many query heads as the others have key-value heads, 16 channels each.
+    """
     sizes = {
         "vocab_size": VOCAB,
         "hidden_size": HIDDEN,
@@ -37,6 +66,12 @@ def tiny_config(family: str, **changes: Any) -> Any:
         "max_position_embeddings": 128,
         "initializer_range": 0.2,
     }
+    if family in MULTI_HEAD_ONLY:
+        sizes |= {
+            "num_attention_heads": changes.pop("num_key_value_heads", 4),
+            "n_inner": changes.pop("intermediate_size", FFN),
+        }
+        del sizes["num_key_value_heads"], sizes["intermediate_size"]
     return getattr(transformers, FAMILIES[family].config_class)(**{**sizes, **EXPLICIT[family], **changes})
 
 
@@ -47,9 +82,9 @@ def tiny_model(family: str, **changes: Any) -> Any:
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(3)
-        model = getattr(transformers, FAMILIES[family].model_class)(tiny_config(family, **changes))
+        model = conv1d_to_linear_(getattr(transformers, FAMILIES[family].model_class)(tiny_config(family, **changes)))
         for name, parameter in model.named_parameters():
-            if "norm" in name or name.endswith("bias"):
+            if "norm" in name or ".ln_" in name or name.endswith("bias"):
                 parameter.data += 0.2 * torch.randn_like(parameter)
     return model.eval()
 

@@ -3,7 +3,7 @@ from typing import Any
 import pytest
 import torch
 from families import FFN, HIDDEN, KEPT, LAYERS, tiny_config, tiny_model
-from transformers import GPT2Config
+from transformers import GPTNeoXConfig
 
 from qpruner.anatomy import (
     FAMILIES,
@@ -12,7 +12,9 @@ from qpruner.anatomy import (
     family_of,
     head_shape,
     num_linear_parameters,
+    unit_linears,
     unit_parameters,
+    unit_shapes,
 )
 from qpruner.errors import UserError
 from qpruner.memory import num_parameters
@@ -20,13 +22,18 @@ from qpruner.plan import Architecture
 from qpruner.pruning.surgery import narrow_
 
 HEAD_DIMS = {family: 8 if family == "qwen2" else 16 for family in FAMILIES}
+QUERIES = {family: 1 if family == "gpt2" else 2 for family in FAMILIES}
+SEPARATE = [family for family in FAMILIES if family not in ("phi3", "gpt2")]
 
 
 def test_these_families_are_known() -> None:
-    assert list(FAMILIES) == ["llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2"]
+    assert list(FAMILIES) == [
+        *("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "granite", "smollm3", "olmo2"),
+        *("phi3", "gpt2"),
+    ]
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", SEPARATE)
 def test_the_projections_are_the_models_own(family: str) -> None:
     model = tiny_model(family)
     layers = decoder_layers(model)
@@ -46,23 +53,69 @@ def test_the_projections_are_the_models_own(family: str) -> None:
         assert all(found.linears[name] is linear for name, linear in expected.items())
 
 
+def test_stacked_projections_are_blocks_of_rows() -> None:
+    # 8 query heads on 4 key-value heads of 16 channels; 48 FFN channels.
+    phi3, gpt2 = decoder_layers(tiny_model("phi3"))[1], decoder_layers(tiny_model("gpt2"))[1]
+    assert list(phi3.linears) == ["q_k_v", "o", "gate_up", "down"]
+    assert [(c.name, c.axis, c.width, c.block.start, c.block.stop) for c in phi3.group_weights] == [
+        *(("q", 0, 32, 0, 128), ("k", 0, 16, 128, 192), ("v", 0, 16, 192, 256), ("o", 1, 32, 0, 128))
+    ]
+    assert [(c.name, c.axis, c.width, c.block.start, c.block.stop) for c in phi3.channel_weights] == [
+        *(("gate", 0, 1, 0, 48), ("up", 0, 1, 48, 96), ("down", 1, 1, 0, 48))
+    ]
+    assert phi3.group_weights[1].places([2, 0]).tolist() == [*range(160, 176), *range(128, 144)]
+    assert list(gpt2.linears) == ["q_k_v", "o", "up", "down"] and gpt2.gate is None
+    assert [(c.name, c.width, c.block.start) for c in gpt2.group_weights] == [
+        *(("q", 16, 0), ("k", 16, 64), ("v", 16, 128), ("o", 16, 0))
+    ]
+    assert [c.name for c in gpt2.channel_weights] == ["up", "down"]
+
+
+def test_linears_of_units_where_projections_are_stacked() -> None:
+    assert unit_linears(tiny_model("phi3"))[2] == {
+        "qkv": ("model.layers.2.self_attn.qkv_proj",),
+        "o": ("model.layers.2.self_attn.o_proj",),
+        "gate_up": ("model.layers.2.mlp.gate_up_proj",),
+        "down": ("model.layers.2.mlp.down_proj",),
+    }
+    assert unit_linears(tiny_model("gpt2"))[0] == {
+        "qkv": ("transformer.h.0.attn.c_attn",),
+        "o": ("transformer.h.0.attn.c_proj",),
+        "gate_up": ("transformer.h.0.mlp.c_fc",),
+        "down": ("transformer.h.0.mlp.c_proj",),
+    }
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_shapes_of_units_are_those_of_their_linears(family: str) -> None:
+    model = tiny_model(family)
+    narrow_(model, KEPT)
+    for number, units in enumerate(unit_linears(model)):
+        shapes = {
+            unit: tuple(tuple(model.get_submodule(name).weight.shape) for name in names)
+            for unit, names in units.items()
+        }
+        assert unit_shapes(architecture_of(model.config), number) == shapes
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("groups", [8, 4, 1])
 def test_heads_and_channels_are_counted(family: str, groups: int) -> None:
     model = tiny_model(family, num_key_value_heads=groups)
+    head_dim, queries = (64 // groups, 1) if family == "gpt2" else (HEAD_DIMS[family], 8 // groups)
     for layer in decoder_layers(model):
         assert (layer.kv_groups, layer.ffn_channels) == (groups, FFN)
-        assert (layer.head_dim, layer.queries_per_group) == (HEAD_DIMS[family], 8 // groups)
+        assert (layer.head_dim, layer.queries_per_group) == (head_dim, queries)
         assert [c.num_units for c in layer.group_weights] == [groups] * 4
-        assert [c.num_units for c in layer.channel_weights] == [FFN] * 3
-    expected = Architecture(family, HIDDEN, HEAD_DIMS[family], 8 // groups, (groups,) * LAYERS, (FFN,) * LAYERS)
+        assert {c.num_units for c in layer.channel_weights} == {FFN}
+    expected = Architecture(family, HIDDEN, head_dim, queries, (groups,) * LAYERS, (FFN,) * LAYERS)
     assert architecture_of(model.config) == expected
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_only_qwen2_has_biases_here(family: str) -> None:
+def test_only_qwen2_and_gpt2_have_biases_here(family: str) -> None:
     biased = {name for name, linear in decoder_layers(tiny_model(family))[0].linears.items() if linear.bias is not None}
-    assert biased == ({"q", "k", "v"} if family == "qwen2" else set())
+    assert biased == {"qwen2": {"q", "k", "v"}, "gpt2": {"q_k_v", "o", "up", "down"}}.get(family, set())
 
 
 @pytest.mark.parametrize(
@@ -70,6 +123,9 @@ def test_only_qwen2_has_biases_here(family: str) -> None:
     [
         *((family, {}) for family in FAMILIES),
         ("llama", {"attention_bias": True, "mlp_bias": True}),
+        ("granite", {"attention_bias": True, "mlp_bias": True}),
+        ("smollm3", {"attention_bias": True, "mlp_bias": True}),
+        ("olmo2", {"attention_bias": True}),
         ("qwen3", {"attention_bias": True, "num_key_value_heads": 8}),
         ("gemma", {"num_key_value_heads": 2}),
     ],
@@ -81,9 +137,11 @@ def test_one_unit_removed_takes_its_parameters(family: str, changes: dict[str, A
     total, linears = num_parameters(model), num_linear_parameters(model)
     whole = (range(groups), range(channels))
     narrow_(model, [whole, (range(1, groups), range(channels)), whole])
-    assert (total - num_parameters(model), linears - num_linear_parameters(model)) == (of_group, of_group)
+    norms = sum(norm.of.width for norm in decoder_layers(model)[1].wide_norms)
+    assert (total - num_parameters(model), linears - num_linear_parameters(model)) == (of_group, of_group - norms)
     narrow_(model, [whole, (range(groups - 1), range(channels - 1)), whole])
-    assert (total - num_parameters(model), linears - num_linear_parameters(model)) == (of_group + of_channel,) * 2
+    removed = total - num_parameters(model), linears - num_linear_parameters(model)
+    assert removed == (of_group + of_channel, of_group + of_channel - norms)
 
 
 def test_parameters_by_hand() -> None:
@@ -91,6 +149,10 @@ def test_parameters_by_hand() -> None:
     assert unit_parameters(decoder_layers(tiny_model("llama"))[0]) == ((32 + 16 + 16 + 32) * 64, 3 * 64)
     # The same in Qwen2 with heads of 8, and with a bias for each of its rows of q, k and v.
     assert unit_parameters(decoder_layers(tiny_model("qwen2"))[0]) == ((16 + 8 + 8 + 16) * 64 + 16 + 8 + 8, 3 * 64)
+    # OLMo2 has norms over 8 query heads and 4 key heads; GPT-2 one query head, no gate, and biases of all rows.
+    assert unit_parameters(decoder_layers(tiny_model("olmo2"))[0]) == (96 * 64 + 32 + 16, 3 * 64)
+    assert unit_parameters(decoder_layers(tiny_model("phi3"))[0]) == (96 * 64, 3 * 64)
+    assert unit_parameters(decoder_layers(tiny_model("gpt2"))[0]) == (4 * 16 * 64 + 3 * 16, 2 * 64 + 1)
     # All biases of Llama: those of o and down stay when a unit goes.
     biased = tiny_model("llama", attention_bias=True, mlp_bias=True)
     assert unit_parameters(decoder_layers(biased)[0]) == (96 * 64 + 32 + 16 + 16, 3 * 64 + 2)
@@ -115,8 +177,10 @@ def test_values_are_gathered_by_unit() -> None:
 def test_the_shape_of_a_head_survives_pruning(family: str) -> None:
     model = tiny_model(family)
     narrow_(model, KEPT)
-    assert head_shape(model.config) == (HEAD_DIMS[family], 2)
-    assert architecture_of(model.config) == Architecture(family, HIDDEN, HEAD_DIMS[family], 2, (3, 1, 4), (37, 23, 1))
+    assert head_shape(model.config) == (HEAD_DIMS[family], QUERIES[family])
+    assert architecture_of(model.config) == Architecture(
+        family, HIDDEN, *head_shape(model.config), (3, 1, 4), (37, 23, 1)
+    )
     assert [(layer.kv_groups, layer.ffn_channels) for layer in decoder_layers(model)] == [(3, 37), (1, 23), (4, 1)]
 
 
@@ -136,13 +200,13 @@ def test_a_narrowed_model_is_of_its_family(family: str) -> None:
 
 def test_an_unsupported_family_is_refused() -> None:
     message = (
-        "^Models of type 'gpt2' cannot be pruned; llama, mistral, qwen2, qwen3, gemma, gemma2 can. "
-        r"A family is added in qpruner/anatomy\.py\.$"
+        "^Models of type 'gpt_neox' cannot be pruned; llama, mistral, qwen2, .*, phi3, gpt2 can. "
+        r"A family is added in qpruner/anatomy/families\.py\.$"
     )
     for refused in (family_of, architecture_of):
         with pytest.raises(UserError, match=message):
-            refused(GPT2Config())
+            refused(GPTNeoXConfig())
     model = torch.nn.Linear(2, 2)
-    model.config = GPT2Config()  # type: ignore[assignment]
+    model.config = GPTNeoXConfig()  # type: ignore[assignment]
     with pytest.raises(UserError, match=message):
         decoder_layers(model)

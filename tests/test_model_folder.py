@@ -15,7 +15,7 @@ from typing import Any
 import peft
 import pytest
 import torch
-from families import KEPT, logits_of, tiny_model
+from families import KEPT, logits_of, tiny_config, tiny_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
@@ -23,6 +23,7 @@ import qpruner
 from qpruner import model_folder
 from qpruner.adapters.lora import LoRAConfig, attach_adapters
 from qpruner.anatomy import FAMILIES, architecture_of
+from qpruner.conv1d import conv1d_to_linear_
 from qpruner.errors import UserError
 from qpruner.folder_manifest import is_compressed
 from qpruner.model_folder import (
@@ -236,7 +237,8 @@ def test_a_loaded_model_is_frozen_in_evaluation_mode_and_on_the_cpu(tmp_path: Pa
     assert not model.training
     assert not any(parameter.requires_grad for parameter in model.parameters())
     assert {tensor.device.type for tensor in [*model.parameters(), *model.buffers()]} == {"cpu"}
-    assert (model.lm_head.weight is model.model.embed_tokens.weight) == family.startswith("gemma")
+    tied = model.get_output_embeddings().weight is model.get_input_embeddings().weight
+    assert tied == tiny_config(family).tie_word_embeddings
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -265,7 +267,7 @@ def test_saving_what_was_loaded_writes_the_same_files(tmp_path: Path, family: st
 @pytest.mark.parametrize("family", FAMILIES)
 def test_bfloat16_is_kept(tmp_path: Path, family: str) -> None:
     tiny_model(family).save_pretrained(tmp_path / "dense")
-    dense = AutoModelForCausalLM.from_pretrained(tmp_path / "dense", dtype=torch.bfloat16)
+    dense = conv1d_to_linear_(AutoModelForCausalLM.from_pretrained(tmp_path / "dense", dtype=torch.bfloat16))
     model, plan = compress(family, model=dense)
     save_base(tmp_path / "model", model, plan, base_name="dense", tokenizer=None)
     assert json.loads((tmp_path / "model/config.json").read_text())["dtype"] == "bfloat16"
@@ -525,8 +527,11 @@ def test_weights_that_are_not_those_of_the_configuration_are_refused(tmp_path: P
 @pytest.mark.parametrize(
     ("model_type", "message"),
     [
-        ("compressed_gpt2", "{!r}: It is of a model of type 'compressed_gpt2', which this qpruner does not know."),
-        ("gpt2", "{!r}: Models of type 'gpt2' cannot be pruned; llama, mistral, qwen2, qwen3, gemma, gemma2 can."),
+        (
+            "compressed_gpt_neox",
+            "{!r}: It is of a model of type 'compressed_gpt_neox', which this qpruner does not know.",
+        ),
+        ("gpt_neox", "{!r}: Models of type 'gpt_neox' cannot be pruned; llama, mistral, qwen2, qwen3, gemma, gemma2, "),
     ],
 )
 def test_a_model_of_an_unknown_type_is_refused(tmp_path: Path, model_type: str, message: str) -> None:

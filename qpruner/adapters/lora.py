@@ -31,7 +31,7 @@ class LoRAConfig:
     r: int = 8
     alpha: float = 16.0
     dropout: float = 0.05
-    target_modules: Sequence[str] | str = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+    target_modules: Sequence[str] | str = ALL_LINEAR
 
     def __post_init__(self) -> None:
         if not isinstance(self.target_modules, str):  # a list from YAML compares as a tuple
@@ -40,7 +40,7 @@ class LoRAConfig:
         if not targets or not all(target.strip() for target in targets):
             raise UserError(
                 f"--model.lora.target_modules is {brief(self.target_modules)}, and so names nothing. Give the names of "
-                f"linears as a list, such as [q_proj, v_proj], or {ALL_LINEAR}; without the option, all seven kinds."
+                f"linears as a list, such as [q_proj, v_proj], or {ALL_LINEAR}, which they are without the option."
             )
         if isinstance(self.target_modules, str) and not _is_pattern(self.target_modules):
             raise UserError(

@@ -5,9 +5,10 @@ import re
 from dataclasses import asdict, dataclass
 from fractions import Fraction
 
+from qpruner.anatomy import unit_shapes
 from qpruner.errors import UserError
 from qpruner.plan import CompressionPlan
-from qpruner.pricing import Price, unit_shapes
+from qpruner.pricing import Price
 
 POWERS = ("k", "M", "G", "T")
 BYTES_IN: dict[str, int] = {

@@ -6,10 +6,10 @@ from typing import Literal
 
 from torch import nn
 
-from qpruner.anatomy import unit_linears
+from qpruner.anatomy import unit_linears, unit_shapes
 from qpruner.errors import UserError, brief
 from qpruner.plan import UNITS, Architecture, Precision
-from qpruner.pricing import unit_shapes, weight_bytes
+from qpruner.pricing import weight_bytes
 
 Granularity = Literal["block", "unit"]
 

@@ -10,9 +10,10 @@ Its first two terms are s^2 (G A^T A + B B^T G) with G the gradient of the merge
 and the columns of B. Two ways to make a score of it:
 
     paper    the sum over the unit of (g (W + s B A))^2
-    code     the sum over the unit of |g (W + s B A)|, divided by the L2 norm of these sums over the linear's units
+    code     the sum over the unit of |g (W + s B A)|, divided by the L2 norm of a projection's sums
 
-Coupled linears add up. Scores are averaged over the steps of the fit, G_t = 0.9 G_{t-1} + 0.1 I_t (equation 11).
+Coupled projections add up, each with its own rows where several are stacked in one linear. Scores are averaged over the
+steps of the fit, G_t = 0.9 G_{t-1} + 0.1 I_t (equation 11).
 """
 
 from collections.abc import Mapping, Sequence
@@ -74,25 +75,27 @@ class AdapterGradients:
 def unit_scores(
     coupled: Coupled, weight: Tensor, adapter: AdapterGradients, gradient: Tensor | None, variant: Variant
 ) -> Tensor:
-    """How much each unit matters by one linear's weight.
+    """How much each unit matters by the weight of one projection.
 
     Args:
-        coupled: the linear's part of the units.
+        coupled: the projection.
         weight: W [out, in].
         adapter: of the linear.
         gradient: [out, in] of W + s B A, in place of g; None for g.
         variant: ``paper`` or ``code``.
     """  # [units] float64
-    out_features, in_features = weight.shape
-    sums = torch.zeros(weight.shape[coupled.axis], dtype=torch.float64, device=weight.device)
+    _, in_features = weight.shape
+    by_rows = coupled.axis == 0
+    first, end = (coupled.block.start, coupled.block.stop) if by_rows else (0, len(weight))
+    sums = torch.zeros(end - first if by_rows else in_features, dtype=torch.float64, device=weight.device)
     step = max(1, ELEMENTS_AT_ONCE * (TIMES_ON_CUDA if weight.is_cuda else 1) // in_features)
-    for start in range(0, out_features, step):
-        rows = slice(start, min(start + step, out_features))
+    for start in range(first, end, step):
+        rows = slice(start, min(start + step, end))
         value = adapter.merged(weight, rows)
         value *= adapter.gradient(rows) if gradient is None else gradient[rows]
         value = value.square_() if variant == "paper" else value.abs_()
-        if coupled.axis == 0:
-            sums[rows] = value.sum(1).double()
+        if by_rows:
+            sums[rows.start - first : rows.stop - first] = value.sum(1).double()
         else:
             sums += value.sum(0)
     scores = sums.view(-1, coupled.width).sum(1)

@@ -1,20 +1,24 @@
 """Masks that make units of a model act as if they were gone, while its weights keep their shapes."""
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from qpruner.anatomy import decoder_layers
+from qpruner.anatomy import Coupled, decoder_layers
 from qpruner.pruning.selection import Kept
+from qpruner.pruning.surgery import norm_scale
 
 
 class UnitMasks:
     """Which units of a model are alive; what the others put out is exactly zero, and so are their gradients.
 
     A unit reaches the rest of the model through its columns of ``o`` or ``down`` alone, so that it is enough to mask
-    the inputs of these two: what is masked equals what is narrowed (LoRAPrune, arXiv 2305.18403, equation 13).
+    the inputs of these two: what is masked equals what is narrowed (LoRAPrune, arXiv 2305.18403, equation 13). Where a
+    norm runs over all heads (OLMo2), a group also counts in that norm's mean square, so that its inputs are masked,
+    too, and its outputs scaled as narrowing scales them.
 
     Args:
         model: with its adapters on it, on any device.
@@ -23,6 +27,7 @@ class UnitMasks:
     def __init__(self, model: Any) -> None:
         layers = decoder_layers(model)
         self._masked = [(layer.group_weights[-1], layer.channel_weights[-1]) for layer in layers]  # o and down
+        self._norms = [layer.wide_norms for layer in layers]
         self._handles: list[RemovableHandle] = []
         self.kept: Kept = [(list(range(layer.kv_groups)), list(range(layer.ffn_channels))) for layer in layers]
 
@@ -34,13 +39,16 @@ class UnitMasks:
         """
         self.remove()
         self.kept = kept
-        for coupled, places in zip(self._masked, kept, strict=True):
+        for coupled, norms, places in zip(self._masked, self._norms, kept, strict=True):
             for part, alive in zip(coupled, places, strict=True):
                 if len(alive) < part.num_units:
-                    mask = torch.zeros(part.num_units, dtype=torch.bool)
-                    mask[alive] = True
-                    hook = _InputMask(mask.repeat_interleave(part.width))
-                    self._handles.append(part.linear.register_forward_pre_hook(hook))
+                    self._handles.append(part.linear.register_forward_pre_hook(_InputMask.of(part, alive)))
+            for norm in norms:
+                if len(groups := places[0]) < norm.of.num_units:
+                    share = len(groups) / norm.of.num_units  # of the channels: the mean still runs over all
+                    scale = norm_scale(norm, groups) * share**0.5
+                    self._handles.append(norm.norm.register_forward_pre_hook(_InputMask.of(norm.of, groups)))
+                    self._handles.append(norm.norm.register_forward_hook(_OutputScale(float(scale))))
 
     def remove(self) -> None:
         """Gives the model its masked units back."""
@@ -55,7 +63,24 @@ class _InputMask:
     def __init__(self, mask: Tensor) -> None:
         self.mask = mask  # [in]
 
+    @classmethod
+    def of(cls, part: Coupled, alive: Sequence[int]) -> Self:
+        """Lets pass the channels of some units of a projection."""
+        mask = torch.zeros(part.num_units, dtype=torch.bool)
+        mask[alive] = True
+        return cls(mask.repeat_interleave(part.width))
+
     def __call__(self, module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         x, *rest = inputs
         self.mask = self.mask.to(x.device)
         return x * self.mask, *rest
+
+
+class _OutputScale:
+    """A hook that multiplies what a module puts out."""
+
+    def __init__(self, scale: float) -> None:
+        self.scale = scale
+
+    def __call__(self, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        return output * self.scale

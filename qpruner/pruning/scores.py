@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qpruner.anatomy import Coupled, decoder_layers
+from qpruner.anatomy import Coupled, by_linear, decoder_layers
 from qpruner.calibration.gradients import gradient_sums
 from qpruner.calibration.norms import input_norms
 from qpruner.calibration.text import Calibration
@@ -85,33 +85,37 @@ def _weight_scores(
     model: Any, coupled: dict[str, Coupled], criterion: Criterion, calibration: Calibration | None, seed: int
 ) -> dict[str, Tensor]:
     """The score of each unit by each of its coupled weights."""  # name: [units]
-    linears = {name: part.linear for name, part in coupled.items()}
     match criterion:
         case "random":
             return {name: _random(part, derive_seed(seed, "random scores", name)) for name, part in coupled.items()}
         case "magnitude_l1" | "magnitude_l2":
             return {name: magnitude(part, 1 if criterion == "magnitude_l1" else 2) for name, part in coupled.items()}
-        case "wanda":
-            assert calibration is not None
-            norms = input_norms(model, linears, calibration)
-            return {name: wanda(part, norms[name]) for name, part in coupled.items()}
-        case _:
-            assert calibration is not None
+    assert calibration is not None
+    # Text passes through each linear once, whatever number of projections is stacked in it.
+    part_names = {id(part): name for name, part in coupled.items()}
+    stacks = {part_names[id(stack[0])]: stack for stack in by_linear(coupled.values())}
+    linears = {name: stack[0].linear for name, stack in stacks.items()}
+    if criterion == "wanda":
+        norms = input_norms(model, linears, calibration)
+        return {part_names[id(part)]: wanda(part, norms[name]) for name, stack in stacks.items() for part in stack}
 
-            def by_unit(name: str, gradient: Tensor, squared: Tensor | None) -> Tensor:
-                part = coupled[name]
-                weight = part.linear.weight.detach().float()
-                return sum_by_unit(part, element_scores(criterion, weight, gradient, squared))
+    def by_unit(name: str, gradient: Tensor, squared: Tensor | None) -> Tensor:
+        elements = element_scores(criterion, linears[name].weight.detach().float(), gradient, squared)
+        return torch.cat([sum_by_unit(part, elements) for part in stacks[name]])
 
-            sums = gradient_sums(
-                model,
-                linears,
-                calibration,
-                by_unit,
-                sizes={name: part.num_units for name, part in coupled.items()},
-                per_sequence=criterion in SECOND_ORDER,
-            )
-            return {name: total.abs() for name, total in sums.items()}
+    sums = gradient_sums(
+        model,
+        linears,
+        calibration,
+        by_unit,
+        sizes={name: sum(part.num_units for part in stack) for name, stack in stacks.items()},
+        per_sequence=criterion in SECOND_ORDER,
+    )
+    return {
+        part_names[id(part)]: of_part.abs()
+        for name, stack in stacks.items()
+        for part, of_part in zip(stack, sums[name].split([part.num_units for part in stack]), strict=True)
+    }
 
 
 def _random(part: Coupled, seed: int) -> Tensor:

@@ -1,15 +1,26 @@
 """Takes units out of a model: the weights become smaller, nothing is masked."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from qpruner.anatomy import Coupled, architecture_of, decoder_blocks, decoder_layers, family_of
+from qpruner.anatomy import (
+    Coupled,
+    DecoderLayer,
+    WideNorm,
+    architecture_of,
+    by_linear,
+    decoder_blocks,
+    decoder_layers,
+    family_of,
+)
+from qpruner.anatomy.coupled import within
+from qpruner.anatomy.layers import widths_of
 from qpruner.errors import UserError
 from qpruner.plan import Architecture, CompressionPlan, describe_differences
-from qpruner.pruning.widths import set_config, with_widths
+from qpruner.pruning.widths import layer_config, set_config, with_widths
 from qpruner.quantization.formats import dequantize, narrowed
 from qpruner.quantization.packed import PackedLinear
 
@@ -29,9 +40,9 @@ def apply_pruning_(model: Any, plan: CompressionPlan) -> None:
 def narrow_(model: Any, kept: Sequence[tuple[Sequence[int], Sequence[int]]]) -> dict[str, float]:
     """Keeps only some of the units of each layer, in place; configuration and weights follow.
 
-    Rows of q, k, v, gate and up go with their biases; o and down lose columns, so their biases stay. Norms of q and k
-    (Qwen3) belong to every head alike and stay. Packed linears stay packed; where their scales run across what goes,
-    the rest is rounded anew.
+    Rows of q, k, v, gate and up go with their biases; o and down lose columns, so their biases stay. Norms over one
+    head (Qwen3) belong to every head alike and stay; those over all heads (OLMo2) narrow, see `norm_scale`. Packed
+    linears stay packed; where their scales run across what goes, the rest is rounded anew.
 
     Args:
         model: causal language model of a supported family, without adapters, on any device, also meta.
@@ -43,42 +54,101 @@ def narrow_(model: Any, kept: Sequence[tuple[Sequence[int], Sequence[int]]]) -> 
     _, family = family_of(model.config)
     rounded: dict[str, float] = {}
     for number, (block, layer) in enumerate(zip(decoder_blocks(model), decoder_layers(model), strict=True)):
-        groups, channels = kept[number]
-        for parts, units in ((layer.group_weights, groups), (layer.channel_weights, channels)):
-            for coupled in parts:
-                if len(units) == coupled.num_units:
-                    continue
-                if not isinstance(coupled.linear, PackedLinear):
-                    keep_units_(coupled, units)
-                    continue
-                packed, change = _keep_packed(coupled, coupled.linear, units)
-                block.set_submodule(family.projections[coupled.name], packed)
-                if change:
-                    rounded[f"{number}.{coupled.name}"] = change
+        groups = kept[number][0]
+        for norm in layer.wide_norms:
+            if len(groups) < norm.of.num_units:
+                narrow_norm_(norm, groups)
+        for stack, units in _stacks(layer, kept[number]):
+            first = stack[0]
+            if len(units) == first.num_units:
+                continue
+            if not isinstance(first.linear, PackedLinear):
+                keep_units_(stack, units)
+                continue
+            packed, change = _keep_packed(stack, first.linear, units)
+            block.set_submodule(family.projections[first.name], packed)
+            if change:
+                rounded[f"{number}.{'_'.join(part.name for part in stack)}"] = change
     set_config(model, with_widths(model.config, stated_by_weights(model)))
+    for number, (block, layer) in enumerate(zip(decoder_blocks(model), decoder_layers(model), strict=True)):
+        widths = widths_of(layer)
+        for path, width in family.widths.items():
+            owner, _, name = path.rpartition(".")
+            setattr(block.get_submodule(owner), name, widths[width])
+        for path in family.reads_config:
+            reader: Any = block.get_submodule(path)
+            reader.config = layer_config(model.config, number)
+    if family.rotary is not None:  # reads a number of heads, to no end, as it stretches positions for long texts
+        model.get_submodule(family.rotary).config = layer_config(model.config, 0)
     return rounded
 
 
-def keep_units_(coupled: Coupled, units: Sequence[int]) -> None:
-    """Slices a dense linear, in place, to the rows or columns of some units."""
-    linear = coupled.linear
-    index = places_of(coupled, units).to(linear.weight.device)
-    linear.weight = _sliced(linear.weight, coupled.axis, index)
-    if coupled.axis == 0 and linear.bias is not None:
+def _stacks(
+    layer: DecoderLayer, kept: tuple[Sequence[int], Sequence[int]]
+) -> Iterator[tuple[list[Coupled], Sequence[int]]]:
+    """The projections of each linear of a layer, and the units of their kind that are kept."""
+    for parts, units in zip((layer.group_weights, layer.channel_weights), kept, strict=True):
+        for stack in by_linear(parts):
+            yield stack, units
+
+
+def keep_units_(stack: Sequence[Coupled], units: Sequence[int]) -> None:
+    """Slices a dense linear, in place, to the rows or columns of some units.
+
+    Args:
+        stack: all projections of the linear.
+        units: places of those that stay.
+    """
+    linear, axis = stack[0].linear, stack[0].axis
+    index = places_of(stack, units).to(linear.weight.device)
+    linear.weight = _sliced(linear.weight, axis, index)
+    if axis == 0 and linear.bias is not None:
         linear.bias = _sliced(linear.bias, 0, index)
     linear.out_features, linear.in_features = linear.weight.shape
 
 
-def places_of(coupled: Coupled, units: Sequence[int]) -> Tensor:
-    """The rows or columns of a weight that some units own."""  # [units * width]
-    return (torch.tensor(units)[:, None] * coupled.width + torch.arange(coupled.width)).flatten()
+def places_of(stack: Sequence[Coupled], units: Sequence[int]) -> Tensor:
+    """The rows or columns of a linear that some units own, in all of its projections."""  # [places]
+    return torch.cat([part.places(units) for part in stack])
 
 
-def _keep_packed(coupled: Coupled, linear: PackedLinear, units: Sequence[int]) -> tuple[PackedLinear, float]:
+def narrow_norm_(norm: WideNorm, units: Sequence[int]) -> None:
+    """Slices a norm over all heads, in place, to some units, and scales what stays; before its projection narrows."""
+    weight: Any = norm.norm.weight
+    scale = norm_scale(norm, units).to(weight.dtype)
+    index = within(units, norm.of.width).to(weight.device)
+    kept = _sliced(weight, 0, index)
+    kept.data *= scale
+    norm.norm.weight = kept
+
+
+def norm_scale(norm: WideNorm, units: Sequence[int]) -> Tensor:
+    """What makes up for the change of the mean square that a norm over all heads divides by, as heads leave.
+
+    With S the sum of squares over all n channels and S' that over the n' that stay, the norm of these divided by the
+    root of S / n and is going to divide by the root of S' / n', and so is multiplied by their ratio. The sums are
+    those of the projection's outputs for inputs of equal size in all directions: the squares of its weights. Where the
+    rows that go are zero this is exactly the root of n / n' for every input, and nothing changes but the part of the
+    norm's epsilon, which counts n' / n times; where all rows are alike it is 1.
+
+    Args:
+        norm: with its projection as it is before heads leave, packed or not.
+        units: places of those that stay.
+    """  # []
+    linear: Any = norm.of.linear
+    linear = linear.get_base_layer() if hasattr(linear, "get_base_layer") else linear
+    weight = dequantize(linear) if isinstance(linear, PackedLinear) else linear.weight.detach()
+    of_units = norm.of.by_unit(weight).flatten(1).double().square().mean(1)
+    tiny = torch.finfo(torch.float64).tiny
+    stay = of_units[torch.tensor(units, device=of_units.device)].mean()
+    return ((stay + tiny) / (of_units.mean() + tiny)).sqrt()
+
+
+def _keep_packed(stack: Sequence[Coupled], linear: PackedLinear, units: Sequence[int]) -> tuple[PackedLinear, float]:
     """The rows or columns of some units of a packed linear, and the relative change by rounding them anew."""
-    index = places_of(coupled, units).to(linear.packed()["codes"].device)
-    packed = narrowed(linear, coupled.axis, index)
-    before = dequantize(linear).index_select(coupled.axis, index)
+    axis, index = stack[0].axis, places_of(stack, units).to(linear.packed()["codes"].device)
+    packed = narrowed(linear, axis, index)
+    before = dequantize(linear).index_select(axis, index)
     return packed, float((dequantize(packed) - before).norm() / before.norm().clamp(min=torch.finfo().tiny))
 
 
@@ -99,14 +169,12 @@ def narrow_factors(
     _, family = family_of(model.config)
     narrower = dict(factors)
     for number, layer in enumerate(decoder_layers(model)):
-        groups, channels = kept[number]
-        for parts, units in ((layer.group_weights, groups), (layer.channel_weights, channels)):
-            for coupled in parts:
-                name = f"{family.layers}.{number}.{family.projections[coupled.name]}"
-                if name in factors:
-                    lora_A, lora_B = factors[name]
-                    index = places_of(coupled, units).to(lora_A.device)
-                    narrower[name] = (lora_A, lora_B[index]) if coupled.axis == 0 else (lora_A[:, index], lora_B)
+        for stack, units in _stacks(layer, kept[number]):
+            name = f"{family.layers}.{number}.{family.projections[stack[0].name]}"
+            if name in factors:
+                lora_A, lora_B = factors[name]
+                index = places_of(stack, units).to(lora_A.device)
+                narrower[name] = (lora_A, lora_B[index]) if stack[0].axis == 0 else (lora_A[:, index], lora_B)
     return narrower
 
 

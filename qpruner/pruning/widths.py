@@ -7,6 +7,7 @@ divide the hidden size, although ``head_dim`` is given. So a narrowed model has 
 the class saves.
 """
 
+from collections.abc import Mapping
 from contextlib import suppress
 from functools import cache
 from pathlib import Path
@@ -38,10 +39,17 @@ def compressed_config_class(family: str) -> type:
             portable.architectures = [family_of(portable)[1].model_class]
             portable.save_pretrained(save_directory, **options)
 
+    def validate_rope(self: Any) -> None:
+        # By all families' rules: Phi-3's reckon with as many heads as fit into the hidden size. Those of positions for
+        # long texts read the number of heads, of which there are several; the skeleton has been checked by them.
+        if not self.is_heterogeneous:
+            transformers.PreTrainedConfig.validate_rope(self)
+
     members = {
         "save_pretrained": save_pretrained,
         "model_type": COMPRESSED + family,
         "validate_architecture": lambda self: None,
+        "validate_rope": validate_rope,
         "__module__": __name__,
         "__annotations__": {},
     }
@@ -63,14 +71,14 @@ def with_widths(config: Any, widths: Architecture) -> Any:
 
     Equal widths stand in the usual fields; others in ``per_layer_config``, beside the usual fields of ``config``.
     """
-    family, _ = family_of(config)
+    family, anatomy = family_of(config)
     content = plain_dict(config)
     head_dim, queries_per_group = head_shape(config)
     overrides = [
         {
-            "num_attention_heads": groups * queries_per_group,
-            "num_key_value_heads": groups,
-            "intermediate_size": channels,
+            heads_field(config): groups * queries_per_group,
+            **({anatomy.groups_field: groups} if anatomy.groups_field else {}),
+            anatomy.channels_field: channels,
         }
         for groups, channels in zip(widths.kv_groups, widths.ffn_channels, strict=True)
     ]
@@ -85,13 +93,60 @@ def with_widths(config: Any, widths: Architecture) -> Any:
     return made
 
 
+def heads_field(config: Any) -> str:
+    """The field that holds the number of query heads, which GPT-2 has another name for."""
+    name: str = config.attribute_map.get("num_attention_heads", "num_attention_heads")
+    return name
+
+
+def skeleton_config(config: Any) -> Any:
+    """A configuration of equal layers that are at least as wide, which the family's model class can build from."""
+    family, anatomy = family_of(config)
+    content = plain_dict(config)
+    content.pop("per_layer_config", None)
+    if not anatomy.free_heads:
+        content[heads_field(config)] = config.hidden_size // head_shape(config)[0]
+    return compressed_config_class(family)(**content)
+
+
+class LayerConfig:
+    """The configuration of a model as one layer sees it, with that layer's widths.
+
+    What is not a width is read from the model's configuration whenever it is asked for, such as the implementation of
+    attention, which may change.
+
+    Args:
+        config: of the model.
+        widths: of the layer, by field.
+    """
+
+    def __init__(self, config: Any, widths: Mapping[str, int]) -> None:
+        self.config, self.widths = config, widths
+
+    def __getattr__(self, name: str) -> Any:
+        if name in ("config", "widths") or name.startswith("__"):  # while it is copied
+            raise AttributeError(name)
+        return self.widths[name] if name in self.widths else getattr(self.config, name)
+
+
+def layer_config(config: Any, number: int) -> Any:
+    """What a module that reads widths as it computes is to read; the configuration itself where layers are equal."""
+    if not config.is_heterogeneous:
+        return config
+    layer = config.per_layer_config[number]
+    return LayerConfig(config, {name: getattr(layer, name) for name in config.per_layer_attributes})
+
+
 def portable_config(config: Any) -> Any:
     """The same widths as a configuration that transformers alone can load, or ``config`` where there is none.
 
     A Llama whose head count does not divide its hidden size is the same function as a Mistral without a sliding window.
     """
-    family, _ = family_of(config)
-    if config.is_heterogeneous:
+    family, anatomy = family_of(config)
+    head_dim, _ = head_shape(config)
+    if config.is_heterogeneous or not (
+        anatomy.free_heads or config.num_attention_heads * head_dim == config.hidden_size
+    ):
         return config
     content = plain_dict(config)
     candidates = [(FAMILIES[family].config_class, content)]

@@ -29,7 +29,6 @@ from qpruner.pruning.lora_guided import AdapterGradients, score_adapted, unit_sc
 from qpruner.pruning.schedule import CubicSchedule
 from qpruner.pruning.scores import LayerScores
 from qpruner.pruning.selection import Kept, SelectionConfig
-from qpruner.pruning.surgery import places_of
 from qpruner.quantization.formats import dequantize, quantize
 from qpruner.quantization.packed import PackedLinear
 from qpruner.training.module import LoRAFinetuner
@@ -150,7 +149,7 @@ def test_four_bits_are_rounded_anew_where_scales_run_across(
             for parts, units in zip((layer.group_weights, layer.channel_weights), places, strict=True):
                 for part in parts:
                     weight = dequantize(part.linear.base_layer)  # type: ignore[arg-type]
-                    slices.append(weight.index_select(part.axis, places_of(part, units)))
+                    slices.append(weight.index_select(part.axis, part.places(units)))
         return masked_logits(trainer, module), slices
 
     at_end = At("on_train_end", look)

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch import Callback, Trainer
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
 from qpruner.adapters.lora import LoRAConfig
 from qpruner.anatomy import architecture_of, decoder_layers
@@ -248,7 +248,12 @@ def test_what_cannot_be_had_of_this_model_is_refused(
 def test_an_unsupported_family_is_named_with_those_that_are_supported(
     tmp_path: Path, stories: StoriesDataModule
 ) -> None:
-    GPT2LMHeadModel(GPT2Config(vocab_size=2048, n_embd=16, n_layer=1, n_head=2)).save_pretrained(tmp_path)
+    sizes = {"vocab_size": 2048, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1}
+    GPTNeoXForCausalLM(GPTNeoXConfig(**sizes, num_attention_heads=2)).save_pretrained(tmp_path)
     load_tokenizer(EMBEDDED).save_pretrained(tmp_path)
-    with pytest.raises(UserError, match=r"'gpt2' cannot be pruned; llama, .*gemma2 can.*qpruner/anatomy.py"):
-        fit(finetuner(tmp_path, lora=LoRAConfig(target_modules=["c_fc"])), stories, StructuredPruning(**PRUNING))
+    with pytest.raises(UserError, match=r"'gpt_neox' cannot be pruned; llama, .*gpt2 can.*qpruner/anatomy/families.py"):
+        fit(
+            finetuner(tmp_path, lora=LoRAConfig(target_modules=["query_key_value"])),
+            stories,
+            StructuredPruning(**PRUNING),
+        )

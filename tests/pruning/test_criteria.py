@@ -21,7 +21,7 @@ SQUARED = torch.tensor([[2.0, 1.0], [0.0, 16.0]])
 def coupled(weight: list[list[float]], axis: int, width: int, dtype: torch.dtype = torch.float32) -> Coupled:
     linear = nn.Linear(len(weight[0]), len(weight), dtype=dtype)
     linear.weight = nn.Parameter(torch.tensor(weight, dtype=dtype))
-    return Coupled("w", linear, axis, width)
+    return Coupled("w", linear, axis, width, linear.weight.shape[axis] // width)
 
 
 GRID = [[1.0, -2.0, 3.0, -4.0], [5.0, 6.0, -7.0, 8.0], [0.0, 1.0, 0.0, -1.0], [2.0, 2.0, 2.0, 2.0]]

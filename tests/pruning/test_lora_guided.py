@@ -1,5 +1,6 @@
 """What a unit is worth by the gradients of adapters, against autograd and references of two lines."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -8,7 +9,7 @@ from families import adapted, packed, random_tokens, tiny_model
 from torch import Tensor, nn
 
 from qpruner.adapters.lora import adapter_on
-from qpruner.anatomy import Coupled, decoder_layers
+from qpruner.anatomy import FAMILIES, Coupled, decoder_layers
 from qpruner.plan import Precision
 from qpruner.pruning import lora_guided
 from qpruner.pruning.lora_guided import AdapterGradients, MovingAverage, Variant, score_adapted, unit_scores
@@ -138,9 +139,35 @@ def test_two_units_by_hand() -> None:
         (0, "code", [1 / 10**0.5, 3 / 10**0.5]),
         (1, "code", [1, 0]),
     ):
-        part = Coupled("q", nn.Linear(2, 2), axis, 1)
+        part = Coupled("q", nn.Linear(2, 2), axis, 1, 2)
         scores = unit_scores(part, torch.ones(2, 2), adapter, None, variant)  # type: ignore[arg-type]
         assert scores.tolist() == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("family", ["phi3", "gpt2"])
+def test_a_stacked_projection_is_scored_by_its_own_rows(family: str, variant: Variant) -> None:
+    base = backward(adapted(tiny_model(family)))
+    stacked = [part for part in parts_of(base) if part.name in ("q", "k", "v", "gate", "up")][:5]
+    assert [part.start > 0 for part in stacked] == [False, True, True, False, family == "phi3"]
+    for part in stacked:
+        held, made = adapter_of(part)
+        rows = part.block
+        alone = Coupled(part.name, nn.Linear(64, rows.stop - rows.start), 0, part.width, part.num_units)
+        of_rows = replace(made, lora_B=made.lora_B[rows], grad_B=made.grad_B[rows])
+        given = torch.randn(held.weight.shape)
+        for gradient, of_its_rows in ((None, None), (given, given[rows])):
+            found = unit_scores(part, held.weight, made, gradient, variant)
+            close(found, unit_scores(alone, held.weight[rows], of_rows, of_its_rows, variant))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_units_of_every_family_are_scored(family: str) -> None:
+    scores = score_adapted(backward(adapted(tiny_model(family))), "code", None)
+    assert [(len(one.kv_groups), len(one.ffn_channels)) for one in scores] == [(4, 48)] * 3
+    assert all(bool((part > 0).all()) for one in scores for part in (one.kv_groups, one.ffn_channels))
+    with_norms = [one.ffn_channels.square().sum().sqrt() for one in scores]
+    assert all(1 < float(norm) <= 3 for norm in with_norms)  # of two or three projections of norm 1
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

@@ -18,6 +18,8 @@ VARIANTS = [
     ("llama", {"attention_bias": True, "mlp_bias": True}),
     ("gemma", {"num_key_value_heads": 1}),
     ("qwen2", {"num_key_value_heads": 8}),
+    ("olmo2", {"num_key_value_heads": 8}),
+    ("phi3", {"num_key_value_heads": 1}),
 ]
 """Families, with biases on every projection, multi-query and multi-head."""
 
@@ -86,7 +88,7 @@ def test_dead_units_put_out_zero_and_get_zero_gradients(family: str, changes: di
                 alive = alive_places(units, part.num_units, part.width)
                 adapter = adapter_on(part.linear)
                 assert adapter is not None and adapter.lora_A.grad is not None and adapter.lora_B.grad is not None
-                gradient = adapter.lora_B.grad if part.axis == 0 else adapter.lora_A.grad.T
+                gradient = (adapter.lora_B.grad if part.axis == 0 else adapter.lora_A.grad.T)[part.block]
                 largest = gradient.abs().amax(1)
                 assert not largest[~alive].any() and (largest[alive] > 0).all(), part.name
                 if part.axis == 1:

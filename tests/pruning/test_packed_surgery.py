@@ -7,7 +7,7 @@ import torch
 from families import KEPT, logits_of, packed, tiny_model
 from torch import nn
 
-from qpruner.anatomy import architecture_of, decoder_layers
+from qpruner.anatomy import FAMILIES, architecture_of, by_linear, decoder_layers
 from qpruner.plan import Precision
 from qpruner.pruning.surgery import narrow_, places_of, stated_by_weights
 from qpruner.quantization.formats import dequantize, quantize
@@ -25,9 +25,10 @@ def slices(model: Any) -> dict[str, torch.Tensor]:
     found = {}
     for number, (layer, places) in enumerate(zip(decoder_layers(model), KEPT, strict=True)):
         for parts, units in zip((layer.group_weights, layer.channel_weights), places, strict=True):
-            for part in parts:
-                weight = dequantize(part.linear).index_select(part.axis, places_of(part, units))  # type: ignore[arg-type]
-                found[f"{number}.{part.name}"] = weight
+            for stack in by_linear(parts):
+                weight = dequantize(stack[0].linear)  # type: ignore[arg-type]
+                name = "_".join(part.name for part in stack)
+                found[f"{number}.{name}"] = weight.index_select(stack[0].axis, places_of(stack, units))
     return found
 
 
@@ -41,9 +42,9 @@ def rounded_anew(weight: torch.Tensor, precision: Precision) -> torch.Tensor:
     return dequantize(quantize(linear, precision))
 
 
-@pytest.mark.parametrize("changes", [{}, BIASED], ids=["llama", "with biases"])
-def test_int8_keeps_exactly_what_it_had(changes: dict[str, Any]) -> None:
-    model = packed(tiny_model("llama", **changes), INT8)
+@pytest.mark.parametrize(("family", "changes"), [*((family, {}) for family in FAMILIES), ("llama", BIASED)])
+def test_int8_keeps_exactly_what_it_had(family: str, changes: dict[str, Any]) -> None:
+    model = packed(tiny_model(family, **changes), INT8)
     expected = slices(model)
     assert narrow_(model, KEPT) == {}
     for name, linear in linears(model).items():
@@ -76,10 +77,12 @@ def test_four_bits_round_anew_what_is_left(precision: Precision) -> None:
     assert all(0 < rounded[name] < 0.12 for name in of_columns)
 
 
-@pytest.mark.parametrize("precision", [INT8, NF4], ids=str)
-def test_the_change_can_be_heard_in_the_logits_only_where_there_is_one(precision: Precision) -> None:
+@pytest.mark.parametrize(
+    ("family", "precision"), [*((family, INT8) for family in FAMILIES), ("llama", NF4), ("phi3", NF4)], ids=str
+)
+def test_the_change_can_be_heard_in_the_logits_only_where_there_is_one(family: str, precision: Precision) -> None:
     """Against a dense model of the slices."""
-    model, dense = packed(tiny_model("llama"), precision), tiny_model("llama")
+    model, dense = packed(tiny_model(family), precision), tiny_model(family)
     for name, linear in linears(dense).items():
         linear.weight.data = dequantize(linears(model)[name])
     rounded = narrow_(model, KEPT)

@@ -4,10 +4,11 @@ from typing import Any, get_args
 
 import pytest
 import torch
+from families import random_tokens, tiny_model
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from qpruner.anatomy import decoder_layers
+from qpruner.anatomy import FAMILIES, decoder_layers
 from qpruner.calibration.text import Calibration
 from qpruner.processes import Processes
 from qpruner.pruning.criteria import Aggregate, Criterion
@@ -86,6 +87,34 @@ def test_a_unit_without_weights_scores_nothing(model: Any, criterion: Criterion)
     none = [(n, u) for n, one in enumerate(scores) for u, value in enumerate(one.kv_groups.tolist()) if value == 0]
     gone = [(n, u) for n, one in enumerate(scores) for u, value in enumerate(one.ffn_channels.tolist()) if value == 0]
     assert (none, gone) == (([], []) if criterion == "random" else ([(1, 0)], [(1, 5)]))
+
+
+@each_criterion
+@pytest.mark.parametrize("family", FAMILIES)
+def test_units_of_every_family_have_scores(family: str, criterion: Criterion) -> None:
+    text = Calibration(micro_batches(random_tokens(), None), 2, nullcontext, lambda total: total)
+    scores = score_units(tiny_model(family).requires_grad_(False), criterion, "sum", text, seed=0)
+    assert [(len(one.kv_groups), len(one.ffn_channels)) for one in scores] == [(4, 48)] * 3
+    values = flat(scores)
+    assert bool((values.isfinite() & (values > 0)).all()) and len(values.unique()) == len(values)
+
+
+@pytest.mark.parametrize("how", AGGREGATES)
+@each_criterion
+def test_projections_stacked_in_one_linear_score_as_separate_ones(criterion: Criterion, how: Aggregate) -> None:
+    """A Llama, and the Phi-3 that is the same function."""
+    llama = tiny_model("llama").requires_grad_(False)
+    phi3 = tiny_model("phi3", partial_rotary_factor=1.0, sliding_window=None, rms_norm_eps=llama.config.rms_norm_eps)
+    state = dict(llama.state_dict())
+    for number in range(3):
+        for stacked, names in (("self_attn.qkv", "qkv"), ("mlp.gate_up", ("gate", "up"))):
+            parts = [f"model.layers.{number}.{stacked.partition('.')[0]}.{name}_proj.weight" for name in names]
+            state[f"model.layers.{number}.{stacked}_proj.weight"] = torch.cat([state.pop(part) for part in parts])
+    phi3.load_state_dict(state)
+    phi3.requires_grad_(False)
+    text = Calibration(micro_batches(random_tokens(4), 2), 4, nullcontext, lambda total: total)
+    found, expected = (flat(score_units(model, criterion, how, text, seed=0)) for model in (phi3, llama))
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6 * float(expected.max()))
 
 
 def test_magnitude_of_a_unit_by_hand(model: Any) -> None:

@@ -7,7 +7,7 @@ import torch
 from families import KEPT, VOCAB, logits_of, random_tokens, tiny_config, tiny_model
 from torch import Tensor
 
-from qpruner.anatomy import FAMILIES, architecture_of, decoder_layers
+from qpruner.anatomy import FAMILIES, architecture_of, decoder_blocks, decoder_layers
 from qpruner.errors import UserError
 from qpruner.plan import CompressionPlan
 from qpruner.pruning.surgery import apply_pruning_, narrow_, stated_by_weights
@@ -19,6 +19,8 @@ VARIANTS = [
     ("qwen3", {"attention_bias": True}),
     ("gemma", {"num_key_value_heads": 1}),
     ("qwen2", {"num_key_value_heads": 8}),
+    ("olmo2", {"num_key_value_heads": 8, "attention_bias": True}),
+    ("phi3", {"num_key_value_heads": 8}),
 ]
 """Families, with biases on every projection, multi-query and multi-head."""
 
@@ -27,6 +29,11 @@ def kept_of(groups: int) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
     """`KEPT` for a model of so many KV groups, another choice for each layer."""
     by_layer = {4: [part[0] for part in KEPT], 1: [(0,)] * 3, 8: [(0, 3, 4, 7), (2,), (0, 1, 2, 5, 6)]}[groups]
     return [(part, channels) for part, (_, channels) in zip(by_layer, KEPT, strict=True)]
+
+
+def heads_of(family: str) -> list[int]:
+    """Query heads that `KEPT` leaves to each layer."""
+    return [len(groups) * (1 if family == "gpt2" else 2) for groups, _ in KEPT]
 
 
 def narrowed(family: str, **changes: Any) -> Any:
@@ -50,6 +57,11 @@ def test_units_without_output_can_go_unnoticed(family: str, changes: dict[str, A
             for linear, units, size in ((layer.o, groups, width), (layer.down, channels, 1)):
                 gone = sorted(set(range(linear.in_features)) - set(places(units, size)))
                 linear.weight[:, gone] = 0
+            for norm in layer.wide_norms:  # in whose mean square all heads count
+                gone = sorted(set(range(len(norm.norm.weight))) - set(places(groups, norm.of.width)))
+                norm.of.linear.weight[gone] = 0
+                if norm.of.linear.bias is not None:
+                    norm.of.linear.bias[gone] = 0
     expected = logits_of(model)
     narrow_(model, kept)
     torch.testing.assert_close(logits_of(model), expected, rtol=1e-5, atol=1e-5)
@@ -63,25 +75,53 @@ def test_what_is_left_is_the_kept_rows_and_columns(family: str, changes: dict[st
     dense, model = tiny_model(family, **changes), tiny_model(family, **changes)
     kept = kept_of(changes.get("num_key_value_heads", 4))
     narrow_(model, kept)
-    expected = dict(dense.state_dict())
+    expected = dict(dense.named_parameters())
     for number, (groups, channels) in enumerate(kept):
         layer = decoder_layers(dense)[number]
         queries = places(groups, layer.head_dim * layer.queries_per_group)
         keys = places(groups, layer.head_dim)
-        rows = {"self_attn.q_proj": queries, "self_attn.k_proj": keys, "self_attn.v_proj": keys}
-        rows |= {"mlp.gate_proj": list(channels), "mlp.up_proj": list(channels)}
+        rows, columns = kept_places(family, queries, keys, list(channels), of_keys=layer.kv_groups * layer.head_dim)
+        prefix = f"{FAMILIES[family].layers}.{number}"
         for name, index in rows.items():
             for part in ("weight", "bias"):
-                if (key := f"model.layers.{number}.{name}.{part}") in expected:
+                if (key := f"{prefix}.{name}.{part}") in expected:
                     expected[key] = expected[key][index]
-        for name, index in {"self_attn.o_proj": queries, "mlp.down_proj": list(channels)}.items():
-            expected[key] = expected[key := f"model.layers.{number}.{name}.weight"][:, index]
-    found = model.state_dict()
+        for name, index in columns.items():
+            expected[key] = expected[key := f"{prefix}.{name}.weight"][:, index]
+        if family == "olmo2":
+            for name, index in (("q", queries), ("k", keys)):
+                of_all = dense.get_parameter(f"{prefix}.self_attn.{name}_proj.weight").square()
+                key = f"{prefix}.self_attn.{name}_norm.weight"
+                expected[key] = expected[key][index] * (of_all[index].mean() / of_all.mean()).sqrt()
+    found = dict(model.named_parameters())
     assert list(found) == list(expected)
-    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+    for name, tensor in expected.items():
+        if "q_norm" in name or "k_norm" in name:
+            torch.testing.assert_close(found[name], tensor)
+        else:
+            assert torch.equal(found[name], tensor), name
     for layer in decoder_layers(model):
         for linear in layer.linears.values():
             assert (linear.out_features, linear.in_features) == tuple(linear.weight.shape)
+
+
+def kept_places(
+    family: str, queries: list[int], keys: list[int], channels: list[int], *, of_keys: int
+) -> tuple[dict[str, list[int]], dict[str, list[int]]]:
+    """Rows and columns that stay, by the path of a linear in a tiny model's layer with so many rows of keys."""
+
+    def below(above: int, rows: list[int]) -> list[int]:
+        return [above + row for row in rows]
+
+    if family == "gpt2":  # as many rows of queries
+        rows = {"attn.c_attn": queries + below(of_keys, keys) + below(2 * of_keys, keys), "mlp.c_fc": channels}
+        return rows, {"attn.c_proj": queries, "mlp.c_proj": channels}
+    columns = {"self_attn.o_proj": queries, "mlp.down_proj": channels}
+    if family == "phi3":  # 128 rows of queries, 48 of gate
+        qkv = queries + below(128, keys) + below(128 + of_keys, keys)
+        return {"self_attn.qkv_proj": qkv, "mlp.gate_up_proj": channels + below(48, channels)}, columns
+    rows = {"self_attn.q_proj": queries, "self_attn.k_proj": keys, "self_attn.v_proj": keys}
+    return rows | {"mlp.gate_proj": channels, "mlp.up_proj": channels}, columns
 
 
 @pytest.mark.parametrize(("family", "changes"), VARIANTS)
@@ -145,7 +185,7 @@ def test_sdpa_equals_eager(family: str) -> None:
         with torch.no_grad():
             out = model(input_ids=random_tokens(), attention_mask=mask, output_attentions=implementation == "eager")
         logits[implementation] = out.logits[mask.bool()]
-    assert [tuple(a.shape) for a in out.attentions] == [(2, heads, 12, 12) for heads in (6, 2, 8)]
+    assert [tuple(a.shape) for a in out.attentions] == [(2, heads, 12, 12) for heads in heads_of(family)]
     torch.testing.assert_close(logits["sdpa"], logits["eager"], rtol=1e-4, atol=1e-4)
 
 
@@ -189,9 +229,13 @@ def test_narrowing_twice_is_narrowing_once(family: str) -> None:
     twice, once = narrowed(family), tiny_model(family)
     narrow_(twice, second)
     narrow_(once, composed)
-    assert all(torch.equal(a, b) for a, b in zip(twice.parameters(), once.parameters(), strict=True))
     assert twice.config.to_dict() == once.config.to_dict()
-    assert torch.equal(logits_of(twice), logits_of(once))
+    if family == "olmo2":  # whose norms are scaled twice
+        torch.testing.assert_close(list(twice.parameters()), list(once.parameters()))
+        torch.testing.assert_close(logits_of(twice), logits_of(once), rtol=1e-4, atol=1e-4)
+    else:
+        assert all(torch.equal(a, b) for a, b in zip(twice.parameters(), once.parameters(), strict=True))
+        assert torch.equal(logits_of(twice), logits_of(once))
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -206,7 +250,17 @@ def test_keeping_everything_changes_nothing(family: str) -> None:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_part_has_the_new_configuration(family: str) -> None:
     model = narrowed(family)
-    configs = [module.config for module in model.modules() if hasattr(module, "config")]
+    readers = {
+        block.get_submodule(path): number
+        for number, block in enumerate(decoder_blocks(model))
+        for path in FAMILIES[family].reads_config
+    }
+    if FAMILIES[family].rotary is not None:
+        readers[model.get_submodule(FAMILIES[family].rotary)] = 0
+    for module in readers:  # as their layer sees it
+        assert module.config.num_attention_heads == heads_of(family)[readers[module]]
+        assert module.config.config is model.config and module.config.rope_parameters is model.config.rope_parameters
+    configs = [module.config for module in model.modules() if hasattr(module, "config") and module not in readers]
     assert len(configs) > 3 and all(config is model.config for config in configs)
     assert architecture_of(model.config) == stated_by_weights(model)
 
@@ -232,7 +286,7 @@ def test_a_model_on_the_meta_device_is_narrowed_too() -> None:
 @pytest.mark.parametrize("tied", [True, False])
 def test_embeddings_stay_as_they_were_tied(family: str, tied: bool) -> None:
     model = narrowed(family, tie_word_embeddings=tied)
-    assert (model.lm_head.weight is model.model.embed_tokens.weight) == tied
+    assert (model.lm_head.weight is model.get_input_embeddings().weight) == tied
     assert model.config.tie_word_embeddings == tied
 
 

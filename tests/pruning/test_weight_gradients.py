@@ -40,7 +40,7 @@ def assert_equal(found: dict[nn.Module, Tensor], model: Any, expected: list[Tens
     assert len(found) == len(expected)
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen2", "gemma2"])
+@pytest.mark.parametrize("family", ["llama", "qwen2", "gemma2", "olmo2", "phi3", "gpt2"])
 def test_they_are_those_of_autograd_summed_over_backward_passes(family: str) -> None:
     model, dense = adapted(tiny_model(family)).train(), merged(adapted(tiny_model(family))).train()
     collected = WeightGradients(model.get_base_model())

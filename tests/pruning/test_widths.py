@@ -1,3 +1,4 @@
+import copy
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -10,10 +11,10 @@ from families import HIDDEN, KEPT, logits_of, tiny_config, tiny_model
 from transformers import AutoModelForCausalLM
 
 from qpruner.anatomy import FAMILIES, architecture_of
-from qpruner.model_folder import save_base
+from qpruner.model_folder import build_skeleton, save_base
 from qpruner.plan import CompressionPlan
 from qpruner.pruning.surgery import apply_pruning_, narrow_
-from qpruner.pruning.widths import compressed_config_class, plain_dict, portable_config, with_widths
+from qpruner.pruning.widths import compressed_config_class, layer_config, plain_dict, portable_config, with_widths
 
 LLAMA3 = {
     "rope_type": "llama3",
@@ -23,7 +24,15 @@ LLAMA3 = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 32,
 }
-WIDTHS = {"num_attention_heads", "num_key_value_heads", "intermediate_size", "head_dim", "per_layer_config"}
+WIDTHS = {
+    "num_attention_heads",
+    "num_key_value_heads",
+    "intermediate_size",
+    "head_dim",
+    "per_layer_config",
+    "n_head",
+    "n_inner",
+}
 
 
 def uniform(family: str, groups: int, **changes: Any) -> Any:
@@ -51,8 +60,14 @@ THREE, TWO = [((0, 1, 3), range(40))] * 3, [((0, 3), range(40))] * 3
     [
         ("llama", THREE, "mistral"),
         ("llama", TWO, "llama"),
-        *((family, kept, family) for family in ("mistral", "qwen2", "qwen3", "gemma") for kept in (THREE, TWO)),
+        *(
+            (family, kept, family)
+            for family in ("mistral", "qwen2", "qwen3", "gemma", "granite", "smollm3", "olmo2", "phi3")
+            for kept in (THREE, TWO)
+        ),
         ("gemma2", TWO, "gemma2"),
+        ("gemma3_text", TWO, "gemma3_text"),
+        ("gpt2", [(range(4), range(40))] * 3, "gpt2"),
     ],
 )
 def test_transformers_alone_loads_equal_layers(tmp_path: Path, family: str, kept: Any, model_type: str) -> None:
@@ -97,8 +112,8 @@ def test_a_dense_model_stays_what_it_is(family: str) -> None:
     same = portable_config(with_widths(config, architecture_of(config)))
     assert type(same) is type(config)
     expected, found = config.to_dict(), same.to_dict()
-    if family == "qwen2":
-        assert found.pop("head_dim") == 8  # now said
+    if family in ("qwen2", "gpt2"):
+        assert found.pop("head_dim") == {"qwen2": 8, "gpt2": 16}[family]  # now said
     assert found == expected
 
 
@@ -107,13 +122,14 @@ def test_unequal_layers_stand_in_per_layer_config(tmp_path: Path, family: str) -
     model, content = saved(tmp_path / "model", family, KEPT)
     assert content["model_type"] == f"compressed_{family}"
     assert content["architectures"] == [f"Compressed{FAMILIES[family].model_class}"]
-    usual = {name: content[name] for name in ("num_attention_heads", "num_key_value_heads", "intermediate_size")}
-    assert usual == {"num_attention_heads": 8, "num_key_value_heads": 4, "intermediate_size": 48}  # of the dense model
-    assert [usual | content["per_layer_config"].get(str(number), {}) for number in range(3)] == [
-        {"num_attention_heads": 6, "num_key_value_heads": 3, "intermediate_size": 37},
-        {"num_attention_heads": 2, "num_key_value_heads": 1, "intermediate_size": 23},
-        {"num_attention_heads": 8, "num_key_value_heads": 4, "intermediate_size": 1},
-    ]
+    names = ["num_attention_heads", "num_key_value_heads", "intermediate_size"]
+    dense, layers = (8, 4, 48), [(6, 3, 37), (2, 1, 23), (8, 4, 1)]
+    if family == "gpt2":
+        names, dense, layers = ["n_head", "n_inner"], (4, 48), [(3, 37), (1, 23), (4, 1)]
+    usual = {name: content[name] for name in names}
+    assert usual == dict(zip(names, dense, strict=True))  # of the dense model
+    found = [usual | content["per_layer_config"].get(str(number), {}) for number in range(3)]
+    assert found == [dict(zip(names, widths, strict=True)) for widths in layers]
     assert portable_config(model.config) is model.config
 
 
@@ -129,16 +145,25 @@ def test_layers_that_become_equal_stand_in_the_usual_fields(family: str) -> None
     unequal = with_widths(tiny_config(family), replace(architecture_of(tiny_config(family)), kv_groups=(4, 3, 2)))
     equal = with_widths(unequal, replace(architecture_of(unequal), kv_groups=(2, 2, 2)))
     assert not equal.is_heterogeneous
-    assert (equal.num_attention_heads, equal.num_key_value_heads, equal.intermediate_size) == (4, 2, 48)
-    assert portable_config(equal).model_type == family
+    if family == "gpt2":  # transformers' module makes 32 channels of each of 2 heads
+        assert (equal.n_head, equal.n_inner, equal.head_dim) == (2, 48, 16)
+        assert portable_config(equal) is equal
+    else:
+        assert (equal.num_attention_heads, equal.num_key_value_heads, equal.intermediate_size) == (4, 2, 48)
+        assert portable_config(equal).model_type == family
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("kv_groups", [(4, 4, 3), (3, 3, 3), (2, 2, 2)])
 def test_all_else_in_the_configuration_survives(family: str, kv_groups: tuple[int, ...]) -> None:
+    rotary = LLAMA3 if family != "phi3" else {"rope_type": "default", "rope_theta": 5e5, "partial_rotary_factor": 0.5}
+    if family == "gemma3_text":
+        rotary = {
+            kind: LLAMA3 | {"factor": factor} for kind, factor in (("full_attention", 8.0), ("sliding_attention", 4.0))
+        }
     config = tiny_config(
         family,
-        rope_parameters=LLAMA3,
+        rope_parameters=rotary,
         rms_norm_eps=1e-3,
         bos_token_id=11,
         eos_token_id=[12, 13],
@@ -157,7 +182,7 @@ def test_all_else_in_the_configuration_survives(family: str, kv_groups: tuple[in
         assert architecture_of(result).kv_groups == kv_groups
         assert architecture_of(result).head_dim == architecture_of(config).head_dim
         assert result.hidden_size == HIDDEN
-    assert plain_dict(made)["rope_parameters"] == LLAMA3
+    assert plain_dict(made)["rope_parameters"] == rotary
 
 
 @pytest.mark.parametrize(
@@ -187,3 +212,30 @@ def test_our_configuration_is_the_familys_own_with_any_head_count(family: str) -
     assert made is compressed_config_class(family)
     assert made(hidden_size=64, num_attention_heads=6, num_key_value_heads=3, head_dim=16).num_attention_heads == 6
     assert made.__name__ == f"Compressed{FAMILIES[family].config_class}"
+
+
+@pytest.mark.parametrize("kept", [KEPT, TWO], ids=["unequal", "equal"])
+def test_positions_of_a_phi3_stretched_to_long_texts_are_those_of_its_heads(kept: Any) -> None:
+    # Transformers wants a factor for each pair of 64 / 8 channels, half of which turn; for 4 heads, of 64 / 4.
+    stretched = {"rope_type": "longrope", "rope_theta": 1e4, "partial_rotary_factor": 0.5}
+    stretched |= {"short_factor": [1.0, 2.0], "long_factor": [1.5, 3.0]}
+    model = tiny_model("phi3", head_dim=8, rope_parameters=stretched, original_max_position_embeddings=64)
+    narrow_(model, kept)
+    assert portable_config(model.config) is model.config
+    rotary = model.model.rotary_emb.inv_freq
+    skeleton = build_skeleton(model.config)
+    assert rotary.shape == (2,) and torch.equal(skeleton.model.rotary_emb.inv_freq, rotary)
+    skeleton.load_state_dict(model.state_dict(), assign=True)
+    assert torch.equal(logits_of(skeleton.eval()), logits_of(model))
+
+
+def test_a_layer_sees_its_widths_and_all_else_as_the_model_has_it() -> None:
+    model = tiny_model("phi3")
+    narrow_(model, KEPT)
+    copied = copy.deepcopy(layer_config(model.config, 1))
+    for seen, config in ((layer_config(model.config, 1), model.config), (copied, copied.config)):
+        assert (seen.num_attention_heads, seen.num_key_value_heads, seen.intermediate_size) == (2, 1, 23)
+        config.sliding_window = 5
+        assert seen.sliding_window == 5
+    narrow_(model, [((0,), (0,))] * 3)
+    assert layer_config(model.config, 1) is model.config

@@ -22,7 +22,7 @@ MIXED = [
     dict(zip(UNITS, precisions, strict=True))
     for precisions in ((NF4, INT8, DENSE, NF4), (DENSE, NF4, DOUBLE, INT8), (INT8, DENSE, NF4, DOUBLE))
 ]
-ALL = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+ALL = "all-linear"
 WIDE = [((0, 2, 3), tuple(range(35))), ((1,), tuple(range(3, 48, 2))), ((0, 1, 2, 3), tuple(range(7)))]
 """A pruning that leaves room for rank 4 in every linear."""
 

@@ -26,7 +26,7 @@ from qpruner.quantization.packed import PackedLinear
 CPU = torch.device("cpu")
 NF4, INT8 = Precision("nf4", 4, 64), Precision("int8", 8)
 Q_PROJ = "model.layers.1.self_attn.q_proj"
-FAMILIES = pytest.mark.parametrize("family", ["llama", "qwen2", "gemma2"])
+FAMILIES = pytest.mark.parametrize("family", ["llama", "qwen2", "gemma2", "phi3", "gpt2"])
 LOFTQ = [settings(), None]
 
 

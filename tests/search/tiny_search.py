@@ -9,11 +9,11 @@ from lightning.pytorch import Callback
 from qpruner.adapters.lora import LoRAConfig
 from qpruner.allocation.budget import Budget
 from qpruner.allocation.decision import DecidingConfig
+from qpruner.calibration.text import CalibrationConfig
 from qpruner.callbacks import MixedPrecisionQuantization, StructuredPruning
 from qpruner.datamodules import StoriesDataModule
 from qpruner.datamodules.base import LoaderConfig
 from qpruner.likelihood import IGNORED
-from qpruner.pruning.calibration import CalibrationConfig
 from qpruner.search.config import SearchConfig
 from qpruner.search.trainer import Search, SearchTrainer
 from qpruner.training.module import LoRAFinetuner

@@ -1,0 +1,34 @@
+"""What a decoder layer is made of, for each model family: the only place that knows a family's names."""
+
+from qpruner.anatomy.coupled import Coupled, WideNorm, by_linear
+from qpruner.anatomy.families import COMPRESSED, FAMILIES, Family, family_of
+from qpruner.anatomy.layers import (
+    DecoderLayer,
+    architecture_of,
+    decoder_blocks,
+    decoder_layers,
+    head_shape,
+    num_linear_parameters,
+    unit_linears,
+    unit_parameters,
+    unit_shapes,
+)
+
+__all__ = [
+    "COMPRESSED",
+    "FAMILIES",
+    "Coupled",
+    "DecoderLayer",
+    "Family",
+    "WideNorm",
+    "architecture_of",
+    "by_linear",
+    "decoder_blocks",
+    "decoder_layers",
+    "family_of",
+    "head_shape",
+    "num_linear_parameters",
+    "unit_linears",
+    "unit_parameters",
+    "unit_shapes",
+]

@@ -1,0 +1,71 @@
+"""Which part of which tensor belongs to the units of a kind."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class Coupled:
+    """A projection: the block of rows or columns of a linear that belongs to one kind of unit.
+
+    Unit u owns the rows (``axis`` 0, with their biases) or columns (``axis`` 1) from ``start + u * width`` to
+    ``start + (u + 1) * width``. Of a linear in which several projections are stacked, each is a block.
+
+    Args:
+        name: of the projection, such as ``q``.
+        linear: that holds it; it may be packed, or have an adapter around it.
+        axis: of the weight [out, in].
+        width: rows or columns of a unit.
+        num_units: units that there are.
+        start: first row or column of unit 0.
+    """
+
+    name: str
+    linear: nn.Linear
+    axis: int
+    width: int
+    num_units: int
+    start: int = 0
+
+    @property
+    def block(self) -> slice:
+        """All rows or columns that belong to units."""
+        return slice(self.start, self.start + self.num_units * self.width)
+
+    def by_unit(self, values: Tensor) -> Tensor:
+        """Values of the weight's shape, or of its bias, with the units along the first axis."""  # [units, ...]
+        values = values.movedim(self.axis if values.ndim > 1 else 0, 0)[self.block]
+        return values.reshape(-1, self.width, *values.shape[1:])
+
+    def places(self, units: Sequence[int]) -> Tensor:
+        """The rows or columns of the weight that some units own."""  # [units * width]
+        return self.start + within(units, self.width)
+
+
+@dataclass(frozen=True)
+class WideNorm:
+    """An RMS norm over all heads that a projection makes.
+
+    Args:
+        norm: the module; unit u owns ``width`` entries of its weight, as of the projection's rows.
+        of: the projection.
+    """
+
+    norm: nn.Module
+    of: Coupled
+
+
+def within(units: Sequence[int], width: int) -> Tensor:
+    """The places that some units of a width own in a block of such units."""  # [units * width]
+    return (torch.tensor(units)[:, None] * width + torch.arange(width)).flatten()
+
+
+def by_linear(parts: Iterable[Coupled]) -> list[list[Coupled]]:
+    """Projections of which those that are stacked in one linear stand together, in their order."""
+    groups: dict[int, list[Coupled]] = {}
+    for part in parts:
+        groups.setdefault(id(part.linear), []).append(part)
+    return list(groups.values())

@@ -1,0 +1,167 @@
+"""The table of model families, and what a line of it says.
+
+To add a family whose layers hold ``self_attn`` with q, k, v and o projections and ``mlp`` with gate, up and down
+projections, add its line to `FAMILIES`:
+
+    "llama": Family("LlamaForCausalLM", "LlamaConfig"),
+
+and, where the family differs, the fields of `Family` that say so: other names, norms and biases; projections that are
+stacked in one linear (`fused`); norms over all heads (``wide_norms``); widths that its modules remember (``widths``).
+The tests run over the whole table; a tiny configuration of the family goes to ``EXPLICIT`` of ``tests/families.py``.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from qpruner.errors import UserError
+
+Width = Literal["query_heads", "kv_groups", "query_channels", "key_channels", "ffn_channels"]
+"""A width of a layer: numbers of heads or FFN channels, or the channels of its query or key heads."""
+
+SEPARATE = {
+    **{name: f"self_attn.{name}_proj" for name in ("q", "k", "v", "o")},
+    **{name: f"mlp.{name}_proj" for name in ("gate", "up", "down")},
+}
+BEFORE_EACH = ("input_layernorm", "post_attention_layernorm")
+AROUND_EACH = ("input_layernorm", "post_attention_layernorm", "pre_feedforward_layernorm", "post_feedforward_layernorm")
+
+
+def biased(attention: str | None = "attention_bias", mlp: str | None = "mlp_bias") -> dict[str, str | None]:
+    """Biases on all projections, each kind as a field of the configuration says; always where it is None."""
+    return dict.fromkeys("qkvo", attention) | dict.fromkeys(("gate", "up", "down"), mlp)
+
+
+@dataclass(frozen=True)
+class Family:
+    """Where a family's parts are.
+
+    Args:
+        model_class: name in transformers of the causal language model.
+        config_class: name in transformers of its configuration.
+        layers: path from the model to its list of decoder layers.
+        projections: path in a layer to the linear of each projection, in the order q, k, v, o, gate, up, down; gate may
+            be missing. Projections with the same path are stacked in one linear, in this order, as blocks of rows.
+        embedding: path to the token embedding.
+        positions: path to the table of learned positions; None without one.
+        rotary: path to the module that makes rotary positions; None without one.
+        head: path to the linear that makes logits.
+        layer_norms: path in a layer to each norm over the hidden size.
+        head_norms: path in a layer to each norm over one head. Such norms belong to every head alike.
+        wide_norms: path in a layer to the norm over all heads that a projection makes, by projection.
+        last_norm: path to the norm before the head.
+        norm: the class in torch whose parameters the norms over the hidden size have.
+        biases: field of the configuration that says whether a projection has a bias, by projection; None where it has
+            one always. Projections that are not named have none.
+        groups_field: field of the configuration that holds the number of key-value heads; None where there are as many
+            as query heads.
+        channels_field: field of the configuration that holds the number of FFN channels, which are four times the
+            hidden size where it is None.
+        free_heads: whether transformers' modules allow a number of heads whose channels are not the hidden size.
+        widths: the width that an attribute of a module in a layer remembers, by path.
+        reads_config: path in a layer to each module that reads its widths from its configuration as it computes.
+    """
+
+    model_class: str
+    config_class: str
+    layers: str = "model.layers"
+    projections: Mapping[str, str] = field(default_factory=lambda: SEPARATE)
+    embedding: str = "model.embed_tokens"
+    positions: str | None = None
+    rotary: str | None = "model.rotary_emb"
+    head: str = "lm_head"
+    layer_norms: tuple[str, ...] = BEFORE_EACH
+    head_norms: tuple[str, ...] = ()
+    wide_norms: Mapping[str, str] = field(default_factory=dict)
+    last_norm: str = "model.norm"
+    norm: Literal["RMSNorm", "LayerNorm"] = "RMSNorm"
+    biases: Mapping[str, str | None] = field(default_factory=lambda: dict.fromkeys("qkvo", "attention_bias"))
+    groups_field: str | None = "num_key_value_heads"
+    channels_field: str = "intermediate_size"
+    free_heads: bool = True
+    widths: Mapping[str, Width] = field(default_factory=dict)
+    reads_config: tuple[str, ...] = ()
+
+    def fused(self, names: tuple[str, ...]) -> list[tuple[str, ...]]:
+        """Projections of which those that are stacked in one linear stand together; missing ones are left out."""
+        by_path: dict[str, tuple[str, ...]] = {}
+        for name in names:
+            if path := self.projections.get(name):
+                by_path[path] = (*by_path.get(path, ()), name)
+        return list(by_path.values())
+
+
+FAMILIES = {
+    "llama": Family("LlamaForCausalLM", "LlamaConfig", biases=biased()),
+    "mistral": Family("MistralForCausalLM", "MistralConfig", biases={}),
+    "qwen2": Family("Qwen2ForCausalLM", "Qwen2Config", biases=dict.fromkeys("qkv")),
+    "qwen3": Family("Qwen3ForCausalLM", "Qwen3Config", head_norms=("self_attn.q_norm", "self_attn.k_norm")),
+    "gemma": Family("GemmaForCausalLM", "GemmaConfig"),
+    "gemma2": Family("Gemma2ForCausalLM", "Gemma2Config", layer_norms=AROUND_EACH),
+    "gemma3_text": Family(
+        "Gemma3ForCausalLM",
+        "Gemma3TextConfig",
+        layer_norms=AROUND_EACH,
+        head_norms=("self_attn.q_norm", "self_attn.k_norm"),
+    ),
+    "granite": Family("GraniteForCausalLM", "GraniteConfig", biases=biased()),
+    "smollm3": Family("SmolLM3ForCausalLM", "SmolLM3Config", biases=biased()),
+    "olmo2": Family(
+        "Olmo2ForCausalLM",
+        "Olmo2Config",
+        layer_norms=("post_attention_layernorm", "post_feedforward_layernorm"),
+        wide_norms={"q": "self_attn.q_norm", "k": "self_attn.k_norm"},
+    ),
+    "phi3": Family(
+        "Phi3ForCausalLM",
+        "Phi3Config",
+        projections={
+            **dict.fromkeys("qkv", "self_attn.qkv_proj"),
+            "o": "self_attn.o_proj",
+            **dict.fromkeys(("gate", "up"), "mlp.gate_up_proj"),
+            "down": "mlp.down_proj",
+        },
+        biases={},
+        widths={"self_attn.num_key_value_heads": "kv_groups"},
+        reads_config=("self_attn",),
+    ),
+    "gpt2": Family(
+        "GPT2LMHeadModel",
+        "GPT2Config",
+        layers="transformer.h",
+        projections={
+            **dict.fromkeys("qkv", "attn.c_attn"),
+            **{"o": "attn.c_proj", "up": "mlp.c_fc", "down": "mlp.c_proj"},
+        },
+        embedding="transformer.wte",
+        positions="transformer.wpe",
+        rotary=None,
+        layer_norms=("ln_1", "ln_2"),
+        last_norm="transformer.ln_f",
+        norm="LayerNorm",
+        biases=biased(None, None),
+        groups_field=None,
+        channels_field="n_inner",
+        free_heads=False,
+        widths={"attn.num_heads": "query_heads", "attn.split_size": "query_channels"},
+    ),
+}
+"""The families whose layers can be pruned, by the ``model_type`` of their configuration."""
+
+COMPRESSED = "compressed_"
+"""What the ``model_type`` of a model begins with when transformers alone cannot make it."""
+
+
+def family_of(config: Any) -> tuple[str, Family]:
+    """Name and anatomy of the family of a model's configuration.
+
+    Raises:
+        UserError: an unsupported family.
+    """
+    name = config.model_type.removeprefix(COMPRESSED)
+    if name not in FAMILIES:
+        raise UserError(
+            f"Models of type {config.model_type!r} cannot be pruned; {', '.join(FAMILIES)} can. "
+            f"A family is added in qpruner/anatomy/families.py."
+        )
+    return name, FAMILIES[name]
