@@ -40,7 +40,7 @@ class Reference:
     def of(
         cls, module: LoRAFinetuner, data: TokenDataModule, device: torch.device, precision: Precision
     ) -> "Reference":
-        """What the module's model predicts, on the first rows of the validation split.
+        """What the module's model predicts, on the first batches of the validation split.
 
         Raises:
             UserError: the model has no room on the device.
@@ -53,10 +53,11 @@ class Reference:
         for batch in islice(loader, len(loader)):
             batches.append(batch)
             with precision.forward_context():
-                found.append(_scored(module, move_data_to_device(batch, device)).half().cpu())
+                left = TOKENS - sum(map(len, found))
+                found.append(_scored(module, move_data_to_device(batch, device), left).half().cpu())
             if sum(map(len, found)) >= TOKENS:
                 break
-        return cls(tuple(batches), torch.cat(found)[:TOKENS])
+        return cls(tuple(batches), torch.cat(found))
 
     @torch.no_grad()
     def kl(self, module: LoRAFinetuner, device: torch.device, precision: Precision) -> float:
@@ -65,10 +66,11 @@ class Reference:
         total, start = 0.0, 0
         for batch in self.batches:
             with precision.forward_context():
-                found = _scored(module, move_data_to_device(batch, device))
+                left = len(self.log_probabilities) - start
+                found = _scored(module, move_data_to_device(batch, device), left)
             expected = self.log_probabilities[start : start + len(found)].to(device).float()
             start += len(found)
-            total += float(F.kl_div(found[: len(expected)], expected, log_target=True, reduction="sum"))
+            total += float(F.kl_div(found, expected, log_target=True, reduction="sum"))
         return total / len(self.log_probabilities)
 
     def write(self, path: Path) -> None:
@@ -89,8 +91,8 @@ class Reference:
         return cls(tuple(batches[place] for place in sorted(batches)), log_probabilities)
 
 
-def _scored(module: LoRAFinetuner, batch: Batch) -> Tensor:
-    """Log-probabilities of the predictions of scored tokens; [tokens, V] in float32."""
+def _scored(module: LoRAFinetuner, batch: Batch, at_most: int) -> Tensor:
+    """Log-probabilities of the predictions of scored tokens, of the first ``at_most``; [tokens, V] in float32."""
     scored = batch["labels"][:, 1:] != IGNORED
-    hidden = hidden_states(module.model, batch["input_ids"], batch["attention_mask"])[:, :-1][scored]
+    hidden = hidden_states(module.model, batch["input_ids"], batch["attention_mask"])[:, :-1][scored][:at_most]
     return F.log_softmax(Head.of(module.model)(hidden).float(), dim=-1)

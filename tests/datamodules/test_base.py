@@ -60,9 +60,9 @@ def test_calibration_that_cannot_be_had(data: StoriesDataModule) -> None:
 
 def test_loaders_by_split(data: StoriesDataModule) -> None:
     train = data.train_dataloader()
-    assert (train.shuffle, train.batch_size, len(train)) == (True, 8, 3)
+    assert (train.batch_size, len(train)) == (8, 3)
     text, choices = data.test_dataloader()
-    assert (text.shuffle, text.batch_size, len(text)) == (False, 16, 1)
+    assert (text.tokens, len(text)) == (4096, 1)
     assert torch.equal(next(iter(text))["example"], torch.arange(5))
     assert next(iter(choices))["example"].tolist() == [0, 0, 1, 1, 2, 2, 3, 3]
     assert len(make(num_choices=0).val_dataloader()) == 1
@@ -76,7 +76,7 @@ def test_fingerprint_is_of_the_tokens(data: StoriesDataModule) -> None:
     assert make(max_length=60, story_seed=1).fingerprint()["test"]["sha256"] != fingerprint["test"]["sha256"]
 
 
-@pytest.mark.parametrize(("name", "value"), [("batch_size", 0), ("eval_batch_size", 0), ("num_workers", -1)])
+@pytest.mark.parametrize(("name", "value"), [("batch_size", 0), ("eval_tokens_per_batch", 0), ("num_workers", -1)])
 def test_impossible_batches(name: str, value: int) -> None:
     with pytest.raises(UserError, match=f"loader.{name} is {value}; it must be at least {value + 1}"):
         LoaderConfig(**{name: value})

@@ -4,8 +4,8 @@ from itertools import islice
 import pytest
 import torch
 
-from qpruner.datamodules.loader import ResumableLoader
-from qpruner.datamodules.rows import FILLER, TextExamples, TokenRows
+from qpruner.datamodules.loader import EvaluationLoader, ResumableLoader, fill_batches
+from qpruner.datamodules.rows import FILLER, ChoiceExamples, TextExamples, TokenRows
 from qpruner.errors import UserError
 
 EPOCHS = 3
@@ -21,24 +21,58 @@ def examples(number: int) -> TextExamples:
 
 
 def loader(number: int, batch_size: int = 2, **options: object) -> ResumableLoader:
-    options = {"shuffle": True, "seed": 5} | options
+    options = {"seed": 5} | options
     return ResumableLoader(examples(number), batch_size=batch_size, **options)  # type: ignore[arg-type]
 
 
-def read(source: ResumableLoader, limit: int | None = None) -> list[tuple[int, ...]]:
+def read(source: ResumableLoader | EvaluationLoader, limit: int | None = None) -> list[tuple[int, ...]]:
     """One pass, of at most so many batches, as a Trainer makes it."""
     return [tuple(batch["example"].tolist()) for batch in islice(source, limit)]
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3])
-@pytest.mark.parametrize("number", [1, 7, 12, 13])
+@pytest.mark.parametrize("number", [0, 1, 7, 12, 13])
 def test_evaluation_shows_every_example_once_over_all_ranks(number: int, world_size: int) -> None:
-    ranks = [loader(number, shuffle=False, rank=rank, world_size=world_size) for rank in range(world_size)]
+    ranks = [
+        EvaluationLoader(examples(number), tokens=2, rank=rank, world_size=world_size) for rank in range(world_size)
+    ]
     shares = [read(rank) for rank in ranks]
     assert {len(share) for share in shares} == {len(rank) for rank in ranks} == {-(-number // (2 * world_size))}
     seen = [index for batches in zip(*shares, strict=True) for batch in batches for index in batch]
-    assert [index for index in seen if index != FILLER] == list(range(number))
+    assert sorted(index for index in seen if index != FILLER) == list(range(number))
     assert all(batch == (FILLER,) for share in shares for batch in share if FILLER in batch)
+    assert [read(rank) for rank in ranks] == shares  # every time
+
+
+def test_evaluation_batches_are_as_full_as_their_tokens_allow() -> None:
+    lengths = torch.tensor([5, 1, 9, 2, 2, 30, 4, 0])
+    one = torch.ones_like(lengths)
+    # From the shortest: 0 1 2 2 are 4 rows of 2; with 4 they would be 5 x 4. Then 4 and 5 (2 x 5), 9, and 30 alone.
+    assert fill_batches(one, lengths, 10) == [[7, 1, 3, 4], [6, 0], [2], [5]]
+    # Examples of 3, 1, 1, 2, ... rows stay together: 1 x 0 and 1 x 1, then 2 + 1 rows of 2, ...
+    assert fill_batches(torch.tensor([3, 1, 1, 2, 1, 1, 1, 1]), lengths, 6) == [[7, 1], [3, 4], [6], [0], [2], [5]]
+    assert fill_batches(one, lengths, 10**9) == [[7, 1, 3, 4, 6, 0, 2, 5]]
+    assert fill_batches(one[:0], lengths[:0], 10) == []
+
+
+def test_sizes_of_choices_are_rows_and_the_longest_of_them() -> None:
+    lengths = torch.tensor([3, 7, 2, 5, 1])
+    offsets = torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)])
+    tokens = torch.arange(18, dtype=torch.int32)
+    rows = TokenRows(tokens, torch.ones(18, dtype=torch.bool), torch.zeros_like(tokens), offsets)
+    choices = ChoiceExamples(rows, torch.tensor([0, 2, 5]), torch.tensor([0, 1]), pad_token=0)
+    assert [part.tolist() for part in choices.sizes()] == [[2, 3], [7, 5]]
+    assert [part.tolist() for part in TextExamples(rows, 0).sizes()] == [[1] * 5, [3, 7, 2, 5, 1]]
+
+
+def test_the_first_evaluation_batches_are_neither_the_shortest_nor_the_longest() -> None:
+    lengths = torch.arange(1, 401)
+    offsets = torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)])
+    tokens = torch.zeros(int(offsets[-1]), dtype=torch.int32)
+    rows = TokenRows(tokens, torch.ones(len(tokens), dtype=torch.bool), torch.zeros_like(tokens), offsets)
+    batches = EvaluationLoader(TextExamples(rows, 0), tokens=800).batches()
+    first = [float(lengths[batch].float().mean()) for batch in batches[: len(batches) // 4]]
+    assert min(first) < 150 and max(first) > 300
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3])
@@ -137,7 +171,6 @@ def test_too_few_examples_for_one_step() -> None:
     with pytest.raises(UserError, match=r"5 rows, fewer than the 2 x 3 .* smaller --data.init_args.loader.batch_size"):
         loader(5, world_size=3)
     assert len(loader(6, world_size=3)) == 1
-    assert len(loader(0, shuffle=False)) == 0
 
 
 @pytest.mark.parametrize(("world_size", "accumulate", "limit"), [(1, 1, None), (1, 3, None), (2, 2, None), (1, 2, 3)])
@@ -151,7 +184,7 @@ def test_a_training_batch_knows_the_scored_tokens_of_its_optimizer_step(
     rows = TokenRows(numbers, torch.ones(len(numbers), dtype=torch.bool), torch.zeros_like(numbers), offsets)
     ranks = [
         ResumableLoader(
-            TextExamples(rows, 0), batch_size=2, shuffle=True, seed=5, rank=rank, world_size=world_size,
+            TextExamples(rows, 0), batch_size=2, seed=5, rank=rank, world_size=world_size,
             accumulate=accumulate, limit=limit,
         )
         for rank in range(world_size)
