@@ -1,14 +1,15 @@
 """What all data modules share: tokenized splits, their cache, resumable loaders and calibration sequences."""
 
+import math
 from abc import abstractmethod
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch import LightningDataModule
+from lightning.pytorch import LightningDataModule, Trainer
 from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
@@ -211,7 +212,19 @@ class TokenDataModule(LightningDataModule):
             num_workers=self.loader.num_workers,
             limit=self.trainer.limit_train_batches if self.trainer else None,
             accumulate=self.trainer.accumulate_grad_batches if self.trainer else 1,
+            position=partial(position, self.trainer),
         )
+
+    def num_steps(self) -> float:
+        """Optimizer steps of the attached Trainer's fit; infinite where only time ends it.
+
+        It says what ``Trainer.estimated_stepping_batches`` does, and leaves the Trainer as it is.
+        """
+        assert self.trainer is not None
+        most = math.inf if self.trainer.max_steps == -1 else self.trainer.max_steps
+        if self.trainer.max_epochs in (None, -1):
+            return most
+        return min(most, self.train_dataloader().steps * max(self.trainer.max_epochs, 1))
 
     def val_dataloader(self) -> list[EvaluationLoader]:
         # A fit without validation data is legal; `qpruner validate` without them is not.
@@ -271,3 +284,10 @@ class TokenDataModule(LightningDataModule):
         starts = rows.offsets[chosen] + (torch.rand(len(chosen), generator=generator) * (slack + 1)).long()
         mine = starts[rank::world_size]
         return rows.tokens[mine[:, None] + torch.arange(length)].long()
+
+
+def position(trainer: Trainer | None) -> tuple[int, int]:
+    """The epoch that the fit of a Trainer is in, and how many of its batches were read."""
+    if trainer is None:
+        return 0, 0
+    return trainer.current_epoch, trainer.fit_loop.epoch_loop.batch_progress.current.ready

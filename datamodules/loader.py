@@ -1,6 +1,7 @@
-"""Loaders that shard without repetition: of training, which goes on where it stopped, and of evaluation."""
+"""Loaders that shard without repetition: of training, which goes on where the fit stopped, and of evaluation."""
 
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
 from typing import Any, Protocol
 
@@ -42,8 +43,9 @@ class ResumableLoader:
     Every epoch has an order of its own, a function of the seed and its number, dealt to the ranks a batch at a time;
     the examples that do not fill a batch on every rank wait for another epoch.
 
-    The state counts the batches *handed out*, not those that worker processes have prepared, so it is right with any
-    number of workers.
+    How far a fit has come is known to the loops of its Trainer, which a checkpoint holds. The loader asks for it when
+    the first batch of a pass is read and has no state, so that it may be made before a checkpoint is restored, and is
+    right with any number of workers.
 
     Args:
         examples: what to load.
@@ -54,6 +56,7 @@ class ResumableLoader:
         num_workers: processes that prepare batches ahead; 0 prepares them here.
         limit: how many batches of an epoch will be read, as a number or a share; see ``Trainer(limit_train_batches)``.
         accumulate: micro-batches to an optimizer step, of which the last of an epoch may have fewer.
+        position: says the epoch to read, and how many of its batches were read already.
 
     Raises:
         UserError: there are fewer examples than one batch on every rank needs.
@@ -70,6 +73,7 @@ class ResumableLoader:
         num_workers: int = 0,
         limit: int | float | None = None,
         accumulate: int = 1,
+        position: Callable[[], tuple[int, int]] = lambda: (0, 0),
     ) -> None:
         self.examples = examples
         self.batch_size = batch_size
@@ -79,9 +83,7 @@ class ResumableLoader:
         self.num_workers = num_workers
         self.limit = limit
         self.accumulate = accumulate
-        self.epoch = 0
-        self.consumed = 0
-        self._resume = True  # whether the next pass goes on at (epoch, consumed) instead of starting a new epoch
+        self.position = position
         if len(self) == 0:
             raise UserError(
                 f"The training split has {len(examples)} rows, fewer than the {batch_size} x {world_size} of one step "
@@ -109,6 +111,11 @@ class ResumableLoader:
         limit = len(self) if self.limit is None else self.limit
         return min(len(self), int(len(self) * limit) if isinstance(limit, float) else limit)
 
+    @property
+    def steps(self) -> int:
+        """Optimizer steps of an epoch."""
+        return math.ceil(self.batches_read / self.accumulate)
+
     def step_tokens(self, epoch: int) -> list[float]:
         """Scored tokens of a micro-batch of each optimizer step, in the mean over its micro-batches and all ranks.
 
@@ -123,25 +130,23 @@ class ResumableLoader:
         ]
 
     def __iter__(self) -> Iterator[Batch]:
-        # Being a generator, this runs at the first `next`, not at `iter`: Lightning makes iterators it never reads.
-        if not self._resume:
-            self.epoch, self.consumed = self.epoch + 1, 0
-        self._resume = False
-        step_tokens = self.step_tokens(self.epoch)
-        for batch in _gathered(self.examples, self.batches(self.epoch)[self.consumed :], self.num_workers):
-            step = self.consumed // self.accumulate
+        # Being a generator, this runs at the first `next`, not at `iter`: Lightning makes iterators before it knows.
+        epoch, first = self.position()
+        step_tokens = self.step_tokens(epoch)
+        batches = _gathered(self.examples, self.batches(epoch)[first:], self.num_workers)
+        for number, batch in enumerate(batches, first):
+            step = number // self.accumulate
             if step < len(step_tokens):  # a reader may go on beyond the limit
                 batch["step_tokens"] = torch.tensor(step_tokens[step] or 1.0)
-            self.consumed += 1
             yield batch
 
+    # By these Lightning knows a loader with which a fit may go on in the middle of an epoch.
+
     def state_dict(self) -> dict[str, Any]:
-        return {"epoch": self.epoch, "consumed": self.consumed}
+        return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.epoch, self.consumed = state["epoch"], state["consumed"]
-        # A finished epoch is followed by the next one, as it would have been without the interruption.
-        self._resume = self.consumed < self.batches_read
+        """Needs nothing of it."""
 
 
 class EvaluationLoader:
