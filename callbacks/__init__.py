@@ -5,6 +5,7 @@ if __name__ != "qpruner.callbacks":
 
 from qpruner.callbacks.checkpoint import RunCheckpoint
 from qpruner.callbacks.compression import Compression
+from qpruner.callbacks.log_interval import LogInterval
 from qpruner.callbacks.lora_guided import LoRAGuidedPruning
 from qpruner.callbacks.predictions import PredictionsWriter
 from qpruner.callbacks.pruning import PlannedPruning, StructuredPruning
@@ -15,6 +16,7 @@ from qpruner.callbacks.throughput import Throughput
 __all__ = [
     "Compression",
     "LoRAGuidedPruning",
+    "LogInterval",
     "MeasuredEnd",
     "MeasuredStage",
     "MixedPrecisionQuantization",

@@ -17,6 +17,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 
 from qpruner.callbacks import (
     Compression,
+    LogInterval,
     LoRAGuidedPruning,
     MeasuredEnd,
     MeasuredStage,
@@ -228,6 +229,8 @@ class QPrunerCLI(LightningCLI):
             report = RunReport(self.folder, phase.number, later)
             checkpoint = RunCheckpoint(self.folder.checkpoint, options.run.checkpoint_every_n_steps)
             callbacks = [report, *_measured(callbacks, report), MeasuredEnd(report), Throughput(), checkpoint]
+            if options.trainer.log_every_n_steps is None:
+                callbacks = [LogInterval(), *callbacks]
         elif self.subcommand in EVALUATING:
             self.model.follows = next(filter(is_compressed, self.folder.bases), None)
         check_kept(options.trainer, keeps_checkpoint=self.subcommand == "fit" and not self.rehearses)
