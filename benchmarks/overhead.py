@@ -4,10 +4,10 @@
     python benchmarks/overhead.py --base path/to/a/model --rows 4 --length 256 --steps 8 --repeats 3
 
 Both ways do the same step on the same rows, in processes of their own and in turns. A plain step is ``model(input_ids,
-labels=...).loss`` with PEFT's LoRA, AdamW and clipping; a plain evaluation the same loss without gradients; plain scoring
-a backward pass with the gradients of all weights. Seconds are of a step, of a batch and of all calibration text, and do
-not hold the loading of anything; the peak is that of the resident set above what it was with the model loaded (on CUDA
-that of allocated memory).
+labels=...).loss`` with PEFT's LoRA, AdamW and clipping; a plain evaluation the same loss without gradients; plain
+scoring a backward pass with the gradients of all weights. Seconds are of a step, of a batch and of all calibration
+text, and do not hold the loading of anything; the peak is that of the resident set above what it was with the model
+loaded.
 """
 
 import argparse
@@ -22,9 +22,12 @@ from lightning.pytorch import Callback, Trainer
 from random_llama import run_alone
 
 from qpruner.adapters.lora import LoRAConfig
+from qpruner.calibration.text import Calibration
 from qpruner.datamodules import StoriesDataModule
 from qpruner.datamodules.base import LoaderConfig
 from qpruner.memory import read_peak, reset_peak
+from qpruner.processes import Processes
+from qpruner.pruning.scores import score_units
 from qpruner.records.tables import markdown_table
 from qpruner.training.evaluation import evaluate
 from qpruner.training.module import LoRAFinetuner
@@ -178,6 +181,21 @@ def plain_evaluation(given: argparse.Namespace, module: LoRAFinetuner, data: Sto
         float(model(input_ids=batch, attention_mask=torch.ones_like(batch), labels=batch).loss)
 
     return timed(step, given.steps)
+
+
+def ours_scoring(given: argparse.Namespace, module: LoRAFinetuner, data: StoriesDataModule, tokens: Any) -> float:
+    calibration = Calibration.share(tokens, Processes.alone(), given.rows * given.length)
+    since = time.perf_counter()
+    score_units(module.model, "param_first", "sum", calibration, seed=0)
+    return time.perf_counter() - since
+
+
+def plain_scoring(given: argparse.Namespace, module: LoRAFinetuner, data: StoriesDataModule, tokens: Any) -> float:
+    model = module.model.requires_grad_(True)
+    since = time.perf_counter()
+    for batch in tokens.split(given.rows):
+        model(input_ids=batch, attention_mask=torch.ones_like(batch), labels=batch).loss.backward()
+    return time.perf_counter() - since
 
 
 def timed(step: Callable[[int], None], steps: int) -> float:

@@ -53,7 +53,7 @@ def text_data(given: argparse.Namespace, seed: int) -> TextDataModule:
         held_out=0.0,
         layout="packed",
         max_length=given.max_length,
-        loader=LoaderConfig(batch_size=16, eval_batch_size=32),
+        loader=LoaderConfig(batch_size=16),
         seed=seed,
     )
 
@@ -62,7 +62,7 @@ def study_data(given: argparse.Namespace, seed: int) -> TokenDataModule:
     """The text that was given, or the embedded stories."""
     if given.train:
         return text_data(given, seed)
-    loader = LoaderConfig(batch_size=16, eval_batch_size=64)
+    loader = LoaderConfig(batch_size=16)
     return StoriesDataModule(
         tokenizer=given.base, num_train=2400, num_validation=1000, num_choices=0, loader=loader, seed=seed
     )

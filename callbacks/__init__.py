@@ -6,6 +6,7 @@ if __name__ != "qpruner.callbacks":
 from qpruner.callbacks.checkpoint import RunCheckpoint
 from qpruner.callbacks.compression import Compression
 from qpruner.callbacks.keep_model import KeepModel
+from qpruner.callbacks.log_interval import LogInterval
 from qpruner.callbacks.lora_guided import LoRAGuidedPruning
 from qpruner.callbacks.predictions import PredictionsWriter
 from qpruner.callbacks.pruning import PlannedPruning, StructuredPruning
@@ -17,6 +18,7 @@ __all__ = [
     "Compression",
     "KeepModel",
     "LoRAGuidedPruning",
+    "LogInterval",
     "MeasuredEnd",
     "MeasuredStage",
     "MixedPrecisionQuantization",

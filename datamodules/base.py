@@ -1,21 +1,22 @@
 """What all data modules share: tokenized splits, their cache, resumable loaders and calibration sequences."""
 
 import copy
+import math
 from abc import abstractmethod
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from hashlib import sha256
 from pathlib import Path
 from typing import Any, Self
 
 import torch
-from lightning.pytorch import LightningDataModule
+from lightning.pytorch import LightningDataModule, Trainer
 from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
 from qpruner.datamodules.cache import Prepared, cache_path, default_cache_dir, load, store
-from qpruner.datamodules.loader import Examples, ResumableLoader
+from qpruner.datamodules.loader import EvaluationLoader, Examples, ResumableLoader
 from qpruner.datamodules.rows import ChoiceExamples, TextExamples
 from qpruner.datamodules.splits import Split
 from qpruner.datamodules.tokens import tokenizer_fingerprint
@@ -33,12 +34,13 @@ class LoaderConfig:
 
     Args:
         batch_size: rows in a training batch, on each device.
-        eval_batch_size: rows (or choice examples) in a batch of validation, test and prediction, on each device.
+        eval_tokens_per_batch: most tokens in a batch of validation, test and prediction, padding included, on each
+            device; an example is never taken apart, so that of more tokens is a batch of its own. Changes no result.
         num_workers: processes that prepare batches ahead; 0 prepares them in the training process. Changes no result.
     """
 
     batch_size: int = 8
-    eval_batch_size: int = 16
+    eval_tokens_per_batch: int = 4096
     num_workers: int = 0
 
     def __post_init__(self) -> None:
@@ -46,7 +48,7 @@ class LoaderConfig:
             self,
             "loader",
             batch_size=("at least 1", self.batch_size >= 1),
-            eval_batch_size=("at least 1", self.eval_batch_size >= 1),
+            eval_tokens_per_batch=("at least 1", self.eval_tokens_per_batch >= 1),
             num_workers=("at least 0", self.num_workers >= 0),
         )
 
@@ -204,13 +206,13 @@ class TokenDataModule(LightningDataModule):
             other._prepared = None
         return other
 
-    def make_loader(self, examples: Examples, *, train: bool) -> ResumableLoader:
-        """This rank's loader over some examples; alone in the world when no Trainer is attached.
+    def train_dataloader(self) -> ResumableLoader:
+        """This rank's loader of the training rows; alone in the world when no Trainer is attached.
 
         Raises:
             UserError: the number of micro-batches to an optimizer step changes in the course of the fit.
         """
-        callbacks: list[Any] = self.trainer.callbacks if self.trainer and train else []  # type: ignore[attr-defined]
+        callbacks: list[Any] = self.trainer.callbacks if self.trainer else []  # type: ignore[attr-defined]
         if any(isinstance(callback, GradientAccumulationScheduler) for callback in callbacks):
             raise UserError(
                 "GradientAccumulationScheduler changes the number of micro-batches to an optimizer step in the course "
@@ -218,38 +220,55 @@ class TokenDataModule(LightningDataModule):
                 "--trainer.accumulate_grad_batches."
             )
         return ResumableLoader(
-            examples,
-            batch_size=self.loader.batch_size if train else self.loader.eval_batch_size,
-            shuffle=train,
+            self.examples("train"),
+            batch_size=self.loader.batch_size,
             seed=self.seed,
             rank=self.trainer.global_rank if self.trainer else 0,
             world_size=self.trainer.world_size if self.trainer else 1,
             num_workers=self.loader.num_workers,
-            limit=self.trainer.limit_train_batches if self.trainer and train else None,
-            accumulate=self.trainer.accumulate_grad_batches if self.trainer and train else 1,
+            limit=self.trainer.limit_train_batches if self.trainer else None,
+            accumulate=self.trainer.accumulate_grad_batches if self.trainer else 1,
+            position=partial(position, self.trainer),
         )
 
-    def train_dataloader(self) -> ResumableLoader:
-        return self.make_loader(self.examples("train"), train=True)
+    def num_steps(self) -> float:
+        """Optimizer steps of the attached Trainer's fit; infinite where only time ends it.
 
-    def val_dataloader(self) -> list[ResumableLoader]:
+        It says what ``Trainer.estimated_stepping_batches`` does, and leaves the Trainer as it is.
+        """
+        assert self.trainer is not None
+        most = math.inf if self.trainer.max_steps == -1 else self.trainer.max_steps
+        if self.trainer.max_epochs in (None, -1):
+            return most
+        return min(most, self.train_dataloader().steps * max(self.trainer.max_epochs, 1))
+
+    def val_dataloader(self) -> list[EvaluationLoader]:
         # A fit without validation data is legal; `qpruner validate` without them is not.
         if self.trainer and self.trainer.state.fn == "fit" and "validation" not in self.prepared.splits:
             return []
         return self.evaluation_loaders("validation")
 
-    def test_dataloader(self) -> list[ResumableLoader]:
+    def test_dataloader(self) -> list[EvaluationLoader]:
         return self.evaluation_loaders("test")
 
-    def predict_dataloader(self) -> list[ResumableLoader]:
+    def predict_dataloader(self) -> list[EvaluationLoader]:
         return self.evaluation_loaders("test")
 
-    def evaluation_loaders(self, split: Split) -> list[ResumableLoader]:
+    def evaluation_loaders(self, split: Split) -> list[EvaluationLoader]:
         """Every row of the split once over all ranks, then every example of its choice task."""
         sets: list[Examples] = [self.examples(split)]
         if (choices := self.choices(split)) is not None:
             sets.append(choices)
-        return [self.make_loader(examples, train=False) for examples in sets]
+        return [
+            EvaluationLoader(
+                examples,
+                tokens=self.loader.eval_tokens_per_batch,
+                rank=self.trainer.global_rank if self.trainer else 0,
+                world_size=self.trainer.world_size if self.trainer else 1,
+                num_workers=self.loader.num_workers,
+            )
+            for examples in sets
+        ]
 
     def calibration(self, num_sequences: int, length: int, rank: int = 0, world_size: int = 1) -> Tensor:
         """This rank's share of the sequences on which scores and error compensation are computed.
@@ -281,3 +300,10 @@ class TokenDataModule(LightningDataModule):
         starts = rows.offsets[chosen] + (torch.rand(len(chosen), generator=generator) * (slack + 1)).long()
         mine = starts[rank::world_size]
         return rows.tokens[mine[:, None] + torch.arange(length)].long()
+
+
+def position(trainer: Trainer | None) -> tuple[int, int]:
+    """The epoch that the fit of a Trainer is in, and how many of its batches were read."""
+    if trainer is None:
+        return 0, 0
+    return trainer.current_epoch, trainer.fit_loop.epoch_loop.batch_progress.current.ready

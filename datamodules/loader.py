@@ -1,9 +1,12 @@
-"""A loader whose order is a function of (seed, epoch), which shards without repetition and goes on where it stopped."""
+"""Loaders that shard without repetition: of training, which goes on where the fit stopped, and of evaluation."""
 
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Callable, Iterator, Sequence
+from functools import cached_property
 from typing import Any, Protocol
 
 import torch
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from qpruner.datamodules.rows import FILLER, Batch
@@ -22,6 +25,10 @@ class Examples(Protocol):
         """Scored tokens of some examples together."""
         ...
 
+    def sizes(self) -> tuple[Tensor, Tensor]:
+        """Rows of each example, and tokens in the longest of these."""  # [E] int64, [E] int64
+        ...
+
 
 class _Numbers(Dataset[int]):
     """Maps a number to itself: an example is gathered with its batch, by `Examples.collate`."""
@@ -31,29 +38,28 @@ class _Numbers(Dataset[int]):
 
 
 class ResumableLoader:
-    """Batches of this rank's share of the examples, epoch after epoch.
+    """Training batches of this rank's share of the examples, epoch after epoch.
 
-    Training (``shuffle=True``): every epoch has an order of its own, dealt to the ranks a batch at a time; the
-    examples that do not fill a batch on every rank wait for another epoch. Evaluation (``shuffle=False``): every
-    example exactly once over all ranks, in order; a rank that runs out is given batches of one `FILLER` example,
-    because ranks that disagree on the number of batches would wait for each other for ever.
+    Every epoch has an order of its own, a function of the seed and its number, dealt to the ranks a batch at a time;
+    the examples that do not fill a batch on every rank wait for another epoch.
 
-    The state counts the batches *handed out*, not those that worker processes have prepared, so it is right with any
-    number of workers.
+    How far a fit has come is known to the loops of its Trainer, which a checkpoint holds. The loader asks for it when
+    the first batch of a pass is read and has no state, so that it may be made before a checkpoint is restored, and is
+    right with any number of workers.
 
     Args:
         examples: what to load.
         batch_size: examples in a batch on one rank.
-        shuffle: training order (see above) instead of evaluation order.
         seed: of the order.
         rank: this process's place among the ``world_size`` that share the examples.
         world_size: number of processes that share the examples.
         num_workers: processes that prepare batches ahead; 0 prepares them here.
         limit: how many batches of an epoch will be read, as a number or a share; see ``Trainer(limit_train_batches)``.
         accumulate: micro-batches to an optimizer step, of which the last of an epoch may have fewer.
+        position: says the epoch to read, and how many of its batches were read already.
 
     Raises:
-        UserError: in training, when there are fewer examples than one batch on every rank needs.
+        UserError: there are fewer examples than one batch on every rank needs.
     """
 
     def __init__(
@@ -61,27 +67,24 @@ class ResumableLoader:
         examples: Examples,
         *,
         batch_size: int,
-        shuffle: bool,
         seed: int,
         rank: int = 0,
         world_size: int = 1,
         num_workers: int = 0,
         limit: int | float | None = None,
         accumulate: int = 1,
+        position: Callable[[], tuple[int, int]] = lambda: (0, 0),
     ) -> None:
         self.examples = examples
         self.batch_size = batch_size
-        self.shuffle = shuffle
         self.seed = seed
         self.rank = rank
         self.world_size = world_size
         self.num_workers = num_workers
         self.limit = limit
         self.accumulate = accumulate
-        self.epoch = 0
-        self.consumed = 0
-        self._resume = True  # whether the next pass goes on at (epoch, consumed) instead of starting a new epoch
-        if shuffle and len(self) == 0:
+        self.position = position
+        if len(self) == 0:
             raise UserError(
                 f"The training split has {len(examples)} rows, fewer than the {batch_size} x {world_size} of one step "
                 f"(batch size x processes). Give more text, or a smaller --data.init_args.loader.batch_size."
@@ -89,19 +92,16 @@ class ResumableLoader:
 
     def __len__(self) -> int:
         """Batches in an epoch, the same on every rank."""
-        step = self.batch_size * self.world_size
-        return len(self.examples) // step if self.shuffle else -(-len(self.examples) // step)
+        return len(self.examples) // (self.batch_size * self.world_size)
 
     def batches(self, epoch: int) -> list[list[int]]:
         """The numbers of the examples in each of this rank's batches."""
         order = self._order(epoch)
         step = self.batch_size * self.world_size
         starts = range(self.rank * self.batch_size, len(self) * step, step)
-        return [order[start : start + self.batch_size] or [FILLER] for start in starts]
+        return [order[start : start + self.batch_size] for start in starts]
 
     def _order(self, epoch: int) -> list[int]:
-        if not self.shuffle:
-            return list(range(len(self.examples)))
         generator = torch.Generator().manual_seed(derive_seed(self.seed, "order", epoch))
         return torch.randperm(len(self.examples), generator=generator).tolist()
 
@@ -110,6 +110,11 @@ class ResumableLoader:
         """How many batches of an epoch are read."""
         limit = len(self) if self.limit is None else self.limit
         return min(len(self), int(len(self) * limit) if isinstance(limit, float) else limit)
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps of an epoch."""
+        return math.ceil(self.batches_read / self.accumulate)
 
     def step_tokens(self, epoch: int) -> list[float]:
         """Scored tokens of a micro-batch of each optimizer step, in the mean over its micro-batches and all ranks.
@@ -125,30 +130,101 @@ class ResumableLoader:
         ]
 
     def __iter__(self) -> Iterator[Batch]:
-        # Being a generator, this runs at the first `next`, not at `iter`: Lightning makes iterators it never reads.
-        if not self._resume:
-            self.epoch, self.consumed = self.epoch + 1, 0
-        self._resume = False
-        loader = DataLoader(
-            _Numbers(),
-            batch_sampler=self.batches(self.epoch)[self.consumed :],
-            collate_fn=self.examples.collate,
-            num_workers=self.num_workers,
-            # Workers draw nothing; a generator of its own keeps the loader from drawing on the global one.
-            generator=torch.Generator(),
-        )
-        step_tokens = self.step_tokens(self.epoch) if self.shuffle else []
-        for batch in loader:
-            step = self.consumed // self.accumulate
+        # Being a generator, this runs at the first `next`, not at `iter`: Lightning makes iterators before it knows.
+        epoch, first = self.position()
+        step_tokens = self.step_tokens(epoch)
+        batches = _gathered(self.examples, self.batches(epoch)[first:], self.num_workers)
+        for number, batch in enumerate(batches, first):
+            step = number // self.accumulate
             if step < len(step_tokens):  # a reader may go on beyond the limit
                 batch["step_tokens"] = torch.tensor(step_tokens[step] or 1.0)
-            self.consumed += 1
             yield batch
 
+    # By these Lightning knows a loader with which a fit may go on in the middle of an epoch.
+
     def state_dict(self) -> dict[str, Any]:
-        return {"epoch": self.epoch, "consumed": self.consumed}
+        return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.epoch, self.consumed = state["epoch"], state["consumed"]
-        # A finished epoch is followed by the next one, as it would have been without the interruption.
-        self._resume = self.consumed < self.batches_read
+        """Needs nothing of it."""
+
+
+class EvaluationLoader:
+    """Every example exactly once over all ranks, in batches that are filled by tokens.
+
+    Examples of similar length stand together, so that little is padding. The batches come in an order that is drawn,
+    always the same, because a Trainer's ``limit_..._batches`` reads the first of them, and these shall be neither the
+    shortest nor the longest. A rank that runs out is given a batch of one `FILLER` example, because ranks that disagree
+    on the number of batches would wait for each other for ever.
+
+    Args:
+        examples: what to load.
+        tokens: most tokens in a batch, padding included: rows times the longest of them. An example is never taken
+            apart; that of more tokens is a batch of its own.
+        rank: this process's place among the ``world_size`` that share the examples.
+        world_size: number of processes that share the examples.
+        num_workers: processes that prepare batches ahead; 0 prepares them here.
+    """
+
+    def __init__(
+        self, examples: Examples, *, tokens: int, rank: int = 0, world_size: int = 1, num_workers: int = 0
+    ) -> None:
+        self.examples = examples
+        self.tokens = tokens
+        self.rank = rank
+        self.world_size = world_size
+        self.num_workers = num_workers
+
+    def __len__(self) -> int:
+        """Batches on each rank."""
+        return -(-len(self._all_batches) // self.world_size)
+
+    def batches(self) -> list[list[int]]:
+        """The numbers of the examples in each of this rank's batches."""
+        mine = self._all_batches[self.rank :: self.world_size]
+        return mine + [[FILLER]] * (len(self) - len(mine))
+
+    @cached_property
+    def _all_batches(self) -> list[list[int]]:
+        filled = fill_batches(*self.examples.sizes(), self.tokens)
+        generator = torch.Generator().manual_seed(derive_seed(0, "evaluation order"))
+        return [sorted(filled[place]) for place in torch.randperm(len(filled), generator=generator).tolist()]
+
+    def __iter__(self) -> Iterator[Batch]:
+        yield from _gathered(self.examples, self.batches(), self.num_workers)
+
+
+def fill_batches(rows: Tensor, longest: Tensor, tokens: int) -> list[list[int]]:
+    """Puts examples of similar length together, as many into a batch as its tokens allow.
+
+    Args:
+        rows: [E], rows of each example.
+        longest: [E], tokens in the longest of them.
+        tokens: most tokens in a batch, see `EvaluationLoader`.
+
+    Returns:
+        The numbers of the examples of each batch, from the shortest to the longest.
+    """
+    batches: list[list[int]] = []
+    num_rows = 0
+    order = longest.argsort(stable=True)
+    for example, more, length in zip(order.tolist(), rows[order].tolist(), longest[order].tolist(), strict=True):
+        num_rows += more
+        if not batches or num_rows * max(length, 1) > tokens:
+            batches.append([])
+            num_rows = more
+        batches[-1].append(example)
+    return batches
+
+
+def _gathered(examples: Examples, batches: Sequence[Sequence[int]], num_workers: int) -> Iterator[Batch]:
+    """The batches of examples, prepared here or by worker processes."""
+    loader = DataLoader(
+        _Numbers(),
+        batch_sampler=batches,  # type: ignore[arg-type]
+        collate_fn=examples.collate,
+        num_workers=num_workers,
+        # Workers draw nothing; a generator of its own keeps the loader from drawing on the global one.
+        generator=torch.Generator(),
+    )
+    yield from loader

@@ -147,6 +147,9 @@ class TextExamples:
     def num_scored(self, indices: Sequence[int]) -> int:
         return int(self.rows.scored_tokens[list(indices)].sum())
 
+    def sizes(self) -> tuple[Tensor, Tensor]:
+        return torch.ones(len(self), dtype=torch.int64), self.rows.lengths
+
     def collate(self, indices: Sequence[int]) -> Batch:
         return self.rows.pad(indices, self.pad_token)
 
@@ -173,6 +176,10 @@ class ChoiceExamples:
     def num_scored(self, indices: Sequence[int]) -> int:
         options = [row for index in indices for row in range(*self.first_option[index : index + 2].tolist())]
         return int(self.rows.scored_tokens[options].sum())
+
+    def sizes(self) -> tuple[Tensor, Tensor]:
+        options = self.first_option.diff()
+        return options, torch.segment_reduce(self.rows.lengths.double(), "max", lengths=options, initial=0).long()
 
     def collate(self, indices: Sequence[int]) -> Batch:
         rows: list[int] = []

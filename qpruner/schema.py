@@ -1,15 +1,16 @@
 """Plain data from a file, as values of the types that the code is written in; anything else is a `UserError`."""
 
+import math
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import MISSING, fields, is_dataclass
+from dataclasses import MISSING, asdict, fields, is_dataclass
 from functools import cache
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints, is_typeddict
+from typing import Any, ClassVar, Literal, Self, TypeVar, Union, get_args, get_origin, get_type_hints, is_typeddict
 
 from qpruner.errors import UserError, brief, cut
-from qpruner.files import read_json, reading
+from qpruner.files import read_json, reading, write_json
 
 T = TypeVar("T")
 NAMES: dict[type, str] = {
@@ -23,6 +24,36 @@ LARGEST = 2**63 - 1
 """Whole numbers above it are a slip, or worse: nothing that is counted here comes near."""
 NOT_FINITE = ("nan", "inf", "-inf")
 """How numbers are written that JSON does not have."""
+
+
+class Record:
+    """A dataclass that a JSON file holds.
+
+    ``remedy`` is what to do about a file that is not as it should be, as a sentence.
+    """
+
+    remedy: ClassVar[str]
+
+    def write(self, path: Path) -> None:
+        write_json(path, _writable(asdict(self)))  # type: ignore[call-overload]  # a dataclass, as those who inherit
+
+    @classmethod
+    def read(cls, path: Path) -> Self:
+        """Reads what `write` wrote.
+
+        Raises:
+            UserError: no such file, or it holds something else.
+        """
+        return read_as(path, cls, remedy=cls.remedy)
+
+
+def _writable(value: Any) -> Any:
+    """Plain data with `NOT_FINITE` in the place of numbers that JSON does not have."""
+    if isinstance(value, dict):
+        return {key: _writable(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [_writable(entry) for entry in value]
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def read_as(path: Path, hint: type[T], *, remedy: str) -> T:
@@ -125,10 +156,11 @@ def _fields(hint: Any) -> tuple[dict[str, Any], set[str]]:
     """The types of the entries of a dataclass or typed dictionary, and the names of those that must be there."""
     if is_typeddict(hint):
         return get_type_hints(hint), set(hint.__required_keys__)
+    hints = get_type_hints(hint)
     without_default = {
         field.name for field in fields(hint) if field.default is MISSING and field.default_factory is MISSING
     }
-    return get_type_hints(hint), without_default
+    return {field.name: hints[field.name] for field in fields(hint)}, without_default
 
 
 def _key(key: Any, hint: type, place: str) -> Any:

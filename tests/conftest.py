@@ -57,5 +57,5 @@ def stories(tiny_llama: Path) -> StoriesDataModule:
         num_validation=6,
         num_test=6,
         num_choices=4,
-        loader=LoaderConfig(batch_size=4, eval_batch_size=4),
+        loader=LoaderConfig(batch_size=4, eval_tokens_per_batch=96),
     )

@@ -43,7 +43,6 @@ def config(tiny_llama: Path, tmp_path: Path) -> dict[str, Any]:
             "accelerator": "cpu",
             "max_epochs": 2,
             "val_check_interval": 2,
-            "log_every_n_steps": 1,
             "enable_progress_bar": False,
             "enable_model_summary": False,
         },

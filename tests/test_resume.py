@@ -29,6 +29,9 @@ class Recorder(Callback):
         self.validated = 0
         self.cut = cut
 
+    def setup(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
+        trainer.estimated_stepping_batches  # noqa: B018  # makes the loader before a checkpoint is restored
+
     def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         number = trainer.fit_loop.epoch_loop.total_batch_idx
         self.losses[number] = float(outputs["loss"])
@@ -95,6 +98,8 @@ def test_cut_off_anywhere_and_resumed_equals_uninterrupted(
     whole = Recorder()
     expected = adapters(fit(tiny_llama, tmp_path / "whole", whole, accumulate=accumulate, optimizer=optimizer))
     assert sorted(whole.losses) == list(range(EPOCHS * BATCHES))
+    kept = torch.load(tmp_path / "whole/last.ckpt", weights_only=True)
+    assert kept["loops"]["fit_loop"]["state_dict"]["combined_loader"] == [{}]  # the loops know where the fit is
     for cut in cuts:
         folder = tmp_path / f"{cut}"
         before, after = Recorder(cut), Recorder()

@@ -11,7 +11,7 @@ from typing import Any, Literal, NotRequired, TypedDict
 import pytest
 
 from qpruner.errors import UserError
-from qpruner.schema import conform, read_as
+from qpruner.schema import Record, conform, read_as
 
 
 @dataclass(frozen=True)
@@ -33,6 +33,15 @@ class Whole:
     note: str | None
 
 
+@dataclass(frozen=True)
+class Kept(Record):
+    remedy = "Make it again."
+
+    parts: tuple[Part, ...]
+    losses: dict[str, float]
+    note: str | None = None
+
+
 class Open(TypedDict):
     count: int
     names: NotRequired[Sequence[str]]
@@ -51,6 +60,24 @@ def test_plain_data_become_what_the_type_says() -> None:
     assert type(conform(3, float)) is float
     assert conform({"count": 1, "names": ["a"], "more": [2]}, Open) == {"count": 1, "names": ("a",), "more": [2]}
     assert conform({"x": [None]}, dict[str, Any]) == {"x": [None]}
+
+
+def test_a_record_is_read_as_it_was_written(tmp_path: Path) -> None:
+    path = tmp_path / "kept.json"
+    kept = Kept((Part("x", (1, 2)), Part("y", (3,))), {"a": 1.5, "b": math.inf, "c": -math.inf})
+    kept.write(path)
+    assert Kept.read(path) == kept
+    assert json.loads(path.read_text(), parse_constant=pytest.fail)["losses"] == {"a": 1.5, "b": "inf", "c": "-inf"}
+    for damaged, said in (
+        ({"parts": []}, "losses missing. Make it again."),
+        ({"parts": [], "losses": {}, "remedy": "none"}, "remedy unknown. Make it again."),
+    ):
+        path.write_text(json.dumps(damaged))
+        with pytest.raises(UserError, match=re.escape(said)):
+            Kept.read(path)
+    path.unlink()
+    with pytest.raises(UserError, match="kept.json.*Make it again"):
+        Kept.read(path)
 
 
 def test_numbers_that_json_does_not_have_are_text() -> None:

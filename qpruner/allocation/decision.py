@@ -1,9 +1,8 @@
 """From sensitivities and a budget to a plan, and the record of why every item got its bits."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from math import log2
-from pathlib import Path
 from typing import Literal
 
 from qpruner.allocation.budget import Budget
@@ -13,10 +12,9 @@ from qpruner.allocation.sensitivities import Measure, Sensitivities
 from qpruner.allocation.solving import Choice, exact, greedy, total_cost
 from qpruner.calibration.text import CalibrationConfig
 from qpruner.errors import UserError
-from qpruner.files import write_json
 from qpruner.plan import CompressionPlan, Precision
 from qpruner.pricing import Price
-from qpruner.schema import read_as
+from qpruner.schema import Record
 
 TRIFLE = 1e-6
 """Of what the choice of an item makes on average."""
@@ -99,7 +97,7 @@ class Decision:
 
 
 @dataclass(frozen=True)
-class Allocation:
+class Allocation(Record):
     """Who got which bits under a budget, and why; JSON in ``allocation.json``.
 
     Args:
@@ -117,6 +115,8 @@ class Allocation:
     Raises:
         UserError: no decisions.
     """
+
+    remedy = "Restore the file, or run the fit again with --restart."
 
     method: Method
     measure: Counted | None
@@ -147,18 +147,6 @@ class Allocation:
             f"{counts}; {self.total_bytes:,} bytes in all, {self.average_bits:.2f} bits per weight of the decoder "
             f"linears, scales included."
         )
-
-    def write(self, path: Path) -> None:
-        write_json(path, asdict(self))
-
-    @classmethod
-    def read(cls, path: Path) -> "Allocation":
-        """Reads what `write` wrote.
-
-        Raises:
-            UserError: no such file, or it holds something else.
-        """
-        return read_as(path, cls, remedy="Restore the file, or run the fit again with --restart.")
 
 
 def decide(

@@ -1,17 +1,15 @@
 """The sensitivities of a model as data: what was found, from what, and the costs that follow."""
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from itertools import accumulate
 from math import log2
-from pathlib import Path
 from typing import Any, Literal
 
 from qpruner.allocation.items import Item
 from qpruner.errors import UserError
-from qpruner.files import write_json
 from qpruner.plan import DENSE, Precision
-from qpruner.schema import read_as
+from qpruner.schema import Record
 
 Measure = Literal["kl", "loss", "first_order"]
 
@@ -34,7 +32,7 @@ class Rises:
 
 
 @dataclass(frozen=True)
-class Sensitivities:
+class Sensitivities(Record):
     """What was found of a pruned model; JSON in ``sensitivities.json``.
 
     Args:
@@ -46,6 +44,8 @@ class Sensitivities:
     Raises:
         UserError: neither information nor rises, or not as many rises of an item as precisions.
     """
+
+    remedy = "Delete the file, and continue the run: it finds them anew."
 
     made_from: dict[str, Any]
     mutual_information: tuple[float, ...] | None = None
@@ -87,15 +87,3 @@ class Sensitivities:
             widest_first = accumulate((rise[precision] for precision in reversed(order)), max)
             costs.append(tuple(widest_first)[::-1])
         return costs
-
-    def write(self, path: Path) -> None:
-        write_json(path, asdict(self))
-
-    @classmethod
-    def read(cls, path: Path) -> "Sensitivities":
-        """Reads what `write` wrote.
-
-        Raises:
-            UserError: no such file, or it holds something else.
-        """
-        return read_as(path, cls, remedy="Delete the file, and continue the run: it finds them anew.")

@@ -29,6 +29,11 @@ from qpruner.options.words import is_class, item_type, literal_choices, members,
 
 OF_A_CLASS = ("class_path", "init_args", "dict_kwargs")
 """What stands in a mapping that names a class."""
+REPLACED = {
+    "eval_batch_size": "Batches of evaluation are filled by tokens and not by rows: give eval_tokens_per_batch "
+    "instead, or leave it out."
+}
+"""What is said of options that there were once."""
 
 
 @dataclass
@@ -103,6 +108,8 @@ class Mistakes:
     def _suggestion(self, name: str, offered: Sequence[str]) -> str:
         """The option that was probably meant: its first part left out, a name beside it, or any that is like it."""
         group, _, leaf = name.rpartition(".")
+        if leaf in REPLACED:
+            return f" {REPLACED[leaf]}"
         beside = {option.rpartition(".")[2]: option for option in offered if option.rpartition(".")[0] == group}
         close = (
             [option for option in offered if option.endswith(f".{name}")]

@@ -2,18 +2,18 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 from qpruner.allocation.decision import Allocation
 from qpruner.errors import UserError
-from qpruner.files import write_json, write_text
+from qpruner.files import write_text
 from qpruner.plan import CompressionPlan
 from qpruner.records.allocation import allocation_figure, allocation_section
 from qpruner.records.folder import RESTORE, RunFolder
 from qpruner.records.pictures import loss_figure, plan_figure, ratio_figure, save_figure
 from qpruner.records.tables import markdown_table
-from qpruner.schema import LARGEST, read_as
+from qpruner.schema import LARGEST, Record
 
 CURVES = ("train/loss", "val/loss", "pruning/ratio")
 """That a report draws."""
@@ -54,7 +54,7 @@ class Stage:
 
 
 @dataclass(frozen=True)
-class Summary:
+class Summary(Record):
     """What ``summary.json`` holds.
 
     Args:
@@ -64,27 +64,12 @@ class Summary:
         stages: the rows of the table.
     """
 
+    remedy = RESTORE
+
     finished: bool
     protocol: str
     peak_of: str
     stages: tuple[Stage, ...]
-
-    @classmethod
-    def read(cls, path: Path) -> "Summary":
-        """Reads what `write` wrote.
-
-        Raises:
-            UserError: no such file, or it holds something else.
-        """
-        return read_as(path, cls, remedy=RESTORE)
-
-    def write(self, path: Path) -> None:
-        content = asdict(self)
-        for stage in content["stages"]:  # JSON has no number that is not finite
-            stage["results"] = {
-                name: value if math.isfinite(value) else str(value) for name, value in stage["results"].items()
-            }
-        write_json(path, content)
 
 
 def table(summary: Summary) -> str:

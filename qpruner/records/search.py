@@ -1,17 +1,16 @@
 """What came of a search: as data, as a report, and in TensorBoard."""
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import dataclass
 from statistics import mean, stdev
 from typing import TYPE_CHECKING, Any
 
 from qpruner.errors import UserError, brief
-from qpruner.files import write_json, write_text
+from qpruner.files import write_text
 from qpruner.records.folder import RunFolder
 from qpruner.records.pictures import save_figure
 from qpruner.records.tables import markdown_table
-from qpruner.schema import read_as
+from qpruner.schema import Record
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -72,7 +71,7 @@ class Proposer:
 
 
 @dataclass(frozen=True)
-class SearchResults:
+class SearchResults(Record):
     """What ``search.json`` holds.
 
     Args:
@@ -91,6 +90,8 @@ class SearchResults:
     Raises:
         UserError: no variants, no proposers, or a plan that does not have one of the bits for each item.
     """
+
+    remedy = "Restore the file, or delete it and continue the search: it is made anew."
 
     protocol: str
     prior: str
@@ -116,18 +117,6 @@ class SearchResults:
     @property
     def winner(self) -> Tried:
         return self.variants[0]
-
-    def write(self, path: Path) -> None:
-        write_json(path, asdict(self))
-
-    @classmethod
-    def read(cls, path: Path) -> "SearchResults":
-        """Reads what `write` wrote.
-
-        Raises:
-            UserError: no such file, or it holds something else.
-        """
-        return read_as(path, cls, remedy="Restore the file, or delete it and continue the search: it is made anew.")
 
 
 def pareto_front(trials: Sequence[Tried]) -> list[Tried]:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 
-from qpruner.callbacks import KeepModel, MeasuredEnd, MeasuredStage, RunCheckpoint, RunReport, Throughput
+from qpruner.callbacks import KeepModel, LogInterval, MeasuredEnd, MeasuredStage, RunCheckpoint, RunReport, Throughput
 from qpruner.callbacks.compression import CompressionInSetup
 from qpruner.callbacks.report import ResultNotFinite
 from qpruner.datamodules.base import TokenDataModule
@@ -53,6 +53,8 @@ class PhasedFit:
             callback.folder = None if self.rehearses else phase.folder
         options = {**options_of_trainer(self.trainer), **phase.length}
         callbacks = phase.callbacks if self.rehearses else [*self._acting(phase, later)]
+        if options.get("log_every_n_steps") is None:
+            callbacks = [LogInterval(), *callbacks]
         trainer = make_trainer(options, phase.folder, callbacks, keeps_checkpoint=not self.rehearses)
         check_trainer(trainer)
         for other in later:

@@ -59,10 +59,11 @@ class Reference:
         model.to(processes.device).eval()
         for batch in islice(loader, len(loader)):
             batches.append(batch)
-            predictions.append(_log_probabilities(model, batch, processes).half().cpu())
+            left = TOKENS - sum(map(len, predictions))
+            predictions.append(_log_probabilities(model, batch, processes, left).half().cpu())
             if sum(map(len, predictions)) >= TOKENS:
                 break
-        return cls(base, tuple(batches), torch.cat(predictions)[:TOKENS])
+        return cls(base, tuple(batches), torch.cat(predictions))
 
     @torch.no_grad()
     def kl(self, model: nn.Module, processes: Processes) -> float:
@@ -75,10 +76,11 @@ class Reference:
         model.to(processes.device).eval()
         total, start = 0.0, 0
         for batch in self.batches:
-            predicted = _log_probabilities(model, batch, processes)
+            left = len(self.log_probabilities) - start
+            predicted = _log_probabilities(model, batch, processes, left)
             expected = self.log_probabilities[start : start + len(predicted)].to(processes.device).float()
             start += len(predicted)
-            total += float(F.kl_div(predicted[: len(expected)], expected, log_target=True, reduction="sum"))
+            total += float(F.kl_div(predicted, expected, log_target=True, reduction="sum"))
         return total / len(self.log_probabilities)
 
     def write(self, path: Path) -> None:
@@ -103,10 +105,10 @@ class Reference:
         return cls(base, tuple(batches[place] for place in sorted(batches)), log_probabilities)
 
 
-def _log_probabilities(model: nn.Module, batch: Batch, processes: Processes) -> Tensor:
-    """Those of the predictions of scored tokens; [tokens, V] in float32."""
+def _log_probabilities(model: nn.Module, batch: Batch, processes: Processes, at_most: int) -> Tensor:
+    """Those of the predictions of scored tokens, of the first ``at_most``; [tokens, V] in float32."""
     batch = move_data_to_device(batch, processes.device)
     scored = batch["labels"][:, 1:] != IGNORED
     with processes.forward_context():
-        hidden = hidden_states(model, batch["input_ids"], batch["attention_mask"])[:, :-1][scored]
+        hidden = hidden_states(model, batch["input_ids"], batch["attention_mask"])[:, :-1][scored][:at_most]
         return F.log_softmax(Head.of(model)(hidden).float(), dim=-1)

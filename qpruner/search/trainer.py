@@ -49,7 +49,7 @@ class SearchTrainer(Trainer):
         given: arguments that it was made with.
     """
 
-    @wraps(Trainer.__init__)
+    @wraps(Trainer.__init__)  # type: ignore[misc]
     def __init__(self, **options: Any) -> None:
         # Before Lightning puts callbacks of its own, such as the timer of max_time, into the list that it is given.
         self.given = {name: list(value) if isinstance(value, list) else value for name, value in options.items()}

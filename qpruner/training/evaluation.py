@@ -8,7 +8,7 @@ from lightning.fabric.utilities import move_data_to_device
 from lightning.pytorch.plugins import Precision
 from tqdm import tqdm
 
-from qpruner.datamodules.loader import ResumableLoader
+from qpruner.datamodules.loader import EvaluationLoader
 from qpruner.errors import UserError
 from qpruner.memory import check_room
 from qpruner.training.metrics import ChoiceAccuracy, Perplexity
@@ -18,7 +18,7 @@ from qpruner.training.module import LoRAFinetuner, evaluation_results
 @torch.no_grad()
 def evaluate(
     module: LoRAFinetuner,
-    loaders: Sequence[ResumableLoader],
+    loaders: Sequence[EvaluationLoader],
     *,
     limit: int | float,
     device: torch.device,
@@ -56,7 +56,7 @@ def evaluate(
     return evaluation_results(perplexity, accuracy)
 
 
-def num_batches(loader: ResumableLoader, limit: int | float) -> int:
+def num_batches(loader: EvaluationLoader, limit: int | float) -> int:
     """How many batches of a loader are read.
 
     Args:

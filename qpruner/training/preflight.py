@@ -142,7 +142,7 @@ def check_callbacks(trainer: Trainer, callbacks: Sequence[Callback]) -> None:
 def check_lengths(trainer: Trainer, data: TokenDataModule) -> float:
     """Finds options of a Trainer that do not go with how many batches there are.
 
-    To be called in ``setup``; the loaders that it makes are thrown away, so that a checkpoint may still restore theirs.
+    To be called in ``setup``.
 
     Returns:
         Optimizer steps of the fit; infinite where only time ends it.
@@ -154,12 +154,10 @@ def check_lengths(trainer: Trainer, data: TokenDataModule) -> float:
     with refusals_told(ValueError):  # Lightning counts batches, and runs nothing of ours but the making of loaders
         training.setup_data()
         validation.setup_data()
-        steps = trainer.estimated_stepping_batches
-    training._combined_loader = validation._combined_loader = None
     if "test" in data.prepared.splits:
         for loader in data.evaluation_loaders("test"):
             num_batches(loader, trainer.limit_test_batches)
-    return steps
+    return data.num_steps()
 
 
 def check_monitored(trainer: Trainer, data: TokenDataModule) -> None:

@@ -5,6 +5,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from sklearn.feature_selection import mutual_info_classif, mutual_info_regression
+from sklearn.metrics import mutual_info_score
 from torch import Tensor
 from torch.special import digamma
 
@@ -98,6 +100,46 @@ def test_numbers_agree_with_a_search_through_all_pairs(k: int) -> None:
         terms += [psi(int((from_x < distance).sum())) + psi(int((from_y < distance).sum()))]
     found = estimate(x, y, MutualInformationConfig("neighbours", neighbours=k)).found
     assert found == pytest.approx(psi(k) + psi(300) - mean(terms), abs=1e-12)
+
+
+# Against scikit-learn, which has other hands behind it.
+
+
+@pytest.mark.parametrize("bins", [2, 5, 16])
+@pytest.mark.parametrize("numbers", [True, False])
+def test_the_histogram_before_its_correction_is_scikit_learns(bins: int, numbers: bool) -> None:
+    x, y = normal_pair(320, 0.7)
+    y = y if numbers else (2 * y).round().long()
+
+    def binned(values: Tensor) -> Any:
+        return (values.double().argsort().argsort() * bins // len(values)).numpy()
+
+    expected = mutual_info_score(binned(x), binned(y) if numbers else y.numpy())
+    assert estimate(x, y, MutualInformationConfig(bins=bins)).found == pytest.approx(expected, abs=1e-12)
+
+
+@pytest.mark.parametrize("k", [1, 3, 8])
+def test_neighbours_of_classes_are_scikit_learns(k: int) -> None:
+    """Both add noise of 1e-10 standard deviations, which moves no neighbour here, and leave out classes of one.
+
+    Classes of fewer than 2 k it searches by distances that are rounded, so that it miscounts; they are tested above.
+    """
+    y = torch.tensor([0] * 200 + [1] * 80 + [2] * 20 + [3])
+    y = y[torch.randperm(len(y))]
+    x = (torch.randn(len(y)) + 2 * y).double()
+    expected = mutual_info_classif(x[:, None].numpy(), y.numpy(), n_neighbors=k, random_state=0)[0]
+    config = MutualInformationConfig("neighbours", neighbours=k)
+    assert estimate(x, y, config).value == pytest.approx(expected, abs=1e-9) and expected > 0.02
+
+
+@pytest.mark.parametrize("k", [1, 4])
+@pytest.mark.parametrize("correlation", [0.8, -0.4])
+def test_neighbours_of_numbers_are_scikit_learns(k: int, correlation: float) -> None:
+    x, y = (values.double() for values in normal_pair(600, correlation))
+    # It scales by the standard deviation of N, we by that of N - 1: x and y alike, so that neighbours are the same.
+    expected = mutual_info_regression(x[:, None].numpy(), y.numpy(), n_neighbors=k, random_state=0)[0]
+    config = MutualInformationConfig("neighbours", neighbours=k)
+    assert estimate(x, y, config).value == pytest.approx(expected, abs=1e-9) and expected > 0.02
 
 
 # Against theory.

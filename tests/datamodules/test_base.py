@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from lightning.pytorch import LightningModule, Trainer
 
 from qpruner.datamodules import StoriesDataModule, TextDataModule
 from qpruner.datamodules.base import LoaderConfig
@@ -60,9 +61,9 @@ def test_calibration_that_cannot_be_had(data: StoriesDataModule) -> None:
 
 def test_loaders_by_split(data: StoriesDataModule) -> None:
     train = data.train_dataloader()
-    assert (train.shuffle, train.batch_size, len(train)) == (True, 8, 3)
+    assert (train.batch_size, len(train)) == (8, 3)
     text, choices = data.test_dataloader()
-    assert (text.shuffle, text.batch_size, len(text)) == (False, 16, 1)
+    assert (text.tokens, len(text)) == (4096, 1)
     assert torch.equal(next(iter(text))["example"], torch.arange(5))
     assert next(iter(choices))["example"].tolist() == [0, 0, 1, 1, 2, 2, 3, 3]
     assert len(make(num_choices=0).val_dataloader()) == 1
@@ -76,7 +77,7 @@ def test_fingerprint_is_of_the_tokens(data: StoriesDataModule) -> None:
     assert make(max_length=60, story_seed=1).fingerprint()["test"]["sha256"] != fingerprint["test"]["sha256"]
 
 
-@pytest.mark.parametrize(("name", "value"), [("batch_size", 0), ("eval_batch_size", 0), ("num_workers", -1)])
+@pytest.mark.parametrize(("name", "value"), [("batch_size", 0), ("eval_tokens_per_batch", 0), ("num_workers", -1)])
 def test_impossible_batches(name: str, value: int) -> None:
     with pytest.raises(UserError, match=f"loader.{name} is {value}; it must be at least {value + 1}"):
         LoaderConfig(**{name: value})
@@ -87,15 +88,56 @@ def test_ranks_of_a_trainer_share_the_rows(data: StoriesDataModule) -> None:
     for number, rank in enumerate(ranks):
         rank.trainer = SimpleNamespace(  # type: ignore[assignment]
             global_rank=number, world_size=2, limit_train_batches=0.7, accumulate_grad_batches=2, callbacks=[],
-            state=SimpleNamespace(fn="fit"),
+            state=SimpleNamespace(fn="fit"), current_epoch=1,
+            fit_loop=SimpleNamespace(
+                epoch_loop=SimpleNamespace(batch_progress=SimpleNamespace(current=SimpleNamespace(ready=1)))
+            ),
         )  # fmt: skip
     train = [rank.train_dataloader() for rank in ranks]
     assert {len(loader) for loader in train} == {3}
     assert {(loader.limit, loader.accumulate) for loader in train} == {(0.7, 2)}
     seen = [index for loader in train for batch in loader for index in batch["example"].tolist()]
-    assert len(set(seen)) == len(seen) == 24
+    assert len(set(seen)) == len(seen) == 16  # two of three batches of either rank: one was read
+    assert seen[:4] == train[0].batches(1)[1]
     text = [next(iter(rank.val_dataloader()[0]))["example"].tolist() for rank in ranks]
     assert text == [[0, 1, 2, 3, 4], [-1]]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"max_epochs": 2},
+        {"max_epochs": 3, "accumulate_grad_batches": 2},
+        {"max_epochs": 3, "accumulate_grad_batches": 2, "limit_train_batches": 0.5},
+        {"max_epochs": 2, "limit_train_batches": 2},
+        {"max_epochs": 3, "max_steps": 4},
+        {"max_steps": 100},
+        {"max_epochs": -1},
+        {"fast_dev_run": 2},
+        {},
+    ],
+)
+def test_steps_of_a_fit_are_told_as_lightning_tells_them(options: dict[str, Any]) -> None:
+    """Seven batches of 4 rows an epoch; Lightning must make its loaders to say so."""
+
+    class Asking(LightningModule):
+        def configure_optimizers(self) -> None:
+            before = data.num_steps()
+            assert trainer.fit_loop._combined_loader is None
+            steps.extend((before, trainer.estimated_stepping_batches))
+            raise KeyboardInterrupt
+
+        def training_step(self, batch: Any) -> None: ...
+
+    steps: list[float] = []
+    data = make(max_length=60, loader=LoaderConfig(batch_size=4))
+    trainer = Trainer(
+        **options, accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False,
+        enable_model_summary=False, limit_val_batches=0,
+    )  # fmt: skip
+    with pytest.raises((KeyboardInterrupt, SystemExit)):
+        trainer.fit(Asking(), datamodule=data)
+    assert steps[0] == steps[1] > 0
 
 
 def test_a_fit_may_go_without_validation_data(tmp_path: Path) -> None:

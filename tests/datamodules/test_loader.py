@@ -1,11 +1,10 @@
-from collections.abc import Iterator
 from itertools import islice
 
 import pytest
 import torch
 
-from qpruner.datamodules.loader import ResumableLoader
-from qpruner.datamodules.rows import FILLER, TextExamples, TokenRows
+from qpruner.datamodules.loader import EvaluationLoader, ResumableLoader, fill_batches
+from qpruner.datamodules.rows import FILLER, ChoiceExamples, TextExamples, TokenRows
 from qpruner.errors import UserError
 
 EPOCHS = 3
@@ -21,32 +20,66 @@ def examples(number: int) -> TextExamples:
 
 
 def loader(number: int, batch_size: int = 2, **options: object) -> ResumableLoader:
-    options = {"shuffle": True, "seed": 5} | options
+    options = {"seed": 5} | options
     return ResumableLoader(examples(number), batch_size=batch_size, **options)  # type: ignore[arg-type]
 
 
-def read(source: ResumableLoader, limit: int | None = None) -> list[tuple[int, ...]]:
+def read(source: ResumableLoader | EvaluationLoader, limit: int | None = None) -> list[tuple[int, ...]]:
     """One pass, of at most so many batches, as a Trainer makes it."""
     return [tuple(batch["example"].tolist()) for batch in islice(source, limit)]
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3])
-@pytest.mark.parametrize("number", [1, 7, 12, 13])
+@pytest.mark.parametrize("number", [0, 1, 7, 12, 13])
 def test_evaluation_shows_every_example_once_over_all_ranks(number: int, world_size: int) -> None:
-    ranks = [loader(number, shuffle=False, rank=rank, world_size=world_size) for rank in range(world_size)]
+    ranks = [
+        EvaluationLoader(examples(number), tokens=2, rank=rank, world_size=world_size) for rank in range(world_size)
+    ]
     shares = [read(rank) for rank in ranks]
     assert {len(share) for share in shares} == {len(rank) for rank in ranks} == {-(-number // (2 * world_size))}
     seen = [index for batches in zip(*shares, strict=True) for batch in batches for index in batch]
-    assert [index for index in seen if index != FILLER] == list(range(number))
+    assert sorted(index for index in seen if index != FILLER) == list(range(number))
     assert all(batch == (FILLER,) for share in shares for batch in share if FILLER in batch)
+    assert [read(rank) for rank in ranks] == shares  # every time
+
+
+def test_evaluation_batches_are_as_full_as_their_tokens_allow() -> None:
+    lengths = torch.tensor([5, 1, 9, 2, 2, 30, 4, 0])
+    one = torch.ones_like(lengths)
+    # From the shortest: 0 1 2 2 are 4 rows of 2; with 4 they would be 5 x 4. Then 4 and 5 (2 x 5), 9, and 30 alone.
+    assert fill_batches(one, lengths, 10) == [[7, 1, 3, 4], [6, 0], [2], [5]]
+    # Examples of 3, 1, 1, 2, ... rows stay together: 1 x 0 and 1 x 1, then 2 + 1 rows of 2, ...
+    assert fill_batches(torch.tensor([3, 1, 1, 2, 1, 1, 1, 1]), lengths, 6) == [[7, 1], [3, 4], [6], [0], [2], [5]]
+    assert fill_batches(one, lengths, 10**9) == [[7, 1, 3, 4, 6, 0, 2, 5]]
+    assert fill_batches(one[:0], lengths[:0], 10) == []
+
+
+def test_sizes_of_choices_are_rows_and_the_longest_of_them() -> None:
+    lengths = torch.tensor([3, 7, 2, 5, 1])
+    offsets = torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)])
+    tokens = torch.arange(18, dtype=torch.int32)
+    rows = TokenRows(tokens, torch.ones(18, dtype=torch.bool), torch.zeros_like(tokens), offsets)
+    choices = ChoiceExamples(rows, torch.tensor([0, 2, 5]), torch.tensor([0, 1]), pad_token=0)
+    assert [part.tolist() for part in choices.sizes()] == [[2, 3], [7, 5]]
+    assert [part.tolist() for part in TextExamples(rows, 0).sizes()] == [[1] * 5, [3, 7, 2, 5, 1]]
+
+
+def test_the_first_evaluation_batches_are_neither_the_shortest_nor_the_longest() -> None:
+    lengths = torch.arange(1, 401)
+    offsets = torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)])
+    tokens = torch.zeros(int(offsets[-1]), dtype=torch.int32)
+    rows = TokenRows(tokens, torch.ones(len(tokens), dtype=torch.bool), torch.zeros_like(tokens), offsets)
+    batches = EvaluationLoader(TextExamples(rows, 0), tokens=800).batches()
+    first = [float(lengths[batch].float().mean()) for batch in batches[: len(batches) // 4]]
+    assert min(first) < 150 and max(first) > 300
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3])
 def test_training_repeats_nothing_within_an_epoch(world_size: int) -> None:
     number, batch_size = 31, 2
     ranks = [loader(number, batch_size, rank=rank, world_size=world_size) for rank in range(world_size)]
-    for _ in range(EPOCHS):
-        shares = [read(rank) for rank in ranks]
+    for epoch in range(EPOCHS):
+        shares = [rank.batches(epoch) for rank in ranks]
         seen = [index for share in shares for batch in share for index in batch]
         assert len(set(seen)) == len(seen) == number - number % (batch_size * world_size)
         assert {len(batch) for share in shares for batch in share} == {batch_size}
@@ -55,11 +88,11 @@ def test_training_repeats_nothing_within_an_epoch(world_size: int) -> None:
 
 def test_order_is_a_function_of_seed_and_epoch() -> None:
     one, same, other = loader(20), loader(20), loader(20, seed=6)
-    epochs = [read(one) for _ in range(EPOCHS)]
-    assert [read(same) for _ in range(EPOCHS)] == epochs
-    assert len({*map(tuple, epochs), tuple(read(other))}) == EPOCHS + 1
-    assert [one.batches(epoch) for epoch in range(EPOCHS)] == [[[*batch] for batch in epoch] for epoch in epochs]
-    assert sorted(sum(epochs[0], ())) == list(range(20)) != list(sum(epochs[0], ()))
+    epochs = [one.batches(epoch) for epoch in range(EPOCHS)]
+    assert [same.batches(epoch) for epoch in range(EPOCHS)] == epochs
+    assert len({*map(str, epochs), str(other.batches(0))}) == EPOCHS + 1
+    assert [[*batch] for batch in read(one)] == epochs[0]
+    assert sorted(sum(epochs[0], [])) == list(range(20)) != sum(epochs[0], [])
 
 
 def test_order_neither_draws_on_nor_depends_on_the_global_generator() -> None:
@@ -70,66 +103,24 @@ def test_order_neither_draws_on_nor_depends_on_the_global_generator() -> None:
     assert read(loader(20)) == first
 
 
-@pytest.mark.parametrize(
-    ("num_workers", "number", "limit"),
-    [(0, 11, None), (0, 11, 2), (0, 11, 0.7), (0, 11, 1.0), (0, 11, 100), (2, 5, None), (2, 7, 2)],
-)
-def test_resumed_at_every_position_equals_uninterrupted(
-    num_workers: int, number: int, limit: int | float | None
-) -> None:
-    per_epoch = {None: number // 2, 2: 2, 0.7: int(number // 2 * 0.7), 1.0: number // 2, 100: number // 2}[limit]
-
-    def run(source: ResumableLoader) -> Iterator[tuple[tuple[int, ...], dict]]:
-        """The batches up to the end of the last epoch, each with the state after it."""
-        batches = per_epoch - source.state_dict()["consumed"] or per_epoch
-        while source.state_dict() != {"epoch": EPOCHS - 1, "consumed": per_epoch}:
-            for batch in islice(source, batches):
-                yield tuple(batch["example"].tolist()), source.state_dict()
-            batches = per_epoch
-
-    def fresh() -> ResumableLoader:
-        return loader(number, limit=limit, num_workers=num_workers)
-
-    states = [fresh().state_dict()]
-    batches = []
-    for batch, state in run(fresh()):
-        batches.append(batch)
-        states.append(state)
-    assert batches == [batch for epoch in range(EPOCHS) for batch in read_epoch(number, epoch)[:per_epoch]]
-    for position, state in enumerate(states):
-        resumed = fresh()
-        resumed.load_state_dict(state)
-        assert [batch for batch, _ in run(resumed)] == batches[position:], position
-
-
 def read_epoch(number: int, epoch: int) -> list[tuple[int, ...]]:
     return [tuple(batch) for batch in loader(number).batches(epoch)]
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
-def test_state_counts_what_was_handed_out_not_what_was_prepared(num_workers: int) -> None:
-    source = loader(20, num_workers=num_workers)
-    assert source.state_dict() == {"epoch": 0, "consumed": 0}
-    iterator = iter(source)
-    assert source.state_dict() == {"epoch": 0, "consumed": 0}
-    for count in (1, 2, 3):
-        next(iterator)
-        assert source.state_dict() == {"epoch": 0, "consumed": count}
+def test_a_pass_goes_on_at_the_position_when_its_first_batch_is_read(num_workers: int) -> None:
+    place = (0, 0)
+    source = loader(11, num_workers=num_workers, position=lambda: place)
+    early = iter(source)
+    for place in [(0, 0), (0, 2), (1, 0), (2, 4)]:
+        assert read(source) == read_epoch(11, place[0])[place[1] :]
+    assert [tuple(batch["example"].tolist()) for batch in early] == read_epoch(11, 2)[4:]
 
 
-def test_an_iterator_never_read_moves_nothing() -> None:
-    source = loader(20)
-    iter(source), iter(source)
-    assert read(source) == read_epoch(20, 0)
-    iter(source)
-    assert read(source) == read_epoch(20, 1)
-
-
-def test_a_rank_resumes_its_own_share() -> None:
+def test_a_rank_goes_on_in_its_own_share() -> None:
     whole = [read(loader(20, rank=rank, world_size=2)) for rank in range(2)]
     for rank in range(2):
-        resumed = loader(20, rank=rank, world_size=2)
-        resumed.load_state_dict({"epoch": 0, "consumed": 3})
+        resumed = loader(20, rank=rank, world_size=2, position=lambda: (0, 3))
         assert read(resumed) == whole[rank][3:] != whole[1 - rank][3:]
 
 
@@ -137,7 +128,6 @@ def test_too_few_examples_for_one_step() -> None:
     with pytest.raises(UserError, match=r"5 rows, fewer than the 2 x 3 .* smaller --data.init_args.loader.batch_size"):
         loader(5, world_size=3)
     assert len(loader(6, world_size=3)) == 1
-    assert len(loader(0, shuffle=False)) == 0
 
 
 @pytest.mark.parametrize(("world_size", "accumulate", "limit"), [(1, 1, None), (1, 3, None), (2, 2, None), (1, 2, 3)])
@@ -151,12 +141,13 @@ def test_a_training_batch_knows_the_scored_tokens_of_its_optimizer_step(
     rows = TokenRows(numbers, torch.ones(len(numbers), dtype=torch.bool), torch.zeros_like(numbers), offsets)
     ranks = [
         ResumableLoader(
-            TextExamples(rows, 0), batch_size=2, shuffle=True, seed=5, rank=rank, world_size=world_size,
+            TextExamples(rows, 0), batch_size=2, seed=5, rank=rank, world_size=world_size,
             accumulate=accumulate, limit=limit,
         )
         for rank in range(world_size)
     ]  # fmt: skip
     shares = [list(islice(rank, limit)) for rank in ranks]
+    assert [rank.steps for rank in ranks] == [-(-len(shares[0]) // accumulate)] * world_size
     for first in range(0, len(shares[0]), accumulate):
         step = [batch for share in shares for batch in share[first : first + accumulate]]
         scored = sum(int((batch["labels"] != -100).sum()) for batch in step)

@@ -92,7 +92,7 @@ def test_a_unit_without_weights_scores_nothing(model: Any, criterion: Criterion)
 @each_criterion
 @pytest.mark.parametrize("family", FAMILIES)
 def test_units_of_every_family_have_scores(family: str, criterion: Criterion) -> None:
-    text = Calibration(micro_batches(random_tokens(), None), 2, nullcontext, lambda total: total)
+    text = Calibration.share(random_tokens(), Processes.alone(), 96)
     scores = score_units(tiny_model(family).requires_grad_(False), criterion, "sum", text, seed=0)
     assert [(len(one.kv_groups), len(one.ffn_channels)) for one in scores] == [(4, 48)] * 3
     values = flat(scores)
@@ -112,7 +112,7 @@ def test_projections_stacked_in_one_linear_score_as_separate_ones(criterion: Cri
             state[f"model.layers.{number}.{stacked}_proj.weight"] = torch.cat([state.pop(part) for part in parts])
     phi3.load_state_dict(state)
     phi3.requires_grad_(False)
-    text = Calibration(micro_batches(random_tokens(4), 2), 4, nullcontext, lambda total: total)
+    text = Calibration.share(random_tokens(4), Processes.alone(), 2 * random_tokens().shape[1])
     found, expected = (flat(score_units(model, criterion, how, text, seed=0)) for model in (phi3, llama))
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6 * float(expected.max()))
 

@@ -36,7 +36,7 @@ class RaggedRows(LightningDataModule):
         trainer = self.trainer
         assert trainer is not None
         return ResumableLoader(
-            ragged_rows(), batch_size=self.size, shuffle=True, seed=3, rank=trainer.global_rank,
+            ragged_rows(), batch_size=self.size, seed=3, rank=trainer.global_rank,
             world_size=trainer.world_size, accumulate=trainer.accumulate_grad_batches,
         )  # fmt: skip
 
