@@ -85,7 +85,7 @@ def measure(given: argparse.Namespace) -> dict[str, float]:
         max_length=given.length,
         num_train=1200,
         num_choices=0,
-        loader=LoaderConfig(batch_size=given.rows),
+        loader=LoaderConfig(batch_size=given.rows, eval_tokens_per_batch=given.rows * given.length),
     )
     module = LoRAFinetuner(
         given.base, dtype=given.dtype, lora=LORA, optimizer=OptimizerConfig(lr=1e-4, schedule="constant")
@@ -132,7 +132,7 @@ def plain_training(given: argparse.Namespace, module: LoRAFinetuner, data: Stori
         r=LORA.r,
         lora_alpha=LORA.alpha,
         lora_dropout=0.0,
-        target_modules=list(LORA.target_modules),
+        target_modules=LORA.target_modules,
         task_type="CAUSAL_LM",
     )
     model = peft.get_peft_model(module.model, config).train()

@@ -131,7 +131,7 @@ def test_arrows_go_one_way() -> None:
 
 
 def test_the_table_of_arrows_has_no_circle() -> None:
-    """Rooms below first, each may be taken off; but for the table of commands, which imports what runs one as it runs."""
+    """But for the table of commands, which imports what runs a command only as it runs."""
     left = {room: others - {"cli", "__version__"} for room, others in ALLOWED.items()}
     while free := {room for room, others in left.items() if not others & left.keys()}:
         left = {room: others for room, others in left.items() if room not in free}
