@@ -15,11 +15,20 @@ class RunCheckpoint(Checkpoint):
     """Writes a checkpoint every few optimizer steps and at the end of training, over the one before.
 
     The file is whole at any moment: the new one is written beside the old one and takes its place when it is on disk.
-    Acts at the start of training, after its batches and at its end.
+    A run has it without being told; in a fit without a run::
+
+        Trainer(callbacks=[RunCheckpoint("last.ckpt", every_n_steps=50)])
+
+    on_train_start
+        Makes the folder and looks whether the disk has room.
+    on_train_batch_end
+        Writes the checkpoint after every ``every_n_steps`` optimizer steps.
+    on_train_end
+        Writes it once more.
 
     Args:
-        path: the checkpoint.
-        every_n_steps: optimizer steps between two checkpoints, at least 1.
+        path: file of the checkpoint.
+        every_n_steps: number of optimizer steps between two checkpoints, at least 1.
 
     Raises:
         UserError: before the first step, when the disk has no room for a checkpoint.

@@ -24,8 +24,13 @@ def log_interval(steps: float) -> int:
 class LogInterval(Callback):
     """Lets ``log_every_n_steps`` of the Trainer follow the length of the fit, so that a short one has a curve, too.
 
-    For a Trainer that was not given the option; a callback cannot tell. Acts in ``setup`` of a fit, before those
-    that make its loaders.
+    For a Trainer that was not given the option, which a callback cannot tell: a run adds it there. In a fit without a
+    run::
+
+        Trainer(max_steps=20, callbacks=[LogInterval()])
+
+    setup
+        Sets the interval to the optimizer steps of the fit over `POINTS`, from 1 to `SELDOM`.
     """
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:

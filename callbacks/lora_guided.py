@@ -30,21 +30,40 @@ from qpruner.training.holding import HoldsModel, expect_holder
 class LoRAGuidedPruning(CompressionInTraining):
     """Removes KV groups and FFN channels while LoRA trains, by the adapters' own gradients (LoRAPrune, 2305.18403).
 
-    At every optimizer step up to the last event each unit is scored from the adapters' weights and clipped gradients
-    (equation 10), and the score goes into a moving average (equation 11). From time to time the units of the lowest
-    averages are masked, more and more by the schedule; what is masked stays so. At the end of the fit the masked units
-    are taken out of the base and of the adapters. No gradient of a weight of the base is ever held, which may therefore
-    be quantized: put `MixedPrecisionQuantization` before this callback.
+    No gradient of a weight of the base is ever held, which may therefore be quantized: put `MixedPrecisionQuantization`
+    before this callback. Stands behind every other callback that compresses. To quantize the result, add a phase to
+    the run.
 
-    Stands behind every other callback that compresses. To quantize the result, add a phase to the run.
+    ```yaml
+    trainer:
+      callbacks:
+        - class_path: LoRAGuidedPruning
+          init_args: {ratio: 0.2, schedule: {every_n_steps: 20}}
+    ```
+
+    setup
+        Finds what there is to prune, and that the adapters can score it.
+    on_fit_start
+        Begins to look at the gradients of each optimizer step, after clipping: each unit is scored from the adapters'
+        weights and gradients (equation 10), and the score goes into a moving average (equation 11).
+    on_train_start
+        Makes sure that the schedule goes with the number of optimizer steps.
+    on_train_batch_end
+        At an event of the schedule, masks the units of the lowest averages, more and more; what is masked stays so.
+    on_train_end
+        Masks what the schedule had still before it, where the fit ended early.
+    on_fit_end
+        Takes the masked units out of the base and of the adapters.
+    state_dict, load_state_dict
+        The averages and the share of the way that is gone, in a checkpoint.
 
     Args:
         ratio: share of all parameters of the model, as it comes, to remove, in (0, 1).
         criterion: ``lora`` for the adapters' gradients; ``gradient`` for those of the weights themselves, unclipped, at
             the memory of one float32 gradient for each weight, as a standard to compare with.
         variant: how an element's gradient and weight make a score; see `qpruner.pruning.lora_guided`.
-        decay: of the moving average, in [0, 1).
-        schedule: when how much is masked.
+        decay: share of the moving average that stays at each step, in [0, 1).
+        schedule: at which steps how much is masked.
         selection: how layers share what is removed.
 
     Raises:

@@ -24,15 +24,24 @@ from qpruner.pruning.surgery import apply_pruning_
 class StructuredPruning(CompressionInSetup):
     """Removes KV groups and FFN channels of the base, the least important first (LLM-Pruner, arXiv 2305.11627).
 
-    Acts in ``setup`` of a fit, once: where the base comes from the folder that it is kept in, nothing is scored and the
-    dense model is not needed. With several devices each scores its share
-    of the micro-batches, the first decides, and all keep the same.
+    ```yaml
+    trainer:
+      callbacks:
+        - class_path: StructuredPruning
+          init_args: {ratio: 0.2, selection: {scope: global}}
+    ```
+
+    setup
+        Scores the units and narrows the base, once: where the base comes from the folder that it is kept in, nothing
+        is scored and the dense model is not needed. With several devices each scores its share of the micro-batches,
+        the first decides, and all keep the same.
 
     Args:
         ratio: share of all parameters to remove, in (0, 1).
         criterion: how a unit is scored; see `qpruner.pruning.criteria`.
         aggregate: what a unit's coupled weights make together.
-        rounds: of scoring and pruning, at least 1; later rounds score the model that earlier ones left.
+        rounds: number of times that units are scored and removed, at least 1; later rounds score the model that earlier
+            ones left.
         selection: how layers share what is removed.
         calibration: the text for criteria that need one.
 
@@ -122,10 +131,18 @@ class StructuredPruning(CompressionInSetup):
 class PlannedPruning(CompressionInSetup):
     """Narrows the base as a plan says, instead of making one: no scores, no calibration.
 
-    Acts in ``setup`` of a fit, once.
+    From Python, or by ``qpruner fit --plan plan.json``, which puts it in the place of what decides on a compression::
+
+        Trainer(callbacks=[PlannedPruning(CompressionPlan.read(Path("plan.json")))])
+
+    setup
+        Narrows the base, once; one that comes from the folder that it is kept in is narrow already.
 
     Args:
-        plan: to carry out.
+        plan: plan that is carried out, as far as it says which units stay.
+
+    Raises:
+        UserError: the plan is for a model of another shape.
     """
 
     leaves = State.PRUNED

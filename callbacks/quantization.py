@@ -31,25 +31,38 @@ class MixedPrecisionQuantization(CompressionInSetup):
     """Holds each unit of the base in its number of bits, and initialises the adapters by LoftQ (arXiv 2310.08659).
 
     4 bits are NF4 or FP4 in blocks that share a scale, 8 bits are integers with a scale a row, 16 bits leave a unit as
-    it is. Units are what serving engines fuse: ``qkv``, ``o``, ``gate_up``, ``down``. Acts in ``setup`` of a fit, once,
-    and stands behind the callback that prunes: where the module has a quantized base already, from the folder that it
-    is kept in, nothing is done.
+    it is. Units are what serving engines fuse: ``qkv``, ``o``, ``gate_up``, ``down``. The embedding and the head stay
+    as they are unless told; LoftQ does not act on them. Stands behind the callback that prunes.
 
-    The embedding and the head stay as they are unless told; LoftQ does not act on them.
+    ```yaml
+    trainer:
+      callbacks:
+        - class_path: StructuredPruning
+          init_args: {ratio: 0.2}
+        - class_path: MixedPrecisionQuantization
+          init_args: {allocation: mutual_information, budget: {average_bits: 6}}
+    ```
+
+    setup
+        Decides on the bits where there is a budget, quantizes the base and leaves what adapters start from, once: a
+        base that comes quantized from the folder that it is kept in stays as it is.
+    on_fit_start
+        Removes the bank that sensitivities were measured with; the quantized base is kept by now.
 
     Args:
         bits: one number for all units; or a number for each layer; or one for each unit, as a mapping; or such a
             mapping for each layer. Each is 4, 8 or 16; default 4. Without a budget only.
         four_bit: number format of 4 bits; ``-double`` quantizes the scales, too.
-        group: weights that share a scale in 4 bits.
-        loftq_iterations: alternating steps of LoftQ, at least 0; with 0 the adapters start from zero, as plain LoRA.
-        embedding: bits of the token embedding; 4, 8 or 16.
-        head: bits of the language-model head; 4, 8 or 16, and those of the embedding where the two are tied.
+        group: number of weights that share a scale in 4 bits.
+        loftq_iterations: number of alternating steps of LoftQ, at least 0; with 0 the adapters start from zero, as
+            plain LoRA.
+        embedding: bits of a weight of the token embedding; 4, 8 or 16.
+        head: bits of a weight of the language-model head; 4, 8 or 16, and those of the embedding where both are tied.
         allocation: who gets which bits under a budget: ``uniform``, all units the widest that it buys for all;
             ``mutual_information``, by that of a layer's output and the prediction (QPruner, arXiv 2412.11629);
             ``sensitivity``, by what it costs to quantize each layer alone.
-        budget: what may be stored; then bits are decided here.
-        deciding: how they are.
+        budget: what may be stored; with one, the bits are decided here.
+        deciding: how bits are decided under a budget.
 
     Raises:
         UserError: bits that are not offered, bits beside a budget or an allocation without one, tied embedding and head

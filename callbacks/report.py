@@ -31,13 +31,21 @@ class ResultNotFinite(NotFinite):
 class RunReport(Callback):
     """Evaluates the model on the test split before and after the fit.
 
-    In ``setup`` (fit only) it records the manifest and measures the dense model, unless an earlier session of the run
-    did; before the first step it writes ``plan.json``. It stands before every callback that changes the model, with a
-    `MeasuredStage` behind each that does so in ``setup``. A `MeasuredEnd` behind all of them measures what the fit made
-    of the model. Each stage goes into ``summary.json``. Without a test split the rows stay without a perplexity.
+    A run has it without being told. It stands before every callback that changes the model, with a `MeasuredStage`
+    behind each that does so in ``setup``, and a `MeasuredEnd` behind all of them, which measures what the fit made of
+    the model. Each stage goes into ``summary.json``. Without a test split the rows stay without a perplexity.
+
+    setup
+        Of a fit: records the manifest and measures the dense model, unless an earlier session of the run did.
+    on_fit_start
+        Measures the base with the adapters that LoftQ starts, and writes ``plan.json``.
+    on_train_start, on_train_end
+        Seconds and peak memory of training.
+    on_save_checkpoint, on_load_checkpoint
+        Carry these two over to a session that goes on.
 
     Args:
-        folder: of the run, in the phase of the fit.
+        folder: folder of the run, in the phase of the fit.
         phase: number of the fit in the run, from 1.
     """
 
@@ -196,11 +204,14 @@ class RunReport(Callback):
 
 
 class MeasuredStage(Callback):
-    """Measures what the callback before it made of the model, in ``setup`` of a fit.
+    """Measures what the callback before it made of the model.
+
+    setup
+        Of a fit: evaluates the model on the test split, unless an earlier session of the run did.
 
     Args:
-        report: that gets the stage.
-        name: of the stage.
+        report: report that gets the stage.
+        name: name of the stage in the table.
     """
 
     def __init__(self, report: RunReport, name: str) -> None:
@@ -213,10 +224,13 @@ class MeasuredStage(Callback):
 
 
 class MeasuredEnd(Callback):
-    """Measures what a fit made of the model, at its end and behind all callbacks that change it there.
+    """Measures what a fit made of the model, behind all callbacks that change it at the end.
+
+    on_fit_end
+        Evaluates the model on the test split; a result that is not finite is an error.
 
     Args:
-        report: that gets the stage.
+        report: report that gets the stage.
     """
 
     def __init__(self, report: RunReport) -> None:

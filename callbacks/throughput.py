@@ -10,8 +10,17 @@ from torch import Tensor
 class Throughput(Callback):
     """Logs ``train/tokens_per_second``: tokens of all ranks, without padding, by the time since it was last logged.
 
-    Loading data counts, validation does not. Acts after every training batch and around validation; the device is
-    waited for only when the value is logged.
+    A run has it without being told; in a fit without a run::
+
+        Trainer(callbacks=[Throughput()])
+
+    on_train_start
+        Begins to count.
+    on_train_batch_end
+        Adds the tokens of the batch, and logs every ``log_every_n_steps`` batches; only then the device is waited for.
+        Loading data counts.
+    on_validation_start, on_validation_end
+        Leave the time of validation out.
     """
 
     def __init__(self) -> None:
