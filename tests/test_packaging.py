@@ -70,8 +70,8 @@ ALLOWED: dict[str, set[str]] = {
         "plan", "pricing", "quantization", "records", "seeds", "training",
     },
     "runs": {
-        "callbacks", "compressed", "datamodules", "errors", "files", "folder_manifest", "memory", "model_folder", "plan",
-        "records", "search", "training",
+        "callbacks", "compressed", "datamodules", "errors", "files", "folder_manifest", "memory", "model_folder",
+        "plan", "records", "search", "training",
     },
     "options": {"callbacks", "datamodules", "errors"},
     "outline": {"anatomy"},
