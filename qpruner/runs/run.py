@@ -257,10 +257,12 @@ class Run:
         """The checkpoint to evaluate: the one given, or the run's unless its model has all that is needed."""
         if ckpt_path is not None:
             check_checkpoint(module, ckpt_path)
-        if ckpt_path is not None or is_trained(module) or not self.folder.checkpoint.exists():
+        number = self.folder.finished_phases + 1
+        phase = self.folder if number > len(self.phases) else RunFolder(self.folder.path, number)
+        if ckpt_path is not None or is_trained(module) or not phase.checkpoint.exists():
             return ckpt_path
-        read_checkpoint(self.folder.checkpoint)
-        return str(self.folder.checkpoint)
+        read_checkpoint(phase.checkpoint)
+        return str(phase.checkpoint)
 
 
 def is_trained(module: LoRAFinetuner) -> bool:

@@ -155,6 +155,8 @@ def test_cut_off_in_each_phase_and_run_again_equals_uninterrupted(given: dict[st
         last = anew(phased, callbacks=callbacks(cut), options=options)
         with pytest.raises(PowerCut):
             last.fit()
+        names = [stage.name for stage in last.evaluate("test").stages]
+        assert (names[0], names[-1]) == ("dense", "recovered")  # by the checkpoint of the phase that it came to
     assert last.folder.finished_phases == 1
     cut.step = 99
     last.fit()  # the same object goes on, too
