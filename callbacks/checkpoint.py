@@ -31,10 +31,12 @@ class RunCheckpoint(Checkpoint):
         every_n_steps: number of optimizer steps between two checkpoints, at least 1.
 
     Raises:
-        UserError: before the first step, when the disk has no room for a checkpoint.
+        UserError: fewer steps than 1; before the first step, when the disk has no room for a checkpoint.
     """
 
     def __init__(self, path: str | Path, every_n_steps: int) -> None:
+        if every_n_steps < 1:
+            raise UserError(f"A checkpoint is to be written every {every_n_steps} steps; it must be at least 1.")
         self.path = Path(path)
         self.every_n_steps = every_n_steps
         self._saved_step = 0  # no checkpoint is wanted before the first step

@@ -234,14 +234,13 @@ def test_a_broken_base_is_named_with_its_tensor_and_a_test_shows_nan(
 def test_pruning_that_breaks_the_base_is_named_and_nothing_is_kept(
     config_that_prunes: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    right = StructuredPruning.prune
+    right = StructuredPruning.compress
 
-    def prune(self: StructuredPruning, trainer: Any, module: LoRAFinetuner) -> Any:
-        plan = right(self, trainer, module)
-        module.model.model.norm.weight.data[0] = math.inf
-        return plan
+    def compress(self: StructuredPruning, job: Any) -> None:
+        right(self, job)
+        job.model.network.model.norm.weight.data[0] = math.inf
 
-    monkeypatch.setattr(StructuredPruning, "prune", prune)
+    monkeypatch.setattr(StructuredPruning, "compress", compress)
     (path := tmp_path / "prunes.yaml").write_text(yaml.safe_dump(config_that_prunes))
     said = refused(["--config", str(path)])
     assert "The loss of the pruned model on the test split is nan" in said and "norm.weight" in said

@@ -1,7 +1,7 @@
 """The arguments of a run as plain data, which its folder is bound to."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, is_dataclass
+from dataclasses import is_dataclass
 from enum import Enum
 from inspect import signature
 from pathlib import Path
@@ -29,7 +29,7 @@ def plain(value: Any) -> Any:
         case type():
             return f"{value.__module__}.{value.__qualname__}"
         case _ if is_dataclass(value) and not isinstance(value, type):
-            return plain(asdict(value))
+            return plain(vars(value))
         case _:
             return {"class_path": plain(type(value)), "init_args": plain(_made_with(value))}
 
@@ -40,7 +40,7 @@ def _made_with(value: Any) -> dict[str, Any]:
         return value.options
     if isinstance(value, TokenDataModule):
         rows = {name: _short(option) for name, option in value.options().items()}
-        return {"rows": rows, "max_length": value.max_length, "loader": asdict(value.loader), "seed": value.seed}
+        return {"rows": rows, "max_length": value.max_length, "loader": value.loader, "seed": value.seed}
     return {
         name: getattr(value, name)
         for name in _parameters(type(value))

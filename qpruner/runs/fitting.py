@@ -1,8 +1,9 @@
 """Carries out the phases of a run, each with a module and a Trainer of its own."""
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.utilities import rank_zero_info
@@ -25,10 +26,10 @@ class PhasedFit:
     """The fits of a run, from one of its phases to the last.
 
     Args:
-        phases: all of the run.
+        phases: all phases of the run.
         model: module of the first phase.
         data: data module of all phases.
-        trainer: options of their Trainers.
+        trainer: options of the Trainers.
         checkpoint_every_n_steps: optimizer steps between two checkpoints.
         rehearses: whether only a few batches are tried, in the first phase, and nothing is kept.
     """
@@ -40,8 +41,12 @@ class PhasedFit:
     checkpoint_every_n_steps: int
     rehearses: bool
 
-    def prepare(self, number: int) -> tuple[LoRAFinetuner, Trainer]:
-        """The module and the Trainer of a phase, by its number.
+    def prepare(self, number: int, options: Mapping[str, Any]) -> tuple[LoRAFinetuner, Trainer]:
+        """The module and the Trainer of a phase.
+
+        Args:
+            number: number of the phase, from 1.
+            options: options of this Trainer alone.
 
         Raises:
             UserError: the Trainer's options cannot be had, or callbacks cannot act.
@@ -51,11 +56,12 @@ class PhasedFit:
         module.kept_in = None if self.rehearses else phase.kept_in
         for callback in phase.compressing:
             callback.folder = None if self.rehearses else phase.folder
-        options = {**options_of_trainer(self.trainer), **phase.length}
         callbacks = phase.callbacks if self.rehearses else [*self._acting(phase, later)]
         if options.get("log_every_n_steps") is None:
             callbacks = [LogInterval(), *callbacks]
-        trainer = make_trainer(options, phase.folder, callbacks, keeps_checkpoint=not self.rehearses)
+        trainer = make_trainer(
+            {**options, **phase.length}, phase.folder, callbacks, keeps_checkpoint=not self.rehearses
+        )
         check_trainer(trainer)
         for other in later:
             check_callbacks(trainer, other.callbacks)
@@ -80,9 +86,9 @@ class PhasedFit:
         """Fits phase after phase.
 
         Args:
-            number: of the phase to begin with.
-            module: of that phase.
-            trainer: of that phase.
+            number: number of the phase to begin with.
+            module: module of that phase.
+            trainer: Trainer of that phase.
             continues: whether that phase goes on from its checkpoint, if it has one.
             ckpt_path: what the first phase begins with otherwise.
         """
@@ -113,7 +119,7 @@ class PhasedFit:
                 return
             module.release()  # the next phase loads what this one left
             number += 1
-            module, trainer = self.prepare(number)
+            module, trainer = self.prepare(number, options_of_trainer(self.trainer))
 
     def _end(self, phase: Phase) -> None:
         """Calls a phase over, and with the last one the run, whose result is kept by now."""

@@ -52,10 +52,10 @@ class Phase:
     """One fit of a run.
 
     Args:
-        number: from 1.
-        folder: of the run, in this phase.
-        callbacks: the user's.
-        config: of a further phase; None in the first.
+        number: number of the fit in the run, from 1.
+        folder: folder of the run, in this phase.
+        callbacks: callbacks that a person gave.
+        config: options of a further phase; None in the first.
         continues_from: what the phase before left.
     """
 
@@ -121,9 +121,9 @@ def phases_of(folder: RunFolder, first: Sequence[Callback], further: Sequence[Ph
     """The phases of a run.
 
     Args:
-        folder: of the run.
+        folder: folder of the run.
         first: callbacks of the first phase.
-        further: the phases after it.
+        further: options of the phases after it.
 
     Raises:
         UserError: callbacks in a wrong order, a phase that leaves nothing for the next, or one after the first that

@@ -107,15 +107,16 @@ class Run:
             restart: whether to throw away what the folder holds and begin anew.
         """
         check_fit(self.phases, self.plan)
-        rehearses = bool(options_of_trainer(self.trainer).get("fast_dev_run"))
-        callbacks, notes = self._decided(restart)
+        trainer_options = options_of_trainer(self.trainer)
+        rehearses = bool(trainer_options.get("fast_dev_run"))
+        callbacks, notes = self._planned(restart)
         phases = phases_of(self.folder, callbacks, self.phases)
         self._check_base(phases, restart)
         fits = PhasedFit(phases, self.model, self.data, self.trainer, self.checkpoint_every_n_steps, rehearses)
         anew = restart or rehearses
         number = 1 if anew else min(self.folder.finished_phases + 1, len(phases))
         with nullcontext() if rehearses else self._locked():
-            module, trainer = fits.prepare(number)
+            module, trainer = fits.prepare(number, trainer_options)
             continues = not rehearses and self._claim(restart)
             for note in notes:
                 rank_zero_info(note)
@@ -175,9 +176,10 @@ class Run:
         with self._locked():
             for callback in phases[0].compressing:
                 callback.folder = self.folder
-            trainer = make_trainer(options_of_trainer(self.trainer), self.folder, self.callbacks)
+            trainer_options = options_of_trainer(self.trainer)
+            trainer = make_trainer(trainer_options, self.folder, self.callbacks)
             check_trainer(trainer)
-            continues = self._claim(restart, search=config)
+            continues = not trainer_options.get("fast_dev_run") and self._claim(restart, search=config)
             results = SearchResults.read(self.folder.results) if continues and self.folder.results.exists() else None
             if results is not None and len(results.trials) + len(results.failed) >= config.trials:
                 if config.optimizer not in {proposer.optimizer for proposer in results.proposers}:
@@ -193,7 +195,23 @@ class Run:
             print(f"\n{variants_table(results)}\n\nReport: {self.folder.report}\nPlan: {self.folder.plan}")
         return results
 
-    def _decided(self, restart: bool) -> tuple[list[Callback], list[str]]:
+    def bound_options(self, **sections: Any) -> dict[str, Any]:
+        """What is given here as plain data, under the names of the command line.
+
+        Args:
+            sections: what a method is given beside it, by its name.
+        """
+        return {
+            "run": {"checkpoint_every_n_steps": self.checkpoint_every_n_steps},
+            "model": plain(self.model.hparams),
+            "data": plain(self.data),
+            "trainer": plain({**options_of_trainer(self.trainer), "callbacks": self.callbacks}),
+            "plan": self.plan,
+            "phases": [plain(vars(phase)) for phase in self.phases],
+            **plain(sections),
+        }
+
+    def _planned(self, restart: bool) -> tuple[list[Callback], list[str]]:
         """The callbacks of the first phase, where a plan is carried out in place of some, and what to say of that."""
         if self.plan is None:
             return self.callbacks, []
@@ -226,23 +244,7 @@ class Run:
         """Binds the folder to the options of the run, and says whether it goes on; on rank zero, which others obey."""
         if not is_rank_zero():
             return not restart
-        return claim_folder(self.folder, self.options or self._bound(**sections), restart=restart)
-
-    def _bound(self, **sections: Any) -> dict[str, Any]:
-        """What is given here, as plain data and under the names of the command line."""
-        phases = [{**vars(phase), "callbacks": phase.callbacks} for phase in self.phases]
-        bound = plain(
-            {
-                "run": {"checkpoint_every_n_steps": self.checkpoint_every_n_steps},
-                "model": self.model.hparams,
-                "data": self.data,
-                "trainer": {**options_of_trainer(self.trainer), "callbacks": self.callbacks},
-                "plan": self.plan,
-                "phases": phases,
-                **sections,
-            }
-        )
-        return dict(bound)
+        return claim_folder(self.folder, self.options or self.bound_options(**sections), restart=restart)
 
     def _prepare_evaluation(self, callbacks: Sequence[Callback]) -> tuple[LoRAFinetuner, Trainer]:
         """A module that goes on from what the run has made of its base, and a Trainer that measures it."""
@@ -255,10 +257,12 @@ class Run:
         """The checkpoint to evaluate: the one given, or the run's unless its model has all that is needed."""
         if ckpt_path is not None:
             check_checkpoint(module, ckpt_path)
-        if ckpt_path is not None or is_trained(module) or not self.folder.checkpoint.exists():
+        number = self.folder.finished_phases + 1
+        phase = self.folder if number > len(self.phases) else RunFolder(self.folder.path, number)
+        if ckpt_path is not None or is_trained(module) or not phase.checkpoint.exists():
             return ckpt_path
-        read_checkpoint(self.folder.checkpoint)
-        return str(self.folder.checkpoint)
+        read_checkpoint(phase.checkpoint)
+        return str(phase.checkpoint)
 
 
 def is_trained(module: LoRAFinetuner) -> bool:

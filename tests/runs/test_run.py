@@ -13,6 +13,7 @@ from lightning.pytorch.callbacks import EarlyStopping
 from safetensors.torch import load_file
 
 from qpruner.adapters.lora import LoRAConfig
+from qpruner.allocation.budget import Budget
 from qpruner.callbacks import LoRAGuidedPruning, MixedPrecisionQuantization, StructuredPruning
 from qpruner.commands import run as run_command
 from qpruner.datamodules import StoriesDataModule
@@ -22,8 +23,7 @@ from qpruner.files import read_json
 from qpruner.model_folder import load_compressed, read_plan
 from qpruner.plan import CompressionPlan
 from qpruner.records.report import Summary
-from qpruner.runs.phases import PhaseConfig
-from qpruner.runs.run import Run
+from qpruner.runs import PhaseConfig, Run
 from qpruner.search.config import SearchConfig
 from qpruner.training.module import LoRAFinetuner
 from qpruner.training.optimization import OptimizerConfig
@@ -150,14 +150,16 @@ def test_cut_off_in_each_phase_and_run_again_equals_uninterrupted(given: dict[st
     whole.fit()
     names = [stage.name for stage in whole.summary.stages]
     assert names[0] == "dense" and names[-1] == "recovered (phase 2)"
-    for step in (3, 2):  # in the first phase, then, since that is over by then, in the second
-        run = anew(phased, callbacks=callbacks(CutAt(step)))
-        run._bound = whole._bound  # type: ignore[method-assign]  # the one that cuts is no option
+    options = whole.bound_options()  # what cuts is none of them
+    for cut in (CutAt(3), CutAt(2)):  # in the first phase, then, since that is over by then, in the second
+        last = anew(phased, callbacks=callbacks(cut), options=options)
         with pytest.raises(PowerCut):
-            run.fit()
-    assert run.folder.finished_phases == 1
-    last = anew(phased, callbacks=callbacks())
-    last.fit()
+            last.fit()
+        names = [stage.name for stage in last.evaluate("test").stages]
+        assert (names[0], names[-1]) == ("dense", "recovered")  # by the checkpoint of the phase that it came to
+    assert last.folder.finished_phases == 1
+    cut.step = 99
+    last.fit()  # the same object goes on, too
     assert same(adapters(last.folder.model), adapters(whole.folder.model))
     assert read_plan(last.folder.model) == read_plan(whole.folder.model)
     assert [stage.results for stage in last.summary.stages] == [stage.results for stage in whole.summary.stages]
@@ -210,7 +212,7 @@ def test_other_options_are_refused_by_name(
 ) -> None:
     bound = anew(given, callbacks=[StructuredPruning(0.05)])
     bound.folder.checkpoints.mkdir(parents=True)
-    bound.folder.config.write_text(yaml.safe_dump(bound._bound()))
+    bound.folder.config.write_text(yaml.safe_dump(bound.bound_options()))
     bound.folder.checkpoint.touch()
     if "data" in changes:
         changes = {"data": stories(tiny_llama, **changes["data"])}
@@ -255,6 +257,7 @@ def test_options_that_cannot_be_had_leave_the_folder_alone(given: dict[str, Any]
     for changes, said in (
         ({"trainer": {"accelerator": "abacus"}}, "abacus"),
         ({"callbacks": [StructuredPruning(0.97)]}, "0.97"),
+        ({"checkpoint_every_n_steps": 0}, "every 0 steps; it must be at least 1"),
         ({"callbacks": [EarlyStopping(monitor="val/losss")]}, "nothing logs"),
     ):
         with pytest.raises(UserError, match=said):
@@ -271,6 +274,13 @@ def test_a_search_refuses_what_it_has_no_use_for(given: dict[str, Any], tmp_path
         with pytest.raises(UserError, match=said):
             anew(given, **changes).search(SearchConfig(trials=1))
     assert not given["folder"].exists()
+    budgeted = MixedPrecisionQuantization(budget=Budget(average_bits=8))
+    rehearsal = anew(given, callbacks=[budgeted], trainer={**given["trainer"], "fast_dev_run": True})
+    rehearsal.folder.path.mkdir()
+    rehearsal.folder.config.write_text("model: {}")
+    with pytest.raises(UserError, match="A search has no rehearsal"):
+        rehearsal.search(SearchConfig(trials=1), restart=True)
+    assert rehearsal.folder.config.read_text() == "model: {}"
 
 
 def test_the_report_of_a_run_from_python_is_that_of_the_command_line(given: dict[str, Any]) -> None:
@@ -287,8 +297,7 @@ import sys
 from qpruner.adapters.lora import LoRAConfig
 from qpruner.callbacks import StructuredPruning
 from qpruner.datamodules import StoriesDataModule
-from qpruner.runs.phases import PhaseConfig
-from qpruner.runs.run import Run
+from qpruner.runs import PhaseConfig, Run
 from qpruner.training.module import LoRAFinetuner
 
 base, folder = sys.argv[1:]
