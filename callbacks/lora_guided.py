@@ -209,9 +209,8 @@ class LoRAGuidedPruning(CompressionInTraining):
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         model = expect_holder(pl_module).compressed
         assert model.masks is not None
-        rounded = model.prune(model.masks.kept)
+        after, rounded = model.prune(model.masks.kept)
         model.record(self.step)
-        after = Size.of(model.network)
         rank_zero_info(describe(model.known_plan(), self._before, after, self._asked, self.selection.leave_alone))
         if rounded:
             rank_zero_info(

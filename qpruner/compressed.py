@@ -21,6 +21,7 @@ from qpruner.plan import DENSE, UNITS, CompressionPlan, describe_differences
 from qpruner.pretrained import DType, hold_in_, load_model, model_fingerprint, resolve
 from qpruner.pricing import average_bits
 from qpruner.pruning.masks import UnitMasks
+from qpruner.pruning.rounds import Size
 from qpruner.pruning.selection import Kept
 from qpruner.pruning.surgery import narrow_, narrow_factors, stated_by_weights
 from qpruner.quantization.apply import Factors, LoftQSettings, quantize_
@@ -234,14 +235,15 @@ class CompressedModel(nn.Module):
         """Writes a step into the recipe, once it is done."""
         self.recipe = (*self.recipe, step)
 
-    def prune(self, kept: Kept) -> dict[str, float]:
+    def prune(self, kept: Kept) -> tuple[Size, dict[str, float]]:
         """Takes all units but some out of the base, and out of the adapters, which stay as they are in what is left.
 
         Args:
             kept: [layers], places of the KV groups and FFN channels that stay, among those that are there.
 
         Returns:
-            The relative change of each packed linear that had to be rounded anew, by ``layer.projection``.
+            The size of the base, without adapters, and the relative change of each packed linear that had to be
+            rounded anew, by ``layer.projection``.
 
         Raises:
             UserError: packed weights without adapters, or widths of the weights that are not those of the plan.
@@ -254,9 +256,10 @@ class CompressedModel(nn.Module):
             raise UserError(f"The plan does not fit the model: {differences}.")
         with self._without_adapters(kept):
             rounded = narrow_(self.network, kept)
+            size = Size.of(self.network)
         self.plan, self.initial_adapters = plan.keeping(kept), {}
         self._changed(self.base_state if self.base_state is State.QUANTIZED else State.PRUNED)
-        return rounded
+        return size, rounded
 
     def quantize(
         self,

@@ -184,7 +184,7 @@ def save_base(
     plan: CompressionPlan,
     *,
     base_name: str,
-    state: str,
+    state: str | None = None,
     recipe: Sequence[Step] = (),
     tokenizer: Any | None,
 ) -> None:
@@ -195,7 +195,7 @@ def save_base(
         model: without adapters.
         plan: that made it.
         base_name: folder or hub name of the dense model.
-        state: how far its compression has come; see `qpruner.compressed.State`.
+        state: how far its compression has come; see `qpruner.compressed.State`. By default as the plan has it.
         recipe: what was done to the dense model, in order.
         tokenizer: to put beside it.
 
@@ -221,7 +221,7 @@ def save_base(
             "kind": KIND,
             "version": VERSION,
             "base": {"name": base_name, "sha256": plan.base_sha256},
-            "state": state,
+            "state": state or ("quantized" if plan.quantized else "pruned"),
             "recipe": list(recipe),
             "adapters": None,
             "files": entries_of(temporary),

@@ -254,7 +254,7 @@ def test_a_later_phase_that_breaks_leaves_the_first_one_over(
     phased_config: dict[str, Any], tmp_path: Path, spoil: Any
 ) -> None:
     def second_phase(module: LoRAFinetuner, loss: torch.Tensor) -> torch.Tensor:
-        return at(5, math.nan)(module, loss) if module.follows is not None else loss
+        return at(5, math.nan)(module, loss) if module.continues_from is not None else loss
 
     spoil(second_phase)
     (path := tmp_path / "phased.yaml").write_text(yaml.safe_dump(phased_config))

@@ -17,6 +17,7 @@ from qpruner.datamodules.base import TokenDataModule
 from qpruner.errors import UserError, brief, listed
 from qpruner.folder_manifest import identity_of, is_compressed, read_checked_manifest, read_manifest
 from qpruner.model_folder import read_base_config, read_plan
+from qpruner.plan import CompressionPlan
 from qpruner.pretrained import DType, check_model, is_reachable, model_fingerprint, resolve
 
 T = TypeVar("T")
@@ -83,6 +84,11 @@ class CompressibleModule(LightningModule):
     def model(self) -> Any:
         """The model of transformers, or that of PEFT around it; None before it is loaded."""
         return None if self.held is None else self.held.network
+
+    @property
+    def plan(self) -> CompressionPlan | None:
+        """The plan of the model; None before it is loaded, and for families that cannot be compressed."""
+        return None if self.held is None else self.held.plan
 
     def hold(self, compressed: CompressedModel) -> Self:
         """Takes a model that somebody else has loaded, and keeps; its base is written nowhere."""

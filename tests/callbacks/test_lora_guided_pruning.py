@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from qpruner.adapters.lora import LoRAConfig, adapter_on
 from qpruner.anatomy import decoder_layers
-from qpruner.callbacks import LoRAGuidedPruning, MixedPrecisionQuantization
+from qpruner.callbacks import KeepModel, LoRAGuidedPruning, MixedPrecisionQuantization
 from qpruner.callbacks.pruning_event import PruningEvent
 from qpruner.datamodules import StoriesDataModule
 from qpruner.datamodules.base import LoaderConfig
@@ -56,6 +56,8 @@ def fit(
     accumulate: int = 1,
     path: Path | None = None,
 ) -> LoRAFinetuner:
+    if module.kept_in is not None:
+        callbacks = *callbacks, KeepModel(module.kept_in, module.kept_in)
     running = trainer(*callbacks, steps=steps)
     running.gradient_clip_val, running.accumulate_grad_batches = clip, accumulate
     running.fit(module, datamodule=data, ckpt_path=path, weights_only=True)
@@ -102,14 +104,17 @@ def test_what_was_masked_is_what_is_left(
     tiny_llama: Path, stories: StoriesDataModule, bits: int, caplog: pytest.LogCaptureFixture
 ) -> None:
     quantization = [MixedPrecisionQuantization(bits)] * (bits < 16)
-    at_end = At("on_train_end", lambda *given: (masked_logits(*given), given[1].masks and given[1].masks.kept))
+    at_end = At(
+        "on_train_end",
+        lambda *given: (masked_logits(*given), given[1].compressed.masks and given[1].compressed.masks.kept),
+    )
     with caplog.at_level(logging.INFO):
         module = fit(finetuner(tiny_llama), stories, *quantization, guided(), at_end)
     ((expected, kept),) = at_end.seen
     torch.testing.assert_close(logits(module.model), expected, rtol=1e-5, atol=1e-6)
     assert kept_of(module) == kept
     assert [(len(groups), len(channels)) for groups, channels in kept] == [(1, 30)] * 2
-    assert all(tensor.abs().max() > 0 for tensor in adapters(module).values()) and module.masks is None
+    assert all(tensor.abs().max() > 0 for tensor in adapters(module).values()) and module.compressed.masks is None
     # The weights are slices of what there was.
     dense = load_model(str(tiny_llama), dtype="float32", trust_remote_code=False)
 
@@ -138,10 +143,10 @@ def test_four_bits_are_rounded_anew_where_scales_run_across(
     """What was masked is what is left with the slices of the weights as they were."""
 
     def look(trainer: Trainer, module: LoRAFinetuner) -> Any:
-        assert module.masks is not None
+        assert module.compressed.masks is not None
         layers = decoder_layers(module.model.get_base_model())
         slices = []
-        for layer, places in zip(layers, module.masks.kept, strict=True):
+        for layer, places in zip(layers, module.compressed.masks.kept, strict=True):
             for parts, units in zip((layer.group_weights, layer.channel_weights), places, strict=True):
                 for part in parts:
                     weight = dequantize(part.linear.base_layer)  # type: ignore[arg-type]
@@ -172,8 +177,8 @@ def test_units_go_at_the_events_of_the_schedule_and_none_comes_back(
     tiny_llama: Path, stories: StoriesDataModule, caplog: pytest.LogCaptureFixture
 ) -> None:
     def look(trainer: Trainer, module: LoRAFinetuner, *_: Any) -> Any:
-        assert module.masks is not None
-        return trainer.global_step, module.masks.kept
+        assert module.compressed.masks is not None
+        return trainer.global_step, module.compressed.masks.kept
 
     after = At("on_train_batch_end", look)
     with caplog.at_level(logging.INFO):

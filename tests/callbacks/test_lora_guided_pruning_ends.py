@@ -23,9 +23,10 @@ from test_lora_guided_pruning import (
 from test_pruning import adapters, finetuner
 from test_quantization import Losses, logits
 
-from qpruner.callbacks import LoRAGuidedPruning, MixedPrecisionQuantization, RunCheckpoint
+from qpruner.callbacks import KeepModel, LoRAGuidedPruning, MixedPrecisionQuantization, RunCheckpoint
 from qpruner.datamodules import StoriesDataModule
 from qpruner.errors import UserError
+from qpruner.folder_manifest import read_manifest
 from qpruner.model_folder import has_trained_adapters, load_compressed
 from qpruner.training.module import LoRAFinetuner
 
@@ -65,22 +66,14 @@ def test_what_is_left_is_kept_in_the_folder_of_the_run(
     tiny_llama: Path, stories: StoriesDataModule, tmp_path: Path
 ) -> None:
     module = fit(finetuner(tiny_llama), stories, guided())
-    pruning = guided()
-    pruning.folder = type("Folder", (), {"model": tmp_path / "model"})()  # type: ignore[assignment]
-    kept = fit(finetuner(tiny_llama), stories, pruning)
-    assert kept.plan == module.plan and kept.kept_in == tmp_path / "model"
+    kept = fit(finetuner(tiny_llama), stories, guided(), KeepModel(tmp_path / "base", tmp_path / "model"))
+    assert kept.plan == module.plan and kept.compressed.identity == module.compressed.identity
+    assert kept.compressed.kept is not None and kept.compressed.kept.path == tmp_path / "model"
+    assert not (tmp_path / "base").exists()  # nothing was done to the base before training
+    assert has_trained_adapters(tmp_path / "model")
+    assert [step["name"] for step in read_manifest(tmp_path / "model")["recipe"]] == ["LoRAGuidedPruning"]
     assert torch.equal(logits(load_compressed(tmp_path / "model")), logits(kept.model))
     assert torch.equal(logits(kept.model), logits(module.model))
-
-
-def test_what_is_left_is_kept_with_its_trained_adapters_at_once(
-    tiny_llama: Path, stories: StoriesDataModule, tmp_path: Path
-) -> None:
-    """A run that is killed before it puts the adapters there once more can be tested."""
-    pruning = guided()
-    pruning.folder = type("Folder", (), {"model": tmp_path / "model"})()  # type: ignore[assignment]
-    fit(finetuner(tiny_llama), stories, pruning)  # no report that puts them there
-    assert has_trained_adapters(tmp_path / "model")
 
 
 def test_a_checkpoint_of_a_second_fit_gives_back_the_packed_base_as_it_was_narrowed(
@@ -91,7 +84,7 @@ def test_a_checkpoint_of_a_second_fit_gives_back_the_packed_base_as_it_was_narro
     checkpoint = RunCheckpoint(tmp_path / "last.ckpt", every_n_steps=2)
     fit(module, stories, checkpoint, steps=2)
     loaded = LoRAFinetuner.load_from_checkpoint(checkpoint.path, weights_only=True)
-    assert loaded.plan == module.plan and loaded.plans_before == module.plans_before
+    assert loaded.plan == module.plan and loaded.compressed.identity == module.compressed.identity
     assert torch.equal(logits(loaded.model), logits(module.model))
 
 

@@ -11,7 +11,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from qpruner.adapters.lora import LoRAConfig
 from qpruner.anatomy import architecture_of, decoder_layers
-from qpruner.callbacks import PlannedPruning, RunCheckpoint, StructuredPruning
+from qpruner.callbacks import KeepModel, PlannedPruning, RunCheckpoint, StructuredPruning
 from qpruner.datamodules import StoriesDataModule
 from qpruner.errors import UserError
 from qpruner.memory import num_parameters
@@ -47,6 +47,8 @@ def trainer(*callbacks: Callback, steps: int = 2, precision: Any = "32-true") ->
 
 
 def fit(module: LoRAFinetuner, data: StoriesDataModule, *callbacks: Callback, **options: Any) -> LoRAFinetuner:
+    if module.kept_in is not None:
+        callbacks = *callbacks, KeepModel(module.kept_in, module.kept_in)
     trainer(*callbacks, **options).fit(module, datamodule=data)
     return module
 
@@ -60,7 +62,7 @@ def test_the_fit_trains_adapters_of_the_narrow_shapes_on_slices_of_the_dense_wei
 ) -> None:
     module = fit(finetuner(tiny_llama), stories, StructuredPruning(**PRUNING))
     plan, dense = module.plan, load_model(str(tiny_llama), dtype="float32", trust_remote_code=False)
-    assert plan is not None and plan.base_sha256 == module.base_sha256
+    assert plan is not None and plan.base_sha256 == module.compressed.base_sha256
     assert plan.architecture == architecture_of(dense.config)
     base = module.model.get_base_model()
     for layer, (narrow, whole) in zip(
@@ -165,14 +167,13 @@ def test_the_base_is_kept_before_training_and_taken_from_there(
     first = finetuner(tiny_llama)
     first.kept_in = tmp_path / "model"
     fit(first, stories, StructuredPruning(**PRUNING), Look())
-    first.keep_adapters()
     # The second session needs neither scores nor the dense model.
-    monkeypatch.setattr(StructuredPruning, "prune", None)
-    monkeypatch.setattr("qpruner.training.compressible.load_model", None)
+    monkeypatch.setattr(StructuredPruning, "compress", None)
+    monkeypatch.setattr("qpruner.compressed.load_model", None)
     second = finetuner(tiny_llama)
     second.kept_in = tmp_path / "model"
     fit(second, stories, StructuredPruning(**PRUNING))
-    assert second.plan == first.plan and second.base_sha256 == first.base_sha256
+    assert second.plan == first.plan and second.compressed.base_sha256 == first.compressed.base_sha256
     assert all(torch.equal(adapters(second)[name], tensor) for name, tensor in adapters(first).items())
     tokens = torch.randint(0, 2048, (2, 9))
     with torch.no_grad():

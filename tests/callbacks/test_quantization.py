@@ -1,6 +1,5 @@
 """Which bits a fit gets, where its adapters start, and what is left for later sessions."""
 
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ from lightning.pytorch import Callback, Trainer
 from test_pruning import PRUNING, adapters, finetuner, fit, trainer
 
 from qpruner.adapters.lora import LoRAConfig
-from qpruner.callbacks import MixedPrecisionQuantization, RunCheckpoint, StructuredPruning
+from qpruner.callbacks import KeepModel, MixedPrecisionQuantization, RunCheckpoint, StructuredPruning
 from qpruner.datamodules import StoriesDataModule
 from qpruner.errors import UserError
 from qpruner.folder_manifest import is_compressed
@@ -129,13 +128,13 @@ def test_the_fit_starts_from_what_rounding_left(tiny_llama: Path, stories: Stori
     pruned = fit(finetuner(tiny_llama), stories, StructuredPruning(**PRUNING)).model.unload()
 
     def look(module: LoRAFinetuner) -> int:
-        for name, (lora_A, lora_B) in module.initial_adapters.items():
+        for name, (lora_A, lora_B) in module.compressed.initial_adapters.items():
             layer = module.model.get_base_model().get_submodule(name)
             assert torch.equal(layer.lora_A["default"].weight, lora_A)
             assert torch.equal(layer.lora_B["default"].weight, lora_B)
             weight, held = pruned.get_submodule(name).weight, dequantize(layer.base_layer)
             assert (weight - held - 4.0 * lora_B @ lora_A).norm() < (weight - held).norm()
-        return len(module.initial_adapters)
+        return len(module.compressed.initial_adapters)
 
     start = AtStart(look)
     fit(module, stories, *mixed(loftq_iterations=iterations), start)
@@ -152,8 +151,8 @@ def test_without_loftq_the_adapters_start_from_zero(tiny_llama: Path, stories: S
 
     start = AtStart(look)
     module = fit(finetuner(tiny_llama), stories, *mixed(loftq_iterations=0), start)
-    assert start.seen == 0 and look(module) > 0 and module.initial_adapters == {}
-    assert not module.starts_from_loftq
+    assert start.seen == 0 and look(module) > 0 and module.compressed.initial_adapters == {}
+    assert not module.compressed.starts_from_loftq
 
 
 def test_sixteen_bits_change_nothing_and_fewer_start_near(tiny_llama: Path, stories: StoriesDataModule) -> None:
@@ -225,9 +224,9 @@ def test_base_and_start_are_kept_before_training_and_taken_from_there(
         fit(first, stories, *mixed(), start, PowerCut(), checkpoint, steps=4)
     assert torch.equal(*start.seen)  # type: ignore[misc]
     # The second session needs neither scores nor the dense model, and quantizes nothing.
-    monkeypatch.setattr(StructuredPruning, "prune", None)
-    monkeypatch.setattr("qpruner.training.compressible.load_model", None)
-    monkeypatch.setattr("qpruner.training.compressible.quantize_", None)
+    monkeypatch.setattr(StructuredPruning, "compress", None)
+    monkeypatch.setattr("qpruner.compressed.load_model", None)
+    monkeypatch.setattr("qpruner.compressed.quantize_", None)
     again = finetuner(tiny_llama)
     again.kept_in = folder
     restarted = AtStart(look)
@@ -237,7 +236,7 @@ def test_base_and_start_are_kept_before_training_and_taken_from_there(
     resumed.kept_in = folder
     trainer(*mixed(), steps=4).fit(resumed, datamodule=stories, ckpt_path=checkpoint.path, weights_only=True)
     for module in (again, resumed):
-        assert module.plan == whole.plan and module.base_sha256 == whole.base_sha256
+        assert module.plan == whole.plan and module.compressed.base_sha256 == whole.compressed.base_sha256
         assert all(torch.equal(adapters(module)[name], tensor) for name, tensor in adapters(whole).items())
     resumed.keep_adapters()
     assert torch.equal(logits(load_compressed(folder)), logits(whole.model))
@@ -258,6 +257,7 @@ def test_a_base_that_was_kept_without_its_start_is_not_taken_for_whole(
         first.kept_in = tmp_path / "model"
         with pytest.raises(InterruptedError):
             fit(first, stories, *mixed())
+    assert not is_compressed(tmp_path / "model")
     second = finetuner(tiny_llama)
     second.kept_in = tmp_path / "model"
     fit(second, stories, *mixed())
@@ -266,7 +266,7 @@ def test_a_base_that_was_kept_without_its_start_is_not_taken_for_whole(
 
 @pytest.mark.parametrize("sessions", [1, 2])
 @pytest.mark.parametrize("iterations", [0, 1, 3])
-def test_load_from_checkpoint_gives_identical_logits_with_the_folder_and_without(
+def test_load_from_checkpoint_gives_identical_logits_and_says_which_folder_is_gone(
     tiny_llama: Path, stories: StoriesDataModule, tmp_path: Path, sessions: int, iterations: int
 ) -> None:
     folder, checkpoint = tmp_path / "model", RunCheckpoint(tmp_path / "last.ckpt", every_n_steps=2)
@@ -274,19 +274,21 @@ def test_load_from_checkpoint_gives_identical_logits_with_the_folder_and_without
         module = finetuner(tiny_llama)
         module.kept_in = folder
         path = checkpoint.path if session else None
-        running = trainer(*mixed(loftq_iterations=iterations), checkpoint, steps=2 * session + 2)
+        keep = KeepModel(folder, folder)
+        running = trainer(*mixed(loftq_iterations=iterations), keep, checkpoint, steps=2 * session + 2)
         running.fit(module, datamodule=stories, ckpt_path=path, weights_only=True)
     expected = logits(module.model)
-    module.keep_adapters()
     assert torch.equal(logits(load_compressed(folder)), expected)
     loaded = LoRAFinetuner.load_from_checkpoint(checkpoint.path, weights_only=True)
-    assert loaded.plan == module.plan and loaded.taken_from == folder
+    assert loaded.plan == module.plan and loaded.compressed.kept == module.compressed.kept
     assert torch.equal(logits(loaded.model), expected)
-    shutil.rmtree(folder)
-    assert not is_compressed(folder)
-    loaded = LoRAFinetuner.load_from_checkpoint(checkpoint.path, weights_only=True)
-    assert loaded.plan == module.plan
-    assert torch.equal(logits(loaded.model), expected)
+    folder.rename(tmp_path / "elsewhere")
+    with pytest.raises(UserError, match=r"trained on the compressed base in .*/model'.* not there any more. Put that"):
+        LoRAFinetuner.load_from_checkpoint(checkpoint.path, weights_only=True)
+    fit(finetuner(tiny_llama), stories, *mixed(), KeepModel(folder, folder))  # another base with the same plan
+    if iterations != 1:
+        with pytest.raises(UserError, match=r"is another one by now \(SHA-256 [0-9a-f]{64}\). Put that folder back"):
+            LoRAFinetuner.load_from_checkpoint(checkpoint.path, weights_only=True)
 
 
 def test_a_quantized_base_is_not_quantized_again(tiny_llama: Path, stories: StoriesDataModule, tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from qpruner.adapters.lora import LoRAConfig, attach_adapters
 from qpruner.anatomy import architecture_of
-from qpruner.callbacks import MixedPrecisionQuantization
+from qpruner.callbacks import KeepModel, MixedPrecisionQuantization
 from qpruner.callbacks.compression import Rehearsal
 from qpruner.datamodules import StoriesDataModule
 from qpruner.errors import UserError
@@ -132,10 +132,10 @@ def test_a_folder_gives_the_same_logits_and_costs_its_price(
     expected = logits_of(model)
     save_base(tmp_path / "model", model, plan, base_name="dense", tokenizer=None)
     loaded = load_base(tmp_path / "model")
-    assert loaded.plan == plan and torch.equal(logits_of(loaded.model), expected)
-    assert loaded.model.get_input_embeddings()(random_tokens()).dtype == dtype
-    assert priced.total == payload(tmp_path / "model") == tensor_bytes(model) == tensor_bytes(loaded.model)
-    assert num_parameters(model) == num_parameters(loaded.model) == parameters
+    assert loaded.plan == plan and torch.equal(logits_of(loaded.network), expected)
+    assert loaded.network.get_input_embeddings()(random_tokens()).dtype == dtype
+    assert priced.total == payload(tmp_path / "model") == tensor_bytes(model) == tensor_bytes(loaded.network)
+    assert num_parameters(model) == num_parameters(loaded.network) == parameters
     dense = price(
         stored_in(tiny_model(family, tie_word_embeddings=tied), dtype), planned(model, DENSE, DENSE, units=NF4)
     )
@@ -144,7 +144,7 @@ def test_a_folder_gives_the_same_logits_and_costs_its_price(
     saved = size - num_bytes(*shape, embedding) + (0 if tied else size - num_bytes(*shape, INT8))
     assert dense.rest - priced.rest == saved
     # And once more from what was loaded.
-    save_base(tmp_path / "again", loaded.model, plan, base_name="dense", tokenizer=None)
+    save_base(tmp_path / "again", loaded.network, plan, base_name="dense", tokenizer=None)
     assert (tmp_path / "again/model.safetensors").read_bytes() == (tmp_path / "model/model.safetensors").read_bytes()
 
 
@@ -156,7 +156,7 @@ def test_one_table_alone(tmp_path: Path, precisions: tuple[Precision, Precision]
     assert plan.quantized
     save_base(tmp_path / "model", model, plan, base_name="dense", tokenizer=None)
     assert priced.total == payload(tmp_path / "model")
-    assert torch.equal(logits_of(load_base(tmp_path / "model").model), logits_of(model))
+    assert torch.equal(logits_of(load_base(tmp_path / "model").network), logits_of(model))
 
 
 def test_tied_tables_are_one_through_everything_that_transformers_does(tmp_path: Path, precision: Precision) -> None:
@@ -281,7 +281,7 @@ def test_a_run_keeps_packed_tables_and_trains_on_what_it_kept(
             enable_progress_bar=False,
             enable_model_summary=False,
             use_distributed_sampler=False,
-            callbacks=[callback],
+            callbacks=[callback, KeepModel(tmp_path / "model", tmp_path / "model")],
         )
         trainer.fit(module, datamodule=stories)
         return module
@@ -291,11 +291,11 @@ def test_a_run_keeps_packed_tables_and_trains_on_what_it_kept(
         model = module.model.get_base_model()
         assert model.lm_head is model.model.embed_tokens.table and model.lm_head.precision.bits == bits
         assert module.plan is not None and module.plan.embedding == module.plan.head == model.lm_head.precision
-    assert second.taken_from == tmp_path / "model"
+    assert second.compressed.kept == first.compressed.kept
     tokens = random_tokens()
-    assert torch.equal(logits_of(first.model.eval(), tokens), logits_of(second.model.eval(), tokens))
-    first.keep_adapters()
-    assert torch.equal(logits_of(load_compressed(tmp_path / "model"), tokens), logits_of(first.model, tokens))
+    with first.adapters_disabled(), second.adapters_disabled():
+        assert torch.equal(logits_of(first.model.eval(), tokens), logits_of(second.model.eval(), tokens))
+    assert torch.equal(logits_of(load_compressed(tmp_path / "model"), tokens), logits_of(second.model, tokens))
 
 
 def test_plans_are_shown_and_compared_with_their_tables(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
