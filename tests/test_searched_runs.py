@@ -192,15 +192,22 @@ def test_a_search_records_what_it_tried_and_its_plan_is_carried_out(
 def test_killed_and_repeated_equals_uninterrupted(
     arguments: list[str], tmp_path: Path, one_thread: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Killed before the base is kept and in the second trial; what was found before is not found again."""
+    """Killed before the base is kept, when it is measured, and in the second trial; nothing is measured twice."""
     pieces, whole = (RunFolder(tmp_path / "runs" / name) for name in ("x", "whole"))
-    for moment, number in (("keeping", "1"), ("trial", "2")):
+    sensitivities = [pieces.prior / method / "sensitivities.json" for method in ("mutual_information", "sensitivity")]
+    written: dict[Path, int] = {}
+    for moment, number in (("keeping", "1"), ("measuring", "1"), ("trial", "2")):
         killed = command(str(TESTS / "kill_at.py"), moment, number, "search", *arguments)
         assert killed.returncode == -9, killed.stderr
         assert not pieces.results.exists()
-        assert pieces.base.exists() == pieces.ledger.exists() == (moment == "trial")
-        if moment == "keeping":
-            measured = (pieces.prior / "sensitivity" / "sensitivities.json").stat().st_mtime_ns
+        assert pieces.reference.exists()
+        assert pieces.base.exists() == (moment != "keeping")
+        assert [path.exists() for path in sensitivities] == [moment != "keeping", moment == "trial"]
+        assert pieces.ledger.exists() == (moment == "trial")
+        kept = (pieces.reference, *pieces.base.glob("*"), *sensitivities)
+        times = {path: path.stat().st_mtime_ns for path in kept if path.exists()}
+        assert written.items() <= times.items()
+        written = times
     assert [one.done for one in records(pieces.ledger)] == [True, False]
     ran: list[dict[str, Any]] = []
     call = TrialRunner.__call__
@@ -208,7 +215,7 @@ def test_killed_and_repeated_equals_uninterrupted(
     run(["search", *arguments])
     assert ran == [one.key for one in (*records(pieces.ledger)[1:], *records(pieces.variants))]
     assert [one.attempts for one in records(pieces.ledger)] == [1, 2, 1, 1]
-    assert (pieces.prior / "sensitivity" / "sensitivities.json").stat().st_mtime_ns == measured
+    assert written == {path: path.stat().st_mtime_ns for path in written}
     ran.clear()
     run(["search", *arguments, "--run.name", "whole"])
     assert ran == [one.key for one in (*records(whole.ledger), *records(whole.variants))]

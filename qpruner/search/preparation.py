@@ -119,16 +119,17 @@ def _prepared_base(
     folder: RunFolder,
 ) -> CompressedModel:
     """The pruned base as `RunFolder.base` keeps it, once the reference is there, too."""
-    model = CompressedModel.open(folder.base) if is_compressed(folder.base) else None
-    if model is not None and folder.reference.exists() and Reference.read(folder.reference).base == model.base_sha256:
-        return model
+    kept = CompressedModel.open(folder.base) if is_compressed(folder.base) else None
+    if kept is not None and _is_reference_of(kept, folder):
+        return kept
     dense = CompressedModel.load(
         module.base, dtype=module.dtype_of_base, trust_remote_code=module.trust_remote_code, say=rank_zero_info
     )
     data.check_vocabulary(dense.network.config.get_text_config().vocab_size)
-    Reference.of(dense.network, data, processes, base=dense.base_sha256).write(folder.reference)
-    if model is not None:
-        return model
+    if not _is_reference_of(dense, folder):
+        Reference.of(dense.network, data, processes, base=dense.base_sha256).write(folder.reference)
+    if kept is not None:
+        return kept
     for callback in pruning:
         check_dense(dense)
         callback.compress(
@@ -137,3 +138,8 @@ def _prepared_base(
         dense.record(callback.step)
     dense.keep(folder.base, tokenizer=data.tokenizer)  # also where nothing was pruned: trials start from there
     return dense
+
+
+def _is_reference_of(model: CompressedModel, folder: RunFolder) -> bool:
+    """Whether the predictions that are kept are those of the dense model that a model began with."""
+    return folder.reference.exists() and Reference.read(folder.reference).base == model.base_sha256

@@ -110,6 +110,14 @@ def test_a_reference_of_another_model_is_made_again_and_the_base_stays(
     assert files_of(folder.base) == before
 
 
+def test_a_reference_that_was_written_before_the_search_was_cut_off_stays(
+    pruned: tuple[Path, Preparation], tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copy(RunFolder(pruned[0]).reference, tmp_path)
+    monkeypatch.setattr(Reference, "of", None)
+    assert prepare_in(tmp_path, tiny_llama, (pruning(),)).base == pruned[1].base
+
+
 def test_a_base_that_is_not_pruned_is_kept_for_the_trials_too(tiny_llama: Path, tmp_path: Path) -> None:
     budget = MixedPrecisionQuantization(budget=Budget(average_bits=6.2), deciding=DecidingConfig(calibration=TEXT))
     prepared = prepare_in(tmp_path, tiny_llama, (), budget)
