@@ -3,14 +3,15 @@
     python benchmarks/scoring_memory.py                      a random Llama of 110 M parameters, on this device
     python benchmarks/scoring_memory.py --layers 32 --hidden 2048 --ffn 5504 --dtype bfloat16
 
-Each pass runs in a process of its own. On a CPU the peak is that of the resident set above what it was with the model
-loaded; on CUDA what was allocated. Text passes in micro-batches of ``--batch-size`` tokens everywhere; a plain backward
-pass adds up the gradients of all weights. Seconds are the least of ``--repeats``, and so are those that the processors
-worked, which other work on the machine disturbs less.
+The peak is that of a process for each pass: on a CPU the resident set above what it was with the model loaded, on CUDA
+what was allocated. Time is taken of one pass after the other, in turn, in one process; of the seconds and of those that
+the processors worked, which other work on the machine disturbs less, the least of ``--repeats`` count. Text passes in
+micro-batches of ``--batch-size`` tokens everywhere; a plain backward pass adds up the gradients of all weights.
 """
 
 import argparse
 import json
+import math
 import time
 
 import torch
@@ -23,7 +24,8 @@ from qpruner.processes import Processes
 from qpruner.pruning.scores import score_units
 from qpruner.records.tables import markdown_table
 
-PASSES = ("forward", "full backward", "vectorize", "param_first", "param_second", "param_mix", "wanda")
+PLAIN = "full backward"
+PASSES = ("forward", PLAIN, "vectorize", "param_first", "param_second", "param_mix", "wanda")
 
 
 def main() -> None:
@@ -36,61 +38,73 @@ def main() -> None:
     parser.add_argument("--only", choices=PASSES, help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.only:
-        print(json.dumps(measure(given)))
+        print(json.dumps(peak(given)))
         return
-    results = {name: run_alone("--only", name) for name in PASSES}
-    plain = results["full backward"]
+    peaks = {name: run_alone("--only", name) for name in PASSES}
+    seconds, worked = timed(given)
     rows = [
         [
             name,
-            f"{result['above'] / 2**20:,.0f}",
-            f"{1 + result['above'] / result['weights']:.2f}",
-            f"{result['seconds']:.2f}",
-            f"{result['seconds'] / plain['seconds']:.2f}",
-            f"{result['worked'] / plain['worked']:.2f}",
+            f"{peaks[name]['above'] / 2**20:,.0f}",
+            f"{1 + peaks[name]['above'] / peaks[name]['weights']:.2f}",
+            f"{seconds[name]:.2f}",
+            f"{seconds[name] / seconds[PLAIN]:.2f}",
+            f"{worked[name] / worked[PLAIN]:.2f}",
         ]
-        for name, result in results.items()
+        for name in PASSES
     ]
     print(
-        f"weights {plain['weights'] / 2**20:,.0f} MiB, {given.device}, {given.dtype}, {torch.get_num_threads()} "
-        f"threads; {given.sequences} x {given.length} tokens, {given.batch_size} together"
+        f"weights {peaks[PLAIN]['weights'] / 2**20:,.0f} MiB, {given.device}, {given.dtype}, "
+        f"{torch.get_num_threads()} threads; {given.sequences} x {given.length} tokens, {given.batch_size} together"
     )
-    header = ["pass", "MiB above weights", "peak / weights", "seconds", "of full backward", "processor time of it"]
+    header = ["pass", "MiB above weights", "peak / weights", "seconds", f"of {PLAIN}", f"processor time of {PLAIN}"]
     print(markdown_table(header, rows))
 
 
-def measure(given: argparse.Namespace) -> dict[str, float]:
-    device, model = torch.device(given.device), random_llama(given)
+def prepared(given: argparse.Namespace) -> tuple[LlamaForCausalLM, Calibration]:
+    model = random_llama(given)
     tokens = torch.randint(0, given.vocabulary, (given.sequences, given.length))
-    model(input_ids=tokens[:1, :2].to(device))  # libraries allocate what they need for themselves
-    calibration = Calibration.share(tokens, Processes.alone(device), given.batch_size)
+    model(input_ids=tokens[:1, :2].to(model.device))  # libraries allocate what they need for themselves
+    return model, Calibration.share(tokens, Processes.alone(model.device), given.batch_size)
+
+
+def peak(given: argparse.Namespace) -> dict[str, int]:
+    """Bytes above the weights, and those of the weights."""
+    model, calibration = prepared(given)
     weights = tensor_bytes(model)
-    reset_peak(device)
-    before = read_peak(device)
+    reset_peak(model.device)
+    before = read_peak(model.device)
     assert before is not None
     act(given.only, model, calibration)
-    after = read_peak(device)
+    after = read_peak(model.device)
     assert after is not None
-    seconds, worked = [], []
+    return {"above": after - before, "weights": weights}
+
+
+def timed(given: argparse.Namespace) -> tuple[dict[str, float], dict[str, float]]:
+    """Seconds, and seconds of work of all processors, of each pass."""
+    model, calibration = prepared(given)
+    seconds, worked = dict.fromkeys(PASSES, math.inf), dict.fromkeys(PASSES, math.inf)
     for _ in range(given.repeats):
-        begin, began = time.perf_counter(), time.process_time()
-        act(given.only, model, calibration)
-        seconds.append(time.perf_counter() - begin)
-        worked.append(time.process_time() - began)
-    return {"above": after - before, "weights": weights, "seconds": min(seconds), "worked": min(worked)}
+        for name in PASSES:
+            begin, began = time.perf_counter(), time.process_time()
+            act(name, model, calibration)
+            worked[name] = min(worked[name], time.process_time() - began)
+            seconds[name] = min(seconds[name], time.perf_counter() - begin)
+    return seconds, worked
 
 
-def act(what: str, model: LlamaForCausalLM, calibration: Calibration) -> None:
-    if what not in ("forward", "full backward"):
-        score_units(model, what, "sum", calibration, seed=0)
-        return
-    model.requires_grad_(what == "full backward")
-    model.zero_grad()
-    for batch in calibration.batches:
-        tokens = batch.tokens.to(model.device)
-        loss = model(input_ids=tokens, labels=tokens).loss * len(tokens) / calibration.num_sequences
-        if what == "full backward":
-            loss.backward()
+def act(name: str, model: LlamaForCausalLM, calibration: Calibration) -> None:
+    model.requires_grad_(name == PLAIN)
+    if name in ("forward", PLAIN):
+        for batch in calibration.batches:
+            tokens = batch.tokens.to(model.device)
+            loss = model(input_ids=tokens, labels=tokens).loss * len(tokens) / calibration.num_sequences
+            if name == PLAIN:
+                loss.backward()
+        model.zero_grad()
+    else:
+        score_units(model, name, "sum", calibration, seed=0)
     if model.device.type == "cuda":
         torch.cuda.synchronize()
 
