@@ -29,7 +29,7 @@ AROUND_EACH = ("input_layernorm", "post_attention_layernorm", "pre_feedforward_l
 
 def biased(attention: str | None = "attention_bias", mlp: str | None = "mlp_bias") -> dict[str, str | None]:
     """Biases on all projections, each kind as a field of the configuration says; always where it is None."""
-    return dict.fromkeys("qkvo", attention) | dict.fromkeys(("gate", "up", "down"), mlp)
+    return {**dict.fromkeys("qkvo", attention), **dict.fromkeys(("gate", "up", "down"), mlp)}
 
 
 @dataclass(frozen=True)

@@ -112,7 +112,7 @@ def _weight_scores(
     return {
         part_names[id(part)]: of_part.abs()
         for name, stack in stacks.items()
-        for part, of_part in zip(stack, sums[name].split([part.num_units for part in stack]), strict=True)
+        for part, of_part in zip(stack, torch.split(sums[name], [part.num_units for part in stack]), strict=True)
     }
 
 
