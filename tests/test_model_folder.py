@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import qpruner
-from qpruner import checkpoint
+from qpruner import model_folder
 from qpruner.adapters.lora import LoRAConfig, attach_adapters
 from qpruner.anatomy import FAMILIES, architecture_of
 from qpruner.conv1d import conv1d_to_linear_
@@ -211,14 +211,14 @@ def test_the_model_comes_back_with_identical_logits(tmp_path: Path, family: str,
     model, plan = write(tmp_path / "model", family, kept)
     expected = logits_of(model)
     loaded = load_base(tmp_path / "model")
-    assert torch.equal(logits_of(loaded.model), expected)
+    assert torch.equal(logits_of(loaded.network), expected)
     assert torch.equal(logits_of(load_compressed(str(tmp_path / "model"))), expected)
     assert (loaded.plan, loaded.base_name, loaded.base_sha256) == (plan, "models/dense", "ab12")
-    assert stated_by_weights(loaded.model) == architecture_of(loaded.model.config)
-    assert architecture_of(read_config(tmp_path / "model")) == architecture_of(loaded.model.config)
+    assert stated_by_weights(loaded.network) == architecture_of(loaded.network.config)
+    assert architecture_of(read_config(tmp_path / "model")) == architecture_of(loaded.network.config)
     as_mistral = family == "llama" and kept == SHAPES["three groups"]  # what transformers can load
     expected_family = "mistral" if as_mistral else family
-    assert architecture_of(loaded.model.config) == replace(plan.widths, model_type=expected_family)
+    assert architecture_of(loaded.network.config) == replace(plan.widths, model_type=expected_family)
 
 
 @pytest.mark.parametrize("kept", SHAPES.values(), ids=list(SHAPES))
@@ -258,7 +258,7 @@ def test_a_loaded_model_generates_the_same(tmp_path: Path, family: str) -> None:
 def test_saving_what_was_loaded_writes_the_same_files(tmp_path: Path, family: str, kept: Any) -> None:
     write(tmp_path / "first", family, kept)
     loaded = load_base(tmp_path / "first")
-    save_base(tmp_path / "second", loaded.model, loaded.plan, base_name=loaded.base_name, tokenizer=None)
+    save_base(tmp_path / "second", loaded.network, loaded.plan, base_name=loaded.base_name, tokenizer=None)
     first, second = list_files(tmp_path / "first"), list_files(tmp_path / "second")
     assert "model.safetensors" in first
     assert second == first
@@ -329,7 +329,7 @@ def test_peft_alone_finds_the_base_from_anywhere_or_says_what_can_load_it(
             peft.AutoPeftModelForCausalLM.from_pretrained(folder / "adapter")
     else:
         assert torch.equal(logits_of(peft.AutoPeftModelForCausalLM.from_pretrained(folder / "adapter")), expected)
-    over = peft.PeftModel.from_pretrained(load_base(folder).model, folder / "adapter")
+    over = peft.PeftModel.from_pretrained(load_base(folder).network, folder / "adapter")
     assert torch.equal(logits_of(over), expected)
     folder.rename(tmp_path / "copied")
     loaded = load_compressed(tmp_path / "copied")
@@ -373,13 +373,13 @@ def test_the_manifest_has_the_size_and_hash_of_every_file(tmp_path: Path) -> Non
     model, _ = write(tmp_path / "model")
     base = {"config.json", "generation_config.json", "model.safetensors", "plan.json"}
     manifest = read_manifest(tmp_path / "model")
-    assert (manifest["kind"], manifest["version"]) == ("qpruner model", 1)
-    assert manifest["base"] == {"name": "models/dense", "sha256": "ab12", "loftq_iterations": 0}
+    assert (manifest["kind"], manifest["version"]) == ("qpruner model", 2)
+    assert manifest["base"] == {"name": "models/dense", "sha256": "ab12"}
     assert manifest["files"] == list_files(tmp_path / "model")
     assert manifest["files"].keys() == base
     save_adapters(tmp_path / "model", with_adapters(model), trained=True)
     manifest = read_manifest(tmp_path / "model")
-    assert manifest["base"] == {"name": "models/dense", "sha256": "ab12", "loftq_iterations": 0}
+    assert manifest["base"] == {"name": "models/dense", "sha256": "ab12"}
     assert manifest["files"] == list_files(tmp_path / "model")
     assert manifest["files"].keys() == base | {"adapter/adapter_config.json", "adapter/adapter_model.safetensors"}
 
@@ -478,16 +478,16 @@ def test_adapters_that_are_missing_or_altered_are_refused(tmp_path: Path, name: 
 @pytest.mark.parametrize(
     ("change", "found"),
     [
-        ({"version": 2}, "kind 'qpruner model', version 2"),
+        ({"version": 1}, "kind 'qpruner model', version 1"),
         ({"version": None}, "kind 'qpruner model', version None"),
-        ({"kind": "qpruner plan"}, "kind 'qpruner plan', version 1"),
+        ({"kind": "qpruner plan"}, "kind 'qpruner plan', version 2"),
     ],
 )
 def test_another_kind_or_version_is_refused(tmp_path: Path, change: dict[str, Any], found: str) -> None:
     write(tmp_path / "model")
     edit_manifest(tmp_path / "model", lambda manifest: manifest.update(change))
     path = str(tmp_path / "model/manifest.json")
-    refused(tmp_path / "model", f"{path!r} is of {found}; this qpruner reads 'qpruner model', version 1.")
+    refused(tmp_path / "model", f"{path!r} is of {found}; this qpruner reads 'qpruner model', version 2.")
 
 
 def test_a_folder_without_a_readable_manifest_is_refused(tmp_path: Path) -> None:
@@ -567,7 +567,7 @@ def test_a_folder_is_written_whole_or_not_at_all(
     owner, name, then = {
         "weights": (model, "save_pretrained", half_written),
         "plan": (CompressionPlan, "write", stop),
-        "manifest": (checkpoint, "write_json", stop),
+        "manifest": (model_folder, "write_json", stop),
     }[moment]
     with monkeypatch.context() as patch:
         patch.setattr(owner, name, then)
@@ -666,7 +666,7 @@ def test_adapters_cut_off_while_written_leave_the_base(tmp_path: Path, monkeypat
     model, _ = write(tmp_path / "model")
     adapted = with_adapters(model)
     save_adapters(tmp_path / "model", adapted, trained=True)
-    monkeypatch.setattr(checkpoint, "_write_adapters", stop)
+    monkeypatch.setattr(model_folder, "_write_adapters", stop)
     with pytest.raises(KeyboardInterrupt):
         save_adapters(tmp_path / "model", adapted, trained=True)
     assert type(load_compressed(tmp_path / "model")).__name__ == "LlamaForCausalLM"
@@ -695,7 +695,7 @@ def test_damage_to_the_base_is_not_blessed_by_saving_adapters(tmp_path: Path) ->
 
 def test_a_base_that_the_disk_has_no_room_for_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model, plan = compress("llama")
-    monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 10})())
+    monkeypatch.setattr(model_folder.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 10})())
     with pytest.raises(UserError, match="the disk has 10 left"):
         save_base(tmp_path / "model", model, plan, base_name="dense", tokenizer=None)
     assert not (tmp_path / "model").exists()

@@ -174,7 +174,7 @@ def make_checkpoint(folder: Path) -> None:
     tiny_model("llama").save_pretrained(folder / "base")
     module = LoRAFinetuner(base=str(folder / "base"), lora=LoRAConfig(r=2, dropout=0.0))
     module.load_base()
-    module.prune(CompressionPlan.dense(architecture_of(module.model.config), None).keeping(KEPT))
+    module.compressed.prune(KEPT)
     module.configure_model()
     trainer = quiet_trainer()
     trainer.strategy.connect(module)

@@ -132,10 +132,10 @@ def test_a_folder_gives_the_same_logits_and_costs_its_price(
     expected = logits_of(model)
     save_base(tmp_path / "model", model, plan, base_name="dense", tokenizer=None)
     loaded = load_base(tmp_path / "model")
-    assert loaded.plan == plan and torch.equal(logits_of(loaded.model), expected)
-    assert loaded.model.get_input_embeddings()(random_tokens()).dtype == dtype
-    assert priced.total == payload(tmp_path / "model") == tensor_bytes(model) == tensor_bytes(loaded.model)
-    assert num_parameters(model) == num_parameters(loaded.model) == parameters
+    assert loaded.plan == plan and torch.equal(logits_of(loaded.network), expected)
+    assert loaded.network.get_input_embeddings()(random_tokens()).dtype == dtype
+    assert priced.total == payload(tmp_path / "model") == tensor_bytes(model) == tensor_bytes(loaded.network)
+    assert num_parameters(model) == num_parameters(loaded.network) == parameters
     dense = price(
         stored_in(tiny_model(family, tie_word_embeddings=tied), dtype), planned(model, DENSE, DENSE, units=NF4)
     )
@@ -144,7 +144,7 @@ def test_a_folder_gives_the_same_logits_and_costs_its_price(
     saved = size - num_bytes(*shape, embedding) + (0 if tied else size - num_bytes(*shape, INT8))
     assert dense.rest - priced.rest == saved
     # And once more from what was loaded.
-    save_base(tmp_path / "again", loaded.model, plan, base_name="dense", tokenizer=None)
+    save_base(tmp_path / "again", loaded.network, plan, base_name="dense", tokenizer=None)
     assert (tmp_path / "again/model.safetensors").read_bytes() == (tmp_path / "model/model.safetensors").read_bytes()
 
 

@@ -161,7 +161,8 @@ def test_a_checkpoint_is_looked_at_before_the_model_is_loaded(
     right = tmp_path / "runs" / "x" / "checkpoints" / "last.ckpt"
     foreign, other = tmp_path / "foreign.ckpt", tmp_path / "other.ckpt"
     torch.save({"state_dict": {}}, foreign)
-    torch.save({**torch.load(right, weights_only=True), "base_sha256": "beef"}, other)
+    content = torch.load(right, weights_only=True)
+    torch.save({**content, "base": {**content["base"], "dense_sha256": "beef"}}, other)
     cases = [
         (tmp_path / "nothing", "there is no such file"),
         ("best", "there is no such file"),
