@@ -36,8 +36,15 @@ BIASES: dict[str, dict[str, bool]] = {
     "qwen3": {"attention_bias": True},
     "gemma": {"attention_bias": True},
     "gemma2": {"attention_bias": True},
+    "gemma3_text": {"attention_bias": True},
+    "granite": {"attention_bias": True, "mlp_bias": True},
+    "smollm3": {"attention_bias": True, "mlp_bias": True},
+    "olmo2": {"attention_bias": True},
+    "phi3": {},
+    "gpt2": {},  # all have biases as it is
 }
-TARGETS = LoRAConfig().target_modules
+PROJECTIONS = ("q", "k", "v", "o", "gate", "up", "down")
+TARGETS = tuple(f"{name}_proj" for name in PROJECTIONS)
 
 
 def payload(path: Path) -> int:
@@ -87,7 +94,7 @@ def layers(draw: st.DrawFn) -> tuple[int, list[tuple[list[int], range]], list[di
     tied=st.booleans(),
     dtype=st.sampled_from([torch.float32, torch.bfloat16]),
     rank=st.integers(0, 3),
-    targets=st.sets(st.sampled_from(TARGETS), min_size=1).map(lambda chosen: tuple(sorted(chosen))),
+    adapted=st.sets(st.sampled_from(PROJECTIONS), min_size=1),
     hidden=st.sampled_from([HIDDEN, 48]),
     skeleton=st.booleans(),
 )
@@ -98,11 +105,13 @@ def test_the_price_is_what_the_files_hold(
     tied: bool,
     dtype: torch.dtype,
     rank: int,
-    targets: tuple[str, ...],
+    adapted: set[str],
     hidden: int,
     skeleton: bool,
 ) -> None:
     channels, kept, precision = layers
+    paths = FAMILIES[family].projections
+    targets = tuple(sorted({paths.get(name, paths["up"]).rpartition(".")[2] for name in adapted}))
     sizes = {"hidden_size": hidden, "intermediate_size": channels, "tie_word_embeddings": tied}
     changes = sizes | (BIASES[family] if biased else {})
     plan = planned(tiny_config(family, **changes), kept, precision)

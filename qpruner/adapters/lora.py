@@ -25,7 +25,8 @@ class LoRAConfig:
         alpha: scale of the adapters; their output is multiplied by ``alpha / r``.
         dropout: probability with which an input of the adapters is zeroed in training, in [0, 1).
         target_modules: the linears that get adapters: ends of their names, such as ``q_proj``; a regular expression
-            for the whole of a name; or ``all-linear``, all but the language-model head.
+            for the whole of a name; or ``all-linear``, all but the language-model head. What their names are depends on
+            the family: ``q_proj`` of a Llama is a part of ``qkv_proj`` in a Phi-3 and of ``c_attn`` in a GPT-2.
     """
 
     r: int = 8

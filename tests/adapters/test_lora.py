@@ -10,7 +10,7 @@ import yaml
 from families import adapted, logits_of, tiny_model
 
 from qpruner.adapters.lora import LoRAConfig, attach_adapters, is_target, target_linears
-from qpruner.anatomy import architecture_of, unit_linears
+from qpruner.anatomy import FAMILIES, architecture_of, unit_linears
 from qpruner.commands import run
 from qpruner.errors import UserError
 from qpruner.plan import UNITS, CompressionPlan, Precision
@@ -40,6 +40,15 @@ def test_adapters_are_where_peft_alone_would_put_them(targets: Any) -> None:
     plain = peft.LoraConfig(r=2, target_modules=targets, task_type="CAUSAL_LM")
     theirs = peft.get_peft_model(tiny_model("llama", tie_word_embeddings=False), plain)
     assert wrapped(theirs.get_base_model()) == chosen
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_without_the_option_every_projection_of_every_family_has_one(family: str) -> None:
+    model = tiny_model(family)
+    linears = {name for units in unit_linears(model) for names in units.values() for name in names}
+    assert set(wrapped(attach_adapters(model, LoRAConfig(r=2), seed=0).get_base_model())) == linears
+    with pytest.raises(UserError, match="query_key_value match no linear of .*(down_proj|c_proj)"):
+        attach_adapters(tiny_model(family), LoRAConfig(r=2, target_modules=["query_key_value"]), seed=0)
 
 
 @pytest.mark.parametrize("targets", ["all-linear", r".*layers\.1\..*_proj"], ids=str)

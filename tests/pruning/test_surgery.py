@@ -10,7 +10,7 @@ from torch import Tensor
 from qpruner.anatomy import FAMILIES, architecture_of, decoder_blocks, decoder_layers
 from qpruner.errors import UserError
 from qpruner.plan import CompressionPlan
-from qpruner.pruning.surgery import apply_pruning_, narrow_, stated_by_weights
+from qpruner.pruning.surgery import apply_pruning_, narrow_, norm_scale, stated_by_weights
 from qpruner.pruning.widths import set_config
 
 VARIANTS = [
@@ -263,6 +263,17 @@ def test_every_part_has_the_new_configuration(family: str) -> None:
     configs = [module.config for module in model.modules() if hasattr(module, "config") and module not in readers]
     assert len(configs) > 3 and all(config is model.config for config in configs)
     assert architecture_of(model.config) == stated_by_weights(model)
+
+
+def test_a_norm_over_all_heads_is_scaled_by_hand() -> None:
+    layer = decoder_layers(tiny_model("olmo2"))[0]
+    for norm in layer.wide_norms:
+        with torch.no_grad():
+            norm.of.by_unit(norm.of.linear.weight).copy_(torch.tensor([1.0, 2.0, 3.0, 4.0]).view(4, 1, 1))
+        assert float(norm_scale(norm, [0, 2, 3])) == pytest.approx(((1 + 9 + 16) / 3 / (30 / 4)) ** 0.5)
+        assert float(norm_scale(norm, range(4))) == 1
+        norm.of.linear.weight.data[: norm.of.width] = 0  # of the first of four
+        assert float(norm_scale(norm, [1, 2, 3])) == pytest.approx((4 / 3) ** 0.5)
 
 
 def test_weights_without_gradients_stay_without() -> None:

@@ -118,7 +118,7 @@ def test_scores_are_those_of_a_fit_by_hand(work: TrialWork, runner: TrialRunner,
 def test_bytes_and_bits_are_those_of_the_plan(work: TrialWork, runner: TrialRunner, tiny_llama: Path) -> None:
     plan = runner.plan_of(PLAIN)
     skeleton = build_skeleton(read_base_config(str(tiny_llama)))
-    expected = price(skeleton, plan, rank=2, targets=tuple(LoRAConfig().target_modules))
+    expected = price(skeleton, plan, rank=2, targets=LoRAConfig().target_modules)
     scores = runner(key(PLAIN, steps=0))
     assert (scores["bytes"], scores["average_bits"]) == (expected.total, expected.average_bits)
     bits = [plan.layers[item.layer].precision[unit].bits for item in work.items for unit in item.units]
@@ -144,7 +144,7 @@ def test_tables_are_quantized_as_asked(tiny_llama: Path, tmp_path: Path, runner:
     assert plan.embedding.bits == 8
     scores = here(key(PLAIN))
     skeleton = build_skeleton(read_base_config(str(tiny_llama)))
-    expected = price(skeleton, plan, rank=2, targets=tuple(LoRAConfig().target_modules)).total
+    expected = price(skeleton, plan, rank=2, targets=LoRAConfig().target_modules).total
     assert scores["bytes"] == expected < runner(key(PLAIN))["bytes"]
     assert here(key(PLAIN, seed=3))["loss"] == by_hand(work, tiny_llama, PLAIN, seed=3)[1]
     assert without_time(here(key(PLAIN))) == without_time(scores)
