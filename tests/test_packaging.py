@@ -73,11 +73,11 @@ ALLOWED: dict[str, set[str]] = {
     "options": {"callbacks", "datamodules", "errors"},
     "outline": {"anatomy"},
     "plan_command": {
-        "anatomy", "checkpoint", "errors", "files", "memory", "outline", "plan", "pretrained", "pricing", "pruning",
-        "runs",
+        "anatomy", "checkpoint", "errors", "files", "memory", "options", "outline", "plan", "pretrained", "pricing",
+        "pruning", "runs",
     },
-    "report_command": {"errors", "runs"},
-    "merge_command": {"merge"},
+    "report_command": {"errors", "options", "runs"},
+    "merge_command": {"merge", "options"},
     "commands": {"__version__", "cli", "errors"},
     "cli": {
         "callbacks", "checkpoint", "commands", "datamodules", "errors", "folder_manifest", "memory", "options",
