@@ -37,6 +37,10 @@ COMMANDS = {
         "Show, compare and check plans; list the ratios that a model can be pruned to.",
         "qpruner.plan_command:plan_command",
     ),
+    "verify": Command(
+        "Compare every file of a compressed model's folder with the hash that was written beside it.",
+        "qpruner.verify_command:verify_command",
+    ),
     "merge": Command(
         "Write a dense copy of a run's model, with the adapters in its weights.", "qpruner.merge_command:merge_command"
     ),

@@ -1,19 +1,28 @@
 """`qpruner report`: the report of a run again, from what its folder holds."""
 
-import argparse
 from pathlib import Path
 
 from qpruner.errors import UserError
+from qpruner.options.functions import run_function
 from qpruner.records.folder import RunFolder
-from qpruner.records.report import Summary, show_summary, write_report
+from qpruner.records.report import Summary, write_report
 from qpruner.records.search import SearchResults, variants_table, write_search_report
 
 
 def report_command(arguments: list[str]) -> None:
-    """Writes the report of a run again, from what its folder holds, and prints its table."""
-    parser = argparse.ArgumentParser("qpruner report", description=report_command.__doc__)
-    parser.add_argument("run", type=Path, help="folder of the run, such as runs/quickstart")
-    folder = RunFolder(parser.parse_args(arguments).run)
+    run_function("qpruner report", report, arguments)
+
+
+def report(run: Path) -> None:
+    """Writes the report of a run again, from what its folder holds, and prints its table.
+
+    Args:
+        run: folder of the run, such as runs/quickstart.
+
+    Raises:
+        UserError: nothing was measured there.
+    """
+    folder = RunFolder(run)
     if folder.results.exists():
         results = SearchResults.read(folder.results)
         write_search_report(folder, results)

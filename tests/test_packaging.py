@@ -62,7 +62,7 @@ ALLOWED: dict[str, set[str]] = {
         "compressed", "datamodules", "errors", "folder_manifest", "memory", "model_folder", "plan", "quantization",
         "records", "schema", "training",
     },
-    "merge_command": {"merge"},
+    "merge_command": {"merge", "options"},
     "model_files": {"errors", "files", "folder_manifest", "schema"},
     "model_folder": {
         "anatomy", "conv1d", "errors", "files", "folder_manifest", "memory", "plan", "pretrained", "pruning",
@@ -72,8 +72,8 @@ ALLOWED: dict[str, set[str]] = {
     "outline": {"anatomy"},
     "plan": {"errors", "files"},
     "plan_command": {
-        "anatomy", "errors", "files", "memory", "model_folder", "outline", "plan", "pretrained", "pricing", "pruning",
-        "records",
+        "anatomy", "errors", "files", "memory", "model_folder", "options", "outline", "plan", "pretrained", "pricing",
+        "pruning", "records",
     },
     "prequantized": {"errors"},
     "pretrained": {"conv1d", "errors", "files", "loading_info", "model_files", "prequantized"},
@@ -81,7 +81,7 @@ ALLOWED: dict[str, set[str]] = {
     "pruning": {"adapters", "anatomy", "calibration", "errors", "memory", "plan", "quantization", "seeds"},
     "quantization": {"adapters", "anatomy", "errors", "files", "plan", "pretrained"},
     "records": {"allocation", "errors", "files", "folder_manifest", "plan", "schema"},
-    "report_command": {"errors", "records"},
+    "report_command": {"errors", "options", "records"},
     "runs": {
         "callbacks", "compressed", "datamodules", "errors", "files", "folder_manifest", "memory", "model_folder",
         "plan", "records", "search", "training",
@@ -95,6 +95,7 @@ ALLOWED: dict[str, set[str]] = {
         "adapters", "compressed", "datamodules", "errors", "files", "folder_manifest", "likelihood", "memory",
         "model_folder", "plan", "pretrained", "schema", "seeds",
     },
+    "verify_command": {"folder_manifest", "options"},
 }  # fmt: skip
 OUTSIDERS = {
     "lightning": {"callbacks", "cli", "merge", "datamodules", "options", "runs", "search", "training"},

@@ -17,9 +17,9 @@ from qpruner.commands import COMMANDS, run
 from qpruner.errors import UserError
 from qpruner.plan import CompressionPlan
 
-HEAVY = ("torch", "transformers", "lightning", "jsonargparse", "matplotlib")
+HEAVY = ("torch", "transformers", "lightning", "matplotlib", "numpy", "scipy")
 OF_MODELS = (
-    "lightning", "jsonargparse", "transformers.modeling_utils", "peft", "matplotlib", "datasets", "scipy",
+    "lightning", "transformers.modeling_utils", "peft", "matplotlib", "datasets", "scipy",
     "bitsandbytes", "torch._dynamo",
 )  # fmt: skip
 
@@ -27,10 +27,10 @@ OF_MODELS = (
 def imported_by(commands: Iterable[list[str]], modules: tuple[str, ...]) -> set[str]:
     """Those of the modules that a process has imported after running commands."""
     code = (
-        "import json, sys\nfrom qpruner.commands import run\n"
+        "import json, sys\nfrom qpruner.commands import run\nfrom qpruner.errors import UserError\n"
         "for command in json.loads(sys.argv[1]):\n"
         "    try: run(command)\n"
-        "    except SystemExit: pass\n"
+        "    except (SystemExit, UserError): pass\n"
         "print('\\n', json.dumps([*sys.modules]))"
     )
     command = [sys.executable, "-c", code, json.dumps([*commands])]
@@ -47,7 +47,8 @@ def plan(tmp_path: Path) -> str:
 
 
 def test_what_only_prints_imports_nothing_heavy(plan: str) -> None:
-    commands = [["--help"], ["--version"], ["plan", "show", plan], ["plan", "diff", plan, plan], ["merge", "--help"]]
+    commands = [["--help"], ["--version"], ["plan", "show", plan], ["plan", "diff", plan, plan], ["plan", "show"]]
+    commands += [["plan", "--help"], ["plan", "ratios", "--help"], ["merge", "--help"], ["merge", "a", "b", "--dtyp=x"]]
     assert imported_by(commands, HEAVY) == set()
 
 
