@@ -5,7 +5,7 @@ from pathlib import Path
 from qpruner.errors import UserError
 from qpruner.options.functions import run_function
 from qpruner.records.folder import RunFolder
-from qpruner.records.report import Summary, write_report
+from qpruner.records.report import Summary, show_summary, write_report
 from qpruner.records.search import SearchResults, variants_table, write_search_report
 
 
