@@ -151,8 +151,8 @@ def run_listed(keys: Sequence[Key], ledger: Ledger, executor: Executor, *, known
     numbers = list(to_run)
     for place, outcome in executor.run(list(to_run.values())):
         _record(ledger, numbers[place], outcome, lambda scores: scores["loss"])
-    found = [ledger.outcome_of(key) or known.outcome_of(key) for key in keys]
-    return [record for record in found if record is not None]
+    outcomes = [ledger.outcome_of(key) or known.outcome_of(key) for key in keys]
+    return [record for record in outcomes if record is not None]
 
 
 def _wave_size(recorded: Sequence[TrialRecord], told: int, workers: int) -> int:

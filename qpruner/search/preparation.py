@@ -53,7 +53,7 @@ def prepare(
     """Prunes the base, decides as those do that do not search, and fills the bank, unless an earlier session did.
 
     Args:
-        module: whose base, adapters and seed the search has; it is left without a model.
+        module: whose base, adapters and seed the search has; it is given no model.
         data: text for scores and sensitivities, and the validation split of the reference.
         pruning: prunes the base; nothing or one.
         quantization: has the budget; it quantizes nothing here.

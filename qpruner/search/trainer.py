@@ -3,7 +3,6 @@
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, replace
-from functools import wraps
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +48,6 @@ class SearchTrainer(Trainer):
         given: arguments that it was made with.
     """
 
-    @wraps(Trainer.__init__)  # type: ignore[misc]
     def __init__(self, **options: Any) -> None:
         # Before Lightning puts callbacks of its own, such as the timer of max_time, into the list that it is given.
         self.given = {name: list(value) if isinstance(value, list) else value for name, value in options.items()}
@@ -66,7 +64,7 @@ class SearchTrainer(Trainer):
         The base is pruned by the Trainer's callbacks once; no plan is scored on the test split.
 
         Args:
-            model: as for a fit; without a base in memory afterwards.
+            model: as for a fit; it is given no model.
             datamodule: as for a fit; its validation split chooses.
             search: how to search.
 
