@@ -8,9 +8,11 @@ from typing import Any, get_args
 import pytest
 import torch
 import torch.nn.functional as F
+from families import random_tokens, tiny_model
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
+from qpruner import anatomy
 from qpruner.anatomy import Coupled, decoder_layers
 from qpruner.calibration.gradients import gradient_sums
 from qpruner.calibration.norms import input_norms
@@ -173,6 +175,27 @@ def test_gradients_are_those_of_autograd(family: str) -> None:
     expected = autograd_gradients(model, tokens)
     assert_close(weight_gradients(model, calibration(tokens)), expected, 1e-12)
     assert_close(weight_gradients(model, calibration(tokens, 4)), expected, 1e-12)
+
+
+@pytest.mark.parametrize("family", anatomy.FAMILIES)
+def test_gradients_of_every_family_are_those_of_autograd(family: str) -> None:
+    """Scaled and capped logits, sliding windows and tied heads included."""
+    model, tokens = tiny_model(family).requires_grad_(False), random_tokens(5, 20)
+    inside = {module for block in anatomy.decoder_blocks(model) for module in block.modules()}
+    linears = {name: one for name, one in model.named_modules() if isinstance(one, nn.Linear) and one in inside}
+
+    def consume(name: str, gradient: Tensor, squared: Tensor | None) -> Tensor:
+        return gradient.double().flatten()
+
+    sizes = {name: linear.in_features * linear.out_features for name, linear in linears.items()}
+    given = Calibration.share(tokens, Processes.alone(), 2 * 20)
+    found = gradient_sums(model, linears, given, consume, sizes=sizes, per_sequence=False)
+    model.requires_grad_(True)
+    mean_loss(model, tokens).backward()
+    for name, linear in linears.items():
+        gradient = linear.weight.grad.flatten()
+        assert float((found[name] - gradient).norm()) <= 1e-4 * float(gradient.norm()), name
+        assert float(gradient.norm()) > 0
 
 
 def test_single_precision_is_enough() -> None:
