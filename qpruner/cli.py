@@ -8,7 +8,6 @@ from inspect import signature
 from pathlib import Path
 from typing import Any
 
-import torch
 import yaml
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
@@ -47,7 +46,7 @@ from qpruner.options.parsed import check_parsed
 from qpruner.options.parser import CommandParser
 from qpruner.phases import Phase, PhaseConfig, phases_of
 from qpruner.plan import CompressionPlan
-from qpruner.pretrained import is_reachable
+from qpruner.pretrained import held_in, is_reachable
 from qpruner.report_command import show_summary
 from qpruner.runs.folder import RunConfig, RunFolder
 from qpruner.runs.log import log_to
@@ -290,7 +289,7 @@ class QPrunerCLI(LightningCLI):
         self.datamodule.check_vocabulary(config.get_text_config().vocab_size)
         if compressing:
             skeleton = build_skeleton(config)
-            rehearsal = Rehearsal(skeleton.to(getattr(torch, self.model.dtype_of_base)), self.model.lora)
+            rehearsal = Rehearsal(skeleton.to(held_in(config, self.model.dtype_of_base)), self.model.lora)
             for callback in compressing:
                 callback.check(rehearsal)
             trusted = self.model.trust_remote_code

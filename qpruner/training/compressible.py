@@ -18,7 +18,7 @@ from qpruner.files import replacing_folder
 from qpruner.folder_manifest import is_compressed
 from qpruner.likelihood import check_head
 from qpruner.plan import DENSE, UNITS, CompressionPlan
-from qpruner.pretrained import DType, check_model, hold_in_, load_model, model_fingerprint, resolve
+from qpruner.pretrained import DType, check_model, held_in, hold_in_, load_model, model_fingerprint, resolve
 from qpruner.pricing import average_bits
 from qpruner.pruning.masks import UnitMasks
 from qpruner.pruning.rounds import Size
@@ -130,7 +130,7 @@ class CompressibleModule(LightningModule):
         if is_compressed(folder := Path(resolve(self.base))):
             self.model = model_folder.load_base(folder).model
             if not any(isinstance(module, PackedLinear) for module in self.model.modules()):
-                hold_in_(self.model, getattr(torch, self.dtype_of_base))
+                hold_in_(self.model, held_in(self.model.config, self.dtype_of_base))
             if model_folder.has_adapters(folder):
                 rank_zero_warn(f"{self.base!r} is taken as the base without its adapters.")
         else:
@@ -167,7 +167,8 @@ class CompressibleModule(LightningModule):
         if self.follows is not None and self.taken_from == self.follows and not self.adapted:
             assert self.plan is not None
             self.attach_adapters()
-            self.model = merge_(self.model, getattr(torch, self.dtype_of_base)).requires_grad_(False)
+            dtype = held_in(self.model.config, self.dtype_of_base)
+            self.model = merge_(self.model, dtype).requires_grad_(False)
             self.plan = self.plan.with_precision([dict.fromkeys(UNITS, DENSE)] * len(self.plan.layers))
             self._forget_adapters(None)
 
