@@ -18,7 +18,7 @@ from qpruner.files import replacing_folder
 from qpruner.folder_manifest import Step, identity_of, is_compressed, read_manifest
 from qpruner.likelihood import check_head
 from qpruner.plan import DENSE, UNITS, CompressionPlan, describe_differences
-from qpruner.pretrained import DType, hold_in_, load_model, model_fingerprint, resolve
+from qpruner.pretrained import DType, held_in, hold_in_, load_model, model_fingerprint, resolve
 from qpruner.pricing import average_bits
 from qpruner.pruning.masks import UnitMasks
 from qpruner.pruning.rounds import Size
@@ -134,7 +134,7 @@ class CompressedModel(nn.Module):
 
         Args:
             base: folder, hub name, or ``qpruner/stories``.
-            dtype: number format of the weights in memory.
+            dtype: number format of the weights in memory; see `held_in`.
             trust_remote_code: whether code that comes with the model may run.
             say: hears what a person should know of it.
             fingerprint: tells the base from others; reads all of its files.
@@ -147,7 +147,7 @@ class CompressedModel(nn.Module):
             content = model_folder.load_base(folder)
             network, layers = content.network, content.plan.layers
             if not any(isinstance(module, PackedLinear) for module in network.modules()):
-                hold_in_(network, getattr(torch, dtype))
+                hold_in_(network, held_in(network.config, dtype))
             if model_folder.has_adapters(folder):
                 say(f"{base!r} is taken as the base without its adapters.")
             sha256 = fingerprint(base)

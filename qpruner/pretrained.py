@@ -44,7 +44,7 @@ from qpruner.prequantized import (
 EMBEDDED = "qpruner/stories"
 """The name of the small story teller that comes with the package."""
 
-DType = Literal["float32", "bfloat16", "float16"]
+DType = Literal["auto", "float32", "bfloat16", "float16"]
 
 TOKENIZER_CONFIG = "tokenizer_config.json"
 TOKENIZER_SUFFIXES = (".json", ".model", ".txt", ".tiktoken", ".jinja", ".py")
@@ -83,6 +83,22 @@ def is_reachable(name: str) -> bool:
     return True
 
 
+def held_in(config: Any, dtype: DType) -> torch.dtype:
+    """The number format in which a base is held in memory.
+
+    ``auto`` is bfloat16 where the base is stored in it, and float32 for all others: gradients through float16 overflow,
+    and bfloat16 would round weights that are stored in float16.
+
+    Args:
+        config: of the base.
+        dtype: as it was asked for.
+    """
+    if dtype != "auto":
+        return getattr(torch, dtype)
+    stored = getattr(config, "dtype", None) or getattr(config.get_text_config(), "dtype", None)
+    return torch.bfloat16 if stored in (torch.bfloat16, "bfloat16") else torch.float32
+
+
 def load_model(
     name: str, *, dtype: DType, trust_remote_code: bool, say: Callable[[str], object] = warnings.warn
 ) -> Any:
@@ -92,7 +108,7 @@ def load_model(
 
     Args:
         name: folder, hub name, or `EMBEDDED`.
-        dtype: number format of the weights.
+        dtype: number format of the weights; see `held_in`.
         trust_remote_code: whether code that comes with the model may run.
         say: told what a person should know of it, such as that it was quantized.
 
@@ -101,8 +117,8 @@ def load_model(
     """
     with _loading("model", name):
         config = _read_config(name, trust_remote_code)
-        quantization = quantization_of(config)
-        model, left_out = _load(name, config, trust_remote_code, dtype=getattr(torch, dtype), device="cpu")
+        quantization, held = quantization_of(config), held_in(config, dtype)
+        model, left_out = _load(name, config, trust_remote_code, dtype=held, device="cpu")
         check_tied(name, model)
         if (padding := mend_padding_(config)) is not None:
             if model.generation_config is not None:  # which has the same and could not be written again
@@ -113,7 +129,8 @@ def load_model(
         if quantization is not None and not _holds_codes(name, config):
             say(f"{name} has a quantization_config ({describe(quantization)}) over dense weights; it is left out.")
         elif quantization is not None:
-            say(f"{name} is quantized ({describe(quantization)}); its weights are made dense in {dtype}.")
+            kept = str(held).removeprefix("torch.")
+            say(f"{name} is quantized ({describe(quantization)}); its weights are made dense in {kept}.")
         return model
 
 

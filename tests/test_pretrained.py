@@ -11,7 +11,16 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from qpruner.errors import UserError
-from qpruner.pretrained import check_model, hold_in_, load_config, load_model, load_tokenizer, model_fingerprint
+from qpruner.pretrained import (
+    check_model,
+    held_in,
+    hold_in_,
+    load_config,
+    load_model,
+    load_tokenizer,
+    model_fingerprint,
+)
+from qpruner.training.module import LoRAFinetuner
 
 TOKENS = torch.arange(5, 25)[None]
 
@@ -25,6 +34,33 @@ def assert_refused(folder: Path, message: str) -> None:
     for check in (load, lambda folder: check_model(str(folder), trust_remote_code=False)):
         with pytest.raises(UserError, match=message):
             check(folder)
+
+
+# In which number format.
+
+
+@pytest.mark.parametrize(
+    ("stored", "held"),
+    [("bfloat16", torch.bfloat16), ("float16", torch.float32), ("float32", torch.float32), (None, torch.float32)],
+)
+def test_a_base_is_held_as_it_is_stored_unless_that_is_half_precision(
+    tiny_llama: Path, tmp_path: Path, stored: str | None, held: torch.dtype
+) -> None:
+    model = load(tiny_llama)
+    if stored is not None:
+        hold_in_(model, getattr(torch, stored))
+    model.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"dtype": stored}))
+    loaded = load(tmp_path, dtype="auto")
+    assert {parameter.dtype for parameter in loaded.parameters()} == {held} == {loaded.dtype}
+    for name, parameter in model.named_parameters():
+        assert torch.equal(loaded.get_parameter(name).double(), parameter.double()), name  # no digit is lost
+    assert held_in(loaded.config, "auto") == held_in(load_config(str(tmp_path)), "auto") == held  # in memory, too
+    assert held_in(loaded.config, "float16") == torch.float16 == load(tmp_path, dtype="float16").dtype
+    module = LoRAFinetuner(base=str(tmp_path))
+    module.load_base()
+    assert module.model.dtype == held and module.hparams["dtype"] == "auto"
 
 
 # Weights that are not those of config.json.

@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 
-import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from qpruner.callbacks import Compression, LoRAGuidedPruning
@@ -69,7 +68,7 @@ def rehearse(model: LoRAFinetuner, data: TokenDataModule, phases: Sequence[Phase
     data.check_vocabulary(config.get_text_config().vocab_size)
     if compressing:
         skeleton = build_skeleton(config)
-        rehearsal = Rehearsal(skeleton.to(getattr(torch, model.dtype_of_base)), model.lora)
+        rehearsal = Rehearsal(skeleton.to(held_in(config, model.dtype_of_base)), model.lora)
         for callback in compressing:
             callback.check(rehearsal)
         rehearse_saving(model.base, config, data.tokenizer, trust_remote_code=model.trust_remote_code)

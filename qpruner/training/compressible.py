@@ -18,7 +18,7 @@ from qpruner.errors import UserError, brief, listed
 from qpruner.folder_manifest import identity_of, is_compressed, read_checked_manifest, read_manifest
 from qpruner.model_folder import read_base_config, read_plan
 from qpruner.plan import CompressionPlan
-from qpruner.pretrained import DType, check_model, is_reachable, model_fingerprint, resolve
+from qpruner.pretrained import DType, check_model, held_in, is_reachable, model_fingerprint, resolve
 
 T = TypeVar("T")
 
@@ -191,7 +191,7 @@ class CompressibleModule(LightningModule):
         folder = self.compressed.kept and self.compressed.kept.path
         if folder is not None and folder == self.continues_from and self.compressed.state is not State.ADAPTED:
             self.attach_adapters()
-            self.compressed.merge(getattr(torch, self.dtype_of_base))
+            self.compressed.merge(held_in(self.model.config, self.dtype_of_base))
 
     def attach_adapters(self) -> None:
         """Puts adapters on the base unless they are there."""

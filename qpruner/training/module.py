@@ -52,7 +52,8 @@ class LoRAFinetuner(CompressibleModule):
 
     Args:
         base: model folder, hub name, or ``qpruner/stories`` for the model that comes with the package.
-        dtype: number format of the base in memory; computation follows ``--trainer.precision``.
+        dtype: number format of the base in memory: ``auto`` for bfloat16 where the base is stored in it, else float32;
+            computation follows ``--trainer.precision``.
         trust_remote_code: whether code that comes with the model may run.
         gradient_checkpointing: whether activations are computed again in the backward pass instead of kept.
         lora: the adapters.
@@ -66,7 +67,7 @@ class LoRAFinetuner(CompressibleModule):
     def __init__(
         self,
         base: str = EMBEDDED,
-        dtype: DType = "float32",
+        dtype: DType = "auto",
         trust_remote_code: bool = False,
         gradient_checkpointing: bool = False,
         lora: LoRAConfig = LoRAConfig(),  # noqa: B008  # frozen
