@@ -84,7 +84,7 @@ ALLOWED: dict[str, set[str]] = {
     "report_command": {"errors", "options", "records"},
     "runs": {
         "callbacks", "compressed", "datamodules", "errors", "files", "folder_manifest", "memory", "model_folder",
-        "plan", "records", "search", "training",
+        "plan", "pretrained", "records", "search", "training",
     },
     "schema": {"errors", "files"},
     "search": {

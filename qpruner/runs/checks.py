@@ -9,6 +9,7 @@ from qpruner.callbacks.compression import Rehearsal
 from qpruner.datamodules.base import TokenDataModule
 from qpruner.errors import UserError
 from qpruner.model_folder import build_skeleton, rehearse_saving
+from qpruner.pretrained import held_in
 from qpruner.runs.phases import Phase, PhaseConfig
 from qpruner.training.module import LoRAFinetuner
 from qpruner.training.preflight import check_lengths, check_monitored
