@@ -128,8 +128,9 @@ def test_two_gloo_ranks_decide_as_one(arguments: list[str], tmp_path: Path, monk
     assert alone.made_from == shared.made_from and alone.precisions == shared.precisions
     for first, second in zip(alone.rises or (), shared.rises or (), strict=True):
         assert first.item == second.item
-        for measure in ("kl", "loss", "first_order"):
-            assert getattr(first, measure) == pytest.approx(getattr(second, measure), rel=1e-6, abs=1e-12)
+        # Gradients of ranks are summed in single precision, and in the product with errors terms cancel.
+        for measure, rel in (("kl", 1e-6), ("loss", 1e-6), ("first_order", 1e-5)):
+            assert getattr(first, measure) == pytest.approx(getattr(second, measure), rel=rel, abs=1e-12)
     assert len(alone.rises or ()) == 2 and not two.bank.exists()
 
 
