@@ -327,7 +327,7 @@ def use_data(folder: Path) -> None:
             continue
         rows = data.examples("train").rows
         assert len(rows) > 0 and 0 <= int(rows.tokens.min()) <= int(rows.tokens.max()) < 2048
-        assert next(iter(data.make_loader(data.examples("train"), train=True)))["input_ids"].shape[1] <= 128
+        assert next(iter(data.train_dataloader()))["input_ids"].shape[1] <= 128
 
 
 # Options.
