@@ -23,7 +23,7 @@ from studies import add_arguments, study_data
 from qpruner.allocation.items import items_of
 from qpruner.allocation.mutual_information import MutualInformationConfig
 from qpruner.allocation.observation import layer_information
-from qpruner.allocation.sensitivity import first_order_rises, measured_rises
+from qpruner.allocation.rises import first_order_rises, measured_rises
 from qpruner.allocation.solving import Choice, exact
 from qpruner.calibration.text import Calibration
 from qpruner.processes import Processes

@@ -10,7 +10,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from qpruner.allocation.budget import Budget
 from qpruner.allocation.decision import DecidingConfig, Method
 from qpruner.anatomy import architecture_of
-from qpruner.callbacks.allocating import Allocator, drop_bank
+from qpruner.callbacks.bits_under_budget import Allocator, drop_bank
 from qpruner.callbacks.compression import CompressionInSetup, CompressionJob, Rehearsal
 from qpruner.compressed import State
 from qpruner.datamodules.base import TokenDataModule

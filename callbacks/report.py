@@ -14,7 +14,7 @@ from qpruner.callbacks.quantization import MixedPrecisionQuantization
 from qpruner.compressed import State
 from qpruner.datamodules.base import TokenDataModule
 from qpruner.memory import num_parameters, peak_meaning, read_peak, reset_peak, tensor_bytes
-from qpruner.records.allocation import allocation_figure, allocation_section
+from qpruner.records.allocation_report import allocation_figure, allocation_section
 from qpruner.records.folder import RunFolder
 from qpruner.records.manifest import record_session
 from qpruner.records.pictures import plan_figure

@@ -1,5 +1,6 @@
 """A language model under compression: what it is now, what was done to it, and the folder that keeps it."""
 
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -149,7 +150,7 @@ class CompressedModel(nn.Module):
             if not any(isinstance(module, PackedLinear) for module in network.modules()):
                 hold_in_(network, held_in(network.config, dtype))
             if model_folder.has_adapters(folder):
-                say(f"{base!r} is taken as the base without its adapters.")
+                warnings.warn(f"{base!r} is taken as the base without its adapters.", stacklevel=2)
             sha256 = fingerprint(base)
             plan = CompressionPlan.dense(architecture_of(network.config), sha256).with_precision(
                 [layer.precision for layer in layers], embedding=content.plan.embedding, head=content.plan.head
@@ -305,6 +306,8 @@ class CompressedModel(nn.Module):
         if gradient_checkpointing:
             # Non-reentrant: the reentrant form loses gradients where no input of a block requires them.
             self.network.gradient_checkpointing_enable({"use_reentrant": False})
+        if self._adapter_files is not None:
+            model_folder.check_adapters(self._adapter_files, rank=lora.r, alpha=lora.alpha)
         self.network = attach_adapters(self.network, lora, seed=seed)
         self._lora = lora, seed
         set_factors_(self.network, self.initial_adapters)

@@ -22,6 +22,8 @@ def merge(run: Path, output: Path, dtype: Literal["bfloat16", "float16"] = "bflo
         output: folder to write; it must not be there yet.
         dtype: number format of the copy.
     """
-    from qpruner.merge import merge_run  # what loads and measures models takes seconds to import, and help needs it not
+    from qpruner.dense_copy import (
+        merge_run,  # what loads and measures models takes seconds to import, and help needs it not
+    )
 
     merge_run(run, output, dtype)

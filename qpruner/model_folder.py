@@ -305,6 +305,33 @@ def _name_for_peft(folder: Path, place: Path) -> str:
     return str(place) if portable else f"qpruner.load_compressed({str(place)!r})"
 
 
+class AdapterKind(TypedDict):
+    """What ``adapter_config.json`` says of adapters that others must have, too, to begin with their values."""
+
+    r: int
+    lora_alpha: float
+
+
+def check_adapters(folder: Path, *, rank: int, alpha: float) -> None:
+    """Makes sure that the adapters of a compressed folder are of a kind.
+
+    Args:
+        folder: that holds adapters.
+        rank: r that they are to have.
+        alpha: numerator that they are to have of what the forward pass multiplies by.
+
+    Raises:
+        UserError: they are of another kind, or the file is damaged.
+    """
+    stored = read_as(folder / ADAPTER_CONFIG, AdapterKind, remedy=COPY_AGAIN)
+    pairs = {"r": (stored["r"], rank), "alpha": (stored["lora_alpha"], alpha)}
+    if differences := [f"{name} {there} there, {here} here" for name, (there, here) in pairs.items() if there != here]:
+        raise UserError(
+            f"The adapters in {str(folder)!r} are of another kind: {', '.join(differences)}. Use the --model.lora of "
+            f"its run."
+        )
+
+
 def load_adapters(folder: Path, model: Any) -> None:
     """Gives a PEFT model the adapters of its base's folder.
 

@@ -17,7 +17,7 @@ from qpruner.allocation.sensitivities import Sensitivities
 from qpruner.commands import run
 from qpruner.errors import UserError
 from qpruner.plan import CompressionPlan
-from qpruner.records.allocation import sentence
+from qpruner.records.allocation_report import sentence
 from qpruner.records.folder import RunFolder
 from qpruner.records.report import scalars
 

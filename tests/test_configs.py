@@ -110,7 +110,7 @@ def test_config_runs_on_a_tiny_stand_in(path: Path, tmp_path: Path, local_data: 
         ratio = float(re.search(r"ratio: ([\d.]+)", path.read_text())[1])  # type: ignore[index]
         sizes = {stage["name"]: stage["parameters"] for stage in summary["stages"]}
         dense = sizes["dense"]
-        narrow = num_parameters(load_base(folder / "model").model)
+        narrow = num_parameters(load_base(folder / "model").network)
         assert narrow == sizes.get("pruned", narrow)
         assert 1 - narrow / dense == pytest.approx(ratio, abs=0.01)
 

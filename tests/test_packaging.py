@@ -53,16 +53,16 @@ ALLOWED: dict[str, set[str]] = {
         "pretrained", "pricing", "pruning", "quantization",
     },
     "datamodules": {"errors", "files", "likelihood", "pretrained", "seeds", "stories"},
+    "dense_copy": {
+        "compressed", "datamodules", "errors", "folder_manifest", "memory", "model_folder", "plan", "quantization",
+        "records", "schema", "training",
+    },
     "files": {"errors"},
     "folder_manifest": {"errors", "files", "schema"},
     "likelihood": {"errors"},
     "loading_info": {"errors"},
     "memory": {"errors", "quantization"},
-    "merge": {
-        "compressed", "datamodules", "errors", "folder_manifest", "memory", "model_folder", "plan", "quantization",
-        "records", "schema", "training",
-    },
-    "merge_command": {"merge", "options"},
+    "merge_command": {"dense_copy", "options"},
     "model_files": {"errors", "files", "folder_manifest", "schema"},
     "model_folder": {
         "anatomy", "conv1d", "errors", "files", "folder_manifest", "memory", "plan", "pretrained", "pruning",

@@ -78,7 +78,8 @@ def narrow_(model: Any, kept: Sequence[tuple[Sequence[int], Sequence[int]]]) -> 
         for path in family.reads_config:
             reader: Any = block.get_submodule(path)
             reader.config = layer_config(model.config, number)
-    if family.rotary is not None:  # reads a number of heads, to no end, as it stretches positions for long texts
+    # It reads a number of heads, to no end, as it stretches positions for long texts. An outline of a model has none.
+    if family.rotary is not None and family.rotary in dict(model.named_modules()):
         model.get_submodule(family.rotary).config = layer_config(model.config, 0)
     return rounded
 

@@ -9,7 +9,7 @@ from qpruner.allocation.decision import Allocation
 from qpruner.errors import UserError
 from qpruner.files import write_text
 from qpruner.plan import CompressionPlan
-from qpruner.records.allocation import allocation_figure, allocation_section
+from qpruner.records.allocation_report import allocation_figure, allocation_section
 from qpruner.records.folder import RESTORE, RunFolder
 from qpruner.records.pictures import loss_figure, plan_figure, ratio_figure, save_figure
 from qpruner.records.tables import markdown_table

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from lightning.pytorch.utilities import rank_zero_info
 
 from qpruner.allocation.decision import Allocation, Method
-from qpruner.callbacks.allocating import Allocator
+from qpruner.callbacks.bits_under_budget import Allocator
 from qpruner.callbacks.compression import CompressionInSetup, CompressionJob, check_dense, check_order
 from qpruner.callbacks.quantization import MixedPrecisionQuantization
 from qpruner.compressed import CompressedModel

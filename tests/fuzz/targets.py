@@ -176,6 +176,7 @@ def make_checkpoint(folder: Path) -> None:
     module = LoRAFinetuner(base=str(folder / "base"), lora=LoRAConfig(r=2, dropout=0.0))
     module.load_base()
     module.compressed.prune(KEPT)
+    module.keep_base(folder / "kept")
     module.configure_model()
     trainer = quiet_trainer()
     trainer.strategy.connect(module)

@@ -173,7 +173,7 @@ def callbacks(**entry: Any) -> dict[str, Any]:
         (callbacks(class_path="Compression"), "'Compression' is what others are made from, and cannot be had itself."),
         ({"data": {"class_path": "TokenDataModule"}}, f"cannot be had itself. data must be {DATA}."),
         ({"phases": [{"max_steps": 1, "callbacks": [{"class_path": "Compression"}]}]}, "'Compression' is what others"),
-        ({"model": {"dtype": None}}, "model.dtype is null; it must be one of float32, bfloat16, float16."),
+        ({"model": {"dtype": None}}, "model.dtype is null; it must be one of auto, float32, bfloat16, float16."),
         ({"restart": "x"}, "restart is 'x'; it must be true or false."),
         ({"search": {"trials": 3}}, "search is an option of `qpruner search`, and not of this command."),
     ],

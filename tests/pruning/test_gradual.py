@@ -10,7 +10,7 @@ from families import FFN, LAYERS, packed, tiny_model
 from qpruner.anatomy import architecture_of
 from qpruner.errors import UserError
 from qpruner.memory import num_parameters
-from qpruner.plan import CompressionPlan, Precision
+from qpruner.plan import Precision
 from qpruner.pruning.gradual import GradualPruning, agreement
 from qpruner.pruning.rounds import prune_, step_parameters, supplies
 from qpruner.pruning.scores import LayerScores
@@ -102,25 +102,25 @@ def test_with_the_same_scores_it_keeps_what_rounds_of_pruning_keep(way: str, rou
     ratio, selection, scores = 0.18, WAYS[way], random_scores(7)
     model, alive = tiny_model("llama"), everything()
 
-    def agree(kept: Kept) -> Kept:
+    def narrow(kept: Kept) -> None:
         """Keeps the account of the units by their places in the dense model."""
         for number, ((groups, channels), (some, few)) in enumerate(zip(list(alive), kept, strict=True)):
             alive[number] = ([groups[place] for place in some], [channels[place] for place in few])
-        return kept
+        narrow_(model, kept)
 
-    plan = prune_(
+    prune_(
         model,
-        CompressionPlan.dense(architecture_of(model.config), None),
+        architecture_of(model.config),
         ratio=ratio,
         rounds=rounds,
         selection=selection,
         score=lambda _: of_alive(scores, alive),
-        agree=agree,
+        narrow=narrow,
     )
     pruning, kept = gradual(ratio, selection), everything()
     for number in range(1, rounds + 1):
         kept = pruning.keep(scores, kept, number / rounds)
-    assert kept == [([*layer.kv_groups], [*layer.ffn_channels]) for layer in plan.layers]
+    assert kept == alive
 
 
 def test_the_lowest_of_those_alive_go() -> None:

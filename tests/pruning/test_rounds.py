@@ -68,8 +68,15 @@ def prune(
     score: Callable[[Any], list[LayerScores]] = by_magnitude,
     agree: Callable[[Kept], Kept] = same,
 ) -> CompressionPlan:
-    dense = CompressionPlan.dense(architecture_of(model.config), "f00d")
-    return prune_(model, dense, ratio=ratio, rounds=rounds, selection=selection, score=score, agree=agree)
+    plan = CompressionPlan.dense(architecture_of(model.config), "f00d")
+
+    def narrow(kept: Kept) -> None:
+        nonlocal plan
+        narrow_(model, agreed := agree(kept))
+        plan = plan.keeping(agreed)
+
+    prune_(model, plan.architecture, ratio=ratio, rounds=rounds, selection=selection, score=score, narrow=narrow)
+    return plan
 
 
 def rows(units: tuple[int, ...], width: int) -> list[int]:

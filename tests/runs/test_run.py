@@ -278,7 +278,7 @@ def test_a_search_refuses_what_it_has_no_use_for(given: dict[str, Any], tmp_path
     rehearsal = anew(given, callbacks=[budgeted], trainer={**given["trainer"], "fast_dev_run": True})
     rehearsal.folder.path.mkdir()
     rehearsal.folder.config.write_text("model: {}")
-    with pytest.raises(UserError, match="A search has no rehearsal"):
+    with pytest.raises(UserError, match="a search has no rehearsal"):
         rehearsal.search(SearchConfig(trials=1), restart=True)
     assert rehearsal.folder.config.read_text() == "model: {}"
 

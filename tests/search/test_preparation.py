@@ -89,8 +89,8 @@ def test_what_is_there_is_not_made_again(
     before = files_of(path)
     monkeypatch.setattr(CompressedModel, "load", None)
     monkeypatch.setattr(StructuredPruning, "compress", None)
-    monkeypatch.setattr("qpruner.callbacks.allocating.measured_rises", None)
-    monkeypatch.setattr("qpruner.callbacks.allocating.layer_information", None)
+    monkeypatch.setattr("qpruner.callbacks.bits_under_budget.measured_rises", None)
+    monkeypatch.setattr("qpruner.callbacks.bits_under_budget.layer_information", None)
     assert prepare_in(path, tiny_llama, (pruning(),)) == prepared
     changed = {name for name, written in files_of(path).items() if before.get(name) != written}
     assert changed <= {f"prior/{method}/allocation.json" for method in METHODS}

@@ -34,7 +34,7 @@ def stories_of(base: Path) -> StoriesDataModule:
         num_validation=6,
         num_test=6,
         num_choices=4,
-        loader=LoaderConfig(batch_size=4, eval_batch_size=4),
+        loader=LoaderConfig(batch_size=4, eval_tokens_per_batch=96),
     )
 
 

@@ -57,7 +57,7 @@ def test_a_damaged_one_is_named(path: Path, damage: Callable[[bytes], bytes] | N
     ("change", "said"),
     [
         (lambda c: c.pop("state_dict"), "state_dict missing"),
-        (lambda c: c.update(plan=3), "plan must be text, not 3"),
+        (lambda c: c["base"].update(folder=3), "base.folder must be text, not 3"),
         (lambda c: c["hyper_parameters"].update(dtype="int8"), "hyper_parameters.dtype must be auto or float32 or"),
         (lambda c: c["hyper_parameters"]["lora"].update(r=0), "lora.r is 0; it must be at least 1"),
         (lambda c: c.update(lora=c["lora"] | {"r": 4}), "of another kind: r 4 there, 2 here"),

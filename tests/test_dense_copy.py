@@ -12,10 +12,10 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from qpruner.commands import run
+from qpruner.dense_copy import model_folder
 from qpruner.errors import UserError
 from qpruner.files import hash_file, read_json, write_json
 from qpruner.folder_manifest import is_compressed
-from qpruner.merge import model_folder
 from qpruner.model_folder import load_compressed
 from qpruner.pretrained import EMBEDDED, load_tokenizer
 
@@ -178,7 +178,7 @@ def test_what_float16_cannot_hold_is_refused(work: Path) -> None:
 
 
 def test_places_that_cannot_be_written_are_found_first(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("qpruner.merge.load_compressed", lambda folder: pytest.fail("too late"))
+    monkeypatch.setattr("qpruner.dense_copy.load_compressed", lambda folder: pytest.fail("too late"))
     (work / "dangling").symlink_to("nowhere")
     for output, said in (
         ("text", "is there already"),

@@ -67,7 +67,7 @@ def rehearsed(base: Path, *callbacks: Compression) -> Rehearsal:
 
 def without_measuring(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in MEASURES:
-        monkeypatch.setattr(f"qpruner.callbacks.allocating.{name}", None)
+        monkeypatch.setattr(f"qpruner.callbacks.bits_under_budget.{name}", None)
 
 
 # Before any work.

@@ -12,7 +12,7 @@ from test_observation import S, T, calibration, hooks_of, in_processes
 from torch import Tensor
 
 from qpruner.allocation.items import Item, items_of
-from qpruner.allocation.sensitivity import first_order_rises, measured_rises
+from qpruner.allocation.rises import first_order_rises, measured_rises
 from qpruner.calibration.text import Calibration
 from qpruner.errors import UserError
 from qpruner.plan import DENSE, UNITS, Precision

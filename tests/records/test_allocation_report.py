@@ -9,7 +9,7 @@ from qpruner.allocation.decision import Allocation, Decision
 from qpruner.allocation.items import Item
 from qpruner.allocation.sensitivities import Rises, Sensitivities
 from qpruner.plan import DENSE, UNITS, Precision
-from qpruner.records.allocation import allocation_figure, describe, sensitivities_table, sentence
+from qpruner.records.allocation_report import allocation_figure, describe, sensitivities_table, sentence
 
 NF4, INT8 = Precision("nf4", 4, 64), Precision("int8", 8)
 

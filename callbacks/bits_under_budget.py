@@ -11,8 +11,8 @@ from qpruner.allocation.budget import Budget
 from qpruner.allocation.decision import DecidingConfig, Method, affordable, decide
 from qpruner.allocation.items import Item, items_of
 from qpruner.allocation.observation import layer_information
+from qpruner.allocation.rises import first_order_rises, measured_rises
 from qpruner.allocation.sensitivities import Rises, Sensitivities
-from qpruner.allocation.sensitivity import first_order_rises, measured_rises
 from qpruner.callbacks.calibration import calibration_of
 from qpruner.callbacks.compression import CompressionJob, Rehearsal
 from qpruner.files import hash_json
