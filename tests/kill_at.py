@@ -11,7 +11,7 @@ import lightning.fabric.plugins.io.torch_io as torch_io
 
 from qpruner import __main__ as command_line
 from qpruner import model_folder
-from qpruner.callbacks import allocating, checkpoint, pruning
+from qpruner.callbacks import bits_under_budget, checkpoint, pruning
 from qpruner.search import trial
 from qpruner.training.module import LoRAFinetuner
 
@@ -45,7 +45,7 @@ match moment:
     case "scoring":
         pruning.score_units = at_call(int(number), pruning.score_units, die)
     case "measuring":
-        allocating.measured_rises = at_call(int(number), allocating.measured_rises, die)
+        bits_under_budget.measured_rises = at_call(int(number), bits_under_budget.measured_rises, die)
     case "trial":
         trial.evaluate = at_call(int(number), trial.evaluate, die)
     case "keeping":

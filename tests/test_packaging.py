@@ -98,7 +98,7 @@ ALLOWED: dict[str, set[str]] = {
     "verify_command": {"folder_manifest", "options"},
 }  # fmt: skip
 OUTSIDERS = {
-    "lightning": {"callbacks", "cli", "merge", "datamodules", "options", "runs", "search", "training"},
+    "lightning": {"callbacks", "cli", "datamodules", "dense_copy", "options", "runs", "search", "training"},
     "nevergrad": {"search"},
 }
 
