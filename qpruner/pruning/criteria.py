@@ -64,8 +64,8 @@ def wanda(coupled: Coupled, input_norm: Tensor) -> Tensor:
     """Sum over each unit of |w| times the norm of the inputs that w meets.
 
     Args:
-        coupled: the weight.
-        input_norm: [in], L2 norm of each input channel over all calibration tokens.
+        coupled: weight whose units are scored.
+        input_norm: L2 norm of each input channel over all calibration tokens, [in].
     """  # [units]
     return sum_by_unit(coupled, coupled.linear.weight.detach().abs() * input_norm)
 
@@ -74,8 +74,9 @@ def aggregate(scores: list[Tensor], how: Aggregate) -> Tensor:
     """What a unit's coupled weights make together.
 
     Args:
-        scores: [weights] of [units], in the order in which a layer names its weights.
-        how: sum, product, largest, mean, or the first (q, or gate) alone.
+        scores: scores of the units by each weight, [weights] of [units], in the order in which a layer names its
+            weights.
+        how: what a unit's weights make together: sum, product, largest, mean, or the first (q, or gate) alone.
     """  # [units]
     stacked = torch.stack(scores)
     match how:

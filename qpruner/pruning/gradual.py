@@ -31,7 +31,7 @@ class GradualPruning:
         selection: how layers share what is removed.
         dense: [layers], what each layer can give.
         total: parameters of the model, without adapters.
-        in_linears: of them, those of the decoder's projections.
+        in_linears: parameters of the decoder's projections, which ``total`` includes.
         round_to: what FFN widths are multiples of, at the end or whenever layers compete.
     """
 
@@ -63,9 +63,9 @@ class GradualPruning:
         """The units that stay, of those that are alive, at a share of the way.
 
         Args:
-            scores: [layers], of all units.
+            scores: [layers], scores of all units.
             alive: places of the units that are not gone yet.
-            share: in [0, 1]; at 1 the ratio is met.
+            share: share of the way, in [0, 1]; at 1 the ratio is met.
         """
         left = [
             LayerScores(score.kv_groups[groups], score.ffn_channels[channels])
@@ -88,10 +88,10 @@ class GradualPruning:
         ]
 
 
-def agreement(alive: Kept, one: Kept, other: Kept) -> float | None:
+def agreement(alive: Kept, kept: Kept, kept_by_other: Kept) -> float | None:
     """Of the units alive that one choice removes, the share that another removes, too; None where it removes none."""
-    removed, others = _gone(alive, one), _gone(alive, other)
-    return len(removed & others) / len(removed) if removed else None
+    removed, removed_by_other = _gone(alive, kept), _gone(alive, kept_by_other)
+    return len(removed & removed_by_other) / len(removed) if removed else None
 
 
 def _gone(alive: Kept, kept: Kept) -> set[tuple[int, int, int]]:

@@ -41,10 +41,10 @@ class AdapterGradients:
     """The factors of a linear's adapter with their gradients.
 
     Args:
-        lora_A: [r, in].
-        lora_B: [out, r].
-        grad_A: [r, in].
-        grad_B: [out, r].
+        lora_A: factor A of the adapter, [r, in].
+        lora_B: factor B of the adapter, [out, r].
+        grad_A: gradient of A, [r, in].
+        grad_B: gradient of B, [out, r].
         scale: s, what the forward pass multiplies B A by.
     """
 
@@ -58,7 +58,7 @@ class AdapterGradients:
     def of(cls, adapter: Adapter) -> Self:
         """What a backward pass left on an adapter; zero where it did not come by."""
         lora_A, lora_B = adapter.lora_A, adapter.lora_B
-        grad_A, grad_B = (torch.zeros_like(one) if one.grad is None else one.grad for one in (lora_A, lora_B))
+        grad_A, grad_B = (torch.zeros_like(part) if part.grad is None else part.grad for part in (lora_A, lora_B))
         return cls(lora_A.float(), lora_B.float(), grad_A.float(), grad_B.float(), adapter.scale)
 
     def gradient(self, rows: slice, eta: float = 1.0) -> Tensor:
@@ -78,10 +78,10 @@ def unit_scores(
     """How much each unit matters by the weight of one projection.
 
     Args:
-        coupled: the projection.
-        weight: W [out, in].
-        adapter: of the linear.
-        gradient: [out, in] of W + s B A, in place of g; None for g.
+        coupled: projection whose units are scored.
+        weight: weight W of the linear that holds it, [out, in].
+        adapter: adapter of that linear, with its gradients.
+        gradient: gradient of W + s B A, [out, in], in place of g; None for g.
         variant: ``paper`` or ``code``.
     """  # [units] float64
     _, in_features = weight.shape
@@ -108,9 +108,9 @@ class MovingAverage:
 
     Args:
         decay: share of the average that stays at each step, in [0, 1).
-        scores: [layers]; zero before the first step.
-        steps: that were added.
-        skipped: steps whose scores were not finite.
+        scores: [layers], average scores; zero before the first step.
+        steps: number of steps that were added.
+        skipped: number of steps whose scores were not finite.
     """
 
     decay: float
@@ -120,7 +120,7 @@ class MovingAverage:
 
     def add(self, scores: Sequence[LayerScores]) -> None:
         """Adds the scores of a step, unless one of them is not finite."""
-        total = torch.stack([one.kv_groups.sum() + one.ffn_channels.sum() for one in scores]).sum()
+        total = torch.stack([layer.kv_groups.sum() + layer.ffn_channels.sum() for layer in scores]).sum()
         if not bool(total.isfinite()):  # none is below 0, so that nothing cancels
             self.skipped += 1
             return
@@ -141,9 +141,10 @@ def score_adapted(model: Any, variant: Variant, gradients: Mapping[nn.Module, Te
     Linears without an adapter say nothing. Bases are unpacked one linear at a time.
 
     Args:
-        model: below PEFT, with adapters on at least one linear of each kind of unit.
+        model: model below PEFT, with adapters on at least one linear of each kind of unit.
         variant: ``paper`` or ``code``.
-        gradients: [out, in] of W + s B A, by linear, in place of those made of the adapters'; None for these.
+        gradients: gradients of W + s B A by linear, [out, in] each, in place of what the gradients of adapters make;
+            None for that.
 
     Returns:
         Scores on the model's device; not finite where a gradient is not.

@@ -21,7 +21,7 @@ class UnitMasks:
     too, and its outputs scaled as narrowing scales them.
 
     Args:
-        model: with its adapters on it, on any device.
+        model: model with its adapters on it, on any device.
     """
 
     def __init__(self, model: Any) -> None:

@@ -40,12 +40,12 @@ def prune_(
     """Narrows a model in place until a share of all its parameters is gone.
 
     Args:
-        model: the model; its weights may also lie on the meta device if ``score`` can do without them.
+        model: model to prune; its weights may also lie on the meta device if ``score`` can do without them.
         dense: widths that floors are shares of.
         ratio: share of all parameters to remove, in (0, 1).
-        rounds: of scoring and narrowing, each removing the same number of parameters.
+        rounds: number of rounds of scoring and narrowing, each removing the same number of parameters.
         selection: how layers share what is removed.
-        score: the units of the model as it is.
+        score: gives the scores of the units of the model as it is.
         narrow: takes all units but some out of the model, the same on all processes.
 
     Raises:
@@ -107,7 +107,7 @@ def supplies(model: Any, selection: SelectionConfig, dense: Architecture | None 
     """What each layer of a model can give.
 
     Args:
-        model: as it is.
+        model: model to prune, as it is.
         selection: layers to leave alone, floor and rounding.
         dense: widths that the floor is a share of; those of the model when not given.
 
@@ -129,13 +129,13 @@ def supplies(model: Any, selection: SelectionConfig, dense: Architecture | None 
             f"selection.uniform is true, but the layers already differ: {sorted(widths)} KV groups and FFN channels. "
             f"Start from a model whose layers are equal, or drop the option."
         )
-    found = []
+    offers = []
     for number, layer in enumerate(layers):
         least_groups = max(1, _ceil(selection.floor * dense.kv_groups[number]))
         least_channels = max(1, _ceil(selection.floor * dense.ffn_channels[number] / multiple)) * multiple
         if number in alone:
             least_groups, least_channels = layer.kv_groups, layer.ffn_channels
-        found.append(
+        offers.append(
             Supply(
                 layer.kv_groups,
                 layer.ffn_channels,
@@ -144,12 +144,12 @@ def supplies(model: Any, selection: SelectionConfig, dense: Architecture | None 
                 min(least_channels, layer.ffn_channels),
             )
         )
-    if not any(supply.parameters for supply in found):
+    if not any(supply.parameters for supply in offers):
         raise UserError(
             f"With selection.floor {selection.floor} and FFN widths in multiples of {multiple} nothing can be removed. "
             f"Lower one of them."
         )
-    return found
+    return offers
 
 
 def _ceil(number: float) -> int:
@@ -185,9 +185,9 @@ def describe(plan: CompressionPlan, before: Size, after: Size, asked: str, asked
     """What pruning did, what it left alone and why, in one line.
 
     Args:
-        plan: that was carried out.
-        before: size of the model.
-        after: likewise.
+        plan: plan that was carried out.
+        before: size of the model before pruning.
+        after: size of the model after pruning.
         asked: what was asked for, in words.
         asked_alone: layers that were to be left alone.
     """

@@ -31,8 +31,8 @@ class LayerScores:
     """How much each unit of a layer matters, at least 0; float64, on the CPU.
 
     Args:
-        kv_groups: [groups].
-        ffn_channels: [channels].
+        kv_groups: [groups], scores of KV groups.
+        ffn_channels: [channels], scores of FFN channels.
     """
 
     kv_groups: Tensor
@@ -47,10 +47,10 @@ def score_units(
     Args:
         model: causal language model of a supported family with frozen weights, on the device that computes; it is left
             as it was.
-        criterion: see `qpruner.pruning.criteria`.
+        criterion: how a unit is scored; see `qpruner.pruning.criteria`.
         how: what coupled weights make together.
-        calibration: the text; None for criteria that need none.
-        seed: of ``random``.
+        calibration: calibration text; None for criteria that need none.
+        seed: seed of the criterion ``random``.
 
     Raises:
         UserError: a score is not finite; see also `gradient_sums`.

@@ -70,12 +70,12 @@ class Supply:
     """What one layer can give.
 
     Args:
-        kv_groups: that it has.
-        ffn_channels: that it has.
-        group_parameters: that go with one KV group.
-        channel_parameters: that go with one FFN channel.
-        least_groups: that must stay; all of them in a layer that is left alone.
-        least_channels: that must stay, a legal width.
+        kv_groups: number of KV groups that the layer has.
+        ffn_channels: number of FFN channels that the layer has.
+        group_parameters: parameters that go with one KV group.
+        channel_parameters: parameters that go with one FFN channel.
+        least_groups: number of KV groups that must stay; all of them in a layer that is left alone.
+        least_channels: number of FFN channels that must stay, a legal width.
     """
 
     kv_groups: int
@@ -151,16 +151,16 @@ def local_widths(supplies: Sequence[Supply], remove: int, round_to: int) -> Widt
 
     def removed(group_share: float, channel_share: float) -> int:
         kept = widths(group_share, channel_share)
-        return sum(supply.cost(*one) for supply, one in zip(supplies, kept, strict=True))
+        return sum(supply.cost(*widths_of_layer) for supply, widths_of_layer in zip(supplies, kept, strict=True))
 
     def miss(shares: tuple[float, float]) -> int:
         return abs(removed(*shares) - remove)
 
     candidates: list[tuple[float, float]] = []
-    for group_share in sorted(group_shares, key=lambda one: abs(one - share)):
+    for group_share in sorted(group_shares, key=lambda candidate: abs(candidate - share)):
         # More goes with a larger share of channels, so the place where it suffices is found by halving.
-        place = bisect_left(channel_shares, remove, key=lambda one: removed(group_share, one))
-        around = [(group_share, one) for one in channel_shares[max(0, place - 1) : place + 1]]
+        place = bisect_left(channel_shares, remove, key=lambda channel_share: removed(group_share, channel_share))
+        around = [(group_share, channel_share) for channel_share in channel_shares[max(0, place - 1) : place + 1]]
         if removed(group_share, 0) <= remove <= removed(group_share, channel_shares[-1]):
             return widths(*min(around, key=miss))
         candidates += around
@@ -179,8 +179,8 @@ def competing_widths(
     """KV groups and FFN channels that each layer keeps when steps compete by score per parameter.
 
     Args:
-        scores: [layers].
-        supplies: [layers].
+        scores: [layers], scores of their units.
+        supplies: [layers], what each layer can give.
         remove: parameters to remove, at most what the supplies can give.
         round_to: FFN widths become multiples of it.
         uniform: whether a step is taken in all layers at once.
@@ -212,9 +212,9 @@ class Step:
     """Units that go together: one KV group, or the channels down to the next legal width.
 
     Args:
-        units: how many, in each layer that the step is taken in.
-        parameters: that go with them.
-        score: of them all.
+        units: number of units, in each layer that the step is taken in.
+        parameters: parameters that go with these units, in all of these layers.
+        score: score of all these units together.
     """
 
     units: int

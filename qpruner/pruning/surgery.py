@@ -31,8 +31,8 @@ def apply_pruning_(model: Any, plan: CompressionPlan) -> None:
     Raises:
         UserError: the model has not the shape that the plan was made for, by its configuration or by its weights.
     """
-    for found in (architecture_of(model.config), stated_by_weights(model)):
-        if differences := describe_differences(plan.architecture, found):
+    for actual in (architecture_of(model.config), stated_by_weights(model)):
+        if differences := describe_differences(plan.architecture, actual):
             raise UserError(f"The plan does not fit the model: {differences}.")
     narrow_(model, [(layer.kv_groups, layer.ffn_channels) for layer in plan.layers])
 
@@ -49,7 +49,8 @@ def narrow_(model: Any, kept: Sequence[tuple[Sequence[int], Sequence[int]]]) -> 
         kept: [layers], places of the kept KV groups and FFN channels.
 
     Returns:
-        Of each linear that was rounded anew, by ``layer.projection``, the norm of the change over that of the weight.
+        Relative change of each linear that was rounded anew, by ``layer.projection``: norm of the change over norm of
+        the weight.
     """
     _, family = family_of(model.config)
     rounded: dict[str, float] = {}
@@ -97,8 +98,8 @@ def keep_units_(stack: Sequence[Coupled], units: Sequence[int]) -> None:
     """Slices a dense linear, in place, to the rows or columns of some units.
 
     Args:
-        stack: all projections of the linear.
-        units: places of those that stay.
+        stack: all projections that the linear holds.
+        units: places of the units that stay.
     """
     linear, axis = stack[0].linear, stack[0].axis
     index = places_of(stack, units).to(linear.weight.device)
@@ -133,8 +134,8 @@ def norm_scale(norm: WideNorm, units: Sequence[int]) -> Tensor:
     norm's epsilon, which counts n' / n times; where all rows are alike it is 1.
 
     Args:
-        norm: with its projection as it is before heads leave, packed or not.
-        units: places of those that stay.
+        norm: norm over all heads, with its projection as it is before heads leave, packed or not.
+        units: places of the units that stay.
     """  # []
     linear: Any = norm.of.linear
     linear = linear.get_base_layer() if hasattr(linear, "get_base_layer") else linear
@@ -163,7 +164,7 @@ def narrow_factors(
     """The adapters of a model that keeps only some of its units.
 
     Args:
-        model: before it is narrowed.
+        model: model before it is narrowed.
         factors: A [r, in] and B [out, r] of adapters, by the name of their linear; other linears' stay as they are.
         kept: [layers], places of the kept KV groups and FFN channels.
     """

@@ -21,7 +21,7 @@ class WeightGradients:
     With dropout in the adapters the gradient is that of W, which sees the inputs as they are.
 
     Args:
-        model: below PEFT.
+        model: model below PEFT.
     """
 
     def __init__(self, model: Any) -> None:
@@ -37,7 +37,7 @@ class WeightGradients:
         """The gradients [out, in] summed since they were last taken, by linear.
 
         Args:
-            reduce: takes their mean over all processes.
+            reduce: takes the mean of a gradient over all processes.
         """
         sums, self._sums = self._sums, {}
         return {linear: reduce(total) for linear, total in sums.items()}

@@ -54,8 +54,8 @@ def compressed_config_class(family: str) -> type:
         "__annotations__": {},
     }
     # Without the decorator the parent's validators still run.
-    made: type = strict(type(f"Compressed{parent.__name__}", (parent,), members))
-    return made
+    config_class: type = strict(type(f"Compressed{parent.__name__}", (parent,), members))
+    return config_class
 
 
 def __getattr__(name: str) -> type:
@@ -88,9 +88,9 @@ def with_widths(config: Any, widths: Architecture) -> Any:
         content |= overrides[0]
     else:
         content["per_layer_config"] = dict(enumerate(overrides))
-    made = compressed_config_class(family)(**content)
-    made._attn_implementation = config._attn_implementation
-    return made
+    compressed = compressed_config_class(family)(**content)
+    compressed._attn_implementation = config._attn_implementation
+    return compressed
 
 
 def heads_field(config: Any) -> str:
@@ -116,8 +116,8 @@ class LayerConfig:
     attention, which may change.
 
     Args:
-        config: of the model.
-        widths: of the layer, by field.
+        config: configuration of the model.
+        widths: widths of the layer, by field of the configuration.
     """
 
     def __init__(self, config: Any, widths: Mapping[str, int]) -> None:
