@@ -25,8 +25,8 @@ class Quantized:
     """A linear in a precision.
 
     Args:
-        packed: the linear.
-        factors: that its adapter starts from, on the CPU; None where it starts from zero.
+        packed: packed linear.
+        factors: factors that its adapter starts from, on the CPU; None where it starts from zero.
     """
 
     packed: PackedLinear
@@ -42,7 +42,7 @@ class LoftQSettings:
         scale: what the forward pass multiplies ``B A`` by.
         targets: the linears that get adapters, as ``target_modules`` of `LoRAConfig`.
         num_iterations: T of LoftQ, at least 1.
-        seed: of the run.
+        seed: seed of the run.
     """
 
     rank: int
@@ -79,10 +79,10 @@ def quantize_(
     """Replaces the linears and tables of a narrowed model by packed ones, one at a time, as its plan says.
 
     Args:
-        model: changed in place.
-        plan: whose widths the model has.
-        settings: of LoftQ; None quantizes alone, and adapters start from zero.
-        device: where each linear is computed; it stays where the model is.
+        model: model to quantize, in place.
+        plan: plan whose widths the model has.
+        settings: settings of LoftQ; None quantizes alone, and adapters start from zero.
+        device: device on which each linear is computed; the linear stays where the model is.
 
     Returns:
         The factors that adapters start from, by the name of their linear; none without ``settings``.
@@ -153,7 +153,7 @@ def check_rank(model: nn.Module, precisions: Mapping[str, Precision], settings: 
         if is_target(name, settings.targets)
     }
     if ranks and settings.rank > min(ranks.values()):
-        name = min(ranks, key=lambda one: ranks[one])
+        name = min(ranks, key=lambda candidate: ranks[candidate])
         raise UserError(
             f"LoRA rank {settings.rank} is above that of {name}, which is {ranks[name]}. Lower --model.lora.r to at "
             f"most {ranks[name]}, or prune less."

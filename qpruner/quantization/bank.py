@@ -33,8 +33,8 @@ class Bank:
     """The packed linears of a model, to assemble plans from.
 
     Args:
-        model: narrowed, with its dense linears in place; these serve where a plan leaves a unit dense.
-        tensors: as `fill` or `fill_folder` made them.
+        model: narrowed model with its dense linears in place; these serve where a plan leaves a unit dense.
+        tensors: tensors that `fill` or `fill_folder` made.
     """
 
     def __init__(self, model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
@@ -90,8 +90,8 @@ class Bank:
         """Puts every linear of the model into the precision of a plan, whatever plan was assembled before.
 
         Args:
-            model: that the bank was made for, without adapters; its tables are left alone.
-            plan: whose widths the model has.
+            model: model that the bank was made for, without adapters; its tables are left alone.
+            plan: plan whose widths the model has.
 
         Returns:
             The factors that adapters start from, by the name of their linear.
@@ -128,11 +128,11 @@ def fill(
     """A bank in memory.
 
     Args:
-        model: narrowed and dense.
-        precisions: to quantize to; dense ones are there anyway.
-        settings: of LoftQ; None where adapters start from zero.
-        layers: numbers of those to quantize, default all; the others can only be dense.
-        device: where each linear is computed; the bank is on the CPU.
+        model: narrowed and dense model.
+        precisions: precisions to quantize to; dense linears are there anyway.
+        settings: settings of LoftQ; None where adapters start from zero.
+        layers: numbers of the layers to quantize, default all; the others can only be dense.
+        device: device on which each linear is computed; the bank is on the CPU.
 
     Raises:
         UserError: as `qpruner.quantization.apply.quantize_`.
@@ -160,16 +160,16 @@ def fill_folder(
     """A bank in a folder; what is there of it is not made again, unless it is of another model or cut off.
 
     Args:
-        folder: that all processes see.
-        model: narrowed and dense.
-        precisions: to quantize to.
-        settings: of LoftQ; None where adapters start from zero.
+        folder: folder of the bank, which all processes see.
+        model: narrowed and dense model.
+        precisions: precisions to quantize to.
+        settings: settings of LoftQ; None where adapters start from zero.
         base: hash by which the model is known, which tells whose bank this is.
-        layers: numbers of those to quantize, default all.
-        device: where each linear is computed.
+        layers: numbers of the layers to quantize, default all.
+        device: device on which each linear is computed.
         rank: this process's place; each makes the files of every ``world_size``-th layer.
         world_size: number of processes.
-        barrier: waits for all of them.
+        barrier: waits for all processes.
 
     Raises:
         UserError: as `fill`, or the disk has no room.

@@ -166,7 +166,7 @@ class Blockwise4Linear(PackedLinear):
     dtype of the first input that it sees.
 
     Args:
-        number_format: of the state; the others as of `PackedLinear`.
+        number_format: number format of the state; the other arguments are those of `PackedLinear`.
     """
 
     def __init__(

@@ -24,9 +24,9 @@ class PackedEmbedding(nn.Module):
     """A frozen embedding that reads its rows from a packed linear, whose weight [vocabulary, hidden] is the table.
 
     Args:
-        table: the linear; with tied embeddings the head itself.
-        dense: the embedding whose rows they are; its weight is let go.
-        dtype: of the result; follows ``to``.
+        table: linear whose weight is the table; with tied embeddings the head itself.
+        dense: embedding that is replaced, with the rows of the table; its weight is let go.
+        dtype: dtype of the rows that it gives; follows ``to``.
     """
 
     scale: Tensor  # [], that the rows are multiplied by
@@ -84,10 +84,10 @@ def quantize_tables_(model: Any, embedding: Precision, head: Precision, *, devic
     """Replaces the dense embedding and head of a model by packed ones, where they are not to stay dense.
 
     Args:
-        model: changed in place.
+        model: model that is changed in place.
         embedding: precision of the embedding.
         head: precision of the head.
-        device: where each table is computed; it stays where the model is.
+        device: device on which each table is computed; the table stays where the model is.
 
     Raises:
         UserError: as `table_precisions`, or no format offers a precision.
@@ -106,11 +106,11 @@ def rebuild_tables_(
     """Puts packed tables from a state dict in the place of dense ones, whose weights are not read.
 
     Args:
-        model: changed in place; its dense tables may be on the meta device.
+        model: model that is changed in place; its dense tables may be on the meta device.
         embedding: precision of the embedding.
         head: precision of the head.
-        state: of the model that was saved; packed tables take its tensors over without a copy.
-        dtype: of what the embedding gives, which its codes do not tell.
+        state: state dict of the model that was saved; packed tables take its tensors over without a copy.
+        dtype: dtype of what the embedding gives, which its codes do not tell.
 
     Raises:
         UserError: as `quantize_tables_`, or the state lacks a tensor or has one of another shape.
@@ -126,7 +126,7 @@ def unpack_embedding_(model: Any) -> None:
     """Replaces a packed embedding by a dense one, and makes the head dense where that is the same table.
 
     Args:
-        model: changed in place; left alone where its embedding is dense.
+        model: model that is changed in place; left alone where its embedding is dense.
     """
     _, family = family_of(model.config)
     packed = model.get_submodule(family.embedding)

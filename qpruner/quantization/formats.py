@@ -80,19 +80,19 @@ def format_for(precision: Precision) -> Format:
             f"There is no number format {precision.format!r} to quantize to.{nearest(precision.format, formats)} "
             f"Choose one of {', '.join(formats)}; {DENSE.format!r} leaves a weight alone."
         )
-    found = formats[precision.format]
-    if precision.bits not in found.bits:
-        closest = min(found.bits, key=lambda bits: abs(bits - precision.bits))
+    number_format = formats[precision.format]
+    if precision.bits not in number_format.bits:
+        closest = min(number_format.bits, key=lambda bits: abs(bits - precision.bits))
         others = sorted({bits for number_format in FORMATS for bits in number_format.bits})
         raise UserError(
             f"{precision.format} has no {precision.bits} bits. Give {closest} bits, the nearest that it offers, or "
             f"another format; all of them together offer {', '.join(map(str, others))} bits."
         )
-    if precision.group is not None and precision.group not in found.groups:
-        allowed = [group for group in found.groups if group is not None]
+    if precision.group is not None and precision.group not in number_format.groups:
+        allowed = [group for group in number_format.groups if group is not None]
         remedy = f"Give one of {', '.join(map(str, sorted(allowed)))}, or none" if allowed else "Leave the group out"
         raise UserError(f"{precision.format} has no groups of {precision.group} weights. {remedy}.")
-    return found
+    return number_format
 
 
 def quantize(linear: nn.Linear, precision: Precision) -> PackedLinear:
@@ -125,9 +125,9 @@ def narrowed(module: PackedLinear, axis: int, index: Tensor) -> PackedLinear:
     Formats whose scales run across what goes round the rest anew: `dequantize` of the result then differs a little.
 
     Args:
-        module: stays as it is.
-        axis: 0 for rows, 1 for columns.
-        index: [n], which stay.
+        module: packed linear to narrow, which stays as it is.
+        axis: axis of the weight that narrows: 0 for rows, 1 for columns.
+        index: places of the rows or columns that stay, [n].
     """
     number_format = format_for(module.precision)
     state = number_format.take(module.packed(), axis, index)
@@ -175,12 +175,12 @@ def rebuild(
     """The packed linear of a state, bit for bit, on the state's device; it takes the tensors over without a copy.
 
     Args:
-        state: the tensors of ``PackedLinear.packed``; others are ignored.
+        state: tensors of ``PackedLinear.packed``; others are ignored.
         out_features: rows of the weight.
         in_features: columns of the weight.
-        precision: what the state was made with.
-        bias: [out] or None.
-        dtype: of the dense linear that it stands for.
+        precision: precision that the state was made in.
+        bias: bias [out], or None.
+        dtype: dtype of the dense linear that the packed one stands for.
 
     Raises:
         UserError: no format offers the precision, or a tensor is missing or not of the shape and dtype of the layout.
@@ -190,11 +190,11 @@ def rebuild(
     for name, expected in layout.items():
         given = state.get(name)
         if given is None or given.shape != expected.shape or given.dtype != expected.dtype:
-            found = "missing" if given is None else f"{given.dtype} {list(given.shape)}"
+            actual = "missing" if given is None else f"{given.dtype} {list(given.shape)}"
             raise UserError(
-                f"The tensor {name!r} of {out_features} x {in_features} weights in {precision} is {found}, but must be "
-                f"{expected.dtype} {list(expected.shape)}. The file was altered or belongs to another plan; give the "
-                "plan that it was saved with, or quantize again."
+                f"The tensor {name!r} of {out_features} x {in_features} weights in {precision} is {actual}, but must "
+                f"be {expected.dtype} {list(expected.shape)}. The file was altered or belongs to another plan; give "
+                "the plan that it was saved with, or quantize again."
             )
     frozen = None if bias is None else nn.Parameter(bias, requires_grad=False)
     packed = {name: state[name] for name in layout}

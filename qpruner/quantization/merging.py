@@ -19,7 +19,7 @@ def merge_(model: Any, dtype: torch.dtype) -> Any:
 
     Args:
         model: a PEFT model, or one without adapters; packed or not.
-        dtype: of the result.
+        dtype: dtype of the merged model.
     """
     adapted = hasattr(model, "merge_and_unload")
     base = model.get_base_model() if adapted else model

@@ -14,8 +14,9 @@ def quantize_linears_(model: nn.Module, precisions: Mapping[str, Precision]) -> 
     """Replaces linears by packed ones, one at a time; all precisions are checked before the first.
 
     Args:
-        model: changed in place.
-        precisions: by name of the linear in ``model``; linears that are not named, or dense, stay as they are.
+        model: model that is changed in place.
+        precisions: precision by name of the linear in ``model``; linears that are not named, or dense, stay as they
+            are.
 
     Raises:
         UserError: a name is not that of a dense linear, or no format offers a precision.
@@ -30,9 +31,9 @@ def rebuild_linears_(model: nn.Module, precisions: Mapping[str, Precision], stat
     The rest of the state dict is for ``model.load_state_dict``, which then finds the names that it saved.
 
     Args:
-        model: changed in place; its dense linears may be on the meta device.
-        precisions: those with which ``quantize_linears_`` made the model that was saved.
-        state: that model's state dict; packed linears take its tensors over without a copy.
+        model: model that is changed in place; its dense linears may be on the meta device.
+        precisions: precisions with which ``quantize_linears_`` made the model that was saved.
+        state: state dict of that model; packed linears take its tensors over without a copy.
 
     Raises:
         UserError: as `quantize_linears_`, or the state lacks a tensor or has one of another shape.
@@ -47,15 +48,15 @@ def rebuild_linear(name: str, linear: nn.Linear, precision: Precision, state: Ma
     Raises:
         UserError: the state lacks a tensor or has one of another shape, or a bias that the dense linear has not.
     """
-    own = {key.removeprefix(f"{name}."): tensor for key, tensor in state.items() if key.startswith(f"{name}.")}
-    if (linear.bias is not None) != ("bias" in own):
+    parts = {key.removeprefix(f"{name}."): tensor for key, tensor in state.items() if key.startswith(f"{name}.")}
+    if (linear.bias is not None) != ("bias" in parts):
         raise UserError(
             f"{name} {'lacks the' if linear.bias is not None else 'has a'} bias in the file, unlike in the model. "
             "The file belongs to another model; give the one that it was saved from."
         )
     try:
         shape, dtype = (linear.out_features, linear.in_features), linear.weight.dtype
-        packed = rebuild(own, *shape, precision=precision, bias=own.get("bias"), dtype=dtype)
+        packed = rebuild(parts, *shape, precision=precision, bias=parts.get("bias"), dtype=dtype)
     except UserError as error:
         raise UserError(f"{name}: {error}") from error
     return packed.train(linear.training)

@@ -23,9 +23,9 @@ class PackedLinear(nn.Linear):
         state: codes and scales by name, taken over without a copy.
         out_features: rows of the weight.
         in_features: columns of the weight.
-        precision: what the state was made with.
-        bias: [out] or None.
-        dtype: of the weight when others see it, or when the linear becomes dense; follows ``to``.
+        precision: precision that the state was made in.
+        bias: bias [out], or None.
+        dtype: dtype of the weight when others see it, or when the linear becomes dense; follows ``to``.
     """
 
     precision: Precision
@@ -79,8 +79,8 @@ class PackedLinear(nn.Linear):
         """Turns into a dense linear, the way a ``LazyLinear`` of torch turns into one.
 
         Args:
-            weight: [out, in], cast to the dtype of ``like``; default the one that the codes mean, so that only the
-                dtype rounds.
+            weight: weight of the dense linear, [out, in], cast to the dtype of ``like``; default the one that the codes
+                mean, so that only the dtype rounds.
         """
         dense = self.unpack(torch.float32) if weight is None else weight
         dense = dense.detach().to(self.like.dtype, copy=isinstance(weight, nn.Parameter))
@@ -127,18 +127,18 @@ class PackedLinear(nn.Linear):
         error_msgs: list[str],
     ) -> None:
         stored = self._stored()
-        for name, own in stored.items():
+        for name, tensor in stored.items():
             given = state_dict.get(prefix + name)
             if given is None:
                 missing_keys.append(prefix + name)
-            elif given.shape != own.shape or (given.dtype != own.dtype and name != "bias"):  # a cast would alter codes
+            elif given.shape != tensor.shape or (given.dtype != tensor.dtype and name != "bias"):  # casts alter codes
                 error_msgs.append(
                     f"{prefix}{name} is {given.dtype} {list(given.shape)}, but {self.precision} of "
-                    f"{self.out_features} x {self.in_features} weights needs {own.dtype} {list(own.shape)}."
+                    f"{self.out_features} x {self.in_features} weights needs {tensor.dtype} {list(tensor.shape)}."
                 )
             else:
                 with torch.no_grad():
-                    own.copy_(given)
+                    tensor.copy_(given)
         unexpected_keys.extend(key for key in state_dict if key.startswith(prefix) and key[len(prefix) :] not in stored)
 
     def _stored(self) -> dict[str, Tensor]:

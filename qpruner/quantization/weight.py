@@ -126,7 +126,7 @@ class UnpackedWeight(Tensor):
             for written in tree_leaves([*_written(func.__name__, args, named)]):
                 if isinstance(written, cls):
                     written._take_over()
-            given = {_storage(one): one for one in tree_leaves((args, named)) if isinstance(one, cls)}
+            given = {_storage(tensor): tensor for tensor in tree_leaves((args, named)) if isinstance(tensor, cls)}
 
             def watched(part: Tensor) -> Tensor:  # what shares the memory of the weight stands for it
                 source = given.get(_storage(part))
