@@ -50,7 +50,7 @@ def columns(draw: Callable[[int], Tensor], count: int, given: argparse.Namespace
     for _ in range(given.draws):
         x, y = torch.randn(count), draw(count)
         binned = estimate(x, y, histogram)
-        values = binned.found, binned.found - binned.correction, estimate(x, y, neighbours).found
+        values = binned.uncorrected, binned.uncorrected - binned.correction, estimate(x, y, neighbours).uncorrected
         for column, value in zip(found, values, strict=True):
             column.append(value)
     return found

@@ -27,11 +27,11 @@ class Budget:
     """What a model may take; exactly one of three.
 
     Args:
-        bytes: of all that is stored: decoder linears, embedding, head, norms and adapters. A whole number, or one with
-            a unit: ``1.5 GB`` is 1,500,000,000 bytes and ``900 MiB`` is 900 * 1,048,576.
+        bytes: bytes of all that is stored: decoder linears, embedding, head, norms and adapters. A whole number, or one
+            with a unit: ``1.5 GB`` is 1,500,000,000 bytes and ``900 MiB`` is 900 * 1,048,576.
         average_bits: bits per weight of the decoder linears, scales included.
-        share: of the bytes that the decoder linears of the dense, unpruned model take in 16 bits. Above 1 where that is
-            to be no limit.
+        share: share of the bytes that the decoder linears of the dense, unpruned model take in 16 bits. Above 1 where
+            that is to be no limit.
 
     Raises:
         UserError: none or several given, an amount that is not above 0, or an unknown unit.
@@ -44,8 +44,8 @@ class Budget:
     def __post_init__(self) -> None:
         given = {name: value for name, value in asdict(self).items() if value is not None}
         if len(given) != 1:
-            found = ", ".join(f"{name} {value!r}" for name, value in given.items()) or "none of them"
-            raise UserError(f"A budget has one of bytes, average_bits and share, and here {found}. Give exactly one.")
+            amounts = ", ".join(f"{name} {value!r}" for name, value in given.items()) or "none of them"
+            raise UserError(f"A budget has one of bytes, average_bits and share, and here {amounts}. Give exactly one.")
         if self.bytes is not None:
             parse_bytes(self.bytes)
         _check("average_bits", self.average_bits, "bits per weight, scales included, such as 4.5")
@@ -57,11 +57,11 @@ class Budget:
         An average or a share that was read off a plan gives the bytes of that plan, however it was rounded in a float.
 
         Args:
-            price: of any plan of these widths, with the adapters to come.
-            plan: of these widths.
+            price: price of any plan of the pruned model's widths, with the adapters to come.
+            plan: plan of these widths.
 
         Returns:
-            What `Price.unit_weight_bytes` may be; 0 or less where all else takes more than the budget.
+            The most bytes that `Price.unit_weight_bytes` may be; 0 or less where all else takes more than the budget.
         """
         if self.bytes is not None:
             return parse_bytes(self.bytes) - (price.total - price.unit_weight_bytes)
@@ -86,9 +86,9 @@ def parse_bytes(amount: int | str) -> int:
         UserError: not a positive amount, or in a unit that is unknown.
     """
     units = {unit.lower(): size for unit, size in BYTES_IN.items()}
-    found = AMOUNT.fullmatch(str(amount))
+    parsed = AMOUNT.fullmatch(str(amount))
     try:
-        size = math.floor(Fraction(found["number"]) * units[found["unit"].lower()]) if found else 0
+        size = math.floor(Fraction(parsed["number"]) * units[parsed["unit"].lower()]) if parsed else 0
     except (ValueError, KeyError):  # two points in a number; a unit that there is not
         size = 0
     if size < 1:

@@ -35,8 +35,8 @@ class DecidingConfig:
         leave_alone: numbers of layers, from 0, that stay in 16 bits; negative ones count from the last.
         solver: ``exact``, the optimum of the knapsack problem, or ``greedy``, the upgrades of QPruner.
         measure: the sensitivity that counts: the rise of ``loss`` or ``kl``, measured, or of loss by ``first_order``.
-        mutual_information: how that is estimated.
-        calibration: the text on which either is found.
+        mutual_information: how mutual information is estimated.
+        calibration: calibration text on which mutual information or sensitivities are measured.
 
     Raises:
         UserError: no widths, or one twice.
@@ -62,13 +62,13 @@ class Decision:
     """What one item got.
 
     Args:
-        item: that was decided on.
-        choices: what it may be held in, fewest bytes first.
-        sizes: bytes of its weights in each.
-        costs: what each costs the model, lower is better; for mutual information ``-I log2(bits)``.
-        chosen: place of what it got.
-        greedy: place of what the greedy upgrades give it.
-        exact: place of what the optimum gives it.
+        item: item that was decided on.
+        choices: precisions that it may be held in, fewest bytes first.
+        sizes: bytes of its weights in each precision.
+        costs: what each precision costs the model, lower is better; for mutual information ``-I log2(bits)``.
+        chosen: place of the precision that it got.
+        greedy: place of the precision that the greedy upgrades give it.
+        exact: place of the precision that the optimum gives it.
 
     Raises:
         UserError: no choices, not a size and a cost for each, or a place that is none of theirs.
@@ -101,16 +101,17 @@ class Allocation(Record):
     """Who got which bits under a budget, and why; JSON in ``allocation.json``.
 
     Args:
-        method: that made the costs.
-        measure: that was counted: ``kl``, ``loss``, ``first_order`` or ``mutual information``; None for ``uniform``.
-        solver: whose solution was taken.
-        budget: as a person reads it.
+        method: method that made the costs.
+        measure: measure of the costs: ``kl``, ``loss``, ``first_order`` or ``mutual information``; None for
+            ``uniform``.
+        solver: solver whose solution was taken.
+        budget: budget as a person reads it.
         limit: bytes that the budget leaves for the weights in the decoder linears.
-        for_items: of these, bytes that are left for the items.
-        total_bytes: of all tensors, adapters included, once the plan is carried out.
-        average_bits: of the weights in the decoder linears, scales included.
+        for_items: bytes of this limit that are left for the items.
+        total_bytes: bytes of all tensors, adapters included, once the plan is carried out.
+        average_bits: bits per weight of the decoder linears, scales included.
         above_dearest: whether the budget is above the dearest plan.
-        decisions: for each item.
+        decisions: what was decided for each item.
 
     Raises:
         UserError: no decisions.
@@ -164,13 +165,13 @@ def decide(
     """The plan that a budget buys.
 
     Args:
-        plan: of the pruned model; items get their precision, its other units and its tables keep theirs.
-        items: to decide on.
-        precisions: to choose from.
+        plan: plan of the pruned model; items get their precision, its other units and its tables keep theirs.
+        items: items to decide on.
+        precisions: precisions to choose from.
         budget: what may be stored.
         method: what makes the costs; ``uniform`` gives all items the same.
         config: how to decide.
-        sensitivities: of the items; None for ``uniform``.
+        sensitivities: sensitivities of the items; None for ``uniform``.
         dense_size: bytes of one dense weight.
         price_of: prices a plan of the pruned model.
 
@@ -231,7 +232,9 @@ def in_order(
     plan: CompressionPlan, items: Sequence[Item], precisions: Sequence[Precision], dense_size: int
 ) -> list[Precision]:
     """The precisions, fewest bytes first."""
-    return sorted(precisions, key=lambda one: sum(item.num_bytes(plan.widths, one, dense_size) for item in items))
+    return sorted(
+        precisions, key=lambda precision: sum(item.num_bytes(plan.widths, precision, dense_size) for item in items)
+    )
 
 
 def affordable(

@@ -19,8 +19,8 @@ class Item:
     """Units of a layer that get one width.
 
     Args:
-        layer: its number.
-        units: some of `UNITS`.
+        layer: number of the layer.
+        units: units of the layer that go together, some of `UNITS`.
 
     Raises:
         UserError: a number below 0, or other units.
@@ -51,9 +51,9 @@ def items_of(num_layers: int, granularity: Granularity, leave_alone: Sequence[in
     """The items of a model, in order, without those of layers that are left alone.
 
     Args:
-        num_layers: of the model.
+        num_layers: number of layers of the model.
         granularity: whether blocks or units get widths of their own.
-        leave_alone: numbers of layers; negative ones count from the last.
+        leave_alone: numbers of layers without items; negative ones count from the last.
 
     Raises:
         UserError: a layer that is not there, or all of them left alone.

@@ -71,8 +71,8 @@ class MutualInformationConfig:
     Args:
         estimator: ``histogram``, fast and blind to the scale of outputs; or ``neighbours``, without bins to choose. See
             `qpruner.allocation.mutual_information`.
-        bins: of a histogram, at least 2.
-        neighbours: k of ``neighbours``, at least 1; more vary less and blur more.
+        bins: number of bins of a histogram, at least 2.
+        neighbours: k of ``neighbours``, at least 1; with more, estimates vary less and blur more.
         summary: what makes one number of a block's output at a position: mean, L2 norm or largest element.
         prediction: the token of the highest logit (``argmax``), or the logarithm of its probability.
 
@@ -120,17 +120,17 @@ class Estimate:
     """A mutual information in nats, and how much of it was bias.
 
     Args:
-        found: before the correction.
-        correction: subtracted for bias; 0 for ``neighbours``, whose formula holds it.
+        uncorrected: estimate before the correction.
+        correction: bias that is subtracted; 0 for ``neighbours``, whose formula holds it.
     """
 
-    found: float
+    uncorrected: float
     correction: float = 0.0
 
     @property
     def value(self) -> float:
         """At least 0, although the corrected estimate of a small one may fall below."""
-        return max(0.0, self.found - self.correction)
+        return max(0.0, self.uncorrected - self.correction)
 
 
 def mutual_information(x: Tensor, y: Tensor, config: MutualInformationConfig) -> float:
@@ -142,9 +142,9 @@ def estimate(x: Tensor, y: Tensor, config: MutualInformationConfig) -> Estimate:
     """Estimates the mutual information of x and y, whatever the order of the samples.
 
     Args:
-        x: [N], float, finite.
-        y: [N], classes as whole numbers, or float and finite.
-        config: says how.
+        x: samples of x, [N], float and finite.
+        y: samples of y, [N], classes as whole numbers, or float and finite.
+        config: how to estimate.
 
     Raises:
         UserError: too few samples; for ``neighbours`` only those count whose class occurs twice.

@@ -28,7 +28,7 @@ def layer_information(model: Any, calibration: Calibration, config: MutualInform
 
     Args:
         model: causal language model of a supported family, on the device that computes; it is left as it was.
-        calibration: the text.
+        calibration: calibration text.
         config: what is observed, and how information is estimated.
 
     Raises:
@@ -38,14 +38,15 @@ def layer_information(model: Any, calibration: Calibration, config: MutualInform
     estimates = [estimate(output, predictions, config) for output in outputs]
     if config.estimator == "histogram":
         _warn_of_chance(outputs, predictions, estimates, config)
-    return [one.value for one in estimates]
+    return [information.value for information in estimates]
 
 
 def observe(model: Any, calibration: Calibration, config: MutualInformationConfig) -> tuple[Tensor, Tensor]:
     """The samples of all processes, on the CPU: sequence by sequence, every position of each.
 
     Returns:
-        Of the blocks' outputs [L, S T], float64; and of predictions [S T], int64 for ``argmax`` and float64 else.
+        Samples of the blocks' outputs [L, S T], float64, and of predictions [S T], int64 for ``argmax`` and float64
+        else.
 
     Raises:
         UserError: too few samples; outputs or logits that are not finite, with the first layer that has them.
@@ -111,8 +112,8 @@ def _warn_of_chance(
     """Measures chance by shuffled predictions: the estimate's own correction falls short where samples are few."""
     generator = torch.Generator().manual_seed(derive_seed("mutual information", "shuffled"))
     shuffled = predictions[torch.randperm(len(predictions), generator=generator)]
-    chance = [estimate(output, shuffled, config).found for output in outputs]
-    left = [one.found - by_chance for one, by_chance in zip(estimates, chance, strict=True)]
+    chance = [estimate(output, shuffled, config).uncorrected for output in outputs]
+    left = [information.uncorrected - by_chance for information, by_chance in zip(estimates, chance, strict=True)]
     doubtful = [number for number, by_chance in enumerate(chance) if by_chance > left[number]]
     if doubtful:
         worst = min(doubtful, key=lambda number: left[number])

@@ -40,14 +40,14 @@ def measured_rises(
     """The rises of KL and of loss when one item alone goes to a precision, in nats per token.
 
     Args:
-        model: narrowed and dense, on the device that computes; it is left as it was.
-        bank: that holds the items in the precisions.
-        items: one after the other.
-        precisions: one after the other.
+        model: narrowed and dense model, on the device that computes; it is left as it was.
+        bank: bank that holds the items in the precisions.
+        items: items that go to a precision, one after the other.
+        precisions: precisions that each item goes to, one after the other.
         calibration: this process's share of the text.
 
     Returns:
-        KL and loss, each [items, precisions] in float64, the same in all processes.
+        Rises of KL and of loss, each [items, precisions] in float64, the same in all processes.
 
     Raises:
         UserError: a rise is not finite.
@@ -75,7 +75,7 @@ def first_order_rises(
     """The rise of loss by first order, in nats per token; arguments and errors as for `measured_rises`.
 
     Returns:
-        [items, precisions] in float64, at least 0.
+        Rises of loss, [items, precisions] in float64, at least 0.
     """
     linears: dict[str, Any] = {name: model.get_submodule(name) for item in items for name in item.linears(model)}
 
@@ -98,7 +98,7 @@ def _rises(
     What enters each block of the dense model is kept, so that for an item only its own block and those after it work.
 
     Returns:
-        [2, items, precisions] in float64, of KL and of loss.
+        Rises of KL and of loss, [2, items, precisions] in float64.
     """
     entering = runner.embed()
     for number in range(len(runner.blocks)):
@@ -130,10 +130,10 @@ def _distances(runner: BlockRunner, hidden: Tensor, reference: Tensor, tokens: T
     """KL to the model before a change at each position, and the rise of the loss of the token after it.
 
     Args:
-        runner: on the changed model.
-        hidden: what its last block gives, [B, T, H].
-        reference: log-probabilities [B T, V] before the change.
-        tokens: [B, T].
+        runner: runner on the changed model.
+        hidden: hidden states that its last block gives, [B, T, H].
+        reference: log-probabilities before the change, [B T, V].
+        tokens: tokens of the text, [B, T].
 
     Returns:
         Two tensors [B, T] in float64; at the last position of a row, which predicts no token, the rise means nothing.

@@ -19,10 +19,10 @@ class Rises:
     """What it costs when one item alone goes to a precision, in nats per token.
 
     Args:
-        item: that goes.
-        kl: to the model without quantization, in each precision.
-        loss: in each precision.
-        first_order: of loss, in each precision.
+        item: item that goes to a precision.
+        kl: KL divergence to the model without quantization, with the item in each precision.
+        loss: rise of the loss, with the item in each precision.
+        first_order: rise of the loss in each precision, to first order.
     """
 
     item: Item
@@ -36,10 +36,12 @@ class Sensitivities(Record):
     """What was found of a pruned model; JSON in ``sensitivities.json``.
 
     Args:
-        made_from: plain data that tells what it was found from: with the same, it need not be found again.
-        mutual_information: of each layer's output and the prediction, in nats; None where it was not asked for.
-        precisions: that ``rises`` are of, without dense.
-        rises: of each item; None where they were not asked for.
+        made_from: plain data that tells what the sensitivities were measured on: with the same, they need not be
+            measured again.
+        mutual_information: mutual information of each layer's output and the prediction, in nats; None where it was not
+            asked for.
+        precisions: precisions that ``rises`` are of, without dense.
+        rises: rises of each item; None where they were not asked for.
 
     Raises:
         UserError: neither information nor rises, or not as many rises of an item as precisions.
@@ -55,9 +57,9 @@ class Sensitivities(Record):
     def __post_init__(self) -> None:
         if self.mutual_information is None and self.rises is None:
             raise UserError("There is neither mutual information nor a rise of anything.")
-        for one in self.rises or ():
-            if {len(one.kl), len(one.loss), len(one.first_order)} != {len(self.precisions)}:
-                raise UserError(f"The rises of {one.item} are not those in {len(self.precisions)} precisions.")
+        for rises in self.rises or ():
+            if {len(rises.kl), len(rises.loss), len(rises.first_order)} != {len(self.precisions)}:
+                raise UserError(f"The rises of {rises.item} are not those in {len(self.precisions)} precisions.")
 
     def costs(
         self, items: Sequence[Item], order: Sequence[Precision], measure: Measure | Literal["mutual_information"]
@@ -69,9 +71,9 @@ class Sensitivities(Record):
         where more bits seem worse, that is noise.
 
         Args:
-            items: one after the other.
-            order: precisions, fewest bytes first.
-            measure: that counts.
+            items: items to price, one after the other.
+            order: precisions to price, fewest bytes first.
+            measure: measure that counts.
         """
         if measure == "mutual_information":
             assert self.mutual_information is not None
@@ -80,10 +82,10 @@ class Sensitivities(Record):
                 for item in items
             ]
         assert self.rises is not None
-        found = {rises.item: getattr(rises, measure) for rises in self.rises}
+        rises_of = {rises.item: getattr(rises, measure) for rises in self.rises}
         costs = []
         for item in items:
-            rise = dict(zip(self.precisions, found[item], strict=True)) | {DENSE: 0.0}
+            rise = dict(zip(self.precisions, rises_of[item], strict=True)) | {DENSE: 0.0}
             widest_first = accumulate((rise[precision] for precision in reversed(order)), max)
             costs.append(tuple(widest_first)[::-1])
         return costs

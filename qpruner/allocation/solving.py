@@ -55,8 +55,8 @@ class Choice:
     """A width that an item may have.
 
     Args:
-        size: bytes.
-        cost: what it costs in quality, lower is better; of any sign, finite.
+        size: bytes of the choice.
+        cost: what the choice costs in quality, lower is better; of any sign, finite.
     """
 
     size: int
@@ -86,8 +86,8 @@ def greedy(choices: Choices, budget: int) -> tuple[int, ...]:
     """Upgrades from the smallest choices, largest saving per byte first; of equal ones the first item, first choice.
 
     Args:
-        choices: [items] of what each may have; the smallest fit.
-        budget: bytes.
+        choices: choices that each item has, [items]; the smallest fit.
+        budget: bytes that the allocation may take.
     """  # [items], numbers of choices
     counts = [len(item) for item in choices]
     starts = np.cumsum([0, *counts[:-1]])[: len(counts)]  # [items], where the choices of each begin in one list of all
@@ -113,8 +113,8 @@ def exact(choices: Choices, budget: int) -> tuple[int, ...]:
     Warns when too many states were open and some were dropped, with a bound on what that may have cost.
 
     Args:
-        choices: [items] of what each may have; the smallest fit.
-        budget: bytes.
+        choices: choices that each item has, [items]; the smallest fit.
+        budget: bytes that the allocation may take.
     """  # [items], numbers of choices
     first = dict(enumerate(smallest(choices)))
     best, best_saving, best_size = first, 0, 0
@@ -136,9 +136,9 @@ def exact(choices: Choices, budget: int) -> tuple[int, ...]:
         curve_savings = np.cumsum([0, *(step.saving for step in steps)])
 
         whole = np.searchsorted(curve_sizes, left - sizes, side="right") - 1  # [states], how many steps fit
-        found_sizes, found_savings = sizes + curve_sizes[whole], savings + curve_savings[whole]
-        state = np.lexsort((found_sizes, -found_savings))[0]
-        size, saving = int(found_sizes[state]), int(found_savings[state])
+        filled_sizes, filled_savings = sizes + curve_sizes[whole], savings + curve_savings[whole]
+        state = np.lexsort((filled_sizes, -filled_savings))[0]
+        size, saving = int(filled_sizes[state]), int(filled_savings[state])
         if saving > best_saving or (saving == best_saving and size < best_size):
             best_saving, best_size = saving, size
             best = first | {step.item: step.choice for step in steps[: whole[state]]} | _trace(origins, state)
@@ -171,7 +171,7 @@ class Upgrade(NamedTuple):
         item: number of the item.
         choice: number of the choice.
         size: bytes that it adds.
-        saving: of cost, in units.
+        saving: cost that it saves, in whole units of 2^-scale; see `_scale`.
     """
 
     item: int
@@ -185,8 +185,8 @@ class Origin(NamedTuple):
 
     Args:
         item: number of the item.
-        before: [states], numbers of the states before it.
-        choice: [states], what the item has.
+        before: numbers of the states that they come from, before the item, [states].
+        choice: numbers of the choices that the item has in them, [states].
     """
 
     item: int
@@ -203,15 +203,15 @@ def _scale(choices: Choices) -> int:
 
 def _upgrades(choices: Choices, scale: int) -> list[list[Upgrade]]:
     """The choices that save more than every smaller one, from the smallest one on."""  # [items]
-    found = []
+    upgrades = []
     for number, (item, first) in enumerate(zip(choices, smallest(choices), strict=True)):
         kept = [Upgrade(number, first, 0, 0)]
-        for choice in sorted(range(len(item)), key=lambda one: (item[one].size, item[one].cost)):
+        for choice in sorted(range(len(item)), key=lambda place: (item[place].size, item[place].cost)):
             saving = round(math.ldexp(item[first].cost - item[choice].cost, scale))
             if saving > kept[-1].saving:
                 kept.append(Upgrade(number, choice, item[choice].size - item[first].size, saving))
-        found.append(kept)
-    return found
+        upgrades.append(kept)
+    return upgrades
 
 
 def _steps(items: Sequence[Sequence[Upgrade]]) -> list[Upgrade]:

@@ -40,7 +40,7 @@ def normal_pair(count: int, correlation: float) -> tuple[Tensor, Tensor]:
 def test_histogram_by_hand(classes: list[int], found: float, correction: float) -> None:
     x, y = torch.arange(8.0), torch.tensor(classes)
     result = estimate(x, y, MutualInformationConfig(bins=2))
-    assert result.found == pytest.approx(found)
+    assert result.uncorrected == pytest.approx(found)
     assert result.correction == pytest.approx(correction)
     assert mutual_information(x, y, MutualInformationConfig(bins=2)) == pytest.approx(found - correction)
 
@@ -51,8 +51,8 @@ def test_neighbours_by_hand() -> None:
     near = [3, 3, 4, 4, 2]
     expected = psi(5) + (3 * psi(2) + 2 * psi(1)) / 5 - (3 * psi(3) + 2 * psi(2)) / 5 - mean(map(psi, near))
     found = estimate(x, y, MutualInformationConfig("neighbours", neighbours=2))
-    assert found.found == pytest.approx(expected, abs=1e-12)
-    assert found.value == max(0, found.found)
+    assert found.uncorrected == pytest.approx(expected, abs=1e-12)
+    assert found.value == max(0, found.uncorrected)
 
 
 @pytest.mark.parametrize("bins", [2, 5, 16])
@@ -68,7 +68,7 @@ def test_the_plug_in_is_that_of_a_table_of_counts(bins: int, numbers: bool) -> N
     p = np.histogram2d(x.double().numpy(), y.double().numpy(), [edges(x), by_y])[0] / 320
     with np.errstate(divide="ignore", invalid="ignore"):
         expected = np.nansum(p * np.log(p / (p.sum(1, keepdims=True) * p.sum(0))))
-    assert estimate(x, y, MutualInformationConfig(bins=bins)).found == pytest.approx(float(expected), abs=1e-12)
+    assert estimate(x, y, MutualInformationConfig(bins=bins)).uncorrected == pytest.approx(float(expected), abs=1e-12)
     occupied = (p > 0).sum() - (p.sum(0) > 0).sum() - (p.sum(1) > 0).sum() + 1
     assert estimate(x, y, MutualInformationConfig(bins=bins)).correction == pytest.approx(occupied / 640)
 
@@ -85,7 +85,7 @@ def test_classes_agree_with_a_search_through_all_pairs(k: int) -> None:
         nearest = min(k, len(same))
         within = sum(abs(float(x[i] - x[j])) <= same[nearest - 1] for j in kept if j != i)
         terms.append(psi(nearest) - psi(len(same) + 1) - psi(within))
-    found = estimate(x, y, MutualInformationConfig("neighbours", neighbours=k)).found
+    found = estimate(x, y, MutualInformationConfig("neighbours", neighbours=k)).uncorrected
     assert found == pytest.approx(psi(len(kept)) + mean(terms), abs=1e-12)
 
 
@@ -98,7 +98,7 @@ def test_numbers_agree_with_a_search_through_all_pairs(k: int) -> None:
         from_x, from_y = (a - a[i]).abs(), (b - b[i]).abs()
         distance = torch.maximum(from_x, from_y).sort().values[k]
         terms += [psi(int((from_x < distance).sum())) + psi(int((from_y < distance).sum()))]
-    found = estimate(x, y, MutualInformationConfig("neighbours", neighbours=k)).found
+    found = estimate(x, y, MutualInformationConfig("neighbours", neighbours=k)).uncorrected
     assert found == pytest.approx(psi(k) + psi(300) - mean(terms), abs=1e-12)
 
 
@@ -115,7 +115,7 @@ def test_the_histogram_before_its_correction_is_scikit_learns(bins: int, numbers
         return (values.double().argsort().argsort() * bins // len(values)).numpy()
 
     expected = mutual_info_score(binned(x), binned(y) if numbers else y.numpy())
-    assert estimate(x, y, MutualInformationConfig(bins=bins)).found == pytest.approx(expected, abs=1e-12)
+    assert estimate(x, y, MutualInformationConfig(bins=bins)).uncorrected == pytest.approx(expected, abs=1e-12)
 
 
 @pytest.mark.parametrize("k", [1, 3, 8])
@@ -150,15 +150,15 @@ def test_independent_data_have_the_bias_of_chi_squared_and_none_after_the_correc
     x, y = torch.randn(count), torch.randint(4, (count,))
     spread = math.sqrt(2 * freedom) / (2 * count)  # 2 N times the plug-in is chi-squared
     found = estimate(x, y, HISTOGRAM)
-    assert found.found == pytest.approx(freedom / (2 * count), abs=4 * spread)
-    assert found.found - found.correction == pytest.approx(0, abs=4 * spread)
+    assert found.uncorrected == pytest.approx(freedom / (2 * count), abs=4 * spread)
+    assert found.uncorrected - found.correction == pytest.approx(0, abs=4 * spread)
     assert found.correction > 4 * spread
 
 
 @pytest.mark.parametrize("numbers", [True, False])
 def test_neighbours_have_no_bias_on_independent_data(numbers: bool) -> None:
     draws = [
-        estimate(torch.randn(200), torch.randn(200) if numbers else torch.randint(5, (200,)), NEIGHBOURS).found
+        estimate(torch.randn(200), torch.randn(200) if numbers else torch.randint(5, (200,)), NEIGHBOURS).uncorrected
         for _ in range(40)
     ]
     assert abs(mean(draws)) < 4 * stdev(draws) / math.sqrt(40)
@@ -170,7 +170,7 @@ def test_what_follows_from_x_is_told_whole(config: MutualInformationConfig) -> N
     x = torch.randn(800)
     y = torch.searchsorted(x.quantile(torch.tensor([0.25, 0.5, 0.75])), x)
     found = estimate(x, y, config)
-    assert found.found == pytest.approx(math.log(4), abs=1e-12 if config == HISTOGRAM else 0.02)
+    assert found.uncorrected == pytest.approx(math.log(4), abs=1e-12 if config == HISTOGRAM else 0.02)
     assert found.correction == pytest.approx(-3 / 1600 if config == HISTOGRAM else 0)  # Miller's, of the entropy of y
 
 
@@ -204,7 +204,7 @@ def test_bins_hold_equal_counts(count: int) -> None:
     x = torch.randn(count).exp()
     held = torch.full((16,), count // 16, dtype=torch.float64)
     held[: count % 16] += 1
-    found = estimate(x, torch.arange(count), HISTOGRAM).found  # a class for each sample tells its bin
+    found = estimate(x, torch.arange(count), HISTOGRAM).uncorrected  # a class for each sample tells its bin
     assert found == pytest.approx(-float((held / count * (held / count).log()).sum()), abs=1e-12)
 
 
@@ -215,18 +215,18 @@ def test_the_histogram_sees_only_the_order(numbers: bool) -> None:
     expected = estimate(x.double(), y, HISTOGRAM)
     assert estimate(x.double().exp(), y, HISTOGRAM) == expected
     assert estimate(x.double() ** 3 * 1e6 - 5, y, HISTOGRAM) == expected
-    assert estimate(-x.double(), y, HISTOGRAM).found == pytest.approx(expected.found, abs=1e-12)
+    assert estimate(-x.double(), y, HISTOGRAM).uncorrected == pytest.approx(expected.uncorrected, abs=1e-12)
     if numbers:
         assert estimate(x.double(), y.exp(), HISTOGRAM) == expected
-        assert estimate(y, x.double(), HISTOGRAM).found == pytest.approx(expected.found, abs=1e-12)
+        assert estimate(y, x.double(), HISTOGRAM).uncorrected == pytest.approx(expected.uncorrected, abs=1e-12)
 
 
 @pytest.mark.parametrize("numbers", [True, False])
 def test_neighbours_see_neither_place_nor_scale(numbers: bool) -> None:
     x, y = normal_pair(300, 0.5)
     y = y.double() if numbers else y.round().long()
-    expected = estimate(x.double(), y, NEIGHBOURS).found
-    assert estimate(x.double() * 1e6 - 4e6, y, NEIGHBOURS).found == pytest.approx(expected, abs=1e-9)
+    expected = estimate(x.double(), y, NEIGHBOURS).uncorrected
+    assert estimate(x.double() * 1e6 - 4e6, y, NEIGHBOURS).uncorrected == pytest.approx(expected, abs=1e-9)
 
 
 @BOTH
@@ -235,7 +235,9 @@ def test_the_order_of_samples_does_not_matter(config: MutualInformationConfig, n
     x, y = normal_pair(400, 0.5)
     x, y = (x * 5).round(), (y * 5).round() if numbers else (y * 2).round().long()  # ties everywhere
     other = torch.randperm(400)
-    assert estimate(x[other], y[other], config).found == pytest.approx(estimate(x, y, config).found, abs=1e-12)
+    assert estimate(x[other], y[other], config).uncorrected == pytest.approx(
+        estimate(x, y, config).uncorrected, abs=1e-12
+    )
 
 
 @BOTH
@@ -267,7 +269,7 @@ def test_many_equal_values_are_told_apart_from_others_only(config: MutualInforma
 def test_nothing_is_less_than_nothing() -> None:
     x, y = torch.randn(100, 64), torch.arange(64) % 2
     found = [estimate(one, y, config) for one in x for config in (HISTOGRAM, NEIGHBOURS)]
-    assert min(one.found - one.correction for one in found) < 0
+    assert min(one.uncorrected - one.correction for one in found) < 0
     assert min(one.value for one in found) == 0
 
 
