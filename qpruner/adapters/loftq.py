@@ -50,8 +50,8 @@ class LoftQResult(Generic[T]):
 
     Args:
         quantized: what the number format made of the weight.
-        lora_A: [r, in], float32.
-        lora_B: [out, r], float32.
+        lora_A: factor A, [r, in], float32.
+        lora_B: factor B, [out, r], float32.
         quantization_error: ``|W - q(W)| / |W|`` in the Frobenius norm, of quantization alone.
         errors: ``|W - Q_t - scale * B_t A_t| / |W|`` of every iteration; the result holds the smallest.
     """
@@ -84,14 +84,14 @@ def loftq(
     Besides the weight it holds three matrices of its size in float32, and two quantized copies.
 
     Args:
-        weight: [out, in], of any float dtype.
+        weight: weight W to approximate, [out, in], of any float dtype.
         quantize: the number format; gets [out, in] in float32.
         dequantize: its inverse, up to rounding; gives [out, in] in float32 or half precision.
-        name: the layer's; its random draws depend on it and on ``seed`` only, so that all ranks agree.
+        name: name of the layer; its random draws depend on it and on ``seed`` only, so that all ranks agree.
         rank: r of the adapters.
         scale: what the forward pass multiplies ``B A`` by, ``alpha / r``, above 0.
-        num_iterations: T, at least 1.
-        seed: of the run.
+        num_iterations: number T of iterations, at least 1.
+        seed: seed of the run.
 
     Raises:
         UserError: the rank is above that of the layer, or the weight holds an infinity or a nan.
@@ -134,14 +134,14 @@ def split(u: Tensor, s: Tensor, vh: Tensor, *, negligible: Tensor, generator: to
     where no gradient ever moves them; such a direction starts as plain LoRA does, with A drawn at random and B zero.
 
     Args:
-        u: [out, r].
-        s: [r].
-        vh: [r, in].
-        negligible: a singular value up to which it counts as zero.
-        generator: on the CPU.
+        u: left singular vectors, [out, r].
+        s: singular values, [r].
+        vh: right singular vectors, [r, in].
+        negligible: value up to which a singular value counts as zero.
+        generator: source of random draws, on the CPU.
 
     Returns:
-        A [r, in] and B [out, r].
+        Factors A [r, in] and B [out, r].
     """
     drawn = torch.nn.init.kaiming_uniform_(torch.empty(vh.shape), a=5**0.5, generator=generator).to(vh.device)
     kept = s.where(s > negligible, 0)  # [r]

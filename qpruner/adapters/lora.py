@@ -61,8 +61,8 @@ def is_target(name: str, targets: Sequence[str] | str) -> bool:
     """Whether the linear of a decoder's layer that has this name gets an adapter; by the rules of PEFT.
 
     Args:
-        name: in the model.
-        targets: as ``target_modules`` of `LoRAConfig`.
+        name: name of the linear in the model.
+        targets: linears that get adapters, as ``target_modules`` of `LoRAConfig`.
     """
     if isinstance(targets, str):
         return targets.lower() == ALL_LINEAR or re.fullmatch(targets, name) is not None
@@ -121,9 +121,9 @@ class Adapter:
     """The adapter on a linear.
 
     Args:
-        base: the linear below.
-        lora_A: [r, in].
-        lora_B: [out, r].
+        base: linear below the adapter.
+        lora_A: factor A, [r, in].
+        lora_B: factor B, [out, r].
         scale: what the forward pass multiplies B A by.
     """
 
@@ -174,8 +174,8 @@ def set_factors_(model: Any, factors: Mapping[str, tuple[torch.Tensor, torch.Ten
     """Starts the adapters of some linears from given factors A [r, in] and B [out, r].
 
     Args:
-        model: the PEFT model.
-        factors: by the name of the linear in the model below PEFT.
+        model: PEFT model, whose adapters get the factors.
+        factors: factors A [r, in] and B [out, r] by the name of the linear in the model below PEFT.
     """
     with torch.no_grad():
         for name, (lora_A, lora_B) in factors.items():

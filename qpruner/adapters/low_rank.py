@@ -37,9 +37,9 @@ def truncated_svd(matrix: Tensor, rank: int, *, generator: torch.Generator) -> t
     more of the exact one on quantization noise, and all but all of it where singular values decay.
 
     Args:
-        matrix: [m, n], finite, of any float dtype.
-        rank: r, from 1 to ``min(m, n)``.
-        generator: on the CPU, so that the draw is the same for every device.
+        matrix: matrix to approximate, [m, n], finite, of any float dtype.
+        rank: rank r of the approximation, from 1 to ``min(m, n)``.
+        generator: source of random draws, on the CPU, so that they are the same for every device.
 
     Returns:
         U [m, r], S [r] (descending, up to rounding) and V^T [r, n]. A row of V^T whose singular value is 0 may be 0.
@@ -71,10 +71,10 @@ def krylov_basis(matrix: Tensor, width: int, steps: int, *, generator: torch.Gen
     the basis up with arbitrary orthonormal columns, which do no harm.
 
     Args:
-        matrix: A, [m, n] with ``m <= n``.
-        width: columns of the Gaussian block G.
+        matrix: matrix A, [m, n] with ``m <= n``.
+        width: number of columns of the Gaussian block G.
         steps: number of blocks, ``width * steps <= m``.
-        generator: of G, on the CPU.
+        generator: source of the draws of G, on the CPU.
     """  # [m, width * steps]
     gaussian = torch.randn(matrix.shape[1], width, generator=generator).to(matrix.device)
     blocks = [torch.linalg.qr(matrix @ gaussian).Q]  # each [m, width]

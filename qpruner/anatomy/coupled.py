@@ -15,11 +15,11 @@ class Coupled:
     ``start + (u + 1) * width``. Of a linear in which several projections are stacked, each is a block.
 
     Args:
-        name: of the projection, such as ``q``.
-        linear: that holds it; it may be packed, or have an adapter around it.
-        axis: of the weight [out, in].
-        width: rows or columns of a unit.
-        num_units: units that there are.
+        name: name of the projection, such as ``q``.
+        linear: linear that holds the projection; it may be packed, or have an adapter around it.
+        axis: axis of the weight [out, in] along which units lie.
+        width: number of rows or columns of a unit.
+        num_units: number of units.
         start: first row or column of unit 0.
     """
 
@@ -50,8 +50,8 @@ class WideNorm:
     """An RMS norm over all heads that a projection makes.
 
     Args:
-        norm: the module; unit u owns ``width`` entries of its weight, as of the projection's rows.
-        of: the projection.
+        norm: norm module; unit u owns ``width`` entries of its weight, as of the projection's rows.
+        of: projection whose output the norm takes.
     """
 
     norm: nn.Module

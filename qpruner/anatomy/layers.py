@@ -42,9 +42,9 @@ class DecoderLayer:
     Args:
         head_dim: channels of a head.
         queries_per_group: query heads to a key-value head.
-        gate: None in an MLP without one.
-        q_norm: over all query heads; None without one.
-        k_norm: over all key heads; None without one.
+        gate: linear of the gate; None in an MLP without one.
+        q_norm: norm over all query heads; None without one.
+        k_norm: norm over all key heads; None without one.
     """
 
     head_dim: int

@@ -96,8 +96,8 @@ class BlockRunner:
 
         Args:
             number: place of the block among all.
-            place: which micro-batch the states are of.
-            hidden: [B, T, H].
+            place: place of the micro-batch that the states are of.
+            hidden: hidden states that enter the block, [B, T, H].
         """  # [B, T, H]
         call = self._calls[place][number]
         with self.context():
@@ -168,7 +168,7 @@ def watching(linears: dict[str, nn.Linear], see: Callable[[str, Tensor, Tensor],
     """Shows what linears get and give, while they work.
 
     Args:
-        linears: by name.
+        linears: linears to watch, by name.
         see: takes a linear's name, its inputs [B, T, in] (without gradients) and its output [B, T, out].
     """
 
@@ -186,7 +186,7 @@ def watching_gradients(linears: dict[str, nn.Linear], see: Callable[[str, Tensor
     """Shows what linears got and the gradient at what they gave, while a backward pass goes through them.
 
     Args:
-        linears: by name.
+        linears: linears to watch, by name.
         see: takes a linear's name, its inputs [B, T, in] and the gradient at its output [B, T, out].
     """
 
@@ -221,18 +221,18 @@ def _recording(blocks: Sequence[nn.Module]) -> Iterator[tuple[list[Tensor], list
                 block.forward = forward
 
 
-def _equal(one: Any, other: Any) -> bool:
+def _equal(first: Any, second: Any) -> bool:
     """Whether two arguments are the same, tensors by what they hold."""
-    match one:
+    match first:
         case Tensor():
-            return isinstance(other, Tensor) and one.dtype == other.dtype and torch.equal(one, other)
+            return isinstance(second, Tensor) and first.dtype == second.dtype and torch.equal(first, second)
         case BlockCall():
-            return _equal((one.args, one.kwargs), (other.args, other.kwargs))
+            return _equal((first.args, first.kwargs), (second.args, second.kwargs))
         case dict():
-            return one.keys() == other.keys() and all(_equal(value, other[key]) for key, value in one.items())
+            return first.keys() == second.keys() and all(_equal(value, second[key]) for key, value in first.items())
         case list() | tuple():
-            return len(one) == len(other) and all(map(_equal, one, other))
-    return one is other or bool(one == other)
+            return len(first) == len(second) and all(map(_equal, first, second))
+    return first is second or bool(first == second)
 
 
 @contextmanager

@@ -38,30 +38,30 @@ def gradient_sums(
     """What is made of the gradient of each linear's weight; the same on all processes.
 
     Args:
-        model: its weights stay frozen.
+        model: model whose weights stay frozen.
         linears: linears within the model's blocks, by name.
         calibration: this process's share of the text.
         consume: makes a tensor [size], in float64, of a linear's name, the gradient of its weight [out, in] in float32
             (of the mean loss over all sequences of all processes) and the mean over these sequences of their squared
             gradients [out, in] (None unless ``per_sequence``). It is called once for each linear, from the last block
             to the first.
-        sizes: number of elements of these tensors, by linear.
+        sizes: number of elements of the tensors that ``consume`` makes, by linear.
         per_sequence: whether squared gradients are wanted.
 
     Raises:
         UserError: a gradient is not finite; the sequence is named.
     """
-    made = _made_of_gradients(model, linears, calibration, consume, per_sequence)
-    assert all(made[name].shape == (size,) for name, size in sizes.items())
-    if not _finite(made):
+    results = _consume_gradients(model, linears, calibration, consume, per_sequence)
+    assert all(results[name].shape == (size,) for name, size in sizes.items())
+    if not _finite(results):
         _complain_of_gradients(model, linears, calibration, consume, per_sequence)
-    return made
+    return results
 
 
-def _made_of_gradients(
+def _consume_gradients(
     model: Any, linears: dict[str, nn.Linear], calibration: Calibration, consume: Consume, per_sequence: bool
 ) -> dict[str, Tensor]:
-    made: dict[str, Tensor] = {}
+    results: dict[str, Tensor] = {}
     with block_runner(model, calibration) as runner:
         entering = [runner.embed()]
         for number in range(len(runner.blocks) - 1):
@@ -74,8 +74,8 @@ def _made_of_gradients(
                 slopes = [at_input.cpu() for at_input in runner.backward(number, entering.pop(), slope)]
             slope = partial(_slope_after, slopes)
             for name, linear in members.items():
-                made[name] = consume(name, *gradients.take(name, linear, calibration))
-    return {name: made[name] for name in linears}
+                results[name] = consume(name, *gradients.take(name, linear, calibration))
+    return {name: results[name] for name in linears}
 
 
 def _slope_of_loss(runner: BlockRunner, place: int, output: Tensor) -> Tensor:
@@ -130,10 +130,10 @@ def weight_gradient(at_output: Tensor, inputs: Tensor, per_sequence: bool) -> tu
         return at_output.flatten(0, 1).T @ inputs.flatten(0, 1), None
     gradient = torch.zeros(at_output.shape[-1], inputs.shape[-1], device=inputs.device)
     squared = torch.zeros_like(gradient)
-    for one_output, one_input in zip(at_output, inputs, strict=True):
-        one = one_output.T @ one_input
-        gradient += one
-        squared += one.square_()
+    for sequence_at_output, sequence_inputs in zip(at_output, inputs, strict=True):
+        of_sequence = sequence_at_output.T @ sequence_inputs
+        gradient += of_sequence
+        squared += of_sequence.square_()
     return gradient, squared
 
 
@@ -155,7 +155,7 @@ def _complain_of_gradients(
     for batch in calibration.batches:
         for sequence in micro_batches(batch.tokens, 1, batch.first):
             given = replace(calibration, batches=[sequence], processes=alone)
-            if not _finite(_made_of_gradients(model, linears, given, consume, per_sequence)):
+            if not _finite(_consume_gradients(model, linears, given, consume, per_sequence)):
                 raise UserError(
                     f"The gradient of calibration sequence {sequence.first} (counted from 0) is not finite: {remedy}"
                 )

@@ -44,7 +44,7 @@ class MicroBatch:
 
     Args:
         first: number of the first sequence among those of all processes.
-        tokens: [B, T].
+        tokens: tokens of the micro-batch, [B, T].
     """
 
     first: int
@@ -58,7 +58,7 @@ class Calibration:
     Args:
         batches: micro-batches of this process; there may be none.
         num_sequences: number of sequences over all processes.
-        processes: those that share the text.
+        processes: processes that share the text.
     """
 
     batches: Sequence[MicroBatch]
@@ -70,9 +70,9 @@ class Calibration:
         """This process's share of some text, which is cut so finely that each process has some if it can.
 
         Args:
-            tokens: [N, T], the same on all processes.
-            processes: those that share the text.
-            batch_size: see `CalibrationConfig`.
+            tokens: tokens of all sequences, [N, T], the same on all processes.
+            processes: processes that share the text.
+            batch_size: tokens that pass through a block together; see `CalibrationConfig`.
         """
         fair = -(-len(tokens) // processes.world_size) * tokens.shape[1]
         batches = micro_batches(tokens, min(batch_size, fair))
@@ -83,7 +83,7 @@ def micro_batches(tokens: Tensor, batch_size: int, first: int = 0) -> list[Micro
     """Cuts sequences into micro-batches.
 
     Args:
-        tokens: [N, T].
+        tokens: tokens of the sequences, [N, T].
         batch_size: tokens of a micro-batch, see `CalibrationConfig`.
         first: number of the first sequence.
     """
