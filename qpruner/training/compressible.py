@@ -43,7 +43,7 @@ class CompressibleModule(LightningModule):
         dtype: number format of the base in memory.
         trust_remote_code: whether code that comes with the model may run.
         gradient_checkpointing: whether activations are computed again in the backward pass.
-        lora: the adapters.
+        lora: options of the adapters.
         seed: seed of the adapters' start.
     """
 
@@ -138,7 +138,7 @@ class CompressibleModule(LightningModule):
         """Makes sure that the dense base can be loaded, without reading its weights.
 
         Returns:
-            Its configuration.
+            Configuration of the base.
 
         Raises:
             UserError: it cannot.
@@ -183,8 +183,8 @@ class CompressibleModule(LightningModule):
         answer = self.trainer.strategy.broadcast(answer)
         if isinstance(answer, UserError):
             raise answer
-        found: T = answer
-        return found
+        value: T = answer
+        return value
 
     def merge_inherited(self) -> None:
         """Makes one dense base of the base and the adapters that an earlier fit left, to be compressed further."""
@@ -227,7 +227,7 @@ class CompressibleModule(LightningModule):
         """Writes the base, and adapters that do not start as PEFT has it, to a folder; the same on all ranks.
 
         Args:
-            folder: that is written.
+            folder: folder that is written.
             trained: whether a fit has trained the adapters.
         """
         if self.compressed.initial_adapters:

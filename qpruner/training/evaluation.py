@@ -29,13 +29,13 @@ def evaluate(
     """Perplexity and accuracy of the model on this rank's share of the rows, summed over all ranks.
 
     Args:
-        module: it is moved to ``device`` and left there, in the mode that it was in.
+        module: module to evaluate; it is moved to ``device`` and left there, in the mode that it was in.
         loaders: batches of text and of choice tasks.
         limit: how many batches of each loader are read, as a number or a share; see ``Trainer(limit_test_batches)``.
-        device: where to compute.
-        precision: the Trainer's, so that an evaluation computes as the fit does.
-        title: of the progress bar.
-        progress: whether to show one.
+        device: device to compute on.
+        precision: precision of the Trainer, so that an evaluation computes as the fit does.
+        title: title of the progress bar.
+        progress: whether to show a progress bar.
 
     Raises:
         UserError: the limit is a share of a loader that is less than a batch.
@@ -60,8 +60,8 @@ def num_batches(loader: EvaluationLoader, limit: int | float) -> int:
     """How many batches of a loader are read.
 
     Args:
-        loader: to read.
-        limit: number or share.
+        loader: loader to read.
+        limit: how many batches to read, as a number or a share.
 
     Raises:
         UserError: a share above 0 that is less than a batch.

@@ -37,9 +37,9 @@ class NotFinite(UserError):
 
     Args:
         problem: what is not finite, as a sentence without its full stop.
-        kept: what became of the adapters, likewise.
-        remedy: what to change, likewise.
-        again: how to fit once more with that, to go behind the remedy.
+        kept: what became of the adapters, as a sentence without its full stop.
+        remedy: what to change, as a sentence without its full stop.
+        again: how to fit once more with that change, as the end of the sentence of ``remedy``.
     """
 
     def __init__(self, problem: str, kept: str, remedy: str, again: str) -> None:
@@ -54,9 +54,9 @@ def not_finite(model: nn.Module, what: str, *, later_phase: bool = False) -> Use
     """The error that stops a fit: what is not finite, why if that is to be seen, and what to do about it.
 
     Args:
-        model: that is trained, adapters and all.
-        what: is not finite, with its verb.
-        later_phase: whether phases of the run are over, which beginning anew would throw away.
+        model: model that is trained, adapters and all.
+        what: what is not finite, with its verb, as the beginning of a sentence.
+        later_phase: whether earlier phases of the run are over, which beginning anew would throw away.
     """
     trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     if broken := broken_names((name, tensor) for name, tensor in model.state_dict().items() if name not in trained):
@@ -99,8 +99,8 @@ class LossWatch:
         """The first step whose loss was not finite on any process; to be asked for by all of them together.
 
         Args:
-            device: of the processes.
-            lowest: of a number over all processes.
+            device: device of the processes.
+            lowest: takes the lowest of a number over all processes.
         """
         mine = torch.full((), NEVER, dtype=torch.int64, device=device) if self._step is None else self._step
         step = int(lowest(mine.clone()))

@@ -15,8 +15,8 @@ class HoldsModel(Protocol):
         lora: the adapters that the model has or is going to have.
         seed: seed of all random draws of the fit.
         kept_in: folder that is going to keep the base; None where nobody named one.
-        after_clipping: called once the gradients of an optimizer step are unscaled and clipped, before the step, with
-            whether they were finite: no hook of a callback lies there.
+        after_clipping: what to call once the gradients of an optimizer step are unscaled and clipped, before the step,
+            with whether they were finite: no hook of a callback lies there.
     """
 
     lora: LoRAConfig

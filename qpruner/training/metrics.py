@@ -38,9 +38,9 @@ class Perplexity(Metric):
         """Adds a batch.
 
         Args:
-            nll: [B, T - 1] from `qpruner.likelihood.token_nll`.
-            labels: [B, T].
-            num_bytes: [B], bytes of text in the scored tokens of each row.
+            nll: negative log-likelihoods, [B, T - 1], from `qpruner.likelihood.token_nll`.
+            labels: labels of the rows, [B, T].
+            num_bytes: bytes of text in the scored tokens of each row, [B].
         """
         self.nll += nll.double().sum()
         self.tokens += (labels[:, 1:] != IGNORED).sum()
@@ -79,11 +79,11 @@ class ChoiceAccuracy(Metric):
         """Adds a batch that holds all options of its examples.
 
         Args:
-            nll: [B, T - 1] from `qpruner.likelihood.token_nll`.
-            labels: [B, T], scored on the tokens of the option only.
-            example: [B], the example that a row is an option of; negative rows do not count.
-            option: [B], which option it is.
-            gold: [B], the right option of its example.
+            nll: negative log-likelihoods, [B, T - 1], from `qpruner.likelihood.token_nll`.
+            labels: labels of the rows, [B, T], scored on the tokens of the option only.
+            example: number of the example that a row is an option of, [B]; negative rows do not count.
+            option: number of the option that a row is, [B].
+            gold: number of the right option of the row's example, [B].
         """
         real = example >= 0
         chosen = choose(nll[real], labels[real], example[real])
@@ -102,9 +102,9 @@ def choose(nll: Tensor, labels: Tensor, example: Tensor) -> Tensor:
     """The row of the likeliest option of each example: lowest mean of ``nll`` over its scored tokens, or one of nan.
 
     Args:
-        nll: [B, T - 1].
-        labels: [B, T].
-        example: [B].
+        nll: negative log-likelihoods, [B, T - 1].
+        labels: labels of the rows, [B, T].
+        example: number of the example that a row is an option of, [B].
     """  # [examples] row numbers, in order of the example numbers
     scores = nll.double().sum(1) / (labels[:, 1:] != IGNORED).sum(1)
     rows = [(example == number).nonzero().flatten() for number in torch.unique(example)]

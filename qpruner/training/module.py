@@ -56,9 +56,9 @@ class LoRAFinetuner(CompressibleModule):
             computation follows ``--trainer.precision``.
         trust_remote_code: whether code that comes with the model may run.
         gradient_checkpointing: whether activations are computed again in the backward pass instead of kept.
-        lora: the adapters.
-        optimizer: how they are trained.
-        seed: of the adapters' start and of dropout; on the command line ``--seed_everything``.
+        lora: options of the adapters.
+        optimizer: how the adapters are trained.
+        seed: seed of the adapters' start and of dropout; on the command line ``--seed_everything``.
 
     Raises:
         UserError: in a fit, when a loss, a gradient that no loss scale mends, an adapter or a metric is not finite.
@@ -101,9 +101,9 @@ class LoRAFinetuner(CompressibleModule):
         """The module of a checkpoint's options, with its plan and adapters.
 
         Args:
-            checkpoint_path: of the file.
-            args: see Lightning.
-            kwargs: options in place of those in the checkpoint; see Lightning, too.
+            checkpoint_path: path of the checkpoint.
+            args: further arguments of Lightning's method.
+            kwargs: options in place of those in the checkpoint, and further arguments of Lightning's method.
 
         Raises:
             UserError: the file is damaged, or its adapters do not fit the base.
@@ -232,8 +232,8 @@ class LoRAFinetuner(CompressibleModule):
         """Makes sure that an evaluation of a fit measured a model that works; a perplexity may overflow.
 
         Args:
-            whose: results they are, to be named.
-            results: what the metrics say.
+            whose: what gave the results, as the message names it.
+            results: results of the metrics, by name.
 
         Raises:
             UserError: loss or accuracy is not finite.

@@ -25,11 +25,11 @@ class OptimizerConfig:
         lr: highest learning rate, above 0.
         weight_decay: decoupled weight decay, at least 0.
         beta1: decay of the mean of gradients, in [0, 1).
-        beta2: decay of the mean of their squares, in [0, 1).
-        schedule: of the learning rate after warm-up: ``cosine`` or ``linear`` to ``final_lr`` at the last step, or
-            ``constant``.
+        beta2: decay of the mean of squared gradients, in [0, 1).
+        schedule: course of the learning rate after warm-up: ``cosine`` or ``linear`` to ``final_lr`` at the last step,
+            or ``constant``.
         warmup_steps: optimizer steps over which the rate rises from 0.
-        final_lr: share of ``lr`` at the last step, in [0, 1].
+        final_lr: share of ``lr`` that is left at the last step, in [0, 1].
     """
 
     name: OptimizerName = "adamw"

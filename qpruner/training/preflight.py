@@ -55,7 +55,7 @@ def refusals_told(*others: type[Exception]) -> Iterator[None]:
     """What Lightning refuses inside is told as the user's mistake.
 
     Args:
-        others: errors besides its own that can mean nothing else inside.
+        others: errors, besides Lightning's own, that can mean nothing else inside.
 
     Raises:
         UserError: it refuses something.
@@ -86,8 +86,8 @@ def check_kept(options: Mapping[str, Any], *, keeps_checkpoint: bool) -> None:
     """Finds that a Trainer is asked to leave out what a run lives on.
 
     Args:
-        options: of the Trainer.
-        keeps_checkpoint: whether the command keeps one.
+        options: options of the Trainer.
+        keeps_checkpoint: whether the command keeps a checkpoint.
 
     Raises:
         UserError: it is.
@@ -223,7 +223,7 @@ def class_refused(error: ValueError) -> UserError | None:
         cause = cause.__cause__
     if cause is error or not JSONARGPARSE.search(str(error)):
         return None
-    names = [found["name"] for found in JSONARGPARSE.finditer(str(error)) if found["name"]] or _makers(cause)
+    names = [mention["name"] for mention in JSONARGPARSE.finditer(str(error)) if mention["name"]] or _makers(cause)
     return UserError(f"{names[0]}: {cause}" if names else str(cause))
 
 
