@@ -99,7 +99,7 @@ class ClusterExecutor:
     Args:
         client: connection to the cluster.
         work: what each worker prepares.
-        workers: trials that run at a time.
+        workers: number of trials that run at a time.
         time_limit: seconds that a trial may take, the preparation of its worker apart; None for no limit.
     """
 

@@ -11,17 +11,18 @@ class SearchConfig:
     """How bits are searched for; budget, widths and prior are those of `MixedPrecisionQuantization`.
 
     Args:
-        optimizer: ``bayesian``, ``random``, or the name of an optimizer of Nevergrad, which is rehearsed before the
+        optimizer: name of the optimizer: ``bayesian``, ``random``, or one of Nevergrad's, which is rehearsed before the
             first trial. A search may go on with another one, which is told of the trials so far.
-        trials: plans to try, at least 1.
+        trials: number of plans to try, at least 1.
         steps: optimizer steps of a trial's fit, at least 0; without any, plans are compared as they are.
-        max_seconds: after which a trial's fit ends, whatever its steps; a search with it cannot be repeated exactly.
+        max_seconds: seconds after which a trial's fit ends, whatever its steps; a search with it cannot be repeated
+            exactly.
         front: whether to search for the trade-off of loss and bytes below the budget, instead of the best plan in it.
-        finalists: plans that are tried again with other seeds, at least 1; the best on average wins.
-        finalist_seeds: seeds that finalists are tried with in all, at least 1.
+        finalists: number of plans that are tried again with other seeds, at least 1; the best on average wins.
+        finalist_seeds: number of seeds that finalists are tried with in all, at least 1.
         finalist_steps: optimizer steps of the finalists' fits; default ``steps``. With more, a trial is a rung: all but
             the finalists stop there. Fewer steps than recovery takes may choose the wrong ones: see the README.
-        executor: where trials run.
+        executor: how and where trials run.
 
     Raises:
         UserError: a number out of its range.

@@ -15,10 +15,11 @@ class ExecutorConfig:
     """Where trials run.
 
     Args:
-        kind: ``serial`` runs them one after the other in this process; ``processes`` in processes of this machine, each
-            with one of the visible GPUs or a share of the cores; ``dask`` on the cluster of a Dask scheduler, or, where
-            no address is given, as ``processes`` does.
-        workers: trials that run at a time, at least 1. On a Dask cluster at least so many workers must be there.
+        kind: where trials run: ``serial`` runs them one after the other in this process; ``processes`` in processes of
+            this machine, each with one of the visible GPUs or a share of the cores; ``dask`` on the cluster of a Dask
+            scheduler, or, where no address is given, as ``processes`` does.
+        workers: number of trials that run at a time, at least 1. On a Dask cluster at least so many workers must be
+            there.
         address: address of a Dask scheduler, such as ``tcp://10.0.0.1:8786``.
         time_limit: seconds that a trial may take; a longer one fails and its worker is replaced. ``serial`` has none,
             for a process cannot give up on itself.

@@ -65,9 +65,9 @@ def fit(features: Floats, costs: Floats, scores: Floats) -> Process:
     """The most probable hyper-parameters, by steps along one of them at a time that halve where none helps.
 
     Args:
-        features: [plans, items].
-        costs: [plans].
-        scores: [plans].
+        features: features of the plans, [plans, items].
+        costs: prior costs of the plans, [plans].
+        scores: scores of the plans, [plans].
     """
     directions = np.concatenate([np.eye(len(MIDDLE)), -np.eye(len(MIDDLE))])
     best, best_value, step = np.zeros(len(MIDDLE)), -math.inf, 1.0  # in widths from the middle
@@ -85,10 +85,10 @@ def log_likelihoods(values: Floats, features: Floats, costs: Floats, scores: Flo
     """Logarithms of the marginal likelihoods of scores under several processes.
 
     Args:
-        values: [processes, hyper-parameters].
-        features: [plans, items].
-        costs: [plans].
-        scores: [plans].
+        values: hyper-parameters, as in `Process`, [processes, hyper-parameters].
+        features: features of the plans, [plans, items].
+        costs: prior costs of the plans, [plans].
+        scores: scores of the plans, [plans].
     """  # [processes]
     count = len(scores)
     noise, weight = values[:, 2, None], values[:, 3, None]
@@ -111,17 +111,17 @@ def posterior(
     """What is known of the scores of other plans, without noise.
 
     Args:
-        process: of the scores.
-        features: [plans, items].
-        costs: [plans].
-        scores: [plans].
-        others: [others, items].
-        other_costs: [others].
+        process: hyper-parameters of the scores.
+        features: features of the plans, [plans, items].
+        costs: prior costs of the plans, [plans].
+        scores: scores of the plans, [plans].
+        others: features of the other plans, [others, items].
+        other_costs: prior costs of the other plans, [others].
     """  # means and variances, [others] each
     values = np.array(astuple(process))
-    own = _covariance(values, features, costs, features, costs) + process.noise**2 * np.eye(len(scores))
+    among_plans = _covariance(values, features, costs, features, costs) + process.noise**2 * np.eye(len(scores))
     between = _covariance(values, features, costs, others, other_costs)  # [plans, others]
-    solved = np.linalg.solve(own, between)
+    solved = np.linalg.solve(among_plans, between)
     mean = process.weight * other_costs + (scores - process.weight * costs) @ solved
     before = process.signal**2 + (process.doubt * other_costs) ** 2 + OFFSET
     return mean, np.maximum(before - (between * solved).sum(0), 0.0)

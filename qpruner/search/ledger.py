@@ -35,10 +35,10 @@ class OptimizerRecord:
     """Which optimizer proposed the trials from one on, up to the next record of this kind.
 
     Args:
-        name: of the optimizer.
+        name: name of the optimizer.
         first: number of the first trial that it proposed or will propose; it was told of all before.
-        trials: of the whole search, when it began; many plan for them.
-        workers: trials proposed at a time, when it began.
+        trials: number of trials of the whole search, when the optimizer began; many plan for them.
+        workers: number of trials proposed at a time, when the optimizer began.
     """
 
     name: str
@@ -52,13 +52,13 @@ class TrialRecord:
     """What the ledger knows of one trial.
 
     Args:
-        number: of the trial, from 0, in the order in which trials were proposed.
-        key: what it evaluates.
-        told: trials whose scores the optimizer had been told when it proposed this one.
-        point: what it proposed, as plain data; None for a trial that no optimizer proposed.
-        attempts: times that it was started.
-        scores: what it found; None while it runs and when it failed.
-        why: it failed; None while it runs and when it succeeded.
+        number: number of the trial, from 0, in the order in which trials were proposed.
+        key: plain data that says what the trial evaluates.
+        told: number of trials whose scores the optimizer had been told when it proposed this one.
+        point: point that the optimizer proposed, as plain data; None for a trial that no optimizer proposed.
+        attempts: number of times that the trial was started.
+        scores: what the trial measured; None while it runs and when it failed.
+        why: reason that the trial failed; None while it runs and when it succeeded.
         repeats: number of the trial with the same key whose outcome this one took over; None when it ran itself.
     """
 
@@ -101,8 +101,8 @@ class Ledger:
         A last record that was cut off is removed from the file, with a warning in the log.
 
         Args:
-            path: of the file.
-            search: plain data that identifies the search; its options.
+            path: path of the file.
+            search: plain data that identifies the search: its options.
 
         Raises:
             UserError: the file is no ledger, of another version, of another search, or damaged before its last record.

@@ -34,8 +34,9 @@ class Judge:
     A trial that failed is told as a penalty: the worst score so far and as much again as lies between it and the best.
 
     Args:
-        score_of: what is told of scores.
-        first_penalty: told for a failed trial as long as none has succeeded; in the shape of ``score_of``.
+        score_of: makes of a trial's scores what an optimizer is told.
+        first_penalty: what an optimizer is told for a failed trial as long as none has succeeded; in the shape of
+            ``score_of``.
     """
 
     def __init__(self, score_of: Callable[[Scores], Score], first_penalty: Score = 1e6) -> None:
@@ -73,13 +74,13 @@ def run_trials(
     running when the search was cut off is started once more, and fails if that happens again.
 
     Args:
-        optimizer: fresh; nothing asked or told.
-        ledger: of this search; see `finish_started`.
-        executor: runs the trials.
-        num_trials: in all, those in the ledger included.
-        workers: trials proposed at a time.
-        key_of: what a proposal's ``value`` asks to be evaluated.
-        judge: fresh; what the optimizer is told of trials.
+        optimizer: fresh optimizer, which nothing was asked or told.
+        ledger: ledger of this search; see `finish_started`.
+        executor: executor that runs the trials.
+        num_trials: number of trials in all, those in the ledger included.
+        workers: number of trials proposed at a time.
+        key_of: makes of a proposal's ``value`` the key of what it asks to be evaluated.
+        judge: fresh judge, which says what the optimizer is told of trials.
         on_trial: called with each trial whose outcome the ledger did not hold yet.
 
     Raises:
@@ -117,10 +118,10 @@ def finish_started(
     """Runs again what was running when the search was cut off, which takes no optimizer.
 
     Args:
-        ledger: of the search.
-        executor: runs the trials.
-        num_trials: of the search; trials beyond them stay as they are.
-        score_of: what an optimizer is told of scores.
+        ledger: ledger of the search.
+        executor: executor that runs the trials.
+        num_trials: number of trials of the search; trials beyond them stay as they are.
+        score_of: makes of a trial's scores what an optimizer is told.
         on_trial: called with each of these trials.
     """
     started = [trial for trial in ledger.records[:num_trials] if not trial.done]
@@ -133,10 +134,10 @@ def run_listed(keys: Sequence[Key], ledger: Ledger, executor: Executor, *, known
     """Runs given trials, without what either ledger knows already, and returns what came of each.
 
     Args:
-        keys: to evaluate.
-        ledger: of listed trials.
-        executor: runs them.
-        known: of other trials, whose outcomes count.
+        keys: keys of the trials to run.
+        ledger: ledger of listed trials.
+        executor: executor that runs the trials.
+        known: ledger of other trials, whose outcomes count.
     """
     new = {identity(key): key for key in keys if ledger.outcome_of(key) is None and known.outcome_of(key) is None}
     open_trials = {identity(trial.key): trial.number for trial in ledger.records if not trial.done}

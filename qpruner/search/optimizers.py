@@ -37,11 +37,11 @@ class OptimizerSettings:
     """All that an optimizer's proposals depend on, but the scores.
 
     Args:
-        name: ``bayesian``, ``random`` or one of Nevergrad's.
-        space: of the plans.
-        num_trials: that will be told, at least 1; many of Nevergrad's plan for them.
-        num_workers: trials that are out at once, at least 1.
-        seed: of the random draws.
+        name: name of the optimizer: ``bayesian``, ``random`` or one of Nevergrad's.
+        space: space of the plans.
+        num_trials: number of trials that will be told, at least 1; many of Nevergrad's optimizers plan for them.
+        num_workers: number of trials that are out at once, at least 1.
+        seed: seed of the random draws.
     """
 
     name: str
@@ -55,7 +55,7 @@ def make_optimizer(settings: OptimizerSettings) -> Optimizer:
     """An optimizer whose candidates have a point of the space as their value.
 
     Args:
-        settings: of the optimizer.
+        settings: settings of the optimizer.
 
     Raises:
         UserError: from `check_optimizer`; other errors where one of Nevergrad's does not run here.
@@ -73,8 +73,8 @@ def check_optimizer(name: str, num_workers: int) -> None:
     """Finds, without a space, what `make_optimizer` would refuse by name.
 
     Args:
-        name: of the optimizer.
-        num_workers: trials that are out at once.
+        name: name of the optimizer.
+        num_workers: number of trials that are out at once.
 
     Raises:
         UserError: nothing has this name; or it proposes one trial after the other, and there are several workers.
@@ -98,11 +98,11 @@ class PlanOptimizer(Optimizer):
     """Remembers which plans are out and which were told; draws depend on the seed and on how many these are.
 
     Args:
-        parametrization: array of ``space.dimension``.
-        budget: trials.
-        num_workers: trials out at once.
-        space: of the plans.
-        seed: of the draws.
+        parametrization: Nevergrad's array of ``space.dimension`` numbers.
+        budget: number of trials.
+        num_workers: number of trials that are out at once.
+        space: space of the plans.
+        seed: seed of the random draws.
     """
 
     def __init__(self, parametrization: Any, budget: int, num_workers: int, *, space: SearchSpace, seed: int) -> None:
@@ -225,8 +225,8 @@ class BayesianPlans(PlanOptimizer):
 
 def _spread(values: Floats) -> Floats:
     """Standard deviations of columns; 1 where values differ by no more than rounding."""
-    found = values.std(axis=0)
-    return np.where(found > 1e-9 * np.abs(values).max(axis=0), found, 1.0)
+    deviations = values.std(axis=0)
+    return np.where(deviations > 1e-9 * np.abs(values).max(axis=0), deviations, 1.0)
 
 
 OURS = {"bayesian": BayesianPlans, "random": RandomPlans}

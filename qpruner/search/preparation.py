@@ -27,8 +27,8 @@ class Preparation:
     Args:
         base_sha256: hash of the dense model; None where its files were not at hand.
         base: plan of the pruned base, dense but for its tables.
-        prior: the plan that the search starts from, and what it thinks of the others.
-        loftq_iterations: with which the bank was filled.
+        prior: allocation that the search starts from: its plan, and what it costs to depart from it.
+        loftq_iterations: LoftQ's iterations with which the bank was filled.
     """
 
     base_sha256: str | None
@@ -53,12 +53,12 @@ def prepare(
     """Prunes the base, decides as those do that do not search, and fills the bank, unless an earlier session did.
 
     Args:
-        module: whose base, adapters and seed the search has; it is given no model.
+        module: module whose base, adapters and seed the search has; it is given no model.
         data: text for scores and sensitivities, and the validation split of the reference.
-        pruning: prunes the base; nothing or one.
-        quantization: has the budget; it quantizes nothing here.
-        processes: what computes.
-        folder: of the search.
+        pruning: callbacks that prune the base, none or one.
+        quantization: callback that has the budget; it quantizes nothing here.
+        processes: processes that compute.
+        folder: folder of the search.
 
     Raises:
         UserError: no budget, too little text, or what pruning and allocation refuse.

@@ -49,8 +49,8 @@ class Proposal:
     """A point that an optimizer asks about.
 
     Args:
-        value: coordinates, as plain data.
-        number: among the proposals of this optimizer, from 0.
+        value: coordinates of the proposal, as plain data.
+        number: number of the proposal among those of this optimizer, from 0.
     """
 
     value: Point
@@ -84,7 +84,7 @@ def open_proposals(
     """An optimizer that is fresh; its process, where it has one, begins at once and ends with the context.
 
     Args:
-        settings: of the optimizer.
+        settings: settings of the optimizer.
         patience: seconds after which an optimizer of Nevergrad that does not answer has failed.
         hear: called with what an optimizer of Nevergrad warns of, once for each place in the code that warns.
     """
@@ -103,7 +103,7 @@ class LocalProposals:
     """An optimizer in this process.
 
     Args:
-        settings: of the optimizer.
+        settings: settings of the optimizer.
     """
 
     def __init__(self, settings: OptimizerSettings) -> None:
@@ -148,7 +148,7 @@ class ProposingProcess:
     """An optimizer in a process of its own, which prints to nobody and has one thread for numbers.
 
     Args:
-        settings: of the optimizer.
+        settings: settings of the optimizer.
         patience: seconds after which an optimizer that does not answer has failed.
         hear: called with each warning, once for each place in the code that warns.
         complaints: file that gets what the process says of its end.
@@ -178,12 +178,12 @@ class ProposingProcess:
                 env=os.environ | limits | places,
             )
         self._send(settings)
-        self._made = False
+        self._is_made = False
 
     def wait(self) -> None:
-        if not self._made:
+        if not self._is_made:
             self._receive("is made", START_SECONDS)
-            self._made = True
+            self._is_made = True
 
     def ask(self) -> Proposal:
         return self._call("is asked", "ask")
@@ -238,7 +238,7 @@ def serve(descriptor: int) -> None:
     """Makes an optimizer and passes on what it is asked and told, until the other end is gone.
 
     Args:
-        descriptor: of the connection.
+        descriptor: file descriptor of the connection.
     """
     threading.Thread(target=_end_with_parent, args=(os.getppid(),), daemon=True).start()
     heard: dict[str, str] = {}

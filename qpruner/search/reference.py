@@ -30,8 +30,9 @@ class Reference:
 
     Args:
         base: hash of the dense model; None where its files were not at hand.
-        batches: tensors of validation rows.
-        log_probabilities: [tokens, V] in half precision, of all scored tokens of the batches, up to `TOKENS`.
+        batches: tensors of the rows of the validation split.
+        log_probabilities: log-probabilities of all scored tokens of the batches, up to `TOKENS`, [tokens, V] in half
+            precision.
     """
 
     base: str | None
@@ -45,8 +46,8 @@ class Reference:
 
         Args:
             model: the dense model of transformers; it is moved to the device and left there.
-            data: where the rows come from.
-            processes: device and precision to compute in.
+            data: data module that the rows come from.
+            processes: processes to compute with: device and precision.
             base: hash of the model.
 
         Raises:
@@ -70,8 +71,8 @@ class Reference:
         """KL of a model's predictions to these, in nats per token.
 
         Args:
-            model: of transformers or of PEFT around it; it is moved to the device and left there.
-            processes: device and precision to compute in.
+            model: model of transformers, or of PEFT around it; it is moved to the device and left there.
+            processes: processes to compute with: device and precision.
         """
         model.to(processes.device).eval()
         total, start = 0.0, 0

@@ -29,8 +29,8 @@ def check_runs(name: str, num_workers: int, patience: float = PATIENCE) -> None:
     """Finds what an optimizer needs and lacks, without the space of the search, which takes long to prepare.
 
     Args:
-        name: of the optimizer.
-        num_workers: trials that are out at once.
+        name: name of the optimizer.
+        num_workers: number of trials that are out at once.
         patience: seconds without an answer that are taken for standing still.
 
     Raises:
@@ -54,9 +54,9 @@ def rehearse(
     Two processes do so side by side, and are to propose the same. Ours need no rehearsal.
 
     Args:
-        settings: of the optimizer.
-        known: points and scores that it is told first.
-        seconds: after which the rehearsal ends.
+        settings: settings of the optimizer.
+        known: points and scores that the optimizer is told first.
+        seconds: seconds after which the rehearsal ends.
         patience: seconds without an answer that are taken for standing still.
 
     Raises:
@@ -125,8 +125,8 @@ class MadeUpScores:
     """Losses such as a search finds: about 2 nats per token, mostly as the prior has it, else as luck has it.
 
     Args:
-        space: of the plans; two objectives where it spends a share of the bytes.
-        seed: of the luck, which is the same for equal plans.
+        space: space of the plans; two objectives where it spends a share of the bytes.
+        seed: seed of the luck, which is the same for equal plans.
     """
 
     def __init__(self, space: SearchSpace, seed: int) -> None:

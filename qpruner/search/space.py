@@ -53,9 +53,9 @@ class SearchSpace:
     """The plans for some items that fit a number of bytes.
 
     Args:
-        choices: [items] of what each may have, fewest bytes first; costs are those of the prior.
-        levels: [items] of the widths of these choices as numbers above 0, such as bits; more is wider.
-        limit: bytes; the smallest choices fit.
+        choices: choices that each item has, fewest bytes first, [items]; costs are those of the prior.
+        levels: widths of these choices as numbers above 0, such as bits, [items]; more is wider.
+        limit: bytes that a plan may take; the smallest choices fit.
         spends: whether the share of the bytes that are spent is one more coordinate, the last one. A search with two
             objectives needs it: without it all plans have nearly the same bytes. 0 spends half of the bytes between the
             smallest choices and the limit, so that both ends of a front are equally near; they are reached at -1.6
@@ -111,7 +111,7 @@ class SearchSpace:
         """The plans of points.
 
         Args:
-            points: [points, dimension], of any size.
+            points: points to decode, [points, dimension], of any size.
         """  # [points, items], numbers of choices
         points = np.asarray(points, dtype=np.float64)
         owner = np.repeat(np.arange(self.num_items), [len(item) - 1 for item in self.choices])  # [steps]

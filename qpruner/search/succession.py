@@ -22,13 +22,13 @@ def succeed(
     One of Nevergrad's that planned for fewer trials or workers begins anew, too; ours plan for none.
 
     Args:
-        ledger: of the search.
-        name: of the optimizer.
-        space: of the plans.
-        judge: fresh; what optimizers are told of trials.
-        num_trials: of the whole search.
-        workers: trials proposed at a time.
-        seed: of the search.
+        ledger: ledger of the search.
+        name: name of the optimizer.
+        space: space of the plans.
+        judge: fresh judge, which says what optimizers are told of trials.
+        num_trials: number of trials of the whole search.
+        workers: number of trials proposed at a time.
+        seed: seed of the search.
 
     Raises:
         UserError: the rehearsal failed; the ledger is as it was.
@@ -53,9 +53,9 @@ def settings_of(record: OptimizerRecord, space: SearchSpace, seed: int) -> Optim
     """What an optimizer is made from, so that it makes the same proposals each time.
 
     Args:
-        record: of the optimizer.
-        space: of the plans.
-        seed: of the search; an optimizer that follows another has one of its own, lest it proposes the same again.
+        record: record of the optimizer.
+        space: space of the plans.
+        seed: seed of the search; an optimizer that follows another has one of its own, lest it proposes the same again.
     """
     return OptimizerSettings(
         record.name,

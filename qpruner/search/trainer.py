@@ -45,7 +45,7 @@ class SearchTrainer(Trainer):
     Which of a Trainer's options a trial takes over, `qpruner.search.trial_trainer` lists.
 
     Attributes:
-        given: arguments that it was made with.
+        given: arguments that the Trainer was made with.
     """
 
     def __init__(self, **options: Any) -> None:
@@ -64,8 +64,8 @@ class SearchTrainer(Trainer):
         The base is pruned by the Trainer's callbacks once; no plan is scored on the test split.
 
         Args:
-            model: as for a fit; it is given no model.
-            datamodule: as for a fit; its validation split chooses.
+            model: module as for a fit; it is given no model.
+            datamodule: data module as for a fit; its validation split chooses.
             search: how to search.
 
         Raises:
@@ -80,7 +80,7 @@ class Search:
 
     Args:
         trainer: Trainer whose callbacks, logger and options it uses.
-        module: holds the model to search for.
+        module: module that holds the model to search for.
         data: text to fit and to choose with.
         config: how to search.
 

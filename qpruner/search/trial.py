@@ -71,7 +71,7 @@ class TrialRunner:
     """Runs trials one after the other on one device; base and data are loaded once.
 
     Args:
-        work: what to run them on; it stays as it is.
+        work: what trials run on; it stays as it is.
     """
 
     def __init__(self, work: TrialWork) -> None:
@@ -94,7 +94,7 @@ class TrialRunner:
             key: ``choices`` (for each item, the place of its precision), ``steps`` and ``seed``.
 
         Returns:
-            loss, perplexity and kl (to the dense model) in nats per token, accuracy where there is a choice task,
+            Loss, perplexity and kl (to the dense model) in nats per token, accuracy where there is a choice task,
             bytes, average_bits, steps, and the seconds of assembling, training, evaluating, and of all together.
         """
         module = LoRAFinetuner(**{**self.work.options, "seed": key["seed"]}).hold(self.base)

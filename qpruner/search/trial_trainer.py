@@ -81,8 +81,8 @@ def check_options(trainer: Trainer, given: Mapping[str, Any]) -> None:
     """Makes sure that nothing that was asked of a Trainer is dropped in silence.
 
     Args:
-        trainer: whose trials are to train alike.
-        given: arguments that it was made with.
+        trainer: Trainer whose trials are to train alike.
+        given: arguments that the Trainer was made with.
 
     Raises:
         UserError: it was given something that a trial cannot go by.
@@ -120,7 +120,7 @@ class TrialTrainer:
     """How a trial trains and evaluates, as plain data.
 
     Args:
-        options: arguments of its Trainer; all of `CARRIED`.
+        options: arguments of a trial's Trainer, all of `CARRIED`.
     """
 
     options: dict[str, Any]
@@ -130,8 +130,8 @@ class TrialTrainer:
         """That of the trials of a search.
 
         Args:
-            trainer: of the search.
-            given: arguments that it was made with.
+            trainer: Trainer of the search.
+            given: arguments that the Trainer was made with.
         """
         options = {name: getattr(trainer, name, given.get(name, DEFAULTS[name])) for name in CARRIED}
         return cls(options | {"accelerator": trainer.strategy.root_device.type})
@@ -146,9 +146,9 @@ class TrialTrainer:
         """A Trainer that leaves nothing behind.
 
         Args:
-            steps: optimizer steps of its fit.
-            max_seconds: after which the fit ends, whatever its steps; None for steps alone.
-            callbacks: those that watch it.
+            steps: optimizer steps of the trial's fit.
+            max_seconds: seconds after which the fit ends, whatever its steps; None for steps alone.
+            callbacks: callbacks that watch the trial's fit.
         """
         return Trainer(
             **{**self.options, "limit_val_batches": 0},  # a trial is scored once, after its fit
