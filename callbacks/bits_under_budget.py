@@ -31,8 +31,8 @@ class Allocator:
         method: what makes the costs.
         budget: what may be stored.
         config: how to decide.
-        precisions: to choose from.
-        loftq_iterations: with which linears are quantized.
+        precisions: precisions to choose from.
+        loftq_iterations: LoftQ's iterations with which linears are quantized.
     """
 
     method: Method
@@ -64,7 +64,7 @@ class Allocator:
 
         Args:
             job: the model, pruned and dense, and what may be used for it.
-            plan: plan of the model; its tables have their precision.
+            plan: plan of the pruned model; its tables have their precision.
 
         Raises:
             UserError: the budget is below the cheapest plan, or too little calibration text.

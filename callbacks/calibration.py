@@ -17,8 +17,8 @@ def calibration_of(
     Args:
         model: network that the text passes through.
         data: source of the text; None where there is none.
-        config: which text.
-        processes: those that share the text.
+        config: options of the text: how many sequences, and how long.
+        processes: processes that share the text.
         whose: name of what needs the text, for the message where there is none.
 
     Raises:

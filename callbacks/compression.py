@@ -30,12 +30,12 @@ class Rehearsal:
     """A fit without weights, in which callbacks find what cannot be had before any work is done.
 
     Args:
-        model: on the meta device, as the callbacks so far would leave it.
+        model: model on the meta device, as the callbacks so far would leave it.
         lora: the adapters that it is going to have.
         exact: whether its widths are those of the fit; they are not where they depend on scores.
 
     Attributes:
-        plan: of the model, all of it dense; which units are kept is made up.
+        plan: plan of the model, all of it dense; which units are kept is made up.
 
     Raises:
         UserError: the adapters have no linear to be on.
@@ -76,8 +76,8 @@ class CompressionJob:
 
     Args:
         model: the model, without adapters, in the memory of the CPU or of the device.
-        data: where calibration text comes from; None where there is none.
-        processes: those that work on the model together.
+        data: data module that calibration text comes from; None where there is none.
+        processes: processes that work on the model together.
         lora: the adapters that the model is going to have.
         seed: seed of all random draws.
         folder: folder of the run, for what is measured; None where there is no run.

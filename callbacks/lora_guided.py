@@ -59,11 +59,11 @@ class LoRAGuidedPruning(CompressionInTraining):
 
     Args:
         ratio: share of all parameters of the model, as it comes, to remove, in (0, 1).
-        criterion: ``lora`` for the adapters' gradients; ``gradient`` for those of the weights themselves, unclipped, at
-            the memory of one float32 gradient for each weight, as a standard to compare with.
+        criterion: gradients that score: ``lora`` for those of the adapters; ``gradient`` for those of the weights
+            themselves, unclipped, at the memory of one float32 gradient for each weight, as a standard to compare with.
         variant: how an element's gradient and weight make a score; see `qpruner.pruning.lora_guided`.
         decay: share of the moving average that stays at each step, in [0, 1).
-        schedule: at which steps how much is masked.
+        schedule: at which steps units are masked, and how many.
         selection: how layers share what is removed.
 
     Raises:
@@ -181,7 +181,7 @@ class LoRAGuidedPruning(CompressionInTraining):
         """Scores the units from the gradients of an optimizer step."""
         gradients = None
         if self._weights is not None:
-            gradients = self._weights.take(lambda one: trainer.strategy.reduce(one, reduce_op="mean"))
+            gradients = self._weights.take(lambda gradient: trainer.strategy.reduce(gradient, reduce_op="mean"))
         if finite:
             self._average.add(score_adapted(module.compressed.network.get_base_model(), self.variant, gradients))
         else:
@@ -212,7 +212,7 @@ class LoRAGuidedPruning(CompressionInTraining):
             )
         masks = module.compressed.masks
         assert masks is not None
-        scores = [LayerScores(one.kv_groups.cpu(), one.ffn_channels.cpu()) for one in self._average.scores]
+        scores = [LayerScores(layer.kv_groups.cpu(), layer.ffn_channels.cpu()) for layer in self._average.scores]
         alive = masks.kept
         kept = trainer.strategy.broadcast(self.gradual.keep(scores, alive, share))
         same = None
@@ -259,4 +259,4 @@ class LoRAGuidedPruning(CompressionInTraining):
 
 
 def _tensors(scores: Sequence[LayerScores]) -> list[tuple[Tensor, Tensor]]:
-    return [(one.kv_groups, one.ffn_channels) for one in scores]
+    return [(layer.kv_groups, layer.ffn_channels) for layer in scores]

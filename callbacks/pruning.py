@@ -43,7 +43,7 @@ class StructuredPruning(CompressionInSetup):
         rounds: number of times that units are scored and removed, at least 1; later rounds score the model that earlier
             ones left.
         selection: how layers share what is removed.
-        calibration: the text for criteria that need one.
+        calibration: calibration text for criteria that need one.
 
     Raises:
         UserError: a ratio that no legal widths reach, an unsupported model family, no room on the device, too little

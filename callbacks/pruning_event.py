@@ -18,12 +18,12 @@ class PruningEvent:
     """One event.
 
     Args:
-        step: optimizer steps that were made.
-        gradual: what is pruned.
+        step: number of optimizer steps that were made.
+        gradual: how the fit prunes.
         kept: [layers], places of the KV groups and FFN channels that are alive after it.
-        scores: [layers], of all units, by which they were chosen.
-        agreement: of the units that went, the share that the scores of the event before would have sent, too.
-        skipped: steps so far whose gradients were not finite.
+        scores: scores of all units by which they were chosen, [layers].
+        agreement: share of the units that went now that the scores of the event before would have sent, too.
+        skipped: number of steps so far whose gradients were not finite.
     """
 
     step: int

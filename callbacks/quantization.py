@@ -58,8 +58,8 @@ class MixedPrecisionQuantization(CompressionInSetup):
             plain LoRA.
         embedding: bits of a weight of the token embedding; 4, 8 or 16.
         head: bits of a weight of the language-model head; 4, 8 or 16, and those of the embedding where both are tied.
-        allocation: who gets which bits under a budget: ``uniform``, all units the widest that it buys for all;
-            ``mutual_information``, by that of a layer's output and the prediction (QPruner, arXiv 2412.11629);
+        allocation: how bits are shared out under a budget: ``uniform``, all units get the widest that it buys for all;
+            ``mutual_information``, by what a layer's output tells about the prediction (QPruner, arXiv 2412.11629);
             ``sensitivity``, by what it costs to quantize each layer alone.
         budget: what may be stored; with one, the bits are decided here.
         deciding: how bits are decided under a budget.
@@ -117,9 +117,9 @@ class MixedPrecisionQuantization(CompressionInSetup):
     @classmethod
     def of_plan(cls, plan: CompressionPlan, configured: "MixedPrecisionQuantization | None") -> Self:
         """Quantizes to the precisions of a plan, with the LoftQ of what was configured, if anything was."""
-        made = cls() if configured is None else cls(loftq_iterations=configured.loftq_iterations)
-        made.plan = plan
-        return made
+        callback = cls() if configured is None else cls(loftq_iterations=configured.loftq_iterations)
+        callback.plan = plan
+        return callback
 
     def check(self, rehearsal: Rehearsal) -> None:
         """Finds, before any work, what the options ask and cannot be had.
@@ -132,7 +132,7 @@ class MixedPrecisionQuantization(CompressionInSetup):
         config = rehearsal.model.config
         table_precisions(config, **self.tables)
         plan = rehearsal.plan.with_precision(self.precision(architecture_of(config).num_layers), **self.tables)
-        units = [one for layer in plan.layers for one in layer.precision.values()]
+        units = [precision for layer in plan.layers for precision in layer.precision.values()]
         for precision in {*units, *self.tables.values()} - {DENSE}:
             format_for(precision)
         if self.allocator is not None:
@@ -171,10 +171,10 @@ class MixedPrecisionQuantization(CompressionInSetup):
 
     def _offered(self, option: str, bits: int) -> Precision:
         """The precision of a number of bits."""
-        found = {4: self.four_bit, 8: Precision("int8", 8), 16: DENSE}
-        if bits not in found:
+        precisions = {4: self.four_bit, 8: Precision("int8", 8), 16: DENSE}
+        if bits not in precisions:
             raise UserError(f"{option} asks for {bits}; choose from {', '.join(map(str, OFFERED))}.")
-        return found[bits]
+        return precisions[bits]
 
     @property
     def tables(self) -> dict[str, Precision]:

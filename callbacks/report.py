@@ -83,9 +83,9 @@ class RunReport(Callback):
         """Measures the model as it is, unless an earlier session of the run did.
 
         Args:
-            trainer: of the fit.
-            name: of the stage.
-            seconds: that it took to reach; by default the time since the stage before was measured.
+            trainer: Trainer of the fit.
+            name: name of the stage.
+            seconds: seconds that it took to reach the stage; by default the time since the stage before was measured.
         """
         name = self._titled(name)
         if name not in self._measured_stages(trainer):

@@ -16,7 +16,7 @@ class CubicSchedule:
 
     Args:
         warmup: share of the steps before the first units go, in [0, 1).
-        cooldown: share of the steps after the last units went, in [0, 1); together less than 1.
+        cooldown: share of the steps after the last units went, in [0, 1); less than 1 together with ``warmup``.
         every_n_steps: optimizer steps between two events, at least 1.
     """
 
