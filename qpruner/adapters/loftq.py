@@ -86,7 +86,7 @@ def loftq(
     Args:
         weight: weight W to approximate, [out, in], of any float dtype.
         quantize: the number format; gets [out, in] in float32.
-        dequantize: its inverse, up to rounding; gives [out, in] in float32 or half precision.
+        dequantize: inverse of ``quantize``, up to rounding; gives [out, in] in float32 or half precision.
         name: name of the layer; its random draws depend on it and on ``seed`` only, so that all ranks agree.
         rank: r of the adapters.
         scale: what the forward pass multiplies ``B A`` by, ``alpha / r``, above 0.

@@ -178,12 +178,12 @@ class ProposingProcess:
                 env=os.environ | limits | places,
             )
         self._send(settings)
-        self._is_made = False
+        self._ready = False
 
     def wait(self) -> None:
-        if not self._is_made:
+        if not self._ready:
             self._receive("is made", START_SECONDS)
-            self._is_made = True
+            self._ready = True
 
     def ask(self) -> Proposal:
         return self._call("is asked", "ask")
