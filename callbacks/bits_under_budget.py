@@ -102,7 +102,7 @@ class Allocator:
     def _sensitivities(
         self, job: CompressionJob, plan: CompressionPlan, items: Sequence[Item]
     ) -> tuple[Sensitivities | None, Bank | None]:
-        """Those that an earlier session of the run has measured, else new ones; what rank zero has, on all ranks."""
+        """Sensitivities that an earlier session of the run has measured, else new ones; those of rank zero on all."""
         if self.method == "uniform":
             return None, None
         job.keep()

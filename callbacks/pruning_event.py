@@ -35,7 +35,7 @@ class PruningEvent:
 
     @property
     def shares(self) -> tuple[float, float]:
-        """Of all parameters, and of those of the decoder linears, what is gone."""
+        """Share that is gone of all parameters, and of those of the decoder linears."""
         removed = self.gradual.removed(self.kept)
         return removed / self.gradual.total, removed / self.gradual.in_linears
 

@@ -13,7 +13,7 @@ from qpruner.errors import UserError, brief, check_ranges
 from qpruner.seeds import derive_seed
 
 ALL_LINEAR = "all-linear"
-"""In place of names: every linear but the language-model head."""
+"""What stands in place of names for every linear but the language-model head."""
 
 
 @dataclass(frozen=True)

@@ -59,7 +59,7 @@ from qpruner.seeds import derive_seed
 STEPS = 2**50
 """Whole numbers to a standard deviation, among which neighbours are looked for."""
 NOISE = 2**17
-"""Of them, across which noise tells equal values apart: 1e-10 of a standard deviation."""
+"""Whole numbers across which noise tells equal values apart: 1e-10 of a standard deviation."""
 CHUNK = 256
 """Samples whose distances to all others are held at once."""
 

@@ -122,7 +122,7 @@ def _rises(
 
 
 def _log_probabilities(runner: BlockRunner, last: Tensor) -> Tensor:
-    """Of every word at each position, in float32."""  # [N, V]
+    """Log-probabilities of every word at each position, in float32."""  # [N, V]
     return F.log_softmax(runner.logits(last).float(), dim=-1)
 
 

@@ -158,7 +158,7 @@ def block_runner(model: Any, calibration: Calibration) -> Iterator[BlockRunner]:
 
 
 def linears_within(block: nn.Module, linears: dict[str, nn.Linear]) -> dict[str, nn.Linear]:
-    """Those of some linears that are part of a block."""
+    """The linears, of those given by name, that are part of a block."""
     members = set(block.modules())
     return {name: linear for name, linear in linears.items() if linear in members}
 

@@ -44,7 +44,7 @@ class GradualPruning:
 
     @classmethod
     def of(cls, model: Any, ratio: float, selection: SelectionConfig) -> Self:
-        """For a model without adapters, which may be packed.
+        """The way of a model without adapters, which may be packed, to a ratio.
 
         Raises:
             UserError: a ratio that no legal widths reach, or less than half a step; see also `supplies`.

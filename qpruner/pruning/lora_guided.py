@@ -31,9 +31,9 @@ from qpruner.quantization.packed import PackedLinear
 
 Variant = Literal["paper", "code"]
 ELEMENTS_AT_ONCE = 1 << 17
-"""Of a weight on a CPU; few enough that what is made of them stays in the cache of a core."""
+"""Elements of a weight that a CPU scores at once; few enough that what is made of them stays in the cache of a core."""
 TIMES_ON_CUDA = 64
-"""As many more there, where starting the work on a piece takes longer than a small piece does."""
+"""How many times as many CUDA scores at once, where starting the work on a piece takes longer than a small piece."""
 
 
 @dataclass(frozen=True)

@@ -53,7 +53,7 @@ class LoftQSettings:
 
     @classmethod
     def of(cls, lora: LoRAConfig, num_iterations: int, seed: int) -> Self | None:
-        """Those of a model's adapters; None, from zero, without iterations."""
+        """The settings for a model's adapters; None without iterations, where adapters start from zero."""
         if num_iterations == 0:
             return None
         return cls(lora.r, lora.alpha / lora.r, lora.target_modules, num_iterations, seed)

@@ -48,7 +48,7 @@ class Bank:
 
     @property
     def num_bytes(self) -> int:
-        """Of codes, scales and factors, the dense linears apart."""
+        """Bytes of codes, scales and factors, the dense linears apart."""
         return sum(tensor.nbytes for tensor in self.tensors.values())
 
     def linear(self, name: str, precision: Precision) -> nn.Linear | PackedLinear:

@@ -136,7 +136,10 @@ def expected_improvement(mean: Floats, variance: Floats, best: float) -> Floats:
 
 
 def _covariance(values: Floats, features: Floats, costs: Floats, others: Floats, other_costs: Floats) -> Floats:
-    """Of scores of plans and others, without noise, under processes [..., hyper-parameters]."""  # [..., plans, others]
+    """Covariances of scores of plans and others, without noise.
+
+    ``values`` are hyper-parameters of one or several processes, [..., hyper-parameters].
+    """  # [..., plans, others]
     signal, length, _, _, doubt = np.moveaxis(values[..., None, None], -3, 0)
     squares = (features**2).sum(1)[:, None] + (others**2).sum(1) - 2 * features @ others.T
     r = np.sqrt(5 / features.shape[1] * np.maximum(squares, 0.0)) / length

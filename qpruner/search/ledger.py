@@ -139,7 +139,7 @@ class Ledger:
 
     @property
     def optimizers(self) -> tuple[OptimizerRecord, ...]:
-        """Those that proposed, in order; none in a ledger of trials that no optimizer proposed."""
+        """The optimizers that proposed, in order; none in a ledger of trials that no optimizer proposed."""
         return tuple(self._optimizers)
 
     def attempts(self, number: int) -> int:

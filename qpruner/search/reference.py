@@ -107,7 +107,7 @@ class Reference:
 
 
 def _log_probabilities(model: nn.Module, batch: Batch, processes: Processes, at_most: int) -> Tensor:
-    """Those of the predictions of scored tokens, of the first ``at_most``; [tokens, V] in float32."""
+    """Log-probabilities that predict the first ``at_most`` scored tokens, [tokens, V] in float32."""
     batch = move_data_to_device(batch, processes.device)
     scored = batch["labels"][:, 1:] != IGNORED
     with processes.forward_context():

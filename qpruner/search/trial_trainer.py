@@ -74,7 +74,7 @@ WATCHERS = (Checkpoint, DeviceStatsMonitor, LearningRateMonitor, ModelSummary, P
 DEFAULTS = {
     name: parameter.default for name, parameter in signature(Trainer.__init__).parameters.items() if name != "self"
 }
-"""Of all options of a Trainer."""
+"""Default values of all options of a Trainer."""
 
 
 def check_options(trainer: Trainer, given: Mapping[str, Any]) -> None:
@@ -127,7 +127,7 @@ class TrialTrainer:
 
     @classmethod
     def of(cls, trainer: Trainer, given: Mapping[str, Any]) -> "TrialTrainer":
-        """That of the trials of a search.
+        """How the trials of a search train.
 
         Args:
             trainer: Trainer of the search.

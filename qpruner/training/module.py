@@ -28,8 +28,8 @@ from qpruner.training.metrics import ChoiceAccuracy, Perplexity, choose
 from qpruner.training.optimization import OptimizerConfig, make_optimizer, make_scheduler
 
 SMALLEST_SCALE = 2.0**-14
-"""Of the loss under ``16-mixed``. It starts at 2 to the 16 and is halved at each step whose gradients overflow, so that
-one this small comes of gradients that no scale mends."""
+"""Smallest scale of the loss under ``16-mixed`` that is borne. It starts at 2 to the 16 and is halved at each step
+whose gradients overflow, so that one this small comes of gradients that no scale mends."""
 
 OVERFLOW = re.compile(
     r"Function '(?P<operation>\w+)' returned nan values|cannot be converted to type \w+ without overflow"
@@ -244,7 +244,7 @@ class LoRAFinetuner(CompressibleModule):
 
     @property
     def _scaler(self) -> Any:
-        """Of the loss under ``16-mixed``, else None."""
+        """The scaler of the loss under ``16-mixed``, else None."""
         return getattr(self.trainer.precision_plugin, "scaler", None)
 
     def _trained_tensors(self) -> dict[str, Tensor]:

@@ -71,7 +71,7 @@ def refusals_told(*others: type[Exception]) -> Iterator[None]:
 
 @contextmanager
 def options_told() -> Iterator[None]:
-    """As `refusals_told`, around the making of a Trainer, which knows nothing but its options.
+    """What `refusals_told` does, around the making of a Trainer, which knows nothing but its options.
 
     A package that is missing, a device that is not there, an option of a wrong kind are errors of several types.
 
