@@ -90,8 +90,8 @@ def held_in(config: Any, dtype: DType) -> torch.dtype:
     and bfloat16 would round weights that are stored in float16.
 
     Args:
-        config: of the base.
-        dtype: as it was asked for.
+        config: configuration of the base.
+        dtype: number format that was asked for.
     """
     if dtype != "auto":
         return getattr(torch, dtype)
@@ -110,7 +110,7 @@ def load_model(
         name: folder, hub name, or `EMBEDDED`.
         dtype: number format of the weights; see `held_in`.
         trust_remote_code: whether code that comes with the model may run.
-        say: told what a person should know of it, such as that it was quantized.
+        say: function that is told what a person should know of the model, such as that it was quantized.
 
     Raises:
         UserError: nothing of that name, no causal language model, or weights that are not those of its configuration.
