@@ -69,7 +69,7 @@ class Part:
     """A part of a run's folder: a file or a folder, as an attribute of `RunFolder`.
 
     Args:
-        name: of the file or folder.
+        name: name of the file or folder.
         of_phase: whether each phase of the run has a part of this kind.
     """
 
@@ -86,7 +86,7 @@ class RunFolder:
     """The parts of ``runs/<name>/``.
 
     Args:
-        path: of the folder.
+        path: path of the folder.
         phase: number, from 1, of a phase that others come after, whose parts lie in ``phases/<number>/``; None for the
             last or only phase, whose parts lie in the folder itself.
     """
