@@ -21,7 +21,7 @@ class Prepared:
     """The splits of a data module as token rows.
 
     Args:
-        splits: rows of each split that there are data for.
+        splits: rows of each split that has data.
         notes: what a person should know of how the splits came about, such as records left out.
     """
 

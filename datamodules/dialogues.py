@@ -65,7 +65,7 @@ def to_dialogue(
         tokenizer: tokenizer whose chat template lays out chats.
         where: place of the record, for messages.
         response_only: whether only responses are scored, and prompts are not.
-        layout: how instructions are laid out: ``alpaca``, or ``chat``.
+        layout: how instructions are laid out, ``alpaca`` or ``chat``; see `InstructionDataModule`.
         learn_chosen: whether ``chosen`` is the answer, where a record has it.
         chat_template_kwargs: variables for the chat template; those of the record go before them.
 

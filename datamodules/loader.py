@@ -54,7 +54,7 @@ class ResumableLoader:
         rank: place of this process among the ``world_size`` that share the examples, from 0.
         world_size: number of processes that share the examples.
         num_workers: processes that prepare batches ahead; 0 prepares them here.
-        limit: how many batches of an epoch will be read, as a number or a share; see ``Trainer(limit_train_batches)``.
+        limit: number or share of the batches of an epoch that will be read; see ``Trainer(limit_train_batches)``.
         accumulate: micro-batches to an optimizer step; the last step of an epoch may have fewer.
         position: function that gives the epoch to read, and how many of its batches were read already.
 

@@ -39,9 +39,9 @@ class Source:
     """A place that records come from.
 
     Args:
-        spec: a local file (``.txt``, ``.jsonl``, ``.ndjson``, ``.json``, ``.csv``, ``.tsv``, each also as ``.gz``,
-            ``.bz2``, ``.xz`` or ``.zst``, ``.parquet``, ``.arrow``, ``.feather``), or a local folder or a hub data set
-            as ``NAME``, ``NAME@SPLIT`` or ``NAME:CONFIG@SPLIT``.
+        spec: spec of a local file (``.txt``, ``.jsonl``, ``.ndjson``, ``.json``, ``.csv``, ``.tsv``, each also as
+            ``.gz``, ``.bz2``, ``.xz`` or ``.zst``, ``.parquet``, ``.arrow``, ``.feather``), or of a local folder or a
+            hub data set as ``NAME``, ``NAME@SPLIT`` or ``NAME:CONFIG@SPLIT``.
         split: split to read when the spec names none.
         is_named: whether the user asked for this split; otherwise it only stands beside one that the user asked for.
     """

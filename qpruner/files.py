@@ -66,7 +66,7 @@ def reading(path: Path, remedy: str, errors: tuple[type[Exception], ...] = MALFO
 
     Args:
         path: path of the file, or of the folder where the mistake may lie in several.
-        remedy: what to do about it, as a sentence.
+        remedy: what to do about a file that is wrong, as a sentence.
         errors: classes of errors that mean that something is wrong with the file.
 
     Raises:

@@ -79,7 +79,7 @@ class KeptBase:
         plan: units of the dense model that the base holds, and how.
         base_name: folder or hub name of the dense model.
         base_sha256: fingerprint of the dense model.
-        state: how far its compression has come; see `qpruner.compressed.State`.
+        state: how far the compression of the base has come; see `qpruner.compressed.State`.
         recipe: what was done to the dense model, in order.
         sha256: hash of what the manifest says of the base, by which the base is known.
     """
@@ -275,7 +275,7 @@ def save_adapters(folder: Path, model: Any, *, trained: bool, place: Path | None
         folder: folder that `save_base` wrote.
         model: PEFT model that holds the adapters.
         trained: whether a fit has trained the adapters; otherwise they are what a fit starts from.
-        place: where the folder is going to lie, if not where it is.
+        place: path that the folder is going to have; None for the present one.
     """
     manifest = read_manifest(folder)
     of_base = {name: entry for name, entry in manifest["files"].items() if not name.startswith(f"{ADAPTER}/")}

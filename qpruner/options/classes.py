@@ -29,7 +29,7 @@ class Options:
     Args:
         types: type of each option, by its dotted name.
         required: names of the options that must be given.
-        linked: names of the options that others give their values to; a person need not.
+        linked: names of the options that others give their values to; a person need not give them.
         unset: names of the options whose default is null, so that null means nothing else, whatever their type.
     """
 

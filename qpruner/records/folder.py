@@ -24,7 +24,7 @@ class PhasesOver:
     """What ``finished.json`` holds.
 
     Args:
-        finished: how many phases that others come after are over.
+        finished: number of phases that are over, among those that others come after.
 
     Raises:
         UserError: less than none.

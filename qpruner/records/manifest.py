@@ -62,7 +62,7 @@ def record_session(
         base: name and SHA-256 of the base model.
         data: rows, tokens and SHA-256 of each split.
         compression: what is done to the base, with every option.
-        devices: what the session runs on.
+        devices: devices that the session runs on, in words.
         phase: number of the fit that the session begins with.
 
     Raises:

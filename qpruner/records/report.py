@@ -30,8 +30,8 @@ class Stage:
         average_bits: bits per weight of the decoder linears, scales included; None where nothing was compressed.
         results: what the metrics say: ``perplexity``, ``bits_per_byte``, ``accuracy``, ``tokens``, ...; what is unknown
             is left out, nan and inf were measured.
-        seconds: what it took to reach the state, loading or training; where nothing is reached but only measured, what
-            the evaluation took.
+        seconds: seconds of reaching the state by loading or training; of the evaluation where nothing is reached but
+            only measured.
         peak_training: highest use of memory in training, in bytes; None where nothing was trained or it is unknown.
         peak_inference: highest use of memory in evaluation, in bytes.
 
