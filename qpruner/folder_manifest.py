@@ -119,7 +119,7 @@ def read_checked_manifest(folder: Path, *, hashes: bool = True) -> Manifest:
         hashes: whether the files are read and compared with their hashes, beside their sizes.
 
     Raises:
-        UserError: as `read_manifest`, or a file is missing, cut off or altered.
+        UserError: the manifest cannot be read (see `read_manifest`), or a file is missing, cut off or altered.
     """
     manifest = read_manifest(folder)
     for name, expected in manifest["files"].items():

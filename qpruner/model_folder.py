@@ -130,7 +130,7 @@ def load_base(folder: str | Path, *, check_hashes: bool = True) -> KeptBase:
         check_hashes: whether every file is read and compared with its hash, beside its size.
 
     Raises:
-        UserError: as `load_compressed`.
+        UserError: not such a folder, of another version, or a file is missing, cut off or altered.
     """
     folder = Path(folder).expanduser()
     manifest = read_checked_manifest(folder, hashes=check_hashes)

@@ -138,7 +138,7 @@ def check_model(name: str, *, trust_remote_code: bool) -> None:
     """Makes sure that a model can be loaded, from its configuration, the headers of its weights, and a head of its own.
 
     Raises:
-        UserError: as `load_model`.
+        UserError: the model cannot be loaded; see `load_model`.
     """
     with _loading("model", name):
         config = _read_config(name, trust_remote_code)
