@@ -49,13 +49,13 @@ def main() -> None:
     bare = by_run.pop((0, 0))
     recovered = {bits: mean(losses[bits] for losses in by_run.values()) for bits in bare}
     print(f"{noise(list(by_run.values()))}\n")
-    found = sensitivities(given)
+    by_method = sensitivities(given)
     for name, losses in (("Without recovery", bare), ("After recovery", recovered)):
         true = effects(losses)
         print(f"{name}: 4 bits cost the blocks {', '.join(f'{effect:.4f}' for effect in true)} nats per token.\n")
         chance = regrets_of_chance(losses)
         lines = [["chance", "", *(f"{regret:.4f}" for regret in chance), "100 %"]]
-        for method, values in found.items():
+        for method, values in by_method.items():
             regrets = regrets_of(values, losses)
             share = f"{100 * sum(regrets) / sum(chance):.0f} %"
             correlation = f"{rank_correlation(values, true):.2f}"
@@ -86,9 +86,9 @@ def regrets_of(values: list[float], losses: Losses) -> list[float]:
 
 
 def regrets_of_chance(losses: Losses) -> list[float]:
-    """The mean of it over all allocations of 1, 2, ... blocks of 8 bits."""
+    """What the allocations of 1, 2, ... blocks of 8 bits lose to the best one on average."""
     num_blocks = len(next(iter(losses)))
-    return [mean(found) - min(found) for found in (_of_number(losses, number) for number in range(1, num_blocks))]
+    return [mean(of_number) - min(of_number) for of_number in (_of_number(losses, n) for n in range(1, num_blocks))]
 
 
 def _of_number(losses: Losses, number: int) -> list[float]:
@@ -124,19 +124,19 @@ def sensitivities(given: argparse.Namespace) -> dict[str, list[float]]:
     model, plan = pruned(given.base, given.ratio, data)
     tokens = data.calibration(given.sequences, 64)
     calibration = Calibration.share(tokens, Processes.alone(), batch_size=1024)
-    found: dict[str, list[float]] = {}
+    by_method: dict[str, list[float]] = {}
     options = product(("histogram", "neighbours"), ("argmax", "log_probability"), ("mean", "norm", "max"))
     for estimator, prediction, summary in options:
         config = MutualInformationConfig(estimator=estimator, prediction=prediction, summary=summary)  # type: ignore[arg-type]
         name = f"mutual information: {estimator}, {summary}, {prediction}"
-        found[name] = layer_information(model, calibration, config)
+        by_method[name] = layer_information(model, calibration, config)
     precisions, items = list(PRECISIONS.values()), items_of(plan.architecture.num_layers, "block", ())
     bank = fill(model, precisions, None, device=torch.device("cpu"))
     kl, loss = measured_rises(model, bank, items, precisions, calibration)
     first_order = first_order_rises(model, bank, items, precisions, calibration)
     for name, rises in {"KL, measured": kl, "loss, measured": loss, "loss, first order": first_order}.items():
-        found[name] = (rises[:, 0] - rises[:, 1]).tolist()
-    return found
+        by_method[name] = (rises[:, 0] - rises[:, 1]).tolist()
+    return by_method
 
 
 if __name__ == "__main__":

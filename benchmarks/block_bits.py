@@ -51,7 +51,7 @@ class Study:
     """A pruned model, its bank, and the measurement of one assignment.
 
     Args:
-        given: the options.
+        given: options of the command line.
     """
 
     def __init__(self, given: argparse.Namespace) -> None:

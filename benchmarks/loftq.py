@@ -81,7 +81,8 @@ def compare(shapes: list[tuple[int, int]], ranks: list[int], device: str) -> dic
                 exact = energy(residual, u[:, :rank], s[:rank], vh[:rank])
                 default_u, default_s, default_v = torch.svd_lowrank(residual, q=rank)
                 share, default = (
-                    energy(residual, *found) / exact for found in (factors, (default_u, default_s, default_v.T))
+                    energy(residual, *decomposition) / exact
+                    for decomposition in (factors, (default_u, default_s, default_v.T))
                 )
                 fast = median([*before[rank], fourth, fifth])
                 print(

@@ -114,7 +114,7 @@ class Correlation(L.Callback):
 
     def __init__(self, every_n_steps: int) -> None:
         self.every_n_steps = every_n_steps
-        self.found: list[Row] = []
+        self.comparisons: list[Row] = []
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         assert isinstance(pl_module, LoRAFinetuner)
@@ -123,16 +123,16 @@ class Correlation(L.Callback):
         pl_module.after_clipping.append(partial(self.observe, trainer, pl_module))
 
     def observe(self, trainer: L.Trainer, module: LoRAFinetuner, finite: bool) -> None:
-        model, gradients = module.model.get_base_model(), self.weights.take(lambda one: one)
+        model, gradients = module.model.get_base_model(), self.weights.take(lambda gradient: gradient)
         for variant in VARIANTS:
             for name, by in (("lora", None), ("gradient", gradients)):
                 scores = score_adapted(model, variant, by)  # type: ignore[arg-type]
-                zeros = [LayerScores(0 * one.kv_groups, 0 * one.ffn_channels) for one in scores]
+                zeros = [LayerScores(0 * layer.kv_groups, 0 * layer.ffn_channels) for layer in scores]
                 self.averages.setdefault(f"{name} {variant}", MovingAverage(0.9, zeros)).add(scores)
         step = trainer.global_step + 1
         if step == 1 or step % self.every_n_steps == 0:
             assert module.masks is not None
-            self.found.append({"step": step, **{v: self.compared(v, module.masks.kept) for v in VARIANTS}})
+            self.comparisons.append({"step": step, **{v: self.compared(v, module.masks.kept) for v in VARIANTS}})
 
     def compared(self, variant: str, kept: Kept) -> list[float]:
         """Mean over layers of the rank correlations of KV groups and of FFN channels that are alive."""
@@ -144,17 +144,17 @@ class Correlation(L.Callback):
         return [round(sum(kind) / len(kind), 3) for kind in zip(*of_layers, strict=True)]
 
 
-def spearman(one: torch.Tensor, other: torch.Tensor) -> float:
+def spearman(first: torch.Tensor, second: torch.Tensor) -> float:
     """Rank correlation of two vectors without ties; 0 where there is one entry."""
-    ranks = torch.stack([values.argsort().argsort().double() for values in (one, other)])
-    return float(torch.corrcoef(ranks)[0, 1]) if len(one) > 1 else 0.0
+    ranks = torch.stack([values.argsort().argsort().double() for values in (first, second)])
+    return float(torch.corrcoef(ranks)[0, 1]) if len(first) > 1 else 0.0
 
 
 def measure_correlation(given: argparse.Namespace, key: Row) -> Row:
     """Follows one fit that prunes by the adapters' gradients."""
     following = Correlation(every_n_steps=10)
     fit(given, key["seed"], [pruning("lora code", key["ratio"]), following])
-    return {"found": following.found}
+    return {"correlations": following.comparisons}
 
 
 def table(rows: list[Row]) -> str:
@@ -167,7 +167,7 @@ def correlation_table(rows: list[Row]) -> str:
     cells = [
         [row["base"], row["ratio"], row["seed"], at["step"], *at["paper"], *at["code"]]
         for row in rows
-        for at in row["found"]
+        for at in row["correlations"]
     ]
     return markdown_table(header, [list(map(str, line)) for line in cells])
 

@@ -71,8 +71,8 @@ class Training:
     """LoRA training of a random Llama, with a criterion or without.
 
     Args:
-        given: shape, dtype and device.
-        bits: of the base's linears.
+        given: shape, dtype and device of the model, as options of the command line.
+        bits: bits of the base's linears; 16 for dense ones.
     """
 
     def __init__(self, given: argparse.Namespace, bits: int) -> None:
@@ -91,17 +91,17 @@ class Training:
         self.module.attach_adapters()
         self.module.model.to(self.device).train()
         self.base = self.module.model.get_base_model()
-        self.parameters = [one for one in self.module.parameters() if one.requires_grad]
+        self.parameters = [parameter for parameter in self.module.parameters() if parameter.requires_grad]
         self.optimizer = make_optimizer(self.module.optimizer_config, self.parameters)
         layers = decoder_layers(self.base)
         self.average = MovingAverage(
-            0.9, [LayerScores(torch.zeros(one.kv_groups), torch.zeros(one.ffn_channels)) for one in layers]
+            0.9, [LayerScores(torch.zeros(layer.kv_groups), torch.zeros(layer.ffn_channels)) for layer in layers]
         )
 
     def mask(self, share: float) -> None:
         """Masks about a share of the units of each layer; none with 0."""
         layers = decoder_layers(self.base)
-        self.module.mask([(alive(one.kv_groups, share), alive(one.ffn_channels, share)) for one in layers])
+        self.module.mask([(alive(layer.kv_groups, share), alive(layer.ffn_channels, share)) for layer in layers])
 
     def step(self, batch: int, length: int, observe: Callable[[], object] | None) -> tuple[float, float]:
         """Seconds of a step, and of what it spent in observing its gradients."""
@@ -129,7 +129,7 @@ class Training:
         return self._now() - since, observed - clipped
 
     def score(self, variant: Variant, weights: WeightGradients | None = None) -> None:
-        gradients = None if weights is None else weights.take(lambda one: one)
+        gradients = None if weights is None else weights.take(lambda gradient: gradient)
         self.average.add(score_adapted(self.base, variant, gradients))
 
     def _now(self) -> float:
@@ -151,18 +151,18 @@ def step_table(given: argparse.Namespace) -> str:
         training.begin()
         kinds: list[tuple[Variant | None, float]] = [(None, 0.0)]
         kinds += [(variant, share) for share in (0.0, 0.2) for variant in variants]
-        found: dict[Any, list[tuple[float, float]]] = {kind: [] for kind in kinds}
+        times: dict[Any, list[tuple[float, float]]] = {kind: [] for kind in kinds}
         for number in range(given.rounds + 1):
             for variant, share in kinds:
                 training.mask(share)
                 observe = None if variant is None else partial(training.score, variant)
                 seconds = training.step(given.batch, given.length, observe)
                 if number:  # the first round warms up
-                    found[variant, share].append(seconds)
-        plain = median(whole for whole, _ in found[None, 0.0])
+                    times[variant, share].append(seconds)
+        plain = median(whole for whole, _ in times[None, 0.0])
         rows.append([str(bits), "plain LoRA", "", f"{1000 * plain:,.0f}", "1.000", ""])
         for variant, share in kinds[1:]:
-            whole, observing = (median(column) for column in zip(*found[variant, share], strict=True))
+            whole, observing = (median(column) for column in zip(*times[variant, share], strict=True))
             numbers = [f"{1000 * whole:,.0f}", f"{whole / plain:.3f}", f"{observing / plain:.1%}"]
             rows.append([str(bits), f"guided, {variant}", f"{share:.0%}", *numbers])
     return markdown_table(["bits", "training", "masked", "ms a step", "/ plain", "observing / plain"], rows)
@@ -173,14 +173,14 @@ def memory_tables(given: argparse.Namespace) -> tuple[str, str]:
     mib = 2**20
     whole, without = [], []
     for bits in given.bits:
-        found = {kind: run_alone("--bits", str(bits), "--kind", kind) for kind in KINDS}
-        plain = found["plain"]
-        for kind, result in found.items():
+        by_kind = {kind: run_alone("--bits", str(bits), "--kind", kind) for kind in KINDS}
+        plain = by_kind["plain"]
+        for kind, result in by_kind.items():
             peak = result["weights"] + result["above"]
             ratio = peak / (plain["weights"] + plain["above"])
             whole.append([str(bits), kind, f"{peak / mib:,.0f}", f"{ratio:.3f}"])
-        full = found["gradient"]
-        for kind, result in found.items():
+        full = by_kind["gradient"]
+        for kind, result in by_kind.items():
             total = result["weights"] + result["few"]
             less = [1 - result["few"] / full["few"], 1 - total / (full["weights"] + full["few"])]
             mibs = [f"{number / mib:,.0f}" for number in (result["weights"], result["few"], total)]

@@ -46,14 +46,14 @@ def main() -> None:
 
 def columns(draw: Callable[[int], Tensor], count: int, given: argparse.Namespace) -> tuple[list[float], ...]:
     histogram, neighbours = MutualInformationConfig("histogram"), MutualInformationConfig("neighbours")
-    found: tuple[list[float], ...] = [], [], []
+    of_estimators: tuple[list[float], ...] = [], [], []
     for _ in range(given.draws):
         x, y = torch.randn(count), draw(count)
         binned = estimate(x, y, histogram)
         values = binned.uncorrected, binned.uncorrected - binned.correction, estimate(x, y, neighbours).uncorrected
-        for column, value in zip(found, values, strict=True):
+        for column, value in zip(of_estimators, values, strict=True):
             column.append(value)
-    return found
+    return of_estimators
 
 
 if __name__ == "__main__":

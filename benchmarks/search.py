@@ -78,23 +78,25 @@ def measure(given: argparse.Namespace, key: Row) -> Row:
     plans = (
         {"searched": list(best.choices)}
         | {
-            name: [one.chosen for one in Allocation.read(part_of(search.folder, name).allocation).decisions]  # type: ignore[arg-type]
+            name: [decision.chosen for decision in Allocation.read(part_of(search.folder, name).allocation).decisions]  # type: ignore[arg-type]
             for name in PLANS[1:]
         }
     )
-    validation = {one.name.replace(" ", "_"): one.loss for one in results.variants}
+    validation = {variant.name.replace(" ", "_"): variant.loss for variant in results.variants}
     limits = replace(search.settings, limit_validation=given.test_share)
     reported = replace(search.work("sensitivity"), split="test", trainer=limits).prepare()
     scores = {name: reported(search.key(plan, 0, key["steps"])) for name, plan in plans.items()}
     seconds = [trial.scores["seconds"] for trial in results.trials]
-    useful = sum(one["train"] + one["evaluate"] for one in seconds) / sum(one["all"] for one in seconds)
+    useful = sum(trial["train"] + trial["evaluate"] for trial in seconds) / sum(trial["all"] for trial in seconds)
     return {
         "validation": {name: round(best.loss if name == "searched" else validation[name], 5) for name in PLANS},
         "test": {name: round(score["loss"], 5) for name, score in scores.items()},
         "bytes": {name: score["bytes"] for name, score in scores.items()},
-        "best_so_far": [round(min(one.loss for one in results.trials[: end + 1]), 5) for end in range(key["trials"])],
+        "best_so_far": [
+            round(min(trial.loss for trial in results.trials[: end + 1]), 5) for end in range(key["trials"])
+        ],
         "overhead": round(1 - useful, 4),
-        "seconds_per_trial": round(mean(one["all"] for one in seconds), 2),
+        "seconds_per_trial": round(mean(trial["all"] for trial in seconds), 2),
     }
 
 

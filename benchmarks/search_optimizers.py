@@ -73,15 +73,15 @@ def main() -> None:
 
 def read(path: Path, base: str) -> tuple[Table, Table]:
     """Losses before recovery and after it."""
-    found: dict[tuple[bool, int], Table] = defaultdict(dict)
+    tables: dict[tuple[bool, int], Table] = defaultdict(dict)
     for row in map(json.loads, path.read_text().splitlines()):
         if row["base"] == base:
             plan = tuple(int(bits == "8") for bits in row["bits"])
-            found[row["steps"] > 0, row["seed"]][plan] = row["loss"]
-    whole = [(trained, table) for (trained, _), table in found.items() if len(table) == 2 ** len(next(iter(table)))]
+            tables[row["steps"] > 0, row["seed"]][plan] = row["loss"]
+    whole = [(trained, table) for (trained, _), table in tables.items() if len(table) == 2 ** len(next(iter(table)))]
     before, after = ([table for trained, table in whole if trained is wanted] for wanted in (False, True))
     if not before or not after:
-        raise SystemExit(f"{path} lacks assignments of {base}; it has {sorted(found)} (trained, seed).")
+        raise SystemExit(f"{path} lacks assignments of {base}; it has {sorted(tables)} (trained, seed).")
     return before[0], {plan: float(np.mean([table[plan] for table in after])) for plan in after[0]}
 
 
@@ -111,11 +111,11 @@ def search(optimizer: str, space: SearchSpace, table: Table, num_trials: int, se
 def ask_and_tell(
     optimizer: str, space: SearchSpace, plan_of: Callable[..., Plan], table: Table, num_trials: int, seed: int
 ) -> Iterator[Plan]:
-    made = make_optimizer(OptimizerSettings(optimizer, space, num_trials, num_workers=1, seed=seed))
+    proposer = make_optimizer(OptimizerSettings(optimizer, space, num_trials, num_workers=1, seed=seed))
     for _ in range(num_trials):
-        candidate = made.ask()
+        candidate = proposer.ask()
         plan = plan_of(candidate.value)
-        made.tell(candidate, table[plan])
+        proposer.tell(candidate, table[plan])
         yield plan
 
 

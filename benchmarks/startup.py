@@ -52,7 +52,7 @@ def main() -> None:
         with_trainer = [[command, "--help"] for command in ("fit", "search")]
         commands = {
             **{TORCH: ["-c", TORCH], ALL: ["-c", ALL]},
-            **{" ".join(one): ["-m", "qpruner", *one] for one in without_trainer + with_trainer},
+            **{" ".join(words): ["-m", "qpruner", *words] for words in without_trainer + with_trainer},
         }
         seconds: dict[str, list[float]] = {name: [] for name in commands}
         for _ in range(given.rounds):

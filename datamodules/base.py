@@ -35,7 +35,8 @@ class LoaderConfig:
     Args:
         batch_size: rows in a training batch, on each device.
         eval_tokens_per_batch: most tokens in a batch of validation, test and prediction, padding included, on each
-            device; an example is never taken apart, so that of more tokens is a batch of its own. Changes no result.
+            device; an example is never taken apart, so that an example of more tokens is a batch of its own. Changes no
+            result.
         num_workers: processes that prepare batches ahead; 0 prepares them in the training process. Changes no result.
     """
 
@@ -64,7 +65,8 @@ class TokenDataModule(LightningDataModule):
         max_length: tokens in a row, at least 2; longer ones are cut.
         loader: how rows become batches.
         cache_dir: where tokenized splits are kept for the next run; default ``~/.cache/qpruner/tokens``.
-        seed: of the training order and of what is drawn for calibration; on the command line ``--seed_everything``.
+        seed: seed of the training order and of what is drawn for calibration; on the command line
+            ``--seed_everything``.
         trust_remote_code: whether code that comes with the tokenizer may run; on the command line that of the model.
 
     Raises:
@@ -124,7 +126,7 @@ class TokenDataModule(LightningDataModule):
         padding is masked, so that any token may stand there.
 
         Args:
-            size: tokens that the model knows.
+            size: number of tokens that the model knows.
 
         Raises:
             UserError: the data have a token that it does not know.
@@ -195,9 +197,9 @@ class TokenDataModule(LightningDataModule):
         """The same data, that no Trainer knows yet; this data module stays as it is.
 
         Args:
-            seed: of the training order; default that of this one.
-            keep_rows: whether it has the rows that this one has read, or reads them from the cache, as where it is
-                sent to another process.
+            seed: seed of the training order; by default that of this data module.
+            keep_rows: whether the copy has the rows that this data module has read; otherwise it reads them from the
+                cache, as where it is sent to another process.
         """
         other = copy.copy(self)
         other.trainer = None
@@ -277,9 +279,9 @@ class TokenDataModule(LightningDataModule):
         are long enough, each cut at a place of its own, then dealt to the ranks in turn.
 
         Args:
-            num_sequences: over all ranks, at least 1.
-            length: tokens in each, at least 2.
-            rank: this process's place.
+            num_sequences: sequences over all ranks, at least 1.
+            length: tokens in each sequence, at least 2.
+            rank: place of this process among all, from 0.
             world_size: number of processes.
 
         Raises:

@@ -21,8 +21,8 @@ class Prepared:
     """The splits of a data module as token rows.
 
     Args:
-        splits: those that there are data for.
-        notes: what a person should know of how they came about, such as records left out.
+        splits: rows of each split that has data.
+        notes: what a person should know of how the splits came about, such as records left out.
     """
 
     splits: dict[Split, TokenRows]

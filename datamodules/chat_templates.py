@@ -36,9 +36,9 @@ def lay_out(
     Where only responses are scored, what comes after the last of them is left out.
 
     Args:
-        tokenizer: one with a chat template.
-        conversation: one with a response.
-        response_only: whether prompts are not scored.
+        tokenizer: tokenizer with a chat template.
+        conversation: conversation with a response.
+        response_only: whether only responses are scored, and prompts are not.
 
     Raises:
         Unusable: the template refuses the chat, leaves out a call or what else a response says, or the responses stand

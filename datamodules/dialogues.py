@@ -29,7 +29,7 @@ class Dialogue:
 
     Args:
         text: prompt and responses.
-        scored: spans that are targets; None: all of the text.
+        scored: character spans that are targets; None for all of the text.
         complete: whether the text holds its special tokens itself, as a chat template writes them; otherwise the
             tokenizer's own go before it and the end-of-text token after it.
         where: place of the record, for messages.
@@ -62,10 +62,10 @@ def to_dialogue(
 
     Args:
         record: fields by name, in a format that `InstructionDataModule` lists.
-        tokenizer: its chat template lays out chats.
+        tokenizer: tokenizer whose chat template lays out chats.
         where: place of the record, for messages.
-        response_only: whether prompts are not scored.
-        layout: how instructions are laid out.
+        response_only: whether only responses are scored, and prompts are not.
+        layout: how instructions are laid out, ``alpaca`` or ``chat``; see `InstructionDataModule`.
         learn_chosen: whether ``chosen`` is the answer, where a record has it.
         chat_template_kwargs: variables for the chat template; those of the record go before them.
 

@@ -72,8 +72,8 @@ def read_file(path: Path, skipped: Skipped) -> Iterator[tuple[str, Record]]:
     """Every record of a file with the place it stands at; a text file is one record with the field ``text``.
 
     Args:
-        path: of a file that `kind` knows.
-        skipped: gets what is left out.
+        path: path of a file that `kind` knows.
+        skipped: records left out, to which those of this file are added.
 
     Raises:
         UserError: the file is damaged, not what its name says, or a pointer that stands for it.

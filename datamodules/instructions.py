@@ -61,7 +61,7 @@ class InstructionDataModule(TokenDataModule):
             record go before them.
         held_out: share of the training records for each split that is not given, in [0, 0.5); at 0 there is no such
             split.
-        **kwargs: see `TokenDataModule`.
+        **kwargs: options of every data module; see `TokenDataModule`.
 
     Raises:
         UserError: no split given, a split without a usable record, or chats and no chat template.

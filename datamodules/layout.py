@@ -33,8 +33,8 @@ class Layout:
     """The files of one data set.
 
     Args:
-        folder: that holds them.
-        splits: files by split, named as the folder names it.
+        folder: folder that holds the files.
+        splits: files of each split, by the name that the folder gives it.
         unnamed: files that are named for no split.
     """
 
@@ -78,8 +78,8 @@ def read_layout(folder: Path, config: str | None = None) -> Layout | None:
     """The data set of a folder; None where its README asks for what only the ``datasets`` library does.
 
     Args:
-        folder: as downloaded from the hub, written by ``save_to_disk``, or any with data files in it.
-        config: which of its data sets, by its name in the README or the folder that it lies in.
+        folder: folder as downloaded from the hub, written by ``save_to_disk``, or any with data files in it.
+        config: name of the data set, in the README or as that of the folder that it lies in; None for the only one.
 
     Raises:
         UserError: no data, no such data set, or several of which none is named.

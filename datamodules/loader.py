@@ -48,15 +48,15 @@ class ResumableLoader:
     right with any number of workers.
 
     Args:
-        examples: what to load.
+        examples: examples to load.
         batch_size: examples in a batch on one rank.
-        seed: of the order.
-        rank: this process's place among the ``world_size`` that share the examples.
+        seed: seed of the order.
+        rank: place of this process among the ``world_size`` that share the examples, from 0.
         world_size: number of processes that share the examples.
         num_workers: processes that prepare batches ahead; 0 prepares them here.
-        limit: how many batches of an epoch will be read, as a number or a share; see ``Trainer(limit_train_batches)``.
-        accumulate: micro-batches to an optimizer step, of which the last of an epoch may have fewer.
-        position: says the epoch to read, and how many of its batches were read already.
+        limit: number or share of the batches of an epoch that will be read; see ``Trainer(limit_train_batches)``.
+        accumulate: micro-batches to an optimizer step; the last step of an epoch may have fewer.
+        position: function that gives the epoch to read, and how many of its batches were read already.
 
     Raises:
         UserError: there are fewer examples than one batch on every rank needs.
@@ -158,10 +158,10 @@ class EvaluationLoader:
     on the number of batches would wait for each other for ever.
 
     Args:
-        examples: what to load.
+        examples: examples to load.
         tokens: most tokens in a batch, padding included: rows times the longest of them. An example is never taken
-            apart; that of more tokens is a batch of its own.
-        rank: this process's place among the ``world_size`` that share the examples.
+            apart, so that an example of more tokens is a batch of its own.
+        rank: place of this process among the ``world_size`` that share the examples, from 0.
         world_size: number of processes that share the examples.
         num_workers: processes that prepare batches ahead; 0 prepares them here.
     """
@@ -198,9 +198,9 @@ def fill_batches(rows: Tensor, longest: Tensor, tokens: int) -> list[list[int]]:
     """Puts examples of similar length together, as many into a batch as its tokens allow.
 
     Args:
-        rows: [E], rows of each example.
-        longest: [E], tokens in the longest of them.
-        tokens: most tokens in a batch, see `EvaluationLoader`.
+        rows: [E], number of rows of each example.
+        longest: [E], tokens in the longest row of each example.
+        tokens: most tokens in a batch, padding included; see `EvaluationLoader`.
 
     Returns:
         The numbers of the examples of each batch, from the shortest to the longest.

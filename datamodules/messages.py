@@ -31,8 +31,8 @@ class Conversation:
 
     Args:
         messages: what was said, each with ``role`` and ``content``.
-        parts: of each message whether it is a response that the model is to learn, a prompt, or never scored.
-        variables: what else the template is given, such as ``tools``.
+        parts: what each message is: a response that the model is to learn, a prompt, or never scored.
+        variables: further variables of the template, such as ``tools``.
         unused: fields of the record that have no known meaning.
     """
 

@@ -28,7 +28,7 @@ class Instruction:
 
     Args:
         instruction: what is to be done.
-        input: what it is to be done with; may be empty.
+        input: what the instruction is to be done with; may be empty.
         output: the answer.
         system: what stands in place of the usual first sentence of the prompt; may be empty.
         history: instructions before this one, with their answers.
@@ -110,7 +110,7 @@ def read_record(record: Record, *, learn_chosen: bool = False) -> Conversation |
     """What a record means; `InstructionDataModule` lists the formats.
 
     Args:
-        record: its fields by name.
+        record: fields of the record by name.
         learn_chosen: whether ``chosen`` is the answer, where a record has it.
 
     Raises:

@@ -65,7 +65,7 @@ class TokenRows:
     Args:
         tokens: [N] int32, token ids.
         scored: [N] bool, whether a token is a target.
-        num_bytes: [N] int32, bytes of text a token stands for; zeros where unknown.
+        num_bytes: [N] int32, bytes of text that a token stands for; zeros where unknown.
         offsets: [R + 1] int64, where each row begins; the last entry is N.
     """
 
@@ -162,7 +162,7 @@ class ChoiceExamples:
         rows: the options of all examples, one after the other; only the tokens that differ are scored.
         first_option: [E + 1] int64, the row at which each example begins; the last entry is the number of rows.
         gold: [E] int64, the right option of each example, counted from 0.
-        pad_token: id to pad with.
+        pad_token: token id to pad with.
     """
 
     rows: TokenRows

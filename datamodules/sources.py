@@ -22,10 +22,10 @@ class Place:
     """Where a spec points to on this machine.
 
     Args:
-        path: a file or a folder.
-        config: the data set in the folder, when the spec names one.
-        split: the split of it, when the spec names one.
-        slice: a part of the split, such as ``[:10%]``; empty for all of it.
+        path: file or folder that the records are in.
+        config: data set in the folder, when the spec names one.
+        split: split of the data set, when the spec names one.
+        slice: part of the split, such as ``[:10%]``; empty for all of it.
     """
 
     path: Path
@@ -39,11 +39,11 @@ class Source:
     """A place that records come from.
 
     Args:
-        spec: a local file (``.txt``, ``.jsonl``, ``.ndjson``, ``.json``, ``.csv``, ``.tsv``, each also as ``.gz``,
-            ``.bz2``, ``.xz`` or ``.zst``, ``.parquet``, ``.arrow``, ``.feather``), or a local folder or a hub data set
-            as ``NAME``, ``NAME@SPLIT`` or ``NAME:CONFIG@SPLIT``.
-        split: the one to read when the spec names none.
-        is_named: whether the user asked for this split, which else only stands beside one.
+        spec: spec of a local file (``.txt``, ``.jsonl``, ``.ndjson``, ``.json``, ``.csv``, ``.tsv``, each also as
+            ``.gz``, ``.bz2``, ``.xz`` or ``.zst``, ``.parquet``, ``.arrow``, ``.feather``), or of a local folder or a
+            hub data set as ``NAME``, ``NAME@SPLIT`` or ``NAME:CONFIG@SPLIT``.
+        split: split to read when the spec names none.
+        is_named: whether the user asked for this split; otherwise it only stands beside one that the user asked for.
     """
 
     spec: str

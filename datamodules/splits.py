@@ -16,8 +16,8 @@ class SplitError(UserError):
     """A mistake that would not be one without some of the splits.
 
     Args:
-        message: for the user.
-        splits: any of which may be at fault.
+        message: message for the user.
+        splits: splits of which any may be at fault.
     """
 
     def __init__(self, message: str, *splits: Split) -> None:
@@ -40,9 +40,9 @@ def hold_out(given: Mapping[Split, Sequence[T]], content: Callable[[T], str], sh
     A record goes by the hash of its content, so that equal records stay together and adding records moves none.
 
     Args:
-        given: the splits that the user named.
-        content: what makes two records the same.
-        share: of the training records for each missing split, in [0, 0.5); at 0 they stay missing.
+        given: records of the splits that the user named.
+        content: function that makes the text by which two records are the same.
+        share: share of the training records for each missing split, in [0, 0.5); at 0 they stay missing.
 
     Raises:
         UserError: when a split is missing and the training split has too few records to give any.

@@ -23,14 +23,17 @@ class StoriesDataModule(TokenDataModule):
     a story against one that contradicts a fact told before.
 
     Args:
-        num_train: stories that fit and calibrate.
-        num_validation: stories that choose.
-        num_test: stories that are reported.
-        num_choices: two-choice endings in validation and in test, from stories of their split; 0 for none.
-        story_seed: of the stories; other seeds give other stories.
-        layout: as in `TextDataModule`.
-        end_token: as in `TextDataModule`.
-        **kwargs: see `TokenDataModule`.
+        num_train: number of stories that fit and calibrate, at least 1.
+        num_validation: number of stories that choose, at least 1.
+        num_test: number of stories that are reported, at least 1.
+        num_choices: number of two-choice endings in validation and in test each, from stories of their split; 0 for
+            none.
+        story_seed: seed of the stories; another gives other stories.
+        layout: ``packed`` joins the stories with the tokenizer's end-of-text token and cuts them into rows of exactly
+            ``max_length`` (the rest is dropped); ``per_document`` gives each a row, cut at ``max_length``.
+        end_token: whether a ``per_document`` row that is not cut ends with the end-of-text token, as a target; packed
+            rows have it between stories.
+        **kwargs: options of every data module; see `TokenDataModule`.
 
     Raises:
         UserError: a split without stories, or more choices than stories.

@@ -37,10 +37,10 @@ class TextDataModule(TokenDataModule):
             is one document. White space around a separated document is dropped.
         end_token: whether a ``per_document`` row that is not cut ends with the end-of-text token, as a target;
             packed rows have it between documents.
-        text_column: field that holds the text of a record.
+        text_column: name of the field that holds the text of a record.
         held_out: share of the training documents for each split that is not given, in [0, 0.5); at 0 there is no such
             split.
-        **kwargs: see `TokenDataModule`.
+        **kwargs: options of every data module; see `TokenDataModule`.
 
     Raises:
         UserError: no split given, or a split without a usable document.

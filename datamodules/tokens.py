@@ -29,10 +29,11 @@ def tokenize(
     Long texts are tokenized in overlapping pieces, joined where they agree; the tokens are those of the whole text.
 
     Args:
-        tokenizer: a tokenizer of transformers; with a slow one (no offsets) the bytes are unknown.
-        texts: what to tokenize.
+        tokenizer: tokenizer of transformers; with a slow one (no offsets) the bytes are unknown.
+        texts: texts to tokenize, each a row.
         special_tokens: whether the tokenizer adds what it adds to a text, such as ``<s>`` at its start.
-        scored_from: for each text the character spans that are targets, or None: all of it; empty: all of every text.
+        scored_from: for each text the character spans that are targets, None for all of the text; empty for all of
+            every text.
 
     Raises:
         UserError: spans are given and the tokenizer has no offsets.
@@ -63,7 +64,7 @@ def bytes_per_token(text: str, offsets: np.ndarray) -> np.ndarray:
     token, or give the several tokens of one character the same offsets.
 
     Args:
-        text: the text that was tokenized.
+        text: text that was tokenized.
         offsets: [T, 2] character spans of its tokens; empty spans for special tokens.
     """  # [T] int32
     characters = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), dtype=np.uint32)

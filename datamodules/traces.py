@@ -26,8 +26,8 @@ class Piece:
     """A text in a message: what is said, a thought, or the name of a call.
 
     Args:
-        message: number of the message.
-        field: of the message, as a person would name it.
+        message: number of the message, from 0.
+        field: field of the message, as a person would name it.
     """
 
     message: int
@@ -43,9 +43,9 @@ class Traces:
     """Where the pieces of a chat stand in its render.
 
     Args:
-        pieces: all that are not blank, in their order.
-        lost: of each piece whether it leaves no trace.
-        places: of each piece the characters at which it ends; None where marks disturb the template.
+        pieces: all pieces that are not blank, in their order.
+        lost: for each piece, whether it leaves no trace.
+        places: for each piece, the characters at which it ends; None where marks disturb the template.
     """
 
     pieces: tuple[Piece, ...]

@@ -179,7 +179,7 @@ def run_trainer(arguments: list[str]) -> None:
     """Runs a command that needs a Trainer.
 
     Args:
-        arguments: of the command line, the command first.
+        arguments: words of the command line, the command first.
 
     Raises:
         UserError: the command cannot be carried out as given.

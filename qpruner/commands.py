@@ -17,9 +17,9 @@ class Command:
     """One command.
 
     Args:
-        summary: what it does, in a line.
-        target: ``module:function`` of what runs it, given the arguments behind its name; None for those that need a
-            Trainer, which the LightningCLI runs.
+        summary: what the command does, in a line.
+        target: ``module:function`` of what runs the command, given the words behind its name; None for commands that
+            need a Trainer, which the LightningCLI runs.
     """
 
     summary: str
@@ -51,7 +51,7 @@ def run(arguments: list[str]) -> None:
     """Runs one command.
 
     Args:
-        arguments: of the command line, the command first.
+        arguments: words of the command line, the command first.
 
     Raises:
         UserError: the command cannot be carried out as given.

@@ -58,8 +58,8 @@ class KeptFolder:
     """The folder that keeps a compressed base.
 
     Args:
-        path: where it lies.
-        sha256: hash of what its manifest says of the base, by which the base is known.
+        path: folder that holds the base.
+        sha256: hash of what the folder's manifest says of the base, by which the base is known.
     """
 
     path: Path
@@ -79,18 +79,18 @@ class CompressedModel(nn.Module):
     Args:
         network: the model of transformers, frozen and without adapters.
         base: name of the dense model that all began with.
-        base_sha256: its fingerprint; None where its files are not at hand.
-        plan: what of the dense model ``network`` holds; by default all of it. Left out for families that cannot be
-            pruned or quantized.
-        state: of the network.
+        base_sha256: fingerprint of the dense model; None where its files are not at hand.
+        plan: units of the dense model that ``network`` holds, and how; by default all of them, dense. Left out for
+            families that cannot be pruned or quantized.
+        state: how far the compression of ``network`` has come.
         recipe: what was done to the dense model, in order.
-        kept: the folder that the network was taken from.
+        kept: folder that the network was taken from; None for none.
 
     Attributes:
-        base_state: the state below adapters.
-        masks: the units that act as if they were gone; None as long as nothing was masked.
-        initial_adapters: factors A [r, in] and B [out, r] that adapters start from, by the name of their linear; the
-            others start as PEFT has it.
+        base_state: how far the compression of the base below adapters has come.
+        masks: units that act as if they were gone; None as long as nothing was masked.
+        initial_adapters: factors A [r, in] and B [out, r] that adapters start from, by the name of their linear;
+            adapters of other linears start as PEFT has it.
     """
 
     def __init__(
@@ -137,8 +137,8 @@ class CompressedModel(nn.Module):
             base: folder, hub name, or ``qpruner/stories``.
             dtype: number format of the weights in memory; see `held_in`.
             trust_remote_code: whether code that comes with the model may run.
-            say: hears what a person should know of it.
-            fingerprint: tells the base from others; reads all of its files.
+            say: function that is told what a person should know of the model.
+            fingerprint: function that tells a base from others; it reads all of the base's files.
 
         Raises:
             UserError: there is no such model, or it is damaged.
@@ -167,9 +167,9 @@ class CompressedModel(nn.Module):
         """The compressed model that a folder keeps; `attach` then starts from the adapters that lie there.
 
         Args:
-            folder: that `keep` wrote.
+            folder: folder that `keep` wrote.
             check_hashes: whether every file is read and compared with its hash, beside its size.
-            trained_adapters: whether adapters may start from those that a fit has trained, too.
+            trained_adapters: whether adapters start from those in the folder even where a fit has trained these.
 
         Raises:
             UserError: no such folder, or it is damaged.
@@ -240,7 +240,7 @@ class CompressedModel(nn.Module):
         """Takes all units but some out of the base, and out of the adapters, which stay as they are in what is left.
 
         Args:
-            kept: [layers], places of the KV groups and FFN channels that stay, among those that are there.
+            kept: [layers], places of the KV groups and FFN channels that stay, counted among those that are there.
 
         Returns:
             The size of the base, without adapters, and the relative change of each packed linear that had to be
@@ -273,10 +273,11 @@ class CompressedModel(nn.Module):
         """Holds the base as a plan says, and leaves what adapters start from.
 
         Args:
-            plan: with the widths that the base has.
-            loftq: how adapters start; None for zero.
+            plan: plan with the widths that the base has.
+            loftq: how adapters start, by LoftQ; None to start them at zero.
             device: device that quantizes.
-            bank: linears that are quantized already, with ``loftq``; with one a base may be quantized again and again.
+            bank: linears that are quantized already, with ``loftq``; with a bank, a base may be quantized again and
+                again.
 
         Raises:
             UserError: no format offers a precision, or the rank of the adapters is above that of a linear.
@@ -295,8 +296,8 @@ class CompressedModel(nn.Module):
         """Puts adapters on the base, the only parameters that train.
 
         Args:
-            lora: their rank and place.
-            seed: seed of those that start at random.
+            lora: rank and place of the adapters.
+            seed: seed of the adapters that start at random.
             gradient_checkpointing: whether activations are computed again in the backward pass.
 
         Raises:
@@ -336,7 +337,7 @@ class CompressedModel(nn.Module):
         """Makes one dense base of base and adapters.
 
         Args:
-            dtype: number format of the result.
+            dtype: number format of the dense base that results.
         """
         self._expect("merged", ADAPTED)
         self._drop_masks()
@@ -353,9 +354,9 @@ class CompressedModel(nn.Module):
         """Writes the base, and its adapters if it has any, to a folder that appears whole or not at all.
 
         Args:
-            folder: that is written; what is there goes. From now on the base is known by it.
-            tokenizer: to lie beside the model.
-            trained: whether a fit has trained the adapters, or they are what one starts from.
+            folder: folder to write, whose present content goes. From now on the base is known by it.
+            tokenizer: tokenizer to write beside the model; None for none.
+            trained: whether a fit has trained the adapters; otherwise they are what a fit starts from.
 
         Raises:
             UserError: a family that cannot be compressed, or the disk has no room.
@@ -384,7 +385,7 @@ class CompressedModel(nn.Module):
         """Puts the adapters to the base in its folder.
 
         Args:
-            trained: whether a fit has trained them, or they are what one starts from.
+            trained: whether a fit has trained the adapters; otherwise they are what a fit starts from.
         """
         assert self.kept is not None
         self._expect("kept with its adapters", ADAPTED)

@@ -18,7 +18,7 @@ def conv1d_to_linear_(model: Any) -> Any:
     linear.
 
     Args:
-        model: of transformers; left alone where it has none.
+        model: model of transformers; left alone where it has no Conv1D.
     """
     from transformers.pytorch_utils import Conv1D
 
@@ -44,7 +44,7 @@ class _Transposed:
     """A hook that turns the dense weights of some linears in a state dict, after it is made or before it is loaded.
 
     Args:
-        names: of the linears.
+        names: names of the linears.
     """
 
     def __init__(self, names: Sequence[str]) -> None:

@@ -133,7 +133,7 @@ class TokenizerFiles:
     """What lies beside a compressed model for its tokenizer, which is copied and never loaded: it may bring code.
 
     Args:
-        folder: of the model.
+        folder: folder of the compressed model.
     """
 
     folder: Path

@@ -24,9 +24,9 @@ def check_ranges(options: object, group: str, **ranges: tuple[str, bool]) -> Non
     """Names the first option of a group whose value lies outside its range.
 
     Args:
-        options: that have the values.
-        group: its name.
-        ranges: what each option must be, and whether it is.
+        options: object whose attributes are the values.
+        group: name of the group.
+        ranges: for each option, its range in words, and whether the value lies inside.
 
     Raises:
         UserError: one is not.

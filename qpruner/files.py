@@ -65,9 +65,9 @@ def reading(path: Path, remedy: str, errors: tuple[type[Exception], ...] = MALFO
     """Makes of whatever is wrong with a file that is read inside a mistake that names the file and its remedy.
 
     Args:
-        path: of the file, or of the folder where the mistake may lie in several.
-        remedy: what to do about it, as a sentence.
-        errors: that say so.
+        path: path of the file, or of the folder where the mistake may lie in several.
+        remedy: what to do about a file that is wrong, as a sentence.
+        errors: classes of errors that mean that something is wrong with the file.
 
     Raises:
         UserError: one of these, or a mistake in what was read.

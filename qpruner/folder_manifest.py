@@ -38,13 +38,13 @@ class Manifest(TypedDict):
     """What ``manifest.json`` holds.
 
     Args:
-        kind: `KIND`.
-        version: `VERSION`.
-        base: the dense model.
-        state: how far its compression has come.
-        recipe: what was done to it, in order.
-        files: by their path in the folder.
-        adapters: whether a fit has trained them; None where there are none.
+        kind: what the folder holds, always `KIND`.
+        version: version of the format, at present `VERSION`.
+        base: the dense model that was compressed.
+        state: how far the compression of the base has come.
+        recipe: what was done to the dense model, in order.
+        files: size and hash of each file, by its path in the folder.
+        adapters: whether a fit has trained the adapters; None where there are none.
     """
 
     kind: str
@@ -115,11 +115,11 @@ def read_checked_manifest(folder: Path, *, hashes: bool = True) -> Manifest:
     """The manifest of a folder, after every file that it lists was found to be as it says.
 
     Args:
-        folder: of a compressed model.
+        folder: folder of a compressed model.
         hashes: whether the files are read and compared with their hashes, beside their sizes.
 
     Raises:
-        UserError: as `read_manifest`, or a file is missing, cut off or altered.
+        UserError: the manifest cannot be read (see `read_manifest`), or a file is missing, cut off or altered.
     """
     manifest = read_manifest(folder)
     for name, expected in manifest["files"].items():

@@ -29,8 +29,8 @@ class Head:
     """What makes logits of hidden states: a linear, and what some families do to its result.
 
     Args:
-        linear: from hidden states to words.
-        scale: that the linear's result is multiplied by: Cohere's ``logit_scale``, or one over Granite's
+        linear: linear that makes logits of hidden states.
+        scale: factor that the linear's result is multiplied by: Cohere's ``logit_scale``, or one over Granite's
             ``logits_scaling``.
         cap: bound of the logits, ``cap * tanh(logits / cap)`` (Gemma 2); None for no bound.
     """
@@ -91,7 +91,7 @@ def hidden_states(model: Any, tokens: Tensor, attention_mask: Tensor | None = No
 
     Args:
         model: causal language model, perhaps with adapters.
-        tokens: [B, T].
+        tokens: [B, T], token ids.
         attention_mask: [B, T], 1 on tokens and 0 on padding; None for all ones.
     """  # [B, T, H]
     hidden: Tensor = (
@@ -110,9 +110,9 @@ def token_nll(model: Any, tokens: Tensor, labels: Tensor, attention_mask: Tensor
 
     Args:
         model: causal language model, perhaps with adapters.
-        tokens: [B, T].
+        tokens: [B, T], token ids.
         labels: [B, T], the token at t, `IGNORED` where it is not scored.
-        attention_mask: see `hidden_states`.
+        attention_mask: [B, T], 1 on tokens and 0 on padding; None for all ones.
     """  # [B, T - 1] float32, 0 where not scored
     targets = labels[:, 1:]
     places = (targets != IGNORED).nonzero(as_tuple=True)  # N of them
@@ -125,9 +125,9 @@ def nll_of_targets(head: Head, hidden: Tensor, targets: Tensor) -> Tensor:
     """Negative log-likelihood of a target at each position.
 
     Args:
-        head: of the model; a head that is trained itself costs a pass more.
-        hidden: [N, H].
-        targets: [N].
+        head: head of the model; a head that is trained itself costs a pass more.
+        hidden: [N, H], hidden states of the scored positions.
+        targets: [N], token ids that the positions predict.
     """  # [N] float32
     if torch.is_grad_enabled() and any(parameter.requires_grad for parameter in head.linear.parameters()):
         parts = [

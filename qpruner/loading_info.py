@@ -46,7 +46,7 @@ def check_loaded(name: str, model: Any, info: Mapping[str, Collection[Any]]) -> 
 
     Args:
         name: folder or hub name, for messages.
-        model: that was loaded.
+        model: model that was loaded.
         info: ``missing_keys``, ``unexpected_keys`` and ``mismatched_keys`` (name, shape in the file, shape in the
             model), as ``output_loading_info`` gives them.
 
@@ -57,7 +57,7 @@ def check_loaded(name: str, model: Any, info: Mapping[str, Collection[Any]]) -> 
         UserError: tensors are missing, have another shape, or belong to parts of the model that has no place for them.
     """
     missing, unexpected = sorted(info["missing_keys"]), sorted(info["unexpected_keys"])
-    shapes = {tensor: (list(found), list(expected)) for tensor, found, expected in sorted(info["mismatched_keys"])}
+    shapes = {tensor: (list(stored), list(expected)) for tensor, stored, expected in sorted(info["mismatched_keys"])}
     parts = {part for module in (model, model.base_model) for part, _ in module.named_children()}
     misplaced = [tensor for tensor in unexpected if missing or tensor.partition(".")[0] in parts]
     if missing or misplaced or shapes:
@@ -67,7 +67,7 @@ def check_loaded(name: str, model: Any, info: Mapping[str, Collection[Any]]) -> 
         if misplaced:
             said.append(f"{_tensors(misplaced)} in the file and not in the model")
         if shapes:
-            of_shape = [f"{tensor} {found} instead of {expected}" for tensor, (found, expected) in shapes.items()]
+            of_shape = [f"{tensor} {stored} instead of {expected}" for tensor, (stored, expected) in shapes.items()]
             said.append(f"{_tensors(of_shape)} of another shape than config.json says")
         raise UserError(
             f"The weights of {name!r} are not those of the {type(model).__name__} that its config.json describes: "
@@ -116,8 +116,8 @@ def check_tied_in_files(name: str, model: Any, files: Iterable[Path]) -> None:
 
     Args:
         name: folder or hub name, for messages.
-        model: with or without its values.
-        files: safetensors of the model.
+        model: model with or without its values.
+        files: safetensors files of the model.
 
     Raises:
         UserError: the files have a head of its own.
@@ -147,7 +147,7 @@ def mend_padding_(config: Any) -> int | None:
     """Takes a padding token out of a configuration whose embedding has no row for it; padding is masked in any case.
 
     Returns:
-        The token, if it was taken out.
+        The padding token, if it was taken out.
     """
     text = config.get_text_config()
     token: int | None = getattr(text, "pad_token_id", None)

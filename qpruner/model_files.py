@@ -135,7 +135,7 @@ def adapters_are_no_base(name: str, adapter_config: Path, *, beside: bool) -> st
     Those of a run lie in the folder of their base, whose own file may be packed.
 
     Args:
-        name: of the folder or of the hub model.
+        name: name of the folder or of the hub model.
         adapter_config: file that describes the adapters.
         beside: whether they lie beside a whole model.
     """

@@ -76,10 +76,10 @@ class KeptBase:
 
     Args:
         network: the compressed base, frozen, in evaluation mode on the CPU.
-        plan: what of the dense model it holds, and how.
+        plan: units of the dense model that the base holds, and how.
         base_name: folder or hub name of the dense model.
         base_sha256: fingerprint of the dense model.
-        state: how far its compression has come; see `qpruner.compressed.State`.
+        state: how far the compression of the base has come; see `qpruner.compressed.State`.
         recipe: what was done to the dense model, in order.
         sha256: hash of what the manifest says of the base, by which the base is known.
     """
@@ -100,7 +100,7 @@ def load_compressed(folder: str | Path) -> Any:
     may find another model there.
 
     Args:
-        folder: such as ``runs/quickstart/model``.
+        folder: folder of a compressed model, such as ``runs/quickstart/model``.
 
     Raises:
         UserError: not such a folder, of another version, or a file is missing, cut off or altered.
@@ -126,11 +126,11 @@ def load_base(folder: str | Path, *, check_hashes: bool = True) -> KeptBase:
     """The compressed base of a folder, without adapters.
 
     Args:
-        folder: that `save_base` wrote.
+        folder: folder that `save_base` wrote.
         check_hashes: whether every file is read and compared with its hash, beside its size.
 
     Raises:
-        UserError: as `load_compressed`.
+        UserError: not such a folder, of another version, or a file is missing, cut off or altered.
     """
     folder = Path(folder).expanduser()
     manifest = read_checked_manifest(folder, hashes=check_hashes)
@@ -192,13 +192,13 @@ def save_base(
     """Writes a compressed base; the folder appears whole, with its manifest, or not at all.
 
     Args:
-        folder: to write; what is there goes.
-        model: without adapters.
-        plan: that made it.
+        folder: folder to write, whose present content goes.
+        model: compressed model without adapters.
+        plan: plan that the model holds.
         base_name: folder or hub name of the dense model.
-        state: how far its compression has come; see `qpruner.compressed.State`. By default as the plan has it.
+        state: how far the compression has come; see `qpruner.compressed.State`. By default as far as the plan goes.
         recipe: what was done to the dense model, in order.
-        tokenizer: to put beside it.
+        tokenizer: tokenizer to write beside the model; None for none.
 
     Raises:
         UserError: the disk has no room for it.
@@ -235,8 +235,8 @@ def rehearse_saving(base: str, config: Any, tokenizer: Any, *, trust_remote_code
 
     Args:
         base: folder or hub name of the model that is going to be compressed.
-        config: its configuration.
-        tokenizer: to be put beside it.
+        config: configuration of that model.
+        tokenizer: tokenizer that is going to be written beside the model; None for none.
         trust_remote_code: whether code that comes with the tokenizer may run.
 
     Raises:
@@ -272,10 +272,10 @@ def save_adapters(folder: Path, model: Any, *, trained: bool, place: Path | None
     PEFT finds the base from anywhere as long as the folder lies where it was written; `load_compressed` wherever it is.
 
     Args:
-        folder: that `save_base` wrote.
-        model: the PEFT model.
-        trained: whether a fit has trained them, or they are what a fit starts from.
-        place: where the folder is going to lie, if not where it is.
+        folder: folder that `save_base` wrote.
+        model: PEFT model that holds the adapters.
+        trained: whether a fit has trained the adapters; otherwise they are what a fit starts from.
+        place: path that the folder is going to have; None for the present one.
     """
     manifest = read_manifest(folder)
     of_base = {name: entry for name, entry in manifest["files"].items() if not name.startswith(f"{ADAPTER}/")}
@@ -316,9 +316,9 @@ def check_adapters(folder: Path, *, rank: int, alpha: float) -> None:
     """Makes sure that the adapters of a compressed folder are of a kind.
 
     Args:
-        folder: that holds adapters.
-        rank: r that they are to have.
-        alpha: numerator that they are to have of what the forward pass multiplies by.
+        folder: folder of a compressed model with adapters.
+        rank: r that the adapters are to have.
+        alpha: alpha that the adapters are to have; their output is multiplied by ``alpha / r``.
 
     Raises:
         UserError: they are of another kind, or the file is damaged.

@@ -17,7 +17,7 @@ def outline_of(config: Any) -> nn.Module:
     """A model that cannot run, with the parameters of the one that can, by the same names, on the meta device.
 
     Args:
-        config: of a causal language model; its layers may differ in width.
+        config: configuration of a causal language model; its layers may differ in width.
 
     Raises:
         UserError: an unsupported family.

@@ -24,8 +24,8 @@ class Precision:
 
     Args:
         format: name of a number format; ``dense`` leaves the weights as they are.
-        bits: of one weight, scales not counted, from 1 to 16.
-        group: weights that share a scale; None where the format itself says.
+        bits: bits of a weight, scales not counted, from 1 to 16.
+        group: number of weights that share a scale; None where the format itself says.
 
     Raises:
         UserError: another number of bits, a group without weights, or a format that is no name.
@@ -100,7 +100,7 @@ class LayerPlan:
     Args:
         kv_groups: kept key-value heads, each with its query heads; ascending, at least one.
         ffn_channels: kept intermediate channels; ascending, at least one.
-        precision: of each of the `UNITS`.
+        precision: precision of each of the `UNITS`.
     """
 
     kv_groups: tuple[int, ...]
@@ -127,11 +127,11 @@ class CompressionPlan:
     """What of a model stays, and how it is held.
 
     Args:
-        architecture: of the model that the plan was made for.
-        base_sha256: fingerprint of its configuration and weights; None when unknown.
+        architecture: architecture of the model that the plan was made for.
+        base_sha256: fingerprint of that model's configuration and weights; None when unknown.
         layers: [layers], what each layer keeps.
         embedding: how the token embedding is held.
-        head: how the language-model head is held; with tied embeddings as the embedding.
+        head: how the language-model head is held; with tied embeddings the same as the embedding.
 
     Raises:
         UserError: a layer is missing, or a unit is kept that the architecture does not have.
@@ -197,9 +197,9 @@ class CompressionPlan:
         """The plan that holds the units of each layer, the embedding and the head at these precisions.
 
         Args:
-            precision: [layers], of each of the `UNITS`.
-            embedding: of the token embedding.
-            head: of the language-model head.
+            precision: [layers], precision of each of the `UNITS`.
+            embedding: precision of the token embedding.
+            head: precision of the language-model head.
         """
         return replace(
             self,
@@ -312,12 +312,12 @@ class CompressionPlan:
             return cls.from_json(path.read_text(encoding="utf-8"))
 
 
-def describe_differences(expected: Architecture, found: Architecture) -> str:
+def describe_differences(there: Architecture, here: Architecture) -> str:
     """The widths in which two architectures differ, or an empty string."""
     return "; ".join(
-        f"{field.name} is {cut(getattr(expected, field.name), 80)} there and {cut(getattr(found, field.name), 80)} here"
+        f"{field.name} is {cut(getattr(there, field.name), 80)} there and {cut(getattr(here, field.name), 80)} here"
         for field in fields(Architecture)
-        if getattr(expected, field.name) != getattr(found, field.name)
+        if getattr(there, field.name) != getattr(here, field.name)
     )
 
 

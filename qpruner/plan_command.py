@@ -143,8 +143,9 @@ def list_ratios(
         trust_remote_code: whether code that comes with the model may run.
         step: distance between two ratios listed, in (0, 1).
         floor: share of a layer that stays; null for the default of the selection of StructuredPruning.
-        round_to: multiple for FFN widths; null likewise.
-        leave_alone: numbers of the layers that stay as they are, one after the other; null likewise.
+        round_to: multiple that FFN widths are rounded to; null for the default of the selection of StructuredPruning.
+        leave_alone: numbers of the layers that stay as they are, one after the other; null for the default of the
+            selection of StructuredPruning.
 
     Raises:
         UserError: a step or a selection that cannot be.

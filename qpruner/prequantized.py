@@ -27,8 +27,8 @@ def check_entry(content: dict[str, Any], name: str) -> None:
     """Makes sure that transformers can read what a config.json says of quantization.
 
     Args:
-        content: of the file.
-        name: of the model, for the message.
+        content: content of the model's config.json.
+        name: folder or hub name of the model, for the message.
 
     Raises:
         UserError: it is no object.
@@ -61,8 +61,8 @@ def check_dequantizable(quantization: dict[str, Any], name: str) -> None:
     """Makes sure that transformers can make dense weights of those of a model.
 
     Args:
-        quantization: the entry of its configuration.
-        name: of the model, for the message.
+        quantization: quantization entry of the model's configuration.
+        name: folder or hub name of the model, for the message.
 
     Raises:
         UserError: it cannot, or needs a package that is not there.

@@ -90,8 +90,8 @@ def held_in(config: Any, dtype: DType) -> torch.dtype:
     and bfloat16 would round weights that are stored in float16.
 
     Args:
-        config: of the base.
-        dtype: as it was asked for.
+        config: configuration of the base.
+        dtype: number format that was asked for.
     """
     if dtype != "auto":
         return getattr(torch, dtype)
@@ -110,7 +110,7 @@ def load_model(
         name: folder, hub name, or `EMBEDDED`.
         dtype: number format of the weights; see `held_in`.
         trust_remote_code: whether code that comes with the model may run.
-        say: told what a person should know of it, such as that it was quantized.
+        say: function that is told what a person should know of the model, such as that it was quantized.
 
     Raises:
         UserError: nothing of that name, no causal language model, or weights that are not those of its configuration.
@@ -138,7 +138,7 @@ def check_model(name: str, *, trust_remote_code: bool) -> None:
     """Makes sure that a model can be loaded, from its configuration, the headers of its weights, and a head of its own.
 
     Raises:
-        UserError: as `load_model`.
+        UserError: the model cannot be loaded; see `load_model`.
     """
     with _loading("model", name):
         config = _read_config(name, trust_remote_code)

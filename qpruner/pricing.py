@@ -23,11 +23,11 @@ class Price:
     """Bytes of tensors, the headers of files apart.
 
     Args:
-        units: of the decoder's projections: codes, scales, weights that stay dense, and biases.
-        rest: embedding and head (tied ones once), dense or packed, and norms.
-        adapters: of LoRA.
+        units: bytes of the decoder's projections: codes, scales, weights that stay dense, and biases.
+        rest: bytes of embedding and head (tied ones once), dense or packed, and of norms.
+        adapters: bytes of LoRA adapters.
         weights: number of weights in the units, biases not counted.
-        unit_weight_bytes: of these weights: ``units`` without the biases.
+        unit_weight_bytes: bytes of the weights in the units: ``units`` without the biases.
     """
 
     units: int
@@ -50,11 +50,11 @@ def price(model: torch.nn.Module, plan: CompressionPlan, *, rank: int = 0, targe
     """Prices a plan.
 
     Args:
-        model: dense, of the plan's architecture and in the dtype that dense parts will be stored in; narrowed in place.
-            Its weights may lie on the meta device.
-        plan: to price.
+        model: dense model, of the plan's architecture and in the dtype that dense parts will be stored in; narrowed in
+            place. Its weights may lie on the meta device.
+        plan: plan to price.
         rank: r of the adapters; 0 for none.
-        targets: the linears that get adapters, as ``target_modules`` of `LoRAConfig`.
+        targets: linears that get adapters, as ``target_modules`` of `LoRAConfig`.
 
     Raises:
         UserError: the plan does not fit the model, or asks for a precision that cannot be had.
@@ -91,8 +91,8 @@ def weight_bytes(shape: tuple[int, int], precision: Precision, dense_size: int) 
     """Bytes of a weight [out, in], its scales included.
 
     Args:
-        shape: of the weight.
-        precision: that it is held in.
+        shape: shape [out, in] of the weight.
+        precision: precision that the weight is held in.
         dense_size: bytes of one weight that stays dense.
     """
     out_features, in_features = shape
@@ -103,7 +103,7 @@ def average_bits(plan: CompressionPlan, dense_size: int) -> float:
     """All bits that hold the weights of the plan's units, scales included, over the number of these weights.
 
     Args:
-        plan: with the widths that are left.
+        plan: plan with the widths that are left.
         dense_size: bytes of one weight that stays dense.
     """
     widths = plan.widths

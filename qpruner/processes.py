@@ -17,10 +17,11 @@ class Processes:
         device: device that this process computes on.
         rank: place of this process among all, from 0.
         world_size: number of processes.
-        forward_context: makes the context in which a model computes, such as autocast under ``bf16-mixed``.
-        reduce: sums a tensor over all processes; the sum is the same on each.
-        broadcast: gives each process the object of the first.
-        barrier: waits until all processes have called it.
+        forward_context: function that makes the context in which a model computes, such as autocast under
+            ``bf16-mixed``.
+        reduce: function that sums a tensor over all processes; the sum is the same on each.
+        broadcast: function that gives each process the object of the first.
+        barrier: function that waits until all processes have called it.
         precision: name of the precision that ``forward_context`` computes in, such as ``bf16-mixed``.
     """
 

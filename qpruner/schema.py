@@ -60,8 +60,8 @@ def read_as(path: Path, hint: type[T], *, remedy: str) -> T:
     """What a JSON file holds, as a value of a type; see `conform`.
 
     Args:
-        path: of the file.
-        hint: the type.
+        path: path of the JSON file.
+        hint: type that the content must have.
         remedy: what to do about a file that is not as it should be, as a sentence.
 
     Raises:
@@ -79,9 +79,10 @@ def conform(value: Any, hint: Any, place: str = "") -> Any:
     tuples where the type says so, whole numbers and `NOT_FINITE` become floats.
 
     Args:
-        value: as JSON or a checkpoint gave it.
-        hint: a dataclass, a `TypedDict`, ``tuple[X, ...]``, ``list[X]``, ``Sequence[X]``, ``dict[K, X]``, a
-            `Literal`, a plain class, ``Any``, or a union of these, of which the first that takes the value counts.
+        value: value that JSON or a checkpoint gave.
+        hint: type that the value must have: a dataclass, a `TypedDict`, ``tuple[X, ...]``, ``list[X]``,
+            ``Sequence[X]``, ``dict[K, X]``, a `Literal`, a plain class, ``Any``, or a union of these, of which the
+            first that takes the value counts.
         place: where in the file the value stands; empty for the whole.
 
     Raises:

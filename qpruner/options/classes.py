@@ -27,10 +27,10 @@ class Options:
     """The options of a parser or of a class.
 
     Args:
-        types: of each option, by its dotted name.
-        required: those that must be given.
-        linked: those that others give their values to; a person need not.
-        unset: those whose default is null, so that null means nothing else, whatever their type.
+        types: type of each option, by its dotted name.
+        required: names of the options that must be given.
+        linked: names of the options that others give their values to; a person need not give them.
+        unset: names of the options whose default is null, so that null means nothing else, whatever their type.
     """
 
     types: Mapping[str, Any]

@@ -30,8 +30,8 @@ def run_function(prog: str, function: Function, arguments: Sequence[str]) -> Non
 
     Args:
         prog: the command, as a person writes it.
-        function: its docstring is the help; to be called with keywords.
-        arguments: behind the command.
+        function: function to be called with keywords; its docstring is the help.
+        arguments: words behind the command.
 
     Raises:
         UserError: an option that is not there, or a value that an option does not take.
@@ -49,9 +49,9 @@ def run_one_of(prog: str, functions: Mapping[str, Function], summary: str, argum
 
     Args:
         prog: the command, as a person writes it.
-        functions: by their names; the first line of a docstring says what each does.
-        summary: what they do together, for the help.
-        arguments: behind the command.
+        functions: functions by their names; the first line of a docstring says what each does.
+        summary: what the functions do together, for the help.
+        arguments: words behind the command.
 
     Raises:
         UserError: there is no such function, or as in `run_function`.

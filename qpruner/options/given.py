@@ -22,10 +22,10 @@ class GivenOption:
     """One option and its value.
 
     Args:
-        name: dotted, as it was given: ``model.lora.r``, or of the first level of a file. With ``+`` behind it the value
-            is appended.
+        name: dotted name, as it was given: ``model.lora.r``, or of the first level of a file. With ``+`` behind it the
+            value is appended.
         value: text of the command line, or what YAML makes of a file.
-        file: that it stands in; None on the command line.
+        file: file that the option stands in; None on the command line.
     """
 
     name: str
@@ -37,7 +37,7 @@ def read_arguments(arguments: Sequence[str], flags: Collection[str]) -> Iterator
     """The options of a command line, one after the other, with those of its files where these are named.
 
     Args:
-        arguments: behind the command.
+        arguments: words behind the command.
         flags: names of the options that need no value.
 
     Raises:

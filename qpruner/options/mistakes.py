@@ -48,8 +48,8 @@ class Mistakes:
     """Looks at options one after the other, as the parser does.
 
     Args:
-        parser: of the command.
-        elsewhere: the command that has an option, for those that this one has not.
+        parser: parser of the command.
+        elsewhere: for each option that this command has not, the command that has it.
     """
 
     def __init__(self, parser: ArgumentParser, elsewhere: Mapping[str, str]) -> None:

@@ -16,9 +16,9 @@ def check_parsed(options: Options, given: Any, prefix: str = "") -> None:
     """Finds values that jsonargparse leaves to whoever gets them: null where that means nothing, abstract classes.
 
     Args:
-        options: of a parser or a class.
-        given: what was parsed for them.
-        prefix: of the names, in an error.
+        options: options of a parser or a class.
+        given: values that were parsed for the options.
+        prefix: what comes before the names in an error.
 
     Raises:
         UserError: there is one.

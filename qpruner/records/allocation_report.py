@@ -14,8 +14,8 @@ if TYPE_CHECKING:
 
 def allocation_section(folder: RunFolder) -> list[str]:
     """What the folder of a run says of its allocation, as lines of Markdown."""
-    found = Sensitivities.read(folder.sensitivities) if folder.sensitivities.exists() else None
-    return describe(Allocation.read(folder.allocation), found)
+    sensitivities = Sensitivities.read(folder.sensitivities) if folder.sensitivities.exists() else None
+    return describe(Allocation.read(folder.allocation), sensitivities)
 
 
 def describe(allocation: Allocation, sensitivities: Sensitivities | None) -> list[str]:
@@ -47,8 +47,11 @@ def sensitivities_table(sensitivities: Sensitivities) -> str:
     measures = {"loss": "loss", "kl": "KL", "first_order": "first order"}
     header = [f"{name} in {precision}" for precision in sensitivities.precisions for name in measures.values()]
     rows = [
-        [str(one.item), *(f"{getattr(one, name)[place]:.3g}" for place in range(len(one.kl)) for name in measures)]
-        for one in sensitivities.rises
+        [
+            str(rises.item),
+            *(f"{getattr(rises, name)[place]:.3g}" for place in range(len(rises.kl)) for name in measures),
+        ]
+        for rises in sensitivities.rises
     ]
     return markdown_table(["rise, nats per token", *header], rows)
 
@@ -91,7 +94,9 @@ def allocation_figure(allocation: Allocation) -> "Figure":
     left.set_xlabel("gain of the widest over the narrowest")
     left.set_title(_counted(allocation) if allocation.measure else "uniform")
     bits = [decision.precision.bits for decision in allocation.decisions]
-    right.bar_label(right.barh(items, bits, color="#c98f3d"), [str(one.precision) for one in allocation.decisions])
+    right.bar_label(
+        right.barh(items, bits, color="#c98f3d"), [str(decision.precision) for decision in allocation.decisions]
+    )
     right.set_xlim(0, 1.35 * max(bits))
     right.set_xlabel("bits")
     right.set_title(f"{allocation.average_bits:.2f} bits per weight, {allocation.total_bytes:,} bytes")

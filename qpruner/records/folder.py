@@ -24,7 +24,7 @@ class PhasesOver:
     """What ``finished.json`` holds.
 
     Args:
-        finished: how many phases that others come after are over.
+        finished: number of phases that are over, among those that others come after.
 
     Raises:
         UserError: less than none.
@@ -69,7 +69,7 @@ class Part:
     """A part of a run's folder: a file or a folder, as an attribute of `RunFolder`.
 
     Args:
-        name: of the file or folder.
+        name: name of the file or folder.
         of_phase: whether each phase of the run has a part of this kind.
     """
 
@@ -86,7 +86,7 @@ class RunFolder:
     """The parts of ``runs/<name>/``.
 
     Args:
-        path: of the folder.
+        path: path of the folder.
         phase: number, from 1, of a phase that others come after, whose parts lie in ``phases/<number>/``; None for the
             last or only phase, whose parts lie in the folder itself.
     """

@@ -30,7 +30,7 @@ class Recorded(TypedDict):
     """What the file holds.
 
     Args:
-        seed: of the run.
+        seed: seed of the run.
         base: name and SHA-256 of the base model.
         data: rows, tokens and SHA-256 of each split.
         compression: what is done to the base, with every option, and in which phase.
@@ -57,12 +57,12 @@ def record_session(
     """Writes the manifest of a run, or adds to it the session that continues the run.
 
     Args:
-        path: the manifest.
-        seed: of the run.
+        path: path of the manifest.
+        seed: seed of the run.
         base: name and SHA-256 of the base model.
         data: rows, tokens and SHA-256 of each split.
         compression: what is done to the base, with every option.
-        devices: what the session runs on.
+        devices: devices that the session runs on, in words.
         phase: number of the fit that the session begins with.
 
     Raises:

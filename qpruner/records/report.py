@@ -24,14 +24,14 @@ class Stage:
     """One row of the table: a state of the model and how it does on the test split.
 
     Args:
-        name: ``dense``, ``pruned``, ``quantized``, ``recovered``, ...
-        parameters: of the model, adapters included.
-        tensor_bytes: bytes of its tensors.
+        name: what the model is by then: ``dense``, ``pruned``, ``quantized``, ``recovered``, ...
+        parameters: number of parameters of the model, adapters included.
+        tensor_bytes: bytes of the model's tensors.
         average_bits: bits per weight of the decoder linears, scales included; None where nothing was compressed.
         results: what the metrics say: ``perplexity``, ``bits_per_byte``, ``accuracy``, ``tokens``, ...; what is unknown
             is left out, nan and inf were measured.
-        seconds: what it took to reach the state, loading or training; where nothing is reached but only measured, what
-            the evaluation took.
+        seconds: seconds of reaching the state by loading or training; of the evaluation where nothing is reached but
+            only measured.
         peak_training: highest use of memory in training, in bytes; None where nothing was trained or it is unknown.
         peak_inference: highest use of memory in evaluation, in bytes.
 
@@ -60,8 +60,8 @@ class Summary(Record):
     Args:
         finished: whether the run is over.
         protocol: how the text was laid out and what was scored.
-        peak_of: what the peaks are peaks of.
-        stages: the rows of the table.
+        peak_of: what the peaks of memory mean on the device, in words.
+        stages: rows of the table.
     """
 
     remedy = RESTORE

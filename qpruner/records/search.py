@@ -21,12 +21,12 @@ class Tried:
     """A plan and how it did on the validation split.
 
     Args:
-        name: by which a person knows it: ``trial 3``, ``uniform``, ``mutual information``.
-        choices: for each item, the place of its bits.
-        num_bytes: of all tensors, adapters included.
-        average_bits: of the weights in the decoder linears, scales included.
-        losses: nats per token, one for each seed.
-        scores: all that the trial of the first seed found.
+        name: name by which a person knows the plan: ``trial 3``, ``uniform``, ``mutual information``.
+        choices: for each item, the place of its bits among the choices.
+        num_bytes: bytes of all tensors, adapters included.
+        average_bits: bits per weight of the decoder linears, scales included.
+        losses: loss of each seed, in nats per token.
+        scores: all that the trial of the first seed measured.
 
     Raises:
         UserError: no losses, or a score ``kl`` that is no number.
@@ -60,9 +60,9 @@ class Proposer:
     """Who proposed some trials.
 
     Args:
-        optimizer: name.
+        optimizer: name of the optimizer.
         first: number of the first trial that it proposed, from 1.
-        last: number of the last one.
+        last: number of the last trial that it proposed.
     """
 
     optimizer: str
@@ -76,11 +76,11 @@ class SearchResults(Record):
 
     Args:
         protocol: how text was laid out and what was scored.
-        prior: the method whose sensitivities the search started from.
-        budget: as a person reads it.
-        items: that got bits.
-        bits: of the choices of an item.
-        trials: that succeeded, in order.
+        prior: method whose sensitivities the search started from.
+        budget: budget of the plans, as a person reads it.
+        items: items that got bits.
+        bits: bits that an item can have, in the order of its choices.
+        trials: trials that succeeded, in order.
         failed: numbers of trials that failed, with the reason.
         variants: finalists and plans that were not searched for, each with all seeds, best first; those that failed for
             some seeds last.
@@ -107,10 +107,10 @@ class SearchResults(Record):
     def __post_init__(self) -> None:
         if not self.variants or not self.proposers:
             raise UserError("A search ends with at least one variant, and one optimizer that proposed its trials.")
-        for one in (*self.trials, *self.variants):
-            if len(one.choices) != len(self.items) or not all(0 <= choice < len(self.bits) for choice in one.choices):
+        for plan in (*self.trials, *self.variants):
+            if len(plan.choices) != len(self.items) or not all(0 <= choice < len(self.bits) for choice in plan.choices):
                 raise UserError(
-                    f"{one.name!r} has the choices {brief(one.choices)}; it must have one for each of "
+                    f"{plan.name!r} has the choices {brief(plan.choices)}; it must have one for each of "
                     f"{len(self.items)} items, from 0 to {len(self.bits) - 1}."
                 )
 
@@ -122,7 +122,7 @@ class SearchResults(Record):
 def pareto_front(trials: Sequence[Tried]) -> list[Tried]:
     """The trials that no other beats in loss without more bytes, fewest bytes first; of equal ones the first."""
     front: list[Tried] = []
-    for trial in sorted(trials, key=lambda one: (one.num_bytes, one.loss)):
+    for trial in sorted(trials, key=lambda trial: (trial.num_bytes, trial.loss)):
         if not front or trial.loss < front[-1].loss:
             front.append(trial)
     return front
@@ -130,21 +130,21 @@ def pareto_front(trials: Sequence[Tried]) -> list[Tried]:
 
 def ranked(variants: Sequence[Tried]) -> list[Tried]:
     """Best first; a plan whose trials failed for some seeds does not win by those that are left."""
-    return sorted(variants, key=lambda one: (-len(one.losses), one.loss))
+    return sorted(variants, key=lambda variant: (-len(variant.losses), variant.loss))
 
 
 def variants_table(results: SearchResults) -> str:
     """Finalists and other plans side by side."""
     rows = [
         [
-            one.name,
-            f"{one.num_bytes:,}",
-            f"{one.average_bits:.2f}",
-            f"{one.loss:.4f}" + ("" if one.spread is None else f" ± {one.spread:.4f}"),
-            _number(one.scores.get("kl")),
-            "".join(str(results.bits[choice]) + " " for choice in one.choices).strip(),
+            variant.name,
+            f"{variant.num_bytes:,}",
+            f"{variant.average_bits:.2f}",
+            f"{variant.loss:.4f}" + ("" if variant.spread is None else f" ± {variant.spread:.4f}"),
+            _number(variant.scores.get("kl")),
+            "".join(str(results.bits[choice]) + " " for choice in variant.choices).strip(),
         ]
-        for one in results.variants
+        for variant in results.variants
     ]
     return markdown_table(["plan", "bytes", "average bits", "validation loss", "KL to dense", "bits"], rows)
 
@@ -154,7 +154,7 @@ def proposed_by(results: SearchResults) -> str:
     first, *others = results.proposers
     if not others:
         return f"Trials were proposed by `{first.optimizer}`."
-    further = "".join(f", {one.first} to {one.last} by `{one.optimizer}`" for one in others)
+    further = "".join(f", {proposer.first} to {proposer.last} by `{proposer.optimizer}`" for proposer in others)
     return f"Trials {first.first} to {first.last} were proposed by `{first.optimizer}`{further}."
 
 
@@ -163,7 +163,7 @@ def write_search_report(folder: RunFolder, results: SearchResults) -> None:
     save_figure(trials_figure(results), folder.trials_picture)
     save_figure(front_figure(results), folder.pareto_picture)
     seeds = len(results.winner.losses)
-    plans = len({one.choices for one in results.trials})
+    plans = len({trial.choices for trial in results.trials})
     lines = [
         f"# Search {folder.path.name}",
         "",
@@ -196,15 +196,15 @@ def trials_figure(results: SearchResults) -> "Figure":
     )
     above, below = figure.subplots(2, 1, sharex=True, height_ratios=[1, max(1, len(results.items) / 8)])
     numbers = range(len(results.trials))
-    losses = [one.loss for one in results.trials]
+    losses = [trial.loss for trial in results.trials]
     above.plot(numbers, losses, "o-", markersize=3)
     above.step(numbers, [min(losses[: end + 1]) for end in numbers], where="post", color="#c98f3d", label="best so far")
     above.set_ylabel("validation loss")
     above.legend()
-    bits = [[results.bits[choice] for choice in one.choices] for one in results.trials]
+    bits = [[results.bits[choice] for choice in trial.choices] for trial in results.trials]
     below.imshow(list(zip(*bits, strict=True)), aspect="auto", cmap="YlOrBr", vmin=0, vmax=20)
     below.set_yticks(range(len(results.items)), results.items, fontsize=7)
-    below.set_xticks(numbers, [one.name.removeprefix("trial ") for one in results.trials], fontsize=7)
+    below.set_xticks(numbers, [trial.name.removeprefix("trial ") for trial in results.trials], fontsize=7)
     below.set_xlabel(f"trial; dark is more of {', '.join(map(str, results.bits))} bits")
     return figure
 
@@ -215,13 +215,17 @@ def front_figure(results: SearchResults) -> "Figure":
 
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     axes = figure.subplots()
-    axes.plot([one.num_bytes for one in results.trials], [one.loss for one in results.trials], "o", color="#9aa7b5")
-    front = [one for one in results.trials if one.name in results.front]
-    front.sort(key=lambda one: one.num_bytes)
-    axes.plot([one.num_bytes for one in front], [one.loss for one in front], "o-", color="#b5473b", label="front")
-    for one in results.variants:
-        if not one.name.startswith("trial"):
-            axes.plot(one.num_bytes, one.losses[0], "x", label=one.name)
+    axes.plot(
+        [trial.num_bytes for trial in results.trials], [trial.loss for trial in results.trials], "o", color="#9aa7b5"
+    )
+    front = [trial for trial in results.trials if trial.name in results.front]
+    front.sort(key=lambda trial: trial.num_bytes)
+    axes.plot(
+        [trial.num_bytes for trial in front], [trial.loss for trial in front], "o-", color="#b5473b", label="front"
+    )
+    for variant in results.variants:
+        if not variant.name.startswith("trial"):
+            axes.plot(variant.num_bytes, variant.losses[0], "x", label=variant.name)
     axes.set_xlabel("bytes of all tensors")
     axes.set_ylabel("validation loss (nats per token)")
     axes.grid(alpha=0.3)
@@ -234,16 +238,16 @@ def show_search(logger: Any, results: SearchResults) -> None:
 
     Args:
         logger: a ``TensorBoardLogger``.
-        results: of the search.
+        results: results of the search.
     """
     board = logger.experiment
     board.add_figure("search/allocations", trials_figure(results))
     board.add_figure("search/front", front_figure(results))
     board.add_text("search/variants", variants_table(results))
-    for one in results.trials:
-        chosen = {item: results.bits[choice] for item, choice in zip(results.items, one.choices, strict=True)}
+    for trial in results.trials:
+        chosen = {item: results.bits[choice] for item, choice in zip(results.items, trial.choices, strict=True)}
         board.add_hparams(
-            chosen, {"search/trial_loss": one.loss, "search/trial_bytes": one.num_bytes}, run_name=one.name
+            chosen, {"search/trial_loss": trial.loss, "search/trial_bytes": trial.num_bytes}, run_name=trial.name
         )
     board.flush()
 

@@ -31,10 +31,10 @@ def plain(value: Any) -> Any:
         case _ if is_dataclass(value) and not isinstance(value, type):
             return plain(vars(value))
         case _:
-            return {"class_path": plain(type(value)), "init_args": plain(_made_with(value))}
+            return {"class_path": plain(type(value)), "init_args": plain(_options_of(value))}
 
 
-def _made_with(value: Any) -> dict[str, Any]:
+def _options_of(value: Any) -> dict[str, Any]:
     """The options that an object was made with, as far as it tells them."""
     if isinstance(value, Compression):
         return value.options

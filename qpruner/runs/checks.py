@@ -19,8 +19,8 @@ def check_fit(phases: Sequence[PhaseConfig], plan: str | None) -> None:
     """Finds options of a fit that do not go together.
 
     Args:
-        phases: after the first.
-        plan: file of the plan to carry out.
+        phases: further phases, after the first.
+        plan: file of the plan to carry out; None for none.
 
     Raises:
         UserError: some do not.
@@ -35,9 +35,9 @@ def check_search(callbacks: Sequence[Callback], phases: Sequence[PhaseConfig], p
     """Finds options that a search does not go with.
 
     Args:
-        callbacks: that the search begins with.
-        phases: after the first.
-        plan: file of a plan to carry out.
+        callbacks: callbacks that the search begins with.
+        phases: further phases, after the first.
+        plan: file of a plan to carry out; None for none.
 
     Raises:
         UserError: there are some.
@@ -57,9 +57,9 @@ def rehearse(model: LoRAFinetuner, data: TokenDataModule, phases: Sequence[Phase
     """Finds what is wrong with the base, what of it cannot be saved, and what callbacks ask for and it cannot give.
 
     Args:
-        model: whose base is not loaded for it.
-        data: whose tokens the base must know.
-        phases: of the run.
+        model: module whose base is looked at and not loaded.
+        data: data module whose tokens the base must know.
+        phases: all phases of the run.
 
     Raises:
         UserError: something.
@@ -79,7 +79,7 @@ class Preflight(Callback):
     """Finds, in ``setup`` of a fit and before the model is loaded, what of the options does not go with the data.
 
     Args:
-        phase: that the fit is.
+        phase: phase whose fit is going to begin.
         later: callbacks that compress in later phases.
 
     Raises:

@@ -61,9 +61,9 @@ def claim_folder(folder: RunFolder, options: Mapping[str, Any], *, restart: bool
     As long as a run has neither compressed nor trained anything its options may still change; it then begins anew.
 
     Args:
-        folder: of the run.
+        folder: folder of the run.
         options: all options of the run, as plain data.
-        restart: whether to throw away what is there.
+        restart: whether to throw away what the folder holds.
 
     Raises:
         UserError: the folder belongs to a run with other options; each is named.

@@ -28,12 +28,12 @@ def measure_stages(
     """Measures the dense model and, where a fit has left them, the compressed and the recovered one.
 
     Args:
-        trainer: that evaluates.
-        module: not loaded yet; it continues from the compressed base of the run, if there is one.
-        data: with the split.
-        split: to measure on.
+        trainer: Trainer that evaluates.
+        module: module that is not loaded yet; it continues from the compressed base of the run, if there is one.
+        data: data module with the split.
+        split: split to measure on.
         checkpoint: file of the trained adapters, where they do not lie beside the base.
-        trained: whether they lie there.
+        trained: whether trained adapters lie beside the base.
     """
     device = trainer.strategy.root_device
     evaluation = trainer.validate if split == "validation" else trainer.test

@@ -46,7 +46,7 @@ class PhasedFit:
 
         Args:
             number: number of the phase, from 1.
-            options: options of this Trainer alone.
+            options: options for this Trainer alone, beside those of all.
 
         Raises:
             UserError: the Trainer's options cannot be had, or callbacks cannot act.
@@ -90,7 +90,7 @@ class PhasedFit:
             module: module of that phase.
             trainer: Trainer of that phase.
             continues: whether that phase goes on from its checkpoint, if it has one.
-            ckpt_path: what the first phase begins with otherwise.
+            ckpt_path: checkpoint whose adapters the first phase begins with, where it does not go on; None for none.
         """
         if trainer.is_global_zero and not self.rehearses:
             for finished in self.phases[: number - 1]:  # cut off, perhaps, before they could

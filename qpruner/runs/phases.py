@@ -25,11 +25,11 @@ class PhaseConfig:
     the first phase.
 
     Args:
-        max_epochs: over the training data; None to give steps.
+        max_epochs: passes over the training data; None to give steps.
         max_steps: optimizer steps; -1 to give epochs.
-        optimizer: how the adapters are trained; default as in the first phase.
-        callbacks: of this phase, such as `MixedPrecisionQuantization`; those of the first that do not compress act
-            here, too.
+        optimizer: how the adapters are trained; by default as in the first phase.
+        callbacks: callbacks that act in this phase, such as `MixedPrecisionQuantization`; those of the first that do
+            not compress act here, too.
     """
 
     max_epochs: int | None = None
@@ -56,7 +56,7 @@ class Phase:
         folder: folder of the run, in this phase.
         callbacks: callbacks that a person gave.
         config: options of a further phase; None in the first.
-        continues_from: what the phase before left.
+        continues_from: folder that the phase before left; None for a phase without one.
     """
 
     number: int
@@ -88,7 +88,7 @@ class Phase:
         """The module that it trains: the one described in the first phase, else one like it that goes on from there.
 
         Args:
-            described: with the options of the first phase.
+            described: module with the options of the first phase.
         """
         if self.config is None:
             return described

@@ -52,7 +52,7 @@ class Run:
         run.summary.stages[-1].results["perplexity"]
 
     Args:
-        folder: folder of the run; it may be there already.
+        folder: folder of the run; it may exist already.
         model: module of the first phase, whose options those of later phases share.
         data: data module of all phases.
         callbacks: callbacks of the first phase; those that do not compress act in later phases, too, as copies.
@@ -167,7 +167,7 @@ class Run:
         """Finds the bits of each layer by many short fits under a budget, or goes on with that.
 
         Args:
-            config: how to search.
+            config: options of the search.
             restart: whether to throw away what the folder holds and begin anew.
         """
         check_search(self.callbacks, self.phases, self.plan)
@@ -199,7 +199,7 @@ class Run:
         """What is given here as plain data, under the names of the command line.
 
         Args:
-            sections: what a method is given beside it, by its name.
+            sections: options that a method is given beside those of the run, by section.
         """
         return {
             "run": {"checkpoint_every_n_steps": self.checkpoint_every_n_steps},

@@ -37,10 +37,10 @@ def make_trainer(
     """A Trainer that works in the folder of a run.
 
     Args:
-        options: for this Trainer alone.
-        folder: of the run, in the phase of the Trainer.
-        callbacks: all that act.
-        keeps_checkpoint: whether it fits, so that it can go on.
+        options: options of this Trainer.
+        folder: folder of the run, in the phase of the Trainer.
+        callbacks: all callbacks that act.
+        keeps_checkpoint: whether a checkpoint is kept, so that the fit can go on.
 
     Raises:
         UserError: the options cannot be had.

@@ -15,7 +15,7 @@ def generate_story(random: Random) -> Story:
     """Generate a story.
 
     Args:
-        random: The source of all choices; the same state gives the same story.
+        random: source of all choices; the same state gives the same story.
 
     Returns:
         A story of a random plot.
@@ -30,10 +30,10 @@ def split_of(story: Story) -> Split:
     The facts alone decide, so all paraphrases of a story are in one split, whatever seed generated them.
 
     Args:
-        story: The story.
+        story: story whose split is asked for.
 
     Returns:
-        The split.
+        The split that the story belongs to.
     """
     digest = sha256("|".join(story.facts).encode()).digest()
     percentile = int.from_bytes(digest[:8], "big") % 100
@@ -46,9 +46,9 @@ def generate_stories(split: Split, *, num_stories: int, seed: int) -> Iterator[S
     """Generate the stories of a split, no text twice.
 
     Args:
-        split: "train", "validation" or "test".
-        num_stories: How many stories; a smaller number gives a prefix of the same stories.
-        seed: Other seeds give other stories of the same split.
+        split: name of the split: "train", "validation" or "test".
+        num_stories: number of stories, 0 or more; a smaller one gives the first of the same stories.
+        seed: seed of the draws; another gives other stories of the same split.
 
     Returns:
         The stories, generated one by one.

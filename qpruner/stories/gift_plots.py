@@ -19,7 +19,7 @@ def present(tale: Tale) -> Story:
         f"{a} wanted to buy something for {a.his} {relative} and took {words.NUMBERS[coins]} coins along.",
     )
     tale.say(f"{a.he} went to {shop} to find something nice.", f"So {a.he} walked to {shop}.")
-    nouns = tale.shuffled((thing.noun.many, too_dear.noun.many))
+    nouns = tale.shuffled((thing.noun.plural, too_dear.noun.plural))
     tale.say(
         f"There were {nouns[0]} and {nouns[1]} in many colors.",
         f"It was full of {nouns[0]} and {nouns[1]}.",

@@ -17,11 +17,11 @@ class Story:
     """A short story whose last sentence follows from the sentences before it.
 
     Attributes:
-        facts: The plot and every fact value, in the order in which the plot draws them. Each value is told in
-            the text, so two stories with other facts have other texts.
-        prompt: All sentences but the last.
-        ending: The last sentence; the facts told in the prompt determine it up to paraphrase.
-        wrong_ending: The ending with one fact replaced by a value of its kind that the prompt contradicts.
+        facts: the plot and every fact value, in the order in which the plot draws them. Each value is told in the text,
+            so two stories with other facts have other texts.
+        prompt: all sentences but the last.
+        ending: the last sentence; the facts told in the prompt determine it up to paraphrase.
+        wrong_ending: the ending with one fact replaced by a value of its kind that the prompt contradicts.
     """
 
     facts: tuple[str, ...]

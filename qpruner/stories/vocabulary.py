@@ -25,11 +25,11 @@ class Person:
 class Noun:
     """A countable noun."""
 
-    one: str
-    many: str
+    singular: str
+    plural: str
 
     def __str__(self) -> str:
-        return self.one
+        return self.singular
 
 
 @dataclass(frozen=True)
@@ -105,7 +105,7 @@ def _phrases(phrases: str) -> tuple[str, ...]:
 def _nouns(words: str) -> tuple[Noun, ...]:
     # An irregular plural follows its singular after a slash.
     pairs = (word.partition("/") for word in words.split())
-    return tuple(Noun(one, many or f"{one}s") for one, _, many in pairs)
+    return tuple(Noun(singular, plural or f"{singular}s") for singular, _, plural in pairs)
 
 
 def _places(preposition: str, names: str) -> tuple[Place, ...]:
