@@ -11,7 +11,7 @@ from typing import Any, Self
 import torch
 from torch import nn
 
-from qpruner import model_folder
+from qpruner import adapter_files, model_folder
 from qpruner.adapters.lora import LoRAConfig, attach_adapters, detach_adapters, set_factors_
 from qpruner.anatomy import COMPRESSED, FAMILIES, architecture_of
 from qpruner.errors import UserError
@@ -149,7 +149,7 @@ class CompressedModel(nn.Module):
             network, layers = content.network, content.plan.layers
             if not any(isinstance(module, PackedLinear) for module in network.modules()):
                 hold_in_(network, held_in(network.config, dtype))
-            if model_folder.has_adapters(folder):
+            if adapter_files.has_adapters(folder):
                 warnings.warn(f"{base!r} is taken as the base without its adapters.", stacklevel=2)
             sha256 = fingerprint(base)
             plan = CompressionPlan.dense(architecture_of(network.config), sha256).with_precision(
@@ -184,7 +184,7 @@ class CompressedModel(nn.Module):
             recipe=content.recipe,
             kept=KeptFolder(folder, content.sha256),
         )
-        if model_folder.has_initial_adapters(folder) or (trained_adapters and model_folder.has_adapters(folder)):
+        if adapter_files.has_initial_adapters(folder) or (trained_adapters and adapter_files.has_adapters(folder)):
             model._adapter_files = folder
         return model
 
@@ -212,7 +212,7 @@ class CompressedModel(nn.Module):
     def starts_from_loftq(self) -> bool:
         """Whether adapters start from what quantization left, rather than from zero."""
         return bool(self.initial_adapters) or (
-            self._adapter_files is not None and model_folder.has_initial_adapters(self._adapter_files)
+            self._adapter_files is not None and adapter_files.has_initial_adapters(self._adapter_files)
         )
 
     def has_packed_weights(self) -> bool:
@@ -308,12 +308,12 @@ class CompressedModel(nn.Module):
             # Non-reentrant: the reentrant form loses gradients where no input of a block requires them.
             self.network.gradient_checkpointing_enable({"use_reentrant": False})
         if self._adapter_files is not None:
-            model_folder.check_adapters(self._adapter_files, rank=lora.r, alpha=lora.alpha)
+            adapter_files.check_adapters(self._adapter_files, rank=lora.r, alpha=lora.alpha)
         self.network = attach_adapters(self.network, lora, seed=seed)
         self._lora = lora, seed
         set_factors_(self.network, self.initial_adapters)
         if self._adapter_files is not None:
-            model_folder.load_adapters(self._adapter_files, self.network)
+            adapter_files.load_adapters(self._adapter_files, self.network)
 
     def detach(self) -> None:
         """Takes the adapters off the base, unmerged and for good."""
@@ -374,7 +374,7 @@ class CompressedModel(nn.Module):
                     tokenizer=tokenizer,
                 )
             if self.state is State.ADAPTED:
-                model_folder.save_adapters(temporary, self.network, trained=trained, place=folder)
+                adapter_files.save_adapters(temporary, self.network, trained=trained, place=folder)
         self.is_kept_in(folder)
 
     def is_kept_in(self, folder: Path) -> None:
@@ -389,7 +389,7 @@ class CompressedModel(nn.Module):
         """
         assert self.kept is not None
         self._expect("kept with its adapters", ADAPTED)
-        model_folder.save_adapters(self.kept.path, self.network, trained=trained)
+        adapter_files.save_adapters(self.kept.path, self.network, trained=trained)
 
     # Inside.
 

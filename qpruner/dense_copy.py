@@ -11,18 +11,13 @@ from jsonargparse import ArgumentParser
 from lightning.pytorch.plugins import Precision
 from torch import nn
 
+from qpruner.adapter_files import has_initial_adapters
 from qpruner.compressed import CompressedModel
 from qpruner.datamodules.base import TokenDataModule
 from qpruner.errors import UserError, user_error
 from qpruner.folder_manifest import ADAPTER, CONFIG, PLAN, Step, is_compressed, read_manifest
 from qpruner.memory import num_parameters
-from qpruner.model_folder import (
-    GENERATION,
-    has_initial_adapters,
-    load_compressed,
-    read_plan,
-    save_base,
-)
+from qpruner.model_folder import GENERATION, load_compressed, read_plan, save_base
 from qpruner.plan import DENSE, UNITS
 from qpruner.quantization.merging import merge_
 from qpruner.records.folder import RESTORE, RunFolder

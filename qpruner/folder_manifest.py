@@ -11,6 +11,8 @@ from qpruner.schema import conform
 KIND, VERSION = "qpruner model", 2
 MANIFEST, PLAN, CONFIG, ADAPTER = "manifest.json", "plan.json", "config.json", "adapter"
 COPY_AGAIN = "Copy the folder again, or run the fit that wrote it again."
+ANYTHING = (Exception,)
+"""What transformers and PEFT raise over content that they did not expect: they check little of it."""
 
 
 class Entry(TypedDict):

@@ -16,16 +16,15 @@ from tempfile import TemporaryDirectory
 from typing import Any, NotRequired, TypedDict
 
 import transformers
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from qpruner.adapter_files import ADAPTER_CONFIG, has_adapters, load_adapters
 from qpruner.anatomy import COMPRESSED, FAMILIES, architecture_of, family_of
 from qpruner.conv1d import conv1d_to_linear_
 from qpruner.errors import UserError, brief, cut, listed
-from qpruner.files import MALFORMED, read_json, reading, replacing_folder, write_json
+from qpruner.files import reading, replacing_folder, write_json
 from qpruner.folder_manifest import (
-    ADAPTER,
+    ANYTHING,
     CONFIG,
     COPY_AGAIN,
     KIND,
@@ -37,7 +36,6 @@ from qpruner.folder_manifest import (
     identity_of,
     is_compressed,
     read_checked_manifest,
-    read_manifest,
 )
 from qpruner.memory import tensor_bytes
 from qpruner.plan import MOST_LAYERS, CompressionPlan, describe_differences
@@ -56,11 +54,9 @@ from qpruner.quantization.embedding import rebuild_tables_
 from qpruner.quantization.model import rebuild_linears_
 from qpruner.quantization.packed import PackedLinear
 from qpruner.schema import read_as
+from qpruner.tensor_files import load_tensors
 
 GENERATION = "generation_config.json"
-ADAPTER_CONFIG, ADAPTER_WEIGHTS = f"{ADAPTER}/adapter_config.json", f"{ADAPTER}/adapter_model.safetensors"
-ANYTHING = (Exception,)
-"""What transformers and PEFT raise over content that they did not expect: they check little of it."""
 
 
 class Configuration(TypedDict):
@@ -144,7 +140,7 @@ def load_base(folder: str | Path, *, check_hashes: bool = True) -> KeptBase:
     state: dict[str, Tensor] = {}
     for name in manifest["files"]:
         if name.endswith(".safetensors") and "/" not in name:
-            state |= _load_tensors(folder / name)
+            state |= load_tensors(folder / name)
     with reading(folder, COPY_AGAIN):
         if plan.quantized:
             rebuild_linears_(model, linear_precisions(model, plan), state)
@@ -266,94 +262,6 @@ def _rehearse_tokenizer(tokenizer: Any, folder: Path, trust_remote_code: bool) -
     load_tokenizer(str(folder), trust_remote_code=trust_remote_code)
 
 
-def save_adapters(folder: Path, model: Any, *, trained: bool, place: Path | None = None) -> None:
-    """Adds the adapters of a PEFT model to the folder of its base, and to the manifest.
-
-    PEFT finds the base from anywhere as long as the folder lies where it was written; `load_compressed` wherever it is.
-
-    Args:
-        folder: folder that `save_base` wrote.
-        model: PEFT model that holds the adapters.
-        trained: whether a fit has trained the adapters; otherwise they are what a fit starts from.
-        place: path that the folder is going to have; None for the present one.
-    """
-    manifest = read_manifest(folder)
-    of_base = {name: entry for name, entry in manifest["files"].items() if not name.startswith(f"{ADAPTER}/")}
-    # Cut off from here on, the folder is that of the base alone.
-    write_json(folder / MANIFEST, manifest | {"files": of_base, "adapters": None})
-    with replacing_folder(folder / ADAPTER) as temporary:
-        _write_adapters(temporary, model, _name_for_peft(folder, (place or folder).absolute()))
-    files = of_base | {f"{ADAPTER}/{name}": entry for name, entry in entries_of(folder / ADAPTER).items()}
-    write_json(folder / MANIFEST, manifest | {"files": files, "adapters": "trained" if trained else "initial"})
-
-
-def _write_adapters(folder: Path, model: Any, base: str) -> None:
-    # Left to itself, PEFT looks the base up by its name, to see whether embeddings were resized.
-    model.save_pretrained(folder, save_embedding_layers=False)
-    # It would name the model that was compressed, not the base that these are for.
-    config = read_json(folder / "adapter_config.json")
-    write_json(folder / "adapter_config.json", config | {"base_model_name_or_path": base})
-    (folder / "README.md").unlink(missing_ok=True)  # a form to fill in
-
-
-def _name_for_peft(folder: Path, place: Path) -> str:
-    """What PEFT, and transformers behind it, are to look for as the base: its folder.
-
-    Where transformers cannot load that, its error repeats the name it was given, and so that says what can.
-    """
-    portable = not read_json(folder / "config.json")["model_type"].startswith(COMPRESSED)
-    return str(place) if portable else f"qpruner.load_compressed({str(place)!r})"
-
-
-class AdapterKind(TypedDict):
-    """What ``adapter_config.json`` says of adapters that others must have, too, to begin with their values."""
-
-    r: int
-    lora_alpha: float
-
-
-def check_adapters(folder: Path, *, rank: int, alpha: float) -> None:
-    """Makes sure that the adapters of a compressed folder are of a kind.
-
-    Args:
-        folder: folder of a compressed model with adapters.
-        rank: r that the adapters are to have.
-        alpha: alpha that the adapters are to have; their output is multiplied by ``alpha / r``.
-
-    Raises:
-        UserError: they are of another kind, or the file is damaged.
-    """
-    stored = read_as(folder / ADAPTER_CONFIG, AdapterKind, remedy=COPY_AGAIN)
-    pairs = {"r": (stored["r"], rank), "alpha": (stored["lora_alpha"], alpha)}
-    if differences := [f"{name} {there} there, {here} here" for name, (there, here) in pairs.items() if there != here]:
-        raise UserError(
-            f"The adapters in {str(folder)!r} are of another kind: {', '.join(differences)}. Use the --model.lora of "
-            f"its run."
-        )
-
-
-def load_adapters(folder: Path, model: Any) -> None:
-    """Gives a PEFT model the adapters of its base's folder.
-
-    Raises:
-        UserError: the file is damaged, or does not hold the adapters of this model.
-    """
-    from peft import set_peft_model_state_dict
-
-    path = folder / ADAPTER_WEIGHTS
-    state = _load_tensors(path)
-    with reading(path, COPY_AGAIN, ANYTHING):  # such as an adapter of another shape
-        left = set_peft_model_state_dict(model, state)
-        missing = [name for name in left.missing_keys if "lora_" in name]
-        if missing or left.unexpected_keys:
-            raise UserError(
-                f"It holds other adapters than the model has: missing {listed(missing)}, unexpected "
-                f"{listed(left.unexpected_keys)}."
-            )
-        if integers := [name for name, tensor in state.items() if not tensor.is_floating_point()]:
-            raise UserError(f"The weights of adapters are floating point, not {state[integers[0]].dtype}.")
-
-
 def _dense_weights(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
     """The weights that are not packed, and so compute in the dtype that they are held in."""
     for name, module in model.named_modules():
@@ -361,36 +269,9 @@ def _dense_weights(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
             yield from module.named_parameters(name, recurse=False)
 
 
-def _load_tensors(path: Path) -> dict[str, Tensor]:
-    """The tensors of a safetensors file.
-
-    Raises:
-        UserError: there is none, or it is damaged.
-    """
-    try:
-        return load_file(path)
-    except (*MALFORMED, SafetensorError, KeyError, RuntimeError) as error:  # the last two: a dtype unknown to torch
-        raise UserError(f"{str(path)!r} is not a safetensors file: {cut(error)}. {COPY_AGAIN}") from error
-
-
 def read_plan(folder: Path) -> CompressionPlan:
     """The plan of a compressed folder."""
     return CompressionPlan.read(folder / PLAN)
-
-
-def has_adapters(folder: Path) -> bool:
-    """Whether a compressed folder holds adapters."""
-    return {ADAPTER_CONFIG, ADAPTER_WEIGHTS} <= read_manifest(folder)["files"].keys()
-
-
-def has_trained_adapters(folder: Path) -> bool:
-    """Whether a compressed folder holds adapters as a fit left them."""
-    return has_adapters(folder) and read_manifest(folder).get("adapters") == "trained"
-
-
-def has_initial_adapters(folder: Path) -> bool:
-    """Whether a compressed folder holds adapters that no fit has trained yet."""
-    return has_adapters(folder) and read_manifest(folder).get("adapters") == "initial"
 
 
 def read_config(folder: Path) -> Any:

@@ -15,11 +15,11 @@ import yaml
 from safetensors.torch import load_file, save_file
 from test_cli import TESTS, adapters, in_own_process
 
+from qpruner.adapter_files import has_trained_adapters
 from qpruner.callbacks.pruning import StructuredPruning
 from qpruner.commands import run
 from qpruner.errors import UserError
 from qpruner.files import read_json
-from qpruner.model_folder import has_trained_adapters
 from qpruner.records.folder import RunFolder
 from qpruner.training.module import LoRAFinetuner
 

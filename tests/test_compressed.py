@@ -10,11 +10,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from qpruner.adapter_files import has_trained_adapters
 from qpruner.adapters.lora import LoRAConfig, adapter_on
 from qpruner.compressed import CompressedModel, State
 from qpruner.errors import UserError
 from qpruner.folder_manifest import Step, identity_of, read_manifest
-from qpruner.model_folder import has_trained_adapters, load_compressed
+from qpruner.model_folder import load_compressed
 from qpruner.plan import UNITS, CompressionPlan, Precision
 from qpruner.pricing import price_narrowed
 from qpruner.quantization.apply import LoftQSettings

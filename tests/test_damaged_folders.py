@@ -11,10 +11,11 @@ import torch
 from families import KEPT, adapted, logits_of, tiny_model
 from safetensors.torch import load_file, save_file
 
+from qpruner.adapter_files import save_adapters
 from qpruner.anatomy import architecture_of
 from qpruner.errors import UserError
 from qpruner.files import hash_file
-from qpruner.model_folder import load_compressed, save_adapters, save_base
+from qpruner.model_folder import load_compressed, save_base
 from qpruner.plan import CompressionPlan, Precision
 from qpruner.pruning.surgery import apply_pruning_
 from qpruner.quantization.apply import quantize_

@@ -21,20 +21,13 @@ from transformers import AutoModelForCausalLM
 
 import qpruner
 from qpruner import model_folder
+from qpruner.adapter_files import has_adapters, save_adapters
 from qpruner.adapters.lora import LoRAConfig, attach_adapters
 from qpruner.anatomy import FAMILIES, architecture_of
 from qpruner.conv1d import conv1d_to_linear_
 from qpruner.errors import UserError
 from qpruner.folder_manifest import is_compressed
-from qpruner.model_folder import (
-    has_adapters,
-    load_base,
-    load_compressed,
-    read_config,
-    rehearse_saving,
-    save_adapters,
-    save_base,
-)
+from qpruner.model_folder import load_base, load_compressed, read_config, rehearse_saving, save_base
 from qpruner.plan import UNITS, CompressionPlan, Precision
 from qpruner.pretrained import EMBEDDED, load_config, load_tokenizer, save_tokenizer
 from qpruner.pruning.surgery import apply_pruning_, stated_by_weights
@@ -666,7 +659,7 @@ def test_adapters_cut_off_while_written_leave_the_base(tmp_path: Path, monkeypat
     model, _ = write(tmp_path / "model")
     adapted = with_adapters(model)
     save_adapters(tmp_path / "model", adapted, trained=True)
-    monkeypatch.setattr(model_folder, "_write_adapters", stop)
+    monkeypatch.setattr("qpruner.adapter_files._write_adapters", stop)
     with pytest.raises(KeyboardInterrupt):
         save_adapters(tmp_path / "model", adapted, trained=True)
     assert type(load_compressed(tmp_path / "model")).__name__ == "LlamaForCausalLM"

@@ -36,6 +36,7 @@ ALLOWED: dict[str, set[str]] = {
     "stories": set(),
     "__init__": {"model_folder"},
     "__main__": {"commands", "errors", "quiet"},
+    "adapter_files": {"anatomy", "errors", "files", "folder_manifest", "schema", "tensor_files"},
     "adapters": {"errors", "seeds"},
     "allocation": {
         "anatomy", "calibration", "errors", "likelihood", "plan", "pricing", "quantization", "schema", "seeds",
@@ -49,13 +50,13 @@ ALLOWED: dict[str, set[str]] = {
     "cli": {"commands", "datamodules", "errors", "options", "pretrained", "records", "runs", "search", "training"},
     "commands": {"__version__", "cli", "errors"},
     "compressed": {
-        "adapters", "anatomy", "errors", "files", "folder_manifest", "likelihood", "model_folder", "plan",
-        "pretrained", "pricing", "pruning", "quantization",
+        "adapter_files", "adapters", "anatomy", "errors", "files", "folder_manifest", "likelihood", "model_folder",
+        "plan", "pretrained", "pricing", "pruning", "quantization",
     },
     "datamodules": {"errors", "files", "likelihood", "pretrained", "seeds", "stories"},
     "dense_copy": {
-        "compressed", "datamodules", "errors", "folder_manifest", "memory", "model_folder", "plan", "quantization",
-        "records", "schema", "training",
+        "adapter_files", "compressed", "datamodules", "errors", "folder_manifest", "memory", "model_folder", "plan",
+        "quantization", "records", "schema", "training",
     },
     "files": {"errors"},
     "folder_manifest": {"errors", "files", "schema"},
@@ -65,8 +66,8 @@ ALLOWED: dict[str, set[str]] = {
     "merge_command": {"dense_copy", "options"},
     "model_files": {"errors", "files", "folder_manifest", "schema"},
     "model_folder": {
-        "anatomy", "conv1d", "errors", "files", "folder_manifest", "memory", "plan", "pretrained", "pruning",
-        "quantization", "schema",
+        "adapter_files", "anatomy", "conv1d", "errors", "files", "folder_manifest", "memory", "plan", "pretrained",
+        "pruning", "quantization", "schema", "tensor_files",
     },
     "options": {"callbacks", "datamodules", "errors"},
     "outline": {"anatomy"},
@@ -83,14 +84,15 @@ ALLOWED: dict[str, set[str]] = {
     "records": {"allocation", "errors", "files", "folder_manifest", "plan", "schema"},
     "report_command": {"errors", "options", "records"},
     "runs": {
-        "callbacks", "compressed", "datamodules", "errors", "files", "folder_manifest", "memory", "model_folder",
-        "plan", "pretrained", "records", "search", "training",
+        "adapter_files", "callbacks", "compressed", "datamodules", "errors", "files", "folder_manifest", "memory",
+        "model_folder", "plan", "pretrained", "records", "search", "training",
     },
     "schema": {"errors", "files"},
     "search": {
         "allocation", "callbacks", "compressed", "datamodules", "errors", "files", "folder_manifest", "likelihood",
         "memory", "model_folder", "plan", "pricing", "processes", "quantization", "records", "seeds", "training",
     },
+    "tensor_files": {"errors", "files", "folder_manifest"},
     "training": {
         "adapters", "compressed", "datamodules", "errors", "files", "folder_manifest", "likelihood", "memory",
         "model_folder", "plan", "pretrained", "schema", "seeds",

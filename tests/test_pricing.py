@@ -11,9 +11,10 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
+from qpruner.adapter_files import save_adapters
 from qpruner.adapters.lora import LoRAConfig, attach_adapters
 from qpruner.anatomy import FAMILIES, architecture_of
-from qpruner.model_folder import build_skeleton, save_adapters, save_base
+from qpruner.model_folder import build_skeleton, save_base
 from qpruner.plan import DENSE, UNITS, CompressionPlan, Precision
 from qpruner.pricing import average_bits, price
 from qpruner.pruning.surgery import apply_pruning_

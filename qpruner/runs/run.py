@@ -8,11 +8,12 @@ from typing import Any
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 
+from qpruner.adapter_files import has_trained_adapters
 from qpruner.callbacks import Compression, PredictionsWriter
 from qpruner.datamodules.base import TokenDataModule
 from qpruner.errors import UserError
 from qpruner.folder_manifest import is_compressed
-from qpruner.model_folder import has_trained_adapters, read_plan
+from qpruner.model_folder import read_plan
 from qpruner.plan import CompressionPlan
 from qpruner.records.folder import RunFolder
 from qpruner.records.log import log_to

@@ -10,13 +10,14 @@ from test_pruning import PRUNING, adapters, finetuner, fit, trainer
 from test_quantization import logits
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
+from qpruner.adapter_files import has_initial_adapters, has_trained_adapters
 from qpruner.adapters.lora import LoRAConfig
 from qpruner.callbacks import KeepModel, MixedPrecisionQuantization, RunCheckpoint, StructuredPruning
 from qpruner.compressed import State
 from qpruner.datamodules import StoriesDataModule
 from qpruner.errors import UserError
 from qpruner.folder_manifest import identity_of, is_compressed, read_manifest
-from qpruner.model_folder import has_initial_adapters, has_trained_adapters, load_compressed
+from qpruner.model_folder import load_compressed
 from qpruner.pretrained import EMBEDDED, load_tokenizer
 from qpruner.training import compressible
 from qpruner.training.module import LoRAFinetuner

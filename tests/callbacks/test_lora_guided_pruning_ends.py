@@ -23,11 +23,12 @@ from test_lora_guided_pruning import (
 from test_pruning import adapters, finetuner
 from test_quantization import Losses, logits
 
+from qpruner.adapter_files import has_trained_adapters
 from qpruner.callbacks import KeepModel, LoRAGuidedPruning, MixedPrecisionQuantization, RunCheckpoint
 from qpruner.datamodules import StoriesDataModule
 from qpruner.errors import UserError
 from qpruner.folder_manifest import read_manifest
-from qpruner.model_folder import has_trained_adapters, load_compressed
+from qpruner.model_folder import load_compressed
 from qpruner.training.module import LoRAFinetuner
 
 

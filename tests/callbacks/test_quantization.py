@@ -252,7 +252,7 @@ def test_a_base_that_was_kept_without_its_start_is_not_taken_for_whole(
 
     whole = fit(finetuner(tiny_llama), stories, *mixed())
     with monkeypatch.context() as patch:
-        patch.setattr("qpruner.model_folder.save_adapters", power_cut)
+        patch.setattr("qpruner.adapter_files.save_adapters", power_cut)
         first = finetuner(tiny_llama)
         first.kept_in = tmp_path / "model"
         with pytest.raises(InterruptedError):

@@ -19,6 +19,7 @@ from families import KEPT, adapted, logits_of, tiny_config, tiny_model
 from lightning.pytorch import Trainer
 from mutations import BYTES, damage_file, damaged_tree, entries
 
+from qpruner.adapter_files import save_adapters
 from qpruner.adapters.lora import LoRAConfig
 from qpruner.allocation.decision import Allocation, Decision
 from qpruner.allocation.items import Item
@@ -29,7 +30,7 @@ from qpruner.commands import run
 from qpruner.datamodules import InstructionDataModule, TextDataModule
 from qpruner.datamodules.base import LoaderConfig
 from qpruner.files import hash_file
-from qpruner.model_folder import load_compressed, read_base_config, save_adapters, save_base
+from qpruner.model_folder import load_compressed, read_base_config, save_base
 from qpruner.plan import DENSE, UNITS, CompressionPlan, Precision
 from qpruner.pretrained import EMBEDDED, load_tokenizer
 from qpruner.pruning.surgery import apply_pruning_

@@ -1,0 +1,116 @@
+"""The adapters in the folder of a compressed model, in PEFT's layout, beside the base that they belong to."""
+
+from pathlib import Path
+from typing import Any, TypedDict
+
+from qpruner.anatomy import COMPRESSED
+from qpruner.errors import UserError, listed
+from qpruner.files import read_json, reading, replacing_folder, write_json
+from qpruner.folder_manifest import ADAPTER, ANYTHING, COPY_AGAIN, MANIFEST, entries_of, read_manifest
+from qpruner.schema import read_as
+from qpruner.tensor_files import load_tensors
+
+ADAPTER_CONFIG, ADAPTER_WEIGHTS = f"{ADAPTER}/adapter_config.json", f"{ADAPTER}/adapter_model.safetensors"
+
+
+def save_adapters(folder: Path, model: Any, *, trained: bool, place: Path | None = None) -> None:
+    """Adds the adapters of a PEFT model to the folder of its base, and to the manifest.
+
+    PEFT finds the base from anywhere as long as the folder lies where it was written; `load_compressed` wherever it is.
+
+    Args:
+        folder: folder that `save_base` wrote.
+        model: PEFT model that holds the adapters.
+        trained: whether a fit has trained the adapters; otherwise they are what a fit starts from.
+        place: path that the folder is going to have; None for the present one.
+    """
+    manifest = read_manifest(folder)
+    of_base = {name: entry for name, entry in manifest["files"].items() if not name.startswith(f"{ADAPTER}/")}
+    # Cut off from here on, the folder is that of the base alone.
+    write_json(folder / MANIFEST, manifest | {"files": of_base, "adapters": None})
+    with replacing_folder(folder / ADAPTER) as temporary:
+        _write_adapters(temporary, model, _name_for_peft(folder, (place or folder).absolute()))
+    files = of_base | {f"{ADAPTER}/{name}": entry for name, entry in entries_of(folder / ADAPTER).items()}
+    write_json(folder / MANIFEST, manifest | {"files": files, "adapters": "trained" if trained else "initial"})
+
+
+def _write_adapters(folder: Path, model: Any, base: str) -> None:
+    # Left to itself, PEFT looks the base up by its name, to see whether embeddings were resized.
+    model.save_pretrained(folder, save_embedding_layers=False)
+    # It would name the model that was compressed, not the base that these are for.
+    config = read_json(folder / "adapter_config.json")
+    write_json(folder / "adapter_config.json", config | {"base_model_name_or_path": base})
+    (folder / "README.md").unlink(missing_ok=True)  # a form to fill in
+
+
+def _name_for_peft(folder: Path, place: Path) -> str:
+    """What PEFT, and transformers behind it, are to look for as the base: its folder.
+
+    Where transformers cannot load that, its error repeats the name it was given, and so that says what can.
+    """
+    portable = not read_json(folder / "config.json")["model_type"].startswith(COMPRESSED)
+    return str(place) if portable else f"qpruner.load_compressed({str(place)!r})"
+
+
+class AdapterKind(TypedDict):
+    """What ``adapter_config.json`` says of adapters that others must have, too, to begin with their values."""
+
+    r: int
+    lora_alpha: float
+
+
+def check_adapters(folder: Path, *, rank: int, alpha: float) -> None:
+    """Makes sure that the adapters of a compressed folder are of a kind.
+
+    Args:
+        folder: folder of a compressed model with adapters.
+        rank: r that the adapters are to have.
+        alpha: alpha that the adapters are to have; their output is multiplied by ``alpha / r``.
+
+    Raises:
+        UserError: they are of another kind, or the file is damaged.
+    """
+    stored = read_as(folder / ADAPTER_CONFIG, AdapterKind, remedy=COPY_AGAIN)
+    pairs = {"r": (stored["r"], rank), "alpha": (stored["lora_alpha"], alpha)}
+    if differences := [f"{name} {there} there, {here} here" for name, (there, here) in pairs.items() if there != here]:
+        raise UserError(
+            f"The adapters in {str(folder)!r} are of another kind: {', '.join(differences)}. Use the --model.lora of "
+            f"its run."
+        )
+
+
+def load_adapters(folder: Path, model: Any) -> None:
+    """Gives a PEFT model the adapters of its base's folder.
+
+    Raises:
+        UserError: the file is damaged, or does not hold the adapters of this model.
+    """
+    from peft import set_peft_model_state_dict
+
+    path = folder / ADAPTER_WEIGHTS
+    state = load_tensors(path)
+    with reading(path, COPY_AGAIN, ANYTHING):  # such as an adapter of another shape
+        left = set_peft_model_state_dict(model, state)
+        missing = [name for name in left.missing_keys if "lora_" in name]
+        if missing or left.unexpected_keys:
+            raise UserError(
+                f"It holds other adapters than the model has: missing {listed(missing)}, unexpected "
+                f"{listed(left.unexpected_keys)}."
+            )
+        if integers := [name for name, tensor in state.items() if not tensor.is_floating_point()]:
+            raise UserError(f"The weights of adapters are floating point, not {state[integers[0]].dtype}.")
+
+
+def has_adapters(folder: Path) -> bool:
+    """Whether a compressed folder holds adapters."""
+    return {ADAPTER_CONFIG, ADAPTER_WEIGHTS} <= read_manifest(folder)["files"].keys()
+
+
+def has_trained_adapters(folder: Path) -> bool:
+    """Whether a compressed folder holds adapters as a fit left them."""
+    return has_adapters(folder) and read_manifest(folder).get("adapters") == "trained"
+
+
+def has_initial_adapters(folder: Path) -> bool:
+    """Whether a compressed folder holds adapters that no fit has trained yet."""
+    return has_adapters(folder) and read_manifest(folder).get("adapters") == "initial"
