@@ -215,6 +215,11 @@ class CompressedModel(nn.Module):
             self._adapter_files is not None and model_folder.has_initial_adapters(self._adapter_files)
         )
 
+    @property
+    def starts_as_peft(self) -> bool:
+        """Whether adapters would start as PEFT has it: neither quantization nor an earlier fit has left them values."""
+        return not self.initial_adapters and self._adapter_files is None
+
     def has_packed_weights(self) -> bool:
         """Whether linears hold codes rather than weights."""
         return any(isinstance(module, PackedLinear) for module in self.network.modules())

@@ -230,7 +230,7 @@ class CompressibleModule(LightningModule):
             folder: that is written.
             trained: whether a fit has trained the adapters.
         """
-        if self.compressed.initial_adapters:
+        if not self.compressed.starts_as_peft:  # the folder they came from is not looked at any more
             self.attach_adapters()
         self._of_first(lambda: self.compressed.keep(folder, tokenizer=self._tokenizer, trained=trained))
         self.compressed.is_kept_in(folder)
