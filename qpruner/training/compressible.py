@@ -257,8 +257,12 @@ class CompressibleModule(LightningModule):
         new = bases / f"new-{os.getpid()}"
         self.compressed.keep(new, tokenizer=self._tokenizer)
         place = bases / identity_of(read_manifest(new))[:16]
-        shutil.rmtree(place, ignore_errors=True)  # the same base, of an earlier fit
-        new.rename(place)
+        try:  # the same base, of an earlier fit whose checkpoints name it
+            read_checked_manifest(place)
+            shutil.rmtree(new)
+        except UserError:
+            shutil.rmtree(place, ignore_errors=True)
+            new.rename(place)
         return place
 
     @property
@@ -272,11 +276,12 @@ class CompressibleModule(LightningModule):
         trained = {name for name, parameter in self.named_parameters() if parameter.requires_grad}
         checkpoint["state_dict"] = {name: t for name, t in checkpoint["state_dict"].items() if name in trained}
         compressed = self.compressed
+        dense = compressed.base_state is State.DENSE  # known by its own files, kept or not
         checkpoint["base"] = {
             "name": compressed.base,
             "dense_sha256": compressed.base_sha256,
             "sha256": compressed.identity,
-            "folder": compressed.kept and str(compressed.kept.path.absolute()),
+            "folder": None if dense or compressed.kept is None else str(compressed.kept.path.absolute()),
         }
         checkpoint["masks"] = compressed.masks and [
             tuple(torch.tensor(places) for places in layer) for layer in compressed.masks.kept
