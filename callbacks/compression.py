@@ -94,11 +94,10 @@ class CompressionJob:
 
     def keep(self) -> None:
         """Writes a base that was changed to the folder that keeps it, so that what is measured on it can name it."""
-        if self.model.identity is None and self.keep_in is not None:
-            if self.processes.is_first:
-                self.model.keep(self.keep_in, tokenizer=getattr(self.data, "tokenizer", None))
-            self.processes.barrier()
-            self.model.is_kept_in(self.keep_in)
+        if self.model.identity is None and (folder := self.keep_in) is not None:
+            tokenizer = getattr(self.data, "tokenizer", None)
+            self.processes.of_first(lambda: self.model.keep(folder, tokenizer=tokenizer))
+            self.model.is_kept_in(folder)
 
 
 class Compression(Callback):

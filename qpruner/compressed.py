@@ -130,6 +130,7 @@ class CompressedModel(nn.Module):
         trust_remote_code: bool = False,
         say: Callable[[str], None] = print,
         fingerprint: Callable[[str], str | None] = model_fingerprint,
+        check_hashes: bool = True,
     ) -> Self:
         """The dense model of a folder or of the hub; of a folder that keeps a compressed one, that without adapters.
 
@@ -139,13 +140,14 @@ class CompressedModel(nn.Module):
             trust_remote_code: whether code that comes with the model may run.
             say: hears what a person should know of it.
             fingerprint: tells the base from others; reads all of its files.
+            check_hashes: whether every file of a compressed base is compared with its hash, beside its size.
 
         Raises:
             UserError: there is no such model, or it is damaged.
         """
         plan = None
         if is_compressed(folder := Path(resolve(base))):
-            content = model_folder.load_base(folder)
+            content = model_folder.load_base(folder, check_hashes=check_hashes)
             network, layers = content.network, content.plan.layers
             if not any(isinstance(module, PackedLinear) for module in network.modules()):
                 hold_in_(network, held_in(network.config, dtype))

@@ -30,7 +30,6 @@ def test_top_level_folders_have_one_identity(folder: str) -> None:
 ALLOWED: dict[str, set[str]] = {
     "conv1d": set(),
     "errors": set(),
-    "processes": set(),
     "quiet": set(),
     "seeds": set(),
     "stories": set(),
@@ -76,6 +75,7 @@ ALLOWED: dict[str, set[str]] = {
         "pruning", "records",
     },
     "prequantized": {"errors"},
+    "processes": {"errors"},
     "pretrained": {"conv1d", "errors", "files", "loading_info", "model_files", "prequantized"},
     "pricing": {"adapters", "anatomy", "memory", "plan", "pruning", "quantization"},
     "pruning": {"adapters", "anatomy", "calibration", "errors", "memory", "plan", "quantization", "seeds"},
@@ -93,7 +93,7 @@ ALLOWED: dict[str, set[str]] = {
     },
     "training": {
         "adapters", "compressed", "datamodules", "errors", "files", "folder_manifest", "likelihood", "memory",
-        "model_folder", "plan", "pretrained", "schema", "seeds",
+        "model_folder", "plan", "pretrained", "processes", "schema", "seeds",
     },
     "verify_command": {"folder_manifest", "options"},
 }  # fmt: skip

@@ -19,6 +19,7 @@ from qpruner.folder_manifest import identity_of, is_compressed, read_checked_man
 from qpruner.model_folder import read_base_config, read_plan
 from qpruner.plan import CompressionPlan
 from qpruner.pretrained import DType, check_model, held_in, is_reachable, model_fingerprint, resolve
+from qpruner.processes import of_first
 
 T = TypeVar("T")
 
@@ -150,8 +151,11 @@ class CompressibleModule(LightningModule):
     def load_dense_base(self) -> None:
         """Loads the dense base in place of whatever is there, adapters included."""
         self.release()
+        if is_compressed(folder := Path(resolve(self.base))):
+            self._of_first(lambda: read_checked_manifest(folder))
         self.held = CompressedModel.load(
             self.base,
+            check_hashes=False,
             dtype=self.dtype_of_base,
             trust_remote_code=self.trust_remote_code,
             say=rank_zero_info,
@@ -174,17 +178,7 @@ class CompressibleModule(LightningModule):
         """What the first process finds, or the error that it meets, on all; the others are spared the work."""
         if self._trainer is None or self.trainer.world_size == 1:
             return find()
-        answer: Any = None
-        if self.trainer.is_global_zero:
-            try:
-                answer = find()
-            except UserError as error:
-                answer = error
-        answer = self.trainer.strategy.broadcast(answer)
-        if isinstance(answer, UserError):
-            raise answer
-        found: T = answer
-        return found
+        return of_first(find, is_first=self.trainer.is_global_zero, broadcast=self.trainer.strategy.broadcast)
 
     def merge_inherited(self) -> None:
         """Makes one dense base of the base and the adapters that an earlier fit left, to be compressed further."""
