@@ -1,7 +1,7 @@
 """What callbacks that compress the base have in common."""
 
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -161,7 +161,12 @@ class Compression(Callback):
             )
 
     def __str__(self) -> str:
-        return f"{type(self).__name__}({', '.join(f'{name}={value!r}' for name, value in self.options.items())})"
+        return told(type(self).__name__, self.options)
+
+
+def told(name: str, options: Mapping[str, Any]) -> str:
+    """A callback and what it was asked for, for a person."""
+    return f"{name}({', '.join(f'{option}={value!r}' for option, value in options.items())})"
 
 
 class CompressionInSetup(Compression):

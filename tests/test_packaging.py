@@ -89,7 +89,8 @@ ALLOWED: dict[str, set[str]] = {
     "schema": {"errors", "files"},
     "search": {
         "allocation", "callbacks", "compressed", "datamodules", "errors", "files", "folder_manifest", "likelihood",
-        "memory", "model_folder", "plan", "pricing", "processes", "quantization", "records", "seeds", "training",
+        "memory", "model_folder", "plan", "pretrained", "pricing", "processes", "quantization", "records", "seeds",
+        "training",
     },
     "training": {
         "adapters", "compressed", "datamodules", "errors", "files", "folder_manifest", "likelihood", "memory",
