@@ -370,7 +370,7 @@ class CompressedModel(nn.Module):
         plan = self.known_plan()
         with replacing_folder(folder) as temporary:
             with self._without_adapters():
-                model_folder.save_base(
+                model_folder.write_base(
                     temporary,
                     self.network,
                     plan,

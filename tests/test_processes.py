@@ -78,7 +78,7 @@ def test_nobody_waits_for_a_base_that_the_first_could_not_keep(
 
     wire = Wire()
     with monkeypatch.context() as patch:
-        patch.setattr("qpruner.model_folder.save_base", no_room)
+        patch.setattr("qpruner.model_folder.write_base", no_room)
         with pytest.raises(OSError, match="No space left"):
             keep_in(wire.first)
     with pytest.raises(UserError, match="The first process failed: OSError"):
