@@ -108,10 +108,8 @@ class Allocator:
         job.keep()
         made_from = self._origin(job)
         processes, folder, network = job.processes, job.folder, job.model.network
-        stored = None
-        if folder is not None and processes.is_first and folder.sensitivities.exists():
-            stored = Sensitivities.read(folder.sensitivities)
-        stored = processes.broadcast(stored)
+        path = None if folder is None else folder.sensitivities
+        stored = processes.of_first(lambda: Sensitivities.read(path) if path is not None and path.exists() else None)
         if stored is not None and hash_json(stored.made_from) == hash_json(made_from):
             rank_zero_info("The sensitivities that this run has found before are used again.")
             return stored, self.bank(job, plan) if self.method == "sensitivity" else None

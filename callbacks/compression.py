@@ -1,7 +1,7 @@
 """What callbacks that compress the base have in common."""
 
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -94,11 +94,10 @@ class CompressionJob:
 
     def keep(self) -> None:
         """Writes a base that was changed to the folder that keeps it, so that what is measured on it can name it."""
-        if self.model.identity is None and self.keep_in is not None:
-            if self.processes.is_first:
-                self.model.keep(self.keep_in, tokenizer=getattr(self.data, "tokenizer", None))
-            self.processes.barrier()
-            self.model.is_kept_in(self.keep_in)
+        if self.model.identity is None and (folder := self.keep_in) is not None:
+            tokenizer = getattr(self.data, "tokenizer", None)
+            self.processes.of_first(lambda: self.model.keep(folder, tokenizer=tokenizer))
+            self.model.is_kept_in(folder)
 
 
 class Compression(Callback):
@@ -162,7 +161,12 @@ class Compression(Callback):
             )
 
     def __str__(self) -> str:
-        return f"{type(self).__name__}({', '.join(f'{name}={value!r}' for name, value in self.options.items())})"
+        return told(type(self).__name__, self.options)
+
+
+def told(name: str, options: Mapping[str, Any]) -> str:
+    """A callback and what it was asked for, for a person."""
+    return f"{name}({', '.join(f'{option}={value!r}' for option, value in options.items())})"
 
 
 class CompressionInSetup(Compression):

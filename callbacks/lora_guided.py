@@ -54,6 +54,8 @@ class LoRAGuidedPruning(CompressionInTraining):
         Masks what the schedule had still before it, where the fit ended early.
     on_fit_end
         Takes the masked units out of the base and of the adapters.
+    on_exception
+        Looks at nothing any more: the module may be fitted again.
     state_dict, load_state_dict
         The averages and the share of the way that is gone, in a checkpoint.
 
@@ -90,6 +92,7 @@ class LoRAGuidedPruning(CompressionInTraining):
         self.decay = decay
         self.schedule = schedule
         self.selection = selection
+        self._observing = ExitStack()
 
     @property
     def options(self) -> dict[str, Any]:
@@ -153,7 +156,6 @@ class LoRAGuidedPruning(CompressionInTraining):
         self._share = 0.0  # of the way that is gone
         self._step = 0  # optimizer steps that were looked at
         self._weights: WeightGradients | None = None
-        self._observing = ExitStack()
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         module = expect_holder(pl_module)
@@ -238,6 +240,9 @@ class LoRAGuidedPruning(CompressionInTraining):
                 f"their weights changed by {sum(rounded.values()) / len(rounded):.1%} of their norm in the mean, "
                 f"{max(rounded.values()):.1%} at most."
             )
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        self._observing.close()
 
     # Between sessions.
 

@@ -130,6 +130,7 @@ class CompressedModel(nn.Module):
         trust_remote_code: bool = False,
         say: Callable[[str], None] = print,
         fingerprint: Callable[[str], str | None] = model_fingerprint,
+        check_hashes: bool = True,
     ) -> Self:
         """The dense model of a folder or of the hub; of a folder that keeps a compressed one, that without adapters.
 
@@ -139,13 +140,14 @@ class CompressedModel(nn.Module):
             trust_remote_code: whether code that comes with the model may run.
             say: function that is told what a person should know of the model.
             fingerprint: function that tells a base from others; it reads all of the base's files.
+            check_hashes: whether every file of a compressed base is compared with its hash, beside its size.
 
         Raises:
             UserError: there is no such model, or it is damaged.
         """
         plan = None
         if is_compressed(folder := Path(resolve(base))):
-            content = model_folder.load_base(folder)
+            content = model_folder.load_base(folder, check_hashes=check_hashes)
             network, layers = content.network, content.plan.layers
             if not any(isinstance(module, PackedLinear) for module in network.modules()):
                 hold_in_(network, held_in(network.config, dtype))
@@ -214,6 +216,11 @@ class CompressedModel(nn.Module):
         return bool(self.initial_adapters) or (
             self._adapter_files is not None and adapter_files.has_initial_adapters(self._adapter_files)
         )
+
+    @property
+    def starts_as_peft(self) -> bool:
+        """Whether adapters would start as PEFT has it: neither quantization nor an earlier fit has left them values."""
+        return not self.initial_adapters and self._adapter_files is None
 
     def has_packed_weights(self) -> bool:
         """Whether linears hold codes rather than weights."""
@@ -364,7 +371,7 @@ class CompressedModel(nn.Module):
         plan = self.known_plan()
         with replacing_folder(folder) as temporary:
             with self._without_adapters():
-                model_folder.save_base(
+                model_folder.write_base(
                     temporary,
                     self.network,
                     plan,

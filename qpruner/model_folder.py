@@ -122,7 +122,7 @@ def load_base(folder: str | Path, *, check_hashes: bool = True) -> KeptBase:
     """The compressed base of a folder, without adapters.
 
     Args:
-        folder: folder that `save_base` wrote.
+        folder: folder that `save_base` or `write_base` wrote.
         check_hashes: whether every file is read and compared with its hash, beside its size.
 
     Raises:
@@ -199,31 +199,45 @@ def save_base(
     Raises:
         UserError: the disk has no room for it.
     """
+    with replacing_folder(folder) as temporary:
+        write_base(temporary, model, plan, base_name=base_name, state=state, recipe=recipe, tokenizer=tokenizer)
+
+
+def write_base(
+    folder: Path,
+    model: Any,
+    plan: CompressionPlan,
+    *,
+    base_name: str,
+    state: str | None = None,
+    recipe: Sequence[Step] = (),
+    tokenizer: Any | None,
+) -> None:
+    """As `save_base`, to a folder that somebody else puts in its place when it is whole."""
     needed, free = tensor_bytes(model), shutil.disk_usage(folder.parent).free
     if needed > free:
         raise UserError(
             f"The compressed base needs {needed:,} bytes in {str(folder.parent)!r} and the disk has {free:,} left. "
             f"Free some, or name another place with --run.dir."
         )
-    with replacing_folder(folder) as temporary:
-        model.save_pretrained(temporary)
-        # In place of what `save_pretrained` makes of the configuration that the model computes with.
-        portable = with_widths(model.config, plan.widths) if plan.quantized else portable_config(model.config)
-        portable.architectures = [_model_class_name(portable)]
-        portable.to_json_file(temporary / CONFIG)  # as it is: transformers cannot read what is packed
-        if tokenizer is not None:
-            save_tokenizer(tokenizer, temporary)
-        plan.write(temporary / PLAN)
-        manifest = {
-            "kind": KIND,
-            "version": VERSION,
-            "base": {"name": base_name, "sha256": plan.base_sha256},
-            "state": state or ("quantized" if plan.quantized else "pruned"),
-            "recipe": list(recipe),
-            "adapters": None,
-            "files": entries_of(temporary),
-        }
-        write_json(temporary / MANIFEST, manifest)
+    model.save_pretrained(folder)
+    # In place of what `save_pretrained` makes of the configuration that the model computes with.
+    portable = with_widths(model.config, plan.widths) if plan.quantized else portable_config(model.config)
+    portable.architectures = [_model_class_name(portable)]
+    portable.to_json_file(folder / CONFIG)  # as it is: transformers cannot read what is packed
+    if tokenizer is not None:
+        save_tokenizer(tokenizer, folder)
+    plan.write(folder / PLAN)
+    manifest = {
+        "kind": KIND,
+        "version": VERSION,
+        "base": {"name": base_name, "sha256": plan.base_sha256},
+        "state": state or ("quantized" if plan.quantized else "pruned"),
+        "recipe": list(recipe),
+        "adapters": None,
+        "files": entries_of(folder),
+    }
+    write_json(folder / MANIFEST, manifest)
 
 
 def rehearse_saving(base: str, config: Any, tokenizer: Any, *, trust_remote_code: bool = False) -> None:

@@ -179,18 +179,6 @@ class CompressionPlan:
             ),
         )
 
-    def places_in(self, other: "CompressionPlan") -> list[tuple[list[int], list[int]]]:
-        """The places that `keeping` takes to make this plan of another, which keeps all that this one does."""
-
-        def places(ours: Sequence[int], theirs: Sequence[int]) -> list[int]:
-            place = {unit: number for number, unit in enumerate(theirs)}
-            return [place[unit] for unit in ours]
-
-        return [
-            (places(ours.kv_groups, theirs.kv_groups), places(ours.ffn_channels, theirs.ffn_channels))
-            for ours, theirs in zip(self.layers, other.layers, strict=True)
-        ]
-
     def with_precision(
         self, precision: Sequence[Mapping[str, Precision]], *, embedding: Precision = DENSE, head: Precision = DENSE
     ) -> "CompressionPlan":

@@ -3,10 +3,14 @@
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 import torch
 from torch import Tensor
+
+from qpruner.errors import UserError
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -55,3 +59,33 @@ class Processes:
     def is_first(self) -> bool:
         """Whether this process is the one that writes files and speaks."""
         return self.rank == 0
+
+    def of_first(self, find: Callable[[], T]) -> T:
+        """What the first process finds, or the error that it meets, on all; see `of_first`."""
+        return of_first(find, is_first=self.is_first, broadcast=self.broadcast)
+
+
+def of_first(find: Callable[[], T], *, is_first: bool, broadcast: Callable[[Any], Any]) -> T:
+    """What the first of several processes finds, on all of them; the others are spared the work.
+
+    Args:
+        find: what it does.
+        is_first: whether this is the first process.
+        broadcast: gives each process the object of the first.
+
+    Raises:
+        UserError: the first met an error; none of the others waits for it.
+    """
+    answer: Any = None
+    if is_first:
+        try:
+            answer = find()
+        except Exception as error:
+            told = isinstance(error, UserError)
+            broadcast(error if told else UserError(f"The first process failed: {type(error).__name__}: {error}"))
+            raise
+    answer = broadcast(answer)
+    if isinstance(answer, UserError):
+        raise answer
+    found: T = answer
+    return found

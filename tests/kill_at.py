@@ -11,7 +11,9 @@ import lightning.fabric.plugins.io.torch_io as torch_io
 
 from qpruner import __main__ as command_line
 from qpruner import model_folder
-from qpruner.callbacks import bits_under_budget, checkpoint, pruning
+from qpruner.callbacks import bits_under_budget, checkpoint, pruning, quantization
+from qpruner.runs import fitting
+from qpruner.runs.phases import Phase
 from qpruner.search import trial
 from qpruner.training.module import LoRAFinetuner
 
@@ -36,6 +38,16 @@ def at_call(number: int, function: Callable[..., Any], then: Callable[..., Any])
     return counted
 
 
+def of_folders(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A function in place of `os.replace` for folders alone."""
+    replace = os.replace
+
+    def sorted_out(source: Any, *args: Any, **kwargs: Any) -> Any:
+        return (function if Path(source).is_dir() else replace)(source, *args, **kwargs)
+
+    return sorted_out
+
+
 moment, number, *arguments = sys.argv[1:]
 match moment:
     case "training":
@@ -50,6 +62,16 @@ match moment:
         trial.evaluate = at_call(int(number), trial.evaluate, die)
     case "keeping":
         model_folder.entries_of = at_call(int(number), model_folder.entries_of, die)
+    case "adapters":
+        model_folder._write_adapters = at_call(int(number), model_folder._write_adapters, die)
+    case "swapping":  # with the old folder gone and the new one not in its place
+        os.replace = of_folders(at_call(int(number), os.replace, die))
+    case "dropping":
+        quantization.drop_bank = at_call(int(number), quantization.drop_bank, die)
+    case "reporting":  # with all that a fit leaves written, and the run not called over
+        fitting.write_report = at_call(int(number), fitting.write_report, die)
+    case "ending":  # of a phase
+        Phase.end = at_call(int(number), Phase.end, die)  # type: ignore[method-assign]
     case "writing":
         torch_io._atomic_save = at_call(int(number), torch_io._atomic_save, half_written)
     case "replacing":

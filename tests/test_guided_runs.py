@@ -155,8 +155,9 @@ def test_a_quantized_base_is_pruned_and_quantized_anew(config: dict[str, Any], t
 
 
 def test_a_phase_that_only_trains_a_quantized_base_has_one_row_killed_or_not(
-    config: dict[str, Any], tmp_path: Path
+    config: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
     config["trainer"]["callbacks"].insert(0, QUANTIZATION)
     del config["phases"][0]["callbacks"]
     path = tmp_path / "config.yaml"
@@ -166,6 +167,9 @@ def test_a_phase_that_only_trains_a_quantized_base_has_one_row_killed_or_not(
     run(["fit", "--config", str(path)])
     names = ["dense", "quantized", "quantized + LoftQ", "pruned in training", "recovered (phase 2)"]
     assert [row["name"] for row in stages(tmp_path / "runs" / "x")] == names
+    run(["fit", "--config", str(path), "--run.name", "whole"])  # with the adapters of the first phase
+    killed_adapters, expected = (adapters(tmp_path / "runs" / name) for name in ("x", "whole"))
+    assert all(torch.equal(killed_adapters[name], tensor) for name, tensor in expected.items())
 
 
 def test_packed_tables_are_made_dense_between_the_phases(config: dict[str, Any], tmp_path: Path) -> None:

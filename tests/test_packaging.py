@@ -30,7 +30,6 @@ def test_top_level_folders_have_one_identity(folder: str) -> None:
 ALLOWED: dict[str, set[str]] = {
     "conv1d": set(),
     "errors": set(),
-    "processes": set(),
     "quiet": set(),
     "seeds": set(),
     "stories": set(),
@@ -79,6 +78,7 @@ ALLOWED: dict[str, set[str]] = {
     "prequantized": {"errors"},
     "pretrained": {"conv1d", "errors", "files", "loading_info", "model_files", "prequantized"},
     "pricing": {"adapters", "anatomy", "memory", "plan", "pruning", "quantization"},
+    "processes": {"errors"},
     "pruning": {"adapters", "anatomy", "calibration", "errors", "memory", "plan", "quantization", "seeds"},
     "quantization": {"adapters", "anatomy", "errors", "files", "plan", "pretrained"},
     "records": {"allocation", "errors", "files", "folder_manifest", "plan", "schema"},
@@ -90,12 +90,13 @@ ALLOWED: dict[str, set[str]] = {
     "schema": {"errors", "files"},
     "search": {
         "allocation", "callbacks", "compressed", "datamodules", "errors", "files", "folder_manifest", "likelihood",
-        "memory", "model_folder", "plan", "pricing", "processes", "quantization", "records", "seeds", "training",
+        "memory", "model_folder", "plan", "pretrained", "pricing", "processes", "quantization", "records", "seeds",
+        "training",
     },
     "tensor_files": {"errors", "files", "folder_manifest"},
     "training": {
         "adapters", "compressed", "datamodules", "errors", "files", "folder_manifest", "likelihood", "memory",
-        "model_folder", "plan", "pretrained", "schema", "seeds",
+        "model_folder", "plan", "pretrained", "processes", "schema", "seeds",
     },
     "verify_command": {"folder_manifest", "options"},
 }  # fmt: skip

@@ -346,13 +346,6 @@ def test_keeping_counts_among_what_is_kept_and_composes() -> None:
     assert (twice.architecture, twice.base_sha256) == (MODEL, "ab12")
 
 
-def test_places_in_another_plan_make_this_one_of_it() -> None:
-    once = PLAN.keeping([((0, 2), (1, 3)), ((0,), (0, 2))])
-    twice = once.keeping([((1,), (0, 1)), ((0,), (1,))])
-    assert twice.places_in(once) == [([1], [0, 1]), ([0], [1])]
-    assert PLAN.keeping(twice.places_in(PLAN)) == twice
-
-
 def test_keeping_everything_changes_nothing() -> None:
     assert PLAN.keeping([(range(3), range(4)), (range(1), range(3))]) == PLAN
 

@@ -249,6 +249,7 @@ class Run:
 
     def _prepare_evaluation(self, callbacks: Sequence[Callback]) -> tuple[LoRAFinetuner, Trainer]:
         """A module that goes on from what the run has made of its base, and a Trainer that measures it."""
+        self.model.release()  # what a fit of it left in memory is in the folder, too
         module = renewed(self.model)
         module.continues_from = self.folder.kept_base
         options = options_of_trainer(self.trainer)

@@ -7,13 +7,15 @@ from lightning.pytorch.utilities import rank_zero_info
 
 from qpruner.allocation.decision import Allocation, Method
 from qpruner.callbacks.bits_under_budget import Allocator
-from qpruner.callbacks.compression import CompressionInSetup, CompressionJob, check_dense, check_order
+from qpruner.callbacks.compression import CompressionInSetup, CompressionJob, check_dense, check_order, told
 from qpruner.callbacks.quantization import MixedPrecisionQuantization
 from qpruner.compressed import CompressedModel
 from qpruner.datamodules.base import TokenDataModule
 from qpruner.errors import UserError
-from qpruner.folder_manifest import is_compressed
+from qpruner.files import hash_json
+from qpruner.folder_manifest import is_compressed, read_manifest
 from qpruner.plan import DENSE, UNITS, CompressionPlan, Precision
+from qpruner.pretrained import is_reachable, model_fingerprint
 from qpruner.processes import Processes
 from qpruner.records.folder import RunFolder
 from qpruner.search.reference import Reference
@@ -26,12 +28,14 @@ class Preparation:
 
     Args:
         base_sha256: hash of the dense model; None where its files were not at hand.
+        kept_sha256: hash by which the pruned base is known.
         base: plan of the pruned base, dense but for its tables.
         prior: allocation that the search starts from: its plan, and what it costs to depart from it.
         loftq_iterations: LoftQ's iterations with which the bank was filled.
     """
 
     base_sha256: str | None
+    kept_sha256: str | None
     base: CompressionPlan
     prior: Allocation
     loftq_iterations: int
@@ -78,7 +82,8 @@ def prepare(
         replace(allocator, method=method).allocate(replace(job, folder=part), plan)
     part = part_of(folder, allocator.method)
     allocator.bank(replace(job, folder=part), plan)
-    return Preparation(model.base_sha256, plan, Allocation.read(part.allocation), allocator.loftq_iterations)
+    prior = Allocation.read(part.allocation)
+    return Preparation(model.base_sha256, model.identity, plan, prior, allocator.loftq_iterations)
 
 
 def allocator_of(quantization: MixedPrecisionQuantization) -> Allocator:
@@ -119,17 +124,14 @@ def _prepared_base(
     folder: RunFolder,
 ) -> CompressedModel:
     """The pruned base as `RunFolder.base` keeps it, once the reference is there, too."""
-    kept = CompressedModel.open(folder.base) if is_compressed(folder.base) else None
-    if kept is not None and _is_reference_of(kept, folder):
-        return kept
-    dense = CompressedModel.load(
-        module.base, dtype=module.dtype_of_base, trust_remote_code=module.trust_remote_code, say=rank_zero_info
-    )
-    data.check_vocabulary(dense.network.config.get_text_config().vocab_size)
-    if not _is_reference_of(dense, folder):
-        Reference.of(dense.network, data, processes, base=dense.base_sha256).write(folder.reference)
-    if kept is not None:
-        return kept
+    if is_compressed(folder.base):
+        base_sha256 = _check_kept(module.base, pruning, folder)
+        if not _is_reference_of(base_sha256, folder):
+            _write_reference(_dense(module, data), data, processes, folder)
+        return CompressedModel.open(folder.base)
+    dense = _dense(module, data)
+    if not _is_reference_of(dense.base_sha256, folder):
+        _write_reference(dense, data, processes, folder)
     for callback in pruning:
         check_dense(dense)
         callback.compress(
@@ -140,6 +142,43 @@ def _prepared_base(
     return dense
 
 
-def _is_reference_of(model: CompressedModel, folder: RunFolder) -> bool:
-    """Whether the predictions that are kept are those of the dense model that a model began with."""
-    return folder.reference.exists() and Reference.read(folder.reference).base == model.base_sha256
+def _check_kept(base: str, pruning: Sequence[CompressionInSetup], folder: RunFolder) -> str | None:
+    """Makes sure that the base that an earlier session kept is the one that is asked for.
+
+    Returns:
+        The hash of the dense model that it was made of.
+
+    Raises:
+        UserError: it was made of another model, or otherwise.
+    """
+    manifest = read_manifest(folder.base)
+    made_of = manifest["base"]["sha256"]
+    given = model_fingerprint(base) if is_reachable(base) else None
+    if None not in (given, made_of) and given != made_of:
+        why = f"was made of another model ({made_of}) than {base!r} ({given})"
+    elif hash_json(manifest["recipe"]) != hash_json([callback.step for callback in pruning]):
+        made_by = [told(step["name"], step["options"]) for step in manifest["recipe"]]
+        asked = [str(callback) for callback in pruning]
+        why = f"was made by {' and '.join(made_by) or 'nothing'}, and the search has {' and '.join(asked) or 'nothing'}"
+    else:
+        return made_of
+    raise UserError(
+        f"The base in {str(folder.base)!r} {why}. Go on with what the search began with, or give it another folder."
+    )
+
+
+def _dense(module: LoRAFinetuner, data: TokenDataModule) -> CompressedModel:
+    dense = CompressedModel.load(
+        module.base, dtype=module.dtype_of_base, trust_remote_code=module.trust_remote_code, say=rank_zero_info
+    )
+    data.check_vocabulary(dense.network.config.get_text_config().vocab_size)
+    return dense
+
+
+def _write_reference(dense: CompressedModel, data: TokenDataModule, processes: Processes, folder: RunFolder) -> None:
+    Reference.of(dense.network, data, processes, base=dense.base_sha256).write(folder.reference)
+
+
+def _is_reference_of(base_sha256: str | None, folder: RunFolder) -> bool:
+    """Whether the predictions that are kept are those of a dense model."""
+    return folder.reference.exists() and Reference.read(folder.reference).base == base_sha256

@@ -208,6 +208,7 @@ class Search:
             "search": {name: value for name, value in asdict(self.config).items() if name not in free},
             "model": dict(self.module.hparams),
             "base_sha256": self.prepared.base_sha256,
+            "kept_sha256": self.prepared.kept_sha256,
             "compression": {type(callback).__name__: callback.options for callback in compression},
             "data": {
                 **self.data.fingerprint(),

@@ -19,6 +19,7 @@ from qpruner.folder_manifest import identity_of, is_compressed, read_checked_man
 from qpruner.model_folder import read_base_config, read_plan
 from qpruner.plan import CompressionPlan
 from qpruner.pretrained import DType, check_model, held_in, is_reachable, model_fingerprint, resolve
+from qpruner.processes import of_first
 
 T = TypeVar("T")
 
@@ -150,8 +151,11 @@ class CompressibleModule(LightningModule):
     def load_dense_base(self) -> None:
         """Loads the dense base in place of whatever is there, adapters included."""
         self.release()
+        if is_compressed(folder := Path(resolve(self.base))):
+            self._of_first(lambda: read_checked_manifest(folder))
         self.held = CompressedModel.load(
             self.base,
+            check_hashes=False,
             dtype=self.dtype_of_base,
             trust_remote_code=self.trust_remote_code,
             say=rank_zero_info,
@@ -174,17 +178,7 @@ class CompressibleModule(LightningModule):
         """What the first process finds, or the error that it meets, on all; the others are spared the work."""
         if self._trainer is None or self.trainer.world_size == 1:
             return find()
-        answer: Any = None
-        if self.trainer.is_global_zero:
-            try:
-                answer = find()
-            except UserError as error:
-                answer = error
-        answer = self.trainer.strategy.broadcast(answer)
-        if isinstance(answer, UserError):
-            raise answer
-        value: T = answer
-        return value
+        return of_first(find, is_first=self.trainer.is_global_zero, broadcast=self.trainer.strategy.broadcast)
 
     def merge_inherited(self) -> None:
         """Makes one dense base of the base and the adapters that an earlier fit left, to be compressed further."""
@@ -230,7 +224,7 @@ class CompressibleModule(LightningModule):
             folder: folder that is written.
             trained: whether a fit has trained the adapters.
         """
-        if self.compressed.initial_adapters:
+        if not self.compressed.starts_as_peft:  # the folder they came from is not looked at any more
             self.attach_adapters()
         self._of_first(lambda: self.compressed.keep(folder, tokenizer=self._tokenizer, trained=trained))
         self.compressed.is_kept_in(folder)
@@ -257,8 +251,12 @@ class CompressibleModule(LightningModule):
         new = bases / f"new-{os.getpid()}"
         self.compressed.keep(new, tokenizer=self._tokenizer)
         place = bases / identity_of(read_manifest(new))[:16]
-        shutil.rmtree(place, ignore_errors=True)  # the same base, of an earlier fit
-        new.rename(place)
+        try:  # the same base, of an earlier fit whose checkpoints name it
+            read_checked_manifest(place)
+            shutil.rmtree(new)
+        except UserError:
+            shutil.rmtree(place, ignore_errors=True)
+            new.rename(place)
         return place
 
     @property
@@ -272,11 +270,12 @@ class CompressibleModule(LightningModule):
         trained = {name for name, parameter in self.named_parameters() if parameter.requires_grad}
         checkpoint["state_dict"] = {name: t for name, t in checkpoint["state_dict"].items() if name in trained}
         compressed = self.compressed
+        dense = compressed.base_state is State.DENSE  # known by its own files, kept or not
         checkpoint["base"] = {
             "name": compressed.base,
             "dense_sha256": compressed.base_sha256,
             "sha256": compressed.identity,
-            "folder": compressed.kept and str(compressed.kept.path.absolute()),
+            "folder": None if dense or compressed.kept is None else str(compressed.kept.path.absolute()),
         }
         checkpoint["masks"] = compressed.masks and [
             tuple(torch.tensor(places) for places in layer) for layer in compressed.masks.kept

@@ -276,6 +276,12 @@ class LoRAFinetuner(CompressibleModule):
     def test_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
         self.evaluate(batch, self.perplexity, self.accuracy)
 
+    def on_validation_epoch_start(self) -> None:
+        self._reset_metrics()
+
+    def on_test_epoch_start(self) -> None:
+        self._reset_metrics()
+
     def on_validation_epoch_end(self) -> None:
         self._log_evaluation("val")
 
@@ -304,14 +310,17 @@ class LoRAFinetuner(CompressibleModule):
             if row >= 0
         ]
 
+    def _reset_metrics(self) -> None:
+        """Before an evaluation rather than after it: the one before may have been broken off."""
+        self.perplexity.reset()
+        self.accuracy.reset()
+
     def _log_evaluation(self, stage: str) -> None:
         results = evaluation_results(self.perplexity, self.accuracy)
         if self.trainer.state.fn == TrainerFn.FITTING:
             self.check_results(f"the validation split at optimizer step {self.global_step}", results)
         # The metrics have gathered all ranks already; `sync_dist` only spares Lightning a warning.
         self.log_dict({f"{stage}/{name}": value for name, value in results.items()}, sync_dist=True)
-        self.perplexity.reset()
-        self.accuracy.reset()
 
 
 def evaluation_results(perplexity: Perplexity, accuracy: ChoiceAccuracy) -> dict[str, float]:

@@ -16,7 +16,7 @@ from qpruner.callbacks import KeepModel, MixedPrecisionQuantization, RunCheckpoi
 from qpruner.compressed import State
 from qpruner.datamodules import StoriesDataModule
 from qpruner.errors import UserError
-from qpruner.folder_manifest import identity_of, is_compressed, read_manifest
+from qpruner.folder_manifest import identity_of, is_compressed, read_checked_manifest, read_manifest
 from qpruner.model_folder import load_compressed
 from qpruner.pretrained import EMBEDDED, load_tokenizer
 from qpruner.training import compressible
@@ -55,6 +55,18 @@ def test_a_fit_that_compresses_nothing_leaves_its_model_too(
     module = fit(finetuner(tiny_llama), stories, KeepModel(folder, folder), seen)
     assert not seen.there and read_manifest(folder)["state"] == State.DENSE and has_trained_adapters(folder)
     assert torch.equal(logits(load_compressed(folder)), logits(module.model))
+
+
+def test_a_checkpoint_on_a_dense_base_that_is_kept_by_now_loads(
+    tiny_llama: Path, stories: StoriesDataModule, tmp_path: Path
+) -> None:
+    running = trainer(KeepModel(tmp_path / "model", tmp_path / "model"), steps=3)
+    module = finetuner(tiny_llama)
+    running.fit(module, datamodule=stories)
+    running.save_checkpoint(tmp_path / "last.ckpt")
+    assert torch.load(tmp_path / "last.ckpt", weights_only=True)["base"]["folder"] is None
+    loaded = LoRAFinetuner.load_from_checkpoint(tmp_path / "last.ckpt", weights_only=True)
+    assert torch.equal(logits(loaded.model), logits(module.model))
 
 
 def test_of_a_family_that_cannot_be_compressed_nothing_is_kept(stories: StoriesDataModule, tmp_path: Path) -> None:
@@ -97,9 +109,14 @@ def test_a_fit_without_a_folder_keeps_its_base_by_its_hash(
     assert str(module.compressed.identity).startswith(folder.name) and has_initial_adapters(folder)
     loaded = LoRAFinetuner.load_from_checkpoint(checkpoint.path, weights_only=True)
     assert torch.equal(logits(loaded.model), logits(module.model))
-    # The same fit again is the same base.
+    # The same fit again is the same base, which stays where checkpoints find it, unless it is damaged.
+    weights = folder / "model.safetensors"
+    written = weights.stat().st_ino
     fit(finetuner(tiny_llama), stories, MixedPrecisionQuantization(4))
-    assert bases() == [folder]
+    assert bases() == [folder] and weights.stat().st_ino == written
+    weights.write_bytes(weights.read_bytes()[:-1])
+    fit(finetuner(tiny_llama), stories, MixedPrecisionQuantization(4))
+    assert bases() == [folder] and read_checked_manifest(folder) == read_manifest(folder)
 
 
 def test_a_dense_fit_keeps_no_base(tiny_llama: Path, stories: StoriesDataModule, tmp_path: Path) -> None:

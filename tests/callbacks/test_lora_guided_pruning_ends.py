@@ -51,6 +51,21 @@ def test_a_fit_that_ends_early_is_pruned_to_the_ratio(tiny_llama: Path, stories:
     torch.testing.assert_close(logits(module.model), at_end.seen[0], rtol=1e-5, atol=1e-6)
 
 
+def test_a_fit_that_an_error_ended_leaves_nothing_that_looks_on(tiny_llama: Path, stories: StoriesDataModule) -> None:
+    """As in a notebook, where the same module is fitted again: each step would count twice."""
+
+    def fail(trainer: Trainer, *_: Any) -> None:
+        if trainer.global_step == 2:
+            raise MemoryError
+
+    module, callback = finetuner(tiny_llama), guided(criterion="gradient")
+    with pytest.raises(MemoryError):
+        fit(module, stories, callback, At("on_train_batch_end", fail))
+    assert module.after_clipping == []
+    linears = [one for one in module.modules() if isinstance(one, torch.nn.Linear)]
+    assert not any(one._forward_hooks or one._backward_hooks for one in linears)
+
+
 def test_a_second_fit_trains_on_what_is_left(tiny_llama: Path, stories: StoriesDataModule) -> None:
     module, losses = fit(finetuner(tiny_llama), stories, guided()), Losses()
     plan, before, size = module.plan, adapters(module), size_of_base(module)

@@ -130,6 +130,7 @@ def test_evaluation_measures_every_stage_and_leaves_the_fit_alone(given: dict[st
     before = run.summary
     tested, validated = run.evaluate("test"), run.evaluate("validation")
     assert [stage.name for stage in tested.stages] == ["dense", "quantized", "recovered"]
+    assert run.model.model is None  # one model in memory is enough
     for stage in tested.stages:
         assert stage.results == pytest.approx(fitted[stage.name].results, rel=1e-6)
     assert Summary.read(run.folder.test_summary) == tested

@@ -60,6 +60,7 @@ def test_the_base_is_pruned_and_what_is_told_of_it_names_its_folder(
     assert base.state is State.PRUNED and [step["name"] for step in base.recipe] == ["StructuredPruning"]
     assert base.base_sha256 == dense.base_sha256 == prepared.base_sha256
     assert base.identity not in (None, dense.identity)
+    assert base.identity == prepared.kept_sha256
     assert prepared.base.widths == read_plan(folder.base).widths != dense.known_plan().widths
     assert {precision for layer in prepared.base.layers for precision in layer.precision.values()} == {DENSE}
     for method in METHODS:
@@ -116,6 +117,24 @@ def test_a_reference_that_was_written_before_the_search_was_cut_off_stays(
     shutil.copy(RunFolder(pruned[0]).reference, tmp_path)
     monkeypatch.setattr(Reference, "of", None)
     assert prepare_in(tmp_path, tiny_llama, (pruning(),)).base == pruned[1].base
+
+
+def test_a_base_that_was_pruned_otherwise_or_is_of_another_model_is_refused(
+    pruned: tuple[Path, Preparation], tiny_llama: Path, tmp_path: Path
+) -> None:
+    more = StructuredPruning(ratio=0.1, calibration=TEXT)
+    with pytest.raises(UserError, match=r"was made by .*\(ratio=0\.05, .*, and the search has .*\(ratio=0\.1, "):
+        prepare_in(pruned[0], tiny_llama, (more,))
+    with pytest.raises(UserError, match=r"was made by StructuredPruning\(.* and the search has nothing"):
+        prepare_in(pruned[0], tiny_llama)
+    shutil.copytree(tiny_llama, other := tmp_path / "other")
+    model = load_model(str(other), dtype="float32", trust_remote_code=False)
+    next(model.parameters()).data[0] += 1
+    model.save_pretrained(other)
+    before = files_of(pruned[0])
+    with pytest.raises(UserError, match=r"was made of another model \(\w+\) than '.*other'"):
+        prepare_in(pruned[0], other, (pruning(),))
+    assert files_of(pruned[0]) == before  # the reference, too
 
 
 def test_a_base_that_is_not_pruned_is_kept_for_the_trials_too(tiny_llama: Path, tmp_path: Path) -> None:

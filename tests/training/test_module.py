@@ -133,6 +133,24 @@ def test_a_checkpoint_holds_the_adapters_alone_and_loads_in_one_call(
         assert torch.equal(module(batch), fresh(batch["input_ids"], attention_mask=batch["attention_mask"]).logits)
 
 
+def test_an_evaluation_knows_nothing_of_one_that_was_broken_off(
+    trained: tuple[LoRAFinetuner, Path], stories: StoriesDataModule, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module, _ = trained
+
+    def validate() -> Any:
+        return Trainer(accelerator="cpu", logger=False, enable_progress_bar=False).validate(
+            module, datamodule=stories, verbose=False
+        )
+
+    expected = validate()
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "on_validation_epoch_end", lambda: (_ for _ in ()).throw(MemoryError))
+        with pytest.raises(MemoryError):
+            validate()
+    assert validate() == expected
+
+
 def test_a_checkpoint_of_another_base_or_other_adapters_is_refused(
     trained: tuple[LoRAFinetuner, Path], tiny_llama: Path, tmp_path: Path
 ) -> None:

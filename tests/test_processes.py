@@ -1,0 +1,104 @@
+"""Work that the first of several processes does for all."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from qpruner.adapters.lora import LoRAConfig
+from qpruner.callbacks.compression import CompressionJob
+from qpruner.compressed import CompressedModel
+from qpruner.errors import UserError
+from qpruner.plan import CompressionPlan
+from qpruner.processes import Processes
+
+
+class Wire:
+    """What the first process says is what the second hears."""
+
+    def __init__(self) -> None:
+        self.said: list[Any] = []
+
+    def first(self) -> Processes:
+        return replace(Processes.alone(), world_size=2, broadcast=self._say)
+
+    def second(self) -> Processes:
+        return replace(Processes.alone(), rank=1, world_size=2, broadcast=lambda _: self.said.pop(0))
+
+    def _say(self, value: Any) -> Any:
+        self.said.append(value)
+        return value
+
+
+def never() -> None:
+    pytest.fail("the second process is spared the work")
+
+
+def test_all_have_what_the_first_found() -> None:
+    wire = Wire()
+    assert wire.first().of_first(lambda: 3) == 3
+    assert wire.second().of_first(never) == 3 and wire.said == []
+
+
+@pytest.mark.parametrize(
+    ("error", "heard"),
+    [
+        (UserError("No room."), "No room."),
+        (OSError(28, "No space left"), "The first process failed: OSError: .*No space"),
+    ],
+)
+def test_an_error_of_the_first_reaches_all(error: Exception, heard: str) -> None:
+    def fail() -> None:
+        raise error
+
+    wire = Wire()
+    with pytest.raises(type(error)) as raised:
+        wire.first().of_first(fail)
+    assert raised.value is error
+    with pytest.raises(UserError, match=heard):
+        wire.second().of_first(never)
+
+
+def test_nobody_waits_for_a_base_that_the_first_could_not_keep(
+    tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = CompressedModel.load(str(tiny_llama), dtype="float32")
+    plan = model.known_plan()
+    assert isinstance(plan, CompressionPlan)
+    model.prune([([0], list(range(8))) for _ in plan.layers])
+
+    def keep_in(processes: Callable[[], Processes]) -> None:
+        CompressionJob(model, None, processes(), LoRAConfig(), 0, keep_in=tmp_path / "model").keep()
+
+    def no_room(*_: Any, **__: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    wire = Wire()
+    with monkeypatch.context() as patch:
+        patch.setattr("qpruner.model_folder.write_base", no_room)
+        with pytest.raises(OSError, match="No space left"):
+            keep_in(wire.first)
+    with pytest.raises(UserError, match="The first process failed: OSError"):
+        keep_in(wire.second)
+    keep_in(wire.first)
+    known = model.identity
+    model.kept = None  # as in another process
+    keep_in(wire.second)
+    assert known is not None and model.identity == known
+
+
+def test_hashes_of_a_compressed_base_are_left_to_one_who_has_compared_them(
+    tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = CompressedModel.load(str(tiny_llama), dtype="float32")
+    model.keep(tmp_path / "model", tokenizer=None)
+    monkeypatch.setattr("qpruner.folder_manifest.hash_file", lambda _: pytest.fail("hashed again"))
+    loaded = CompressedModel.load(
+        str(tmp_path / "model"), dtype="float32", fingerprint=lambda _: "known", check_hashes=False
+    )
+    assert loaded.base_sha256 == "known"
+    weights = zip(model.network.parameters(), loaded.network.parameters(), strict=True)
+    assert all(torch.equal(one, other) for one, other in weights)
