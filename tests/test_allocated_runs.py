@@ -4,13 +4,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import test_pruned_runs
 import torch
 import yaml
+from support.runs import INT8, KILL_AT, NAMES, NF4, adapters, in_own_process, payload, stages
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from test_pricing import payload
-from test_pruned_runs import TESTS, adapters, command
-from test_quantized_runs import INT8, NAMES, NF4, stages
 
 from qpruner.allocation.decision import Allocation
 from qpruner.allocation.sensitivities import Sensitivities
@@ -21,8 +18,6 @@ from qpruner.records.allocation_report import sentence
 from qpruner.records.folder import RunFolder
 from qpruner.records.report import scalars
 
-config_that_prunes = test_pruned_runs.config
-arguments = test_pruned_runs.arguments
 METHODS = ("uniform", "mutual_information", "sensitivity")
 
 
@@ -88,7 +83,7 @@ def test_killed_and_repeated_equals_uninterrupted(
     pieces = RunFolder(tmp_path / "runs" / "x")
     there, made = [], []
     for moment in ("measuring", "keeping"):
-        killed = command(str(TESTS / "kill_at.py"), moment, "1", "fit", "--config", str(path))
+        killed = in_own_process(KILL_AT, moment, "1", "fit", "--config", str(path))
         assert killed.returncode == -9, killed.stderr
         found = {part: getattr(pieces, part).exists() for part in ("bank", "sensitivities", "allocation", "model")}
         there.append([part for part, exists in found.items() if exists])
@@ -119,7 +114,7 @@ def test_two_gloo_ranks_decide_as_one(arguments: list[str], tmp_path: Path, monk
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     run(["fit", *arguments, "--run.name", "1"])
     two_ranks = ["--trainer.strategy", "ddp", "--trainer.devices", "2", "--run.name", "2"]
-    done = command("-m", "qpruner", "fit", *arguments, *two_ranks)
+    done = in_own_process("-m", "qpruner", "fit", *arguments, *two_ranks)
     assert done.returncode == 0, done.stderr
     one, two = (RunFolder(tmp_path / "runs" / name) for name in ("1", "2"))
     assert one.plan.read_text() == two.plan.read_text()

@@ -7,11 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import test_pruned_runs
 import yaml
+from support.runs import KILL_AT, in_own_process, payload
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from test_pricing import payload
-from test_pruned_runs import TESTS, command
 
 from qpruner.allocation.decision import Allocation
 from qpruner.commands import run
@@ -28,8 +26,6 @@ from qpruner.search.ledger import TrialRecord
 from qpruner.search.proposals import LocalProposals, OptimizerFailed, Proposal
 from qpruner.search.trial import TrialRunner
 
-config_that_prunes = test_pruned_runs.config
-arguments = test_pruned_runs.arguments
 TRIALS, SEEDS = 4, 2
 
 
@@ -197,7 +193,7 @@ def test_killed_and_repeated_equals_uninterrupted(
     sensitivities = [pieces.prior / method / "sensitivities.json" for method in ("mutual_information", "sensitivity")]
     written: dict[Path, int] = {}
     for moment, number in (("keeping", "1"), ("measuring", "1"), ("trial", "2")):
-        killed = command(str(TESTS / "kill_at.py"), moment, number, "search", *arguments)
+        killed = in_own_process(KILL_AT, moment, number, "search", *arguments)
         assert killed.returncode == -9, killed.stderr
         assert not pieces.results.exists()
         assert pieces.reference.exists()

@@ -1,8 +1,7 @@
 """A search with two workers, whose process ids it prints before both are at a trial that never answers."""
 
-from toys import Toy
-
 from qpruner.search.executors import ExecutorConfig, make_executor
+from support.toys import Toy
 
 if __name__ == "__main__":
     with make_executor(ExecutorConfig("processes", workers=2), Toy()) as executor:
