@@ -8,12 +8,14 @@ import pytest
 import torch
 import transformers
 import yaml
+from matplotlib.figure import Figure
 from support.runs import QUANTIZATION
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from qpruner.datamodules import StoriesDataModule
 from qpruner.datamodules.base import LoaderConfig
 from qpruner.pretrained import EMBEDDED, load_tokenizer
+from qpruner.records.pictures import save_figure
 
 transformers.logging.disable_progress_bar()
 torch.set_num_threads(1)  # in models as small as these a second thread only waits
@@ -62,6 +64,20 @@ def stories(tiny_llama: Path) -> StoriesDataModule:
         num_choices=4,
         loader=LoaderConfig(batch_size=4, eval_tokens_per_batch=96),
     )
+
+
+@pytest.fixture
+def pictures(monkeypatch: pytest.MonkeyPatch) -> dict[str, Figure]:
+    """The figures that are saved from now on, by the names of their files."""
+    figures: dict[str, Figure] = {}
+
+    def keep_and_save(figure: Figure, path: Path) -> None:
+        figures[path.name] = figure
+        save_figure(figure, path)
+
+    for module in ("report", "search"):
+        monkeypatch.setattr(f"qpruner.records.{module}.save_figure", keep_and_save)
+    return figures
 
 
 @pytest.fixture

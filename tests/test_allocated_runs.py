@@ -6,6 +6,8 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from matplotlib.figure import Figure
+from support.figures import widths
 from support.runs import INT8, KILL_AT, NAMES, NF4, adapters, in_own_process, payload, stages
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -35,7 +37,9 @@ def config(config_that_prunes: dict[str, Any]) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_a_run_records_what_its_budget_bought(arguments: list[str], tmp_path: Path, method: str) -> None:
+def test_a_run_records_what_its_budget_bought(
+    arguments: list[str], tmp_path: Path, method: str, pictures: dict[str, Figure]
+) -> None:
     run(["fit", *arguments, "--trainer.callbacks.allocation", method])
     folder = RunFolder(tmp_path / "runs" / "x")
     allocation, plan = Allocation.read(folder.allocation), CompressionPlan.read(folder.plan)
@@ -54,7 +58,10 @@ def test_a_run_records_what_its_budget_bought(arguments: list[str], tmp_path: Pa
     assert [line for line in report.splitlines() if line.startswith("- Layer ")] == [
         f"- {sentence(allocation, decision)}" for decision in allocation.decisions
     ]
-    assert len(allocation.decisions) == 2 and folder.allocation_picture.stat().st_size > 5000
+    assert len(allocation.decisions) == 2 and folder.allocation_picture.exists()
+    gains, bits = pictures["allocation.png"].axes
+    assert widths(bits) == [one.bits for one in held]
+    assert widths(gains) == [one.costs[0] - one.costs[-1] for one in allocation.decisions]
     assert ("greedy upgrades" in report) == ("optimum" in report) == (method != "uniform")
     assert str(allocation) in folder.log.read_text()
     board = EventAccumulator(str(folder.tensorboard))

@@ -37,7 +37,7 @@ def test_fit_leaves_a_whole_run_and_repeating_it_does_nothing(
         "summary.json", "tensorboard",
     }  # fmt: skip
     assert [step for step, _ in scalars(folder / "tensorboard", "train/loss")] == list(range(10))
-    assert [value > 0 for _, value in scalars(folder / "tensorboard", "train/tokens_per_second")] == [True] * 10
+    assert [step for step, _ in scalars(folder / "tensorboard", "train/tokens_per_second")] == list(range(10))
     assert "Evaluating the dense model" in (folder / "run.log").read_text()
     before = (folder / "checkpoints" / "last.ckpt").stat().st_mtime_ns
     run(["fit", *arguments])

@@ -9,6 +9,8 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from matplotlib.figure import Figure
+from support.figures import texts, widths
 from support.runs import KILL_AT, RESULTS, adapters, in_own_process
 
 import qpruner
@@ -24,7 +26,7 @@ def config(config_that_prunes: dict[str, Any]) -> dict[str, Any]:
 
 
 def test_a_run_measures_the_pruned_model_and_leaves_one_that_loads_anywhere(
-    arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pictures: dict[str, Figure]
 ) -> None:
     run(["fit", *arguments])
     folder = tmp_path / "runs" / "x"
@@ -40,7 +42,10 @@ def test_a_run_measures_the_pruned_model_and_leaves_one_that_loads_anywhere(
     assert gone / dense["parameters"] == pytest.approx(0.05, abs=0.002)
     assert dense["results"]["perplexity"] != pruned["results"]["perplexity"]
     assert recovered["results"]["perplexity"] < pruned["results"]["perplexity"]
-    assert (folder / "plan.png").stat().st_size > 5000 and "plan.png" in (folder / "report.md").read_text()
+    groups, channels = pictures["plan.png"].axes
+    assert texts(groups) == [f"{len(layer.kv_groups)} of 2" for layer in plan.layers]
+    assert widths(channels)[2:] == [len(layer.ffn_channels) / 48 for layer in plan.layers]  # before the grey whole
+    assert "](plan.png)" in (folder / "report.md").read_text() and (folder / "plan.png").exists()
     log = (folder / "run.log").read_text()
     assert f"Pruned {dense['parameters']:,} to {pruned['parameters']:,} parameters" in log
     # The same logits in another process; nothing is read that could run code.

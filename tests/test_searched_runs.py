@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 import yaml
+from matplotlib.figure import Figure
+from support.figures import curves
 from support.runs import KILL_AT, in_own_process, payload
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -102,7 +104,12 @@ def bits_of(plan: CompressionPlan) -> list[int]:
 
 
 def test_a_search_records_what_it_tried_and_its_plan_is_carried_out(
-    arguments: list[str], fit_arguments: list[str], tmp_path: Path, looked_at: list[str], capsys: Any
+    arguments: list[str],
+    fit_arguments: list[str],
+    tmp_path: Path,
+    looked_at: list[str],
+    capsys: Any,
+    pictures: dict[str, Figure],
 ) -> None:
     run(["search", *arguments])
     assert set(looked_at) == {"validation"}
@@ -148,7 +155,12 @@ def test_a_search_records_what_it_tried_and_its_plan_is_carried_out(
     report, printed = folder.report.read_text(), capsys.readouterr().out
     assert variants_table(results) in report and variants_table(results) in printed
     for picture in (folder.trials_picture, folder.pareto_picture):
-        assert picture.stat().st_size > 5000 and f"]({picture.name})" in report
+        assert picture.exists() and f"]({picture.name})" in report
+    proposed = curves(pictures["trials.png"].axes[0])["_child0"]
+    assert proposed == [(number, one.loss) for number, one in enumerate(results.trials)]
+    assert sorted(curves(pictures["pareto.png"].axes[0])["front"]) == sorted(
+        (row["bytes"], row["loss"]) for row in front
+    )
     assert f"Trial {TRIALS} of {TRIALS}: loss" in folder.log.read_text()
     losses = [one.loss for one in results.trials]
     assert scalars(folder.tensorboard, "search/loss") == [
