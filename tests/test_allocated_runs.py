@@ -8,6 +8,7 @@ import torch
 import yaml
 from matplotlib.figure import Figure
 from support.figures import widths
+from support.forks import in_fork
 from support.runs import INT8, KILL_AT, NAMES, NF4, adapters, in_own_process, payload, stages
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -90,7 +91,7 @@ def test_killed_and_repeated_equals_uninterrupted(
     pieces = RunFolder(tmp_path / "runs" / "x")
     there, made = [], []
     for moment in ("measuring", "keeping"):
-        killed = in_own_process(KILL_AT, moment, "1", "fit", "--config", str(path))
+        killed = in_fork(KILL_AT, moment, "1", "fit", "--config", str(path))
         assert killed.returncode == -9, killed.stderr
         found = {part: getattr(pieces, part).exists() for part in ("bank", "sensitivities", "allocation", "model")}
         there.append([part for part, exists in found.items() if exists])

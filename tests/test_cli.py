@@ -9,6 +9,7 @@ import pytest
 import torch
 import yaml
 from jsonargparse import Namespace
+from support.forks import in_fork
 from support.runs import KILL_AT, adapters, in_own_process
 
 from qpruner.cli import QPrunerCLI
@@ -105,12 +106,12 @@ def test_report_is_made_again_from_the_folder(arguments: list[str], tmp_path: Pa
 def test_killed_four_times_and_repeated_equals_uninterrupted(arguments: list[str], tmp_path: Path) -> None:
     """kill -9 while training, in validation, in the middle of writing a checkpoint and before it takes its place."""
     fit = ["fit", *arguments]
-    whole = in_own_process("-m", "qpruner", *fit, "--run.name", "whole")
+    whole = in_fork("-m", "qpruner", *fit, "--run.name", "whole")
     assert whole.returncode == 0, whole.stderr
     for moment, number in (("training", "4"), ("validation", "3"), ("writing", "1"), ("replacing", "2")):
-        killed = in_own_process(KILL_AT, moment, number, *fit)
+        killed = in_fork(KILL_AT, moment, number, *fit)
         assert killed.returncode == -9, killed.stderr
-    last = in_own_process("-m", "qpruner", *fit)
+    last = in_fork("-m", "qpruner", *fit)
     assert last.returncode == 0, last.stderr
     assert "Going on from" in last.stdout + last.stderr
     runs = tmp_path / "runs"

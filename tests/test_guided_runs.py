@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from support.forks import in_fork
 from support.runs import INT8, KILL_AT, NF4, QUANTIZATION, adapters, in_own_process, payload, stages
 
 import qpruner
@@ -92,7 +93,7 @@ def test_killed_in_each_phase_and_repeated_equals_uninterrupted(
     monkeypatch.setenv("OMP_NUM_THREADS", "1")  # as here: more threads add in another order
     pieces, whole = (RunFolder(tmp_path / "runs" / name) for name in ("x", "whole"))
     for moment, phases in (("training 5", 0), ("keeping 2", 0), ("training 3", 1), ("keeping 1", 1)):
-        killed = in_own_process(KILL_AT, *moment.split(), "fit", *arguments)
+        killed = in_fork(KILL_AT, *moment.split(), "fit", *arguments)
         assert killed.returncode == -9, killed.stderr
         assert pieces.finished_phases == phases
     run(["fit", *arguments])
@@ -149,7 +150,7 @@ def test_a_phase_that_only_trains_a_quantized_base_has_one_row_killed_or_not(
     del config["phases"][0]["callbacks"]
     path = tmp_path / "config.yaml"
     path.write_text(yaml.safe_dump(config))
-    killed = in_own_process(KILL_AT, "training", "7", "fit", "--config", str(path))  # the first of phase 2
+    killed = in_fork(KILL_AT, "training", "7", "fit", "--config", str(path))  # the first of phase 2
     assert killed.returncode == -9, killed.stderr
     run(["fit", "--config", str(path)])
     names = ["dense", "quantized", "quantized + LoftQ", "pruned in training", "recovered (phase 2)"]
@@ -223,7 +224,7 @@ def test_a_checkpoint_that_is_given_begins_the_first_phase_alone(arguments: list
 def test_evaluation_measures_what_there_is(arguments: list[str], tmp_path: Path) -> None:
     """In the middle of pruning with its masks, then the result of each phase; all as the run measured them."""
     folder = RunFolder(tmp_path / "runs" / "x")
-    killed = in_own_process(KILL_AT, "training", "6", "fit", *arguments)
+    killed = in_fork(KILL_AT, "training", "6", "fit", *arguments)
     assert killed.returncode == -9, killed.stderr
     run(["test", *arguments])
     names = [row["name"] for row in read_json(folder.path / "test.json")["stages"]]

@@ -11,6 +11,7 @@ import torch
 import yaml
 from matplotlib.figure import Figure
 from support.figures import texts, widths
+from support.forks import in_fork
 from support.runs import KILL_AT, RESULTS, adapters, in_own_process
 
 import qpruner
@@ -85,12 +86,12 @@ def test_killed_and_repeated_equals_uninterrupted(
     config["trainer"]["callbacks"][0]["init_args"]["selection"] = scope
     path = tmp_path / "config.yaml"
     path.write_text(yaml.safe_dump(config))
-    whole = in_own_process("-m", "qpruner", "fit", "--config", str(path), "--run.name", "whole")
+    whole = in_fork("-m", "qpruner", "fit", "--config", str(path), "--run.name", "whole")
     assert whole.returncode == 0, whole.stderr
     for moment, number in kills:
-        killed = in_own_process(KILL_AT, moment, number, "fit", "--config", str(path))
+        killed = in_fork(KILL_AT, moment, number, "fit", "--config", str(path))
         assert killed.returncode == -9, killed.stderr
-    last = in_own_process("-m", "qpruner", "fit", "--config", str(path))
+    last = in_fork("-m", "qpruner", "fit", "--config", str(path))
     assert last.returncode == 0, last.stderr
     runs = tmp_path / "runs"
     assert (runs / "x" / "plan.json").read_text() == (runs / "whole" / "plan.json").read_text()
@@ -227,7 +228,7 @@ def test_a_run_goes_on_without_the_dense_model_and_without_its_plan_file(
     run(["fit", *arguments, "--run.name", "first"])
     plan = shutil.copy(tmp_path / "runs" / "first" / "plan.json", tmp_path / "given.json")
     fit = ["fit", *arguments, "--model.base", str(base), "--plan", str(plan)]
-    killed = in_own_process(KILL_AT, "training", "4", *fit)
+    killed = in_fork(KILL_AT, "training", "4", *fit)
     assert killed.returncode == -9, killed.stderr
     shutil.rmtree(base)
     Path(plan).unlink()

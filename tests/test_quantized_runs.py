@@ -9,6 +9,7 @@ import torch
 import yaml
 from matplotlib.figure import Figure
 from support.figures import cells
+from support.forks import in_fork
 from support.runs import INT8, KILL_AT, NAMES, NF4, RESULTS, adapters, in_own_process, payload, stages
 
 import qpruner
@@ -100,12 +101,12 @@ def test_killed_and_repeated_equals_uninterrupted(config: dict[str, Any], tmp_pa
     """Before the base is kept, before the first step and after a checkpoint; the base is quantized twice in all."""
     path = tmp_path / "config.yaml"
     path.write_text(yaml.safe_dump(config))
-    first = in_own_process("-m", "qpruner", "fit", "--config", str(path), "--run.name", "whole")
+    first = in_fork("-m", "qpruner", "fit", "--config", str(path), "--run.name", "whole")
     assert first.returncode == 0, first.stderr
     for moment, number in (("keeping", "1"), ("training", "1"), ("training", "4")):
-        killed = in_own_process(KILL_AT, moment, number, "fit", "--config", str(path))
+        killed = in_fork(KILL_AT, moment, number, "fit", "--config", str(path))
         assert killed.returncode == -9, killed.stderr
-    last = in_own_process("-m", "qpruner", "fit", "--config", str(path))
+    last = in_fork("-m", "qpruner", "fit", "--config", str(path))
     assert last.returncode == 0, last.stderr
     whole, pieces = (tmp_path / "runs" / name for name in ("whole", "x"))
     assert (pieces / "plan.json").read_text() == (whole / "plan.json").read_text()

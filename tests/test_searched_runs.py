@@ -10,7 +10,8 @@ import pytest
 import yaml
 from matplotlib.figure import Figure
 from support.figures import curves
-from support.runs import KILL_AT, in_own_process, payload
+from support.forks import in_fork
+from support.runs import KILL_AT, payload
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from qpruner.allocation.decision import Allocation
@@ -205,7 +206,7 @@ def test_killed_and_repeated_equals_uninterrupted(
     sensitivities = [pieces.prior / method / "sensitivities.json" for method in ("mutual_information", "sensitivity")]
     written: dict[Path, int] = {}
     for moment, number in (("keeping", "1"), ("measuring", "1"), ("trial", "2")):
-        killed = in_own_process(KILL_AT, moment, number, "search", *arguments)
+        killed = in_fork(KILL_AT, moment, number, "search", *arguments)
         assert killed.returncode == -9, killed.stderr
         assert not pieces.results.exists()
         assert pieces.reference.exists()
