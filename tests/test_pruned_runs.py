@@ -103,10 +103,11 @@ def test_killed_and_repeated_equals_uninterrupted(
     assert (runs / "x" / "run.log").read_text().count("Pruned ") == scored
 
 
+@pytest.mark.slow  # `test_two_gloo_ranks_quantize_as_one` prunes, too
 def test_two_gloo_ranks_make_the_plan_of_one(arguments: list[str], tmp_path: Path) -> None:
-    for devices in ("1", "2"):
+    for devices, begin in (("1", in_fork), ("2", in_own_process)):
         options = ["--trainer.strategy", "ddp", "--trainer.devices", devices, "--run.name", devices]
-        done = in_own_process("-m", "qpruner", "fit", *arguments, *options)
+        done = begin("-m", "qpruner", "fit", *arguments, *options)
         assert done.returncode == 0, done.stderr
     one, two = (tmp_path / "runs" / name for name in ("1", "2"))
     assert (one / "plan.json").read_text() == (two / "plan.json").read_text()

@@ -123,9 +123,9 @@ def test_killed_and_repeated_equals_uninterrupted(config: dict[str, Any], tmp_pa
 
 
 def test_two_gloo_ranks_quantize_as_one(arguments: list[str], tmp_path: Path) -> None:
-    for devices in ("1", "2"):
+    for devices, begin in (("1", in_fork), ("2", in_own_process)):
         options = ["--trainer.strategy", "ddp", "--trainer.devices", devices, "--run.name", devices]
-        done = in_own_process("-m", "qpruner", "fit", *arguments, *options)
+        done = begin("-m", "qpruner", "fit", *arguments, *options)
         assert done.returncode == 0, done.stderr
     one, two = (tmp_path / "runs" / name for name in ("1", "2"))
     assert (one / "plan.json").read_text() == (two / "plan.json").read_text()
