@@ -2,15 +2,20 @@
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import transformers
+import yaml
+from matplotlib.figure import Figure
+from support.runs import QUANTIZATION
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from qpruner.datamodules import StoriesDataModule
 from qpruner.datamodules.base import LoaderConfig
 from qpruner.pretrained import EMBEDDED, load_tokenizer
+from qpruner.records.pictures import save_figure
 
 transformers.logging.disable_progress_bar()
 torch.set_num_threads(1)  # in models as small as these a second thread only waits
@@ -59,3 +64,95 @@ def stories(tiny_llama: Path) -> StoriesDataModule:
         num_choices=4,
         loader=LoaderConfig(batch_size=4, eval_tokens_per_batch=96),
     )
+
+
+@pytest.fixture
+def pictures(monkeypatch: pytest.MonkeyPatch) -> dict[str, Figure]:
+    """The figures that are saved from now on, by the names of their files."""
+    figures: dict[str, Figure] = {}
+
+    def keep_and_save(figure: Figure, path: Path) -> None:
+        figures[path.name] = figure
+        save_figure(figure, path)
+
+    for module in ("report", "search"):
+        monkeypatch.setattr(f"qpruner.records.{module}.save_figure", keep_and_save)
+    return figures
+
+
+@pytest.fixture
+def config(tiny_llama: Path, tmp_path: Path) -> dict[str, Any]:
+    """A fit of ten steps that takes a second."""
+    return {
+        "run": {"name": "x", "dir": str(tmp_path / "runs"), "checkpoint_every_n_steps": 2},
+        "model": {"base": str(tiny_llama), "lora": {"r": 2}, "optimizer": {"lr": 0.01}},
+        "data": {
+            "class_path": "StoriesDataModule",
+            "init_args": {
+                "max_length": 24,
+                "num_train": 22,
+                "num_validation": 6,
+                "num_test": 6,
+                "num_choices": 4,
+                "loader": {"batch_size": 4},
+            },
+        },
+        "trainer": {
+            "accelerator": "cpu",
+            "max_epochs": 2,
+            "val_check_interval": 2,
+            "enable_progress_bar": False,
+            "enable_model_summary": False,
+        },
+    }
+
+
+@pytest.fixture
+def config_that_prunes(tiny_llama: Path, tmp_path: Path) -> dict[str, Any]:
+    """Pruning and a fit of six steps."""
+    return {
+        "run": {"name": "x", "dir": str(tmp_path / "runs"), "checkpoint_every_n_steps": 2},
+        "model": {"base": str(tiny_llama), "lora": {"r": 2}, "optimizer": {"lr": 0.01}},
+        "data": {
+            "class_path": "StoriesDataModule",
+            "init_args": {
+                "max_length": 24,
+                "num_train": 24,
+                "num_validation": 6,
+                "num_test": 6,
+                "num_choices": 0,
+                "loader": {"batch_size": 4},
+            },
+        },
+        "trainer": {
+            "accelerator": "cpu",
+            "max_epochs": 1,
+            "limit_val_batches": 1,
+            "log_every_n_steps": 1,
+            "enable_progress_bar": False,
+            "enable_model_summary": False,
+            "callbacks": [
+                {
+                    "class_path": "StructuredPruning",
+                    "init_args": {"ratio": 0.05, "calibration": {"num_sequences": 6, "length": 8, "batch_size": 2}},
+                }
+            ],
+        },
+    }
+
+
+@pytest.fixture
+def phased_config(config_that_prunes: dict[str, Any]) -> dict[str, Any]:
+    """Six steps in which 5 % go; then 8 bits in the first layer and 4 in the second, and six steps more."""
+    schedule = {"warmup": 0.0, "cooldown": 0.2, "every_n_steps": 2}  # events after steps 2, 4 and 5
+    guided = {"class_path": "LoRAGuidedPruning", "init_args": {"ratio": 0.05, "schedule": schedule}}
+    config_that_prunes["trainer"]["callbacks"] = [guided]
+    config_that_prunes["phases"] = [{"max_epochs": 1, "optimizer": {"lr": 0.005}, "callbacks": [QUANTIZATION]}]
+    return config_that_prunes
+
+
+@pytest.fixture
+def arguments(config: dict[str, Any], tmp_path: Path) -> list[str]:
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(config))
+    return ["--config", str(path)]

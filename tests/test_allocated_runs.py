@@ -4,13 +4,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import test_pruned_runs
 import torch
 import yaml
+from matplotlib.figure import Figure
+from support.figures import widths
+from support.forks import in_fork
+from support.runs import INT8, KILL_AT, NAMES, NF4, adapters, in_own_process, payload, stages
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from test_pricing import payload
-from test_pruned_runs import TESTS, adapters, command
-from test_quantized_runs import INT8, NAMES, NF4, stages
 
 from qpruner.allocation.decision import Allocation
 from qpruner.allocation.sensitivities import Sensitivities
@@ -21,8 +21,6 @@ from qpruner.records.allocation_report import sentence
 from qpruner.records.folder import RunFolder
 from qpruner.records.report import scalars
 
-config_that_prunes = test_pruned_runs.config
-arguments = test_pruned_runs.arguments
 METHODS = ("uniform", "mutual_information", "sensitivity")
 
 
@@ -40,7 +38,9 @@ def config(config_that_prunes: dict[str, Any]) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_a_run_records_what_its_budget_bought(arguments: list[str], tmp_path: Path, method: str) -> None:
+def test_a_run_records_what_its_budget_bought(
+    arguments: list[str], tmp_path: Path, method: str, pictures: dict[str, Figure]
+) -> None:
     run(["fit", *arguments, "--trainer.callbacks.allocation", method])
     folder = RunFolder(tmp_path / "runs" / "x")
     allocation, plan = Allocation.read(folder.allocation), CompressionPlan.read(folder.plan)
@@ -59,7 +59,10 @@ def test_a_run_records_what_its_budget_bought(arguments: list[str], tmp_path: Pa
     assert [line for line in report.splitlines() if line.startswith("- Layer ")] == [
         f"- {sentence(allocation, decision)}" for decision in allocation.decisions
     ]
-    assert len(allocation.decisions) == 2 and folder.allocation_picture.stat().st_size > 5000
+    assert len(allocation.decisions) == 2 and folder.allocation_picture.exists()
+    gains, bits = pictures["allocation.png"].axes
+    assert widths(bits) == [one.bits for one in held]
+    assert widths(gains) == [one.costs[0] - one.costs[-1] for one in allocation.decisions]
     assert ("greedy upgrades" in report) == ("optimum" in report) == (method != "uniform")
     assert str(allocation) in folder.log.read_text()
     board = EventAccumulator(str(folder.tensorboard))
@@ -88,7 +91,7 @@ def test_killed_and_repeated_equals_uninterrupted(
     pieces = RunFolder(tmp_path / "runs" / "x")
     there, made = [], []
     for moment in ("measuring", "keeping"):
-        killed = command(str(TESTS / "kill_at.py"), moment, "1", "fit", "--config", str(path))
+        killed = in_fork(KILL_AT, moment, "1", "fit", "--config", str(path))
         assert killed.returncode == -9, killed.stderr
         found = {part: getattr(pieces, part).exists() for part in ("bank", "sensitivities", "allocation", "model")}
         there.append([part for part, exists in found.items() if exists])
@@ -119,7 +122,7 @@ def test_two_gloo_ranks_decide_as_one(arguments: list[str], tmp_path: Path, monk
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     run(["fit", *arguments, "--run.name", "1"])
     two_ranks = ["--trainer.strategy", "ddp", "--trainer.devices", "2", "--run.name", "2"]
-    done = command("-m", "qpruner", "fit", *arguments, *two_ranks)
+    done = in_own_process("-m", "qpruner", "fit", *arguments, *two_ranks)
     assert done.returncode == 0, done.stderr
     one, two = (RunFolder(tmp_path / "runs" / name) for name in ("1", "2"))
     assert one.plan.read_text() == two.plan.read_text()

@@ -2,7 +2,7 @@ from typing import Any
 
 import pytest
 import torch
-from families import FFN, HIDDEN, KEPT, LAYERS, tiny_config, tiny_model
+from support.families import FFN, HIDDEN, KEPT, LAYERS, tiny_config, tiny_model
 from transformers import GPTNeoXConfig
 
 from qpruner.anatomy import (

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import yaml
-from bases import FOUR_BITS, copy_base, save_quantized
+from support.bases import FOUR_BITS, copy_base, save_quantized
 
 from qpruner.commands import run
 from qpruner.errors import UserError

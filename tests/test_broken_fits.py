@@ -7,13 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import test_cli
-import test_guided_runs
-import test_pruned_runs
 import torch
 import yaml
 from safetensors.torch import load_file, save_file
-from test_cli import TESTS, adapters, in_own_process
+from support.runs import SPOIL_ON_RANK, adapters, in_own_process
 
 from qpruner.adapter_files import has_trained_adapters
 from qpruner.callbacks.pruning import StructuredPruning
@@ -22,11 +19,6 @@ from qpruner.errors import UserError
 from qpruner.files import read_json
 from qpruner.records.folder import RunFolder
 from qpruner.training.module import LoRAFinetuner
-
-config = test_cli.config
-arguments = test_cli.arguments
-config_that_prunes = test_pruned_runs.config
-phased_config = test_guided_runs.config
 
 Spoil = Callable[[LoRAFinetuner, torch.Tensor], torch.Tensor]
 
@@ -267,7 +259,7 @@ def test_a_later_phase_that_breaks_leaves_the_first_one_over(
 def test_two_gloo_ranks_stop_together(arguments: list[str], tmp_path: Path) -> None:
     two = ["--trainer.strategy", "ddp", "--trainer.devices", "2", "--data.num_train", "40"]
     spoiled = {"SPOILED_RANK": "1", "SPOILED_STEP": "4"}
-    done = in_own_process(str(TESTS / "spoil_on_rank.py"), "fit", *arguments, *two, env=spoiled)
+    done = in_own_process(SPOIL_ON_RANK, "fit", *arguments, *two, env=spoiled)
     assert done.returncode == 2, done.stderr
     assert "error: The training loss of optimizer step 4 is not finite" in done.stderr
     assert "Traceback" not in done.stderr

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from families import tiny_config, tiny_model
+from support.families import tiny_config, tiny_model
 from transformers import AutoModelForCausalLM
 
 from qpruner.anatomy import architecture_of

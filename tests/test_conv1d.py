@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from families import adapted, logits_of, packed, tiny_config, tiny_model
 from safetensors.torch import load_file
+from support.families import adapted, logits_of, packed, tiny_config, tiny_model
 from torch import nn
 from transformers import AutoModelForCausalLM, GPT2LMHeadModel
 from transformers.pytorch_utils import Conv1D

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from families import KEPT, adapted, logits_of, tiny_model
 from safetensors.torch import load_file, save_file
+from support.families import KEPT, adapted, logits_of, tiny_model
 
 from qpruner.adapter_files import save_adapters
 from qpruner.anatomy import architecture_of

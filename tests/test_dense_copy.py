@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from families import logits_of
 from safetensors.torch import load_file, save_file
+from support.families import logits_of
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from qpruner.commands import run

@@ -6,12 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import test_pruned_runs
 import torch
 import yaml
-from test_pricing import payload
-from test_pruned_runs import TESTS, adapters, command
-from test_quantized_runs import INT8, NF4, stages
+from support.forks import in_fork
+from support.runs import INT8, KILL_AT, NF4, QUANTIZATION, adapters, in_own_process, payload, stages
 
 import qpruner
 from qpruner.commands import run
@@ -21,23 +19,14 @@ from qpruner.plan import CompressionPlan
 from qpruner.records.folder import RunFolder
 from qpruner.records.report import scalars
 
-config_that_prunes = test_pruned_runs.config
-arguments = test_pruned_runs.arguments
-SCHEDULE = {"warmup": 0.0, "cooldown": 0.2, "every_n_steps": 2}
-"""Of six steps: events after 2, 4 and 5."""
-QUANTIZATION = {"class_path": "MixedPrecisionQuantization", "init_args": {"bits": [8, 4]}}
 PARTS = ("model.safetensors", "adapter/adapter_model.safetensors")
 LATER = [f"{name} (phase 2)" for name in ("quantized", "quantized + LoftQ", "recovered")]
 NAMES = ["dense", "pruned in training", *LATER]
 
 
 @pytest.fixture
-def config(config_that_prunes: dict[str, Any]) -> dict[str, Any]:
-    """Six steps in which 5 % go; then 8 bits in the first layer and 4 in the second, and six steps more."""
-    guided = {"class_path": "LoRAGuidedPruning", "init_args": {"ratio": 0.05, "schedule": SCHEDULE}}
-    config_that_prunes["trainer"]["callbacks"] = [guided]
-    config_that_prunes["phases"] = [{"max_epochs": 1, "optimizer": {"lr": 0.005}, "callbacks": [QUANTIZATION]}]
-    return config_that_prunes
+def config(phased_config: dict[str, Any]) -> dict[str, Any]:
+    return phased_config
 
 
 def of_first(folder: RunFolder) -> RunFolder:
@@ -104,7 +93,7 @@ def test_killed_in_each_phase_and_repeated_equals_uninterrupted(
     monkeypatch.setenv("OMP_NUM_THREADS", "1")  # as here: more threads add in another order
     pieces, whole = (RunFolder(tmp_path / "runs" / name) for name in ("x", "whole"))
     for moment, phases in (("training 5", 0), ("keeping 2", 0), ("training 3", 1), ("keeping 1", 1)):
-        killed = command(str(TESTS / "kill_at.py"), *moment.split(), "fit", *arguments)
+        killed = in_fork(KILL_AT, *moment.split(), "fit", *arguments)
         assert killed.returncode == -9, killed.stderr
         assert pieces.finished_phases == phases
     run(["fit", *arguments])
@@ -128,7 +117,7 @@ def test_two_gloo_ranks_prune_as_one(arguments: list[str], tmp_path: Path, monke
     shared = [*arguments, "--model.lora.dropout", "0"]
     run(["fit", *shared, "--run.name", "1"])
     two_ranks = ["--trainer.strategy", "ddp", "--trainer.devices", "2", "--data.loader.batch_size", "2"]
-    done = command("-m", "qpruner", "fit", *shared, *two_ranks, "--run.name", "2")
+    done = in_own_process("-m", "qpruner", "fit", *shared, *two_ranks, "--run.name", "2")
     assert done.returncode == 0, done.stderr
     one, two = (RunFolder(tmp_path / "runs" / name) for name in ("1", "2"))
     assert of_first(one).plan.read_text() == of_first(two).plan.read_text()
@@ -162,7 +151,7 @@ def test_a_phase_that_only_trains_a_quantized_base_has_one_row_killed_or_not(
     del config["phases"][0]["callbacks"]
     path = tmp_path / "config.yaml"
     path.write_text(yaml.safe_dump(config))
-    killed = command(str(TESTS / "kill_at.py"), "training", "7", "fit", "--config", str(path))  # the first of phase 2
+    killed = in_fork(KILL_AT, "training", "7", "fit", "--config", str(path))  # the first of phase 2
     assert killed.returncode == -9, killed.stderr
     run(["fit", "--config", str(path)])
     names = ["dense", "quantized", "quantized + LoftQ", "pruned in training", "recovered (phase 2)"]
@@ -239,7 +228,7 @@ def test_a_checkpoint_that_is_given_begins_the_first_phase_alone(arguments: list
 def test_evaluation_measures_what_there_is(arguments: list[str], tmp_path: Path) -> None:
     """In the middle of pruning with its masks, then the result of each phase; all as the run measured them."""
     folder = RunFolder(tmp_path / "runs" / "x")
-    killed = command(str(TESTS / "kill_at.py"), "training", "6", "fit", *arguments)
+    killed = in_fork(KILL_AT, "training", "6", "fit", *arguments)
     assert killed.returncode == -9, killed.stderr
     run(["test", *arguments])
     names = [row["name"] for row in read_json(folder.path / "test.json")["stages"]]

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from families import HIDDEN, VOCAB, adapted, random_tokens, tiny_model
+from support.families import HIDDEN, VOCAB, adapted, random_tokens, tiny_model
 from torch import Tensor
 from transformers import CohereConfig, CohereForCausalLM, GraniteConfig, GraniteForCausalLM
 

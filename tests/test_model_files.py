@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
-from bases import copy_base
+from support.bases import copy_base
 
 from qpruner.errors import UserError
 from qpruner.model_files import check_is_model, check_weights, weight_files

@@ -15,8 +15,9 @@ from typing import Any
 import peft
 import pytest
 import torch
-from families import KEPT, logits_of, tiny_config, tiny_model
 from safetensors.torch import load_file, save_file
+from support import environment
+from support.families import KEPT, logits_of, tiny_config, tiny_model
 from transformers import AutoModelForCausalLM
 
 import qpruner
@@ -33,7 +34,6 @@ from qpruner.pretrained import EMBEDDED, load_config, load_tokenizer, save_token
 from qpruner.pruning.surgery import apply_pruning_, stated_by_weights
 from qpruner.quantization.apply import quantize_
 
-TESTS = Path(__file__).parent
 SHAPES = {"unequal": KEPT, "three groups": [((0, 1, 3), range(40))] * 3, "two groups": [((0, 3), range(9, 40))] * 3}
 """Layers that differ, and equal ones with 6 and with 4 heads; some configurations refuse 6: 64 is no multiple."""
 
@@ -344,13 +344,13 @@ def test_a_new_process_computes_identical_logits(tmp_path: Path) -> None:
     save_adapters(tmp_path / "model", adapted, trained=True)
     script = (
         "import hashlib, sys, qpruner\n"
-        "from families import logits_of\n"
+        "from support.families import logits_of\n"
         "logits = logits_of(qpruner.load_compressed(sys.argv[1]))\n"
         "print(hashlib.sha256(logits.numpy().tobytes()).hexdigest())\n"
     )
     done = subprocess.run(
         [sys.executable, "-c", script, str(tmp_path / "model")],
-        env={**os.environ, "PYTHONPATH": f"{TESTS}:{TESTS.parent}", "HF_HUB_OFFLINE": "1"},
+        env=environment(HF_HUB_OFFLINE="1"),
         capture_output=True,
         text=True,
         check=True,

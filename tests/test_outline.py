@@ -3,7 +3,7 @@
 from typing import Any
 
 import pytest
-from families import KEPT, tiny_config, tiny_model
+from support.families import KEPT, tiny_config, tiny_model
 from torch import nn
 
 from qpruner.anatomy import FAMILIES

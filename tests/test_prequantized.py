@@ -7,8 +7,8 @@ from typing import Any
 import bitsandbytes
 import pytest
 import torch
-from bases import FOUR_BITS, copy_base, save_quantized
 from safetensors.torch import load_file
+from support.bases import FOUR_BITS, copy_base, save_quantized
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 

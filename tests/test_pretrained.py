@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 import torch
-from bases import LFS_POINTER, copy_base
 from safetensors.torch import load_file, save_file
+from support.bases import LFS_POINTER, copy_base
 from transformers import AutoModelForCausalLM
 
 from qpruner.errors import UserError

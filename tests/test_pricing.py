@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 import torch
-from families import EXPLICIT, FFN, HIDDEN, KEPT, LAYERS, tiny_config, tiny_model
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
-from safetensors.torch import load_file
+from support.families import EXPLICIT, FFN, HIDDEN, KEPT, LAYERS, tiny_config, tiny_model
+from support.runs import payload
 
 from qpruner.adapter_files import save_adapters
 from qpruner.adapters.lora import LoRAConfig, attach_adapters
@@ -46,14 +46,6 @@ BIASES: dict[str, dict[str, bool]] = {
 }
 PROJECTIONS = ("q", "k", "v", "o", "gate", "up", "down")
 TARGETS = tuple(f"{name}_proj" for name in PROJECTIONS)
-
-
-def payload(path: Path) -> int:
-    """Bytes of the tensors in a safetensors file; the header and its length are all else in it."""
-    stored = sum(tensor.nbytes for tensor in load_file(path).values())
-    header = int.from_bytes(path.read_bytes()[:8], "little")
-    assert path.stat().st_size - stored == 8 + header
-    return stored
 
 
 def planned(config: Any, kept: Any, precision: Any) -> CompressionPlan:

@@ -3,14 +3,16 @@
 import hashlib
 import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import yaml
+from matplotlib.figure import Figure
+from support.figures import texts, widths
+from support.forks import in_fork
+from support.runs import KILL_AT, RESULTS, adapters, in_own_process
 
 import qpruner
 from qpruner.commands import run
@@ -18,65 +20,14 @@ from qpruner.errors import UserError
 from qpruner.files import read_json
 from qpruner.plan import CompressionPlan
 
-TESTS = Path(__file__).parent
-RESULTS = """
-import hashlib, sys, torch, qpruner
-logits = qpruner.load_compressed(sys.argv[1])(input_ids=torch.arange(20).view(2, 10)).logits
-print(hashlib.sha256(logits.detach().numpy().tobytes()).hexdigest())
-"""
-
 
 @pytest.fixture
-def config(tiny_llama: Path, tmp_path: Path) -> dict[str, Any]:
-    """Pruning and a fit of six steps."""
-    return {
-        "run": {"name": "x", "dir": str(tmp_path / "runs"), "checkpoint_every_n_steps": 2},
-        "model": {"base": str(tiny_llama), "lora": {"r": 2}, "optimizer": {"lr": 0.01}},
-        "data": {
-            "class_path": "StoriesDataModule",
-            "init_args": {
-                "max_length": 24,
-                "num_train": 24,
-                "num_validation": 6,
-                "num_test": 6,
-                "num_choices": 0,
-                "loader": {"batch_size": 4},
-            },
-        },
-        "trainer": {
-            "accelerator": "cpu",
-            "max_epochs": 1,
-            "limit_val_batches": 1,
-            "log_every_n_steps": 1,
-            "enable_progress_bar": False,
-            "enable_model_summary": False,
-            "callbacks": [
-                {
-                    "class_path": "StructuredPruning",
-                    "init_args": {"ratio": 0.05, "calibration": {"num_sequences": 6, "length": 8, "batch_size": 2}},
-                }
-            ],
-        },
-    }
-
-
-@pytest.fixture
-def arguments(config: dict[str, Any], tmp_path: Path) -> list[str]:
-    path = tmp_path / "config.yaml"
-    path.write_text(yaml.safe_dump(config))
-    return ["--config", str(path)]
-
-
-def command(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, *arguments], capture_output=True, text=True, timeout=300)
-
-
-def adapters(folder: Path) -> dict[str, torch.Tensor]:
-    return torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
+def config(config_that_prunes: dict[str, Any]) -> dict[str, Any]:
+    return config_that_prunes
 
 
 def test_a_run_measures_the_pruned_model_and_leaves_one_that_loads_anywhere(
-    arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pictures: dict[str, Figure]
 ) -> None:
     run(["fit", *arguments])
     folder = tmp_path / "runs" / "x"
@@ -92,11 +43,14 @@ def test_a_run_measures_the_pruned_model_and_leaves_one_that_loads_anywhere(
     assert gone / dense["parameters"] == pytest.approx(0.05, abs=0.002)
     assert dense["results"]["perplexity"] != pruned["results"]["perplexity"]
     assert recovered["results"]["perplexity"] < pruned["results"]["perplexity"]
-    assert (folder / "plan.png").stat().st_size > 5000 and "plan.png" in (folder / "report.md").read_text()
+    groups, channels = pictures["plan.png"].axes
+    assert texts(groups) == [f"{len(layer.kv_groups)} of 2" for layer in plan.layers]
+    assert widths(channels)[2:] == [len(layer.ffn_channels) / 48 for layer in plan.layers]  # before the grey whole
+    assert "](plan.png)" in (folder / "report.md").read_text() and (folder / "plan.png").exists()
     log = (folder / "run.log").read_text()
     assert f"Pruned {dense['parameters']:,} to {pruned['parameters']:,} parameters" in log
     # The same logits in another process; nothing is read that could run code.
-    there = command("-c", RESULTS, str(folder / "model"))
+    there = in_own_process("-c", RESULTS, str(folder / "model"))
     assert there.returncode == 0, there.stderr
     monkeypatch.setattr(torch, "load", None)
     with torch.no_grad():
@@ -132,12 +86,12 @@ def test_killed_and_repeated_equals_uninterrupted(
     config["trainer"]["callbacks"][0]["init_args"]["selection"] = scope
     path = tmp_path / "config.yaml"
     path.write_text(yaml.safe_dump(config))
-    whole = command("-m", "qpruner", "fit", "--config", str(path), "--run.name", "whole")
+    whole = in_fork("-m", "qpruner", "fit", "--config", str(path), "--run.name", "whole")
     assert whole.returncode == 0, whole.stderr
     for moment, number in kills:
-        killed = command(str(TESTS / "kill_at.py"), moment, number, "fit", "--config", str(path))
+        killed = in_fork(KILL_AT, moment, number, "fit", "--config", str(path))
         assert killed.returncode == -9, killed.stderr
-    last = command("-m", "qpruner", "fit", "--config", str(path))
+    last = in_fork("-m", "qpruner", "fit", "--config", str(path))
     assert last.returncode == 0, last.stderr
     runs = tmp_path / "runs"
     assert (runs / "x" / "plan.json").read_text() == (runs / "whole" / "plan.json").read_text()
@@ -149,10 +103,11 @@ def test_killed_and_repeated_equals_uninterrupted(
     assert (runs / "x" / "run.log").read_text().count("Pruned ") == scored
 
 
+@pytest.mark.slow  # `test_two_gloo_ranks_quantize_as_one` prunes, too
 def test_two_gloo_ranks_make_the_plan_of_one(arguments: list[str], tmp_path: Path) -> None:
-    for devices in ("1", "2"):
+    for devices, begin in (("1", in_fork), ("2", in_own_process)):
         options = ["--trainer.strategy", "ddp", "--trainer.devices", devices, "--run.name", devices]
-        done = command("-m", "qpruner", "fit", *arguments, *options)
+        done = begin("-m", "qpruner", "fit", *arguments, *options)
         assert done.returncode == 0, done.stderr
     one, two = (tmp_path / "runs" / name for name in ("1", "2"))
     assert (one / "plan.json").read_text() == (two / "plan.json").read_text()
@@ -274,7 +229,7 @@ def test_a_run_goes_on_without_the_dense_model_and_without_its_plan_file(
     run(["fit", *arguments, "--run.name", "first"])
     plan = shutil.copy(tmp_path / "runs" / "first" / "plan.json", tmp_path / "given.json")
     fit = ["fit", *arguments, "--model.base", str(base), "--plan", str(plan)]
-    killed = command(str(TESTS / "kill_at.py"), "training", "4", *fit)
+    killed = in_fork(KILL_AT, "training", "4", *fit)
     assert killed.returncode == -9, killed.stderr
     shutil.rmtree(base)
     Path(plan).unlink()

@@ -5,23 +5,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import test_pruned_runs
 import torch
 import yaml
-from test_pricing import payload
-from test_pruned_runs import RESULTS, TESTS, adapters, command
+from matplotlib.figure import Figure
+from support.figures import cells
+from support.forks import in_fork
+from support.runs import INT8, KILL_AT, NAMES, NF4, RESULTS, adapters, in_own_process, payload, stages
 
 import qpruner
 from qpruner.commands import run
 from qpruner.errors import UserError
 from qpruner.files import read_json
 from qpruner.plan import DENSE, UNITS, CompressionPlan, Precision
-
-NAMES = ["dense", "pruned", "quantized", "quantized + LoftQ", "recovered"]
-NF4, INT8 = Precision("nf4", 4, 64), Precision("int8", 8)
-
-config_that_prunes = test_pruned_runs.config
-arguments = test_pruned_runs.arguments
 
 
 @pytest.fixture
@@ -30,10 +25,6 @@ def config(config_that_prunes: dict[str, Any]) -> dict[str, Any]:
     quantization = {"class_path": "MixedPrecisionQuantization", "init_args": {"bits": [8, 4]}}
     config_that_prunes["trainer"]["callbacks"].append(quantization)
     return config_that_prunes
-
-
-def stages(folder: Path) -> list[dict[str, Any]]:
-    return read_json(folder / "summary.json")["stages"]
 
 
 def int8_bits(rows: int, columns: int) -> int:
@@ -52,7 +43,7 @@ def shapes(plan: CompressionPlan, layer: int) -> list[tuple[int, int]]:
 
 
 def test_a_run_measures_every_stage_and_leaves_a_model_that_loads_anywhere(
-    arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pictures: dict[str, Figure]
 ) -> None:
     run(["fit", *arguments])
     folder = tmp_path / "runs" / "x"
@@ -83,9 +74,9 @@ def test_a_run_measures_every_stage_and_leaves_a_model_that_loads_anywhere(
     assert log.count("Quantized ") == 1 and f"{bits / weights:.2f} bits per weight" in log
     report = (folder / "report.md").read_text()
     assert all(f"| {name} " in report for name in NAMES) and f"{base:,}" in report and "plan.png" in report
-    assert (folder / "plan.png").stat().st_size > 5000
+    assert cells(pictures["plan.png"].axes[2]) == [[8] * 4, [4] * 4] and (folder / "plan.png").exists()
     # The same logits in another process; nothing is read that could run code.
-    there = command("-c", RESULTS, str(folder / "model"))
+    there = in_own_process("-c", RESULTS, str(folder / "model"))
     assert there.returncode == 0, there.stderr
     monkeypatch.setattr(torch, "load", None)
     with torch.no_grad():
@@ -110,12 +101,12 @@ def test_killed_and_repeated_equals_uninterrupted(config: dict[str, Any], tmp_pa
     """Before the base is kept, before the first step and after a checkpoint; the base is quantized twice in all."""
     path = tmp_path / "config.yaml"
     path.write_text(yaml.safe_dump(config))
-    first = command("-m", "qpruner", "fit", "--config", str(path), "--run.name", "whole")
+    first = in_fork("-m", "qpruner", "fit", "--config", str(path), "--run.name", "whole")
     assert first.returncode == 0, first.stderr
     for moment, number in (("keeping", "1"), ("training", "1"), ("training", "4")):
-        killed = command(str(TESTS / "kill_at.py"), moment, number, "fit", "--config", str(path))
+        killed = in_fork(KILL_AT, moment, number, "fit", "--config", str(path))
         assert killed.returncode == -9, killed.stderr
-    last = command("-m", "qpruner", "fit", "--config", str(path))
+    last = in_fork("-m", "qpruner", "fit", "--config", str(path))
     assert last.returncode == 0, last.stderr
     whole, pieces = (tmp_path / "runs" / name for name in ("whole", "x"))
     assert (pieces / "plan.json").read_text() == (whole / "plan.json").read_text()
@@ -132,9 +123,9 @@ def test_killed_and_repeated_equals_uninterrupted(config: dict[str, Any], tmp_pa
 
 
 def test_two_gloo_ranks_quantize_as_one(arguments: list[str], tmp_path: Path) -> None:
-    for devices in ("1", "2"):
+    for devices, begin in (("1", in_fork), ("2", in_own_process)):
         options = ["--trainer.strategy", "ddp", "--trainer.devices", devices, "--run.name", devices]
-        done = command("-m", "qpruner", "fit", *arguments, *options)
+        done = begin("-m", "qpruner", "fit", *arguments, *options)
         assert done.returncode == 0, done.stderr
     one, two = (tmp_path / "runs" / name for name in ("1", "2"))
     assert (one / "plan.json").read_text() == (two / "plan.json").read_text()

@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import test_pruned_runs
 import yaml
+from matplotlib.figure import Figure
+from support.figures import curves
+from support.forks import in_fork
+from support.runs import KILL_AT, payload
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from test_pricing import payload
-from test_pruned_runs import TESTS, command
 
 from qpruner.allocation.decision import Allocation
 from qpruner.commands import run
@@ -28,8 +29,6 @@ from qpruner.search.ledger import TrialRecord
 from qpruner.search.proposals import LocalProposals, OptimizerFailed, Proposal
 from qpruner.search.trial import TrialRunner
 
-config_that_prunes = test_pruned_runs.config
-arguments = test_pruned_runs.arguments
 TRIALS, SEEDS = 4, 2
 
 
@@ -106,7 +105,12 @@ def bits_of(plan: CompressionPlan) -> list[int]:
 
 
 def test_a_search_records_what_it_tried_and_its_plan_is_carried_out(
-    arguments: list[str], fit_arguments: list[str], tmp_path: Path, looked_at: list[str], capsys: Any
+    arguments: list[str],
+    fit_arguments: list[str],
+    tmp_path: Path,
+    looked_at: list[str],
+    capsys: Any,
+    pictures: dict[str, Figure],
 ) -> None:
     run(["search", *arguments])
     assert set(looked_at) == {"validation"}
@@ -152,7 +156,12 @@ def test_a_search_records_what_it_tried_and_its_plan_is_carried_out(
     report, printed = folder.report.read_text(), capsys.readouterr().out
     assert variants_table(results) in report and variants_table(results) in printed
     for picture in (folder.trials_picture, folder.pareto_picture):
-        assert picture.stat().st_size > 5000 and f"]({picture.name})" in report
+        assert picture.exists() and f"]({picture.name})" in report
+    proposed = curves(pictures["trials.png"].axes[0])["_child0"]
+    assert proposed == [(number, one.loss) for number, one in enumerate(results.trials)]
+    assert sorted(curves(pictures["pareto.png"].axes[0])["front"]) == sorted(
+        (row["bytes"], row["loss"]) for row in front
+    )
     assert f"Trial {TRIALS} of {TRIALS}: loss" in folder.log.read_text()
     losses = [one.loss for one in results.trials]
     assert scalars(folder.tensorboard, "search/loss") == [
@@ -197,7 +206,7 @@ def test_killed_and_repeated_equals_uninterrupted(
     sensitivities = [pieces.prior / method / "sensitivities.json" for method in ("mutual_information", "sensitivity")]
     written: dict[Path, int] = {}
     for moment, number in (("keeping", "1"), ("measuring", "1"), ("trial", "2")):
-        killed = command(str(TESTS / "kill_at.py"), moment, number, "search", *arguments)
+        killed = in_fork(KILL_AT, moment, number, "search", *arguments)
         assert killed.returncode == -9, killed.stderr
         assert not pieces.results.exists()
         assert pieces.reference.exists()

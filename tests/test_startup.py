@@ -8,7 +8,7 @@ from pathlib import Path
 from pkgutil import resolve_name
 
 import pytest
-from families import tiny_config
+from support.families import tiny_config
 
 from qpruner import __version__
 from qpruner.anatomy import architecture_of

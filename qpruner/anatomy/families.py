@@ -7,7 +7,8 @@ projections, add its line to `FAMILIES`:
 
 and, where the family differs, the fields of `Family` that say so: other names, norms and biases; projections that are
 stacked in one linear (`fused`); norms over all heads (``wide_norms``); widths that its modules remember (``widths``).
-The tests run over the whole table; a tiny configuration of the family goes to ``EXPLICIT`` of ``tests/families.py``.
+The tests run over the whole table; a tiny configuration of the family goes to ``EXPLICIT`` of
+``tests/support/families.py``.
 """
 
 from collections.abc import Mapping

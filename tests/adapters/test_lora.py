@@ -7,7 +7,7 @@ import peft
 import pytest
 import torch
 import yaml
-from families import adapted, logits_of, tiny_model
+from support.families import adapted, logits_of, tiny_model
 
 from qpruner.adapters.lora import LoRAConfig, attach_adapters, is_target, target_linears
 from qpruner.anatomy import FAMILIES, architecture_of, unit_linears

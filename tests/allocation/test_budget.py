@@ -2,8 +2,8 @@ import math
 from typing import Any
 
 import pytest
-from families import FFN, LAYERS, tiny_config, tiny_model
 from jsonargparse import ArgumentParser
+from support.families import FFN, LAYERS, tiny_config, tiny_model
 
 from qpruner.allocation.budget import Budget, dense_weights, parse_bytes
 from qpruner.anatomy import architecture_of

@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 import torch
-from families import LAYERS, tiny_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.families import LAYERS, tiny_model
 
 from qpruner.adapters.lora import LoRAConfig, attach_adapters
 from qpruner.allocation.budget import Budget

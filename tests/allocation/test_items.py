@@ -3,7 +3,7 @@
 from typing import Any
 
 import pytest
-from families import LAYERS, tiny_model
+from support.families import LAYERS, tiny_model
 
 from qpruner.allocation.items import Item, items_of
 from qpruner.anatomy import architecture_of

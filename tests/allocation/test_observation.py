@@ -1,34 +1,22 @@
 import copy
 import math
-import threading
 import warnings
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
-from families import LAYERS, random_tokens, tiny_model
+from support.calibration import S, T, calibration, hooks_of, in_processes
+from support.families import LAYERS, random_tokens, tiny_model
 from torch import Tensor, nn
 
 from qpruner.allocation import observation
 from qpruner.allocation.mutual_information import MutualInformationConfig, mutual_information
 from qpruner.allocation.observation import layer_information, observe
-from qpruner.calibration.text import Calibration
 from qpruner.errors import UserError
-from qpruner.processes import Processes
 
-S, T = 6, 20
 CONFIG = MutualInformationConfig()
 FAMILIES = pytest.mark.parametrize("family", ["llama", "qwen2", "gemma2"])
 QUIET = pytest.mark.filterwarnings("ignore:In . of . layers most of the mutual information is chance")
-
-
-def calibration(size: int = 4, tokens: Tensor | None = None, **changes: Any) -> Calibration:
-    """Text in micro-batches of some sequences, of one process unless told."""
-    tokens = random_tokens(S, T) if tokens is None else tokens
-    return Calibration.share(tokens, replace(Processes.alone(), **changes), size * tokens.shape[1])
 
 
 def naive(model: Any) -> tuple[Tensor, Tensor]:
@@ -39,10 +27,6 @@ def naive(model: Any) -> tuple[Tensor, Tensor]:
         hidden = bare(input_ids=random_tokens(S, T), output_hidden_states=True, use_cache=False).hidden_states
         logits = model(input_ids=random_tokens(S, T), use_cache=False).logits
     return torch.stack(hidden[1:]).flatten(1, 2), logits.flatten(0, 1)
-
-
-def hooks_of(model: nn.Module) -> int:
-    return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())
 
 
 @FAMILIES
@@ -73,24 +57,6 @@ def test_information_is_that_of_each_layers_samples(family: str, estimator: Any,
     found = layer_information(model, calibration(), config)
     assert found == [mutual_information(outputs[number], predictions, config) for number in range(LAYERS)]
     assert len(set(found)) > 1
-
-
-def in_processes(count: int, size: int, act: Callable[[Calibration], Any]) -> list[Any]:
-    """What each of some processes finds, here threads that meet to sum."""
-    meet, brought = threading.Barrier(count, timeout=30), [torch.empty(0)] * count
-
-    def run(rank: int) -> Any:
-        def reduce(total: Tensor) -> Tensor:
-            brought[rank] = total.clone()
-            meet.wait()
-            result = torch.stack(brought).sum(0)
-            meet.wait()
-            return result
-
-        return act(calibration(size, world_size=count, rank=rank, reduce=reduce))
-
-    with ThreadPoolExecutor(count) as pool:
-        return list(pool.map(run, range(count)))
 
 
 @pytest.mark.parametrize(("size", "processes"), [(1, 2), (2, 2), (4, 2), (4, 3)])  # 4: two micro-batches, 4 and 2

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from families import LAYERS, random_tokens, tiny_model
-from test_observation import S, T, calibration, hooks_of, in_processes
+from support.calibration import S, T, calibration, hooks_of, in_processes
+from support.families import LAYERS, random_tokens, tiny_model
 from torch import Tensor
 
 from qpruner.allocation.items import Item, items_of

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from families import LAYERS, adapted, random_tokens, tiny_model
+from support.families import LAYERS, adapted, random_tokens, tiny_model
 from torch import Tensor, nn
 
 from qpruner.anatomy import FAMILIES, decoder_blocks, family_of

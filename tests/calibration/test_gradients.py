@@ -8,7 +8,7 @@ from typing import Any, get_args
 import pytest
 import torch
 import torch.nn.functional as F
-from families import random_tokens, tiny_model
+from support.families import random_tokens, tiny_model
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 

@@ -8,8 +8,7 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch import Callback
-from test_pruning import PRUNING, adapters, finetuner, fit
-from test_quantization import AtStart, logits
+from support.fits import PRUNING, AtStart, adapters, finetuner, fit, logits
 
 from qpruner.adapters.lora import LoRAConfig
 from qpruner.allocation.budget import Budget

@@ -5,10 +5,9 @@ from typing import Any
 
 import pytest
 import torch
-from families import tiny_model
 from lightning.pytorch import Callback, Trainer
-from test_pruning import PRUNING, finetuner, fit
-from test_quantization import logits
+from support.families import tiny_model
+from support.fits import PRUNING, finetuner, fit, logits
 
 from qpruner.anatomy import FAMILIES, architecture_of
 from qpruner.callbacks import LoRAGuidedPruning, MixedPrecisionQuantization, StructuredPruning

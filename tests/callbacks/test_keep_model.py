@@ -6,8 +6,7 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch import Callback, Trainer
-from test_pruning import PRUNING, adapters, finetuner, fit, trainer
-from test_quantization import logits
+from support.fits import PRUNING, adapters, finetuner, fit, logits, trainer
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
 from qpruner.adapter_files import has_initial_adapters, has_trained_adapters

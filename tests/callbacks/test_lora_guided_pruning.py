@@ -11,13 +11,26 @@ import pytest
 import torch
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.utilities import GradClipAlgorithmType
-from test_pruning import adapters, finetuner, trainer
-from test_quantization import logits
+from support.fits import adapters, finetuner, logits, trainer
+from support.guided_fits import (
+    ASKED,
+    EVENTS,
+    LAST,
+    SCHEDULE,
+    STEPS,
+    At,
+    fit,
+    guided,
+    kept_of,
+    masked_logits,
+    scores_of,
+    size_of_base,
+)
 from torch import Tensor, nn
 
 from qpruner.adapters.lora import LoRAConfig, adapter_on
 from qpruner.anatomy import decoder_layers
-from qpruner.callbacks import KeepModel, LoRAGuidedPruning, MixedPrecisionQuantization
+from qpruner.callbacks import MixedPrecisionQuantization
 from qpruner.callbacks.pruning_event import PruningEvent
 from qpruner.datamodules import StoriesDataModule
 from qpruner.datamodules.base import LoaderConfig
@@ -33,66 +46,8 @@ from qpruner.quantization.formats import dequantize, quantize
 from qpruner.quantization.packed import PackedLinear
 from qpruner.training.module import LoRAFinetuner
 
-STEPS, EVENTS, LAST = 10, [2, 4, 6, 8], 8
-SCHEDULE = CubicSchedule(warmup=0.1, cooldown=0.2, every_n_steps=2)
-"""Between steps 1 and `LAST` of `STEPS`; no score is asked for after that."""
-RATIO, ASKED = 0.08, 6484
-"""One of two KV groups and 18 of 48 channels in each layer; 81,056 parameters in all."""
 HALF_A_STEP = 96
 """A channel of 96 parameters in each of two layers."""
-
-
-def guided(**changes: Any) -> LoRAGuidedPruning:
-    return LoRAGuidedPruning(**{"ratio": RATIO, "schedule": SCHEDULE} | changes)
-
-
-def fit(
-    module: LoRAFinetuner,
-    data: StoriesDataModule,
-    *callbacks: Callback,
-    steps: int = STEPS,
-    clip: float | None = None,
-    accumulate: int = 1,
-    path: Path | None = None,
-) -> LoRAFinetuner:
-    if module.kept_in is not None:
-        callbacks = *callbacks, KeepModel(module.kept_in, module.kept_in)
-    running = trainer(*callbacks, steps=steps)
-    running.gradient_clip_val, running.accumulate_grad_batches = clip, accumulate
-    running.fit(module, datamodule=data, ckpt_path=path, weights_only=True)
-    return module
-
-
-def kept_of(module: LoRAFinetuner) -> Kept:
-    assert module.plan is not None
-    return [([*layer.kv_groups], [*layer.ffn_channels]) for layer in module.plan.layers]
-
-
-def scores_of(pruning: LoRAGuidedPruning) -> list[Tensor]:
-    return [scores for one in pruning._average.scores for scores in (one.kv_groups, one.ffn_channels)]
-
-
-def size_of_base(module: LoRAFinetuner) -> int:
-    with_adapters = module.model.get_base_model()
-    return num_parameters(with_adapters) - sum(t.numel() for t in adapters(module).values())
-
-
-class At(Callback):
-    """Calls a function with what a hook is given, trainer and module first, and keeps what it gives."""
-
-    def __init__(self, hook: str, look: Callable[..., Any]) -> None:
-        self.seen: list[Any] = []
-
-        def call(*given: Any) -> None:
-            self.seen.append(look(*given))
-
-        setattr(self, hook, call)
-
-
-def masked_logits(trainer: Trainer, module: LoRAFinetuner) -> Tensor:
-    found = logits(module.model)
-    module.model.train()
-    return found
 
 
 # What a fit does.

@@ -8,20 +8,8 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch import Callback, Trainer
-from test_lora_guided_pruning import (
-    EVENTS,
-    LAST,
-    STEPS,
-    At,
-    fit,
-    guided,
-    kept_of,
-    masked_logits,
-    scores_of,
-    size_of_base,
-)
-from test_pruning import adapters, finetuner
-from test_quantization import Losses, logits
+from support.fits import Losses, adapters, finetuner, logits
+from support.guided_fits import EVENTS, LAST, STEPS, At, fit, guided, kept_of, masked_logits, scores_of, size_of_base
 
 from qpruner.adapter_files import has_trained_adapters
 from qpruner.callbacks import KeepModel, LoRAGuidedPruning, MixedPrecisionQuantization, RunCheckpoint

@@ -7,9 +7,8 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch import Callback, Trainer
-from test_lora_guided_pruning import At, fit, guided, masked_logits
-from test_pruning import finetuner, trainer
-from test_quantization import logits
+from support.fits import finetuner, logits, trainer
+from support.guided_fits import At, fit, guided, masked_logits
 
 from qpruner.adapters.lora import LoRAConfig
 from qpruner.callbacks import MixedPrecisionQuantization, StructuredPruning

@@ -7,12 +7,13 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch import Callback, Trainer
+from support.fits import PRUNING, adapters, finetuner, fit, trainer
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
 from qpruner.adapters.lora import LoRAConfig
 from qpruner.anatomy import architecture_of, decoder_layers
 from qpruner.calibration.text import CalibrationConfig
-from qpruner.callbacks import KeepModel, PlannedPruning, RunCheckpoint, StructuredPruning
+from qpruner.callbacks import PlannedPruning, RunCheckpoint, StructuredPruning
 from qpruner.datamodules import StoriesDataModule
 from qpruner.errors import UserError
 from qpruner.memory import num_parameters
@@ -21,40 +22,6 @@ from qpruner.plan import CompressionPlan
 from qpruner.pretrained import EMBEDDED, load_model, load_tokenizer
 from qpruner.pruning.selection import SelectionConfig
 from qpruner.training.module import LoRAFinetuner
-from qpruner.training.optimization import OptimizerConfig
-
-PRUNING: dict[str, Any] = {"ratio": 0.05, "calibration": CalibrationConfig(num_sequences=6, length=8)}
-
-
-def finetuner(base: Path, **changes: Any) -> LoRAFinetuner:
-    options = {"lora": LoRAConfig(r=2), "optimizer": OptimizerConfig(lr=0.01, schedule="constant")}
-    return LoRAFinetuner(base=str(base), seed=3, **options | changes)
-
-
-def trainer(*callbacks: Callback, steps: int = 2, precision: Any = "32-true") -> Trainer:
-    return Trainer(
-        accelerator="cpu",
-        precision=precision,
-        max_steps=steps,
-        limit_val_batches=0,
-        logger=False,
-        enable_checkpointing=any(isinstance(callback, RunCheckpoint) for callback in callbacks),
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        use_distributed_sampler=False,
-        callbacks=list(callbacks),
-    )
-
-
-def fit(module: LoRAFinetuner, data: StoriesDataModule, *callbacks: Callback, **options: Any) -> LoRAFinetuner:
-    if module.kept_in is not None:
-        callbacks = *callbacks, KeepModel(module.kept_in, module.kept_in)
-    trainer(*callbacks, **options).fit(module, datamodule=data)
-    return module
-
-
-def adapters(module: LoRAFinetuner) -> dict[str, torch.Tensor]:
-    return {name: p.detach().clone() for name, p in module.named_parameters() if p.requires_grad}
 
 
 def test_the_fit_trains_adapters_of_the_narrow_shapes_on_slices_of_the_dense_weights(

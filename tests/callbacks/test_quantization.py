@@ -1,13 +1,12 @@
 """Which bits a fit gets, where its adapters start, and what is left for later sessions."""
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from lightning.pytorch import Callback, Trainer
-from test_pruning import PRUNING, adapters, finetuner, fit, trainer
+from support.fits import PRUNING, AtStart, Losses, adapters, finetuner, fit, logits, trainer
 
 from qpruner.adapters.lora import LoRAConfig
 from qpruner.callbacks import KeepModel, MixedPrecisionQuantization, RunCheckpoint, StructuredPruning
@@ -26,32 +25,6 @@ MIXED: Any = [{"qkv": 4, "o": 8, "gate_up": 16, "down": 4}, {"qkv": 16, "o": 4, 
 
 def mixed(**changes: Any) -> tuple[StructuredPruning, MixedPrecisionQuantization]:
     return StructuredPruning(**PRUNING), MixedPrecisionQuantization(**{"bits": MIXED} | changes)
-
-
-def logits(model: Any) -> torch.Tensor:
-    tokens = torch.arange(18).view(2, 9)
-    with torch.no_grad():
-        return model.eval()(input_ids=tokens).logits
-
-
-class Losses(Callback):
-    """The loss of every training step."""
-
-    def __init__(self) -> None:
-        self.values: list[float] = []
-
-    def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, *args: Any) -> None:
-        self.values.append(float(outputs["loss"]))
-
-
-class AtStart(Callback):
-    """Runs a function before the first step."""
-
-    def __init__(self, look: Callable[[Any], Any]) -> None:
-        self.look, self.seen = look, None
-
-    def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
-        self.seen = self.look(pl_module)
 
 
 # Bits.

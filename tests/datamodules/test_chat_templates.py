@@ -2,8 +2,8 @@
 
 from typing import Any
 
-import chat_formats as formats
 import pytest
+from support import chat_formats as formats
 
 from qpruner.datamodules.chat_templates import lay_out
 from qpruner.datamodules.messages import Conversation, Part, Unusable

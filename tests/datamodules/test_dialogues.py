@@ -1,7 +1,7 @@
 from typing import Any
 
-import chat_formats as formats
 import pytest
+from support import chat_formats as formats
 
 from qpruner.datamodules.dialogues import Dialogue, to_dialogue
 from qpruner.errors import UserError

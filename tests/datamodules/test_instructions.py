@@ -2,9 +2,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-import chat_formats as formats
 import pytest
 import torch
+from support import chat_formats as formats
 from tokenizers import AddedToken, processors
 
 from qpruner.datamodules import InstructionDataModule

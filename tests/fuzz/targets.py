@@ -15,9 +15,9 @@ import pyarrow
 import pyarrow.parquet
 import torch
 import yaml
-from families import KEPT, adapted, logits_of, tiny_config, tiny_model
 from lightning.pytorch import Trainer
 from mutations import BYTES, damage_file, damaged_tree, entries
+from support.families import KEPT, adapted, logits_of, tiny_config, tiny_model
 
 from qpruner.adapter_files import save_adapters
 from qpruner.adapters.lora import LoRAConfig

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from families import FFN, LAYERS, packed, tiny_model
+from support.families import FFN, LAYERS, packed, tiny_model
 
 from qpruner.anatomy import architecture_of
 from qpruner.errors import UserError

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 import torch
-from families import KEPT, adapted, logits_of, random_tokens, tiny_model
+from support.families import KEPT, adapted, logits_of, random_tokens, tiny_model
 from torch import Tensor
 
 from qpruner.adapters.lora import LoRAConfig, adapter_on, attach_adapters, detach_adapters, set_factors_

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 import torch
-from families import KEPT, logits_of, packed, tiny_model
+from support.families import KEPT, logits_of, packed, tiny_model
 from torch import nn
 
 from qpruner.anatomy import FAMILIES, architecture_of, by_linear, decoder_layers

@@ -4,7 +4,7 @@ from typing import Any, get_args
 
 import pytest
 import torch
-from families import random_tokens, tiny_model
+from support.families import random_tokens, tiny_model
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 

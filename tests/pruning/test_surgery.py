@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 import torch
-from families import KEPT, VOCAB, logits_of, random_tokens, tiny_config, tiny_model
+from support.families import KEPT, VOCAB, logits_of, random_tokens, tiny_config, tiny_model
 from torch import Tensor
 
 from qpruner.anatomy import FAMILIES, architecture_of, decoder_blocks, decoder_layers

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 import torch
-from families import adapted, packed, random_tokens, tiny_model
+from support.families import adapted, packed, random_tokens, tiny_model
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 

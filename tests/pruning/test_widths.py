@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from families import HIDDEN, KEPT, logits_of, tiny_config, tiny_model
+from support.families import HIDDEN, KEPT, logits_of, tiny_config, tiny_model
 from transformers import AutoModelForCausalLM
 
 from qpruner.anatomy import FAMILIES, architecture_of

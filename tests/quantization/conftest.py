@@ -1,5 +1,5 @@
 import pytest
-from linears import PRECISIONS
+from support.linears import PRECISIONS
 
 from qpruner.plan import Precision
 

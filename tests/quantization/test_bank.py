@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 import torch
-from families import LAYERS, logits_of
 from safetensors import safe_open
-from test_apply import WIDE, equal, pruned, settings
+from support.families import LAYERS, logits_of
+from support.quantized import WIDE, equal, pruned, settings
 
 from qpruner.errors import UserError
 from qpruner.files import hash_json

@@ -1,7 +1,7 @@
 import bitsandbytes as bnb
 import pytest
 import torch
-from linears import Chain, lora_gradients, random_linear, with_lora
+from support.linears import Chain, lora_gradients, random_linear, with_lora
 from torch import Tensor, nn
 
 from qpruner.plan import Precision

@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 import torch
-from families import FAMILIES, HIDDEN, LAYERS, VOCAB, logits_of, random_tokens, tiny_config, tiny_model
 from lightning.pytorch import Trainer
 from safetensors.torch import load_file
+from support.families import FAMILIES, HIDDEN, LAYERS, VOCAB, logits_of, random_tokens, tiny_config, tiny_model
 from torch import Tensor, nn
 
 from qpruner.adapters.lora import LoRAConfig, attach_adapters

@@ -4,7 +4,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from linears import PRECISIONS, Chain, lora_gradients, random_linear, with_lora
+from support.linears import PRECISIONS, Chain, lora_gradients, random_linear, with_lora
 from torch import Tensor, nn
 
 from qpruner.errors import UserError

@@ -2,7 +2,7 @@ import copy
 
 import pytest
 import torch
-from linears import Chain, random_linear, with_lora
+from support.linears import Chain, random_linear, with_lora
 from torch import nn
 
 from qpruner.plan import Precision

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 import torch
-from families import FAMILIES, LAYERS, adapted, logits_of, tiny_model
+from support.families import FAMILIES, LAYERS, adapted, logits_of, tiny_model
 from torch import nn
 
 from qpruner.anatomy import architecture_of

@@ -3,8 +3,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from linears import PRECISIONS
 from safetensors.torch import load_file, save_file
+from support.linears import PRECISIONS
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 

@@ -7,8 +7,8 @@ from typing import Any
 import peft
 import pytest
 import torch
-from families import VOCAB, logits_of, random_tokens, tiny_model
-from linears import random_linear
+from support.families import VOCAB, logits_of, random_tokens, tiny_model
+from support.linears import random_linear
 from torch import Tensor, nn
 
 from qpruner.anatomy import architecture_of

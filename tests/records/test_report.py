@@ -9,7 +9,6 @@ from torch.utils.tensorboard import SummaryWriter
 from qpruner.errors import UserError
 from qpruner.records.folder import RunFolder
 from qpruner.records.report import Stage, Summary, protocol_line, scalars, table, write_report
-from qpruner.records.tables import markdown_table
 
 SUMMARY = Summary(
     finished=True,
@@ -29,10 +28,6 @@ def test_table_by_hand() -> None:
     assert lines[2] == ["dense", "1,000", "4,000", "-", "3.142", "-", "50.0%", "1.2 s", "-", "3 MiB"]
     assert lines[3] == ["recovered", "1,010", "4,040", "4.50", "-", "-", "-", "60.0 s", "7 MiB", "-"]
     assert len({len(line) for line in table(SUMMARY).splitlines()}) == 1
-
-
-def test_markdown_table_is_aligned_and_numbers_stand_right() -> None:
-    assert markdown_table(["a", "num"], [["bb", "1"]]) == "| a  | num |\n|----|----:|\n| bb |   1 |"
 
 
 def test_summary_round_trip(tmp_path: Path) -> None:

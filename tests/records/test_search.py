@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from support.figures import cells, curves, tick_labels
 
 from qpruner.errors import UserError
 from qpruner.records.folder import RunFolder
@@ -13,9 +14,11 @@ from qpruner.records.search import (
     Proposer,
     SearchResults,
     Tried,
+    front_figure,
     pareto_front,
     proposed_by,
     ranked,
+    trials_figure,
     variants_table,
     write_search_report,
 )
@@ -100,7 +103,25 @@ def test_the_report_names_front_failures_and_pictures(tmp_path: Path) -> None:
     assert f"{tried_once}. {proposed_by(RESULTS)}" in report  # the trials above all have the same choices
     assert "beats in both loss and bytes: trial 2, trial 1, trial 8; in `plans/`" in report
     for picture in (folder.trials_picture, folder.pareto_picture):
-        assert picture.stat().st_size > 5000 and f"]({picture.name})" in report
+        assert picture.exists() and f"]({picture.name})" in report
+
+
+def test_the_picture_of_trials_shows_losses_the_best_so_far_and_the_bits_of_items() -> None:
+    above, below = trials_figure(RESULTS).axes
+    losses, best = curves(above).values()
+    assert losses == list(enumerate([2.0, 2.5, 2.5, 2.1, 2.5, 2.6, 1.5]))
+    assert best == list(enumerate([2.0, 2.0, 2.0, 2.0, 2.0, 2.0, 1.5]))
+    assert cells(below) == [[4] * 7, [8] * 7]
+    assert tick_labels(below.yaxis) == ["layer 0", "layer 1"]
+    assert tick_labels(below.xaxis) == ["1", "2", "4", "5", "6", "7", "8"]  # the third failed
+
+
+def test_the_picture_of_the_front_shows_all_trials_the_front_and_what_nobody_searched_for() -> None:
+    (axes,) = front_figure(RESULTS).axes
+    trials, *named = curves(axes).values()
+    assert trials == [(one.num_bytes, one.loss) for one in TRIALS]
+    assert named == [[(400, 2.5), (500, 2.0), (700, 1.5)], [(1400, 2.0)]]
+    assert list(curves(axes))[1:] == ["front", "uniform"]
 
 
 def test_a_plan_that_failed_for_some_seeds_does_not_win() -> None:

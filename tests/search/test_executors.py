@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from toys import Toy, Unpreparable
+from support import environment
+from support.toys import Toy, Unpreparable
 
 from qpruner.errors import UserError
 from qpruner.search import cluster
@@ -222,9 +223,14 @@ def test_workers_that_die_while_they_prepare_themselves_end_the_search() -> None
 @pytest.mark.parametrize("how", ["SIGKILL", "SIGINT", "SIGTERM"])
 def test_workers_end_with_the_search_however_it_ends(how: str) -> None:
     """While each is at a trial that never answers."""
-    here = Path(__file__)
-    script = [sys.executable, str(here.with_name("hanging_search.py"))]
-    search = subprocess.Popen(script, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    search = subprocess.Popen(
+        [sys.executable, "-m", "support.hanging_search"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        env=environment(),
+    )
     assert search.stdout is not None
     pids = [int(pid) for pid in search.stdout.readline().split()]
     assert len(pids) == 2 and all(is_alive(pid) for pid in pids)
@@ -252,15 +258,12 @@ def is_alive(pid: int) -> bool:
 def test_a_script_without_a_main_part_is_told_so(tmp_path: Path) -> None:
     script = tmp_path / "search.py"
     script.write_text(
-        "from toys import Toy\n"
+        "from support.toys import Toy\n"
         "from qpruner.search.executors import ExecutorConfig, make_executor\n"
         "with make_executor(ExecutorConfig('processes'), Toy()):\n"
         "    pass\n"
     )
-    path = f"{Path(__file__).parent}:{os.environ.get('PYTHONPATH', '')}"
-    ran = subprocess.run(
-        [sys.executable, str(script)], capture_output=True, text=True, env=os.environ | {"PYTHONPATH": path}
-    )
+    ran = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, env=environment())
     assert ran.returncode == 1
     assert "let the search stand under: if __name__ == '__main__'" in ran.stderr.splitlines()[-1]
 

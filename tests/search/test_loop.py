@@ -11,33 +11,20 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from killed_search import IN_A_TRIAL, MOMENTS, NUM_TRIALS, WORKERS, key_of, loss_of, make_optimizer
-from toys import Toy, quadratic
+from support import environment
+from support.killed_search import IN_A_TRIAL, MOMENTS, NUM_TRIALS, WORKERS, key_of, loss_of, make_optimizer
+from support.toys import Counting, Toy, quadratic
 
 from qpruner.errors import UserError
 from qpruner.search.executors import ExecutorConfig, make_executor
 from qpruner.search.ledger import Key, Ledger, TrialRecord
 from qpruner.search.loop import Judge, run_trials
-from qpruner.search.workers import Executor, Outcome, SerialExecutor
+from qpruner.search.workers import Executor, Outcome
 
 
 @pytest.fixture(autouse=True)
 def _no_waiting_for_the_disk(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "fsync", lambda file: None)
-
-
-class Counting(SerialExecutor):
-    """Runs in this process, and knows what it ran; backwards, when asked for."""
-
-    def __init__(self, backwards: bool = False) -> None:
-        super().__init__(Toy().prepare())
-        self.ran: list[list[Any]] = []
-        self.backwards = backwards
-
-    def run(self, keys: Sequence[Key]) -> Iterator[tuple[int, Outcome]]:
-        self.ran += [key["choices"] for key in keys]
-        found = list(super().run(keys))
-        yield from reversed(found) if self.backwards else found
 
 
 class Scripted:
@@ -236,8 +223,8 @@ def test_a_ledger_that_does_not_fit_is_refused(
 @pytest.fixture(scope="module")
 def killed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("killed")
-    script = Path(__file__).with_name("killed_search.py")
-    done = subprocess.run([sys.executable, script, folder], capture_output=True, text=True, timeout=120)
+    script = [sys.executable, "-m", "support.killed_search", str(folder)]
+    done = subprocess.run(script, capture_output=True, text=True, timeout=120, env=environment())
     assert done.returncode == 0, done.stderr
     return folder
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_search import TEXT, finetuner, predictions, pruning, quantization, stories_of
+from support.searches import TEXT, finetuner, predictions, pruning, quantization, stories_of
 
 from qpruner.allocation.budget import Budget
 from qpruner.allocation.decision import Allocation, DecidingConfig

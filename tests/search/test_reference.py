@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_search import predictions, stories_of
+from support.searches import predictions, stories_of
 
 from qpruner.pretrained import load_model
 from qpruner.processes import Processes

@@ -10,8 +10,8 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
-import odd_optimizers
 import pytest
+from support import odd_optimizers
 
 from qpruner.allocation.solving import Choice
 from qpruner.errors import UserError

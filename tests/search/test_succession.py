@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from test_loop import Counting
+from support.toys import Counting
 
 from qpruner.allocation.solving import Choice
 from qpruner.errors import UserError

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 from lightning.pytorch.callbacks import EarlyStopping
-from tiny_search import finetuner, pruning, quantization, search_of, stories_of, trainer
+from support.searches import finetuner, pruning, quantization, search_of, stories_of, trainer
 
 from qpruner.callbacks import LoRAGuidedPruning
 from qpruner.callbacks.compression import CompressionInSetup

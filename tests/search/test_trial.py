@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_search import finetuner, predictions, pruning, quantization, search_of, stories_of, trainer
+from support.searches import finetuner, predictions, pruning, quantization, search_of, stories_of, trainer
 
 from qpruner.adapters.lora import LoRAConfig
 from qpruner.allocation.budget import Budget

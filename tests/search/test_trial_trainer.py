@@ -15,7 +15,7 @@ from lightning.pytorch.callbacks import (
     RichProgressBar,
 )
 from lightning.pytorch.plugins import MixedPrecision
-from tiny_search import pruning, quantization, trainer
+from support.searches import pruning, quantization, trainer
 
 from qpruner.errors import UserError
 from qpruner.search.trial_trainer import CARRIED, REFUSED, WITHOUT_EFFECT, TrialTrainer, check_options

@@ -4,7 +4,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import test_cli
 import torch
 import yaml
 from lightning.pytorch import Callback, Trainer
@@ -18,8 +17,6 @@ from qpruner.records.folder import RunFolder
 from qpruner.training.compressible import CompressibleModule
 from qpruner.training.preflight import check_monitored, class_refused
 
-config = test_cli.config
-arguments = test_cli.arguments
 LIGHTNING = "lightning.pytorch."
 
 

@@ -7,14 +7,15 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from gradients_of_a_step import finetuner, ragged_rows, write_gradients
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import GradientAccumulationScheduler
+from support import TESTS
+from support.gradients_of_a_step import finetuner, ragged_rows, write_gradients
 
 from qpruner.datamodules import StoriesDataModule
 from qpruner.errors import UserError
 
-SCRIPT = Path(__file__).with_name("gradients_of_a_step.py")
+SCRIPT = TESTS / "support" / "gradients_of_a_step.py"
 WAYS = {"one batch": (1, 16, 1), "accumulated": (1, 4, 4), "an epoch too short": (1, 4, 8), "two ranks": (2, 4, 2)}
 """Ranks, rows of a micro-batch, micro-batches to a step."""
 

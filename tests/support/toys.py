@@ -3,12 +3,14 @@
 import math
 import os
 import time
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from qpruner.errors import UserError
-from qpruner.search.workers import Trial
+from qpruner.search.ledger import Key
+from qpruner.search.workers import Outcome, SerialExecutor, Trial
 
 
 def quadratic(key: dict[str, Any]) -> dict[str, Any]:
@@ -72,3 +74,17 @@ class Unpreparable:
             raise OSError("disk on fire")
         except OSError as error:
             raise (UserError if self.how == "user" else RuntimeError)("There is no bank.") from error
+
+
+class Counting(SerialExecutor):
+    """Runs in this process, and knows what it ran; backwards, when asked for."""
+
+    def __init__(self, backwards: bool = False) -> None:
+        super().__init__(Toy().prepare())
+        self.ran: list[list[Any]] = []
+        self.backwards = backwards
+
+    def run(self, keys: Sequence[Key]) -> Iterator[tuple[int, Outcome]]:
+        self.ran += [key["choices"] for key in keys]
+        found = list(super().run(keys))
+        yield from reversed(found) if self.backwards else found

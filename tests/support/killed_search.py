@@ -1,4 +1,4 @@
-"""Searches that are killed, as a power cut would, and go on: ``killed_search.py FOLDER``.
+"""Searches that are killed, as a power cut would, and go on: ``-m support.killed_search FOLDER``.
 
 For each of the `MOMENTS` a search in a process of its own writes ``FOLDER/MOMENT.jsonl`` and dies; its ledger at that
 time is kept as ``.cut``, and another process goes on. One import of the libraries serves them all.
@@ -14,11 +14,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from toys import Toy
-
 from qpruner.search.executors import ExecutorConfig, make_executor
 from qpruner.search.ledger import Ledger
 from qpruner.search.loop import Judge, run_trials
+from support.toys import Toy
 
 NUM_TRIALS, WORKERS = 14, 2
 MOMENTS = (

@@ -1,0 +1,44 @@
+"""Calibration text of random tokens, shared by processes, and hooks that nobody took away."""
+
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qpruner.calibration.text import Calibration
+from qpruner.processes import Processes
+from support.families import random_tokens
+
+S, T = 6, 20
+
+
+def calibration(size: int = 4, tokens: Tensor | None = None, **changes: Any) -> Calibration:
+    """Text in micro-batches of some sequences, of one process unless told."""
+    tokens = random_tokens(S, T) if tokens is None else tokens
+    return Calibration.share(tokens, replace(Processes.alone(), **changes), size * tokens.shape[1])
+
+
+def hooks_of(model: nn.Module) -> int:
+    return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())
+
+
+def in_processes(count: int, size: int, act: Callable[[Calibration], Any]) -> list[Any]:
+    """What each of some processes finds, here threads that meet to sum."""
+    meet, brought = threading.Barrier(count, timeout=30), [torch.empty(0)] * count
+
+    def run(rank: int) -> Any:
+        def reduce(total: Tensor) -> Tensor:
+            brought[rank] = total.clone()
+            meet.wait()
+            result = torch.stack(brought).sum(0)
+            meet.wait()
+            return result
+
+        return act(calibration(size, world_size=count, rank=rank, reduce=reduce))
+
+    with ThreadPoolExecutor(count) as pool:
+        return list(pool.map(run, range(count)))

@@ -1,0 +1,74 @@
+"""Files that are whole or not there, mistakes that name them, and hashes."""
+
+import hashlib
+import json
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from pathlib import Path
+
+import pytest
+
+from qpruner.errors import UserError
+from qpruner.files import hash_file, hash_json, read_json, reading, replacing, replacing_folder, write_json
+
+
+def cut_off(place: AbstractContextManager[Path], begin: Callable[[Path], object]) -> None:
+    """After half of the work."""
+    with place as temporary:
+        begin(temporary)
+        raise InterruptedError
+
+
+def test_a_file_takes_the_place_of_another_whole_or_not_at_all(tmp_path: Path) -> None:
+    path = tmp_path / "a.txt"
+    with replacing(path) as temporary:
+        temporary.write_text("old")
+        assert not path.exists()
+    with pytest.raises(InterruptedError):
+        cut_off(replacing(path), lambda temporary: temporary.write_text("ne"))
+    assert path.read_text() == "old" and [*tmp_path.iterdir()] == [path]
+
+
+def test_a_folder_takes_the_place_of_another_whole_or_not_at_all(tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    (folder / "deep").mkdir(parents=True)
+    (folder / "deep" / "old.txt").write_text("old")
+    with pytest.raises(InterruptedError):
+        cut_off(replacing_folder(folder), Path.mkdir)
+    assert (folder / "deep" / "old.txt").read_text() == "old"
+    (tmp_path / ".model.tmp").mkdir()  # as a process that was killed leaves it
+    (tmp_path / ".model.tmp" / "half.txt").write_text("ha")
+    with replacing_folder(folder) as temporary:
+        temporary.mkdir()
+        (temporary / "new.txt").write_text("new")
+    assert [path.name for path in folder.iterdir()] == ["new.txt"] and [*tmp_path.iterdir()] == [folder]
+
+
+def test_json_comes_back_and_its_mistakes_name_file_and_remedy(tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+    write_json(path, {"ä": [1, None]})
+    assert read_json(path) == {"ä": [1, None]} and "ä" in path.read_text(encoding="utf-8")
+    path.write_text("{")
+    with pytest.raises(UserError, match=r"^Cannot read '.*a.json': .*Make it again\.$"):
+        read_json(path, remedy="Make it again.")
+    with pytest.raises(UserError, match=r"Cannot read '.*b.json': .*Restore the file\.$"):
+        read_json(tmp_path / "b.json")
+
+
+def test_what_is_wrong_with_what_was_read_is_told_with_the_file(tmp_path: Path) -> None:
+    with (
+        pytest.raises(UserError, match=r"^'.*a': bits must be a number\. Mend it\.$"),
+        reading(tmp_path / "a", "Mend it."),
+    ):
+        raise UserError("bits must be a number.")
+    with pytest.raises(UserError, match="KeyError: 'bits'"), reading(tmp_path, "Mend it.", errors=(KeyError,)):
+        raise KeyError("bits")
+    with pytest.raises(KeyError), reading(tmp_path, "Mend it."):  # ours, not the file's
+        raise KeyError("bits")
+
+
+def test_hashes_are_of_bytes_and_of_data_whatever_its_order(tmp_path: Path) -> None:
+    (tmp_path / "a").write_bytes(b"abc")
+    assert hash_file(tmp_path / "a") == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
+    assert hash_json({"b": 1, "a": [2]}) == hash_json({"a": [2], "b": 1}) != hash_json({"a": [2], "b": 2})
+    assert hash_json({"a": 1}) == hashlib.sha256(json.dumps({"a": 1}).encode()).hexdigest()
