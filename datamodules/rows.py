@@ -10,12 +10,14 @@ from typing import NotRequired, TypedDict
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from qpruner.likelihood import IGNORED
 
 FILLER = -1  # the number of an example that only keeps the ranks in step
+SHORT, STEP = 64, 16  # tokens up to which a batch is as wide as its longest row, and of whose multiples it is beyond
 
 
 class Batch(TypedDict):
@@ -93,6 +95,11 @@ class TokenRows:
         return self.offsets.diff()
 
     @cached_property
+    def longest(self) -> int:
+        """Tokens of the longest row, beyond which a model may know no positions."""
+        return int(self.lengths.max()) if len(self) else 0
+
+    @cached_property
     def scored_tokens(self) -> Tensor:
         """Targets in each row, without its first token, which nothing predicts."""  # [R] int64
         counts = torch.zeros(len(self), dtype=torch.int64)
@@ -110,7 +117,11 @@ class TokenRows:
         return int(self.scored_tokens.sum())
 
     def pad(self, indices: Sequence[int], pad_token: int) -> Batch:
-        """The rows with these numbers as a batch; a `FILLER` or an empty row becomes one unscored token."""
+        """The rows with these numbers as a batch; a `FILLER` or an empty row becomes one unscored token.
+
+        Long batches get one of few widths: for each shape that matrices have, oneDNN compiles kernels of its own and
+        keeps them, and the heap falls to pieces that fit no other.
+        """
         bounds = [self.offsets[i : i + 2].tolist() if i != FILLER else (0, 0) for i in indices]
         rows = [slice(first, last) if first < last else slice(0, 0) for first, last in bounds]
         nothing = torch.tensor([pad_token])
@@ -125,13 +136,24 @@ class TokenRows:
             int(self.num_bytes[row][label != IGNORED].sum()) if row.stop else 0
             for row, label in zip(rows, labels, strict=True)
         ]
+        longest = max(map(len, input_ids))
+        missing = max(0, min(round_up(longest), self.longest) - longest)
+
+        def together(parts: Sequence[Tensor], value: int) -> Tensor:
+            return F.pad(pad_sequence(parts, batch_first=True, padding_value=value), (0, missing), value=value)
+
         return Batch(
-            input_ids=pad_sequence(input_ids, batch_first=True, padding_value=pad_token),
-            attention_mask=pad_sequence([torch.ones_like(ids) for ids in input_ids], batch_first=True),
-            labels=pad_sequence(labels, batch_first=True, padding_value=IGNORED),
+            input_ids=together(input_ids, pad_token),
+            attention_mask=together([torch.ones_like(ids) for ids in input_ids], 0),
+            labels=together(labels, IGNORED),
             num_bytes=torch.tensor(num_bytes),
             example=torch.tensor(list(indices)),
         )
+
+
+def round_up(length: int) -> int:
+    """The width of a batch whose longest row has a number of tokens: long ones are multiples of `STEP`."""
+    return length if length <= SHORT else -(-length // STEP) * STEP
 
 
 @dataclass(frozen=True)

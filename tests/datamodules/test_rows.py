@@ -96,3 +96,14 @@ def test_a_row_is_cut_joined_and_asked_for_its_end() -> None:
         [20, 3, 100, 7],
     ]
     assert (both.ends_with(4), both.ends_with(8), both[:0].ends_with(4)) == (True, False, False)
+
+
+def test_long_batches_have_few_widths_none_beyond_the_longest_row() -> None:
+    lengths = (1, 64, 65, 80, 81, 99, 200)
+    rows = TokenRows.of(row([1] * length, [1] * length, [1] * length) for length in lengths)
+    widths = [rows.pad([number], PAD)["input_ids"].shape[1] for number in range(len(lengths))]
+    assert widths == [1, 64, 80, 80, 96, 112, 200]
+    alone, wide = rows.pad([4], PAD), rows.pad([4, 6], PAD)
+    for batch in (alone, wide):
+        assert batch["attention_mask"][0].tolist() == [1] * 81 + [0] * (batch["input_ids"].shape[1] - 81)
+        assert (batch["input_ids"][0, 81:] == PAD).all() and (batch["labels"][0, 81:] == -100).all()
