@@ -15,7 +15,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from qpruner.allocation.decision import Allocation
 from qpruner.allocation.sensitivities import Sensitivities
 from qpruner.commands import run
+from qpruner.compressed import State
 from qpruner.errors import UserError
+from qpruner.folder_manifest import read_manifest
 from qpruner.plan import CompressionPlan
 from qpruner.records.allocation_report import sentence
 from qpruner.records.folder import RunFolder
@@ -84,7 +86,7 @@ def test_a_run_records_what_its_budget_bought(
 def test_killed_and_repeated_equals_uninterrupted(
     config: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With the bank full, and with the sensitivities written before the base is kept; each is made once."""
+    """With the bank full, and with the sensitivities written before the quantized base takes the pruned one's place."""
     monkeypatch.setenv("OMP_NUM_THREADS", "1")  # as here: more threads add in another order
     path = tmp_path / "config.yaml"
     path.write_text(yaml.safe_dump(config))
@@ -96,7 +98,8 @@ def test_killed_and_repeated_equals_uninterrupted(
         found = {part: getattr(pieces, part).exists() for part in ("bank", "sensitivities", "allocation", "model")}
         there.append([part for part, exists in found.items() if exists])
         made.append({file.name: file.stat().st_mtime_ns for file in pieces.bank.iterdir()})
-    assert there == [["bank"], ["bank", "sensitivities", "allocation"]]
+        assert read_manifest(pieces.model)["state"] == State.PRUNED
+    assert there == [["bank", "model"], ["bank", "sensitivities", "allocation", "model"]]
     assert made[0] == made[1] and len(made[0]) == 2
     written = pieces.sensitivities.stat().st_mtime_ns
     run(["fit", "--config", str(path)])
