@@ -4,19 +4,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import test_allocated_runs
-import test_pruned_runs
 import torch
 import yaml
-from test_pruned_runs import TESTS, adapters, command
-from test_quantized_runs import stages
+from support.forks import in_fork
+from support.runs import KILL_AT, adapters, stages
 
 from qpruner.commands import run
 from qpruner.records.folder import RunFolder
 from qpruner.records.report import scalars
 
-config_that_prunes = test_pruned_runs.config
-config_that_allocates = test_allocated_runs.config
 SCHEDULE = {"warmup": 0.0, "cooldown": 0.2, "every_n_steps": 2}
 
 
@@ -25,7 +21,7 @@ def killed_and_repeated_equals_uninterrupted(config: dict[str, Any], folder: Pat
     path = folder / "config.yaml"
     path.write_text(yaml.safe_dump(config))
     for moment in moments:
-        killed = command(str(TESTS / "kill_at.py"), *moment.split(), "fit", "--config", str(path))
+        killed = in_fork(KILL_AT, *moment.split(), "fit", "--config", str(path))
         assert killed.returncode == -9, (moment, killed.stderr)
     run(["fit", "--config", str(path)])
     run(["fit", "--config", str(path), "--run.name", "whole"])
@@ -44,6 +40,19 @@ def killed_and_repeated_equals_uninterrupted(config: dict[str, Any], folder: Pat
         [row[key] for key in kept] for row in stages(whole.path)
     ]
     return pieces
+
+
+@pytest.fixture
+def config_that_allocates(config_that_prunes: dict[str, Any]) -> dict[str, Any]:
+    """Pruning, and bits by sensitivity."""
+    allocation = {
+        "allocation": "sensitivity",
+        "budget": {"average_bits": 7.2},
+        "deciding": {"calibration": {"num_sequences": 8, "length": 12, "batch_size": 2}},
+    }
+    quantization = {"class_path": "MixedPrecisionQuantization", "init_args": allocation}
+    config_that_prunes["trainer"]["callbacks"].append(quantization)
+    return config_that_prunes
 
 
 @pytest.fixture(autouse=True)
