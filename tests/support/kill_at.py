@@ -10,7 +10,7 @@ from typing import Any
 import lightning.fabric.plugins.io.torch_io as torch_io
 
 from qpruner import __main__ as command_line
-from qpruner import model_folder
+from qpruner import adapter_files, model_folder
 from qpruner.callbacks import bits_under_budget, checkpoint, pruning, quantization
 from qpruner.runs import fitting
 from qpruner.runs.phases import Phase
@@ -61,9 +61,9 @@ match moment:
     case "trial":
         trial.evaluate = at_call(int(number), trial.evaluate, die)
     case "keeping":
-        model_folder.entries_of = at_call(int(number), model_folder.entries_of, die)
+        model_folder.entries_of = adapter_files.entries_of = at_call(int(number), model_folder.entries_of, die)
     case "adapters":
-        model_folder._write_adapters = at_call(int(number), model_folder._write_adapters, die)
+        adapter_files._write_adapters = at_call(int(number), adapter_files._write_adapters, die)
     case "swapping":  # with the old folder gone and the new one not in its place
         os.replace = of_folders(at_call(int(number), os.replace, die))
     case "dropping":
