@@ -139,7 +139,7 @@ class TokenRows:
         longest = max(map(len, input_ids))
         missing = max(0, min(round_up(longest), self.longest) - longest)
 
-        def together(parts: Sequence[Tensor], value: int) -> Tensor:
+        def together(parts: list[Tensor], value: int) -> Tensor:
             return F.pad(pad_sequence(parts, batch_first=True, padding_value=value), (0, missing), value=value)
 
         return Batch(
