@@ -121,7 +121,8 @@ def noise(runs: list[Losses]) -> str:
 def sensitivities(given: argparse.Namespace) -> dict[str, list[float]]:
     """What each way to find sensitivities gives the blocks of the pruned model."""
     data = study_data(given, 0)
-    model, plan = pruned(given.base, given.ratio, data)
+    compressed = pruned(given.base, given.ratio, data)
+    model, plan = compressed.network, compressed.known_plan()
     tokens = data.calibration(given.sequences, 64)
     calibration = Calibration.share(tokens, Processes.alone(), batch_size=1024)
     by_method: dict[str, list[float]] = {}

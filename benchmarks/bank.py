@@ -43,7 +43,7 @@ def main() -> None:
         bank = fill(model, [NARROW, WIDE], settings, device=CPU)
     else:
         bank = fill_folder(
-            given.folder, model, [NARROW, WIDE], settings, plan=dense, device=CPU, rank=0, world_size=1,
+            given.folder, model, [NARROW, WIDE], settings, base="random", device=CPU, rank=0, world_size=1,
             barrier=lambda: None,
         )  # fmt: skip
     filling = time.perf_counter() - since

@@ -8,7 +8,6 @@ methods of allocation to. A row that is in the file already is not computed agai
 """
 
 import argparse
-from collections.abc import Mapping
 from contextlib import nullcontext
 from functools import cache, partial
 from itertools import product
@@ -18,16 +17,15 @@ from typing import Any
 import torch
 from studies import Row, add_arguments, complete, evaluated, recovery, study_data
 
-from qpruner.anatomy import architecture_of
 from qpruner.calibration.text import Calibration
+from qpruner.compressed import CompressedModel, State
 from qpruner.datamodules.base import TokenDataModule
-from qpruner.plan import UNITS, CompressionPlan, Precision
-from qpruner.pretrained import load_model
+from qpruner.plan import UNITS, Precision
 from qpruner.processes import Processes
 from qpruner.pruning.rounds import prune_
 from qpruner.pruning.scores import score_units
 from qpruner.pruning.selection import SelectionConfig
-from qpruner.quantization.apply import Factors, LoftQSettings
+from qpruner.quantization.apply import LoftQSettings
 from qpruner.quantization.bank import fill
 from qpruner.training.module import LoRAFinetuner
 from qpruner.training.optimization import OptimizerConfig
@@ -57,9 +55,10 @@ class Study:
     def __init__(self, given: argparse.Namespace) -> None:
         self.given = given
         self.data = cache(partial(study_data, given))
-        self.model, self.plan = pruned(given.base, given.ratio, self.data(0))
-        settings = LoftQSettings(8, 2.0, LoRAFinetuner(given.base).lora.target_modules, 1, 0)
-        self.bank = fill(self.model, list(PRECISIONS.values()), settings, device=torch.device("cpu"))
+        self.model = pruned(given.base, given.ratio, self.data(0))
+        self.plan = self.model.known_plan()
+        self.loftq = LoftQSettings(8, 2.0, LoRAFinetuner(given.base).lora.target_modules, 1, 0)
+        self.bank = fill(self.model.network, list(PRECISIONS.values()), self.loftq, device=torch.device("cpu"))
 
     def wanted(self) -> Any:
         """What tells a row from the others: first all without recovery, then all with it, seed by seed."""
@@ -72,49 +71,40 @@ class Study:
 
     def measure(self, key: Row) -> Row:
         plan = self.plan.with_precision([dict.fromkeys(UNITS, PRECISIONS[int(bits)]) for bits in key["bits"]])
-        factors = self.bank.assemble_(self.model, plan)
-        data = self.data(key["seed"])
-        loss = short_fit(self.given, self.model, plan, factors, data, key)
+        self.model.quantize(plan, self.loftq, device=torch.device("cpu"), bank=self.bank)
+        loss = short_fit(self.given, self.model, self.data(key["seed"]), key)
         return {"loss": round(loss, 6)}
 
 
-def short_fit(
-    given: argparse.Namespace,
-    model: Any,
-    plan: CompressionPlan,
-    factors: Mapping[str, Factors],
-    data: TokenDataModule,
-    key: Row,
-) -> float:
+def short_fit(given: argparse.Namespace, model: CompressedModel, data: TokenDataModule, key: Row) -> float:
     """The validation loss after some steps from the start that LoftQ gives; without any, of the base alone."""
     optimizer = OptimizerConfig(lr=given.lr, warmup_steps=max(1, key["steps"] // 4))
-    module = LoRAFinetuner(given.base, optimizer=optimizer, seed=key["seed"])
-    module.model, module.plan, module.initial_adapters = model, plan, dict(factors)
+    module = LoRAFinetuner(given.base, optimizer=optimizer, seed=key["seed"]).hold(model)
     trainer = recovery(key["steps"], [])
     if key["steps"]:
         trainer.fit(module, datamodule=data)
     with nullcontext() if key["steps"] else module.adapters_disabled():
         loss = evaluated(trainer, module, data, given.share)["loss"]
-    if module.adapted:
-        module.model.unload()  # the base is as it was
+    if model.state is State.ADAPTED:
+        model.detach()  # the base is as it was
     return loss
 
 
-def pruned(base: str, ratio: float, data: TokenDataModule) -> tuple[Any, CompressionPlan]:
+def pruned(base: str, ratio: float, data: TokenDataModule) -> CompressedModel:
     """A model with a share of its parameters taken out, as `StructuredPruning` does it by default."""
-    model = load_model(base, dtype="float32", trust_remote_code=False).requires_grad_(False)
+    model = CompressedModel.load(base, dtype="float32")
     tokens = data.calibration(10, 64)
     calibration = Calibration.share(tokens, Processes.alone(), batch_size=4096)
-    plan = prune_(
-        model,
-        CompressionPlan.dense(architecture_of(model.config), None),
+    prune_(
+        model.network,
+        model.known_plan().architecture,
         ratio=ratio,
         rounds=1,
         selection=SelectionConfig(),
-        score=lambda model: score_units(model, "param_first", "sum", calibration, seed=0),
-        agree=lambda kept: kept,
+        score=lambda network: score_units(network, "param_first", "sum", calibration, seed=0),
+        narrow=model.prune,
     )
-    return model, plan
+    return model
 
 
 if __name__ == "__main__":

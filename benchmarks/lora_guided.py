@@ -131,8 +131,9 @@ class Correlation(L.Callback):
                 self.averages.setdefault(f"{name} {variant}", MovingAverage(0.9, zeros)).add(scores)
         step = trainer.global_step + 1
         if step == 1 or step % self.every_n_steps == 0:
-            assert module.masks is not None
-            self.comparisons.append({"step": step, **{v: self.compared(v, module.masks.kept) for v in VARIANTS}})
+            masks = module.compressed.masks
+            assert masks is not None
+            self.comparisons.append({"step": step, **{v: self.compared(v, masks.kept) for v in VARIANTS}})
 
     def compared(self, variant: str, kept: Kept) -> list[float]:
         """Mean over layers of the rank correlations of KV groups and of FFN channels that are alive."""

@@ -29,14 +29,14 @@ from typing import Any
 import torch
 from random_llama import add_arguments, random_llama, run_alone
 
-from qpruner.anatomy import architecture_of, decoder_layers
+from qpruner.anatomy import decoder_layers
+from qpruner.compressed import CompressedModel, State
 from qpruner.datamodules.rows import Batch
 from qpruner.memory import read_peak, reset_peak, tensor_bytes
-from qpruner.plan import UNITS, CompressionPlan, Precision
+from qpruner.plan import UNITS, Precision
 from qpruner.pruning.lora_guided import MovingAverage, Variant, score_adapted
 from qpruner.pruning.scores import LayerScores
 from qpruner.pruning.weight_gradients import WeightGradients
-from qpruner.quantization.apply import quantize_
 from qpruner.records.tables import markdown_table
 from qpruner.training.module import LoRAFinetuner
 from qpruner.training.optimization import make_optimizer
@@ -78,12 +78,11 @@ class Training:
     def __init__(self, given: argparse.Namespace, bits: int) -> None:
         self.device = torch.device(given.device)
         self.dtype = getattr(torch, given.dtype)
-        self.module = LoRAFinetuner()
-        self.module.model = random_llama(given)
+        model = CompressedModel(random_llama(given))
         if bits != 16:
-            dense = CompressionPlan.dense(architecture_of(self.module.model.config), "random")
-            packed = dense.with_precision([dict.fromkeys(UNITS, PRECISIONS[bits])] * given.layers)
-            quantize_(self.module.model, packed, None, device=self.device)
+            packed = model.known_plan().with_precision([dict.fromkeys(UNITS, PRECISIONS[bits])] * given.layers)
+            model.quantize(packed, None, device=self.device)
+        self.module = LoRAFinetuner().hold(model)
         self.vocabulary = given.vocabulary
 
     def begin(self) -> None:
@@ -205,7 +204,7 @@ def measured_memory(given: argparse.Namespace) -> dict[str, int]:
 
 def observed_steps(training: Training, kind: str, batch: int, length: int) -> int:
     """The peak of two steps."""
-    if not training.module.adapted:
+    if training.module.compressed.state is not State.ADAPTED:
         training.begin()
     weights = WeightGradients(training.base) if kind == "gradient" else None
     observe = None if kind == "plain" else partial(training.score, "code", weights)

@@ -59,7 +59,7 @@ def measure(given: argparse.Namespace, key: Row) -> Row:
     compressed, started = Measurement(data, given.share), Start(data, given.share)
     trainer = recovery(given.steps, [*pruning, quantization, compressed, started])
     trainer.fit(module, datamodule=data)
-    bits = module.average_bits
+    bits = module.compressed.average_bits
     assert bits is not None
     return {
         "average_bits": round(bits, 2),

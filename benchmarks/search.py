@@ -24,6 +24,7 @@ from qpruner.records.tables import markdown_table
 from qpruner.search.config import SearchConfig
 from qpruner.search.preparation import part_of
 from qpruner.search.trainer import Search, SearchTrainer
+from qpruner.search.trial_trainer import TrialTrainer
 from qpruner.training.module import LoRAFinetuner
 from qpruner.training.optimization import OptimizerConfig
 
@@ -83,8 +84,8 @@ def measure(given: argparse.Namespace, key: Row) -> Row:
         }
     )
     validation = {variant.name.replace(" ", "_"): variant.loss for variant in results.variants}
-    limits = replace(search.settings, limit_validation=given.test_share)
-    reported = replace(search.work("sensitivity"), split="test", trainer=limits).prepare()
+    limits = TrialTrainer(search.settings.options | {"limit_val_batches": given.test_share})
+    reported = replace(search.work(), split="test", trainer=limits).prepare()
     scores = {name: reported(search.key(plan, 0, key["steps"])) for name, plan in plans.items()}
     seconds = [trial.scores["seconds"] for trial in results.trials]
     useful = sum(trial["train"] + trial["evaluate"] for trial in seconds) / sum(trial["all"] for trial in seconds)

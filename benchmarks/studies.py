@@ -5,12 +5,15 @@ import json
 import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from tempfile import gettempdir
 from typing import Any
 
 import lightning as L
 
 from qpruner.datamodules import StoriesDataModule, TextDataModule
 from qpruner.datamodules.base import LoaderConfig, TokenDataModule
+from qpruner.datamodules.loader import EvaluationLoader
+from qpruner.datamodules.rows import TextExamples, TokenRows
 from qpruner.training.evaluation import evaluate
 from qpruner.training.module import LoRAFinetuner
 
@@ -69,8 +72,9 @@ def study_data(given: argparse.Namespace, seed: int) -> TokenDataModule:
 
 
 def recovery(steps: int, callbacks: Sequence[L.Callback]) -> L.Trainer:
-    """A Trainer that fits and leaves nothing behind."""
+    """A Trainer that fits and leaves nothing behind but, in the folder for temporary files, the compressed base."""
     return L.Trainer(
+        default_root_dir=gettempdir(),
         max_steps=steps,
         limit_val_batches=0,
         logger=False,
@@ -87,12 +91,16 @@ def perplexity(trainer: L.Trainer, module: L.LightningModule, data: TextDataModu
 
 
 def evaluated(trainer: L.Trainer, module: L.LightningModule, data: TokenDataModule, share: float) -> dict[str, float]:
-    """Loss and perplexity on a share of the batches of the validation split."""
+    """Loss and perplexity on a share of the rows of the validation split, from its start."""
     assert isinstance(module, LoRAFinetuner)
+    rows = data.examples("validation").rows
+    number = max(1, int(share * len(rows)))
+    end = int(rows.offsets[number])
+    first = TokenRows(rows.tokens[:end], rows.scored[:end], rows.num_bytes[:end], rows.offsets[: number + 1])
     return evaluate(
         module,
-        data.evaluation_loaders("validation"),
-        limit=share,
+        [EvaluationLoader(TextExamples(first, data.pad_token), tokens=data.loader.eval_tokens_per_batch)],
+        limit=1.0,
         device=trainer.strategy.root_device,
         precision=trainer.precision_plugin,
         title="",
