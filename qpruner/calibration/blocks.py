@@ -11,8 +11,8 @@ in host memory; whatever is wanted of a block is seen by hooks while it works, o
                     states[place] = output.cpu()
 
 A block may be changed and its outputs computed again before the text goes on. Backward it goes from the last block to
-the first, with the states that entered each of them kept: a block works
-again, now with gradients, and is given the gradient at its outputs.
+the first, with the states that entered each of them kept: a block works again, now with gradients, and is given the
+gradient at its outputs.
 
 How a block is called (masks, rotary embeddings, which of them for which layer) is the model's business and is not
 repeated here: the model's own trunk runs once for each micro-batch with blocks that only remember their arguments.
