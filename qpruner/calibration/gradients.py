@@ -124,14 +124,19 @@ class _BlockGradients:
 
 
 def weight_gradient(at_output: Tensor, inputs: Tensor, per_sequence: bool) -> tuple[Tensor, Tensor | None]:
-    """Gradient of a linear's weight, and the sum over sequences of its square, in float32."""  # [out, in]
-    at_output, inputs = at_output.float(), inputs.float()  # [B, T, out], [B, T, in]
+    """Gradient of a linear's weight, and the sum over sequences of its square, in float32.
+
+    Products are taken in the format of what the linear got, as a plain backward pass takes them; their sums are not.
+    Those of float16 would overflow, and are taken in float32.
+    """  # [out, in]
+    inputs = inputs.float() if inputs.dtype is torch.float16 else inputs  # [B, T, in]
+    at_output = at_output.to(inputs.dtype)  # [B, T, out]
     if not per_sequence:
-        return at_output.flatten(0, 1).T @ inputs.flatten(0, 1), None
+        return (at_output.flatten(0, 1).T @ inputs.flatten(0, 1)).float(), None
     gradient = torch.zeros(at_output.shape[-1], inputs.shape[-1], device=inputs.device)
     squared = torch.zeros_like(gradient)
     for sequence_at_output, sequence_inputs in zip(at_output, inputs, strict=True):
-        of_sequence = sequence_at_output.T @ sequence_inputs
+        of_sequence = (sequence_at_output.T @ sequence_inputs).float()
         gradient += of_sequence
         squared += of_sequence.square_()
     return gradient, squared
