@@ -13,10 +13,15 @@ from torch import Tensor
 
 from qpruner.adapters.lora import LoRAConfig, is_target
 from qpruner.anatomy import family_of
+from qpruner.calibration.text import CalibrationConfig
+from qpruner.callbacks.compensation import Compensating
 from qpruner.callbacks.compression import CompressionInTraining, Rehearsal, check_dense
+from qpruner.callbacks.processes import processes_of
 from qpruner.callbacks.pruning_event import PruningEvent
 from qpruner.compressed import State
+from qpruner.datamodules.base import TokenDataModule
 from qpruner.errors import UserError
+from qpruner.pruning.compensation import COMPENSATION_TEXT, Compensation
 from qpruner.pruning.gradual import GradualPruning, agreement
 from qpruner.pruning.lora_guided import MovingAverage, Variant, score_adapted
 from qpruner.pruning.rounds import Size, asked_for, describe
@@ -53,7 +58,7 @@ class LoRAGuidedPruning(CompressionInTraining):
     on_train_end
         Masks what the schedule had still before it, where the fit ended early.
     on_fit_end
-        Takes the masked units out of the base and of the adapters.
+        Takes the masked units out of the base and of the adapters, and compensates if asked to.
     on_exception
         Looks at nothing any more: the module may be fitted again.
     state_dict, load_state_dict
@@ -67,6 +72,9 @@ class LoRAGuidedPruning(CompressionInTraining):
         decay: share of the moving average that stays at each step, in [0, 1).
         schedule: at which steps units are masked, and how many.
         selection: how layers share what is removed.
+        compensation: what the weights that stay make up for at the end of the fit, against the model as it came; see
+            `StructuredPruning`. The base must not be packed.
+        compensation_text: calibration text of the compensation.
 
     Raises:
         UserError: a ratio that no legal widths reach, an unsupported model family, adapters on no linear of a kind of
@@ -81,6 +89,8 @@ class LoRAGuidedPruning(CompressionInTraining):
         decay: float = 0.9,
         schedule: CubicSchedule = CubicSchedule(),  # noqa: B008  # frozen
         selection: SelectionConfig = SelectionConfig(),  # noqa: B008  # frozen
+        compensation: Compensation = "none",
+        compensation_text: CalibrationConfig = COMPENSATION_TEXT,
     ) -> None:
         if not 0 < ratio < 1:
             raise UserError(f"LoRAGuidedPruning has ratio {ratio}; the share of all parameters to remove is in (0, 1).")
@@ -92,6 +102,7 @@ class LoRAGuidedPruning(CompressionInTraining):
         self.decay = decay
         self.schedule = schedule
         self.selection = selection
+        self.compensating = Compensating(compensation, compensation_text)
         self._observing = ExitStack()
 
     @property
@@ -103,12 +114,17 @@ class LoRAGuidedPruning(CompressionInTraining):
             "decay": self.decay,
             "schedule": asdict(self.schedule),
             "selection": {**asdict(self.selection), "leave_alone": list(self.selection.leave_alone)},
+            **self.compensating.options,
         }
 
     def check(self, rehearsal: Rehearsal) -> None:
         self._check_targets(rehearsal.model, rehearsal.lora)
         GradualPruning.of(rehearsal.model, self.ratio, self.selection)
+        self.compensating.check(rehearsal.model)
         rehearsal.prune(self.ratio, self.selection)
+
+    def check_text(self, data: TokenDataModule) -> None:
+        self.compensating.check_text(data)
 
     def check_steps(self, num_steps: float) -> None:
         self.schedule.check(num_steps)
@@ -143,7 +159,10 @@ class LoRAGuidedPruning(CompressionInTraining):
                 "With criterion gradient the gradients of weights would be those of a scaled loss under "
                 "--trainer.precision 16-mixed. Use bf16-mixed or 32-true, or criterion lora."
             )
+        if self.compensating.how != "none":
+            model.check_unpacked("compensated")
         self._check_targets(model.network, module.lora)
+        self._dense = self.compensating.remember(model)
         self.gradual = GradualPruning.of(model.network, self.ratio, self.selection)
         self._before = Size.of(model.network)
         self._asked = asked_for(self.ratio, model.network, self.selection)
@@ -232,6 +251,11 @@ class LoRAGuidedPruning(CompressionInTraining):
         model = expect_holder(pl_module).compressed
         assert model.masks is not None
         after, rounded = model.prune(model.masks.kept)
+        data = trainer.datamodule  # type: ignore[attr-defined]
+        self.compensating.apply(
+            model, self._dense, data if isinstance(data, TokenDataModule) else None, processes_of(trainer)
+        )
+        self._dense = None
         model.record(self.step)
         rank_zero_info(describe(model.known_plan(), self._before, after, self._asked, self.selection.leave_alone))
         if rounded:

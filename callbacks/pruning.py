@@ -2,18 +2,20 @@
 
 import hashlib
 from dataclasses import asdict
-from typing import Any
+from typing import Any, Self
 
 from lightning.pytorch.utilities import rank_zero_info
 
 from qpruner.anatomy import architecture_of
 from qpruner.calibration.text import Calibration, CalibrationConfig
 from qpruner.callbacks.calibration import calibration_of
+from qpruner.callbacks.compensation import Compensating
 from qpruner.callbacks.compression import CompressionInSetup, CompressionJob, Rehearsal
 from qpruner.compressed import State
 from qpruner.datamodules.base import TokenDataModule
 from qpruner.errors import UserError
 from qpruner.plan import CompressionPlan
+from qpruner.pruning.compensation import COMPENSATION_TEXT, Compensation
 from qpruner.pruning.criteria import Aggregate, Criterion
 from qpruner.pruning.rounds import Size, asked_for, describe, prune_
 from qpruner.pruning.scores import LayerScores, needs_text, score_units
@@ -32,7 +34,7 @@ class StructuredPruning(CompressionInSetup):
     ```
 
     setup
-        Scores the units and narrows the base, once: where the base comes from the folder that it is kept in, nothing
+        Scores the units, narrows the base and lets the weights that stay make up for what went, once: where the base comes from the folder that it is kept in, nothing
         is scored and the dense model is not needed. With several devices each scores its share of the micro-batches,
         the first decides, and all keep the same.
 
@@ -44,6 +46,9 @@ class StructuredPruning(CompressionInSetup):
             ones left.
         selection: how layers share what is removed.
         calibration: calibration text for criteria that need one.
+        compensation: what the weights that stay make up for after each round: nothing, what each linear lost by itself,
+            or also what the layers before it got wrong; see `qpruner.pruning.compensation`.
+        compensation_text: calibration text of the compensation; more tokens than a layer has FFN channels.
 
     Raises:
         UserError: a ratio that no legal widths reach, an unsupported model family, no room on the device, too little
@@ -55,11 +60,13 @@ class StructuredPruning(CompressionInSetup):
     def __init__(
         self,
         ratio: float,
-        criterion: Criterion = "param_first",
+        criterion: Criterion = "fisher",
         aggregate: Aggregate = "sum",
         rounds: int = 1,
         selection: SelectionConfig = SelectionConfig(),  # noqa: B008  # frozen
-        calibration: CalibrationConfig = CalibrationConfig(),  # noqa: B008  # frozen
+        calibration: CalibrationConfig = CalibrationConfig(64, 128),  # noqa: B008  # frozen
+        compensation: Compensation = "sequential",
+        compensation_text: CalibrationConfig = COMPENSATION_TEXT,
     ) -> None:
         if not 0 < ratio < 1:
             raise UserError(f"StructuredPruning has ratio {ratio}; the share of all parameters to remove is in (0, 1).")
@@ -71,16 +78,19 @@ class StructuredPruning(CompressionInSetup):
         self.rounds = rounds
         self.selection = selection
         self.calibration = calibration
+        self.compensating = Compensating(compensation, compensation_text)
 
     def check(self, rehearsal: Rehearsal) -> None:
         """Finds, before any work, what the options ask and cannot be had.
 
         Raises:
-            UserError: a ratio that no legal widths reach.
+            UserError: a ratio that no legal widths reach, or too little text.
         """
+        self.compensating.check(rehearsal.model)
         rehearsal.prune(self.ratio, self.selection)
 
     def check_text(self, data: TokenDataModule) -> None:
+        self.compensating.check_text(data)
         if needs_text(self.criterion):
             data.calibration(self.calibration.num_sequences, self.calibration.length)
 
@@ -93,6 +103,7 @@ class StructuredPruning(CompressionInSetup):
             "rounds": self.rounds,
             "selection": {**asdict(self.selection), "leave_alone": list(self.selection.leave_alone)},
             "calibration": asdict(self.calibration),
+            **self.compensating.options,
         }
 
     def compress(self, job: CompressionJob) -> None:
@@ -100,12 +111,14 @@ class StructuredPruning(CompressionInSetup):
         before = Size.of(model.network)
         asked = asked_for(self.ratio, model.network, self.selection)
         calibration = self._calibration(job)
+        dense = self.compensating.remember(model)
 
         def score(network: Any) -> list[LayerScores]:
             return score_units(network, self.criterion, self.aggregate, calibration, seed=job.seed)
 
         def narrow(kept: Kept) -> None:
             model.prune(job.processes.broadcast(kept))
+            self.compensating.apply(model, dense, job.data, job.processes)
 
         prune_(
             model.network,
@@ -129,7 +142,7 @@ class StructuredPruning(CompressionInSetup):
 
 
 class PlannedPruning(CompressionInSetup):
-    """Narrows the base as a plan says, instead of making one: no scores, no calibration.
+    """Narrows the base as a plan says, instead of making one: no scores.
 
     From Python, or by ``qpruner fit --plan plan.json``, which puts it in the place of what decides on a compression::
 
@@ -140,15 +153,30 @@ class PlannedPruning(CompressionInSetup):
 
     Args:
         plan: plan that is carried out, as far as it says which units stay.
+        compensation: what the weights that stay make up for; see `StructuredPruning`.
+        compensation_text: calibration text of the compensation.
 
     Raises:
-        UserError: the plan is for a model of another shape.
+        UserError: the plan is for a model of another shape, or too little text.
     """
 
     leaves = State.PRUNED
 
-    def __init__(self, plan: CompressionPlan) -> None:
+    def __init__(
+        self,
+        plan: CompressionPlan,
+        compensation: Compensation = "sequential",
+        compensation_text: CalibrationConfig = COMPENSATION_TEXT,
+    ) -> None:
         self.plan = plan
+        self.compensating = Compensating(compensation, compensation_text)
+
+    @classmethod
+    def of_plan(cls, plan: CompressionPlan, configured: StructuredPruning | None) -> Self:
+        """What carries a plan out, with the compensation of the callback that would have made one, if any."""
+        if configured is None:
+            return cls(plan)
+        return cls(plan, configured.compensating.how, configured.compensating.text)
 
     def check(self, rehearsal: Rehearsal) -> None:
         """Finds, before any work, whether the plan is for another model.
@@ -157,15 +185,29 @@ class PlannedPruning(CompressionInSetup):
             UserError: it is.
         """
         self.plan.check(architecture_of(rehearsal.model.config), None)
+        if self._prunes:
+            self.compensating.check(rehearsal.model)
         apply_pruning_(rehearsal.model, self.plan)
+
+    def check_text(self, data: TokenDataModule) -> None:
+        if self._prunes:
+            self.compensating.check_text(data)
+
+    @property
+    def _prunes(self) -> bool:
+        return self.plan.widths != self.plan.architecture
 
     @property
     def options(self) -> dict[str, Any]:
-        return {"plan_sha256": hashlib.sha256(self.plan.to_json().encode()).hexdigest()}
+        sha256 = hashlib.sha256(self.plan.to_json().encode()).hexdigest()
+        return {"plan_sha256": sha256, **self.compensating.options}
 
     def compress(self, job: CompressionJob) -> None:
         model = job.model
         before = Size.of(model.network)
         self.plan.check(architecture_of(model.network.config), model.base_sha256)
+        dense = self.compensating.remember(model)
         model.prune([(list(layer.kv_groups), list(layer.ffn_channels)) for layer in self.plan.layers])
+        if self._prunes:
+            self.compensating.apply(model, dense, job.data, job.processes)
         rank_zero_info(describe(model.known_plan(), before, Size.of(model.network), "as the plan says", ()))

@@ -276,7 +276,8 @@ class TokenDataModule(LightningDataModule):
         """This rank's share of the sequences on which scores and error compensation are computed.
 
         The sequences are the same whatever the number of ranks: drawn without repetition from the training rows that
-        are long enough, each cut at a place of its own, then dealt to the ranks in turn.
+        are long enough, each cut at a place of its own, then dealt to the ranks in turn. Where too few rows are long
+        enough, as with short instructions, the training text is run together and cut anew.
 
         Args:
             num_sequences: sequences over all ranks, at least 1.
@@ -285,21 +286,25 @@ class TokenDataModule(LightningDataModule):
             world_size: number of processes.
 
         Raises:
-            UserError: fewer training rows than that are long enough.
+            UserError: less training text than that.
         """  # [num_sequences / world_size, length] int64
         if num_sequences < 1 or length < 2:
             raise UserError(f"Calibration needs at least 1 sequence of 2 tokens, not {num_sequences} of {length}.")
         rows = self.examples("train").rows
-        long_enough = (rows.lengths >= length).nonzero().flatten()
-        if len(long_enough) < num_sequences:
-            raise UserError(
-                f"Calibration asks for {num_sequences} sequences of {length} tokens; {len(long_enough)} of the "
-                f"{len(rows)} training rows are that long. Ask for fewer or shorter ones, or give more text."
-            )
         generator = torch.Generator().manual_seed(derive_seed(self.seed, "calibration"))
-        chosen = long_enough[torch.randperm(len(long_enough), generator=generator)[:num_sequences]]
-        slack = rows.lengths[chosen] - length
-        starts = rows.offsets[chosen] + (torch.rand(len(chosen), generator=generator) * (slack + 1)).long()
+        long_enough = (rows.lengths >= length).nonzero().flatten()
+        if len(long_enough) >= num_sequences:
+            chosen = long_enough[torch.randperm(len(long_enough), generator=generator)[:num_sequences]]
+            slack = rows.lengths[chosen] - length
+            starts = rows.offsets[chosen] + (torch.rand(len(chosen), generator=generator) * (slack + 1)).long()
+        elif (pieces := len(rows.tokens) // length) >= num_sequences:
+            starts = torch.randperm(pieces, generator=generator)[:num_sequences] * length
+        else:
+            raise UserError(
+                f"Calibration asks for {num_sequences} sequences of {length} tokens; the {len(rows)} training rows "
+                f"have {len(rows.tokens):,} tokens, enough for {pieces}. Ask for fewer or shorter ones, or give more "
+                f"text."
+            )
         mine = starts[rank::world_size]
         return rows.tokens[mine[:, None] + torch.arange(length)].long()
 

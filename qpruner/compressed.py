@@ -14,6 +14,8 @@ from torch import nn
 from qpruner import adapter_files, model_folder
 from qpruner.adapters.lora import LoRAConfig, attach_adapters, detach_adapters, set_factors_
 from qpruner.anatomy import COMPRESSED, FAMILIES, architecture_of
+from qpruner.calibration.regression import Fit
+from qpruner.calibration.text import Calibration
 from qpruner.errors import UserError
 from qpruner.files import replacing_folder
 from qpruner.folder_manifest import Step, identity_of, is_compressed, read_manifest
@@ -21,6 +23,7 @@ from qpruner.likelihood import check_head
 from qpruner.plan import DENSE, UNITS, CompressionPlan, describe_differences
 from qpruner.pretrained import DType, held_in, hold_in_, load_model, model_fingerprint, resolve
 from qpruner.pricing import average_bits
+from qpruner.pruning.compensation import How, compensate_, places_among
 from qpruner.pruning.masks import UnitMasks
 from qpruner.pruning.rounds import Size
 from qpruner.pruning.selection import Kept
@@ -226,6 +229,21 @@ class CompressedModel(nn.Module):
         """Whether linears hold codes rather than weights."""
         return any(isinstance(module, PackedLinear) for module in self.network.modules())
 
+    def check_unpacked(self, what: str) -> None:
+        """Makes sure that weights can be changed.
+
+        Args:
+            what: what is to be done to the model, as the message names it.
+
+        Raises:
+            UserError: linears hold codes.
+        """
+        if self.has_packed_weights():
+            raise UserError(
+                f"Packed weights cannot be {what}: the base {self.base!r} is quantized. Prune the dense base and "
+                f"quantize it afterwards, or use compensation none."
+            )
+
     def known_plan(self) -> CompressionPlan:
         """The plan.
 
@@ -268,6 +286,27 @@ class CompressedModel(nn.Module):
         self.plan, self.initial_adapters = plan.keeping(kept), {}
         self._changed(self.base_state if self.base_state is State.QUANTIZED else State.PRUNED)
         return size, rounded
+
+    def compensate(self, dense: Any, before: CompressionPlan, calibration: Calibration, how: How) -> dict[str, Fit]:
+        """Changes the weights that are left so that they make up for those that are gone; see `compensate_`.
+
+        Args:
+            dense: network before it was pruned, on the same device.
+            before: plan of that network.
+            calibration: this process's share of the text.
+            how: whether what earlier layers got wrong counts.
+
+        Returns:
+            What was done to each linear, by ``layer.projection``.
+
+        Raises:
+            UserError: packed weights.
+        """
+        self._expect("compensated", NARROWABLE)
+        self.check_unpacked("compensated")
+        fits = compensate_(self.network, dense, places_among(before, self.known_plan()), calibration, how)
+        self._changed(self.base_state)
+        return fits
 
     def quantize(
         self,

@@ -50,6 +50,7 @@ class Family:
         layer_norms: path in a layer to each norm over the hidden size.
         head_norms: path in a layer to each norm over one head. Such norms belong to every head alike.
         wide_norms: path in a layer to the norm over all heads that a projection makes, by projection.
+        normed_outputs: whether a norm is taken of what o and down give before it is added to the hidden states.
         last_norm: path to the norm before the head.
         norm: the class in torch whose parameters the norms over the hidden size have.
         biases: field of the configuration that says whether a projection has a bias, by projection; None where it has
@@ -74,6 +75,7 @@ class Family:
     layer_norms: tuple[str, ...] = BEFORE_EACH
     head_norms: tuple[str, ...] = ()
     wide_norms: Mapping[str, str] = field(default_factory=dict)
+    normed_outputs: bool = False
     last_norm: str = "model.norm"
     norm: Literal["RMSNorm", "LayerNorm"] = "RMSNorm"
     biases: Mapping[str, str | None] = field(default_factory=lambda: dict.fromkeys("qkvo", "attention_bias"))
@@ -98,11 +100,12 @@ FAMILIES = {
     "qwen2": Family("Qwen2ForCausalLM", "Qwen2Config", biases=dict.fromkeys("qkv")),
     "qwen3": Family("Qwen3ForCausalLM", "Qwen3Config", head_norms=("self_attn.q_norm", "self_attn.k_norm")),
     "gemma": Family("GemmaForCausalLM", "GemmaConfig"),
-    "gemma2": Family("Gemma2ForCausalLM", "Gemma2Config", layer_norms=AROUND_EACH),
+    "gemma2": Family("Gemma2ForCausalLM", "Gemma2Config", layer_norms=AROUND_EACH, normed_outputs=True),
     "gemma3_text": Family(
         "Gemma3ForCausalLM",
         "Gemma3TextConfig",
         layer_norms=AROUND_EACH,
+        normed_outputs=True,
         head_norms=("self_attn.q_norm", "self_attn.k_norm"),
     ),
     "granite": Family("GraniteForCausalLM", "GraniteConfig", biases=biased()),
@@ -111,6 +114,7 @@ FAMILIES = {
         "Olmo2ForCausalLM",
         "Olmo2Config",
         layer_norms=("post_attention_layernorm", "post_feedforward_layernorm"),
+        normed_outputs=True,
         wide_norms={"q": "self_attn.q_norm", "k": "self_attn.k_norm"},
     ),
     "phi3": Family(

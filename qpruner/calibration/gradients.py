@@ -1,15 +1,16 @@
-"""Gradients of the weights of a model's linears over calibration text, those of one block at a time.
+"""Gradients over calibration text of what lies within the blocks of a model, those of one block at a time.
 
 No weight requires a gradient. While a block runs backward, the inputs of each linear and the gradient at its output
-make the gradient of its weight, summed over all micro-batches and then over all processes. It is given away when the
-block is done and forgotten, so that above weights, kept states and the activations of one block there are never more
-than the gradients of one block, and what is made of them does not depend on how the text was cut. The gradient of each
-sequence alone comes out of the same pass.
+make what is wanted: the gradient of its weight, or that of gates on its inputs (see `qpruner.calibration.gates`). It is
+summed over all micro-batches and then over all processes, given away when the block is done and forgotten, so that
+above weights, kept states and the activations of one block there are never more than the gradients of one block, and
+what is made of them does not depend on how the text was cut. The gradient of each sequence alone comes out of the same
+pass.
 
 Shapes: B sequences of a micro-batch, T tokens, H hidden size.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -51,17 +52,35 @@ def gradient_sums(
     Raises:
         UserError: a gradient is not finite; the sequence is named.
     """
-    results = _consume_gradients(model, linears, calibration, consume, per_sequence)
+
+    def find(share: Calibration) -> dict[str, Tensor]:
+        results: dict[str, Tensor] = {}
+        gradients = _BlockGradients(per_sequence)
+        for members in blocks_backward(model, linears, share, gradients.add):
+            for name, linear in members.items():
+                results[name] = consume(name, *gradients.take(name, linear, share))
+        return {name: results[name] for name in linears}
+
+    results = only_finite(find, model, calibration)
     assert all(results[name].shape == (size,) for name, size in sizes.items())
-    if not _finite(results):
-        _complain_of_gradients(model, linears, calibration, consume, per_sequence)
     return results
 
 
-def _consume_gradients(
-    model: Any, linears: dict[str, nn.Linear], calibration: Calibration, consume: Consume, per_sequence: bool
-) -> dict[str, Tensor]:
-    results: dict[str, Tensor] = {}
+def blocks_backward(
+    model: Any, linears: dict[str, nn.Linear], calibration: Calibration, see: Callable[[str, Tensor, Tensor], None]
+) -> Iterator[dict[str, nn.Linear]]:
+    """Sends text forward through a model and backward, from the last block to the first.
+
+    Args:
+        model: model whose weights stay frozen.
+        linears: linears within the model's blocks, by name.
+        calibration: this process's share of the text.
+        see: takes a linear's name, its inputs [B, T, in] and the gradient at its output [B, T, out], of the sum over
+            sequences of each one's mean loss.
+
+    Yields:
+        The linears of a block, once all text has passed backward through it.
+    """
     with block_runner(model, calibration) as runner:
         entering = [runner.embed()]
         for number in range(len(runner.blocks) - 1):
@@ -69,13 +88,10 @@ def _consume_gradients(
         slope: Callable[[int, Tensor], Tensor] = partial(_slope_of_loss, runner)
         for number in reversed(range(len(runner.blocks))):
             members = linears_within(runner.blocks[number], linears)
-            gradients = _BlockGradients(per_sequence)
-            with watching_gradients(members, gradients.add):
+            with watching_gradients(members, see):
                 slopes = [at_input.cpu() for at_input in runner.backward(number, entering.pop(), slope)]
             slope = partial(_slope_after, slopes)
-            for name, linear in members.items():
-                results[name] = consume(name, *gradients.take(name, linear, calibration))
-    return {name: results[name] for name in linears}
+            yield members
 
 
 def _slope_of_loss(runner: BlockRunner, place: int, output: Tensor) -> Tensor:
@@ -142,14 +158,23 @@ def weight_gradient(at_output: Tensor, inputs: Tensor, per_sequence: bool) -> tu
     return gradient, squared
 
 
-def _finite(tensors: dict[str, Tensor]) -> bool:
-    return all(bool(tensor.isfinite().all()) for tensor in tensors.values())
+def only_finite(
+    find: Callable[[Calibration], dict[str, Tensor]], model: Any, calibration: Calibration
+) -> dict[str, Tensor]:
+    """What is found on all text, once it is finite.
 
+    Args:
+        find: finds tensors on text.
+        model: model that the text passes through.
+        calibration: this process's share of the text.
 
-def _complain_of_gradients(
-    model: Any, linears: dict[str, nn.Linear], calibration: Calibration, consume: Consume, per_sequence: bool
-) -> None:
-    """Runs the sequences of this process one by one, to name the first whose gradient is not finite."""
+    Raises:
+        UserError: a tensor is not finite. The sequences of this process are tried one by one, to name the first for
+            which that is so.
+    """
+    results = find(calibration)
+    if _finite(results):
+        return results
     broken = [name for name, parameter in model.named_parameters() if not parameter.isfinite().all()]
     remedy = (
         f"{broken[0]} of the base model holds values that are not finite. Load an undamaged model."
@@ -159,8 +184,7 @@ def _complain_of_gradients(
     alone = Processes.alone(calibration.processes.device, calibration.processes.forward_context)
     for batch in calibration.batches:
         for sequence in micro_batches(batch.tokens, 1, batch.first):
-            given = replace(calibration, batches=[sequence], processes=alone)
-            if not _finite(_consume_gradients(model, linears, given, consume, per_sequence)):
+            if not _finite(find(replace(calibration, batches=[sequence], processes=alone))):
                 raise UserError(
                     f"The gradient of calibration sequence {sequence.first} (counted from 0) is not finite: {remedy}"
                 )
@@ -168,3 +192,7 @@ def _complain_of_gradients(
         "The gradient of a calibration sequence of another process, or the sum of several, is not finite: "
         "use --model.dtype bfloat16 or float32."
     )
+
+
+def _finite(tensors: dict[str, Tensor]) -> bool:
+    return all(bool(tensor.isfinite().all()) for tensor in tensors.values())

@@ -9,7 +9,13 @@ F = mean of g_n^2 in place of the Hessian H. LLM-Pruner (arXiv 2305.11627) score
     param_second   sum of w^2 F
     param_mix      sum of | w g - w^2 F / 2 |
 
-and without data or without gradients
+A whole unit is a gate on what reaches its columns of o or down; with G_n the derivative of L_n, sequence n's mean loss,
+in this gate, and the Fisher information in place of the Hessian once more (Kwon et al., arXiv 2204.09656)
+
+    fisher         mean of G_n^2
+
+is what removing the unit costs beyond first order, but for half the number of tokens of a sequence, by which the scores
+of all units alike would be multiplied. And without gradients
 
     magnitude_l1, magnitude_l2   L1 or L2 norm of the unit's weights
     wanda                        sum of |w| |x|, x the inputs that w meets (arXiv 2306.11695, summed over a unit)
@@ -27,7 +33,7 @@ from qpruner.anatomy import Coupled
 
 GradientCriterion = Literal["vectorize", "param_first", "param_second", "param_mix"]
 Criterion = Literal[
-    "vectorize", "param_first", "param_second", "param_mix", "wanda", "magnitude_l1", "magnitude_l2", "random"
+    "fisher", "vectorize", "param_first", "param_second", "param_mix", "wanda", "magnitude_l1", "magnitude_l2", "random"
 ]
 Aggregate = Literal["sum", "prod", "max", "mean", "first"]
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from qpruner.anatomy import Coupled, by_linear, decoder_layers
+from qpruner.calibration.gates import squared_gate_gradients
 from qpruner.calibration.gradients import gradient_sums
 from qpruner.calibration.norms import input_norms
 from qpruner.calibration.text import Calibration
@@ -69,7 +70,7 @@ def score_units(
         )
 
     def together(number: int, parts: Iterable[Coupled]) -> Tensor:
-        return aggregate([scores[f"{number}.{part.name}"] for part in parts], how)
+        return aggregate([scores[name] for part in parts if (name := f"{number}.{part.name}") in scores], how)
 
     return [
         LayerScores(together(number, layer.group_weights), together(number, layer.channel_weights))
@@ -78,19 +79,22 @@ def score_units(
 
 
 def needs_text(criterion: Criterion) -> bool:
-    return criterion in GRADIENT_CRITERIA or criterion == "wanda"
+    return criterion in (*GRADIENT_CRITERIA, "fisher", "wanda")
 
 
 def _weight_scores(
     model: Any, coupled: dict[str, Coupled], criterion: Criterion, calibration: Calibration | None, seed: int
 ) -> dict[str, Tensor]:
-    """The score of each unit by each of its coupled weights."""  # name: [units]
+    """The score of each unit by each of its coupled weights, or by one of them."""  # name: [units]
     match criterion:
         case "random":
             return {name: _random(part, derive_seed(seed, "random scores", name)) for name, part in coupled.items()}
         case "magnitude_l1" | "magnitude_l2":
             return {name: magnitude(part, 1 if criterion == "magnitude_l1" else 2) for name, part in coupled.items()}
     assert calibration is not None
+    if criterion == "fisher":
+        gated = {name: part for name, part in coupled.items() if part.axis == 1}
+        return squared_gate_gradients(model, gated, calibration)
     # Text passes through each linear once, whatever number of projections is stacked in it.
     part_names = {id(part): name for name, part in coupled.items()}
     stacks = {part_names[id(stack[0])]: stack for stack in by_linear(coupled.values())}

@@ -34,14 +34,14 @@ class SelectionConfig:
     """How layers share what is removed.
 
     Args:
-        scope: ``local``, every layer gives the same share; ``global``, layers compete by score per parameter.
+        scope: ``global``, layers compete by score per parameter; ``local``, every layer gives the same share.
         uniform: whether all layers must end equally wide, as engines without widths for each layer need it.
         leave_alone: numbers of layers, from 0, that stay whole; negative ones count from the last.
         floor: share of the units of a layer that always stays, in (0, 1).
         round_to: FFN widths become multiples of it; default ``hidden_size / 32`` down to a power of two, at most 128.
     """
 
-    scope: Literal["local", "global"] = "local"
+    scope: Literal["local", "global"] = "global"
     uniform: bool = False
     leave_alone: Sequence[int] = ()
     floor: float = 0.1

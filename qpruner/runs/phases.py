@@ -8,7 +8,7 @@ from typing import Any
 
 from lightning.pytorch import Callback
 
-from qpruner.callbacks import Compression, MixedPrecisionQuantization, PlannedPruning
+from qpruner.callbacks import Compression, MixedPrecisionQuantization, PlannedPruning, StructuredPruning
 from qpruner.callbacks.compression import CompressionInTraining, check_order
 from qpruner.errors import UserError
 from qpruner.plan import CompressionPlan
@@ -113,8 +113,9 @@ def carrying_out(callbacks: Sequence[Callback], plan: CompressionPlan) -> list[C
     """The callbacks, with those that decide on a compression replaced by those that carry out a plan."""
     configured = next((callback for callback in callbacks if isinstance(callback, MixedPrecisionQuantization)), None)
     quantization = [MixedPrecisionQuantization.of_plan(plan, configured)] if plan.quantized else []
+    pruning = next((callback for callback in callbacks if isinstance(callback, StructuredPruning)), None)
     others = [callback for callback in callbacks if not isinstance(callback, Compression)]
-    return [PlannedPruning(plan), *quantization, *others]
+    return [PlannedPruning.of_plan(plan, pruning), *quantization, *others]
 
 
 def phases_of(folder: RunFolder, first: Sequence[Callback], further: Sequence[PhaseConfig]) -> list[Phase]:

@@ -11,10 +11,18 @@ from qpruner.adapters.lora import LoRAConfig
 from qpruner.calibration.text import CalibrationConfig
 from qpruner.callbacks import KeepModel, RunCheckpoint
 from qpruner.datamodules import StoriesDataModule
+from qpruner.pruning.selection import SelectionConfig
 from qpruner.training.module import LoRAFinetuner
 from qpruner.training.optimization import OptimizerConfig
 
-PRUNING: dict[str, Any] = {"ratio": 0.05, "calibration": CalibrationConfig(num_sequences=6, length=8)}
+PRUNING: dict[str, Any] = {
+    "ratio": 0.05,
+    "criterion": "param_first",
+    "selection": SelectionConfig(scope="local"),
+    "calibration": CalibrationConfig(num_sequences=6, length=8),
+    "compensation": "none",
+}
+"""Slices of the dense weights, alike in all layers, whose scores a plain reference can compute."""
 
 
 def finetuner(base: Path, **changes: Any) -> LoRAFinetuner:

@@ -1,0 +1,91 @@
+"""What callbacks that prune do about what pruning took."""
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from lightning.pytorch.utilities import rank_zero_info
+
+from qpruner.anatomy import decoder_layers
+from qpruner.calibration.text import CalibrationConfig
+from qpruner.callbacks.calibration import calibration_of
+from qpruner.compressed import CompressedModel
+from qpruner.datamodules.base import TokenDataModule
+from qpruner.memory import check_room
+from qpruner.plan import CompressionPlan
+from qpruner.processes import Processes
+from qpruner.pruning.compensation import Compensation, check_text, describe, shared_copy
+
+
+@dataclass(frozen=True)
+class Before:
+    """A model before it is pruned.
+
+    Args:
+        network: network, which shares all tensors with the one that is going to be pruned.
+        plan: plan of the network.
+    """
+
+    network: Any
+    plan: CompressionPlan
+
+
+@dataclass(frozen=True)
+class Compensating:
+    """The options of a compensation, and its steps in the order of a fit.
+
+    Args:
+        how: what the weights that stay make up for; see `qpruner.pruning.compensation`.
+        text: calibration text of the least squares.
+    """
+
+    how: Compensation
+    text: CalibrationConfig
+
+    @property
+    def options(self) -> dict[str, Any]:
+        return {"compensation": self.how, "compensation_text": asdict(self.text)}
+
+    def check(self, model: Any) -> None:
+        """Finds, before any work, that the text is too little for the widths of a model.
+
+        Raises:
+            UserError: it is.
+        """
+        if self.how != "none":
+            widest = max(max(layer.o.in_features, layer.down.in_features) for layer in decoder_layers(model))
+            check_text(self.text, widest)
+
+    def check_text(self, data: TokenDataModule) -> None:
+        """Finds, before any work with the model, that the data are too few.
+
+        Raises:
+            UserError: they are.
+        """
+        if self.how != "none":
+            data.calibration(self.text.num_sequences, self.text.length)
+
+    def remember(self, model: CompressedModel) -> Before | None:
+        """The model as it is, which costs no memory as long as it stays so; None where nothing is going to need it."""
+        return None if self.how == "none" else Before(shared_copy(model.network), model.known_plan())
+
+    def apply(
+        self, model: CompressedModel, before: Before | None, data: TokenDataModule | None, processes: Processes
+    ) -> None:
+        """Compensates a model that was pruned.
+
+        Args:
+            model: model, moved to the device that computes.
+            before: what `remember` gave.
+            data: source of the text; None where there is none.
+            processes: processes that share the text.
+
+        Raises:
+            UserError: packed weights, no text or too little of it, or no room for the dense model beside the other.
+        """
+        if self.how == "none" or before is None:
+            return
+        calibration = calibration_of(model.network, data, self.text, processes, f"Compensation {self.how!r}")
+        check_room(before.network, processes.device)
+        before.network.to(processes.device)
+        fits = model.compensate(before.network, before.plan, calibration, self.how)
+        rank_zero_info(describe(fits, self.text.num_sequences * self.text.length))

@@ -1,0 +1,257 @@
+"""What pruning took away is made up for by the weights that stay, in closed form, on text.
+
+The linears that write into the hidden states, ``o`` and ``down`` of each layer, are changed by least squares (see
+`qpruner.calibration.regression`), layer by layer in the order in which text passes. What a linear's outputs lack is
+
+- local: what the dense linear gives for the dense model's inputs, less what the narrowed one gives for the part of them
+  that it still gets. Layers know nothing of each other.
+- sequential: the dense model's hidden states behind the linear, less those of the narrowed model, whose earlier layers
+  are changed already. So a linear makes up for its own loss and, as far as its inputs can tell, for all that the layers
+  before it got wrong. Where a family takes a norm of a linear's outputs before it adds them, it makes up for its own.
+
+Tokens at the start of a sequence carry activations hundreds of times larger than the rest (arXiv 2402.17762) and would
+decide over every sum; they are left out. A quarter of the sequences is held out: it chooses the ridge, and whether a
+linear changes at all.
+
+Shapes: B sequences of a micro-batch, T tokens, H hidden size.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from copy import deepcopy
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from qpruner.anatomy import DecoderLayer, decoder_layers, family_of
+from qpruner.calibration.blocks import BlockRunner, block_runner, watching
+from qpruner.calibration.regression import Fit, Sums, fit
+from qpruner.calibration.text import Calibration, CalibrationConfig, MicroBatch
+from qpruner.errors import UserError
+from qpruner.likelihood import causal_model
+from qpruner.plan import CompressionPlan
+from qpruner.processes import Processes
+from qpruner.pruning.selection import Kept
+
+How = Literal["local", "sequential"]
+Compensation = Literal["none", "local", "sequential"]
+COMPENSATION_TEXT = CalibrationConfig(num_sequences=192, length=128)
+"""Text of a compensation by default: 24,576 tokens."""
+WEIGHT = True
+MASSIVE = 4
+"""Tokens at the start of a sequence that are left out."""
+HELD_OUT = 4
+"""Every fourth sequence is held out."""
+
+
+@dataclass(frozen=True)
+class Stream:
+    """How a family's linears write into the hidden states.
+
+    Args:
+        scale: factor that outputs are multiplied by before they are added (Granite's ``residual_multiplier``).
+        normed: whether a norm is taken of outputs before they are added (Gemma 2 and 3, OLMo 2), so that what hidden
+            states lack cannot be told in terms of outputs.
+    """
+
+    scale: float
+    normed: bool
+
+    @classmethod
+    def of(cls, model: Any) -> "Stream":
+        causal = causal_model(model)
+        return cls(getattr(causal.config, "residual_multiplier", 1.0), family_of(causal.config)[1].normed_outputs)
+
+    def behind(self, entering: Tensor, seen: Mapping[str, "_Seen"]) -> dict[str, Tensor]:
+        """The hidden states behind each linear of a layer, in units of its outputs; under a norm its outputs alone.
+
+        Args:
+            entering: hidden states that enter the layer, [B, T, H].
+            seen: what the linears got and gave.
+        """  # name: [B, T, H], float32
+        outputs = {name: seen[name].outputs.float() for name in ("o", "down")}
+        if self.normed:
+            return outputs
+        behind_o = entering.to(outputs["o"]) / self.scale + outputs["o"]
+        return {"o": behind_o, "down": behind_o + outputs["down"]}
+
+
+@dataclass(frozen=True)
+class _Seen:
+    """What a linear got and gave for a micro-batch: [B, T, I] and [B, T, H]."""
+
+    inputs: Tensor
+    outputs: Tensor
+
+
+class _Layer:
+    """The two linears of one layer, of the dense model or of the narrowed one, seen at work.
+
+    Args:
+        runner: runner of the model.
+        number: place of the layer.
+        layer: the layer's projections.
+    """
+
+    def __init__(self, runner: BlockRunner, number: int, layer: DecoderLayer) -> None:
+        self.linears: dict[str, nn.Linear] = {"o": layer.o, "down": layer.down}
+        self._runner, self._number = runner, number
+
+    def work(self, states: Sequence[Tensor]) -> Iterator[tuple[Tensor, dict[str, _Seen]]]:
+        """For each micro-batch what the layer gives, and what its linears got and gave."""
+        seen: dict[str, _Seen] = {}
+
+        def see(name: str, inputs: Tensor, outputs: Tensor) -> None:
+            seen[name] = _Seen(inputs, outputs)
+
+        with watching(self.linears, see):
+            for output in self._runner.outputs(self._number, states):
+                yield output, seen
+
+
+def compensate_(model: Any, dense: Any, kept: Kept, calibration: Calibration, how: How) -> dict[str, Fit]:
+    """Changes ``o`` and ``down`` of every layer of a narrowed model, the same on all processes.
+
+    Args:
+        model: narrowed model, perhaps with adapters, whose linears are not packed.
+        dense: model before it was narrowed, on the same device.
+        kept: [layers], places of the KV groups and FFN channels of ``dense`` that ``model`` has.
+        calibration: this process's share of the text.
+        how: whether what earlier layers got wrong counts.
+
+    Returns:
+        What was done to each linear, by ``layer.projection``.
+    """
+    fits: dict[str, Fit] = {}
+    stream = Stream.of(model)
+    layers = list(zip(decoder_layers(causal_model(dense)), decoder_layers(causal_model(model)), kept, strict=True))
+    with block_runner(dense, calibration) as before, block_runner(model, calibration) as after:
+        dense_states, states = before.embed(), after.embed()
+        for number, (whole, layer, units) in enumerate(layers):
+            dense_layer, narrow = _Layer(before, number, whole), _Layer(after, number, layer)
+            if how == "local":
+                missing = _lost(dense_layer, narrow, dense_states, _places(whole, units), calibration)
+                for name, sums in missing.items():
+                    fits[f"{number}.{name}"] = _change_(narrow.linears[name], sums, calibration.processes)
+                continue
+            targets = []
+            for place, (output, seen) in enumerate(dense_layer.work(dense_states)):
+                targets.append({name: t.cpu() for name, t in stream.behind(dense_states[place], seen).items()})
+                dense_states[place] = output.cpu()
+            for name, linear in narrow.linears.items():
+                sums = _SplitSums(linear, calibration.processes.device)
+                for place, (_, seen) in enumerate(narrow.work(states)):
+                    reached = stream.behind(states[place], seen)[name]
+                    sums.add(calibration.batches[place], seen[name].inputs, targets[place][name].to(reached), reached)
+                fits[f"{number}.{name}"] = _change_(linear, sums, calibration.processes)
+            for place, (output, _) in enumerate(narrow.work(states)):
+                states[place] = output.cpu()
+    return fits
+
+
+def shared_copy(model: nn.Module) -> Any:
+    """A copy that holds the same tensors, until the one or the other is given new ones."""
+    return deepcopy(model, {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())})
+
+
+def places_among(before: CompressionPlan, after: CompressionPlan) -> Kept:
+    """The places of what a plan keeps among what an earlier plan of the same model keeps."""
+    return [
+        (
+            [earlier.kv_groups.index(group) for group in later.kv_groups],
+            [place for place, channel in enumerate(earlier.ffn_channels) if channel in set(later.ffn_channels)],
+        )
+        for earlier, later in zip(before.layers, after.layers, strict=True)
+    ]
+
+
+def check_text(config: CalibrationConfig, widest: int) -> None:
+    """Makes sure that text is enough for least squares.
+
+    Args:
+        config: options of the text.
+        widest: largest number of inputs of ``o`` and ``down`` in a layer.
+
+    Raises:
+        UserError: fewer tokens that decide than a linear has inputs, or no sequence to hold out.
+    """
+    each = config.length - MASSIVE
+    deciding = config.num_sequences - config.num_sequences // HELD_OUT
+    if config.num_sequences < HELD_OUT or deciding * each < widest:
+        must_decide = -(-widest // max(each, 1))
+        needed = max(HELD_OUT, must_decide + (must_decide - 1) // (HELD_OUT - 1))
+        raise UserError(
+            f"compensation_text has {config.num_sequences} sequences of {config.length} tokens, of which "
+            f"{max(0, deciding * each):,} tokens decide (a quarter of the sequences is held out, and the first "
+            f"{MASSIVE} tokens of each are left out); the widest linear has {widest:,} inputs and needs as many. Give "
+            f"{needed if each > 0 else 'longer'} sequences, or use compensation none."
+        )
+
+
+def describe(fits: Mapping[str, Fit], num_tokens: int) -> str:
+    """What compensation did, in one line."""
+    changed = [fit for fit in fits.values() if fit.change is not None]
+    left = [1 - fit.after / fit.before for fit in changed]
+    gained = f"; what these lacked on held-out text is {sum(left) / len(left):.1%} less in the mean" if left else ""
+    return f"Compensated {len(changed)} of {len(fits)} linears on {num_tokens:,} tokens{gained}."
+
+
+def _lost(
+    dense: _Layer, narrow: _Layer, states: list[Tensor], places: Mapping[str, Tensor], calibration: Calibration
+) -> dict[str, "_SplitSums"]:
+    """What each linear lost of the outputs that it gave; the states pass on to the next dense layer."""
+    sums = {name: _SplitSums(linear, calibration.processes.device) for name, linear in narrow.linears.items()}
+    for place, (output, seen) in enumerate(dense.work(states)):
+        for name, linear in narrow.linears.items():
+            inputs = seen[name].inputs[..., places[name].to(seen[name].inputs.device)]
+            with torch.no_grad(), calibration.processes.forward_context():
+                reached = linear(inputs)
+            sums[name].add(calibration.batches[place], inputs, seen[name].outputs.float(), reached.float())
+        states[place] = output.cpu()
+    return sums
+
+
+def _places(layer: DecoderLayer, units: tuple[Sequence[int], Sequence[int]]) -> dict[str, Tensor]:
+    """The inputs of the linears of a dense layer that belong to some units."""
+    groups, channels = units
+    parts = {part.name: part for part in (*layer.group_weights, *layer.channel_weights)}
+    return {"o": parts["o"].places(groups), "down": parts["down"].places(channels)}
+
+
+class _SplitSums:
+    """Sums over the sequences that decide on a linear's change, and over those that are held out."""
+
+    def __init__(self, linear: nn.Linear, device: torch.device) -> None:
+        self.sums, self.held_out = (Sums.none(linear.in_features, linear.out_features, device) for _ in range(2))
+
+    def add(self, batch: MicroBatch, inputs: Tensor, target: Tensor, reached: Tensor) -> None:
+        """Adds a micro-batch: inputs [B, T, I] and what outputs should be and are, [B, T, H]."""
+        missing = target - reached
+        weights = target.square().mean(-1).reciprocal() if WEIGHT else torch.ones_like(target[..., 0])
+        numbers = batch.first + torch.arange(len(inputs), device=inputs.device)
+        held_out = numbers % HELD_OUT == HELD_OUT - 1
+        for sums, rows in ((self.sums, ~held_out), (self.held_out, held_out)):
+            sums.add_(
+                inputs[rows, MASSIVE:].flatten(0, 1),
+                missing[rows, MASSIVE:].flatten(0, 1),
+                weights[rows, MASSIVE:].flatten(),
+            )
+
+
+def _change_(linear: nn.Linear, sums: _SplitSums, processes: Processes) -> Fit:
+    """Changes a linear, or what an adapter lies on, by what all processes saw."""
+    base: Any = linear.get_base_layer() if hasattr(linear, "get_base_layer") else linear
+    decides, held_out = sums.sums.over(processes), sums.held_out.over(processes)
+    best = processes.of_first(lambda: fit(decides, held_out, bias=base.bias is not None).cpu())
+    if best.change is not None:
+        base.weight = _added(base.weight, best.change.weight)
+        if best.change.bias is not None:
+            base.bias = _added(base.bias, best.change.bias)
+    return best
+
+
+def _added(parameter: Tensor, change: Tensor) -> nn.Parameter:
+    """The sum, as a parameter of its own: a dense model may have the one that was."""
+    total = parameter.detach().double() + change.to(parameter.device)
+    return nn.Parameter(total.to(parameter.dtype), requires_grad=False)

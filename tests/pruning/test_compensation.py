@@ -1,0 +1,222 @@
+"""What the weights that stay make up for, against least squares on what the whole models show."""
+
+from typing import Any
+
+import pytest
+import torch
+from support.calibration import calibration
+from support.families import FFN, KEPT, LAYERS, adapted, random_tokens, tiny_model
+from torch import Tensor
+
+from qpruner.anatomy import FAMILIES, architecture_of, decoder_blocks, decoder_layers, family_of
+from qpruner.calibration.text import CalibrationConfig
+from qpruner.errors import UserError
+from qpruner.plan import CompressionPlan
+from qpruner.pruning.compensation import (
+    HELD_OUT,
+    MASSIVE,
+    How,
+    check_text,
+    compensate_,
+    describe,
+    places_among,
+    shared_copy,
+)
+from qpruner.pruning.surgery import narrow_
+
+S, T = 24, 20
+TEXT = random_tokens(S, T)
+
+
+def pruned(family: str, **changes: Any) -> tuple[Any, Any]:
+    """A tiny model before and after pruning."""
+    dense = tiny_model(family, **changes).requires_grad_(False)
+    narrow = shared_copy(dense)
+    narrow_(narrow, KEPT)
+    return dense, narrow
+
+
+def seen(model: Any, number: int) -> dict[str, Tensor]:
+    """What a layer and its linears got and gave when all text went through the whole model."""
+    layer, block, values = decoder_layers(model)[number], decoder_blocks(model)[number], {}
+    handles = [block.register_forward_pre_hook(lambda _, args: values.update(hidden=args[0]))]
+    for name, linear in (("o", layer.o), ("down", layer.down)):
+        handles.append(
+            linear.register_forward_hook(
+                lambda _, args, output, name=name: values.update({f"{name} in": args[0], f"{name} out": output})
+            )
+        )
+    with torch.no_grad():
+        model(input_ids=TEXT, use_cache=False)
+    for handle in handles:
+        handle.remove()
+    return {name: value.double() for name, value in values.items()}
+
+
+def ridge_regression(inputs: Tensor, missing: Tensor, weights: Tensor, ridge: float, *, bias: bool) -> Tensor:
+    """The change of the weight, on the tokens [S, T, ...] that are not left out."""
+    x, e, w = (value[:, MASSIVE:].flatten(0, 1) for value in (inputs, missing, weights.unsqueeze(-1)))
+    if bias:
+        x, e = x - (w * x).sum(0) / w.sum(), e - (w * e).sum(0) / w.sum()
+    gram = x.T @ (w * x)
+    return torch.linalg.solve(gram + ridge * gram.diagonal().mean() * torch.eye(len(gram)), x.T @ (w * e)).T
+
+
+def expected_change(dense: Any, narrow: Any, number: int, name: str, how: How, ridge: float, factor: float) -> Tensor:
+    """By what a weight is to change, from whole models whose earlier linears are changed already."""
+    there, here = seen(dense, number), seen(narrow, number)
+    linear = getattr(decoder_layers(narrow)[number], name)
+    if how == "local":
+        part = {p.name: p for p in (*decoder_layers(dense)[number].group_weights,
+                                    *decoder_layers(dense)[number].channel_weights)}[name]  # fmt: skip
+        inputs = there[f"{name} in"][..., part.places(KEPT[number][name == "down"])]
+        target = there[f"{name} out"]
+        missing = target - torch.nn.functional.linear(inputs, linear.weight.double(), _double(linear.bias))
+        scale = target
+    else:
+        sides = []
+        for side in (there, here):
+            if family_of(dense.config)[1].normed_outputs:
+                sides.append(side[f"{name} out"])
+            else:
+                behind_o = side["hidden"] / factor + side["o out"]
+                sides.append(behind_o if name == "o" else behind_o + side["down out"])
+        inputs, missing, scale = here[f"{name} in"], sides[0] - sides[1], sides[0]
+    return ridge_regression(inputs, missing, 1 / scale.square().mean(-1), ridge, bias=linear.bias is not None)
+
+
+def _double(bias: Tensor | None) -> Tensor | None:
+    return None if bias is None else bias.double()
+
+
+@pytest.mark.parametrize("how", ["sequential", "local"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_each_linear_is_solved_on_what_the_narrowed_prefix_gives_it(family: str, how: How) -> None:
+    dense, narrow = pruned(family)
+    fits = compensate_(narrow, dense, KEPT, calibration(5, TEXT), how)
+    _, sliced = pruned(family)
+    factor = getattr(dense.config, "residual_multiplier", 1.0)
+    assert sum(fit.change is not None for fit in fits.values()) >= 2
+    for number, (before, after) in enumerate(zip(decoder_layers(sliced), decoder_layers(narrow), strict=True)):
+        for name in ("o", "down"):
+            old, new, fit = getattr(before, name), getattr(after, name), fits[f"{number}.{name}"]
+            change = torch.zeros_like(old.weight)
+            if fit.change is not None:
+                change = expected_change(dense, sliced, number, name, how, fit.ridge, factor).float()
+            torch.testing.assert_close(new.weight - old.weight, change, rtol=2e-3, atol=2e-4 * float(old.weight.std()))
+            if how == "sequential":
+                old.weight, old.bias = new.weight, new.bias  # the prefix of what comes next
+
+
+@pytest.mark.parametrize("how", ["sequential", "local"])
+def test_no_linear_is_worse_on_held_out_text_and_those_that_would_be_stay_slices(how: How) -> None:
+    text = random_tokens(HELD_OUT, T)  # 48 tokens that decide over up to 48 channels
+    dense, narrow = pruned("llama")
+    fits = compensate_(narrow, dense, KEPT, calibration(2, text), how)
+    kept = [name for name, fit in fits.items() if fit.change is None]
+    assert kept and all(fit.after <= fit.before for fit in fits.values())
+    for name in kept:
+        number, projection = name.split(".")
+        weight = getattr(decoder_layers(narrow)[int(number)], projection).weight
+        assert torch.equal(weight, getattr(decoder_layers(pruned("llama")[1])[int(number)], projection).weight)
+
+
+def test_text_that_was_not_seen_comes_nearer_to_the_dense_model() -> None:
+    dense, narrow = pruned("qwen2")
+    text = random_tokens(2 * S, T)[S:]
+
+    def distance() -> float:
+        with torch.no_grad():
+            difference = narrow(input_ids=text).logits - dense(input_ids=text).logits
+        return float(difference[:, MASSIVE:].square().mean())
+
+    before = distance()
+    compensate_(narrow, dense, KEPT, calibration(5, TEXT), "sequential")
+    assert distance() < 0.97 * before
+
+
+@pytest.mark.parametrize("how", ["sequential", "local"])
+def test_units_that_write_nothing_leave_nothing_to_make_up_for(how: How) -> None:
+    dense = tiny_model("llama").requires_grad_(False)
+    for layer, (groups, channels) in zip(decoder_layers(dense), KEPT, strict=True):
+        for part, units in ((layer.group_weights[-1], groups), (layer.channel_weights[-1], channels)):
+            if gone := [unit for unit in range(part.num_units) if unit not in units]:
+                part.linear.weight.data[:, part.places(gone)] = 0
+    narrow = shared_copy(dense)
+    narrow_(narrow, KEPT)
+    compensate_(narrow, dense, KEPT, calibration(5, TEXT), how)
+    with torch.no_grad():
+        torch.testing.assert_close(narrow(input_ids=TEXT).logits, dense(input_ids=TEXT).logits, rtol=1e-4, atol=1e-4)
+
+
+def test_micro_batches_do_not_matter() -> None:
+    weights = []
+    for size in (1, S):
+        dense, narrow = pruned("llama")
+        compensate_(narrow, dense, KEPT, calibration(size, TEXT), "sequential")
+        weights.append(torch.cat([layer.down.weight.flatten() for layer in decoder_layers(narrow)]))
+    torch.testing.assert_close(*weights, rtol=1e-4, atol=1e-5)
+
+
+def test_adapters_count_and_stay_as_they_are() -> None:
+    """The base makes up for what base and adapters together lack."""
+    dense = tiny_model("llama").requires_grad_(False)
+    narrow = shared_copy(dense)
+    narrow_(narrow, KEPT)
+    model = adapted(narrow)
+    linear = decoder_layers(narrow)[0].o
+    factors = {name: p.detach().clone() for name, p in model.named_parameters() if "lora_" in name}
+    with torch.no_grad():
+        sides = [side["hidden"] + side["o out"] for side in (seen(dense, 0), seen(narrow, 0))]
+        inputs = seen(narrow, 0)["o in"]
+    before = linear.base_layer.weight
+    fits = compensate_(model, dense, KEPT, calibration(5, TEXT), "sequential")
+    assert fits["0.o"].change is not None
+    change = ridge_regression(
+        inputs, sides[0] - sides[1], 1 / sides[0].square().mean(-1), fits["0.o"].ridge, bias=False
+    )
+    torch.testing.assert_close(linear.base_layer.weight - before, change.float(), rtol=1e-3, atol=1e-5)
+    assert all(torch.equal(p, factors[name]) for name, p in model.named_parameters() if "lora_" in name)
+
+
+def test_a_shared_copy_costs_nothing_and_outlives_what_is_done_to_the_other() -> None:
+    dense = tiny_model("llama").requires_grad_(False)
+    expected = dense(input_ids=TEXT).logits
+    narrow = shared_copy(dense)
+    pairs = zip(dense.parameters(), narrow.parameters(), strict=True)
+    assert all(one is other for one, other in pairs) and narrow.model is not dense.model
+    narrow_(narrow, KEPT)
+    compensate_(narrow, dense, KEPT, calibration(5, TEXT), "sequential")
+    assert torch.equal(dense(input_ids=TEXT).logits, expected)
+    assert narrow.model.layers[0].mlp.down_proj.in_features == len(KEPT[0][1])
+
+
+def test_places_are_counted_among_what_the_earlier_plan_keeps() -> None:
+    model = tiny_model("llama")
+    first = CompressionPlan.dense(architecture_of(model.config), None).keeping(
+        [([0, 2, 3], range(0, FFN, 2))] + [([0, 1], range(FFN))] * (LAYERS - 1)
+    )
+    later = first.keeping([([1, 2], [0, 3, 5])] + [([1], [7])] * (LAYERS - 1))
+    assert places_among(first, later) == [([1, 2], [0, 3, 5])] + [([1], [7])] * (LAYERS - 1)
+
+
+@pytest.mark.parametrize(
+    ("sequences", "length", "widest", "needed"),
+    [(192, 128, 17_857, "Give 193"), (3, 128, 10, "Give 4"), (192, 4, 100, "Give longer")],
+)
+def test_text_of_fewer_tokens_than_inputs_is_refused(sequences: int, length: int, widest: int, needed: str) -> None:
+    with pytest.raises(UserError, match=f"needs as many. {needed} sequences, or use compensation none"):
+        check_text(CalibrationConfig(sequences, length), widest)
+    check_text(CalibrationConfig(193, 128), 17_856)
+    check_text(CalibrationConfig(192, 128), 17_856)
+
+
+def test_a_line_says_what_was_done() -> None:
+    dense, narrow = pruned("llama")
+    fits = compensate_(narrow, dense, KEPT, calibration(5, TEXT), "sequential")
+    changed = [fit for fit in fits.values() if fit.change is not None]
+    mean = sum(1 - fit.after / fit.before for fit in changed) / len(changed)
+    assert describe(fits, S * T) == (
+        f"Compensated {len(changed)} of 6 linears on 480 tokens; what these lacked on held-out text is {mean:.1%} less "
+        f"in the mean."
+    )
