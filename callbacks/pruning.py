@@ -34,9 +34,9 @@ class StructuredPruning(CompressionInSetup):
     ```
 
     setup
-        Scores the units, narrows the base and lets the weights that stay make up for what went, once: where the base comes from the folder that it is kept in, nothing
-        is scored and the dense model is not needed. With several devices each scores its share of the micro-batches,
-        the first decides, and all keep the same.
+        Scores the units, narrows the base and lets the weights that stay make up for what went, once: where the base
+        comes from the folder that it is kept in, nothing is done and the dense model is not needed. With several
+        devices each works on its share of the micro-batches, the first decides, and all keep the same.
 
     Args:
         ratio: share of all parameters to remove, in (0, 1).
