@@ -20,11 +20,15 @@ from qpruner.model_folder import read_base_config, read_plan
 from qpruner.plan import CompressionPlan
 from qpruner.pretrained import DType, check_model, held_in, is_reachable, model_fingerprint, resolve
 from qpruner.processes import of_first
+from qpruner.training.kept_bases import identity_in, place_by_hash, places_of
 
 T = TypeVar("T")
 
 BASES = "compressed_bases"
 """Folder under the Trainer's ``default_root_dir`` that keeps the bases of fits without a folder of their own."""
+
+LOADED_FROM = "loaded_from"
+"""Path of the checkpoint, beside its options, as `load_from_checkpoint` reads it."""
 
 
 class CompressibleModule(LightningModule):
@@ -250,7 +254,7 @@ class CompressibleModule(LightningModule):
         bases.mkdir(parents=True, exist_ok=True)
         new = bases / f"new-{os.getpid()}"
         self.compressed.keep(new, tokenizer=self._tokenizer)
-        place = bases / identity_of(read_manifest(new))[:16]
+        place = place_by_hash(bases, identity_of(read_manifest(new)))
         try:  # the same base, of an earlier fit whose checkpoints name it
             read_checked_manifest(place)
             shutil.rmtree(new)
@@ -265,6 +269,21 @@ class CompressibleModule(LightningModule):
         return getattr(data, "tokenizer", None)
 
     # Checkpoints.
+
+    @classmethod
+    def load_from_checkpoint(cls, checkpoint_path: Any, *args: Any, **kwargs: Any) -> Self:
+        """The module of a checkpoint's options, on the base that it names, or that lies near it by now.
+
+        Args:
+            checkpoint_path: path of the checkpoint.
+            args: further arguments of Lightning's method.
+            kwargs: options in place of those in the checkpoint, and further arguments of Lightning's method.
+
+        Raises:
+            UserError: as `on_load_checkpoint`.
+        """
+        # Lightning puts what it is given among the checkpoint's options, and the hook sees those and not the path.
+        return super().load_from_checkpoint(checkpoint_path, *args, **kwargs, **{LOADED_FROM: str(checkpoint_path)})
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         trained = {name for name, parameter in self.named_parameters() if parameter.requires_grad}
@@ -298,7 +317,7 @@ class CompressibleModule(LightningModule):
 
     def _find_base(self, checkpoint: dict[str, Any]) -> None:
         entry = checkpoint["base"]
-        folder = None if entry["folder"] is None else Path(entry["folder"])
+        folder = self._folder_of(checkpoint)
         if self.held is None and folder is not None and (self.kept_in is None or not is_compressed(self.kept_in)):
             if is_reachable(self.base):
                 self.check_trained_on(checkpoint, self._of_first(lambda: model_fingerprint(self.base)))
@@ -316,13 +335,29 @@ class CompressibleModule(LightningModule):
             raise _other_base("that was compressed by another plan")
         self._open_kept(folder, entry["sha256"])
 
+    def _folder_of(self, checkpoint: dict[str, Any]) -> Path | None:
+        """The folder that keeps the base of a checkpoint: the one that it names, else one near it with the same base.
+
+        None for a dense base.
+        """
+        entry = checkpoint["base"]
+        if entry["folder"] is None:
+            return None
+        named, sha256 = Path(entry["folder"]), entry["sha256"]
+        if identity_in(named) == sha256:
+            return named
+        path = checkpoint["hyper_parameters"].get(LOADED_FROM) or (self._trainer and self.trainer.ckpt_path)
+        roots = [] if self._trainer is None else [Path(self.trainer.default_root_dir)]
+        places = places_of(str(sha256), Path(path) if path else None, roots, BASES)
+        return next((place for place in places if identity_in(place) == sha256), named)
+
     def _open_kept(self, folder: Path, sha256: str) -> None:
         """Takes the base of a checkpoint.
 
         Raises:
             UserError: it is not in its folder any more.
         """
-        there = identity_of(read_manifest(folder)) if is_compressed(folder) else None
+        there = identity_in(folder)
         if there != sha256:
             what = "is not there any more" if there is None else f"is another one by now (SHA-256 {there})"
             raise UserError(
