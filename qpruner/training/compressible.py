@@ -1,7 +1,5 @@
 """A LightningModule around a model that callbacks compress and a folder keeps."""
 
-import os
-import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,12 +13,12 @@ from qpruner.adapters.lora import LoRAConfig
 from qpruner.compressed import CompressedModel, State
 from qpruner.datamodules.base import TokenDataModule
 from qpruner.errors import UserError, brief, listed
-from qpruner.folder_manifest import identity_of, is_compressed, read_checked_manifest, read_manifest
+from qpruner.folder_manifest import is_compressed, read_checked_manifest
 from qpruner.model_folder import read_base_config, read_plan
 from qpruner.plan import CompressionPlan
 from qpruner.pretrained import DType, check_model, held_in, is_reachable, model_fingerprint, resolve
 from qpruner.processes import of_first
-from qpruner.training.kept_bases import identity_in, place_by_hash, places_of
+from qpruner.training.kept_bases import identity_in, keep_by_hash, places_of
 
 T = TypeVar("T")
 
@@ -251,17 +249,7 @@ class CompressibleModule(LightningModule):
 
     def _write_by_hash(self) -> Path:
         bases = Path(self.trainer.default_root_dir) / BASES
-        bases.mkdir(parents=True, exist_ok=True)
-        new = bases / f"new-{os.getpid()}"
-        self.compressed.keep(new, tokenizer=self._tokenizer)
-        place = place_by_hash(bases, identity_of(read_manifest(new)))
-        try:  # the same base, of an earlier fit whose checkpoints name it
-            read_checked_manifest(place)
-            shutil.rmtree(new)
-        except UserError:
-            shutil.rmtree(place, ignore_errors=True)
-            new.rename(place)
-        return place
+        return keep_by_hash(bases, lambda folder: self.compressed.keep(folder, tokenizer=self._tokenizer))
 
     @property
     def _tokenizer(self) -> Any:

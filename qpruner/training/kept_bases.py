@@ -1,9 +1,13 @@
-"""Where the compressed base of a checkpoint may be kept, after its run or its fit was moved."""
+"""Compressed bases in folders named by their hashes, and where that of a checkpoint may lie once it was moved."""
 
-from collections.abc import Iterable, Iterator
+import shutil
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
-from qpruner.folder_manifest import identity_of, is_compressed, read_manifest
+from filelock import FileLock
+
+from qpruner.errors import UserError
+from qpruner.folder_manifest import identity_of, is_compressed, read_checked_manifest, read_manifest
 from qpruner.records.folder import RunFolder
 
 
@@ -19,6 +23,33 @@ def identity_in(folder: Path) -> str | None:
 def place_by_hash(bases: Path, sha256: str) -> Path:
     """The folder of a base among others that are named by their hashes."""
     return bases / sha256[:16]
+
+
+def keep_by_hash(bases: Path, write: Callable[[Path], None]) -> Path:
+    """Writes a base to the folder named by its hash, unless an earlier fit has done so, whose checkpoints name it.
+
+    One process at a time writes there, so that what one left that was killed is known to be nobody's, and goes.
+
+    Args:
+        bases: folder of all bases.
+        write: function that writes the base to a folder.
+
+    Returns:
+        The folder that keeps the base.
+    """
+    bases.mkdir(parents=True, exist_ok=True)
+    with FileLock(bases / ".lock"):
+        new = bases / "new"
+        shutil.rmtree(new, ignore_errors=True)  # before more is written: the disk may be full of it
+        write(new)
+        place = place_by_hash(bases, identity_of(read_manifest(new)))
+        try:
+            read_checked_manifest(place)
+            shutil.rmtree(new)
+        except UserError:  # none, or a damaged one
+            shutil.rmtree(place, ignore_errors=True)
+            new.rename(place)
+    return place
 
 
 def places_of(sha256: str, checkpoint: Path | None, roots: Iterable[Path], bases: str) -> Iterator[Path]:

@@ -1,16 +1,19 @@
-"""The base of a checkpoint, after the folder that the checkpoint names was moved or is another."""
+"""Bases that are kept by their hashes, and the base of a checkpoint whose folder was moved or is another by now."""
 
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import torch
+from filelock import FileLock
 from support.fits import PRUNING, finetuner, fit, logits, trainer
 
 from qpruner.callbacks import KeepModel, MixedPrecisionQuantization, RunCheckpoint, StructuredPruning
+from qpruner.compressed import CompressedModel
 from qpruner.datamodules import StoriesDataModule
 from qpruner.errors import UserError
-from qpruner.training.kept_bases import identity_in, places_of
+from qpruner.training.kept_bases import identity_in, keep_by_hash, places_of
 from qpruner.training.module import LoRAFinetuner
 
 
@@ -85,6 +88,40 @@ def test_a_base_that_is_kept_by_its_hash_is_found_where_the_root_is_now(
     trainer(steps=3).fit(resumed, datamodule=stories, ckpt_path=checkpoint, weights_only=True)
     assert resumed.compressed.identity == module.compressed.identity is not None
     assert resumed.compressed.kept is not None and resumed.compressed.kept.path.parent == new_root / "bases"
+
+
+@pytest.fixture
+def dense(tiny_llama: Path) -> CompressedModel:
+    return CompressedModel.load(str(tiny_llama), dtype="float32")
+
+
+def test_what_a_killed_process_left_goes_as_the_next_base_is_kept(dense: CompressedModel, tmp_path: Path) -> None:
+    bases, others = tmp_path / "bases", tmp_path / "bases" / "0123456789abcdef"
+    for left in (bases / "new", bases / ".new.tmp", others):  # whole but unnamed, half written, and somebody's
+        left.mkdir(parents=True)
+        (left / "model.safetensors").write_bytes(b"0" * 100)
+
+    def write(folder: Path) -> None:
+        assert not folder.exists()  # gone before anything is written: they take the room
+        dense.keep(folder, tokenizer=None)
+
+    place = keep_by_hash(bases, write)
+    assert sorted(path.name for path in bases.iterdir() if path.is_dir()) == sorted([place.name, others.name])
+    assert str(identity_in(place)).startswith(place.name) and len(place.name) == 16
+
+
+def test_the_base_that_another_process_is_writing_stays(dense: CompressedModel, tmp_path: Path) -> None:
+    written = tmp_path / "new" / "model.safetensors"
+    written.parent.mkdir()
+    written.write_bytes(b"half")
+    with ThreadPoolExecutor() as pool:
+        with FileLock(tmp_path / ".lock"):  # of the other
+            waiting = pool.submit(keep_by_hash, tmp_path, lambda folder: dense.keep(folder, tokenizer=None))
+            with pytest.raises(TimeoutError):
+                waiting.result(timeout=0.3)
+            assert written.read_bytes() == b"half"
+        place = waiting.result(timeout=60)
+    assert identity_in(place) is not None and not written.exists()
 
 
 def test_the_places_in_their_order() -> None:
