@@ -80,7 +80,7 @@ ALLOWED: dict[str, set[str]] = {
     "pricing": {"adapters", "anatomy", "memory", "plan", "pruning", "quantization"},
     "processes": {"errors"},
     "pruning": {"adapters", "anatomy", "calibration", "errors", "memory", "plan", "quantization", "seeds"},
-    "quantization": {"adapters", "anatomy", "errors", "files", "plan", "pretrained"},
+    "quantization": {"adapters", "anatomy", "errors", "files", "plan", "pretrained", "processes"},
     "records": {"allocation", "errors", "files", "folder_manifest", "plan", "schema"},
     "report_command": {"errors", "options", "records"},
     "runs": {

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from support.ranks import together
 
 from qpruner.adapters.lora import LoRAConfig
 from qpruner.callbacks.compression import CompressionJob
@@ -60,6 +61,40 @@ def test_an_error_of_the_first_reaches_all(error: Exception, heard: str) -> None
     assert raised.value is error
     with pytest.raises(UserError, match=heard):
         wire.second().of_first(never)
+
+
+def test_each_has_what_it_found_itself() -> None:
+    assert together(*[lambda processes: processes.of_each(lambda: 10 + processes.rank)] * 3) == [10, 11, 12]
+    assert Processes.alone().of_each(lambda: 3) == 3
+
+
+@pytest.mark.parametrize(
+    ("error", "heard"),
+    [
+        (UserError("Kein Plätzchen."), "Kein Plätzchen."),
+        (OSError(28, "No space left"), "Process 1 failed: OSError: [Errno 28] No space left"),
+        (UserError("é" * 900), "é" * 500),  # as much of it as there is room for
+    ],
+)
+def test_an_error_of_any_reaches_all(error: Exception, heard: str) -> None:
+    def work(processes: Processes) -> None:
+        def fail() -> None:
+            if processes.rank == 1:
+                raise error
+
+        processes.of_each(fail)
+        pytest.fail("no process goes on")
+
+    first, second, third = together(work, work, work)
+    assert second is error
+    assert isinstance(first, UserError) and isinstance(third, UserError) and str(first) == str(third) == heard
+    with pytest.raises(type(error)) as raised:
+        replace(Processes.alone(), rank=0).of_each(lambda: raising(error))
+    assert raised.value is error
+
+
+def raising(error: Exception) -> None:
+    raise error
 
 
 def test_nobody_waits_for_a_base_that_the_first_could_not_keep(
