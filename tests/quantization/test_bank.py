@@ -13,6 +13,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from support.families import LAYERS, logits_of
+from support.linears import quantize_dequantize
 from support.quantized import WIDE, equal, pruned, settings
 from support.ranks import together
 
@@ -23,7 +24,7 @@ from qpruner.processes import Processes
 from qpruner.quantization import bank as banks
 from qpruner.quantization.apply import LoftQSettings, linear_precisions, quantize_
 from qpruner.quantization.bank import Bank, fill, fill_folder, open_folder
-from qpruner.quantization.formats import num_bytes, quantize_dequantize
+from qpruner.quantization.formats import num_bytes
 from qpruner.quantization.packed import PackedLinear
 
 CPU = torch.device("cpu")
