@@ -1,6 +1,5 @@
 """Work that the first of several processes does for all."""
 
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -9,11 +8,8 @@ import pytest
 import torch
 from support.ranks import together
 
-from qpruner.adapters.lora import LoRAConfig
-from qpruner.callbacks.compression import CompressionJob
 from qpruner.compressed import CompressedModel
 from qpruner.errors import UserError
-from qpruner.plan import CompressionPlan
 from qpruner.processes import Processes
 
 
@@ -95,34 +91,6 @@ def test_an_error_of_any_reaches_all(error: Exception, heard: str) -> None:
 
 def raising(error: Exception) -> None:
     raise error
-
-
-def test_nobody_waits_for_a_base_that_the_first_could_not_keep(
-    tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    model = CompressedModel.load(str(tiny_llama), dtype="float32")
-    plan = model.known_plan()
-    assert isinstance(plan, CompressionPlan)
-    model.prune([([0], list(range(8))) for _ in plan.layers])
-
-    def keep_in(processes: Callable[[], Processes]) -> None:
-        CompressionJob(model, None, processes(), LoRAConfig(), 0, keep_in=tmp_path / "model").keep()
-
-    def no_room(*_: Any, **__: Any) -> None:
-        raise OSError(28, "No space left on device")
-
-    wire = Wire()
-    with monkeypatch.context() as patch:
-        patch.setattr("qpruner.model_folder.write_base", no_room)
-        with pytest.raises(OSError, match="No space left"):
-            keep_in(wire.first)
-    with pytest.raises(UserError, match="The first process failed: OSError"):
-        keep_in(wire.second)
-    keep_in(wire.first)
-    known = model.identity
-    model.kept = None  # as in another process
-    keep_in(wire.second)
-    assert known is not None and model.identity == known
 
 
 def test_hashes_of_a_compressed_base_are_left_to_one_who_has_compared_them(
