@@ -19,7 +19,6 @@ from qpruner.training.module import LoRAFinetuner
 
 def fit_in_run(base: Path, data: StoriesDataModule, run: Path, part: str, *, bits: int = 4) -> LoRAFinetuner:
     """A fit whose folder is laid out as that of a run."""
-    run.mkdir(exist_ok=True)
     checkpoint = RunCheckpoint(run / "checkpoints" / "last.ckpt", every_n_steps=2)
     quantization = MixedPrecisionQuantization(bits)
     return fit(finetuner(base), data, quantization, KeepModel(run / part, run / part), checkpoint)
