@@ -271,7 +271,8 @@ class CompressibleModule(LightningModule):
             UserError: as `on_load_checkpoint`.
         """
         # Lightning puts what it is given among the checkpoint's options, and the hook sees those and not the path.
-        return super().load_from_checkpoint(checkpoint_path, *args, **kwargs, **{LOADED_FROM: str(checkpoint_path)})
+        kwargs[LOADED_FROM] = str(checkpoint_path)
+        return super().load_from_checkpoint(checkpoint_path, *args, **kwargs)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         trained = {name for name, parameter in self.named_parameters() if parameter.requires_grad}
