@@ -18,7 +18,7 @@ from qpruner.model_folder import read_base_config, read_plan
 from qpruner.plan import CompressionPlan
 from qpruner.pretrained import DType, check_model, held_in, is_reachable, model_fingerprint, resolve
 from qpruner.processes import of_first
-from qpruner.training.kept_bases import identity_in, keep_by_hash, places_of
+from qpruner.training.kept_bases import identity_in, keep_by_hash, keeping_folder
 
 T = TypeVar("T")
 
@@ -260,16 +260,7 @@ class CompressibleModule(LightningModule):
 
     @classmethod
     def load_from_checkpoint(cls, checkpoint_path: Any, *args: Any, **kwargs: Any) -> Self:
-        """The module of a checkpoint's options, on the base that it names, or that lies near it by now.
-
-        Args:
-            checkpoint_path: path of the checkpoint.
-            args: further arguments of Lightning's method.
-            kwargs: options in place of those in the checkpoint, and further arguments of Lightning's method.
-
-        Raises:
-            UserError: as `on_load_checkpoint`.
-        """
+        """As Lightning has it; the base may lie near the checkpoint by now, whatever folder that names."""
         # Lightning puts what it is given among the checkpoint's options, and the hook sees those and not the path.
         kwargs[LOADED_FROM] = str(checkpoint_path)
         return super().load_from_checkpoint(checkpoint_path, *args, **kwargs)
@@ -332,13 +323,9 @@ class CompressibleModule(LightningModule):
         entry = checkpoint["base"]
         if entry["folder"] is None:
             return None
-        named, sha256 = Path(entry["folder"]), entry["sha256"]
-        if identity_in(named) == sha256:
-            return named
         path = checkpoint["hyper_parameters"].get(LOADED_FROM) or (self._trainer and self.trainer.ckpt_path)
         roots = [] if self._trainer is None else [Path(self.trainer.default_root_dir)]
-        places = places_of(str(sha256), Path(path) if path else None, roots, BASES)
-        return next((place for place in places if identity_in(place) == sha256), named)
+        return keeping_folder(Path(entry["folder"]), entry["sha256"], Path(path) if path else None, roots, BASES)
 
     def _open_kept(self, folder: Path, sha256: str) -> None:
         """Takes the base of a checkpoint.

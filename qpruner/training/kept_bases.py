@@ -52,6 +52,25 @@ def keep_by_hash(bases: Path, write: Callable[[Path], None]) -> Path:
     return place
 
 
+def keeping_folder(named: Path, sha256: str | None, checkpoint: Path | None, roots: Iterable[Path], bases: str) -> Path:
+    """The folder that a checkpoint names, or where that does not keep its base, one near it that does.
+
+    Args:
+        named: folder that the checkpoint names; it is also the answer where no other keeps the base.
+        sha256: hash of the base.
+        checkpoint: file of the checkpoint, as the next arguments for `places_of`.
+        roots: further folders that may hold ``bases``.
+        bases: name of the folder that keeps bases by their hashes.
+
+    Raises:
+        UserError: the manifest of a folder where the base may be is damaged.
+    """
+    if identity_in(named) == sha256:
+        return named
+    places = places_of(str(sha256), checkpoint, roots, bases)
+    return next((place for place in places if identity_in(place) == sha256), named)
+
+
 def places_of(sha256: str, checkpoint: Path | None, roots: Iterable[Path], bases: str) -> Iterator[Path]:
     """Folders that may keep a base, where the one that its checkpoint names does not.
 
