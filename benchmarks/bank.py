@@ -18,6 +18,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from qpruner.adapters.lora import LoRAConfig
 from qpruner.anatomy import architecture_of
 from qpruner.plan import UNITS, CompressionPlan, Precision
+from qpruner.processes import Processes
 from qpruner.quantization.apply import LoftQSettings, quantize_
 from qpruner.quantization.bank import fill, fill_folder
 
@@ -42,10 +43,7 @@ def main() -> None:
     if given.folder is None:
         bank = fill(model, [NARROW, WIDE], settings, device=CPU)
     else:
-        bank = fill_folder(
-            given.folder, model, [NARROW, WIDE], settings, base="random", device=CPU, rank=0, world_size=1,
-            barrier=lambda: None,
-        )  # fmt: skip
+        bank = fill_folder(given.folder, model, [NARROW, WIDE], settings, base="random", processes=Processes.alone(CPU))
     filling = time.perf_counter() - since
     # Every linear changes from one of these plans to the next.
     plans = [

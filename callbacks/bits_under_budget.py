@@ -135,10 +135,10 @@ class Allocator:
 
     def bank(self, job: CompressionJob, plan: CompressionPlan) -> Bank:
         """Every unit that is decided on, in every width; in the folder of the run if there is one."""
-        settings, device = self._loftq(job), job.processes.device
+        settings = self._loftq(job)
         layers = sorted({item.layer for item in self._items(plan)})
         if job.folder is None:
-            return fill(job.model.network, self.precisions, settings, layers=layers, device=device)
+            return fill(job.model.network, self.precisions, settings, layers=layers, device=job.processes.device)
         job.keep()
         return fill_folder(
             job.folder.bank,
@@ -147,10 +147,7 @@ class Allocator:
             settings,
             base=job.model.identity,
             layers=layers,
-            device=device,
-            rank=job.processes.rank,
-            world_size=job.processes.world_size,
-            barrier=job.processes.barrier,
+            processes=job.processes,
         )
 
     def _loftq(self, job: CompressionJob) -> LoftQSettings | None:

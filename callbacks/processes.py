@@ -23,6 +23,5 @@ def processes_of(trainer: Trainer) -> Processes:
         forward_context=trainer.precision_plugin.forward_context,
         reduce=reduce,
         broadcast=strategy.broadcast,
-        barrier=strategy.barrier,
         precision=str(trainer.precision),
     )

@@ -35,8 +35,10 @@ def replacing(path: Path) -> Iterator[Path]:
 def replacing_folder(folder: Path) -> Iterator[Path]:
     """Gives the path of a folder to make beside ``folder``, which takes the place of ``folder`` at the end.
 
-    A process killed inside leaves ``folder`` as it was; killed in the moment of the change, ``folder`` may be gone.
+    The folder above is made if it is not there. A process killed inside leaves ``folder`` as it was; killed in the
+    moment of the change, ``folder`` may be gone.
     """
+    folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = folder.with_name(f".{folder.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     try:

@@ -12,6 +12,9 @@ from qpruner.errors import UserError
 
 T = TypeVar("T")
 
+LONGEST = 1000
+"""Bytes of an error that the other processes hear of."""
+
 
 @dataclass(frozen=True)
 class Processes:
@@ -25,7 +28,6 @@ class Processes:
             ``bf16-mixed``.
         reduce: function that sums a tensor over all processes; the sum is the same on each.
         broadcast: function that gives each process the object of the first.
-        barrier: function that waits until all processes have called it.
         precision: name of the precision that ``forward_context`` computes in, such as ``bf16-mixed``.
     """
 
@@ -35,7 +37,6 @@ class Processes:
     forward_context: Callable[[], AbstractContextManager[Any]]
     reduce: Callable[[Tensor], Tensor]
     broadcast: Callable[[Any], Any]
-    barrier: Callable[[], None]
     precision: str = "32-true"
 
     @classmethod
@@ -52,7 +53,6 @@ class Processes:
             forward_context=forward_context,
             reduce=lambda tensor: tensor,
             broadcast=lambda value: value,
-            barrier=lambda: None,
         )
 
     @property
@@ -63,6 +63,32 @@ class Processes:
     def of_first(self, find: Callable[[], T]) -> T:
         """What the first process finds, or the error that it meets, on all; see `of_first`."""
         return of_first(find, is_first=self.is_first, broadcast=self.broadcast)
+
+    def of_each(self, find: Callable[[], T]) -> T:
+        """What each process finds for itself, once all have; no process waits for one that met an error.
+
+        Args:
+            find: function that does a share of the work, without waiting for other processes.
+
+        Raises:
+            UserError: one of the others met an error; its own error is raised as it is.
+        """
+        error: Exception | None = None
+        try:
+            answer = find()
+        except Exception as own:
+            error = own
+        said = torch.zeros(self.world_size, LONGEST, dtype=torch.int64, device=self.device)
+        if error is not None:
+            text = list(_told(error, f"Process {self.rank}").encode()[:LONGEST])
+            said[self.rank, : len(text)] = torch.tensor(text, device=self.device)
+        rows = self.reduce(said).tolist()
+        if error is not None:
+            raise error
+        for row in rows:
+            if any(row):
+                raise UserError(bytes(row).rstrip(b"\0").decode(errors="ignore"))
+        return answer
 
 
 def of_first(find: Callable[[], T], *, is_first: bool, broadcast: Callable[[Any], Any]) -> T:
@@ -81,11 +107,15 @@ def of_first(find: Callable[[], T], *, is_first: bool, broadcast: Callable[[Any]
         try:
             answer = find()
         except Exception as error:
-            told = isinstance(error, UserError)
-            broadcast(error if told else UserError(f"The first process failed: {type(error).__name__}: {error}"))
+            broadcast(error if isinstance(error, UserError) else UserError(_told(error, "The first process")))
             raise
     answer = broadcast(answer)
     if isinstance(answer, UserError):
         raise answer
     found: T = answer
     return found
+
+
+def _told(error: Exception, who: str) -> str:
+    """An error of one process, for the others to tell: a mistake as it is, any other with who met it."""
+    return str(error) if isinstance(error, UserError) else f"{who} failed: {type(error).__name__}: {error}"

@@ -44,6 +44,13 @@ def test_a_folder_takes_the_place_of_another_whole_or_not_at_all(tmp_path: Path)
     assert [path.name for path in folder.iterdir()] == ["new.txt"] and [*tmp_path.iterdir()] == [folder]
 
 
+def test_a_folder_may_lie_in_one_that_is_not_there(tmp_path: Path) -> None:
+    with replacing_folder(tmp_path / "models" / "x") as temporary:
+        assert temporary.parent.is_dir()  # whose disk can be asked for its room
+        temporary.mkdir()
+    assert (tmp_path / "models" / "x").is_dir() and len([*(tmp_path / "models").iterdir()]) == 1
+
+
 def test_json_comes_back_and_its_mistakes_name_file_and_remedy(tmp_path: Path) -> None:
     path = tmp_path / "a.json"
     write_json(path, {"ä": [1, None]})

@@ -80,7 +80,7 @@ ALLOWED: dict[str, set[str]] = {
     "pricing": {"adapters", "anatomy", "memory", "plan", "pruning", "quantization"},
     "processes": {"errors"},
     "pruning": {"adapters", "anatomy", "calibration", "errors", "memory", "plan", "quantization", "seeds"},
-    "quantization": {"adapters", "anatomy", "errors", "files", "plan", "pretrained"},
+    "quantization": {"adapters", "anatomy", "errors", "files", "plan", "pretrained", "processes"},
     "records": {"allocation", "errors", "files", "folder_manifest", "plan", "schema"},
     "report_command": {"errors", "options", "records"},
     "runs": {
@@ -96,7 +96,7 @@ ALLOWED: dict[str, set[str]] = {
     "tensor_files": {"errors", "files", "folder_manifest"},
     "training": {
         "adapters", "compressed", "datamodules", "errors", "files", "folder_manifest", "likelihood", "memory",
-        "model_folder", "plan", "pretrained", "processes", "schema", "seeds",
+        "model_folder", "plan", "pretrained", "processes", "records", "schema", "seeds",
     },
     "verify_command": {"folder_manifest", "options"},
 }  # fmt: skip

@@ -1,18 +1,15 @@
 """Work that the first of several processes does for all."""
 
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from support.ranks import together
 
-from qpruner.adapters.lora import LoRAConfig
-from qpruner.callbacks.compression import CompressionJob
 from qpruner.compressed import CompressedModel
 from qpruner.errors import UserError
-from qpruner.plan import CompressionPlan
 from qpruner.processes import Processes
 
 
@@ -62,32 +59,38 @@ def test_an_error_of_the_first_reaches_all(error: Exception, heard: str) -> None
         wire.second().of_first(never)
 
 
-def test_nobody_waits_for_a_base_that_the_first_could_not_keep(
-    tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    model = CompressedModel.load(str(tiny_llama), dtype="float32")
-    plan = model.known_plan()
-    assert isinstance(plan, CompressionPlan)
-    model.prune([([0], list(range(8))) for _ in plan.layers])
+def test_each_has_what_it_found_itself() -> None:
+    assert together(*[lambda processes: processes.of_each(lambda: 10 + processes.rank)] * 3) == [10, 11, 12]
+    assert Processes.alone().of_each(lambda: 3) == 3
 
-    def keep_in(processes: Callable[[], Processes]) -> None:
-        CompressionJob(model, None, processes(), LoRAConfig(), 0, keep_in=tmp_path / "model").keep()
 
-    def no_room(*_: Any, **__: Any) -> None:
-        raise OSError(28, "No space left on device")
+@pytest.mark.parametrize(
+    ("error", "heard"),
+    [
+        (UserError("Kein Plätzchen."), "Kein Plätzchen."),
+        (OSError(28, "No space left"), "Process 1 failed: OSError: [Errno 28] No space left"),
+        (UserError("é" * 900), "é" * 500),  # as much of it as there is room for
+    ],
+)
+def test_an_error_of_any_reaches_all(error: Exception, heard: str) -> None:
+    def work(processes: Processes) -> None:
+        def fail() -> None:
+            if processes.rank == 1:
+                raise error
 
-    wire = Wire()
-    with monkeypatch.context() as patch:
-        patch.setattr("qpruner.model_folder.write_base", no_room)
-        with pytest.raises(OSError, match="No space left"):
-            keep_in(wire.first)
-    with pytest.raises(UserError, match="The first process failed: OSError"):
-        keep_in(wire.second)
-    keep_in(wire.first)
-    known = model.identity
-    model.kept = None  # as in another process
-    keep_in(wire.second)
-    assert known is not None and model.identity == known
+        processes.of_each(fail)
+        pytest.fail("no process goes on")
+
+    first, second, third = together(work, work, work)
+    assert second is error
+    assert isinstance(first, UserError) and isinstance(third, UserError) and str(first) == str(third) == heard
+    with pytest.raises(type(error)) as raised:
+        replace(Processes.alone(), rank=0).of_each(lambda: raising(error))
+    assert raised.value is error
+
+
+def raising(error: Exception) -> None:
+    raise error
 
 
 def test_hashes_of_a_compressed_base_are_left_to_one_who_has_compared_them(

@@ -10,7 +10,7 @@ tensor is ``linear/precision/part``, where a part is one that the format documen
 
 import shutil
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from qpruner.anatomy import unit_linears
 from qpruner.errors import UserError
 from qpruner.files import hash_json, replacing
 from qpruner.plan import DENSE, CompressionPlan, Precision
+from qpruner.processes import Processes
 from qpruner.quantization.apply import Factors, LoftQSettings, check_rank, linear_precisions, quantize_linear
 from qpruner.quantization.formats import dequantize, num_bytes, rebuild
 from qpruner.quantization.packed import PackedLinear
@@ -152,10 +153,7 @@ def fill_folder(
     *,
     base: str | None,
     layers: Iterable[int] | None = None,
-    device: torch.device,
-    rank: int,
-    world_size: int,
-    barrier: Callable[[], None],
+    processes: Processes,
 ) -> Bank:
     """A bank in a folder; what is there of it is not made again, unless it is of another model or cut off.
 
@@ -166,34 +164,41 @@ def fill_folder(
         settings: settings of LoftQ; None where adapters start from zero.
         base: hash by which the model is known, which tells whose bank this is.
         layers: numbers of the layers to quantize, default all.
-        device: device on which each linear is computed.
-        rank: this process's place; each makes the files of every ``world_size``-th layer.
-        world_size: number of processes.
-        barrier: waits for all processes.
+        processes: processes that share the work, each with the files of every ``world_size``-th layer.
 
     Raises:
-        UserError: as `fill`, or the disk has no room.
+        UserError: as `fill`, or the disk has no room; on all processes, whichever met it.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     origin = _origin(base, settings, next(model.parameters()).dtype)
     names = _linears(model)
     layers = list(range(len(names)) if layers is None else layers)
     wanted = [precision for precision in precisions if precision != DENSE]
-    for number in layers:  # on all processes, so that none waits for one that gave up
-        check_rank(model, dict.fromkeys(names[number], wanted[0]) if wanted else {}, settings)
-    missing = [number for number in layers if not _holds(_path(folder, number), names[number], wanted, origin)]
-    barrier()  # all have looked
-    _check_disk(folder, model, [name for number in missing for name in names[number]], wanted)
-    for number in [number for number in missing if number % world_size == rank]:
-        with replacing(_path(folder, number)) as temporary:
-            save_file(_quantized(model, names[number], wanted, settings, device), temporary, {"origin": origin})
-    barrier()
-    if unseen := [str(_path(folder, number)) for number in layers if not _path(folder, number).exists()]:
-        raise UserError(
-            f"{unseen[0]!r} was to be made by another process and is not there. Name a --run.dir on a disk that all "
-            f"machines share."
-        )
-    return open_folder(folder, model, settings, base=base)
+
+    def look() -> list[int]:
+        folder.mkdir(parents=True, exist_ok=True)
+        for number in layers:
+            check_rank(model, dict.fromkeys(names[number], wanted[0]) if wanted else {}, settings)
+        return [number for number in layers if not _holds(_path(folder, number), names[number], wanted, origin)]
+
+    def quantize(missing: Sequence[int]) -> None:
+        _check_disk(folder, model, [name for number in missing for name in names[number]], wanted)
+        for number in missing:
+            if number % processes.world_size == processes.rank:
+                tensors = _quantized(model, names[number], wanted, settings, processes.device)
+                with replacing(_path(folder, number)) as temporary:
+                    save_file(tensors, temporary, {"origin": origin})
+
+    def read() -> Bank:
+        if unseen := [str(_path(folder, number)) for number in layers if not _path(folder, number).exists()]:
+            raise UserError(
+                f"{unseen[0]!r} was to be made by another process and is not there. Name a --run.dir on a disk that "
+                f"all machines share."
+            )
+        return open_folder(folder, model, settings, base=base)
+
+    missing = processes.of_each(look)  # before any makes a file
+    processes.of_each(lambda: quantize(missing))
+    return processes.of_each(read)
 
 
 def open_folder(folder: Path, model: nn.Module, settings: LoftQSettings | None, *, base: str | None) -> Bank:

@@ -142,17 +142,6 @@ def narrowed(module: PackedLinear, axis: int, index: Tensor) -> PackedLinear:
     return rebuild(state, *shape, precision=module.precision, bias=bias, dtype=dtype).train(module.training)
 
 
-def quantize_dequantize(weight: Tensor, precision: Precision) -> Tensor:
-    """What a precision makes of a weight [out, in]; float32 of the same shape.
-
-    Raises:
-        UserError: no format offers the precision.
-    """
-    out_features, in_features = weight.shape
-    number_format = format_for(precision)
-    return number_format.decode(number_format.encode(weight, precision), out_features, in_features, precision)
-
-
 def num_bytes(out_features: int, in_features: int, precision: Precision) -> int:
     """Bytes of codes and scales, the bias and the header of a file apart.
 

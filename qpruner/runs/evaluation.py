@@ -27,6 +27,9 @@ def measure_stages(
 ) -> Summary:
     """Measures the dense model and, where a fit has left them, the compressed and the recovered one.
 
+    The stage of a compressed base is named by how far its compression has come: pruned, quantized or, in a phase that
+    had not come further when it was cut off, merged.
+
     Args:
         trainer: Trainer that evaluates.
         module: module that is not loaded yet; it continues from the compressed base of the run, if there is one.
@@ -60,7 +63,7 @@ def measure_stages(
     if module.continues_from is not None:
         module.open_base(module.continues_from)
         if module.compressed.base_state is not State.DENSE:
-            measure("quantized" if module.compressed.base_state is State.QUANTIZED else "pruned")
+            measure(module.compressed.base_state.value)
     if checkpoint is not None or trained:
         measure("recovered", adapted=True)
     return Summary(True, data.protocol, peak_meaning(device), tuple(stages))

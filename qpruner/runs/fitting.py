@@ -105,7 +105,7 @@ class PhasedFit:
                 begins_with = str(phase.folder.checkpoint)
                 rank_zero_info(f"Going on from {begins_with}.")
             elif begins_with is not None:
-                check_checkpoint(module, begins_with)
+                check_checkpoint(module, begins_with, is_first=trainer.is_global_zero)
             module.release()  # what an earlier fit of it left in memory is in the folder, too
             try:
                 trainer.fit(module, datamodule=self.data, ckpt_path=begins_with, weights_only=True)

@@ -258,7 +258,7 @@ class Run:
     def _checkpoint(self, module: LoRAFinetuner, ckpt_path: str | None) -> str | None:
         """The checkpoint to evaluate: the one given, or the run's unless its model has all that is needed."""
         if ckpt_path is not None:
-            check_checkpoint(module, ckpt_path)
+            check_checkpoint(module, ckpt_path, is_first=is_rank_zero())
         number = self.folder.finished_phases + 1
         phase = self.folder if number > len(self.phases) else RunFolder(self.folder.path, number)
         if ckpt_path is not None or is_trained(module) or not phase.checkpoint.exists():

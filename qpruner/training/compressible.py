@@ -1,7 +1,5 @@
 """A LightningModule around a model that callbacks compress and a folder keeps."""
 
-import os
-import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,16 +13,20 @@ from qpruner.adapters.lora import LoRAConfig
 from qpruner.compressed import CompressedModel, State
 from qpruner.datamodules.base import TokenDataModule
 from qpruner.errors import UserError, brief, listed
-from qpruner.folder_manifest import identity_of, is_compressed, read_checked_manifest, read_manifest
+from qpruner.folder_manifest import is_compressed, read_checked_manifest
 from qpruner.model_folder import read_base_config, read_plan
 from qpruner.plan import CompressionPlan
 from qpruner.pretrained import DType, check_model, held_in, is_reachable, model_fingerprint, resolve
 from qpruner.processes import of_first
+from qpruner.training.kept_bases import identity_in, keep_by_hash, keeping_folder
 
 T = TypeVar("T")
 
 BASES = "compressed_bases"
 """Folder under the Trainer's ``default_root_dir`` that keeps the bases of fits without a folder of their own."""
+
+LOADED_FROM = "loaded_from"
+"""Path of the checkpoint, beside its options, as `load_from_checkpoint` reads it."""
 
 
 class CompressibleModule(LightningModule):
@@ -247,17 +249,7 @@ class CompressibleModule(LightningModule):
 
     def _write_by_hash(self) -> Path:
         bases = Path(self.trainer.default_root_dir) / BASES
-        bases.mkdir(parents=True, exist_ok=True)
-        new = bases / f"new-{os.getpid()}"
-        self.compressed.keep(new, tokenizer=self._tokenizer)
-        place = bases / identity_of(read_manifest(new))[:16]
-        try:  # the same base, of an earlier fit whose checkpoints name it
-            read_checked_manifest(place)
-            shutil.rmtree(new)
-        except UserError:
-            shutil.rmtree(place, ignore_errors=True)
-            new.rename(place)
-        return place
+        return keep_by_hash(bases, lambda folder: self.compressed.keep(folder, tokenizer=self._tokenizer))
 
     @property
     def _tokenizer(self) -> Any:
@@ -265,6 +257,13 @@ class CompressibleModule(LightningModule):
         return getattr(data, "tokenizer", None)
 
     # Checkpoints.
+
+    @classmethod
+    def load_from_checkpoint(cls, checkpoint_path: Any, *args: Any, **kwargs: Any) -> Self:
+        """As Lightning has it; the base may lie near the checkpoint by now, whatever folder that names."""
+        # Lightning puts what it is given among the checkpoint's options, and the hook sees those and not the path.
+        kwargs[LOADED_FROM] = str(checkpoint_path)
+        return super().load_from_checkpoint(checkpoint_path, *args, **kwargs)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         trained = {name for name, parameter in self.named_parameters() if parameter.requires_grad}
@@ -298,7 +297,7 @@ class CompressibleModule(LightningModule):
 
     def _find_base(self, checkpoint: dict[str, Any]) -> None:
         entry = checkpoint["base"]
-        folder = None if entry["folder"] is None else Path(entry["folder"])
+        folder = self._folder_of(checkpoint)
         if self.held is None and folder is not None and (self.kept_in is None or not is_compressed(self.kept_in)):
             if is_reachable(self.base):
                 self.check_trained_on(checkpoint, self._of_first(lambda: model_fingerprint(self.base)))
@@ -316,13 +315,25 @@ class CompressibleModule(LightningModule):
             raise _other_base("that was compressed by another plan")
         self._open_kept(folder, entry["sha256"])
 
+    def _folder_of(self, checkpoint: dict[str, Any]) -> Path | None:
+        """The folder that keeps the base of a checkpoint: the one that it names, else one near it with the same base.
+
+        None for a dense base.
+        """
+        entry = checkpoint["base"]
+        if entry["folder"] is None:
+            return None
+        path = checkpoint["hyper_parameters"].get(LOADED_FROM) or (self._trainer and self.trainer.ckpt_path)
+        roots = [] if self._trainer is None else [Path(self.trainer.default_root_dir)]
+        return keeping_folder(Path(entry["folder"]), entry["sha256"], Path(path) if path else None, roots, BASES)
+
     def _open_kept(self, folder: Path, sha256: str) -> None:
         """Takes the base of a checkpoint.
 
         Raises:
             UserError: it is not in its folder any more.
         """
-        there = identity_of(read_manifest(folder)) if is_compressed(folder) else None
+        there = identity_in(folder)
         if there != sha256:
             what = "is not there any more" if there is None else f"is another one by now (SHA-256 {there})"
             raise UserError(

@@ -195,8 +195,14 @@ def logged_metrics(trainer: Trainer, data: TokenDataModule) -> list[str]:
     return names
 
 
-def check_checkpoint(module: CompressibleModule, path: str) -> None:
+def check_checkpoint(module: CompressibleModule, path: str, *, is_first: bool) -> None:
     """Finds that a file that the user named is no checkpoint of a fit, or of one with other adapters or another base.
+
+    Args:
+        module: module that the checkpoint is for.
+        path: path of the file.
+        is_first: whether this is the first process, which alone reads all of the base to tell it from others. That is
+            before the processes can speak to each other; the rest hear of its hash when they load the checkpoint.
 
     Raises:
         UserError: it is not, or of such a fit.
@@ -212,7 +218,7 @@ def check_checkpoint(module: CompressibleModule, path: str) -> None:
     if not isinstance(content, dict) or not {"state_dict", "base", "lora"} <= content.keys():
         raise UserError(f"--ckpt_path is {path!r}, which is no checkpoint of a fit of qpruner.")
     module.check_adapters(content)
-    if is_reachable(module.base):
+    if is_first and is_reachable(module.base):
         module.check_trained_on(content, model_fingerprint(module.base))
 
 

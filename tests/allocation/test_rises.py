@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from support.calibration import S, T, calibration, hooks_of, in_processes
 from support.families import LAYERS, random_tokens, tiny_model
+from support.linears import quantize_dequantize
 from torch import Tensor
 
 from qpruner.allocation.items import Item, items_of
@@ -18,7 +19,6 @@ from qpruner.errors import UserError
 from qpruner.plan import DENSE, UNITS, Precision
 from qpruner.quantization.apply import LoftQSettings
 from qpruner.quantization.bank import fill
-from qpruner.quantization.formats import quantize_dequantize
 
 NF4, INT8 = Precision("nf4", 4, 64), Precision("int8", 8)
 BOTH = (NF4, INT8)

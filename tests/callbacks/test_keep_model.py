@@ -95,7 +95,7 @@ def test_a_rehearsal_keeps_nothing(tiny_llama: Path, stories: StoriesDataModule,
 
 
 def bases() -> list[Path]:
-    return sorted(Path(compressible.BASES).iterdir())
+    return sorted(place for place in Path(compressible.BASES).iterdir() if place.is_dir())
 
 
 def test_a_fit_without_a_folder_keeps_its_base_by_its_hash(

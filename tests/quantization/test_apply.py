@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 import torch
 from support.families import KEPT, LAYERS
+from support.linears import quantize_dequantize
 from support.quantized import CPU, INT8, MIXED, NF4, equal, pruned, settings
 from torch import Tensor
 
@@ -13,7 +14,7 @@ from qpruner.errors import UserError
 from qpruner.memory import num_parameters
 from qpruner.plan import DENSE, UNITS, CompressionPlan
 from qpruner.quantization.apply import linear_precisions, quantize_
-from qpruner.quantization.formats import dequantize, quantize_dequantize
+from qpruner.quantization.formats import dequantize
 from qpruner.quantization.packed import PackedLinear
 
 

@@ -11,16 +11,20 @@ from typing import Any
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.torch import save_file
 from support.families import LAYERS, logits_of
+from support.linears import quantize_dequantize
 from support.quantized import WIDE, equal, pruned, settings
+from support.ranks import together
 
 from qpruner.errors import UserError
 from qpruner.files import hash_json
 from qpruner.plan import DENSE, UNITS, CompressionPlan, Precision
+from qpruner.processes import Processes
 from qpruner.quantization import bank as banks
 from qpruner.quantization.apply import LoftQSettings, linear_precisions, quantize_
 from qpruner.quantization.bank import Bank, fill, fill_folder, open_folder
-from qpruner.quantization.formats import num_bytes, quantize_dequantize
+from qpruner.quantization.formats import num_bytes
 from qpruner.quantization.packed import PackedLinear
 
 CPU = torch.device("cpu")
@@ -37,15 +41,12 @@ def in_folder(
     start: LoftQSettings | None = LOFTQ[0],
     *,
     precisions: Any = (NF4, INT8),
-    rank: int = 0,
-    world_size: int = 1,
-    barrier: Callable[[], None] = lambda: None,
+    processes: Processes | None = None,
     layers: list[int] | None = None,
 ) -> Bank:
     return fill_folder(
-        folder, model, precisions, start, base=known_by(plan), layers=layers, device=CPU, rank=rank,
-        world_size=world_size, barrier=barrier,
-    )  # fmt: skip
+        folder, model, precisions, start, base=known_by(plan), layers=layers, processes=processes or Processes.alone()
+    )
 
 
 def dense(family: str = "llama") -> tuple[Any, CompressionPlan]:
@@ -224,35 +225,57 @@ def test_a_file_without_a_precision_is_made_again_with_it(tmp_path: Path) -> Non
     assert all(torch.equal(found.tensors[key], tensor) for key, tensor in expected.items())
 
 
-def test_two_ranks_fill_one_folder(tmp_path: Path) -> None:
-    """Rank 1 makes the second layer and waits; rank 0 makes the others, and then both find all of them."""
+def of_two_ranks(*folders: Path) -> list[Any]:
+    """What each of two processes gets when both fill a bank, each in the folder that it sees."""
+    models = [dense(), dense()]  # drawn here: threads share the random state
+    works = [
+        lambda processes, place=place, model=model: in_folder(place, *model, processes=processes)
+        for place, model in zip(folders, models, strict=True)
+    ]
+    return together(*works)
 
-    class Waiting(Exception):
-        pass
 
-    looked: list[bool] = []
+def test_two_ranks_fill_one_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each of them quantizes its layers alone, and then both have all."""
+    written: list[str] = []
 
-    def wait() -> None:
-        looked.append(True)
-        if len(looked) > 1:  # all have looked what is missing; now each has made its part
-            raise Waiting
+    def save(tensors: Any, path: Path, metadata: Any) -> None:
+        written.append(path.name.split(".")[1])
+        save_file(tensors, path, metadata)
 
-    model, plan = dense()
-    with pytest.raises(Waiting):
-        in_folder(tmp_path, model, plan, rank=1, world_size=2, barrier=wait)
-    made = modified(tmp_path)
-    assert list(made) == ["layer-001.safetensors"]
-    banks_of_ranks = [in_folder(tmp_path, model, plan, rank=rank, world_size=2) for rank in (0, 1)]
-    assert len(modified(tmp_path)) == LAYERS and made.items() <= modified(tmp_path).items()
-    expected = fill(model, (NF4, INT8), LOFTQ[0], device=CPU).tensors
+    monkeypatch.setattr(banks, "save_file", save)
+    banks_of_ranks = of_two_ranks(tmp_path, tmp_path)
+    assert sorted(written) == ["layer-000", "layer-001", "layer-002"]
+    expected = fill(dense()[0], (NF4, INT8), LOFTQ[0], device=CPU).tensors
     for bank in banks_of_ranks:
-        assert bank.tensors.keys() == expected.keys()
+        assert isinstance(bank, Bank) and bank.tensors.keys() == expected.keys()
         assert all(torch.equal(bank.tensors[key], tensor) for key, tensor in expected.items())
 
 
+@pytest.mark.parametrize(("layer", "rank", "left"), [(1, 1, [0, 2]), (2, 0, [0, 1])])
+def test_a_layer_that_fails_on_one_rank_ends_the_work_of_all(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, layer: int, rank: int, left: list[int]
+) -> None:
+    def save(tensors: Any, path: Path, metadata: Any) -> None:
+        if f"layer-00{layer}" in path.name:
+            raise OSError(28, "No space left on device")
+        save_file(tensors, path, metadata)
+
+    monkeypatch.setattr(banks, "save_file", save)
+    answers = of_two_ranks(tmp_path, tmp_path)
+    assert isinstance(answers[rank], OSError)
+    told = answers[1 - rank]
+    assert isinstance(told, UserError) and str(told) == (
+        f"Process {rank} failed: OSError: [Errno 28] No space left on device"
+    )
+    assert sorted(modified(tmp_path)) == [f"layer-00{number}.safetensors" for number in left]  # for the next time
+
+
 def test_a_folder_that_another_rank_has_not_filled_is_told(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"layer-001\.safetensors' was to be made by another process"):
-        in_folder(tmp_path, *dense(), rank=0, world_size=2)
+    """To all: each rank has a disk of its own, and the second lacks what the first has made."""
+    answers = of_two_ranks(tmp_path / "0", tmp_path / "1")
+    for answer, number in zip(answers, (1, 0), strict=True):
+        assert isinstance(answer, UserError) and f"layer-00{number}.safetensors' was to be made by" in str(answer)
 
 
 @pytest.mark.parametrize("size", [0, 5, 400, -1])

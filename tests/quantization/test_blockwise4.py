@@ -1,12 +1,12 @@
 import bitsandbytes as bnb
 import pytest
 import torch
-from support.linears import Chain, lora_gradients, random_linear, with_lora
+from support.linears import Chain, lora_gradients, quantize_dequantize, random_linear, with_lora
 from torch import Tensor, nn
 
 from qpruner.plan import Precision
 from qpruner.quantization.blockwise4 import CODE_BOOKS, Blockwise4, scale_code_book
-from qpruner.quantization.formats import dequantize, quantize, quantize_dequantize
+from qpruner.quantization.formats import dequantize, quantize
 
 SCALE_BOOK = scale_code_book(torch.device("cpu"))
 NAMES = ["nf4", "nf4-double", "fp4", "fp4-double"]

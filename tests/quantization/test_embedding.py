@@ -9,6 +9,7 @@ import torch
 from lightning.pytorch import Trainer
 from safetensors.torch import load_file
 from support.families import FAMILIES, HIDDEN, LAYERS, VOCAB, logits_of, random_tokens, tiny_config, tiny_model
+from support.linears import quantize_dequantize
 from torch import Tensor, nn
 
 from qpruner.adapters.lora import LoRAConfig, attach_adapters
@@ -24,7 +25,7 @@ from qpruner.plan_command import diff_plans, show_plan
 from qpruner.pricing import price
 from qpruner.quantization.apply import LoftQSettings, quantize_
 from qpruner.quantization.embedding import PackedEmbedding, quantize_tables_
-from qpruner.quantization.formats import dequantize, dequantize_rows, num_bytes, quantize, quantize_dequantize
+from qpruner.quantization.formats import dequantize, dequantize_rows, num_bytes, quantize
 from qpruner.quantization.packed import PackedLinear
 from qpruner.training.module import LoRAFinetuner
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.linears import PRECISIONS, Chain, lora_gradients, random_linear, with_lora
+from support.linears import PRECISIONS, Chain, lora_gradients, quantize_dequantize, random_linear, with_lora
 from torch import Tensor, nn
 
 from qpruner.errors import UserError
@@ -15,7 +15,6 @@ from qpruner.quantization.formats import (
     format_for,
     num_bytes,
     quantize,
-    quantize_dequantize,
     rebuild,
 )
 

@@ -2,11 +2,11 @@ import copy
 
 import pytest
 import torch
-from support.linears import Chain, random_linear, with_lora
+from support.linears import Chain, quantize_dequantize, random_linear, with_lora
 from torch import nn
 
 from qpruner.plan import Precision
-from qpruner.quantization.formats import dequantize, quantize, quantize_dequantize
+from qpruner.quantization.formats import dequantize, quantize
 
 INT8 = Precision("int8", 8)
 

@@ -1,17 +1,15 @@
 """Calibration text of random tokens, shared by processes, and hooks that nobody took away."""
 
-import threading
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from qpruner.calibration.text import Calibration
 from qpruner.processes import Processes
 from support.families import random_tokens
+from support.ranks import together
 
 S, T = 6, 20
 
@@ -28,17 +26,12 @@ def hooks_of(model: nn.Module) -> int:
 
 def in_processes(count: int, size: int, act: Callable[[Calibration], Any]) -> list[Any]:
     """What each of some processes finds, here threads that meet to sum."""
-    meet, brought = threading.Barrier(count, timeout=30), [torch.empty(0)] * count
 
-    def run(rank: int) -> Any:
-        def reduce(total: Tensor) -> Tensor:
-            brought[rank] = total.clone()
-            meet.wait()
-            result = torch.stack(brought).sum(0)
-            meet.wait()
-            return result
+    def work(processes: Processes) -> Any:
+        return act(Calibration.share(random_tokens(S, T), processes, size * T))
 
-        return act(calibration(size, world_size=count, rank=rank, reduce=reduce))
-
-    with ThreadPoolExecutor(count) as pool:
-        return list(pool.map(run, range(count)))
+    answers = together(*[work] * count)
+    for answer in answers:
+        if isinstance(answer, BaseException):
+            raise answer
+    return answers

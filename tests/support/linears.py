@@ -5,6 +5,7 @@ import torch
 from torch import Tensor, nn
 
 from qpruner.plan import Precision
+from qpruner.quantization.formats import format_for
 
 PRECISIONS = [
     Precision("nf4", 4),
@@ -14,6 +15,12 @@ PRECISIONS = [
     Precision("fp4-double", 4, group=32),
     Precision("int8", 8),
 ]
+
+
+def quantize_dequantize(weight: Tensor, precision: Precision) -> Tensor:
+    """What a precision makes of a weight [out, in]; float32 of the same shape."""
+    number_format = format_for(precision)
+    return number_format.decode(number_format.encode(weight, precision), *weight.shape, precision)
 
 
 def random_linear(in_features: int, out_features: int, dtype: torch.dtype = torch.float32) -> nn.Linear:

@@ -10,7 +10,7 @@ from typing import Any
 
 from qpruner.errors import UserError
 from qpruner.search.ledger import Key
-from qpruner.search.workers import Outcome, SerialExecutor, Trial
+from qpruner.search.workers import Executor, Outcome, SerialExecutor, Trial
 
 
 def quadratic(key: dict[str, Any]) -> dict[str, Any]:
@@ -88,3 +88,10 @@ class Counting(SerialExecutor):
         self.ran += [key["choices"] for key in keys]
         found = list(super().run(keys))
         yield from reversed(found) if self.backwards else found
+
+
+def outcomes(executor: Executor, *keys: dict[str, Any]) -> list[Outcome]:
+    """What became of each key, whenever it came."""
+    found = dict(executor.run([{"choices": [0.0], **key} for key in keys]))
+    assert sorted(found) == list(range(len(keys)))
+    return [found[place] for place in range(len(keys))]

@@ -8,14 +8,18 @@ import torch
 import yaml
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import EarlyStopping
+from support.fits import finetuner, fit
 
+from qpruner.adapters.lora import LoRAConfig
+from qpruner.callbacks import RunCheckpoint
 from qpruner.commands import run
 from qpruner.datamodules import StoriesDataModule
 from qpruner.errors import UserError
 from qpruner.files import read_json
 from qpruner.records.folder import RunFolder
+from qpruner.training import preflight
 from qpruner.training.compressible import CompressibleModule
-from qpruner.training.preflight import check_monitored, class_refused
+from qpruner.training.preflight import check_checkpoint, check_monitored, class_refused
 
 LIGHTNING = "lightning.pytorch."
 
@@ -179,6 +183,28 @@ def test_a_checkpoint_is_looked_at_before_the_model_is_loaded(
     monkeypatch.undo()
     run(["fit", *arguments, "--run.name", "y", "--ckpt_path", str(right)])
     assert [stage["name"] for stage in read_json(tmp_path / "runs/y/summary.json")["stages"]] == ["dense", "recovered"]
+
+
+def test_one_process_hashes_the_base_of_a_checkpoint_for_all(
+    tiny_llama: Path, stories: StoriesDataModule, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoint = RunCheckpoint(tmp_path / "last.ckpt", every_n_steps=2)
+    fit(finetuner(tiny_llama), stories, checkpoint)
+    hashed: list[str] = []
+
+    def fingerprint(base: str) -> str:
+        hashed.append(base)
+        return "beef"
+
+    monkeypatch.setattr(preflight, "model_fingerprint", fingerprint)
+    check_checkpoint(finetuner(tiny_llama), str(checkpoint.path), is_first=False)
+    assert hashed == []
+    with pytest.raises(UserError, match="another base model"):
+        check_checkpoint(finetuner(tiny_llama), str(checkpoint.path), is_first=True)
+    assert hashed == [str(tiny_llama)]
+    # What it costs nothing to see, each process sees for itself.
+    with pytest.raises(UserError, match="r 2 there, 4 here"):
+        check_checkpoint(finetuner(tiny_llama, lora=LoRAConfig(r=4)), str(checkpoint.path), is_first=False)
 
 
 def test_an_error_of_ours_is_not_taken_for_one_of_an_option() -> None:
