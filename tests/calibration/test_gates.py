@@ -7,12 +7,13 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from support.calibration import calibration
+from support.calibration import calibration, in_processes
 from support.families import random_tokens, tiny_model
 from torch import Tensor
 
 from qpruner.anatomy import FAMILIES, Coupled, decoder_layers
 from qpruner.calibration.gates import squared_gate_gradients
+from qpruner.calibration.text import Calibration
 from qpruner.errors import UserError
 
 
@@ -55,6 +56,16 @@ def test_they_are_those_of_autograd(family: str) -> None:
         for name, expected in squares.items():
             assert float(expected.max()) > 0
             torch.testing.assert_close(results[name].float(), expected, rtol=1e-3, atol=1e-4 * float(expected.max()))
+
+
+def test_two_processes_find_what_one_does() -> None:
+    def work(given: Calibration) -> Tensor:
+        model = tiny_model("llama").requires_grad_(False)
+        return torch.cat([*squared_gate_gradients(model, gated_parts(model), given).values()])
+
+    (alone,), (first, second) = in_processes(1, 2, work), in_processes(2, 2, work)
+    assert torch.equal(first, second)
+    torch.testing.assert_close(first, alone, rtol=1e-4, atol=0)
 
 
 def test_the_sequence_whose_gradient_is_not_finite_is_named() -> None:

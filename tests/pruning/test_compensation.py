@@ -4,12 +4,13 @@ from typing import Any
 
 import pytest
 import torch
-from support.calibration import calibration
+from support.calibration import calibration, in_processes
 from support.families import FFN, KEPT, LAYERS, adapted, random_tokens, tiny_model
 from torch import Tensor
 
 from qpruner.anatomy import FAMILIES, architecture_of, decoder_blocks, decoder_layers, family_of
-from qpruner.calibration.text import CalibrationConfig
+from qpruner.calibration.regression import Fit
+from qpruner.calibration.text import Calibration, CalibrationConfig
 from qpruner.errors import UserError
 from qpruner.plan import CompressionPlan
 from qpruner.pruning.compensation import (
@@ -156,6 +157,20 @@ def test_micro_batches_do_not_matter() -> None:
         compensate_(narrow, dense, KEPT, calibration(size, TEXT), "sequential")
         weights.append(torch.cat([layer.down.weight.flatten() for layer in decoder_layers(narrow)]))
     torch.testing.assert_close(*weights, rtol=1e-4, atol=1e-5)
+
+
+def test_two_processes_find_what_one_does() -> None:
+    def work(given: Calibration) -> tuple[list[Tensor], dict[str, Fit]]:
+        dense, narrow = pruned("gpt2")
+        fits = compensate_(narrow, dense, KEPT, given, "sequential")
+        parts = [part for layer in decoder_layers(narrow) for part in (layer.o, layer.down)]
+        return [tensor for part in parts for tensor in (part.weight, part.bias)], fits
+
+    (alone, fits), (first, _), (second, _) = *in_processes(1, 2, work), *in_processes(2, 2, work)
+    assert any(fit.change is not None for fit in fits.values())
+    for one, mine, theirs in zip(alone, first, second, strict=True):
+        assert torch.equal(mine, theirs)
+        torch.testing.assert_close(mine, one, rtol=1e-4, atol=1e-5)
 
 
 def test_adapters_count_and_stay_as_they_are() -> None:
