@@ -15,7 +15,17 @@ and without data or without gradients
     wanda                        sum of |w| |x|, x the inputs that w meets (arXiv 2306.11695, summed over a unit)
     random                       uniform in [0, 1)
 
-g and F are those of the whole text, however it was cut to pass through the model.
+What the others score is each of a unit's coupled weights, and `aggregate` puts them together. Two look at o and down,
+whose columns alone say how much of a unit reaches the residual stream:
+
+    flap             mean of Var(x_j) ||W_:j||^2 over the unit's columns j, standardised (arXiv 2312.11983)
+    reconstruction   scores of param_first, dealt within each layer so that units go in the order in which the output
+                     of o or down can do without them; see `qpruner.pruning.reconstruction`
+
+The errors of different layers do not compare: what each layer gives is decided by the loss, through param_first, and
+which of its units by the error that is left when the weights that stay are adjusted.
+
+g, F, Var and x are those of the whole text, however it was cut to pass through the model.
 """
 
 from typing import Literal, get_args
@@ -27,7 +37,16 @@ from qpruner.anatomy import Coupled
 
 GradientCriterion = Literal["vectorize", "param_first", "param_second", "param_mix"]
 Criterion = Literal[
-    "vectorize", "param_first", "param_second", "param_mix", "wanda", "magnitude_l1", "magnitude_l2", "random"
+    "vectorize",
+    "param_first",
+    "param_second",
+    "param_mix",
+    "reconstruction",
+    "flap",
+    "wanda",
+    "magnitude_l1",
+    "magnitude_l2",
+    "random",
 ]
 Aggregate = Literal["sum", "prod", "max", "mean", "first"]
 
@@ -68,6 +87,22 @@ def wanda(coupled: Coupled, input_norm: Tensor) -> Tensor:
         input_norm: L2 norm of each input channel over all calibration tokens, [in].
     """  # [units]
     return sum_by_unit(coupled, coupled.linear.weight.detach().abs() * input_norm)
+
+
+def fluctuation(coupled: Coupled, variance: Tensor) -> Tensor:
+    """How much of the output varies with a unit's inputs, in standard deviations from the mean of its layer.
+
+    As FLAP has it (arXiv 2312.11983): columns of a weight score Var(x_j) ||W_:j||^2, are standardised over the
+    weight, so that layers and kinds compare, and averaged over a unit.
+
+    Args:
+        coupled: weight whose columns belong to units, of o or down.
+        variance: variance of each input channel over all calibration tokens, [in].
+    """  # [units], of any sign
+    columns = variance * coupled.linear.weight.detach().double().square().sum(0)
+    spread = columns.std(correction=0)
+    standardised = (columns - columns.mean()) / torch.where(spread > 0, spread, 1.0)
+    return standardised[coupled.block].view(coupled.num_units, coupled.width).mean(1)
 
 
 def aggregate(scores: list[Tensor], how: Aggregate) -> Tensor:
