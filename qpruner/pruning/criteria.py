@@ -36,18 +36,11 @@ from torch import Tensor
 from qpruner.anatomy import Coupled
 
 GradientCriterion = Literal["vectorize", "param_first", "param_second", "param_mix"]
-Criterion = Literal[
-    "vectorize",
-    "param_first",
-    "param_second",
-    "param_mix",
-    "reconstruction",
-    "flap",
-    "wanda",
-    "magnitude_l1",
-    "magnitude_l2",
-    "random",
+WeightCriterion = Literal[
+    "vectorize", "param_first", "param_second", "param_mix", "wanda", "magnitude_l1", "magnitude_l2", "random"
 ]
+"""Criteria that score each of a unit's coupled weights."""
+Criterion = Literal[WeightCriterion, "reconstruction", "flap"]
 Aggregate = Literal["sum", "prod", "max", "mean", "first"]
 
 GRADIENT_CRITERIA: tuple[str, ...] = get_args(GradientCriterion)

@@ -18,6 +18,7 @@ from qpruner.pruning.criteria import (
     SECOND_ORDER,
     Aggregate,
     Criterion,
+    WeightCriterion,
     aggregate,
     element_scores,
     fluctuation,
@@ -145,7 +146,7 @@ def _removal_orders(model: Any, calibration: Calibration) -> list[tuple[Tensor, 
 
 
 def _weight_scores(
-    model: Any, coupled: dict[str, Coupled], criterion: Criterion, calibration: Calibration | None, seed: int
+    model: Any, coupled: dict[str, Coupled], criterion: WeightCriterion, calibration: Calibration | None, seed: int
 ) -> dict[str, Tensor]:
     """The score of each unit by each of its coupled weights."""  # name: [units]
     match criterion:
