@@ -9,19 +9,26 @@ F = mean of g_n^2 in place of the Hessian H. LLM-Pruner (arXiv 2305.11627) score
     param_second   sum of w^2 F
     param_mix      sum of | w g - w^2 F / 2 |
 
-A whole unit is a gate on what reaches its columns of o or down; with G_n the derivative of L_n, sequence n's mean loss,
-in this gate, and the Fisher information in place of the Hessian once more (Kwon et al., arXiv 2204.09656)
-
-    fisher         mean of G_n^2
-
-is what removing the unit costs beyond first order, but for half the number of tokens of a sequence, by which the scores
-of all units alike would be multiplied. And without gradients
+and without gradients
 
     magnitude_l1, magnitude_l2   L1 or L2 norm of the unit's weights
     wanda                        sum of |w| |x|, x the inputs that w meets (arXiv 2306.11695, summed over a unit)
     random                       uniform in [0, 1)
 
-g and F are those of the whole text, however it was cut to pass through the model.
+What these score is each of a unit's coupled weights, and `aggregate` puts them together. Others look at the columns of
+o or down alone, through which all that a unit does reaches the hidden states. With G_n the derivative of sequence n's
+mean loss in a gate on what reaches these columns:
+
+    fisher           mean of G_n^2 (the Fisher information of masks, Kwon et al., arXiv 2204.09656)
+    flap             mean of Var(x_j) ||W_:j||^2 over the unit's columns j, standardised (arXiv 2312.11983)
+    reconstruction   scores of fisher, dealt within each layer so that units go in the order in which the output of o
+                     or down can do without them; see `qpruner.pruning.reconstruction`
+
+The first is what removing the whole unit costs beyond first order, but for a factor that all units share: half the
+number of tokens of a sequence. The errors that the last looks at do not compare between layers: what each layer gives
+is decided by the loss, and which of its units by the error that is left when the weights that stay are adjusted.
+
+g, F, G, Var and x are those of the whole text, however it was cut to pass through the model.
 """
 
 from typing import Literal, get_args
@@ -32,9 +39,11 @@ from torch import Tensor
 from qpruner.anatomy import Coupled
 
 GradientCriterion = Literal["vectorize", "param_first", "param_second", "param_mix"]
-Criterion = Literal[
-    "fisher", "vectorize", "param_first", "param_second", "param_mix", "wanda", "magnitude_l1", "magnitude_l2", "random"
+WeightCriterion = Literal[
+    "vectorize", "param_first", "param_second", "param_mix", "wanda", "magnitude_l1", "magnitude_l2", "random"
 ]
+"""Criteria that score each of a unit's coupled weights."""
+Criterion = Literal["fisher", WeightCriterion, "reconstruction", "flap"]
 Aggregate = Literal["sum", "prod", "max", "mean", "first"]
 
 GRADIENT_CRITERIA: tuple[str, ...] = get_args(GradientCriterion)
@@ -74,6 +83,22 @@ def wanda(coupled: Coupled, input_norm: Tensor) -> Tensor:
         input_norm: L2 norm of each input channel over all calibration tokens, [in].
     """  # [units]
     return sum_by_unit(coupled, coupled.linear.weight.detach().abs() * input_norm)
+
+
+def fluctuation(coupled: Coupled, variance: Tensor) -> Tensor:
+    """How much of the output varies with a unit's inputs, in standard deviations from the mean of its layer.
+
+    As FLAP has it (arXiv 2312.11983): columns of a weight score Var(x_j) ||W_:j||^2, are standardised over the
+    weight, so that layers and kinds compare, and averaged over a unit.
+
+    Args:
+        coupled: weight whose columns belong to units, of o or down.
+        variance: variance of each input channel over all calibration tokens, [in].
+    """  # [units], of any sign
+    columns = variance * coupled.linear.weight.detach().double().square().sum(0)
+    spread = columns.std(correction=0)
+    standardised = (columns - columns.mean()) / torch.where(spread > 0, spread, 1.0)
+    return standardised[coupled.block].view(coupled.num_units, coupled.width).mean(1)
 
 
 def aggregate(scores: list[Tensor], how: Aggregate) -> Tensor:

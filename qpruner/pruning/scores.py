@@ -7,10 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qpruner.anatomy import Coupled, by_linear, decoder_layers
+from qpruner.anatomy import Coupled, by_linear, decoder_layers, unit_parameters
 from qpruner.calibration.gates import squared_gate_gradients
 from qpruner.calibration.gradients import gradient_sums
-from qpruner.calibration.norms import input_norms
+from qpruner.calibration.gram import MASSIVE_POSITIONS, Gram, input_grams
+from qpruner.calibration.norms import input_norms, input_variances
 from qpruner.calibration.text import Calibration
 from qpruner.errors import UserError
 from qpruner.pruning.criteria import (
@@ -18,12 +19,15 @@ from qpruner.pruning.criteria import (
     SECOND_ORDER,
     Aggregate,
     Criterion,
+    WeightCriterion,
     aggregate,
     element_scores,
+    fluctuation,
     magnitude,
     sum_by_unit,
     wanda,
 )
+from qpruner.pruning.reconstruction import deal, greedy_removal
 from qpruner.seeds import derive_seed
 
 
@@ -49,13 +53,17 @@ def score_units(
         model: causal language model of a supported family with frozen weights, on the device that computes; it is left
             as it was.
         criterion: how a unit is scored; see `qpruner.pruning.criteria`.
-        how: what coupled weights make together.
+        how: what coupled weights make together; nothing to ``fisher``, ``flap`` and ``reconstruction``, which look at
+            one of them.
         calibration: calibration text; None for criteria that need none.
         seed: seed of the criterion ``random``.
 
     Raises:
-        UserError: a score is not finite; see also `gradient_sums`.
+        UserError: a score is not finite; see also `gradient_sums` and `input_grams`.
     """
+    if criterion in ("fisher", "flap", "reconstruction"):
+        assert calibration is not None
+        return {"fisher": _fisher, "flap": _flap, "reconstruction": _reconstruction}[criterion](model, calibration)
     layers = decoder_layers(model)
     coupled = {
         f"{number}.{part.name}": part
@@ -63,14 +71,10 @@ def score_units(
         for part in (*layer.group_weights, *layer.channel_weights)
     }
     scores = {name: score.cpu() for name, score in _weight_scores(model, coupled, criterion, calibration, seed).items()}
-    if broken := [name for name, score in scores.items() if not score.isfinite().all()]:
-        raise UserError(
-            f"Scores by {criterion} are not finite in {', '.join(broken)} (layer.projection): the weights there, or "
-            f"what reaches them, are not finite. Use --model.dtype float32, or another base model."
-        )
+    _check_finite(criterion, scores)
 
     def together(number: int, parts: Iterable[Coupled]) -> Tensor:
-        return aggregate([scores[name] for part in parts if (name := f"{number}.{part.name}") in scores], how)
+        return aggregate([scores[f"{number}.{part.name}"] for part in parts], how)
 
     return [
         LayerScores(together(number, layer.group_weights), together(number, layer.channel_weights))
@@ -79,22 +83,86 @@ def score_units(
 
 
 def needs_text(criterion: Criterion) -> bool:
-    return criterion in (*GRADIENT_CRITERIA, "fisher", "wanda")
+    return criterion in GRADIENT_CRITERIA or criterion in ("wanda", "fisher", "flap", "reconstruction")
+
+
+def _check_finite(criterion: Criterion, scores: dict[str, Tensor]) -> None:
+    """Makes sure that what was found of each projection is finite."""
+    if broken := [name for name, score in scores.items() if not score.isfinite().all()]:
+        raise UserError(
+            f"Scores by {criterion} are not finite in {', '.join(broken)} (layer.projection): the weights there, or "
+            f"what reaches them, are not finite. Use --model.dtype float32, or another base model."
+        )
+
+
+def _outputs(model: Any) -> dict[str, Coupled]:
+    """The projections that have their units' columns: o and down of each layer, in turn."""
+    return {
+        f"{number}.{part.name}": part
+        for number, layer in enumerate(decoder_layers(model))
+        for part in (*layer.group_weights, *layer.channel_weights)
+        if part.axis == 1
+    }
+
+
+def _fisher(model: Any, calibration: Calibration) -> list[LayerScores]:
+    scores = {name: score.cpu() for name, score in squared_gate_gradients(model, _outputs(model), calibration).items()}
+    return [LayerScores(scores[f"{number}.o"], scores[f"{number}.down"]) for number in range(len(scores) // 2)]
+
+
+def _reconstruction(model: Any, calibration: Calibration) -> list[LayerScores]:
+    return [
+        LayerScores(deal(layer.kv_groups, groups), deal(layer.ffn_channels, channels))
+        for layer, (groups, channels) in zip(
+            _fisher(model, calibration), _removal_orders(model, calibration), strict=True
+        )
+    ]
+
+
+def _flap(model: Any, calibration: Calibration) -> list[LayerScores]:
+    """FLAP ranks all units of the model by what `fluctuation` gives, whatever number of parameters goes with them.
+
+    Here steps compete by score per parameter, so that scores are multiplied by parameters; and scores are at least 0,
+    so that all are shifted by the lowest. Neither changes the ranking.
+    """
+    parts = _outputs(model)
+    variances = input_variances(model, {name: part.linear for name, part in parts.items()}, calibration)
+    deviations = {name: fluctuation(part, variances[name]).cpu() for name, part in parts.items()}
+    _check_finite("flap", deviations)
+    lowest = torch.cat([*deviations.values()]).min()
+    return [
+        LayerScores(
+            (deviations[f"{number}.o"] - lowest) * of_group, (deviations[f"{number}.down"] - lowest) * of_channel
+        )
+        for number, (of_group, of_channel) in enumerate(map(unit_parameters, decoder_layers(model)))
+    ]
+
+
+def _removal_orders(model: Any, calibration: Calibration) -> list[tuple[Tensor, Tensor]]:
+    """The order in which the KV groups and the FFN channels of each layer go, by reconstruction; on the CPU."""
+    parts = _outputs(model)
+
+    def order(name: str, gram: Gram) -> Tensor:
+        part = parts[name]
+        products = gram.products if part.linear.bias is None else gram.centred
+        _check_finite("reconstruction", {name: products})
+        return greedy_removal(part.linear.weight, products, part.width).order.cpu()
+
+    linears = {name: part.linear for name, part in parts.items()}
+    orders = input_grams(model, linears, calibration, order, skip_positions=MASSIVE_POSITIONS)
+    return [(orders[f"{number}.o"], orders[f"{number}.down"]) for number in range(len(parts) // 2)]
 
 
 def _weight_scores(
-    model: Any, coupled: dict[str, Coupled], criterion: Criterion, calibration: Calibration | None, seed: int
+    model: Any, coupled: dict[str, Coupled], criterion: WeightCriterion, calibration: Calibration | None, seed: int
 ) -> dict[str, Tensor]:
-    """The score of each unit by each of its coupled weights, or by one of them."""  # name: [units]
+    """The score of each unit by each of its coupled weights."""  # name: [units]
     match criterion:
         case "random":
             return {name: _random(part, derive_seed(seed, "random scores", name)) for name, part in coupled.items()}
         case "magnitude_l1" | "magnitude_l2":
             return {name: magnitude(part, 1 if criterion == "magnitude_l1" else 2) for name, part in coupled.items()}
     assert calibration is not None
-    if criterion == "fisher":
-        gated = {name: part for name, part in coupled.items() if part.axis == 1}
-        return squared_gate_gradients(model, gated, calibration)
     # Text passes through each linear once, whatever number of projections is stacked in it.
     part_names = {id(part): name for name, part in coupled.items()}
     stacks = {part_names[id(stack[0])]: stack for stack in by_linear(coupled.values())}

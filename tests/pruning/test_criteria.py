@@ -8,6 +8,7 @@ from qpruner.pruning.criteria import (
     GradientCriterion,
     aggregate,
     element_scores,
+    fluctuation,
     magnitude,
     sum_by_unit,
     wanda,
@@ -107,6 +108,20 @@ def test_wanda_by_hand() -> None:
     assert wanda(ROWS, norms).tolist() == [by_row[0] + by_row[1], by_row[2] + by_row[3]]
     assert wanda(coupled(GRID, 1, 1), norms).tolist() == [8, 110, 0, 1500]
     assert wanda(COLUMNS, norms).tolist() == [118, 1500]
+
+
+def test_fluctuation_by_hand() -> None:
+    """Columns score 1 * 25, 10 * 4, 0 * 9 and 3 * 5: mean 20, squared deviations 25, 400, 400 and 25."""
+    weight = [[3.0, 0.0, 3.0, 1.0], [-4.0, 2.0, 0.0, 2.0]]
+    variance = torch.tensor([1.0, 10.0, 0.0, 3.0], dtype=torch.float64)
+    columns = [(score - 20) / 212.5**0.5 for score in (25, 40, 0, 15)]
+    assert fluctuation(coupled(weight, 1, 1), variance).tolist() == pytest.approx(columns, rel=1e-12)
+    by_pair = [(columns[0] + columns[1]) / 2, (columns[2] + columns[3]) / 2]
+    assert fluctuation(coupled(weight, 1, 2), variance).tolist() == pytest.approx(by_pair, rel=1e-12)
+
+
+def test_units_of_a_layer_that_nothing_moves_are_all_at_its_mean() -> None:
+    assert fluctuation(COLUMNS, torch.zeros(4)).tolist() == [0, 0]
 
 
 @pytest.mark.parametrize(

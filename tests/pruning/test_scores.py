@@ -10,8 +10,10 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from qpruner.anatomy import FAMILIES, decoder_layers
 from qpruner.calibration.text import Calibration
+from qpruner.errors import UserError
 from qpruner.processes import Processes
-from qpruner.pruning.criteria import Aggregate, Criterion
+from qpruner.pruning.criteria import Aggregate, Criterion, WeightCriterion
+from qpruner.pruning.reconstruction import greedy_removal
 from qpruner.pruning.scores import LayerScores, needs_text, score_units
 
 CRITERIA: Sequence[Criterion] = get_args(Criterion)
@@ -46,6 +48,14 @@ def scores_of(model: Any, criterion: Criterion, how: Aggregate = "sum", seed: in
     return score_units(model, criterion, how, calibration() if needs_text(criterion) else None, seed=seed)
 
 
+def all_differ(values: Tensor, criterion: Criterion) -> bool:
+    """No two scores are equal, and none is 0, but for the lowest of flap."""
+    none = int((values == 0).sum())
+    return bool((values.isfinite() & (values >= 0)).all()) and none == (criterion == "flap") == len(values) - len(
+        values[values > 0].unique()
+    )
+
+
 def flat(scores: list[LayerScores]) -> Tensor:
     return torch.cat([part for layer in scores for part in (layer.kv_groups, layer.ffn_channels)])
 
@@ -59,8 +69,7 @@ def test_every_unit_has_a_score(model: Any, criterion: Criterion) -> None:
     }
     values = flat(scores)
     assert values.shape == (2 * (GROUPS + CHANNELS),)
-    assert bool((values.isfinite() & (values > 0)).all())
-    assert len(values.unique()) == len(values)
+    assert all_differ(values, criterion)
 
 
 def test_random_scores_depend_on_seed_layer_weight_and_nothing_else(model: Any) -> None:
@@ -86,7 +95,10 @@ def test_a_unit_without_weights_scores_nothing(model: Any, criterion: Criterion)
     scores = scores_of(model, criterion)
     none = [(n, u) for n, one in enumerate(scores) for u, value in enumerate(one.kv_groups.tolist()) if value == 0]
     gone = [(n, u) for n, one in enumerate(scores) for u, value in enumerate(one.ffn_channels.tolist()) if value == 0]
-    assert (none, gone) == (([], []) if criterion == "random" else ([(1, 0)], [(1, 5)]))
+    if criterion == "flap":  # it compares with the mean of a layer
+        assert (int(scores[1].kv_groups.argmin()), int(scores[1].ffn_channels.argmin())) == (0, 5)
+    else:
+        assert (none, gone) == (([], []) if criterion == "random" else ([(1, 0)], [(1, 5)]))
 
 
 @each_criterion
@@ -95,8 +107,7 @@ def test_units_of_every_family_have_scores(family: str, criterion: Criterion) ->
     text = Calibration.share(random_tokens(), Processes.alone(), 96)
     scores = score_units(tiny_model(family).requires_grad_(False), criterion, "sum", text, seed=0)
     assert [(len(one.kv_groups), len(one.ffn_channels)) for one in scores] == [(4, 48)] * 3
-    values = flat(scores)
-    assert bool((values.isfinite() & (values > 0)).all()) and len(values.unique()) == len(values)
+    assert all_differ(flat(scores), criterion)
 
 
 @pytest.mark.parametrize("how", AGGREGATES)
@@ -150,7 +161,7 @@ def test_aggregates_of_a_channel_by_hand(model: Any) -> None:
     assert found == pytest.approx(expected, rel=1e-12)
 
 
-@each_criterion
+@pytest.mark.parametrize("criterion", get_args(WeightCriterion))
 def test_first_is_one_of_the_scores_that_are_summed(model: Any, criterion: Criterion) -> None:
     first, largest, total = (flat(scores_of(model, criterion, how)) for how in ("first", "max", "sum"))
     assert bool((first < total).all() and (first <= largest).all())
@@ -187,6 +198,88 @@ def test_wanda_is_weight_times_input(model: Any) -> None:
     norms = inputs[1].flatten(0, 1).norm(dim=0)
     of_rows = sum((linear.weight.double().abs() * norms).sum(1) for linear in residual)
     assert torch.allclose(scores[0].ffn_channels, of_down + of_rows, rtol=1e-6)
+
+
+def test_reconstruction_deals_fisher_scores_in_the_order_of_removal(model: Any) -> None:
+    inputs: dict[str, Tensor] = {}
+    layer = model.model.layers[1]
+    handles = [
+        linear.register_forward_pre_hook(lambda _, args, name=name: inputs.__setitem__(name, args[0][:, 4:]))
+        for name, linear in (("o", layer.self_attn.o_proj), ("down", layer.mlp.down_proj))
+    ]
+    found, fisher = (scores_of(model, criterion)[1] for criterion in ("reconstruction", "fisher"))
+    for handle in handles:
+        handle.remove()
+    for name, linear, width, dealt, scores in (
+        ("o", layer.self_attn.o_proj, 16, found.kv_groups, fisher.kv_groups),
+        ("down", layer.mlp.down_proj, 1, found.ffn_channels, fisher.ffn_channels),
+    ):
+        seen = inputs[name].flatten(0, 1)
+        order = greedy_removal(linear.weight, seen.T @ seen, width).order
+        assert torch.equal(dealt.argsort(), order)
+        assert torch.equal(dealt.sort().values, scores.sort().values)
+    assert not torch.equal(found.ffn_channels, fisher.ffn_channels)
+
+
+def test_a_bias_takes_in_what_inputs_have_in_common() -> None:
+    """A channel that is large but always the same costs nothing where down has a bias, and much where it has none."""
+    for family, place in (("gpt2", 0), ("llama", None)):
+        model = tiny_model(family).requires_grad_(False)
+        down = decoder_layers(model)[1].down
+
+        def constant(module: Any, args: tuple[Tensor]) -> tuple[Tensor]:
+            return (args[0].index_fill(2, torch.tensor(7), 30.0),)
+
+        down.register_forward_pre_hook(constant)
+        text = Calibration.share(random_tokens(8, 40), Processes.alone(), 96)
+        channels = score_units(model, "reconstruction", "sum", text, seed=0)[1].ffn_channels
+        rank = int(ranks(channels)[7])
+        assert rank == place if place is not None else rank > len(channels) // 2
+
+
+def test_flap_ranks_all_units_by_the_fluctuation_of_o_and_down(model: Any) -> None:
+    layers = decoder_layers(model)
+    scores = scores_of(model, "flap")
+    inputs: list[Tensor] = []
+    linears = [linear for layer in layers for linear in (layer.o, layer.down)]
+    handles = [one.register_forward_pre_hook(lambda _, args: inputs.append(args[0].flatten(0, 1))) for one in linears]
+    model(input_ids=calibration().batches[0].tokens)
+    for handle in handles:
+        handle.remove()
+    deviations = []
+    for linear, seen, units in zip(linears, inputs, [GROUPS, CHANNELS] * 2, strict=True):
+        columns = seen.double().var(0, correction=0) * linear.weight.double().square().sum(0)
+        deviations.append(((columns - columns.mean()) / columns.std(correction=0)).view(units, -1).mean(1))
+    lowest = torch.cat(deviations).min()
+    of_group, of_channel = 16 * 32 * 2 + 8 * 32 * 2, 3 * 32
+    prices = [part for one in scores for part in (one.kv_groups / of_group, one.ffn_channels / of_channel)]
+    torch.testing.assert_close(torch.cat(prices), torch.cat(deviations) - lowest, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("criterion", ["reconstruction", "flap"])
+@pytest.mark.parametrize("groups", [1, 8])
+def test_multi_query_and_multi_head_attention_have_scores_too(criterion: Criterion, groups: int) -> None:
+    text = Calibration.share(random_tokens(), Processes.alone(), 96)
+    model = tiny_model("llama", num_key_value_heads=groups).requires_grad_(False)
+    scores = score_units(model, criterion, "sum", text, seed=0)
+    assert [(len(one.kv_groups), len(one.ffn_channels)) for one in scores] == [(groups, 48)] * 3
+    assert bool(flat(scores).isfinite().all())
+
+
+@pytest.mark.parametrize("criterion", ["flap", "wanda", "magnitude_l1"])
+def test_the_projection_whose_scores_are_not_finite_is_named(model: Any, criterion: Criterion) -> None:
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight[3, 4] = math.nan
+    with pytest.raises(UserError, match=r"1\.(up|down)"):
+        scores_of(model, criterion)
+
+
+def test_the_weight_that_is_not_finite_is_named(model: Any) -> None:
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight[3, 4] = math.nan
+    for criterion in ("fisher", "reconstruction"):
+        with pytest.raises(UserError, match=r"layers\.1\.mlp\.up_proj\.weight of the base model"):
+            scores_of(model, criterion)
 
 
 def test_text_is_for_gradients_and_inputs() -> None:
