@@ -9,9 +9,10 @@ The linears that write into the hidden states, ``o`` and ``down`` of each layer,
   are changed already. So a linear makes up for its own loss and, as far as its inputs can tell, for all that the layers
   before it got wrong. Where a family takes a norm of a linear's outputs before it adds them, it makes up for its own.
 
-Tokens at the start of a sequence carry activations hundreds of times larger than the rest (arXiv 2402.17762) and would
-decide over every sum; they are left out. A quarter of the sequences is held out: it chooses the ridge, and whether a
-linear changes at all.
+Some tokens, such as the first of a sequence, carry activations hundreds of times larger than the rest (arXiv
+2402.17762) and would decide over every sum. What comes next takes a norm of the hidden states, so that what counts is
+an error's share of them: each token weighs one over the mean square of the dense model's hidden states behind the
+linear. A quarter of the sequences is held out: it chooses the ridge, and whether a linear changes at all.
 
 Shapes: B sequences of a micro-batch, T tokens, H hidden size.
 """
@@ -38,9 +39,6 @@ How = Literal["local", "sequential"]
 Compensation = Literal["none", "local", "sequential"]
 COMPENSATION_TEXT = CalibrationConfig(num_sequences=192, length=128)
 """Text of a compensation by default: 24,576 tokens."""
-WEIGHT = True
-MASSIVE = 4
-"""Tokens at the start of a sequence that are left out."""
 HELD_OUT = 4
 """Every fourth sequence is held out."""
 
@@ -131,7 +129,7 @@ def compensate_(model: Any, dense: Any, kept: Kept, calibration: Calibration, ho
         for number, (whole, layer, units) in enumerate(layers):
             dense_layer, narrow = _Layer(before, number, whole), _Layer(after, number, layer)
             if how == "local":
-                missing = _lost(dense_layer, narrow, dense_states, _places(whole, units), calibration)
+                missing = _lost(dense_layer, narrow, dense_states, _places(whole, units), calibration, stream)
                 for name, sums in missing.items():
                     fits[f"{number}.{name}"] = _change_(narrow.linears[name], sums, calibration.processes)
                 continue
@@ -143,7 +141,8 @@ def compensate_(model: Any, dense: Any, kept: Kept, calibration: Calibration, ho
                 sums = _SplitSums(linear, calibration.processes.device)
                 for place, (_, seen) in enumerate(narrow.work(states)):
                     reached = stream.behind(states[place], seen)[name]
-                    sums.add(calibration.batches[place], seen[name].inputs, targets[place][name].to(reached), reached)
+                    target = targets[place][name].to(reached)
+                    sums.add(calibration.batches[place], seen[name].inputs, target - reached, target)
                 fits[f"{number}.{name}"] = _change_(linear, sums, calibration.processes)
             for place, (output, _) in enumerate(narrow.work(states)):
                 states[place] = output.cpu()
@@ -176,16 +175,15 @@ def check_text(config: CalibrationConfig, widest: int) -> None:
     Raises:
         UserError: fewer tokens that decide than a linear has inputs, or no sequence to hold out.
     """
-    each = config.length - MASSIVE
     deciding = config.num_sequences - config.num_sequences // HELD_OUT
-    if config.num_sequences < HELD_OUT or deciding * each < widest:
-        must_decide = -(-widest // max(each, 1))
+    if config.num_sequences < HELD_OUT or deciding * config.length < widest:
+        must_decide = -(-widest // config.length)
         needed = max(HELD_OUT, must_decide + (must_decide - 1) // (HELD_OUT - 1))
         raise UserError(
             f"compensation_text has {config.num_sequences} sequences of {config.length} tokens, of which "
-            f"{max(0, deciding * each):,} tokens decide (a quarter of the sequences is held out, and the first "
-            f"{MASSIVE} tokens of each are left out); the widest linear has {widest:,} inputs and needs as many. Give "
-            f"{needed if each > 0 else 'longer'} sequences, or use compensation none."
+            f"{deciding * config.length:,} tokens decide, since a quarter of the sequences is held out; the widest "
+            f"linear has {widest:,} inputs and needs as many. Give at least {needed} sequences, or use compensation "
+            f"none."
         )
 
 
@@ -198,7 +196,12 @@ def describe(fits: Mapping[str, Fit], num_tokens: int) -> str:
 
 
 def _lost(
-    dense: _Layer, narrow: _Layer, states: list[Tensor], places: Mapping[str, Tensor], calibration: Calibration
+    dense: _Layer,
+    narrow: _Layer,
+    states: list[Tensor],
+    places: Mapping[str, Tensor],
+    calibration: Calibration,
+    stream: Stream,
 ) -> dict[str, "_SplitSums"]:
     """What each linear lost of the outputs that it gave; the states pass on to the next dense layer."""
     sums = {name: _SplitSums(linear, calibration.processes.device) for name, linear in narrow.linears.items()}
@@ -207,7 +210,8 @@ def _lost(
             inputs = seen[name].inputs[..., places[name].to(seen[name].inputs.device)]
             with torch.no_grad(), calibration.processes.forward_context():
                 reached = linear(inputs)
-            sums[name].add(calibration.batches[place], inputs, seen[name].outputs.float(), reached.float())
+            missing = seen[name].outputs.float() - reached.float()
+            sums[name].add(calibration.batches[place], inputs, missing, stream.behind(states[place], seen)[name])
         states[place] = output.cpu()
     return sums
 
@@ -225,18 +229,20 @@ class _SplitSums:
     def __init__(self, linear: nn.Linear, device: torch.device) -> None:
         self.sums, self.held_out = (Sums.none(linear.in_features, linear.out_features, device) for _ in range(2))
 
-    def add(self, batch: MicroBatch, inputs: Tensor, target: Tensor, reached: Tensor) -> None:
-        """Adds a micro-batch: inputs [B, T, I] and what outputs should be and are, [B, T, H]."""
-        missing = target - reached
-        weights = target.square().mean(-1).reciprocal() if WEIGHT else torch.ones_like(target[..., 0])
+    def add(self, batch: MicroBatch, inputs: Tensor, missing: Tensor, behind: Tensor) -> None:
+        """Adds a micro-batch.
+
+        Args:
+            batch: micro-batch that the tokens are of.
+            inputs: what the linear got, [B, T, I].
+            missing: what its outputs lack, [B, T, H].
+            behind: what the dense model has behind the linear; see `Stream.behind`.
+        """
+        weights = behind.square().mean(-1).clamp(min=torch.finfo().tiny).reciprocal()  # [B, T]
         numbers = batch.first + torch.arange(len(inputs), device=inputs.device)
         held_out = numbers % HELD_OUT == HELD_OUT - 1
         for sums, rows in ((self.sums, ~held_out), (self.held_out, held_out)):
-            sums.add_(
-                inputs[rows, MASSIVE:].flatten(0, 1),
-                missing[rows, MASSIVE:].flatten(0, 1),
-                weights[rows, MASSIVE:].flatten(),
-            )
+            sums.add_(inputs[rows].flatten(0, 1), missing[rows].flatten(0, 1), weights[rows].flatten())
 
 
 def _change_(linear: nn.Linear, sums: _SplitSums, processes: Processes) -> Fit:
