@@ -59,7 +59,7 @@ def base(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def fit(
-    model: Path, folder: Path, data: StoriesDataModule, watch: Watch | None = None, **options: Any
+    model: Path, folder: Path, data: StoriesDataModule, watch: Watch | None = None, ratio: float = 0.1, **options: Any
 ) -> LoRAFinetuner:
     config = options.pop("config", None) or DistillationConfig(**options)
     module = LoRAFinetuner(
