@@ -95,7 +95,7 @@ class DistillationConfig:
         Args:
             dtype_of_base: number format that was asked for the student's base.
         """
-        return dtype_of_base if self.dtype in ("auto", "int8") else self.dtype
+        return dtype_of_base if self.dtype == "auto" or self.dtype == "int8" else self.dtype
 
 
 @dataclass(frozen=True)

@@ -45,13 +45,15 @@ class Form:
         top_k: number of words whose log-probabilities are kept, as half floats, with that of all others; 0 for none.
         temperature: number that logits are divided by.
         hidden_size: width of the last hidden state; 0 to keep none.
-        dtype: number format of hidden states, ``float32`` or ``bfloat16``.
+        dtype: number format of hidden states, such as ``bfloat16``.
+        vocab_size: number of words that the teacher knows.
     """
 
     top_k: int
     temperature: float
     hidden_size: int
     dtype: str
+    vocab_size: int
 
     def empty(self, num_tokens: int) -> dict[str, Tensor]:
         """The tensors of a part."""
@@ -62,6 +64,12 @@ class Form:
         if self.hidden_size:
             tensors["hidden"] = torch.empty(num_tokens, self.hidden_size, dtype=getattr(torch, self.dtype))
         return tensors
+
+    def is_sane(self, name: str, tensor: Tensor) -> bool:
+        """Whether a tensor of this name may hold these values."""
+        if name == "words":
+            return bool(((tensor >= 0) & (tensor < self.vocab_size)).all())
+        return bool(((tensor <= 0.01) if name == "log_probabilities" else tensor.isfinite()).all())
 
     @property
     def bytes_per_token(self) -> int:
@@ -204,11 +212,21 @@ class Recording:
         return Lesson(kl, said.get("hidden"))
 
     def _read(self, part: Part, place: slice) -> dict[str, Tensor]:
+        """What a part says of the tokens at some place.
+
+        Raises:
+            UserError: the file is damaged or gone.
+        """
+        said: dict[str, Tensor] = {}
         with reading(part.path, DELETE, (*MALFORMED, SafetensorError)), safe_open(part.path, framework="pt") as file:
-            for name, expected in self.form.empty(0).items():
-                if file.get_slice(name).get_shape() != [part.num_tokens, *expected.shape[1:]]:
-                    raise UserError(f"{name} has another shape than what was recorded.")
-            return {name: file.get_slice(name)[place] for name in self.form.empty(0)}
+            for name, nothing in self.form.empty(0).items():
+                stored = file.get_slice(name)
+                if stored.get_shape() != [part.num_tokens, nothing.shape[1]]:
+                    raise UserError(f"{name} has the shape {stored.get_shape()}, and another was recorded.")
+                said[name] = stored[place]
+                if said[name].dtype != nothing.dtype or not self.form.is_sane(name, said[name]):
+                    raise UserError(f"{name} holds what no model says.")
+        return said
 
     def _part(self, numbers: Sequence[int]) -> Part:
         rows = self.examples.rows

@@ -75,6 +75,7 @@ def form_of(config: DistillationConfig, teacher: Any, dtype_of_base: DType) -> F
         temperature=config.temperature,
         hidden_size=text.hidden_size if config.hidden else 0,
         dtype=str(dtype).removeprefix("torch."),
+        vocab_size=text.vocab_size,
     )
 
 
