@@ -69,7 +69,7 @@ class Form:
         """Whether a tensor of this name may hold these values."""
         if name == "words":
             return bool(((tensor >= 0) & (tensor < self.vocab_size)).all())
-        return bool((tensor.isfinite() & ((name == "hidden") | (tensor <= 0))).all())
+        return bool((tensor.isfinite() & ((name == "hidden") | (tensor <= 0.01))).all())
 
     @property
     def bytes_per_token(self) -> int:

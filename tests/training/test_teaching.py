@@ -121,6 +121,10 @@ def test_the_dense_model_teaches_and_is_part_of_nothing(base: Path, stories: Sto
     assert content["hyper_parameters"]["distillation"]["hidden"] == 2.0
     loaded = LoRAFinetuner.load_from_checkpoint(tmp_path / "last.ckpt", weights_only=True)
     assert loaded.distillation == module.distillation and loaded.teacher is None
+    evaluation = Trainer(accelerator="cpu", logger=False, enable_progress_bar=False)
+    plain = LoRAFinetuner.load_from_checkpoint(tmp_path / "last.ckpt", weights_only=True, distillation=None)
+    results = [evaluation.validate(one, datamodule=stories, verbose=False) for one in (loaded, plain)]
+    assert results[0] == results[1] and plain.distillation is None and loaded.teacher is None
     assert {"train/loss", "train/kl", "train/hidden"} <= watch.logged[0].keys()
     assert watch.logged[-1]["train/kl"] < watch.logged[0]["train/kl"]
 
