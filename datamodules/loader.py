@@ -116,6 +116,11 @@ class ResumableLoader:
         """Optimizer steps of an epoch."""
         return math.ceil(self.batches_read / self.accumulate)
 
+    def read_in(self, epoch: int, steps: float) -> list[int]:
+        """The numbers of the examples that all ranks read in the first optimizer steps of an epoch."""
+        batches = min(self.batches_read, steps * self.accumulate)
+        return self._order(epoch)[: int(batches) * self.batch_size * self.world_size]
+
     def step_tokens(self, epoch: int) -> list[float]:
         """Scored tokens of a micro-batch of each optimizer step, in the mean over its micro-batches and all ranks.
 

@@ -7,7 +7,7 @@ that the model's trunk gives, picks the positions that count, and lets the head 
 Shapes: B rows, T tokens, H hidden size, V words of the vocabulary, N positions.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +22,9 @@ IGNORED = -100
 """The label of a position that is not scored, as torch's cross entropy has it."""
 LOGITS_AT_ONCE = 2**26
 """Logits of a chunk; a loss and its gradient hold about 16 bytes for each."""
+
+ChunkLosses = Callable[[Tensor, slice], tuple[Tensor, ...]]
+"""K losses [n] of the positions of a chunk, from its logits [n, V] as the head gives them and its place among all."""
 
 
 @dataclass(frozen=True)
@@ -56,10 +59,15 @@ class Head:
             logits = torch.tanh(logits / self.cap) * self.cap
         return logits
 
-    def chunks(self, hidden: Tensor) -> Iterator[slice]:
-        """Parts of the positions of hidden states [N, H], each small enough for its logits to be held."""
+    def chunks(self, hidden: Tensor, heads: int = 1) -> Iterator[slice]:
+        """Parts of the positions of hidden states [N, H], each small enough for its logits to be held.
+
+        Args:
+            hidden: hidden states of all positions.
+            heads: number of models whose logits of a chunk are held together.
+        """
         words: int = self.linear.out_features  # type: ignore[assignment]
-        size = max(LOGITS_AT_ONCE // words, 1)
+        size = max(LOGITS_AT_ONCE // (words * heads), 1)
         return (slice(start, start + size) for start in range(0, len(hidden), size))
 
 
@@ -102,6 +110,28 @@ def hidden_states(model: Any, tokens: Tensor, attention_mask: Tensor | None = No
     return hidden
 
 
+@dataclass(frozen=True)
+class Scored:
+    """What the trunk of a model gives to its head where tokens are scored.
+
+    Args:
+        hidden: [N, H], hidden states that predict the scored tokens, row by row.
+        targets: [N], the scored tokens.
+        places: row and column of each of them among the targets [B, T - 1].
+    """
+
+    hidden: Tensor
+    targets: Tensor
+    places: tuple[Tensor, ...]
+
+    @classmethod
+    def of(cls, model: Any, tokens: Tensor, labels: Tensor, attention_mask: Tensor | None = None) -> "Scored":
+        """Runs the trunk of a model on a batch; see `token_nll`."""
+        targets = labels[:, 1:]
+        places = (targets != IGNORED).nonzero(as_tuple=True)
+        return cls(hidden_states(model, tokens, attention_mask)[:, :-1][places], targets[places], places)
+
+
 def token_nll(model: Any, tokens: Tensor, labels: Tensor, attention_mask: Tensor | None = None) -> Tensor:
     """Negative log-likelihood of each token given those before it, in nats.
 
@@ -114,11 +144,9 @@ def token_nll(model: Any, tokens: Tensor, labels: Tensor, attention_mask: Tensor
         labels: [B, T], the token at t, `IGNORED` where it is not scored.
         attention_mask: [B, T], 1 on tokens and 0 on padding; None for all ones.
     """  # [B, T - 1] float32, 0 where not scored
-    targets = labels[:, 1:]
-    places = (targets != IGNORED).nonzero(as_tuple=True)  # N of them
-    hidden = hidden_states(model, tokens, attention_mask)[:, :-1][places]
-    nll = hidden.new_zeros(targets.shape, dtype=torch.float32)
-    return nll.index_put(places, nll_of_targets(Head.of(model), hidden, targets[places]))
+    scored = Scored.of(model, tokens, labels, attention_mask)
+    nll = scored.hidden.new_zeros((tokens.shape[0], tokens.shape[1] - 1), dtype=torch.float32)
+    return nll.index_put(scored.places, nll_of_targets(Head.of(model), scored.hidden, scored.targets))
 
 
 def nll_of_targets(head: Head, hidden: Tensor, targets: Tensor) -> Tensor:
@@ -129,20 +157,52 @@ def nll_of_targets(head: Head, hidden: Tensor, targets: Tensor) -> Tensor:
         hidden: [N, H], hidden states of the scored positions.
         targets: [N], token ids that the positions predict.
     """  # [N] float32
+    return losses_in_chunks(head, hidden, lambda logits, part: (nll_of_logits(logits, targets[part]),))[0]
+
+
+def nll_of_logits(logits: Tensor, targets: Tensor) -> Tensor:
+    """Negative log-likelihood of targets [n], from logits [n, V] of any number format."""  # [n] float32
+    return F.cross_entropy(logits.float(), targets, reduction="none")
+
+
+def losses_in_chunks(
+    head: Head, hidden: Tensor, losses: ChunkLosses, weights: Sequence[float] = (1.0,), *, heads: int = 1
+) -> tuple[Tensor, Tensor]:
+    """Losses of positions that depend on their logits, a chunk of positions at a time.
+
+    Args:
+        head: head of the model; a head that is trained itself costs a pass more.
+        hidden: [N, H], hidden states of the scored positions.
+        losses: function that gives the K losses of a chunk.
+        weights: [K], weight of each loss.
+        heads: number of models whose logits of a chunk ``losses`` holds, this one included.
+
+    Returns:
+        The weighted sum of the losses at each position, [N] float32, and each loss alone, [N, K] without a gradient.
+    """
+
+    def weighed(logits: Tensor, part: slice) -> tuple[Tensor, Tensor]:
+        values = torch.stack(losses(logits, part), dim=-1)
+        # No product of matrices, which autocast would round.
+        return (values * values.new_tensor(weights)).sum(-1), values.detach()
+
+    chunks = head.chunks(hidden, heads)
     if torch.is_grad_enabled() and any(parameter.requires_grad for parameter in head.linear.parameters()):
-        parts = [
-            checkpoint(_nll, head, hidden[part], targets[part], use_reentrant=False) for part in head.chunks(hidden)
-        ]
-        return torch.cat(parts) if parts else hidden.new_zeros(0, dtype=torch.float32)
-    nll: Tensor = _ChunkedNLL.apply(hidden, targets, head)  # type: ignore[no-untyped-call]
-    return nll
+
+        def of_states(states: Tensor, part: slice) -> tuple[Tensor, Tensor]:
+            return weighed(head(states), part)
+
+        pairs = [checkpoint(of_states, hidden[part], part, use_reentrant=False) for part in chunks]
+        nothing = hidden.new_zeros((0, len(weights)), dtype=torch.float32)
+        totals, values = zip(*pairs, strict=True) if pairs else ((nothing.sum(-1),), (nothing,))
+        return torch.cat(totals), torch.cat(values)
+    results: tuple[Tensor, Tensor] = _ChunkedLosses.apply(  # type: ignore[no-untyped-call]
+        hidden, head, list(chunks), weighed, len(weights)
+    )
+    return results
 
 
-def _nll(head: Head, hidden: Tensor, targets: Tensor) -> Tensor:
-    return F.cross_entropy(head(hidden).float(), targets, reduction="none")
-
-
-class _ChunkedNLL(torch.autograd.Function):
+class _ChunkedLosses(torch.autograd.Function):
     """The losses of positions under a frozen head, and while a chunk's logits are there, their slopes.
 
     The loss of a position depends on the hidden state at this position alone, so that one vector [H] for each position
@@ -150,22 +210,30 @@ class _ChunkedNLL(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, targets: Tensor, head: Callable[[Tensor], Tensor]) -> Tensor:
-        assert isinstance(head, Head)
-        nll = hidden.new_empty(len(hidden), dtype=torch.float32)
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        head: Callable[[Tensor], Tensor],
+        chunks: Sequence[slice],
+        weighed: Callable[[Tensor, slice], tuple[Tensor, Tensor]],
+        num_losses: int,
+    ) -> tuple[Tensor, Tensor]:
+        total = hidden.new_empty(len(hidden), dtype=torch.float32)
+        values = hidden.new_empty((len(hidden), num_losses), dtype=torch.float32)
         slopes = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
-        for part in head.chunks(hidden):
+        for part in chunks:
             if slopes is None:
-                nll[part] = _nll(head, hidden[part], targets[part])
+                total[part], values[part] = weighed(head(hidden[part]), part)
             else:
                 with torch.enable_grad():
                     states = hidden[part].detach().requires_grad_()
-                    losses = _nll(head, states, targets[part])
-                    (slopes[part],) = torch.autograd.grad(losses.sum(), states)
-                nll[part] = losses.detach()
+                    sums, values[part] = weighed(head(states), part)
+                    (slopes[part],) = torch.autograd.grad(sums.sum(), states)
+                total[part] = sums.detach()
         ctx.slopes = slopes
-        return nll
+        ctx.mark_non_differentiable(values)
+        return total, values
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
-        return (gradient.unsqueeze(1) * ctx.slopes).to(ctx.slopes.dtype), None, None
+    def backward(ctx: Any, gradient: Tensor, _: Tensor) -> tuple[Tensor, None, None, None, None]:
+        return (gradient.unsqueeze(1) * ctx.slopes).to(ctx.slopes.dtype), None, None, None, None

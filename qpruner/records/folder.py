@@ -107,6 +107,8 @@ class RunFolder:
     plan_picture = Part("plan.png")
     allocation_picture = Part("allocation.png")
     phases = Part("phases")
+    teacher = Part("teacher")
+    """What the dense model says of training rows, where that is recorded for all phases."""
 
     # Of a fit.
     tensorboard = Part("tensorboard", of_phase=True)

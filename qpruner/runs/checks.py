@@ -95,7 +95,7 @@ class Preflight(Callback):
         assert isinstance(pl_module, LoRAFinetuner) and isinstance(data, TokenDataModule)
         steps = check_lengths(trainer, data)
         pl_module.optimizer_config.check(steps)
-        check_monitored(trainer, data)
+        check_monitored(trainer, data, pl_module.distillation)
         if not trainer.strategy.broadcast(self.phase.folder.summary.exists()):  # nothing has been measured yet
             for callback in (*self.phase.compressing, *self.later):
                 callback.check_text(data)

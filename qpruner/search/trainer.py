@@ -159,6 +159,7 @@ class Search:
             tables=self.quantization.tables,
             trainer=self.settings,
             max_seconds=self.config.max_seconds,
+            recorded_in=self.folder.teacher,
         )
 
     def try_plans(self, executor: Executor) -> None:

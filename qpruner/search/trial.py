@@ -29,6 +29,7 @@ from qpruner.search.trial_trainer import TrialTrainer
 from qpruner.training.evaluation import evaluate
 from qpruner.training.finite import NotFinite
 from qpruner.training.module import LoRAFinetuner
+from qpruner.training.teacher import OnlineTeacher
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,7 @@ class TrialWork:
         tables: precisions of embedding and head.
         trainer: how trials train.
         max_seconds: seconds after which a fit ends, whatever its steps; None for steps alone.
+        recorded_in: folder of what a teacher says of training rows, where trials learn from one.
         split: split that scores; a search never changes it.
     """
 
@@ -61,6 +63,7 @@ class TrialWork:
     tables: dict[str, Precision]
     trainer: TrialTrainer
     max_seconds: float | None = None
+    recorded_in: Path | None = None
     split: Split = "validation"
 
     def prepare(self) -> "TrialRunner":
@@ -68,7 +71,7 @@ class TrialWork:
 
 
 class TrialRunner:
-    """Runs trials one after the other on one device; base and data are loaded once.
+    """Runs trials one after the other on one device; base, data and a teacher that is online are loaded once.
 
     Args:
         work: what trials run on; it stays as it is.
@@ -86,6 +89,7 @@ class TrialRunner:
         self.reference = Reference.read(work.reference)
         self.data = work.data.for_another_trainer()
         self.data.prepared  # noqa: B018  # the rows, which all trials share
+        self.teacher: OnlineTeacher | None = None
 
     def __call__(self, key: Key) -> Scores:
         """Evaluates one plan.
@@ -98,10 +102,13 @@ class TrialRunner:
             bytes, average_bits, steps, and the seconds of assembling, training, evaluating, and of all together.
         """
         module = LoRAFinetuner(**{**self.work.options, "seed": key["seed"]}).hold(self.base)
+        module.teacher, module.recorded_in = self.teacher, self.work.recorded_in
         try:
             return self._evaluate(module, key)
         finally:  # also after an error, such as one of memory, the next trial finds the base without adapters
             module.to("cpu")
+            if isinstance(module.teacher, OnlineTeacher):
+                self.teacher = module.teacher
             if self.base.state is State.ADAPTED:
                 self.base.detach()
 

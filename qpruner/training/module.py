@@ -18,14 +18,18 @@ from qpruner.adapters.lora import LoRAConfig
 from qpruner.datamodules.rows import Batch
 from qpruner.errors import UserError
 from qpruner.files import reading
-from qpruner.likelihood import IGNORED, token_nll
+from qpruner.likelihood import IGNORED, Head, Scored, token_nll
 from qpruner.pretrained import EMBEDDED, DType
 from qpruner.seeds import derive_seed
 from qpruner.training.checkpoint_file import REMEDY, read_checkpoint
 from qpruner.training.compressible import CompressibleModule
+from qpruner.training.distillation import DistillationConfig, Losses, distillation_losses
 from qpruner.training.finite import LossWatch, all_finite, broken_names, not_finite, tensors_of
 from qpruner.training.metrics import ChoiceAccuracy, Perplexity, choose
 from qpruner.training.optimization import OptimizerConfig, make_optimizer, make_scheduler
+from qpruner.training.recording import Recording
+from qpruner.training.teacher import Teacher, check_teacher
+from qpruner.training.teaching import engage_teacher
 
 SMALLEST_SCALE = 2.0**-14
 """Smallest scale of the loss under ``16-mixed`` that is borne. It starts at 2 to the 16 and is halved at each step
@@ -59,9 +63,13 @@ class LoRAFinetuner(CompressibleModule):
         lora: options of the adapters.
         optimizer: how the adapters are trained.
         seed: seed of the adapters' start and of dropout; on the command line ``--seed_everything``.
+        distillation: what is learnt from the dense model beside the labels; None for the labels alone. Evaluation is
+            the same either way, and so is ``train/loss``, the mean negative log-likelihood; ``train/kl`` and
+            ``train/hidden`` stand beside it.
 
     Raises:
-        UserError: in a fit, when a loss, a gradient that no loss scale mends, an adapter or a metric is not finite.
+        UserError: in a fit, when a loss, a gradient that no loss scale mends, an adapter or a metric is not finite; or
+            a teacher that cannot teach.
     """
 
     def __init__(
@@ -73,10 +81,12 @@ class LoRAFinetuner(CompressibleModule):
         lora: LoRAConfig = LoRAConfig(),  # noqa: B008  # frozen
         optimizer: OptimizerConfig = OptimizerConfig(),  # noqa: B008  # frozen
         seed: int = 0,
+        distillation: DistillationConfig | None = None,
     ) -> None:
         # `load_from_checkpoint` gives back the plain data that a checkpoint holds.
         lora = LoRAConfig(**lora) if isinstance(lora, dict) else lora
         optimizer = OptimizerConfig(**optimizer) if isinstance(optimizer, dict) else optimizer
+        distillation = DistillationConfig(**distillation) if isinstance(distillation, dict) else distillation
         targets = lora.target_modules
         super().__init__(base, dtype, trust_remote_code, gradient_checkpointing, lora, seed)
         self.save_hyperparameters(
@@ -88,9 +98,13 @@ class LoRAFinetuner(CompressibleModule):
                 "lora": {**asdict(lora), "target_modules": targets if isinstance(targets, str) else list(targets)},
                 "optimizer": asdict(optimizer),
                 "seed": seed,
+                "distillation": distillation and asdict(distillation),
             }
         )
         self.optimizer_config = optimizer
+        self.distillation = distillation
+        self.teacher: Teacher | None = None
+        self.recorded_in: Path | None = None
         self.after_clipping: list[Callable[[bool], None]] = []
         self._losses = LossWatch()
         self.perplexity = Perplexity()
@@ -117,10 +131,35 @@ class LoRAFinetuner(CompressibleModule):
         logits: Tensor = output.logits
         return logits
 
+    # The teacher.
+
+    def check_base(self) -> Any:
+        config = super().check_base()
+        if self.distillation is not None:
+            check_teacher(self.distillation, self.base, config, trust_remote_code=self.trust_remote_code)
+        return config
+
+    def load_base(self) -> None:
+        """Loads the base unless it is there, and in a fit its teacher, before a callback does anything to the base."""
+        super().load_base()
+        fits = self._trainer is not None and self.trainer.state.fn == TrainerFn.FITTING
+        if self.distillation is not None and self.teacher is None and fits:
+            self.teacher = engage_teacher(self.distillation, self, self.trainer, self.recorded_in)
+
+    def release(self) -> None:
+        super().release()
+        self.teacher = None
+
+    def teardown(self, stage: str) -> None:
+        if isinstance(self.teacher, Recording):  # of the rows of this fit
+            self.teacher = None
+
     # Training.
 
     def on_train_start(self) -> None:
         self._losses = LossWatch()
+        if self.teacher is not None:
+            self.teacher.begin()
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         torch.manual_seed(derive_seed(self.seed, "batch", self.current_epoch, batch_idx, self.global_rank))
@@ -133,13 +172,27 @@ class LoRAFinetuner(CompressibleModule):
         """Mean negative log-likelihood of the scored tokens of a batch, in nats; 0 when there are none."""  # []
         return self.token_nll(batch).sum() / (batch["labels"][:, 1:] != IGNORED).sum().clamp(min=1)
 
+    def distilled(self, batch: Batch, teacher: Teacher) -> Losses:
+        """Losses of the scored tokens of a batch against labels and teacher."""
+        assert self.distillation is not None
+        lesson = teacher.lesson(batch)
+        scored = Scored.of(self.model, batch["input_ids"], batch["labels"], batch["attention_mask"])
+        return distillation_losses(self.distillation, Head.of(self.model), scored, lesson)
+
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        mean = self.loss(batch)
+        num_tokens = (batch["labels"][:, 1:] != IGNORED).sum()
+        if self.teacher is None:
+            mean = self.loss(batch)
+            parts = {"loss": mean}
+        else:
+            losses = self.distilled(batch, self.teacher)
+            mean = losses.total.sum() / num_tokens.clamp(min=1)
+            parts = {name: part.sum() / num_tokens.clamp(min=1) for name, part in losses.parts.items()}
         self._losses.see(mean, self.global_step + 1)
-        self.log("train/loss", mean, prog_bar=True, batch_size=len(batch["input_ids"]))
+        for name, part in parts.items():
+            self.log(f"train/{name}", part, prog_bar=name == "loss", batch_size=len(batch["input_ids"]))
         # The Trainer takes the mean over micro-batches, its strategy that over ranks. A mean of means would give the
         # tokens of a micro-batch with few of them more weight than others have.
-        num_tokens = (batch["labels"][:, 1:] != IGNORED).sum()
         loss: Tensor = mean * num_tokens / batch.get("step_tokens", num_tokens.clamp(min=1))
         return loss
 

@@ -29,6 +29,7 @@ from qpruner.datamodules.base import TokenDataModule
 from qpruner.errors import UserError
 from qpruner.pretrained import is_reachable, model_fingerprint
 from qpruner.training.compressible import CompressibleModule
+from qpruner.training.distillation import DistillationConfig
 from qpruner.training.evaluation import num_batches
 
 AT_LEAST_ONE = ("accumulate_grad_batches", "check_val_every_n_epoch", "val_check_interval")
@@ -160,7 +161,7 @@ def check_lengths(trainer: Trainer, data: TokenDataModule) -> float:
     return data.num_steps()
 
 
-def check_monitored(trainer: Trainer, data: TokenDataModule) -> None:
+def check_monitored(trainer: Trainer, data: TokenDataModule, distillation: DistillationConfig | None = None) -> None:
     """Finds callbacks that wait for a metric which nothing in the fit logs.
 
     Raises:
@@ -173,7 +174,7 @@ def check_monitored(trainer: Trainer, data: TokenDataModule) -> None:
         for callback in callbacks
     ):
         return  # these may log more
-    logged = logged_metrics(trainer, data)
+    logged = logged_metrics(trainer, data, distillation)
     for callback in callbacks:
         monitor = getattr(callback, "monitor", None)
         if isinstance(monitor, str) and monitor not in (*logged, "epoch", "step") and getattr(callback, "strict", True):
@@ -183,9 +184,13 @@ def check_monitored(trainer: Trainer, data: TokenDataModule) -> None:
             )
 
 
-def logged_metrics(trainer: Trainer, data: TokenDataModule) -> list[str]:
+def logged_metrics(
+    trainer: Trainer, data: TokenDataModule, distillation: DistillationConfig | None = None
+) -> list[str]:
     """Names of what a fit of a run logs."""
     names = ["train/loss", "train/tokens_per_second"]
+    if distillation is not None:
+        names += [f"train/{name}" for name in distillation.logged]
     if "validation" in data.prepared.splits and trainer.limit_val_batches > 0:
         names += ["val/loss", "val/perplexity", "val/tokens"]
         if bool(data.prepared.splits["validation"].num_bytes.any()):

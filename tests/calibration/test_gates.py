@@ -59,8 +59,10 @@ def test_they_are_those_of_autograd(family: str) -> None:
 
 
 def test_two_processes_find_what_one_does() -> None:
+    models = [tiny_model("llama").requires_grad_(False) for _ in range(3)]
+
     def work(given: Calibration) -> Tensor:
-        model = tiny_model("llama").requires_grad_(False)
+        model = models.pop()
         return torch.cat([*squared_gate_gradients(model, gated_parts(model), given).values()])
 
     (alone,), (first, second) = in_processes(1, 2, work), in_processes(2, 2, work)

@@ -95,6 +95,14 @@ def test_order_is_a_function_of_seed_and_epoch() -> None:
     assert sorted(sum(epochs[0], [])) == list(range(20)) != sum(epochs[0], [])
 
 
+def test_what_all_ranks_read_in_some_steps_of_an_epoch() -> None:
+    ranks = [loader(21, rank=rank, world_size=2, accumulate=2, limit=4) for rank in range(2)]  # of five batches each
+    for steps, batches in ((1, 2), (2, 4), (9, 4), (float("inf"), 4)):
+        read = [example for rank in ranks for batch in rank.batches(1)[:batches] for example in batch]
+        for rank in ranks:
+            assert sorted(rank.read_in(1, steps)) == sorted(read)
+
+
 def test_order_neither_draws_on_nor_depends_on_the_global_generator() -> None:
     state = torch.get_rng_state()
     first = read(loader(20))

@@ -3,7 +3,7 @@
 import json
 import shutil
 from collections.abc import Callable, Sequence
-from contextlib import redirect_stdout
+from contextlib import nullcontext, redirect_stdout
 from dataclasses import dataclass, replace
 from io import StringIO
 from pathlib import Path
@@ -11,13 +11,14 @@ from random import Random
 from typing import Any
 from unittest.mock import patch
 
+import numpy as np
 import pyarrow
 import pyarrow.parquet
 import torch
 import yaml
 from lightning.pytorch import Trainer
 from mutations import BYTES, damage_file, damaged_tree, entries
-from support.families import KEPT, adapted, logits_of, tiny_config, tiny_model
+from support.families import HIDDEN, KEPT, VOCAB, adapted, logits_of, tiny_config, tiny_model
 
 from qpruner.adapter_files import save_adapters
 from qpruner.adapters.lora import LoRAConfig
@@ -29,6 +30,7 @@ from qpruner.cli import QPrunerCLI
 from qpruner.commands import run
 from qpruner.datamodules import InstructionDataModule, TextDataModule
 from qpruner.datamodules.base import LoaderConfig
+from qpruner.datamodules.rows import Row, TextExamples, TokenRows
 from qpruner.files import hash_file
 from qpruner.model_folder import load_compressed, read_base_config, save_base
 from qpruner.plan import DENSE, UNITS, CompressionPlan, Precision
@@ -42,6 +44,7 @@ from qpruner.records.search import Proposer, SearchResults, Tried
 from qpruner.runs.claim import claim_folder
 from qpruner.search.ledger import Ledger
 from qpruner.training.module import LoRAFinetuner
+from qpruner.training.recording import Form, Recording
 
 NF4, INT8 = Precision("nf4", 4, 64), Precision("int8", 8)
 MIXED = [{"qkv": NF4, "o": INT8, "gate_up": DENSE, "down": NF4}] * 3
@@ -404,12 +407,36 @@ def use_options(folder: Path) -> None:
     assert isinstance(cli.model, LoRAFinetuner)
 
 
+# What a teacher said.
+
+TAUGHT = Form(top_k=5, temperature=2.0, hidden_size=HIDDEN, dtype="float32", vocab_size=VOCAB)
+
+
+def recording_in(folder: Path) -> Recording:
+    rng = np.random.default_rng(3)
+    rows = [Row(rng.integers(5, VOCAB, 9).astype(np.int32), np.ones(9, bool), np.zeros(9, np.int32)) for _ in range(4)]
+    return Recording(folder, TextExamples(TokenRows.of(rows), pad_token=0), range(4), TAUGHT, ["ab12"])
+
+
+def make_recording(folder: Path) -> None:
+    recording_in(folder).record(tiny_model("llama"), [0], device=torch.device("cpu"), forward_context=nullcontext)
+
+
+def use_recording(folder: Path) -> None:
+    recording = recording_in(folder)
+    batch = recording.examples.collate([2, 0])
+    lesson = recording.lesson(batch)
+    kl = lesson.kl(torch.zeros(16, VOCAB), slice(0, 16))
+    assert lesson.hidden is not None and lesson.hidden.shape == (16, HIDDEN) and not kl.isnan().any()
+
+
 TARGETS = {
     "plan": Target(make_plans, use_plan, damage_plan),
     "packed model": Target(make_packed, use_models, damage_model),
     "dense models": Target(make_dense, use_models, damage_model),
     "checkpoint": Target(make_checkpoint, use_checkpoint, damage_checkpoint),
     "runs": Target(make_runs, use_runs, damage_run),
+    "recording": Target(make_recording, use_recording),
     "data": Target(make_data, use_data, damage_data, lambda damage, folder: [damage.split()[0], "--data."]),
     "options": Target(
         make_options, use_options, damage_options, lambda damage, folder: [*option_names(CONFIG), "config"]

@@ -160,8 +160,10 @@ def test_micro_batches_do_not_matter() -> None:
 
 
 def test_two_processes_find_what_one_does() -> None:
+    models = [pruned("gpt2") for _ in range(3)]  # threads would share the numbers that random weights are drawn from
+
     def work(given: Calibration) -> tuple[list[Tensor], dict[str, Fit]]:
-        dense, narrow = pruned("gpt2")
+        dense, narrow = models.pop()
         fits = compensate_(narrow, dense, KEPT, given, "sequential")
         parts = [part for layer in decoder_layers(narrow) for part in (layer.o, layer.down)]
         return [tensor for part in parts for tensor in (part.weight, part.bias)], fits

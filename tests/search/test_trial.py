@@ -1,7 +1,7 @@
 """One trial: the same numbers whatever came before, those of a fit by hand, and the bytes of the folder of a run."""
 
 import pickle
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,8 @@ from qpruner.search.ledger import Scores
 from qpruner.search.reference import Reference
 from qpruner.search.trainer import SearchTrainer
 from qpruner.search.trial import TrialRunner, TrialWork
+from qpruner.training import teaching
+from qpruner.training.distillation import DistillationConfig
 from qpruner.training.evaluation import evaluate
 from qpruner.training.module import LoRAFinetuner
 
@@ -96,6 +98,24 @@ def test_a_key_gives_the_same_bits_whatever_came_before(work: TrialWork, runner:
     assert len({one["loss"] for one in (first, *others)}) == 4
     assert others[0]["bytes"] == first["bytes"] == others[2]["bytes"]  # as many bits, elsewhere
     assert first["steps"] == 2 and others[1]["steps"] == 1
+
+
+@pytest.mark.parametrize("teacher", ["online", "recorded"])
+def test_a_trial_learns_from_the_dense_model(
+    teacher: str, work: TrialWork, runner: TrialRunner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = DistillationConfig(logits=5.0, hidden=1.0, teacher=teacher)  # type: ignore[arg-type]
+    taught = sent(replace(work, options={**work.options, "distillation": asdict(config)})).prepare()
+    loaded, load = [], teaching.load_teacher
+    monkeypatch.setattr(teaching, "load_teacher", lambda *args, **options: loaded.append(1) or load(*args, **options))
+    first = taught(key(PLAIN))
+    other = taught(key(PLAIN, steps=1))
+    assert without_time(taught(key(PLAIN))) == without_time(first)
+    plain = runner(key(PLAIN))
+    assert first["loss"] != plain["loss"] and other["loss"] != first["loss"]
+    assert first["bytes"] == plain["bytes"]
+    # One step reads other rows than two; those of the first trial are there for the third.
+    assert len(loaded) == (1 if teacher == "online" else 2)
 
 
 def test_a_trial_that_breaks_leaves_nothing_to_the_next(runner: TrialRunner, monkeypatch: pytest.MonkeyPatch) -> None:

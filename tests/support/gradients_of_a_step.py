@@ -1,9 +1,13 @@
 """Writes the gradients of the first optimizer step on 16 rows of uneven length, dealt out as told.
 
-Usage: gradients_of_a_step.py MODEL OUTPUT RANKS ROWS_OF_A_MICRO_BATCH MICRO_BATCHES
+Usage: gradients_of_a_step.py MODEL OUTPUT RANKS ROWS_OF_A_MICRO_BATCH MICRO_BATCHES [DISTILLATION]
+
+DISTILLATION is JSON; what is recorded goes to the folder of OUTPUT.
 """
 
+import json
 import sys
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -13,6 +17,7 @@ from torch.optim import Optimizer
 from qpruner.adapters.lora import LoRAConfig
 from qpruner.datamodules.loader import ResumableLoader
 from qpruner.datamodules.rows import Row, TextExamples, TokenRows
+from qpruner.training.distillation import DistillationConfig
 from qpruner.training.module import LoRAFinetuner
 
 
@@ -52,26 +57,29 @@ class WritingFinetuner(LoRAFinetuner):
             torch.save(gradients, self.output)
 
 
-def finetuner(model: str) -> WritingFinetuner:
+def finetuner(model: str, distillation: DistillationConfig | None = None) -> WritingFinetuner:
     """Without dropout, and with both factors of its adapters drawn at random."""
-    module = WritingFinetuner(base=model, lora=LoRAConfig(r=2, dropout=0.0))
+    module = WritingFinetuner(base=model, lora=LoRAConfig(r=2, dropout=0.0), distillation=distillation)
     module.configure_model()
     for number, parameter in enumerate(p for p in module.parameters() if p.requires_grad):
         torch.nn.init.normal_(parameter, std=0.1, generator=torch.Generator().manual_seed(number))
     return module
 
 
-def write_gradients(model: str, output: str, ranks: int, size: int, num: int) -> None:
-    module = finetuner(model)
+def write_gradients(
+    model: str, output: str, ranks: int, size: int, num: int, distillation: DistillationConfig | None = None
+) -> None:
+    module = finetuner(model, distillation)
     module.output = output
     trainer = Trainer(
         accelerator="cpu", devices=ranks, strategy="ddp" if ranks > 1 else "auto", max_steps=1, logger=False,
         accumulate_grad_batches=num, enable_progress_bar=False, enable_model_summary=False,
-        enable_checkpointing=False, use_distributed_sampler=False,
+        enable_checkpointing=False, use_distributed_sampler=False, default_root_dir=Path(output).parent,
     )  # fmt: skip
     trainer.fit(module, datamodule=RaggedRows(size))
 
 
 if __name__ == "__main__":
-    model, output, *numbers = sys.argv[1:]
-    write_gradients(model, output, *map(int, numbers))
+    model, output, ranks, size, num, *distillation = sys.argv[1:]
+    config = DistillationConfig(**json.loads(distillation[0])) if distillation else None
+    write_gradients(model, output, int(ranks), int(size), int(num), config)

@@ -20,6 +20,8 @@ from qpruner.records.folder import RunFolder
 from qpruner.training import preflight
 from qpruner.training.compressible import CompressibleModule
 from qpruner.training.preflight import check_checkpoint, check_monitored, class_refused
+from qpruner.training.distillation import DistillationConfig
+from qpruner.training.preflight import check_monitored, class_refused
 
 LIGHTNING = "lightning.pytorch."
 
@@ -153,6 +155,15 @@ def test_a_callback_from_elsewhere_may_log_what_another_waits_for(stories: Stori
     with pytest.raises(UserError, match="'mine/metric', which nothing logs"):
         check_monitored(trainer(waiting), stories)
     check_monitored(trainer(waiting, Mine()), stories)
+
+
+def test_what_is_learnt_from_a_teacher_is_logged_too(stories: StoriesDataModule) -> None:
+    trainer = Trainer(accelerator="cpu", logger=False, callbacks=[EarlyStopping("train/kl")])
+    check_monitored(trainer, stories, DistillationConfig())
+    for distillation in (None, DistillationConfig(logits=0, hidden=1)):
+        with pytest.raises(UserError, match="'train/kl', which nothing logs"):
+            check_monitored(trainer, stories, distillation)
+    assert DistillationConfig(hidden=1).logged == ["kl", "hidden"]
 
 
 def test_a_checkpoint_is_looked_at_before_the_model_is_loaded(

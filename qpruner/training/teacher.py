@@ -1,0 +1,172 @@
+"""The dense model that teaches a fit: which one it is, and how it is held beside the student."""
+
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from lightning.pytorch.utilities import rank_zero_info
+
+from qpruner.compressed import CompressedModel
+from qpruner.datamodules.rows import Batch
+from qpruner.errors import UserError
+from qpruner.folder_manifest import is_compressed, read_manifest
+from qpruner.likelihood import Head, Scored
+from qpruner.memory import tensor_bytes
+from qpruner.model_folder import read_base_config
+from qpruner.plan import UNITS, Precision
+from qpruner.pretrained import DType, check_model, is_reachable, resolve
+from qpruner.training.distillation import DistillationConfig, Lesson, forward_kl
+
+INT8 = Precision("int8", 8)
+
+
+class Teacher(Protocol):
+    """Says what a fit learns of each batch."""
+
+    def begin(self) -> None:
+        """Makes ready for the first batch, once the student is on its device.
+
+        Raises:
+            UserError: there is no room.
+        """
+        ...
+
+    def lesson(self, batch: Batch) -> Lesson:
+        """What it says of the scored positions of a batch, in the precision of the context."""
+        ...
+
+
+def name_of_teacher(config: DistillationConfig, base: str) -> str:
+    """Name of the model that teaches: the one that is asked for, else the dense one that the base was made of.
+
+    Args:
+        config: options of the distillation.
+        base: base of the student, a dense model or the folder of a compressed one.
+    """
+    if config.base is not None:
+        return config.base
+    folder = Path(resolve(base))
+    if not is_compressed(folder):
+        return base
+    name: str = read_manifest(folder)["base"]["name"]
+    return name
+
+
+def check_teacher(config: DistillationConfig, base: str, student: Any, *, trust_remote_code: bool) -> Any:
+    """Makes sure that a model can teach a student, without reading its weights.
+
+    Args:
+        config: options of the distillation.
+        base: base of the student.
+        student: configuration of the student.
+        trust_remote_code: whether code that comes with a model may run.
+
+    Returns:
+        Configuration of the teacher.
+
+    Raises:
+        UserError: it is not there, or has another vocabulary or, where hidden states are taught, another width.
+    """
+    name = name_of_teacher(config, base)
+    if not is_reachable(name):
+        raise UserError(f"The model that teaches, {name!r}, is not there. Give one as --model.distillation.base.")
+    if name != base and not is_compressed(Path(resolve(name))):
+        check_model(name, trust_remote_code=trust_remote_code)
+    teacher = read_base_config(name, trust_remote_code=trust_remote_code)
+    asked = [("vocab_size", "words", True), ("hidden_size", "channels", config.hidden > 0)]
+    for option, unit, matters in asked:
+        theirs, ours = getattr(teacher.get_text_config(), option), getattr(student.get_text_config(), option)
+        if matters and theirs != ours:
+            remedy = "the model that it was made of" if unit == "words" else "one as wide, or distillation.hidden 0"
+            raise UserError(
+                f"The model that teaches, {name!r}, has {theirs:,} {unit} and the student {ours:,}, so that what it "
+                f"says cannot be compared. Give the student as --model.distillation.base {remedy}."
+            )
+    device, number = torch.device(config.device or "cpu"), torch.cuda.device_count()
+    if device.type == "cuda" and (device.index or 0) >= number:
+        raise UserError(
+            f"distillation.device is {config.device!r}, and there are {number} CUDA devices. Name another, or leave "
+            f"it out for that of the fit."
+        )
+    return teacher
+
+
+def load_teacher(
+    config: DistillationConfig, name: str, *, dtype: DType, trust_remote_code: bool, device: torch.device
+) -> Any:
+    """The model that teaches, frozen and in evaluation mode, in the memory of the CPU.
+
+    Args:
+        config: options of the distillation.
+        name: folder or hub name of the model.
+        dtype: number format of the student's base, which the teacher has unless it is told another.
+        trust_remote_code: whether code that comes with the model may run.
+        device: device that computes, also what packs weights.
+
+    Raises:
+        UserError: there is no such model, its family has no 8 bits, or the device has no room for it.
+    """
+    model = CompressedModel.load(
+        name,
+        dtype=config.held_in(dtype),
+        trust_remote_code=trust_remote_code,
+        say=lambda _: None,  # the loading of the base has said it
+        fingerprint=lambda _: None,
+        check_hashes=False,
+    )
+    if config.dtype == "int8" and not model.has_packed_weights():
+        plan = model.known_plan()
+        model.quantize(plan.with_precision([dict.fromkeys(UNITS, INT8)] * len(plan.layers)), None, device=device)
+    check_room(model.network, device)
+    return model.network.eval()
+
+
+def check_room(network: Any, device: torch.device) -> None:
+    """Makes sure that a teacher fits on a device before it is moved there.
+
+    Raises:
+        UserError: it does not.
+    """
+    if device.type == "cuda" and next(network.parameters()).device.type != "cuda":
+        needed, (free, _) = tensor_bytes(network), torch.cuda.mem_get_info(device)
+        if needed > free:
+            raise UserError(
+                f"The model that teaches needs {needed:,} bytes for its weights alone, and {device} has {free:,} free. "
+                f"Give --model.distillation.dtype int8, another --model.distillation.device, or "
+                f"--model.distillation.teacher recorded."
+            )
+
+
+class OnlineTeacher:
+    """A dense model that is held beside the student and runs on each batch.
+
+    It is no part of the student's module: neither moved with it nor counted nor kept.
+
+    Args:
+        network: the model of transformers, frozen.
+        config: options of the distillation.
+        device: device that it computes on.
+    """
+
+    def __init__(self, network: Any, config: DistillationConfig, device: torch.device) -> None:
+        self.network = network
+        self.config = config
+        self.device = device
+        rank_zero_info(f"The model that teaches takes {tensor_bytes(network):,} bytes on {device}.")
+
+    def begin(self) -> None:
+        check_room(self.network, self.device)
+        self.network.to(self.device)
+
+    @torch.no_grad()
+    def lesson(self, batch: Batch) -> Lesson:
+        tokens, labels, mask = (batch[name].to(self.device) for name in ("input_ids", "labels", "attention_mask"))
+        hidden = Scored.of(self.network, tokens, labels, mask).hidden
+        head = Head.of(self.network)
+
+        def kl(logits: torch.Tensor, part: slice) -> torch.Tensor:
+            with torch.no_grad():
+                taught = head(hidden[part]).to(logits.device)
+            return forward_kl(logits, taught, self.config.temperature)
+
+        return Lesson(kl, hidden)
