@@ -19,9 +19,8 @@ from qpruner.files import read_json
 from qpruner.records.folder import RunFolder
 from qpruner.training import preflight
 from qpruner.training.compressible import CompressibleModule
-from qpruner.training.preflight import check_checkpoint, check_monitored, class_refused
 from qpruner.training.distillation import DistillationConfig
-from qpruner.training.preflight import check_monitored, class_refused
+from qpruner.training.preflight import check_checkpoint, check_monitored, class_refused
 
 LIGHTNING = "lightning.pytorch."
 
