@@ -1,4 +1,4 @@
-"""Models pruned by packages of others, for `peers`; each function changes a Llama in place, the widths of all layers alike."""
+"""Models pruned by packages of others, for `peers`: each function changes a Llama in place, all layers alike."""
 
 from collections.abc import Callable
 from typing import Any
@@ -11,7 +11,7 @@ from qpruner.memory import num_parameters
 
 def optipfair(model: Any, ratio: float, text: Tensor) -> Any:
     """FFN channels, by the default score of `optipfair`, as large a share as makes ``ratio`` of all parameters."""
-    import optipfair as package  # type: ignore[import-not-found]
+    import optipfair as package
 
     share = ratio * num_parameters(model) / _ffn_parameters(model)
     return package.prune_model(model, pruning_percentage=100 * share, show_progress=False)
@@ -28,10 +28,10 @@ def torch_pruning(model: Any, ratio: float, text: Tensor) -> Any:
         ratio: share of all parameters to remove.
         text: calibration tokens, [N, T].
     """
-    import torch_pruning as package  # type: ignore[import-not-found]
+    import torch_pruning as package
 
     model.requires_grad_(True)
-    for rows in text.split(8):
+    for rows in torch.split(text, 8):
         loss = model(input_ids=rows, labels=rows, use_cache=False).loss
         (loss * len(rows) / len(text)).backward()
     share = ratio * num_parameters(model) / _ffn_parameters(model)

@@ -283,10 +283,10 @@ class AllWeights(LoRAFinetuner):
 
 
 def table(rows: list[Row]) -> str:
-    """Per base and ratio, one line for each method: means over seeds, and their standard deviation."""
+    """Per base, steps and ratio, one line for each method: means over seeds, and their standard deviation."""
     parts = []
-    for base, ratio in sorted({(row["base"], row["ratio"]) for row in rows}):
-        here = [row for row in rows if (row["base"], row["ratio"]) == (base, ratio)]
+    for base, steps, ratio in sorted({(row["base"], row["steps"], row["ratio"]) for row in rows}):
+        here = [row for row in rows if (row["base"], row["steps"], row["ratio"]) == (base, steps, ratio)]
         texts = list(here[0]["report"])
         header = ["method", "seeds", "removed", "parameters", *(f"{text}: pruned" for text in texts)]
         header += [*(f"{text}: recovered" for text in texts), "seconds", "MB above the model"]
@@ -301,7 +301,7 @@ def table(rows: list[Row]) -> str:
             ]
             numbers += [[row[what] for row in same] for what in ("seconds", "megabytes")]
             lines.append([method, str(len(same)), *map(spread, numbers)])
-        parts.append(f"{base}, {ratio:.0%} of the parameters\n\n{markdown_table(header, lines)}")
+        parts.append(f"{base}, {ratio:.0%} of the parameters, {steps} steps\n\n{markdown_table(header, lines)}")
     return "\n\n".join(parts)
 
 

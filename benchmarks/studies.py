@@ -72,7 +72,7 @@ def study_data(given: argparse.Namespace, seed: int) -> TokenDataModule:
 
 
 def recovery(steps: int, callbacks: Sequence[L.Callback], folder: str | None = None, **options: Any) -> L.Trainer:
-    """A Trainer that fits and leaves nothing behind but, in a folder, by default a temporary one, the compressed base."""
+    """A Trainer that fits and leaves nothing behind but the compressed base; without a folder, in a temporary one."""
     return L.Trainer(
         default_root_dir=folder or gettempdir(),
         max_steps=steps,
