@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from support.fits import PRUNING
 from support.searches import TEXT, finetuner, predictions, pruning, quantization, stories_of
 
 from qpruner.allocation.budget import Budget
@@ -122,7 +123,7 @@ def test_a_reference_that_was_written_before_the_search_was_cut_off_stays(
 def test_a_base_that_was_pruned_otherwise_or_is_of_another_model_is_refused(
     pruned: tuple[Path, Preparation], tiny_llama: Path, tmp_path: Path
 ) -> None:
-    more = StructuredPruning(ratio=0.1, calibration=TEXT)
+    more = StructuredPruning(**PRUNING | {"ratio": 0.1})
     with pytest.raises(UserError, match=r"was made by .*\(ratio=0\.05, .*, and the search has .*\(ratio=0\.1, "):
         prepare_in(pruned[0], tiny_llama, (more,))
     with pytest.raises(UserError, match=r"was made by StructuredPruning\(.* and the search has nothing"):
@@ -153,9 +154,9 @@ def test_a_base_that_is_not_pruned_is_kept_for_the_trials_too(tiny_llama: Path, 
         (
             {
                 "budget": Budget(average_bits=6),
-                "deciding": DecidingConfig(calibration=replace(TEXT, num_sequences=25)),
+                "deciding": DecidingConfig(calibration=replace(TEXT, num_sequences=73)),
             },
-            "Calibration asks for 25 sequences",
+            "Calibration asks for 73 sequences",
         ),
     ],
 )

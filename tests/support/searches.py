@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback
+from support.fits import PRUNING
 
 from qpruner.adapters.lora import LoRAConfig
 from qpruner.allocation.budget import Budget
@@ -57,7 +58,7 @@ def trainer(*callbacks: Callback, **options: Any) -> SearchTrainer:
 
 
 def pruning() -> StructuredPruning:
-    return StructuredPruning(ratio=0.05, calibration=TEXT)
+    return StructuredPruning(**PRUNING)
 
 
 def quantization(**tables: int) -> MixedPrecisionQuantization:
