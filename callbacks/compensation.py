@@ -10,6 +10,7 @@ from qpruner.calibration.text import CalibrationConfig
 from qpruner.callbacks.calibration import calibration_of, text_of
 from qpruner.compressed import CompressedModel
 from qpruner.datamodules.base import TokenDataModule
+from qpruner.errors import UserError
 from qpruner.memory import check_room
 from qpruner.plan import CompressionPlan
 from qpruner.processes import Processes
@@ -41,6 +42,14 @@ class Compensating:
     how: Compensation
     text: CalibrationConfig
 
+    def _draw_text(self, data: TokenDataModule | None) -> None:
+        try:
+            text_of(data, self.text, self._name)
+        except UserError as error:
+            raise UserError(
+                f"{error} It is the compensation that asks (compensation_text); with compensation none nothing does."
+            ) from error
+
     @property
     def _name(self) -> str:
         return f"Compensation {self.how!r}"
@@ -66,7 +75,7 @@ class Compensating:
             UserError: they are.
         """
         if self.how != "none":
-            data.calibration(self.text.num_sequences, self.text.length)
+            self._draw_text(data)
 
     def remember(self, model: CompressedModel, data: TokenDataModule | None) -> Before | None:
         """The model as it is, which costs no memory as long as it stays so; None where nothing is going to need it.
@@ -82,7 +91,7 @@ class Compensating:
             return None
         model.check_unpacked("compensated")
         self.check(model.network)
-        text_of(data, self.text, self._name)
+        self._draw_text(data)
         return Before(shared_copy(model.network), model.known_plan())
 
     def apply(

@@ -239,8 +239,8 @@ def check_order(callbacks: Sequence[Callback]) -> None:
     changing = [one for one in callbacks if isinstance(one, CompressionInTraining) and one.needs_dense_base]
     if changing and State.QUANTIZED.value in stages:
         raise UserError(
-            f"The callbacks quantize the base, and {type(changing[0]).__name__} is to compensate its weights at the end "
-            f"of the fit, which packed ones cannot be. Quantize in a phase after this one (see phases), or use "
+            f"The callbacks quantize the base, and {type(changing[0]).__name__} is to compensate its weights at the "
+            f"end of the fit, which packed ones cannot be. Quantize in a phase after this one (see phases), or use "
             f"compensation none."
         )
 

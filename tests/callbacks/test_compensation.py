@@ -185,7 +185,10 @@ def test_a_fit_without_a_data_module_is_refused_before_any_work(
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ((4, 12), r"of which 36 tokens decide, .*; the widest linear has 48 inputs .* Give at least 5 sequences, or use"),
+        (
+            (4, 12),
+            r"of which 36 tokens decide, .*; the widest linear has 48 inputs .* Give at least 5 sequences, or use",
+        ),
         ((3, 24), r"compensation_text has 3 sequences of 24 tokens, .* Give at least 4 sequences"),
     ],
     ids=["fewer tokens than channels", "no sequence to hold out"],
@@ -217,6 +220,8 @@ def test_packed_weights_are_refused_before_anything_is_remembered(tiny_llama: Pa
     precision = Precision("int8", 8)
     units = [dict.fromkeys(layer.precision, precision) for layer in model.known_plan().layers]
     model.quantize(model.known_plan().with_precision(units), None, device=torch.device("cpu"))
-    with pytest.raises(UserError, match=r"cannot be compensated: .*Prune the dense base and quantize it afterwards, or"):
+    with pytest.raises(
+        UserError, match=r"cannot be compensated: .*Prune the dense base and quantize it afterwards, or"
+    ):
         Compensating("sequential", TEXT).remember(model, stories)
     assert Compensating("none", TEXT).remember(model, None) is None

@@ -172,7 +172,9 @@ def test_the_batch_size_of_calibration_is_no_part_of_the_result(tiny_llama: Path
     plans = []
     for size in (4096, 16, 1):
         calibration = CalibrationConfig(num_sequences=6, length=8, batch_size=size)
-        plans.append(fit(finetuner(tiny_llama), stories, StructuredPruning(**PRUNING | {"calibration": calibration})).plan)
+        plans.append(
+            fit(finetuner(tiny_llama), stories, StructuredPruning(**PRUNING | {"calibration": calibration})).plan
+        )
     assert plans[0] == plans[1] == plans[2]
 
 
@@ -200,7 +202,10 @@ def test_impossible_options_are_refused_when_they_are_made(make: Callable[[], An
     [
         ({"ratio": 0.9}, "at most 0.1"),
         ({"selection": SelectionConfig(leave_alone=[0, 1])}, "names every layer"),
-        ({"calibration": CalibrationConfig(length=500)}, r"the 22 training rows have 528 tokens, enough for 1\. Ask for fewer"),
+        (
+            {"calibration": CalibrationConfig(length=500)},
+            r"the 22 training rows have 528 tokens, enough for 1\. Ask for fewer",
+        ),
     ],
 )
 def test_what_cannot_be_had_of_this_model_is_refused(

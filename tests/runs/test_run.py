@@ -169,7 +169,11 @@ def test_cut_off_in_each_phase_and_run_again_equals_uninterrupted(given: dict[st
 
 def test_a_plan_is_carried_out(given: dict[str, Any], tmp_path: Path) -> None:
     first = anew(
-        given, callbacks=[StructuredPruning(0.05, criterion="magnitude_l1", compensation="none"), MixedPrecisionQuantization(bits=8)]
+        given,
+        callbacks=[
+            StructuredPruning(0.05, criterion="magnitude_l1", compensation="none"),
+            MixedPrecisionQuantization(bits=8),
+        ],
     )
     first.fit()
     second = anew(given, folder=tmp_path / "y", callbacks=[StructuredPruning(0.3)], plan=first.folder.plan)

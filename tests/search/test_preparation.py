@@ -8,11 +8,14 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
+from support.compensated import COMPENSATION, compensated, differing, sliced
 from support.fits import PRUNING
 from support.searches import TEXT, finetuner, predictions, pruning, quantization, stories_of
 
 from qpruner.allocation.budget import Budget
 from qpruner.allocation.decision import Allocation, DecidingConfig
+from qpruner.anatomy import decoder_layers
 from qpruner.callbacks import MixedPrecisionQuantization, StructuredPruning
 from qpruner.callbacks.compression import CompressionInSetup
 from qpruner.compressed import CompressedModel, State
@@ -21,6 +24,8 @@ from qpruner.model_folder import read_plan
 from qpruner.plan import DENSE
 from qpruner.pretrained import load_model
 from qpruner.processes import Processes
+from qpruner.quantization.bank import Bank
+from qpruner.quantization.formats import dequantize, quantize
 from qpruner.records.folder import RunFolder
 from qpruner.search.preparation import Preparation, part_of, prepare
 from qpruner.search.reference import Reference
@@ -72,6 +77,26 @@ def test_the_base_is_pruned_and_what_is_told_of_it_names_its_folder(
     assert prepared.prior == Allocation.read(part_of(folder, "sensitivity").allocation)
     assert [precision.bits for precision in prepared.precisions] == [4, 8]
     assert len(list(part_of(folder, "sensitivity").bank.iterdir())) == len(prepared.base.layers)
+
+
+def test_a_base_that_makes_up_for_what_went_is_the_one_that_is_kept_and_banked(
+    tiny_llama: Path, tmp_path: Path
+) -> None:
+    quantizes = MixedPrecisionQuantization(
+        budget=Budget(average_bits=6.2), deciding=DecidingConfig(calibration=TEXT), loftq_iterations=0
+    )
+    prepared = prepare_in(tmp_path, tiny_llama, (StructuredPruning(**PRUNING | COMPENSATION),), quantizes)
+    base = CompressedModel.open(RunFolder(tmp_path).base)
+    expected = compensated(tiny_llama, [prepared.base], stories_of(tiny_llama))
+    assert base.identity == prepared.kept_sha256
+    assert differing(base.network, sliced(tiny_llama, prepared.base)) and not differing(base.network, expected)
+    files = sorted(part_of(RunFolder(tmp_path), "uniform").bank.iterdir())
+    bank = Bank(base.network, {name: tensor for file in files for name, tensor in load_file(file).items()})
+    for number, layer in enumerate(decoder_layers(expected)):
+        for linear, name in ((layer.o, "self_attn.o_proj"), (layer.down, "mlp.down_proj")):
+            for precision in prepared.precisions:
+                weight = bank.weight(f"model.layers.{number}.{name}", precision, torch.device("cpu"))
+                assert torch.equal(weight, dequantize(quantize(linear, precision)))
 
 
 @torch.no_grad()

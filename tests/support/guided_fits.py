@@ -25,7 +25,9 @@ RATIO, ASKED = 0.08, 6484
 
 
 def guided(**changes: Any) -> LoRAGuidedPruning:
-    return LoRAGuidedPruning(**{"ratio": RATIO, "schedule": SCHEDULE, "selection": SelectionConfig(scope="local")} | changes)
+    return LoRAGuidedPruning(
+        **{"ratio": RATIO, "schedule": SCHEDULE, "selection": SelectionConfig(scope="local")} | changes
+    )
 
 
 def fit(

@@ -5,7 +5,6 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback
-from support.fits import PRUNING
 
 from qpruner.adapters.lora import LoRAConfig
 from qpruner.allocation.budget import Budget
@@ -19,6 +18,7 @@ from qpruner.search.config import SearchConfig
 from qpruner.search.trainer import Search, SearchTrainer
 from qpruner.training.module import LoRAFinetuner
 from qpruner.training.optimization import OptimizerConfig
+from support.fits import PRUNING
 
 TEXT = CalibrationConfig(num_sequences=6, length=8, batch_size=2)
 
