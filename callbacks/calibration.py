@@ -1,6 +1,6 @@
 """The calibration text of one of the processes that share a model."""
 
-from torch import nn
+from torch import Tensor, nn
 
 from qpruner.calibration.text import Calibration, CalibrationConfig
 from qpruner.datamodules.base import TokenDataModule
@@ -24,9 +24,18 @@ def calibration_of(
     Raises:
         UserError: no data module, too little text, or no room on the device.
     """
-    if not isinstance(data, TokenDataModule):
-        raise UserError(f"{whose} needs calibration text; give fit a data module.")
-    tokens = data.calibration(config.num_sequences, config.length)
+    tokens = text_of(data, config, whose)
     check_room(model, processes.device)
     model.to(processes.device)
     return Calibration.share(tokens, processes, config.batch_size)
+
+
+def text_of(data: TokenDataModule | None, config: CalibrationConfig, whose: str) -> Tensor:
+    """The text of all processes; see `calibration_of`.
+
+    Raises:
+        UserError: no data module, or too little text.
+    """  # [num_sequences, length] int64
+    if not isinstance(data, TokenDataModule):
+        raise UserError(f"{whose} needs calibration text; give fit a data module.")
+    return data.calibration(config.num_sequences, config.length)

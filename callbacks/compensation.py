@@ -7,9 +7,10 @@ from lightning.pytorch.utilities import rank_zero_info
 
 from qpruner.anatomy import decoder_layers
 from qpruner.calibration.text import CalibrationConfig
-from qpruner.callbacks.calibration import calibration_of
+from qpruner.callbacks.calibration import calibration_of, text_of
 from qpruner.compressed import CompressedModel
 from qpruner.datamodules.base import TokenDataModule
+from qpruner.errors import UserError
 from qpruner.memory import check_room
 from qpruner.plan import CompressionPlan
 from qpruner.processes import Processes
@@ -41,6 +42,18 @@ class Compensating:
     how: Compensation
     text: CalibrationConfig
 
+    def _draw_text(self, data: TokenDataModule | None) -> None:
+        try:
+            text_of(data, self.text, self._name)
+        except UserError as error:
+            raise UserError(
+                f"{error} It is the compensation that asks (compensation_text); with compensation none nothing does."
+            ) from error
+
+    @property
+    def _name(self) -> str:
+        return f"Compensation {self.how!r}"
+
     @property
     def options(self) -> dict[str, Any]:
         return {"compensation": self.how, "compensation_text": asdict(self.text)}
@@ -62,11 +75,24 @@ class Compensating:
             UserError: they are.
         """
         if self.how != "none":
-            data.calibration(self.text.num_sequences, self.text.length)
+            self._draw_text(data)
 
-    def remember(self, model: CompressedModel) -> Before | None:
-        """The model as it is, which costs no memory as long as it stays so; None where nothing is going to need it."""
-        return None if self.how == "none" else Before(shared_copy(model.network), model.known_plan())
+    def remember(self, model: CompressedModel, data: TokenDataModule | None) -> Before | None:
+        """The model as it is, which costs no memory as long as it stays so; None where nothing is going to need it.
+
+        Args:
+            model: model that is going to be pruned.
+            data: source of the text; None where there is none.
+
+        Raises:
+            UserError: the model, once pruned, could not be compensated: packed weights, no text or too little of it.
+        """
+        if self.how == "none":
+            return None
+        model.check_unpacked("compensated")
+        self.check(model.network)
+        self._draw_text(data)
+        return Before(shared_copy(model.network), model.known_plan())
 
     def apply(
         self, model: CompressedModel, before: Before | None, data: TokenDataModule | None, processes: Processes
@@ -80,11 +106,11 @@ class Compensating:
             processes: processes that share the text.
 
         Raises:
-            UserError: packed weights, no text or too little of it, or no room for the dense model beside the other.
+            UserError: no room for the dense model beside the other.
         """
         if self.how == "none" or before is None:
             return
-        calibration = calibration_of(model.network, data, self.text, processes, f"Compensation {self.how!r}")
+        calibration = calibration_of(model.network, data, self.text, processes, self._name)
         check_room(before.network, processes.device)
         before.network.to(processes.device)
         fits = model.compensate(before.network, before.plan, calibration, self.how)

@@ -192,12 +192,10 @@ class CompressionInSetup(Compression):
         if not self.is_done(model):
             self.check_unadapted(model)
             check_dense(model)
-            data = trainer.datamodule  # type: ignore[attr-defined]
-            data = data if isinstance(data, TokenDataModule) else None
             self.compress(
                 CompressionJob(
                     model,
-                    data,
+                    data_of(trainer),
                     processes_of(trainer),
                     module.lora,
                     module.seed,
@@ -218,12 +216,17 @@ ORDER = [State.DENSE, State.MERGED, State.PRUNED, State.QUANTIZED]
 class CompressionInTraining(Compression):
     """Compresses the base while its adapters train, and changes its shapes at the end of the fit."""
 
+    @property
+    def needs_dense_base(self) -> bool:
+        """Whether it changes weights of the base, which must not be packed then."""
+        return False
+
 
 def check_order(callbacks: Sequence[Callback]) -> None:
     """Makes sure that a fit prunes, then quantizes, then prunes in training, each at most once.
 
     Raises:
-        UserError: it does not.
+        UserError: it does not, or it packs weights that are to be changed at its end.
     """
     stages = [_stage(callback) for callback in callbacks if isinstance(callback, Compression)]
     order = [State.PRUNED.value, State.QUANTIZED.value, "pruned in training"]
@@ -233,10 +236,23 @@ def check_order(callbacks: Sequence[Callback]) -> None:
             f"once, since packed weights cannot be scored, then prunes at most once while it trains. Reorder or drop "
             f"callbacks; to quantize what was pruned in training, add a phase to the run (see phases)."
         )
+    changing = [one for one in callbacks if isinstance(one, CompressionInTraining) and one.needs_dense_base]
+    if changing and State.QUANTIZED.value in stages:
+        raise UserError(
+            f"The callbacks quantize the base, and {type(changing[0]).__name__} is to compensate its weights at the "
+            f"end of the fit, which packed ones cannot be. Quantize in a phase after this one (see phases), or use "
+            f"compensation none."
+        )
 
 
 def _stage(callback: Compression) -> str:
     return callback.leaves.value if isinstance(callback, CompressionInSetup) else "pruned in training"
+
+
+def data_of(trainer: Trainer) -> TokenDataModule | None:
+    """The data module of a fit; None where it has none that gives text."""
+    data = trainer.datamodule  # type: ignore[attr-defined]
+    return data if isinstance(data, TokenDataModule) else None
 
 
 def check_dense(model: CompressedModel) -> None:

@@ -15,7 +15,7 @@ from qpruner.adapters.lora import LoRAConfig, is_target
 from qpruner.anatomy import family_of
 from qpruner.calibration.text import CalibrationConfig
 from qpruner.callbacks.compensation import Compensating
-from qpruner.callbacks.compression import CompressionInTraining, Rehearsal, check_dense
+from qpruner.callbacks.compression import CompressionInTraining, Rehearsal, check_dense, data_of
 from qpruner.callbacks.processes import processes_of
 from qpruner.callbacks.pruning_event import PruningEvent
 from qpruner.compressed import State
@@ -117,6 +117,10 @@ class LoRAGuidedPruning(CompressionInTraining):
             **self.compensating.options,
         }
 
+    @property
+    def needs_dense_base(self) -> bool:
+        return self.compensating.how != "none"
+
     def check(self, rehearsal: Rehearsal) -> None:
         self._check_targets(rehearsal.model, rehearsal.lora)
         GradualPruning.of(rehearsal.model, self.ratio, self.selection)
@@ -159,10 +163,8 @@ class LoRAGuidedPruning(CompressionInTraining):
                 "With criterion gradient the gradients of weights would be those of a scaled loss under "
                 "--trainer.precision 16-mixed. Use bf16-mixed or 32-true, or criterion lora."
             )
-        if self.compensating.how != "none":
-            model.check_unpacked("compensated")
         self._check_targets(model.network, module.lora)
-        self._dense = self.compensating.remember(model)
+        self._dense = self.compensating.remember(model, data_of(trainer))
         self.gradual = GradualPruning.of(model.network, self.ratio, self.selection)
         self._before = Size.of(model.network)
         self._asked = asked_for(self.ratio, model.network, self.selection)
@@ -251,10 +253,7 @@ class LoRAGuidedPruning(CompressionInTraining):
         model = expect_holder(pl_module).compressed
         assert model.masks is not None
         after, rounded = model.prune(model.masks.kept)
-        data = trainer.datamodule  # type: ignore[attr-defined]
-        self.compensating.apply(
-            model, self._dense, data if isinstance(data, TokenDataModule) else None, processes_of(trainer)
-        )
+        self.compensating.apply(model, self._dense, data_of(trainer), processes_of(trainer))
         self._dense = None
         model.record(self.step)
         rank_zero_info(describe(model.known_plan(), self._before, after, self._asked, self.selection.leave_alone))

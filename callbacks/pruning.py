@@ -110,8 +110,8 @@ class StructuredPruning(CompressionInSetup):
         model = job.model
         before = Size.of(model.network)
         asked = asked_for(self.ratio, model.network, self.selection)
+        dense = self.compensating.remember(model, job.data)
         calibration = self._calibration(job)
-        dense = self.compensating.remember(model)
 
         def score(network: Any) -> list[LayerScores]:
             return score_units(network, self.criterion, self.aggregate, calibration, seed=job.seed)
@@ -206,8 +206,7 @@ class PlannedPruning(CompressionInSetup):
         model = job.model
         before = Size.of(model.network)
         self.plan.check(architecture_of(model.network.config), model.base_sha256)
-        dense = self.compensating.remember(model)
+        dense = self.compensating.remember(model, job.data) if self._prunes else None
         model.prune([(list(layer.kv_groups), list(layer.ffn_channels)) for layer in self.plan.layers])
-        if self._prunes:
-            self.compensating.apply(model, dense, job.data, job.processes)
+        self.compensating.apply(model, dense, job.data, job.processes)
         rank_zero_info(describe(model.known_plan(), before, Size.of(model.network), "as the plan says", ()))

@@ -134,7 +134,13 @@ def config_that_prunes(tiny_llama: Path, tmp_path: Path) -> dict[str, Any]:
             "callbacks": [
                 {
                     "class_path": "StructuredPruning",
-                    "init_args": {"ratio": 0.05, "calibration": {"num_sequences": 6, "length": 8, "batch_size": 2}},
+                    "init_args": {
+                        "ratio": 0.05,
+                        "criterion": "param_first",
+                        "selection": {"scope": "local"},
+                        "calibration": {"num_sequences": 6, "length": 8, "batch_size": 2},
+                        "compensation": "none",
+                    },
                 }
             ],
         },

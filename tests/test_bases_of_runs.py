@@ -31,7 +31,10 @@ class OwnTokenizer(PreTrainedTokenizerFast):
     pass
 """
 COMPRESSION = [
-    {"class_path": "StructuredPruning", "init_args": {"ratio": 0.05, "criterion": "magnitude_l1"}},
+    {
+        "class_path": "StructuredPruning",
+        "init_args": {"ratio": 0.05, "criterion": "magnitude_l1", "compensation": "none"},
+    },
     {"class_path": "MixedPrecisionQuantization"},
 ]
 

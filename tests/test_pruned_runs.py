@@ -20,6 +20,12 @@ from qpruner.errors import UserError
 from qpruner.files import read_json
 from qpruner.plan import CompressionPlan
 
+COMPENSATION = {"compensation": "sequential", "compensation_text": {"num_sequences": 16, "length": 12}}
+COMPENSATES = [
+    "--trainer.callbacks.compensation", "sequential",
+    "--trainer.callbacks.compensation_text", "{num_sequences: 16, length: 12}",
+]  # fmt: skip
+
 
 @pytest.fixture
 def config(config_that_prunes: dict[str, Any]) -> dict[str, Any]:
@@ -82,8 +88,8 @@ def test_test_measures_all_three_stages_again(arguments: list[str], tmp_path: Pa
 def test_killed_and_repeated_equals_uninterrupted(
     config: dict[str, Any], tmp_path: Path, scope: dict[str, Any], kills: list[tuple[str, str]]
 ) -> None:
-    """What was kept is taken from the folder; what was scored and not kept is scored again."""
-    config["trainer"]["callbacks"][0]["init_args"]["selection"] = scope
+    """What was kept is taken from the folder, compensated as it is; what was scored and not kept is scored again."""
+    config["trainer"]["callbacks"][0]["init_args"] |= {"selection": scope} | COMPENSATION
     path = tmp_path / "config.yaml"
     path.write_text(yaml.safe_dump(config))
     whole = in_fork("-m", "qpruner", "fit", "--config", str(path), "--run.name", "whole")
@@ -99,8 +105,11 @@ def test_killed_and_repeated_equals_uninterrupted(
     assert all(torch.equal(found[name], tensor) for name, tensor in adapters(runs / "whole").items())
     stages = [read_json(runs / name / "summary.json")["stages"] for name in ("whole", "x")]
     assert [(s["name"], s["results"]) for s in stages[0]] == [(s["name"], s["results"]) for s in stages[1]]
+    weights = Path("model", "model.safetensors")
+    assert (runs / "x" / weights).read_bytes() == (runs / "whole" / weights).read_bytes()
     scored = 2 if kills[0][0] == "keeping" else 1
-    assert (runs / "x" / "run.log").read_text().count("Pruned ") == scored
+    log = (runs / "x" / "run.log").read_text()
+    assert log.count("Pruned ") == log.count("Compensated ") == scored
 
 
 @pytest.mark.slow  # `test_two_gloo_ranks_quantize_as_one` prunes, too
@@ -133,11 +142,16 @@ def test_a_given_plan_replaces_what_was_configured(
     assert CompressionPlan.read(tmp_path / "runs" / "y" / "plan.json") == edited
     model = qpruner.load_compressed(tmp_path / "runs" / "y" / "model").get_base_model()
     assert [layer.mlp.up_proj.out_features for layer in model.model.layers] == [20, 30]
-    # Also where nothing was configured; and another plan for the same run is refused by name.
+    assert "Compensated" not in log
+    # Also where nothing was configured, with the default compensation.
     config["trainer"].pop("callbacks")
+    config["data"]["init_args"]["num_train"] = 1100
+    config["trainer"] |= {"max_steps": 1, "val_check_interval": 1}
     (tmp_path / "bare.yaml").write_text(yaml.safe_dump(config))
     run(["fit", "--config", str(tmp_path / "bare.yaml"), "--plan", str(folder / "plan.json"), "--run.name", "z"])
     assert CompressionPlan.read(tmp_path / "runs" / "z" / "plan.json") == plan
+    assert " of 4 linears on 24,576 tokens" in (tmp_path / "runs" / "z" / "run.log").read_text()
+    # Another plan for the same run is refused by name.
     with pytest.raises(UserError, match=r"plan: was .*edited.json, is now"):
         run(["fit", *arguments, "--run.name", "y", "--plan", str(folder / "plan.json")])
 
@@ -161,6 +175,14 @@ def test_changed_pruning_options_are_refused_by_name(arguments: list[str]) -> No
         (["--trainer.callbacks.selection.scope", "globl"], "Did you mean 'global'?"),
         (["--trainer.callbacks.selection.leave_alone", "[0,1]"], "names every layer"),
         (["--trainer.callbacks.selection.leave_alone", "[7]"], "the model has 0 to 1"),
+        (["--trainer.callbacks.compensation", "sequentiel"], "Did you mean 'sequential'?"),
+        (["--trainer.callbacks.compensation", "local"], "192 sequences of 128 tokens; the 24 training rows have 576"),
+        (["--trainer.callbacks.compensation", "local"], "It is the compensation that asks (compensation_text)"),
+        (
+            [*COMPENSATES, "--trainer.callbacks.compensation_text.length", "3"],
+            "Give at least 21 sequences, or use comp",
+        ),
+        ([*COMPENSATES, "--trainer.callbacks.compensation_text.num_sequences", "3"], "Give at least 5 sequences"),
         (["--plan", "nothing.json"], "Cannot read 'nothing.json'"),
     ],
 )
@@ -181,7 +203,7 @@ def test_a_plan_for_another_model_is_refused(arguments: list[str], tmp_path: Pat
 
 
 def test_a_run_that_failed_before_it_compressed_anything_may_change_its_options(arguments: list[str]) -> None:
-    with pytest.raises(UserError, match="0 of the 24 training rows"):
+    with pytest.raises(UserError, match="999 tokens; the 24 training rows have 576 tokens, enough for 0"):
         run(["fit", *arguments, "--trainer.callbacks.calibration.length", "999"])
     run(["fit", *arguments])
 
@@ -223,8 +245,12 @@ def test_a_rehearsal_touches_no_run(arguments: list[str], tmp_path: Path) -> Non
 
 
 def test_a_run_goes_on_without_the_dense_model_and_without_its_plan_file(
-    arguments: list[str], tiny_llama: Path, tmp_path: Path
+    config: dict[str, Any], tiny_llama: Path, tmp_path: Path
 ) -> None:
+    """It ends with the weights of the run that the plan came from, compensated as that has them."""
+    config["trainer"]["callbacks"][0]["init_args"] |= COMPENSATION
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
+    arguments = ["--config", str(tmp_path / "config.yaml")]
     base = shutil.copytree(tiny_llama, tmp_path / "dense")
     run(["fit", *arguments, "--run.name", "first"])
     plan = shutil.copy(tmp_path / "runs" / "first" / "plan.json", tmp_path / "given.json")
@@ -234,7 +260,14 @@ def test_a_run_goes_on_without_the_dense_model_and_without_its_plan_file(
     shutil.rmtree(base)
     Path(plan).unlink()
     run(fit)
-    assert read_json(tmp_path / "runs" / "x" / "summary.json")["finished"]
+    runs, weights = tmp_path / "runs", Path("model", "model.safetensors")
+    assert read_json(runs / "x" / "summary.json")["finished"]
+    assert (runs / "x" / weights).read_bytes() == (runs / "first" / weights).read_bytes()
+    assert (runs / "x" / "run.log").read_text().count("Compensated ") == 1
+    (planned,) = read_json(runs / "x" / "manifest.json")["compression"]
+    assert {name: planned[name] for name in COMPENSATION} == {
+        "compensation": "sequential", "compensation_text": {"num_sequences": 16, "length": 12, "batch_size": 4096}
+    }  # fmt: skip
 
 
 def test_the_manifest_says_how_the_base_was_compressed(arguments: list[str], tmp_path: Path) -> None:
@@ -242,3 +275,4 @@ def test_the_manifest_says_how_the_base_was_compressed(arguments: list[str], tmp
     (pruning,) = read_json(tmp_path / "runs" / "x" / "manifest.json")["compression"]
     assert pruning["callback"] == "StructuredPruning" and pruning["ratio"] == 0.05
     assert pruning["calibration"] == {"num_sequences": 6, "length": 8, "batch_size": 2}
+    assert pruning["compensation"] == "none"

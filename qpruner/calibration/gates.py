@@ -36,7 +36,7 @@ def squared_gate_gradients(model: Any, gates: Mapping[str, Coupled], calibration
             weight = part.linear.weight.detach()
             at_input = at_output.to(weight.dtype) @ weight
             by_column = (inputs.float() * at_input.float()).sum(1)[:, part.block]  # [B, units * width]
-            sums[name] += by_column.unflatten(1, (part.num_units, part.width)).sum(2).double().square().sum(0)
+            sums[name] += by_column.reshape(-1, part.num_units, part.width).sum(2).double().square().sum(0)
 
         for _ in blocks_backward(model, linears, share, add):
             pass

@@ -247,7 +247,7 @@ class _SplitSums:
 
 def _change_(linear: nn.Linear, sums: _SplitSums, processes: Processes) -> Fit:
     """Changes a linear, or what an adapter lies on, by what all processes saw."""
-    base: Any = linear.get_base_layer() if hasattr(linear, "get_base_layer") else linear
+    base: nn.Linear = getattr(linear, "base_layer", linear)
     decides, held_out = sums.sums.over(processes), sums.held_out.over(processes)
     best = processes.of_first(lambda: fit(decides, held_out, bias=base.bias is not None).cpu())
     if best.change is not None:

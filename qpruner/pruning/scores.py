@@ -61,9 +61,10 @@ def score_units(
     Raises:
         UserError: a score is not finite; see also `gradient_sums` and `input_grams`.
     """
-    if criterion in ("fisher", "flap", "reconstruction"):
-        assert calibration is not None
-        return {"fisher": _fisher, "flap": _flap, "reconstruction": _reconstruction}[criterion](model, calibration)
+    match criterion:
+        case "fisher" | "flap" | "reconstruction":
+            assert calibration is not None
+            return {"fisher": _fisher, "flap": _flap, "reconstruction": _reconstruction}[criterion](model, calibration)
     layers = decoder_layers(model)
     coupled = {
         f"{number}.{part.name}": part

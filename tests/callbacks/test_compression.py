@@ -83,12 +83,12 @@ def test_a_rehearsal_has_the_widths_of_the_fit(ratio: float) -> None:
     tried = rehearsal()
     assert {parameter.device.type for parameter in tried.model.parameters()} == {"meta"}
     before = num_parameters(tried.model)
-    tried.prune(ratio, SelectionConfig())
+    tried.prune(ratio, SelectionConfig(scope="local"))
     assert tried.exact and num_parameters(tried.model) / before == pytest.approx(1 - ratio, abs=0.02)
     widths = architecture_of(tried.model.config)
     assert tried.plan.widths == widths != tried.plan.architecture
     assert [len(layer.kv_groups) for layer in tried.plan.layers] == list(widths.kv_groups)
-    tried.prune(0.05, SelectionConfig())  # of what is left
+    tried.prune(0.05, SelectionConfig(scope="local"))  # of what is left
     assert num_parameters(tried.model) < before * (1 - ratio)
 
 

@@ -8,15 +8,19 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch import Callback, Trainer
+from support.compensated import COMPENSATION, TEXT, differing
 from support.fits import Losses, adapters, finetuner, logits
 from support.guided_fits import EVENTS, LAST, STEPS, At, fit, guided, kept_of, masked_logits, scores_of, size_of_base
 
 from qpruner.adapter_files import has_trained_adapters
+from qpruner.calibration.text import Calibration
 from qpruner.callbacks import KeepModel, LoRAGuidedPruning, MixedPrecisionQuantization, RunCheckpoint
+from qpruner.compressed import CompressedModel
 from qpruner.datamodules import StoriesDataModule
 from qpruner.errors import UserError
 from qpruner.folder_manifest import read_manifest
 from qpruner.model_folder import load_compressed
+from qpruner.processes import Processes
 from qpruner.training.module import LoRAFinetuner
 
 
@@ -80,6 +84,30 @@ def test_what_is_left_is_kept_in_the_folder_of_the_run(
     assert torch.equal(logits(kept.model), logits(module.model))
 
 
+def test_what_is_left_makes_up_for_what_went_and_the_adapters_stay(
+    tiny_llama: Path, stories: StoriesDataModule, tmp_path: Path
+) -> None:
+    plain = fit(finetuner(tiny_llama), stories, guided())
+    kept = fit(finetuner(tiny_llama), stories, guided(**COMPENSATION), KeepModel(tmp_path / "base", tmp_path / "model"))
+    assert kept.plan == plain.plan and plain.plan is not None
+    factors = adapters(plain)
+    assert all(torch.equal(tensor, factors[name]) for name, tensor in adapters(kept).items())
+    changed = differing(kept.model, plain.model)
+    assert changed and all(
+        name.endswith(("o_proj.base_layer.weight", "down_proj.base_layer.weight")) for name in changed
+    )
+    opened = CompressedModel.open(tmp_path / "model", trained_adapters=True)
+    (step,) = opened.recipe
+    assert step["options"]["compensation"] == "sequential" and opened.plan == kept.plan
+    opened.attach(kept.lora, seed=kept.seed)
+    assert not differing(opened.network, kept.model)
+    # By hand, with the adapters on.
+    dense = CompressedModel.load(str(tiny_llama), dtype="float32")
+    text = Calibration.share(stories.calibration(TEXT.num_sequences, TEXT.length), Processes.alone(), TEXT.batch_size)
+    plain.compressed.compensate(dense.network, dense.known_plan(), text, "sequential")
+    assert not differing(kept.model, plain.model)
+
+
 def test_a_checkpoint_of_a_second_fit_gives_back_the_packed_base_as_it_was_narrowed(
     tiny_llama: Path, stories: StoriesDataModule, tmp_path: Path
 ) -> None:
@@ -96,7 +124,9 @@ def test_a_checkpoint_of_a_second_fit_gives_back_the_packed_base_as_it_was_narro
 
 
 @pytest.mark.parametrize(
-    ("every", "bits"), [(1, 16), (2, 16), (3, 16), (5, 4), (9, 16), (10, 16)], ids=lambda value: str(value)
+    ("every", "bits", "changes"),
+    [(1, 16, {}), (2, 16, {}), (3, 16, COMPENSATION), (5, 4, {}), (9, 16, {}), (10, 16, {})],
+    ids=lambda value: "compensated" if value == COMPENSATION else str(value),
 )
 @pytest.mark.filterwarnings("error:The fit ended")
 def test_resumed_from_a_checkpoint_equals_uninterrupted(
@@ -106,6 +136,7 @@ def test_resumed_from_a_checkpoint_equals_uninterrupted(
     caplog: pytest.LogCaptureFixture,
     every: int,
     bits: int,
+    changes: dict[str, Any],
 ) -> None:
     """From before the first event, at one, between two, in the cool-down and at the end."""
 
@@ -115,7 +146,7 @@ def test_resumed_from_a_checkpoint_equals_uninterrupted(
 
     def session(*more: Callback, path: Path | None = None) -> tuple[LoRAFinetuner, LoRAGuidedPruning, list[str]]:
         caplog.clear()
-        quantization, pruning = [MixedPrecisionQuantization(bits)] * (bits < 16), guided()
+        quantization, pruning = [MixedPrecisionQuantization(bits)] * (bits < 16), guided(**changes)
         module = fit(finetuner(tiny_llama), stories, *quantization, pruning, *more, path=path)
         return module, pruning, [line for line in caplog.messages if " are masked" in line]
 

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch import Callback, Trainer
+from support.compensated import COMPENSATION
 from support.fits import finetuner, logits, trainer
 from support.guided_fits import At, fit, guided, masked_logits
 
@@ -100,12 +101,27 @@ def test_whatever_compresses_stands_before_it(
         fit(finetuner(tiny_llama), stories, guided(), later())
 
 
+@pytest.mark.parametrize("place", [0, 1], ids=["before", "behind"])
+def test_packed_weights_that_are_to_be_compensated_are_refused_before_the_base_is_loaded(
+    tiny_llama: Path, stories: StoriesDataModule, monkeypatch: pytest.MonkeyPatch, place: int
+) -> None:
+    monkeypatch.setattr("qpruner.compressed.load_model", None)
+    said = [
+        r"The callbacks quantize the base, and LoRAGuidedPruning is to compensate .*Quantize in a phase after this one",
+        r"leave the base pruned in training, then quantized; .*add a phase to the run",
+    ]
+    callbacks = [MixedPrecisionQuantization(4), guided(**COMPENSATION)]
+    with pytest.raises(UserError, match=said[place]):
+        fit(finetuner(tiny_llama), stories, *callbacks[:: -1 if place else 1])
+
+
 def test_a_base_that_came_packed_is_refused(tiny_llama: Path, stories: StoriesDataModule, tmp_path: Path) -> None:
     first = finetuner(tiny_llama)
     first.kept_in = tmp_path / "model"
     fit(first, stories, MixedPrecisionQuantization(4), steps=1)
-    with pytest.raises(UserError, match=r"model' is quantized already; .*Give the model that it was made from, or"):
-        fit(finetuner(tmp_path / "model"), stories, guided())
+    for compensation in ({}, COMPENSATION):
+        with pytest.raises(UserError, match=r"model' is quantized already; .*Give the model that it was made from, or"):
+            fit(finetuner(tmp_path / "model"), stories, guided(**compensation))
 
 
 def test_the_gradient_of_a_scaled_loss_is_refused(

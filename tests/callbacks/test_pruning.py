@@ -112,10 +112,8 @@ def test_load_from_checkpoint_rebuilds_the_shapes(tiny_llama: Path, stories: Sto
 def test_a_checkpoint_of_another_plan_or_of_none_is_refused(
     tiny_llama: Path, stories: StoriesDataModule, tmp_path: Path
 ) -> None:
-    for callbacks, said in (([], "not compressed"), ([StructuredPruning(0.08)], "another plan")):
+    for callbacks, said in (([], "not compressed"), ([StructuredPruning(**PRUNING | {"ratio": 0.08})], "another plan")):
         checkpoint = RunCheckpoint(tmp_path / said / "last.ckpt", every_n_steps=2)
-        for callback in callbacks:
-            callback.calibration = CalibrationConfig(num_sequences=6, length=8)
         fit(finetuner(tiny_llama), stories, *callbacks, checkpoint)
         with pytest.raises(UserError, match=said):
             trainer(StructuredPruning(**PRUNING), steps=4).fit(
@@ -154,7 +152,7 @@ def test_a_plan_is_carried_out_without_scores(
     plan = fit(finetuner(tiny_llama), stories, StructuredPruning(**PRUNING)).plan
     assert plan is not None
     monkeypatch.setattr("qpruner.callbacks.pruning.score_units", None)
-    followed = fit(finetuner(tiny_llama), stories, PlannedPruning(plan))
+    followed = fit(finetuner(tiny_llama), stories, PlannedPruning(plan, compensation="none"))
     assert followed.plan == plan
     layers = followed.model.get_base_model().model.layers
     assert [layer.mlp.up_proj.out_features for layer in layers] == list(plan.widths.ffn_channels)
@@ -174,7 +172,9 @@ def test_the_batch_size_of_calibration_is_no_part_of_the_result(tiny_llama: Path
     plans = []
     for size in (4096, 16, 1):
         calibration = CalibrationConfig(num_sequences=6, length=8, batch_size=size)
-        plans.append(fit(finetuner(tiny_llama), stories, StructuredPruning(0.05, calibration=calibration)).plan)
+        plans.append(
+            fit(finetuner(tiny_llama), stories, StructuredPruning(**PRUNING | {"calibration": calibration})).plan
+        )
     assert plans[0] == plans[1] == plans[2]
 
 
@@ -202,7 +202,10 @@ def test_impossible_options_are_refused_when_they_are_made(make: Callable[[], An
     [
         ({"ratio": 0.9}, "at most 0.1"),
         ({"selection": SelectionConfig(leave_alone=[0, 1])}, "names every layer"),
-        ({"calibration": CalibrationConfig(length=500)}, "0 of the 22 training rows are that long"),
+        (
+            {"calibration": CalibrationConfig(length=500)},
+            r"the 22 training rows have 528 tokens, enough for 1\. Ask for fewer",
+        ),
     ],
 )
 def test_what_cannot_be_had_of_this_model_is_refused(

@@ -20,7 +20,7 @@ LAYERS = 3
 
 @pytest.fixture
 def gradual() -> GradualPruning:
-    return GradualPruning.of(tiny_model("llama"), 0.2, SelectionConfig())
+    return GradualPruning.of(tiny_model("llama"), 0.2, SelectionConfig(scope="local"))
 
 
 def event(gradual: GradualPruning, **changes: object) -> PruningEvent:

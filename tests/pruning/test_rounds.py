@@ -1,6 +1,7 @@
 import copy
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -22,7 +23,7 @@ GROUP = (2 * 2 + 2) * HEAD * HIDDEN  # parameters: two query heads in q and o, o
 CHANNEL = 3 * HIDDEN
 
 LOCAL, GLOBAL, UNIFORM = (
-    SelectionConfig(),
+    SelectionConfig(scope="local"),
     SelectionConfig(scope="global"),
     SelectionConfig(scope="global", uniform=True),
 )
@@ -319,7 +320,7 @@ def line_of(model: Any, selection: SelectionConfig, ratio: float = 0.2) -> str:
 
 
 def test_the_line_names_what_was_left_alone() -> None:
-    assert line_of(build(num_hidden_layers=5), SelectionConfig(leave_alone=[0, 1, -1])).endswith(
+    assert line_of(build(num_hidden_layers=5), replace(LOCAL, leave_alone=[0, 1, -1])).endswith(
         "Left alone: embeddings, norms and head; layers 0-1 4, as asked."
     )
     assert line_of(build(num_key_value_heads=1), LOCAL).endswith(
@@ -348,8 +349,8 @@ def test_with_one_key_value_head_the_ffn_gives_all() -> None:
     "selection",
     [
         pytest.param(LOCAL, id="plain"),
-        pytest.param(SelectionConfig(leave_alone=[1], floor=0.3), id="layer left alone"),
-        pytest.param(SelectionConfig(round_to=4), id="fours"),
+        pytest.param(replace(LOCAL, leave_alone=[1], floor=0.3), id="layer left alone"),
+        pytest.param(replace(LOCAL, round_to=4), id="fours"),
     ],
 )
 @pytest.mark.parametrize("family", ["llama", "qwen2"])

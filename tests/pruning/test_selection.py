@@ -21,7 +21,7 @@ from qpruner.pruning.selection import (
 )
 
 LOCAL, GLOBAL, UNIFORM = (
-    SelectionConfig(),
+    SelectionConfig(scope="local"),
     SelectionConfig(scope="global"),
     SelectionConfig(scope="global", uniform=True),
 )

@@ -95,7 +95,7 @@ def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
 
 def test_a_fit_is_measured_kept_and_not_repeated(given: dict[str, Any]) -> None:
     counter = Counter()
-    run = Run(**given, callbacks=[StructuredPruning(0.05, criterion="magnitude_l1"), counter])
+    run = Run(**given, callbacks=[StructuredPruning(0.05, criterion="magnitude_l1", compensation="none"), counter])
     run.fit()
     assert [stage.name for stage in run.summary.stages] == ["dense", "pruned", "recovered"]
     assert run.summary.finished and (counter.fits, counter.batches) == (1, 4)
@@ -169,7 +169,11 @@ def test_cut_off_in_each_phase_and_run_again_equals_uninterrupted(given: dict[st
 
 def test_a_plan_is_carried_out(given: dict[str, Any], tmp_path: Path) -> None:
     first = anew(
-        given, callbacks=[StructuredPruning(0.05, criterion="magnitude_l1"), MixedPrecisionQuantization(bits=8)]
+        given,
+        callbacks=[
+            StructuredPruning(0.05, criterion="magnitude_l1", compensation="none"),
+            MixedPrecisionQuantization(bits=8),
+        ],
     )
     first.fit()
     second = anew(given, folder=tmp_path / "y", callbacks=[StructuredPruning(0.3)], plan=first.folder.plan)
@@ -246,7 +250,7 @@ def test_objects_of_the_trainer_are_made_for_each_phase(given: dict[str, Any]) -
         made.append({**given["trainer"], "max_steps": 1})
         return made[-1]
 
-    first = [StructuredPruning(0.05, criterion="magnitude_l1")]
+    first = [StructuredPruning(0.05, criterion="magnitude_l1", compensation="none")]
     run = anew(given, trainer=options, callbacks=first, phases=[PhaseConfig(max_steps=2)])
     run.fit()
     assert len(made) >= 2 and [stage.name for stage in run.summary.stages][-1] == "recovered (phase 2)"
@@ -306,7 +310,7 @@ run = Run(
     folder,
     LoRAFinetuner(base=base, lora=LoRAConfig(r=2)),
     StoriesDataModule(tokenizer=base, max_length=24, num_train=40, num_validation=6, num_test=7, num_choices=0),
-    callbacks=[StructuredPruning(0.05, criterion="magnitude_l1")],
+    callbacks=[StructuredPruning(0.05, criterion="magnitude_l1", compensation="none")],
     trainer={"accelerator": "cpu", "devices": 2, "strategy": "ddp", "max_steps": 2, "enable_progress_bar": False},
     phases=[PhaseConfig(max_steps=1)],
 )

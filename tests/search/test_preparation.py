@@ -8,10 +8,14 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
+from support.compensated import COMPENSATION, compensated, differing, sliced
+from support.fits import PRUNING
 from support.searches import TEXT, finetuner, predictions, pruning, quantization, stories_of
 
 from qpruner.allocation.budget import Budget
 from qpruner.allocation.decision import Allocation, DecidingConfig
+from qpruner.anatomy import decoder_layers
 from qpruner.callbacks import MixedPrecisionQuantization, StructuredPruning
 from qpruner.callbacks.compression import CompressionInSetup
 from qpruner.compressed import CompressedModel, State
@@ -20,6 +24,8 @@ from qpruner.model_folder import read_plan
 from qpruner.plan import DENSE
 from qpruner.pretrained import load_model
 from qpruner.processes import Processes
+from qpruner.quantization.bank import Bank
+from qpruner.quantization.formats import dequantize, quantize
 from qpruner.records.folder import RunFolder
 from qpruner.search.preparation import Preparation, part_of, prepare
 from qpruner.search.reference import Reference
@@ -73,6 +79,26 @@ def test_the_base_is_pruned_and_what_is_told_of_it_names_its_folder(
     assert len(list(part_of(folder, "sensitivity").bank.iterdir())) == len(prepared.base.layers)
 
 
+def test_a_base_that_makes_up_for_what_went_is_the_one_that_is_kept_and_banked(
+    tiny_llama: Path, tmp_path: Path
+) -> None:
+    quantizes = MixedPrecisionQuantization(
+        budget=Budget(average_bits=6.2), deciding=DecidingConfig(calibration=TEXT), loftq_iterations=0
+    )
+    prepared = prepare_in(tmp_path, tiny_llama, (StructuredPruning(**PRUNING | COMPENSATION),), quantizes)
+    base = CompressedModel.open(RunFolder(tmp_path).base)
+    expected = compensated(tiny_llama, [prepared.base], stories_of(tiny_llama))
+    assert base.identity == prepared.kept_sha256
+    assert differing(base.network, sliced(tiny_llama, prepared.base)) and not differing(base.network, expected)
+    files = sorted(part_of(RunFolder(tmp_path), "uniform").bank.iterdir())
+    bank = Bank(base.network, {name: tensor for file in files for name, tensor in load_file(file).items()})
+    for number, layer in enumerate(decoder_layers(expected)):
+        for linear, name in ((layer.o, "self_attn.o_proj"), (layer.down, "mlp.down_proj")):
+            for precision in prepared.precisions:
+                weight = bank.weight(f"model.layers.{number}.{name}", precision, torch.device("cpu"))
+                assert torch.equal(weight, dequantize(quantize(linear, precision)))
+
+
 @torch.no_grad()
 def test_the_reference_is_of_the_dense_model_not_of_the_pruned(
     pruned: tuple[Path, Preparation], tiny_llama: Path
@@ -122,7 +148,7 @@ def test_a_reference_that_was_written_before_the_search_was_cut_off_stays(
 def test_a_base_that_was_pruned_otherwise_or_is_of_another_model_is_refused(
     pruned: tuple[Path, Preparation], tiny_llama: Path, tmp_path: Path
 ) -> None:
-    more = StructuredPruning(ratio=0.1, calibration=TEXT)
+    more = StructuredPruning(**PRUNING | {"ratio": 0.1})
     with pytest.raises(UserError, match=r"was made by .*\(ratio=0\.05, .*, and the search has .*\(ratio=0\.1, "):
         prepare_in(pruned[0], tiny_llama, (more,))
     with pytest.raises(UserError, match=r"was made by StructuredPruning\(.* and the search has nothing"):
@@ -153,9 +179,9 @@ def test_a_base_that_is_not_pruned_is_kept_for_the_trials_too(tiny_llama: Path, 
         (
             {
                 "budget": Budget(average_bits=6),
-                "deciding": DecidingConfig(calibration=replace(TEXT, num_sequences=25)),
+                "deciding": DecidingConfig(calibration=replace(TEXT, num_sequences=73)),
             },
-            "Calibration asks for 25 sequences",
+            "Calibration asks for 73 sequences",
         ),
     ],
 )

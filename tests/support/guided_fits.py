@@ -11,7 +11,7 @@ from qpruner.callbacks import KeepModel, LoRAGuidedPruning
 from qpruner.datamodules import StoriesDataModule
 from qpruner.memory import num_parameters
 from qpruner.pruning.schedule import CubicSchedule
-from qpruner.pruning.selection import Kept
+from qpruner.pruning.selection import Kept, SelectionConfig
 from qpruner.training.module import LoRAFinetuner
 from support.fits import adapters, logits, trainer
 
@@ -25,7 +25,9 @@ RATIO, ASKED = 0.08, 6484
 
 
 def guided(**changes: Any) -> LoRAGuidedPruning:
-    return LoRAGuidedPruning(**{"ratio": RATIO, "schedule": SCHEDULE} | changes)
+    return LoRAGuidedPruning(
+        **{"ratio": RATIO, "schedule": SCHEDULE, "selection": SelectionConfig(scope="local")} | changes
+    )
 
 
 def fit(

@@ -18,6 +18,7 @@ from qpruner.search.config import SearchConfig
 from qpruner.search.trainer import Search, SearchTrainer
 from qpruner.training.module import LoRAFinetuner
 from qpruner.training.optimization import OptimizerConfig
+from support.fits import PRUNING
 
 TEXT = CalibrationConfig(num_sequences=6, length=8, batch_size=2)
 
@@ -57,7 +58,7 @@ def trainer(*callbacks: Callback, **options: Any) -> SearchTrainer:
 
 
 def pruning() -> StructuredPruning:
-    return StructuredPruning(ratio=0.05, calibration=TEXT)
+    return StructuredPruning(**PRUNING)
 
 
 def quantization(**tables: int) -> MixedPrecisionQuantization:
