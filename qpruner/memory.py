@@ -41,12 +41,14 @@ def check_room(model: nn.Module, device: torch.device) -> None:
     Raises:
         UserError: they do not.
     """
-    if device.type == "cuda" and next(model.parameters()).device.type != "cuda":
-        needed, (free, _) = tensor_bytes(model), torch.cuda.mem_get_info(device)
+    if device.type == "cuda":
+        elsewhere = [tensor for tensor in distinct_tensors(model) if tensor.device.type != "cuda"]
+        needed = sum(tensor.numel() * tensor.element_size() for tensor in elsewhere)
+        free, _ = torch.cuda.mem_get_info(device)
         if needed > free:
             raise UserError(
-                f"The model needs {needed:,} bytes for its weights alone, and {device} has {free:,} free. Use a larger "
-                f"device or --model.dtype bfloat16."
+                f"The model needs {needed:,} more bytes for its weights alone, and {device} has {free:,} free. Use a "
+                f"larger device or --model.dtype bfloat16."
             )
 
 
