@@ -49,8 +49,8 @@ ALLOWED: dict[str, set[str]] = {
     "cli": {"commands", "datamodules", "errors", "options", "pretrained", "records", "runs", "search", "training"},
     "commands": {"__version__", "cli", "errors"},
     "compressed": {
-        "adapter_files", "adapters", "anatomy", "errors", "files", "folder_manifest", "likelihood", "model_folder",
-        "plan", "pretrained", "pricing", "pruning", "quantization",
+        "adapter_files", "adapters", "anatomy", "calibration", "errors", "files", "folder_manifest", "likelihood",
+        "model_folder", "plan", "pretrained", "pricing", "pruning", "quantization",
     },
     "datamodules": {"errors", "files", "likelihood", "pretrained", "seeds", "stories"},
     "dense_copy": {
@@ -79,7 +79,10 @@ ALLOWED: dict[str, set[str]] = {
     "pretrained": {"conv1d", "errors", "files", "loading_info", "model_files", "prequantized"},
     "pricing": {"adapters", "anatomy", "memory", "plan", "pruning", "quantization"},
     "processes": {"errors"},
-    "pruning": {"adapters", "anatomy", "calibration", "errors", "memory", "plan", "quantization", "seeds"},
+    "pruning": {
+        "adapters", "anatomy", "calibration", "errors", "likelihood", "memory", "plan", "processes", "quantization",
+        "seeds",
+    },
     "quantization": {"adapters", "anatomy", "errors", "files", "plan", "pretrained", "processes"},
     "records": {"allocation", "errors", "files", "folder_manifest", "plan", "schema"},
     "report_command": {"errors", "options", "records"},
