@@ -71,10 +71,10 @@ def study_data(given: argparse.Namespace, seed: int) -> TokenDataModule:
     )
 
 
-def recovery(steps: int, callbacks: Sequence[L.Callback]) -> L.Trainer:
-    """A Trainer that fits and leaves nothing behind but, in the folder for temporary files, the compressed base."""
+def recovery(steps: int, callbacks: Sequence[L.Callback], folder: str | None = None, **options: Any) -> L.Trainer:
+    """A Trainer that fits and leaves nothing behind but the compressed base; without a folder, in a temporary one."""
     return L.Trainer(
-        default_root_dir=gettempdir(),
+        default_root_dir=folder or gettempdir(),
         max_steps=steps,
         limit_val_batches=0,
         logger=False,
@@ -83,6 +83,7 @@ def recovery(steps: int, callbacks: Sequence[L.Callback]) -> L.Trainer:
         enable_model_summary=False,
         use_distributed_sampler=False,
         callbacks=list(callbacks),
+        **options,
     )
 
 
@@ -92,9 +93,14 @@ def perplexity(trainer: L.Trainer, module: L.LightningModule, data: TextDataModu
 
 def evaluated(trainer: L.Trainer, module: L.LightningModule, data: TokenDataModule, share: float) -> dict[str, float]:
     """Loss and perplexity on a share of the rows of the validation split, from its start."""
+    number = max(1, int(share * len(data.examples("validation"))))
+    return evaluated_on(trainer, module, data, number)
+
+
+def evaluated_on(trainer: L.Trainer, module: L.LightningModule, data: TokenDataModule, number: int) -> dict[str, float]:
+    """Loss and perplexity on the first rows of the validation split."""
     assert isinstance(module, LoRAFinetuner)
     rows = data.examples("validation").rows
-    number = max(1, int(share * len(rows)))
     end = int(rows.offsets[number])
     first = TokenRows(rows.tokens[:end], rows.scored[:end], rows.num_bytes[:end], rows.offsets[: number + 1])
     return evaluate(

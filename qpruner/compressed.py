@@ -1,6 +1,5 @@
 """A language model under compression: what it is now, what was done to it, and the folder that keeps it."""
 
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -13,15 +12,15 @@ from torch import nn
 
 from qpruner import adapter_files, model_folder
 from qpruner.adapters.lora import LoRAConfig, attach_adapters, detach_adapters, set_factors_
-from qpruner.anatomy import COMPRESSED, FAMILIES, architecture_of
+from qpruner.anatomy import architecture_of
 from qpruner.calibration.regression import Fit
 from qpruner.calibration.text import Calibration
+from qpruner.dense_base import is_compressible, load_dense_base
 from qpruner.errors import UserError
 from qpruner.files import replacing_folder
-from qpruner.folder_manifest import Step, identity_of, is_compressed, read_manifest
-from qpruner.likelihood import check_head
+from qpruner.folder_manifest import Step, identity_of, read_manifest
 from qpruner.plan import DENSE, UNITS, CompressionPlan, describe_differences
-from qpruner.pretrained import DType, held_in, hold_in_, load_model, model_fingerprint, resolve
+from qpruner.pretrained import DType, model_fingerprint
 from qpruner.pricing import average_bits
 from qpruner.pruning.compensation import How, compensate_, places_among
 from qpruner.pruning.masks import UnitMasks
@@ -111,7 +110,7 @@ class CompressedModel(nn.Module):
         self.network = network
         self.base = base
         self.base_sha256 = base_sha256
-        if plan is None and family_name(network) in FAMILIES:
+        if plan is None and is_compressible(network):
             plan = CompressionPlan.dense(architecture_of(network.config), base_sha256)
         self.plan = plan
         self.base_state = state
@@ -148,24 +147,15 @@ class CompressedModel(nn.Module):
         Raises:
             UserError: there is no such model, or it is damaged.
         """
-        plan = None
-        if is_compressed(folder := Path(resolve(base))):
-            content = model_folder.load_base(folder, check_hashes=check_hashes)
-            network, layers = content.network, content.plan.layers
-            if not any(isinstance(module, PackedLinear) for module in network.modules()):
-                hold_in_(network, held_in(network.config, dtype))
-            if adapter_files.has_adapters(folder):
-                warnings.warn(f"{base!r} is taken as the base without its adapters.", stacklevel=2)
-            sha256 = fingerprint(base)
-            plan = CompressionPlan.dense(architecture_of(network.config), sha256).with_precision(
-                [layer.precision for layer in layers], embedding=content.plan.embedding, head=content.plan.head
-            )
-        else:
-            network = load_model(base, dtype=dtype, trust_remote_code=trust_remote_code, say=say)
-            sha256 = fingerprint(base)
-        if family_name(network) not in FAMILIES:  # whose heads are known
-            check_head(network)
-        return cls(network.requires_grad_(False), base=base, base_sha256=sha256, plan=plan)
+        dense = load_dense_base(
+            base,
+            dtype=dtype,
+            trust_remote_code=trust_remote_code,
+            say=say,
+            fingerprint=fingerprint,
+            check_hashes=check_hashes,
+        )
+        return cls(dense.network, base=base, base_sha256=dense.sha256, plan=dense.plan)
 
     @classmethod
     def open(cls, folder: Path, *, check_hashes: bool = True, trained_adapters: bool = False) -> Self:
@@ -481,9 +471,3 @@ class CompressedModel(nn.Module):
         for factor in self.network.parameters():
             if factor.requires_grad:
                 factor.data = factor.data.to(held_in)
-
-
-def family_name(network: Any) -> str:
-    """The ``model_type`` of a model as transformers knows it, compressed or not."""
-    name: str = network.config.model_type
-    return name.removeprefix(COMPRESSED)

@@ -49,10 +49,14 @@ ALLOWED: dict[str, set[str]] = {
     "cli": {"commands", "datamodules", "errors", "options", "pretrained", "records", "runs", "search", "training"},
     "commands": {"__version__", "cli", "errors"},
     "compressed": {
-        "adapter_files", "adapters", "anatomy", "calibration", "errors", "files", "folder_manifest", "likelihood",
+        "adapter_files", "adapters", "anatomy", "calibration", "dense_base", "errors", "files", "folder_manifest",
         "model_folder", "plan", "pretrained", "pricing", "pruning", "quantization",
     },
     "datamodules": {"errors", "files", "likelihood", "pretrained", "seeds", "stories"},
+    "dense_base": {
+        "adapter_files", "anatomy", "folder_manifest", "likelihood", "model_folder", "plan", "pretrained",
+        "quantization",
+    },
     "dense_copy": {
         "adapter_files", "compressed", "datamodules", "errors", "folder_manifest", "memory", "model_folder", "plan",
         "quantization", "records", "schema", "training",

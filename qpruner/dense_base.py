@@ -1,0 +1,78 @@
+"""The model that a compression begins with, from wherever it lies."""
+
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from qpruner import adapter_files, model_folder
+from qpruner.anatomy import COMPRESSED, FAMILIES, architecture_of
+from qpruner.folder_manifest import is_compressed
+from qpruner.likelihood import check_head
+from qpruner.plan import CompressionPlan
+from qpruner.pretrained import DType, held_in, hold_in_, load_model, resolve
+from qpruner.quantization.packed import PackedLinear
+
+
+@dataclass(frozen=True)
+class DenseBase:
+    """A model that is taken as dense, whatever it holds.
+
+    Args:
+        network: model of transformers, frozen.
+        sha256: fingerprint of its files; None where they are not at hand.
+        plan: plan that keeps all of it, in the precisions that it has; None to take it for dense.
+    """
+
+    network: Any
+    sha256: str | None
+    plan: CompressionPlan | None
+
+
+def load_dense_base(
+    base: str,
+    *,
+    dtype: DType,
+    trust_remote_code: bool,
+    say: Callable[[str], None],
+    fingerprint: Callable[[str], str | None],
+    check_hashes: bool,
+) -> DenseBase:
+    """The model of a folder or of the hub; of a folder that keeps a compressed one, that without adapters.
+
+    Args:
+        base: folder, hub name, or ``qpruner/stories``.
+        dtype: number format of the weights in memory; see `held_in`.
+        trust_remote_code: whether code that comes with the model may run.
+        say: function that is told what a person should know of the model.
+        fingerprint: function that tells a base from others; it reads all of the base's files.
+        check_hashes: whether every file of a compressed base is compared with its hash, beside its size.
+
+    Raises:
+        UserError: there is no such model, or it is damaged.
+    """
+    plan = None
+    if is_compressed(folder := Path(resolve(base))):
+        content = model_folder.load_base(folder, check_hashes=check_hashes)
+        network, layers = content.network, content.plan.layers
+        if not any(isinstance(module, PackedLinear) for module in network.modules()):
+            hold_in_(network, held_in(network.config, dtype))
+        if adapter_files.has_adapters(folder):
+            warnings.warn(f"{base!r} is taken as the base without its adapters.", stacklevel=3)
+        sha256 = fingerprint(base)
+        plan = CompressionPlan.dense(architecture_of(network.config), sha256).with_precision(
+            [layer.precision for layer in layers], embedding=content.plan.embedding, head=content.plan.head
+        )
+    else:
+        network = load_model(base, dtype=dtype, trust_remote_code=trust_remote_code, say=say)
+        sha256 = fingerprint(base)
+    if not is_compressible(network):  # of the others the heads are known
+        check_head(network)
+    return DenseBase(network.requires_grad_(False), sha256, plan)
+
+
+def is_compressible(network: Any) -> bool:
+    """Whether a model is of a family that can be pruned and quantized."""
+    name: str = network.config.model_type
+    return name.removeprefix(COMPRESSED) in FAMILIES
