@@ -362,7 +362,11 @@ def test_a_search_needs_a_budget_text_and_a_validation_split(
 ) -> None:
     monkeypatch.setattr("qpruner.compressed.load_model", None)
     pruning, quantization = config["trainer"]["callbacks"]
-    uniform = {**quantization["init_args"], "allocation": "uniform", "deciding": {"calibration": {"num_sequences": 25, "length": 24}}}
+    uniform = {
+        **quantization["init_args"],
+        "allocation": "uniform",
+        "deciding": {"calibration": {"num_sequences": 25, "length": 24}},
+    }
     without_text = {"class_path": quantization["class_path"], "init_args": uniform}
     without_budget = {"class_path": quantization["class_path"], "init_args": {"bits": 4}}
     train, test = tmp_path / "train.txt", tmp_path / "test.txt"
