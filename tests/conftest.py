@@ -151,7 +151,10 @@ def config_that_prunes(tiny_llama: Path, tmp_path: Path) -> dict[str, Any]:
 def phased_config(config_that_prunes: dict[str, Any]) -> dict[str, Any]:
     """Six steps in which 5 % go; then 8 bits in the first layer and 4 in the second, and six steps more."""
     schedule = {"warmup": 0.0, "cooldown": 0.2, "every_n_steps": 2}  # events after steps 2, 4 and 5
-    guided = {"class_path": "LoRAGuidedPruning", "init_args": {"ratio": 0.05, "schedule": schedule}}
+    guided = {
+        "class_path": "LoRAGuidedPruning",
+        "init_args": {"ratio": 0.05, "schedule": schedule, "selection": {"scope": "local"}},
+    }
     config_that_prunes["trainer"]["callbacks"] = [guided]
     config_that_prunes["phases"] = [{"max_epochs": 1, "optimizer": {"lr": 0.005}, "callbacks": [QUANTIZATION]}]
     return config_that_prunes

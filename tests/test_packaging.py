@@ -83,7 +83,10 @@ ALLOWED: dict[str, set[str]] = {
     "pretrained": {"conv1d", "errors", "files", "loading_info", "model_files", "prequantized"},
     "pricing": {"adapters", "anatomy", "memory", "plan", "pruning", "quantization"},
     "processes": {"errors"},
-    "pruning": {"adapters", "anatomy", "calibration", "errors", "memory", "plan", "quantization", "seeds"},
+    "pruning": {
+        "adapters", "anatomy", "calibration", "errors", "likelihood", "memory", "plan", "processes", "quantization",
+        "seeds",
+    },
     "quantization": {"adapters", "anatomy", "errors", "files", "plan", "pretrained", "processes"},
     "records": {"allocation", "errors", "files", "folder_manifest", "plan", "schema"},
     "report_command": {"errors", "options", "records"},

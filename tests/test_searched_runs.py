@@ -338,7 +338,7 @@ def test_a_search_whose_optimizer_fails_goes_on_with_another(
         ),
         (["trainer.devices", "2"], ["the Trainer has 2", "--search.executor.kind processes"]),
         (["trainer.callbacks.budget", "{average_bits: 4}"], ["The budget is 4 bits per weight, and the cheapest plan"]),
-        (["trainer.callbacks.deciding.calibration.num_sequences", "25"], ["Calibration asks for 25 sequences"]),
+        (["trainer.callbacks.deciding.calibration.num_sequences", "49"], ["Calibration asks for 49 sequences"]),
         (["search.trails", "3"], ["trails"]),
         (["trainer.overfit_batches", "2"], ["overfit_batches is 2", "--trainer.limit_train_batches"]),
         (["trainer.profiler", "simple"], ["profiler is 'simple'", "profile a fit"]),
@@ -362,7 +362,11 @@ def test_a_search_needs_a_budget_text_and_a_validation_split(
 ) -> None:
     monkeypatch.setattr("qpruner.compressed.load_model", None)
     pruning, quantization = config["trainer"]["callbacks"]
-    uniform = {**quantization["init_args"], "allocation": "uniform", "deciding": {"calibration": {"num_sequences": 25}}}
+    uniform = {
+        **quantization["init_args"],
+        "allocation": "uniform",
+        "deciding": {"calibration": {"num_sequences": 25, "length": 24}},
+    }
     without_text = {"class_path": quantization["class_path"], "init_args": uniform}
     without_budget = {"class_path": quantization["class_path"], "init_args": {"bits": 4}}
     train, test = tmp_path / "train.txt", tmp_path / "test.txt"

@@ -50,11 +50,28 @@ def test_calibration_sequences_are_parts_of_different_training_rows(data: Storie
     assert sorted(data.calibration(30, 60).tolist()) == sorted(texts)  # whole rows, where there is no more
 
 
+@pytest.mark.parametrize(("count", "length"), [(31, 20), (90, 20), (29, 61), (1, 1800)])
+def test_where_too_few_rows_are_long_enough_the_text_is_run_together(
+    data: StoriesDataModule, count: int, length: int
+) -> None:
+    """Each sequence is another piece of it."""
+    tokens = data.examples("train").rows.tokens.tolist()
+    pieces = [tokens[start : start + length] for start in range(0, len(tokens) - length + 1, length)]
+    drawn = data.calibration(count, length)
+    places = [pieces.index(sequence) for sequence in drawn.tolist()]
+    assert len(set(places)) == count and (count == 1 or places != sorted(places))
+    assert torch.equal(
+        torch.cat([data.calibration(count, length, rank, 2) for rank in (0, 1)]), torch.cat([drawn[::2], drawn[1::2]])
+    )
+    assert count == 1 or not torch.equal(make(max_length=60, seed=1).calibration(count, length), drawn)
+
+
 def test_calibration_that_cannot_be_had(data: StoriesDataModule) -> None:
-    with pytest.raises(UserError, match="asks for 31 sequences of 20 tokens; 30 of the 30 training rows are that long"):
-        data.calibration(31, 20)
-    with pytest.raises(UserError, match="0 of the 30 training rows"):
-        data.calibration(1, 61)
+    said = "asks for 91 sequences of 20 tokens; the 30 training rows have 1,800 tokens, enough for 90. Ask for fewer"
+    with pytest.raises(UserError, match=said):
+        data.calibration(91, 20)
+    with pytest.raises(UserError, match="asks for 1 sequences of 1801 tokens; .* enough for 0"):
+        data.calibration(1, 1801)
     with pytest.raises(UserError, match="at least 1 sequence of 2 tokens, not 0 of 20"):
         data.calibration(0, 20)
 

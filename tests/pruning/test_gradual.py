@@ -21,11 +21,11 @@ GROUP, CHANNEL, TOTAL = 6144, 192, 114624
 """Parameters of the tiny llama: 16 x 6 rows or columns of 64, three of 64, and all."""
 
 WAYS = {
-    "local": SelectionConfig(),
+    "local": SelectionConfig(scope="local"),
     "global": SelectionConfig(scope="global"),
     "uniform": SelectionConfig(scope="global", uniform=True),
     "alone": SelectionConfig(scope="global", leave_alone=(-1,)),
-    "local, alone": SelectionConfig(leave_alone=(1,)),
+    "local, alone": SelectionConfig(scope="local", leave_alone=(1,)),
     "every channel": SelectionConfig(scope="global", round_to=1),
 }
 
