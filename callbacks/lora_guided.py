@@ -16,7 +16,6 @@ from qpruner.anatomy import family_of
 from qpruner.calibration.text import CalibrationConfig
 from qpruner.callbacks.compensation import Compensating
 from qpruner.callbacks.compression import CompressionInTraining, Rehearsal, check_dense, data_of
-from qpruner.callbacks.processes import processes_of
 from qpruner.callbacks.pruning_event import PruningEvent
 from qpruner.compressed import State
 from qpruner.datamodules.base import TokenDataModule
@@ -30,6 +29,7 @@ from qpruner.pruning.scores import LayerScores
 from qpruner.pruning.selection import SelectionConfig
 from qpruner.pruning.weight_gradients import WeightGradients
 from qpruner.training.holding import HoldsModel, expect_holder
+from qpruner.training.processes import processes_of
 
 
 class LoRAGuidedPruning(CompressionInTraining):

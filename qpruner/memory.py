@@ -35,8 +35,15 @@ def tensor_bytes(model: nn.Module) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in distinct_tensors(model))
 
 
-def check_room(model: nn.Module, device: torch.device) -> None:
+def check_room(
+    model: nn.Module, device: torch.device, remedy: str = "Use a larger device or --model.dtype bfloat16."
+) -> None:
     """Makes sure that a model's weights fit on a device before they are moved there.
+
+    Args:
+        model: model, or an outline of it on the meta device.
+        device: device that it is going to be moved to.
+        remedy: what can be done where there is no room, said at the end of the error.
 
     Raises:
         UserError: they do not.
@@ -47,8 +54,7 @@ def check_room(model: nn.Module, device: torch.device) -> None:
         free, _ = torch.cuda.mem_get_info(device)
         if needed > free:
             raise UserError(
-                f"The model needs {needed:,} more bytes for its weights alone, and {device} has {free:,} free. Use a "
-                f"larger device or --model.dtype bfloat16."
+                f"The model needs {needed:,} more bytes for its weights alone, and {device} has {free:,} free. {remedy}"
             )
 
 
