@@ -252,7 +252,7 @@ class _SplitSums:
 
 def _change_(name: str, linear: nn.Linear, sums: _SplitSums, processes: Processes) -> Fit:
     """Changes a linear, or what an adapter lies on, by what all processes saw."""
-    base: Any = linear.get_base_layer() if hasattr(linear, "get_base_layer") else linear
+    base: nn.Linear = getattr(linear, "base_layer", linear)
     decides, held_out = sums.sums.over(processes), sums.held_out.over(processes)
     if not all(bool(tensor.isfinite().all()) for tensor in (*decides.tensors, *held_out.tensors)):
         raise UserError(
