@@ -77,22 +77,28 @@ class Compensating:
         if self.how != "none":
             self._draw_text(data)
 
-    def remember(self, model: CompressedModel, data: TokenDataModule | None) -> Before | None:
-        """The model as it is, which costs no memory as long as it stays so; None where nothing is going to need it.
+    def begin(self, model: CompressedModel, data: TokenDataModule | None) -> None:
+        """Makes sure that a model, once it is pruned, can be compensated.
 
         Args:
             model: model that is going to be pruned.
             data: source of the text; None where there is none.
 
         Raises:
-            UserError: the model, once pruned, could not be compensated: packed weights, no text or too little of it.
+            UserError: packed weights, no text or too little of it.
         """
-        if self.how == "none":
-            return None
-        model.check_unpacked("compensated")
-        self.check(model.network)
-        self._draw_text(data)
-        return Before(shared_copy(model.network), model.known_plan())
+        if self.how != "none":
+            model.check_unpacked("compensated")
+            self.check(model.network)
+            self._draw_text(data)
+
+    def remember(self, model: CompressedModel) -> Before | None:
+        """The model as it is, which costs no memory as long as it stays so; None where nothing is going to need it.
+
+        Args:
+            model: model that is going to be pruned.
+        """
+        return None if self.how == "none" else Before(shared_copy(model.network), model.known_plan())
 
     def apply(
         self, model: CompressedModel, before: Before | None, data: TokenDataModule | None, processes: Processes

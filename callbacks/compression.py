@@ -10,7 +10,6 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 from qpruner.adapters.lora import LoRAConfig, target_linears
 from qpruner.anatomy import architecture_of
-from qpruner.callbacks.processes import processes_of
 from qpruner.compressed import CompressedModel, State
 from qpruner.datamodules.base import TokenDataModule
 from qpruner.errors import UserError
@@ -23,6 +22,7 @@ from qpruner.pruning.selection import SelectionConfig, local_widths
 from qpruner.pruning.surgery import narrow_
 from qpruner.records.folder import RunFolder
 from qpruner.training.holding import HoldsModel, expect_holder
+from qpruner.training.processes import processes_of
 
 
 @dataclass

@@ -16,7 +16,6 @@ from qpruner.anatomy import family_of
 from qpruner.calibration.text import CalibrationConfig
 from qpruner.callbacks.compensation import Compensating
 from qpruner.callbacks.compression import CompressionInTraining, Rehearsal, check_dense, data_of
-from qpruner.callbacks.processes import processes_of
 from qpruner.callbacks.pruning_event import PruningEvent
 from qpruner.compressed import State
 from qpruner.datamodules.base import TokenDataModule
@@ -30,6 +29,7 @@ from qpruner.pruning.scores import LayerScores
 from qpruner.pruning.selection import SelectionConfig
 from qpruner.pruning.weight_gradients import WeightGradients
 from qpruner.training.holding import HoldsModel, expect_holder
+from qpruner.training.processes import processes_of
 
 
 class LoRAGuidedPruning(CompressionInTraining):
@@ -72,8 +72,8 @@ class LoRAGuidedPruning(CompressionInTraining):
         decay: share of the moving average that stays at each step, in [0, 1).
         schedule: at which steps units are masked, and how many.
         selection: how layers share what is removed.
-        compensation: what the weights that stay make up for at the end of the fit, against the model as it came; see
-            `StructuredPruning`. The base must not be packed.
+        compensation: what the weights that stay make up for at the end of the fit, against the model with its adapters
+            and without masks; see `StructuredPruning`. The base must not be packed.
         compensation_text: calibration text of the compensation.
 
     Raises:
@@ -164,7 +164,7 @@ class LoRAGuidedPruning(CompressionInTraining):
                 "--trainer.precision 16-mixed. Use bf16-mixed or 32-true, or criterion lora."
             )
         self._check_targets(model.network, module.lora)
-        self._dense = self.compensating.remember(model, data_of(trainer))
+        self.compensating.begin(model, data_of(trainer))
         self.gradual = GradualPruning.of(model.network, self.ratio, self.selection)
         self._before = Size.of(model.network)
         self._asked = asked_for(self.ratio, model.network, self.selection)
@@ -252,9 +252,11 @@ class LoRAGuidedPruning(CompressionInTraining):
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         model = expect_holder(pl_module).compressed
         assert model.masks is not None
-        after, rounded = model.prune(model.masks.kept)
-        self.compensating.apply(model, self._dense, data_of(trainer), processes_of(trainer))
-        self._dense = None
+        kept = model.masks.kept
+        model.unmask()
+        whole = self.compensating.remember(model)
+        after, rounded = model.prune(kept)
+        self.compensating.apply(model, whole, data_of(trainer), processes_of(trainer))
         model.record(self.step)
         rank_zero_info(describe(model.known_plan(), self._before, after, self._asked, self.selection.leave_alone))
         if rounded:

@@ -110,7 +110,8 @@ class StructuredPruning(CompressionInSetup):
         model = job.model
         before = Size.of(model.network)
         asked = asked_for(self.ratio, model.network, self.selection)
-        dense = self.compensating.remember(model, job.data)
+        self.compensating.begin(model, job.data)
+        dense = self.compensating.remember(model)
         calibration = self._calibration(job)
 
         def score(network: Any) -> list[LayerScores]:
@@ -172,11 +173,9 @@ class PlannedPruning(CompressionInSetup):
         self.compensating = Compensating(compensation, compensation_text)
 
     @classmethod
-    def of_plan(cls, plan: CompressionPlan, configured: StructuredPruning | None) -> Self:
+    def of_plan(cls, plan: CompressionPlan, compensating: Compensating | None) -> Self:
         """What carries a plan out, with the compensation of the callback that would have made one, if any."""
-        if configured is None:
-            return cls(plan)
-        return cls(plan, configured.compensating.how, configured.compensating.text)
+        return cls(plan) if compensating is None else cls(plan, compensating.how, compensating.text)
 
     def check(self, rehearsal: Rehearsal) -> None:
         """Finds, before any work, whether the plan is for another model.
@@ -206,7 +205,9 @@ class PlannedPruning(CompressionInSetup):
         model = job.model
         before = Size.of(model.network)
         self.plan.check(architecture_of(model.network.config), model.base_sha256)
-        dense = self.compensating.remember(model, job.data) if self._prunes else None
+        if self._prunes:
+            self.compensating.begin(model, job.data)
+        dense = self.compensating.remember(model) if self._prunes else None
         model.prune([(list(layer.kv_groups), list(layer.ffn_channels)) for layer in self.plan.layers])
         self.compensating.apply(model, dense, job.data, job.processes)
         rank_zero_info(describe(model.known_plan(), before, Size.of(model.network), "as the plan says", ()))

@@ -369,6 +369,10 @@ class CompressedModel(nn.Module):
             self.masks = UnitMasks(self._below())
         self.masks.keep(kept)
 
+    def unmask(self) -> None:
+        """Lets all units act again."""
+        self._drop_masks()
+
     def merge(self, dtype: torch.dtype) -> None:
         """Makes one dense base of base and adapters.
 

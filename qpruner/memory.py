@@ -35,18 +35,26 @@ def tensor_bytes(model: nn.Module) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in distinct_tensors(model))
 
 
-def check_room(model: nn.Module, device: torch.device) -> None:
+def check_room(
+    model: nn.Module, device: torch.device, remedy: str = "Use a larger device or --model.dtype bfloat16."
+) -> None:
     """Makes sure that a model's weights fit on a device before they are moved there.
+
+    Args:
+        model: model, or an outline of it on the meta device.
+        device: device that it is going to be moved to.
+        remedy: what can be done where there is no room, said at the end of the error.
 
     Raises:
         UserError: they do not.
     """
-    if device.type == "cuda" and next(model.parameters()).device.type != "cuda":
-        needed, (free, _) = tensor_bytes(model), torch.cuda.mem_get_info(device)
+    if device.type == "cuda":
+        elsewhere = [tensor for tensor in distinct_tensors(model) if tensor.device.type != "cuda"]
+        needed = sum(tensor.numel() * tensor.element_size() for tensor in elsewhere)
+        free, _ = torch.cuda.mem_get_info(device)
         if needed > free:
             raise UserError(
-                f"The model needs {needed:,} bytes for its weights alone, and {device} has {free:,} free. Use a larger "
-                f"device or --model.dtype bfloat16."
+                f"The model needs {needed:,} more bytes for its weights alone, and {device} has {free:,} free. {remedy}"
             )
 
 

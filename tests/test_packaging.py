@@ -102,8 +102,8 @@ ALLOWED: dict[str, set[str]] = {
     },
     "tensor_files": {"errors", "files", "folder_manifest"},
     "training": {
-        "adapters", "compressed", "datamodules", "errors", "files", "folder_manifest", "likelihood", "memory",
-        "model_folder", "plan", "pretrained", "processes", "records", "schema", "seeds",
+        "adapters", "anatomy", "compressed", "datamodules", "errors", "files", "folder_manifest", "likelihood",
+        "memory", "model_folder", "outline", "plan", "pretrained", "processes", "records", "schema", "seeds",
     },
     "verify_command": {"folder_manifest", "options"},
 }  # fmt: skip

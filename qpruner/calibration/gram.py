@@ -96,9 +96,10 @@ class _BlockSums:
         }
 
     def add(self, name: str, inputs: Tensor, output: Tensor) -> None:
-        seen = inputs[:, self._skip :].flatten(0, 1).float()  # [tokens, in]; products in single precision, not the sums
+        seen = inputs[:, self._skip :].flatten(0, 1).float()  # [tokens, in]
         products, sums = self._sums[name]
-        products += seen.T @ seen
+        with torch.autocast(seen.device.type, enabled=False):  # products in single precision, their sums in double
+            products += seen.T @ seen
         sums += seen.sum(0, dtype=torch.float64)
 
     def take(self, name: str) -> tuple[Tensor, Tensor]:

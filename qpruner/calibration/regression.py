@@ -27,8 +27,10 @@ RIDGES = (1e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0, 10.0)
 class Sums:
     """What least squares needs to know of some tokens; float64. Sums over disjoint tokens add.
 
+    Every sum is weighted by how much each token counts.
+
     Args:
-        tokens: number of tokens, [].
+        tokens: sum of the weights of the tokens, [].
         gram: X^T X, [I, I].
         cross: X^T E, [I, O].
         inputs: sum of the inputs, [I].
@@ -75,12 +77,17 @@ class Sums:
     def __add__(self, other: "Sums") -> "Sums":
         return Sums(*(mine + theirs for mine, theirs in zip(self.tensors, other.tensors, strict=True)))
 
+    @property
+    def size(self) -> Tensor:
+        """What a sum over tokens and outputs is divided by for a mean."""  # []
+        return (self.tokens * len(self.missing)).clamp(min=torch.finfo(self.tokens.dtype).tiny)
+
     def over(self, processes: Processes) -> "Sums":
         """The sums over the tokens of all processes."""
         return Sums(*(processes.reduce(tensor) for tensor in self.tensors))
 
     def error(self, change: "Change") -> float:
-        """Mean square, over tokens and outputs, of what the outputs lack once the linear is changed."""
+        """Weighted mean square, over tokens and outputs, of what the outputs lack once the linear is changed."""
         error = (
             self.squares
             - 2 * (change.weight.T * self.cross).sum()
@@ -89,7 +96,7 @@ class Sums:
         if change.bias is not None:
             left = change.weight @ self.inputs - self.missing
             error = error + change.bias @ (2 * left + self.tokens * change.bias)
-        return float(error / (self.tokens * len(self.missing)).clamp(min=1))
+        return float(error / self.size)
 
     def change(self, ridge: float, *, bias: bool) -> "Change":
         """The change of the linear that these tokens ask for.
@@ -128,7 +135,7 @@ class Fit:
     Args:
         change: change of the linear; None where none was better than nothing.
         ridge: ridge of the change; 0 where there is none.
-        before: mean square of what the outputs lacked on held-out tokens.
+        before: weighted mean square of what the outputs lacked on held-out tokens.
         after: the same, once the linear is changed by what the other tokens asked for.
     """
 
@@ -148,15 +155,15 @@ class Fit:
 def fit(sums: Sums, held_out: Sums, *, bias: bool) -> Fit:
     """The change by the ridge that is best on held-out tokens, made from all tokens; nothing is one of the choices.
 
-    Each ridge is a Cholesky factorization, a third of I^3 multiplications. One eigendecomposition for all of them takes
-    about nine I^3, so that seven factorizations are the cheaper path.
+    A ridge takes a Cholesky factorization, a third of I^3 multiplications; one eigendecomposition for all of them takes
+    about nine I^3, and leaves each ridge as many products besides, so that seven factorizations are the cheaper path.
 
     Args:
         sums: tokens that changes are made from.
         held_out: tokens that choose among them.
         bias: whether the linear has a bias, which changes, too.
     """
-    before = float(held_out.squares / (held_out.tokens * len(held_out.missing)).clamp(min=1))
+    before = float(held_out.squares / held_out.size)
     errors = {ridge: held_out.error(sums.change(ridge, bias=bias)) for ridge in RIDGES}
     best = min(errors, key=lambda ridge: errors[ridge])
     if not errors[best] < before:

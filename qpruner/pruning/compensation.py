@@ -37,8 +37,8 @@ from qpruner.pruning.selection import Kept
 
 How = Literal["local", "sequential"]
 Compensation = Literal["none", "local", "sequential"]
-COMPENSATION_TEXT = CalibrationConfig(num_sequences=192, length=128)
-"""Text of a compensation by default: 24,576 tokens."""
+COMPENSATION_TEXT = CalibrationConfig(num_sequences=256, length=128)
+"""Text of a compensation by default: 32,768 tokens, enough for 24,576 FFN channels."""
 HELD_OUT = 4
 """Every fourth sequence is held out."""
 
@@ -125,13 +125,15 @@ def compensate_(model: Any, dense: Any, kept: Kept, calibration: Calibration, ho
     stream = Stream.of(model)
     layers = list(zip(decoder_layers(causal_model(dense)), decoder_layers(causal_model(model)), kept, strict=True))
     with block_runner(dense, calibration) as before, block_runner(model, calibration) as after:
-        dense_states, states = before.embed(), after.embed()
+        dense_states = before.embed()
+        states = after.embed() if how == "sequential" else []
         for number, (whole, layer, units) in enumerate(layers):
             dense_layer, narrow = _Layer(before, number, whole), _Layer(after, number, layer)
             if how == "local":
                 missing = _lost(dense_layer, narrow, dense_states, _places(whole, units), calibration, stream)
-                for name, sums in missing.items():
-                    fits[f"{number}.{name}"] = _change_(narrow.linears[name], sums, calibration.processes)
+                for projection, sums in missing.items():
+                    name = f"{number}.{projection}"
+                    fits[name] = _change_(name, narrow.linears[projection], sums, calibration.processes)
                 continue
             targets = []
             for place, (output, seen) in enumerate(dense_layer.work(dense_states)):
@@ -143,7 +145,7 @@ def compensate_(model: Any, dense: Any, kept: Kept, calibration: Calibration, ho
                     reached = stream.behind(states[place], seen)[name]
                     target = targets[place][name].to(reached)
                     sums.add(calibration.batches[place], seen[name].inputs, target - reached, target)
-                fits[f"{number}.{name}"] = _change_(linear, sums, calibration.processes)
+                fits[f"{number}.{name}"] = _change_(f"{number}.{name}", linear, sums, calibration.processes)
             for place, (output, _) in enumerate(narrow.work(states)):
                 states[place] = output.cpu()
     return fits
@@ -157,12 +159,14 @@ def shared_copy(model: nn.Module) -> Any:
 def places_among(before: CompressionPlan, after: CompressionPlan) -> Kept:
     """The places of what a plan keeps among what an earlier plan of the same model keeps."""
     return [
-        (
-            [earlier.kv_groups.index(group) for group in later.kv_groups],
-            [place for place, channel in enumerate(earlier.ffn_channels) if channel in set(later.ffn_channels)],
-        )
+        (_places_of(later.kv_groups, earlier.kv_groups), _places_of(later.ffn_channels, earlier.ffn_channels))
         for earlier, later in zip(before.layers, after.layers, strict=True)
     ]
+
+
+def _places_of(units: Sequence[int], among: Sequence[int]) -> list[int]:
+    kept = set(units)
+    return [place for place, unit in enumerate(among) if unit in kept]
 
 
 def check_text(config: CalibrationConfig, widest: int) -> None:
@@ -238,17 +242,23 @@ class _SplitSums:
             missing: what its outputs lack, [B, T, H].
             behind: what the dense model has behind the linear; see `Stream.behind`.
         """
-        weights = behind.square().mean(-1).clamp(min=torch.finfo().tiny).reciprocal()  # [B, T]
+        size = behind.square().mean(-1)  # [B, T]
+        weights = torch.where(size > 0, size.reciprocal(), 0.0)
         numbers = batch.first + torch.arange(len(inputs), device=inputs.device)
         held_out = numbers % HELD_OUT == HELD_OUT - 1
         for sums, rows in ((self.sums, ~held_out), (self.held_out, held_out)):
             sums.add_(inputs[rows].flatten(0, 1), missing[rows].flatten(0, 1), weights[rows].flatten())
 
 
-def _change_(linear: nn.Linear, sums: _SplitSums, processes: Processes) -> Fit:
+def _change_(name: str, linear: nn.Linear, sums: _SplitSums, processes: Processes) -> Fit:
     """Changes a linear, or what an adapter lies on, by what all processes saw."""
-    base: nn.Linear = getattr(linear, "base_layer", linear)
+    base: Any = linear.get_base_layer() if hasattr(linear, "get_base_layer") else linear
     decides, held_out = sums.sums.over(processes), sums.held_out.over(processes)
+    if not all(bool(tensor.isfinite().all()) for tensor in (*decides.tensors, *held_out.tensors)):
+        raise UserError(
+            f"What reaches {name} (layer.projection) in compensation is not finite, or what it should give is not. "
+            f"Use --model.dtype bfloat16 or float32, another base model, or compensation none."
+        )
     best = processes.of_first(lambda: fit(decides, held_out, bias=base.bias is not None).cpu())
     if best.change is not None:
         base.weight = _added(base.weight, best.change.weight)

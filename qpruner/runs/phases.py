@@ -8,7 +8,13 @@ from typing import Any
 
 from lightning.pytorch import Callback
 
-from qpruner.callbacks import Compression, MixedPrecisionQuantization, PlannedPruning, StructuredPruning
+from qpruner.callbacks import (
+    Compression,
+    LoRAGuidedPruning,
+    MixedPrecisionQuantization,
+    PlannedPruning,
+    StructuredPruning,
+)
 from qpruner.callbacks.compression import CompressionInTraining, check_order
 from qpruner.errors import UserError
 from qpruner.plan import CompressionPlan
@@ -113,9 +119,10 @@ def carrying_out(callbacks: Sequence[Callback], plan: CompressionPlan) -> list[C
     """The callbacks, with those that decide on a compression replaced by those that carry out a plan."""
     configured = next((callback for callback in callbacks if isinstance(callback, MixedPrecisionQuantization)), None)
     quantization = [MixedPrecisionQuantization.of_plan(plan, configured)] if plan.quantized else []
-    pruning = next((callback for callback in callbacks if isinstance(callback, StructuredPruning)), None)
+    pruning = (one for one in callbacks if isinstance(one, StructuredPruning | LoRAGuidedPruning))
+    compensating = next((callback.compensating for callback in pruning), None)
     others = [callback for callback in callbacks if not isinstance(callback, Compression)]
-    return [PlannedPruning.of_plan(plan, pruning), *quantization, *others]
+    return [PlannedPruning.of_plan(plan, compensating), *quantization, *others]
 
 
 def phases_of(folder: RunFolder, first: Sequence[Callback], further: Sequence[PhaseConfig]) -> list[Phase]:

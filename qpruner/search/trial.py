@@ -13,7 +13,6 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 from qpruner.allocation.decision import with_choices
 from qpruner.allocation.items import Item
-from qpruner.callbacks.processes import processes_of
 from qpruner.compressed import CompressedModel, State
 from qpruner.datamodules.base import TokenDataModule
 from qpruner.datamodules.splits import Split
@@ -29,6 +28,7 @@ from qpruner.search.trial_trainer import TrialTrainer
 from qpruner.training.evaluation import evaluate
 from qpruner.training.finite import NotFinite
 from qpruner.training.module import LoRAFinetuner
+from qpruner.training.processes import processes_of
 from qpruner.training.teacher import OnlineTeacher
 
 

@@ -30,7 +30,9 @@ class DistillationConfig:
     ``online`` holds the dense model beside the student: exact, for the memory of a second model. ``recorded`` passes
     the rows that the fit is going to see through it once, before anything is compressed, and keeps what it said in
     files under the run's folder, for later sessions and fits, too: no memory and no time in training, but the disk's.
-    Of a distribution it keeps the ``top_k`` likeliest words, and all others as one.
+    Of a distribution it keeps the ``top_k`` likeliest words, and all others as one. Fits that see the same rows, such
+    as those of whole epochs, share the files; one of another ``max_steps`` below an epoch sees other rows, and records
+    them anew.
 
     Source: Hinton et al., Distilling the Knowledge in a Neural Network, 2015 (arXiv:1503.02531), section 2; hidden
     states: Lee et al., RILQ, 2024 (arXiv:2412.01129).

@@ -27,6 +27,7 @@ from qpruner.training.distillation import DistillationConfig, Losses, distillati
 from qpruner.training.finite import LossWatch, all_finite, broken_names, not_finite, tensors_of
 from qpruner.training.metrics import ChoiceAccuracy, Perplexity, choose
 from qpruner.training.optimization import OptimizerConfig, make_optimizer, make_scheduler
+from qpruner.training.processes import processes_of
 from qpruner.training.recording import Recording
 from qpruner.training.teacher import Teacher, check_teacher
 from qpruner.training.teaching import engage_teacher
@@ -159,7 +160,7 @@ class LoRAFinetuner(CompressibleModule):
     def on_train_start(self) -> None:
         self._losses = LossWatch()
         if self.teacher is not None:
-            self.teacher.begin()
+            processes_of(self.trainer).of_each(self.teacher.begin)
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         torch.manual_seed(derive_seed(self.seed, "batch", self.current_epoch, batch_idx, self.global_rank))

@@ -6,18 +6,24 @@ from typing import Any, Protocol
 import torch
 from lightning.pytorch.utilities import rank_zero_info
 
+from qpruner.anatomy import COMPRESSED, FAMILIES, decoder_blocks
 from qpruner.compressed import CompressedModel
 from qpruner.datamodules.rows import Batch
 from qpruner.errors import UserError
 from qpruner.folder_manifest import is_compressed, read_manifest
 from qpruner.likelihood import Head, Scored
-from qpruner.memory import tensor_bytes
-from qpruner.model_folder import read_base_config
+from qpruner.memory import check_room, tensor_bytes
+from qpruner.model_folder import read_base_config, read_plan
+from qpruner.outline import outline_of
 from qpruner.plan import UNITS, Precision
-from qpruner.pretrained import DType, check_model, is_reachable, resolve
+from qpruner.pretrained import DType, check_model, held_in, is_reachable, load_tokenizer, resolve
 from qpruner.training.distillation import DistillationConfig, Lesson, forward_kl
 
 INT8 = Precision("int8", 8)
+NO_ROOM = (
+    "It is the model that teaches: give --model.distillation.dtype int8, another --model.distillation.device, or "
+    "--model.distillation.teacher recorded."
+)
 
 
 class Teacher(Protocol):
@@ -82,6 +88,15 @@ def check_teacher(config: DistillationConfig, base: str, student: Any, *, trust_
                 f"The model that teaches, {name!r}, has {theirs:,} {unit} and the student {ours:,}, so that what it "
                 f"says cannot be compared. Give the student as --model.distillation.base {remedy}."
             )
+    if name == config.base != base:
+        theirs, ours = (_words(which, trust_remote_code) for which in (name, base))
+        if theirs and ours and theirs != ours:
+            different = sum(theirs.get(word) != ours.get(word) for word in theirs | ours)
+            raise UserError(
+                f"The model that teaches, {name!r}, has another vocabulary than the student {base!r}: their tokenizers "
+                f"give {different:,} words other numbers. Give as --model.distillation.base a "
+                f"model with the student's tokenizer, or leave it out for the model that the student was made of."
+            )
     device, number = torch.device(config.device or "cpu"), torch.cuda.device_count()
     if device.type == "cuda" and (device.index or 0) >= number:
         raise UserError(
@@ -91,10 +106,25 @@ def check_teacher(config: DistillationConfig, base: str, student: Any, *, trust_
     return teacher
 
 
+def _words(name: str, trust_remote_code: bool) -> dict[str, int] | None:
+    """Words of a model's tokenizer, with their numbers; None where it has no tokenizer that can be loaded.
+
+    Those that were added to its vocabulary are left out: a chat model gives reserved ones names of its own.
+    """
+    try:
+        tokenizer = load_tokenizer(name, trust_remote_code=trust_remote_code)
+    except UserError:
+        return None
+    added = tokenizer.get_added_vocab()
+    return {word: number for word, number in tokenizer.get_vocab().items() if word not in added}
+
+
 def load_teacher(
     config: DistillationConfig, name: str, *, dtype: DType, trust_remote_code: bool, device: torch.device
 ) -> Any:
     """The model that teaches, frozen and in evaluation mode, in the memory of the CPU.
+
+    What it takes is told, and compared with the room on the device, before any of it is read.
 
     Args:
         config: options of the distillation.
@@ -106,6 +136,10 @@ def load_teacher(
     Raises:
         UserError: there is no such model, its family has no 8 bits, or the device has no room for it.
     """
+    teacher = read_base_config(name, trust_remote_code=trust_remote_code)
+    outline = outline_of_teacher(config, name, teacher, dtype)
+    if outline is not None:
+        _tell_size(outline, device)
     model = CompressedModel.load(
         name,
         dtype=config.held_in(dtype),
@@ -117,24 +151,41 @@ def load_teacher(
     if config.dtype == "int8" and not model.has_packed_weights():
         plan = model.known_plan()
         model.quantize(plan.with_precision([dict.fromkeys(UNITS, INT8)] * len(plan.layers)), None, device=device)
-    check_room(model.network, device)
+    if outline is None:
+        _tell_size(model.network, device)
     return model.network.eval()
 
 
-def check_room(network: Any, device: torch.device) -> None:
-    """Makes sure that a teacher fits on a device before it is moved there.
+def outline_of_teacher(config: DistillationConfig, name: str, teacher: Any, dtype: DType) -> torch.nn.Module | None:
+    """The shapes of a teacher in the number formats that it is going to be held in, on the meta device.
 
-    Raises:
-        UserError: it does not.
+    Of 8 bits the codes are there, and the scales, a few thousandths of them, are not.
+
+    Args:
+        config: options of the distillation.
+        name: folder or hub name of the model.
+        teacher: configuration of the model.
+        dtype: number format of the student's base.
+
+    Returns:
+        The outline; None for a family that cannot be pruned, and for a folder of packed weights.
     """
-    if device.type == "cuda" and next(network.parameters()).device.type != "cuda":
-        needed, (free, _) = tensor_bytes(network), torch.cuda.mem_get_info(device)
-        if needed > free:
-            raise UserError(
-                f"The model that teaches needs {needed:,} bytes for its weights alone, and {device} has {free:,} free. "
-                f"Give --model.distillation.dtype int8, another --model.distillation.device, or "
-                f"--model.distillation.teacher recorded."
-            )
+    folder = Path(resolve(name))
+    if teacher.model_type.removeprefix(COMPRESSED) not in FAMILIES or (
+        is_compressed(folder) and read_plan(folder).quantized
+    ):
+        return None
+    outline = outline_of(teacher).to(held_in(teacher, config.held_in(dtype))).requires_grad_(False)
+    if config.dtype == "int8":
+        for block in decoder_blocks(outline):
+            for linear in (module for module in block.modules() if isinstance(module, torch.nn.Linear)):
+                linear.weight.data = torch.empty_like(linear.weight, dtype=torch.int8)
+    return outline
+
+
+def _tell_size(network: torch.nn.Module, device: torch.device) -> None:
+    rank_zero_info(f"The model that teaches takes {tensor_bytes(network):,} bytes on {device}.")
+    check_room(network, device, NO_ROOM)
 
 
 class OnlineTeacher:
@@ -152,10 +203,9 @@ class OnlineTeacher:
         self.network = network
         self.config = config
         self.device = device
-        rank_zero_info(f"The model that teaches takes {tensor_bytes(network):,} bytes on {device}.")
 
     def begin(self) -> None:
-        check_room(self.network, self.device)
+        check_room(self.network, self.device, NO_ROOM)
         self.network.to(self.device)
 
     @torch.no_grad()

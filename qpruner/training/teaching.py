@@ -1,5 +1,6 @@
 """Finds the teacher of a fit, and records what it says where that is asked for."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,10 @@ from qpruner.datamodules.loader import ResumableLoader
 from qpruner.datamodules.rows import TextExamples
 from qpruner.errors import UserError
 from qpruner.pretrained import DType, held_in, model_fingerprint
-from qpruner.processes import of_first
+from qpruner.processes import Processes, of_first
 from qpruner.training.compressible import CompressibleModule
 from qpruner.training.distillation import DistillationConfig
+from qpruner.training.processes import processes_of
 from qpruner.training.recording import Form, Recording, rows_of_fit
 from qpruner.training.teacher import OnlineTeacher, Teacher, check_teacher, load_teacher, name_of_teacher
 
@@ -33,31 +35,74 @@ def engage_teacher(
         folder: folder of what teachers said; None for `RECORDED` under the Trainer's ``default_root_dir``.
 
     Raises:
-        UserError: the teacher is not there, does not go with the student, or has no room.
+        UserError: the teacher is not there, does not go with the student, or has no room, on one of the processes; or
+            a rehearsal would record it.
     """
-    device = trainer.strategy.root_device if config.device is None else torch.device(config.device)
-    teacher = check_teacher(config, module.base, module.model.config, trust_remote_code=module.trust_remote_code)
-    if config.teacher == "online":
-        return OnlineTeacher(_load(config, module, device), config, device)
+    if config.teacher == "recorded" and trainer.fast_dev_run:  # type: ignore[attr-defined]
+        raise UserError(
+            "distillation.teacher is recorded, and a rehearsal (fast_dev_run) writes no files. Rehearse with "
+            "--model.distillation.teacher online."
+        )
+    processes = processes_of(trainer)
+    device = processes.device if config.device is None else torch.device(config.device)
+
+    def load() -> torch.nn.Module:
+        network: torch.nn.Module = load_teacher(
+            config,
+            name_of_teacher(config, module.base),
+            dtype=module.dtype_of_base,
+            trust_remote_code=module.trust_remote_code,
+            device=device,
+        )
+        return network
+
+    def look() -> tuple[Any, torch.nn.Module | None]:
+        student = module.model.config
+        teacher = check_teacher(config, module.base, student, trust_remote_code=module.trust_remote_code)
+        return teacher, load() if config.teacher == "online" else None
+
+    teacher, network = processes.of_each(look)
+    if network is not None:
+        return OnlineTeacher(network, config, device)
     folder = folder or Path(trainer.default_root_dir) / RECORDED
     recording = _recording(config, module, trainer, folder, form_of(config, teacher, module.dtype_of_base))
-    strategy = trainer.strategy
-    missing = of_first(recording.missing, is_first=trainer.is_global_zero, broadcast=strategy.broadcast)
-    if missing:
-        needed = of_first(
-            lambda: recording.check_room(missing), is_first=trainer.is_global_zero, broadcast=strategy.broadcast
-        )
-        rank_zero_info(f"Recording what the model that teaches says: {needed:,} bytes in {str(recording.folder)!r}.")
-        if mine := missing[trainer.global_rank :: trainer.world_size]:
-            network = _load(config, module, device).to(device)
-            recording.record(network, mine, device=device, forward_context=trainer.precision_plugin.forward_context)
-        strategy.barrier()
+    record_missing(recording, load, device, processes)
+    return recording
+
+
+def record_missing(
+    recording: Recording, load: Callable[[], torch.nn.Module], device: torch.device, processes: Processes
+) -> None:
+    """Records what is not there yet, each process a share of the parts.
+
+    Args:
+        recording: what is going to be asked for.
+        load: function that loads the teacher; it is called where there is something to record.
+        device: device that the teacher computes on.
+        processes: processes that share the parts.
+
+    Raises:
+        UserError: one of the processes has no room, or does not see what others recorded.
+    """
+    missing = processes.of_first(recording.missing)
+    if not missing:
+        return
+    needed = processes.of_first(lambda: recording.check_room(missing))
+    rank_zero_info(f"Recording what the model that teaches says: {needed:,} bytes in {str(recording.folder)!r}.")
+
+    def record() -> None:
+        if mine := missing[processes.rank :: processes.world_size]:
+            recording.record(load().to(device), mine, device=device, forward_context=processes.forward_context)
+
+    def check() -> None:
         if recording.missing():
             raise UserError(
                 f"What other processes recorded of the model that teaches is not in {str(recording.folder)!r}. Name a "
                 f"--run.dir on a disk that all machines share."
             )
-    return recording
+
+    processes.of_each(record)
+    processes.of_each(check)
 
 
 def form_of(config: DistillationConfig, teacher: Any, dtype_of_base: DType) -> Form:
@@ -97,14 +142,3 @@ def _recording(
         )
     rows = rows_of_fit(loader, trainer.max_epochs, trainer.max_steps)
     return Recording(folder, loader.examples, rows, form, [sha256 or name, config.dtype, str(trainer.precision)])
-
-
-def _load(config: DistillationConfig, module: CompressibleModule, device: torch.device) -> torch.nn.Module:
-    network: torch.nn.Module = load_teacher(
-        config,
-        name_of_teacher(config, module.base),
-        dtype=module.dtype_of_base,
-        trust_remote_code=module.trust_remote_code,
-        device=device,
-    )
-    return network

@@ -65,6 +65,21 @@ def test_sums_are_those_of_what_the_linears_receive(family: str, skip: int) -> N
     assert hooks_of(model) == 0
 
 
+def test_products_are_exact_where_the_model_computes_in_bfloat16() -> None:
+    """Rounded products of many tokens would have eigenvalues below zero."""
+    model = tiny_model("llama").requires_grad_(False)
+    with torch.autocast("cpu", torch.bfloat16):
+        seen = seen_by(model, 0)
+    results = everything(model, calibration(S, forward_context=partial(torch.autocast, "cpu", torch.bfloat16)))
+    assert_close(
+        results,
+        {
+            name: torch.cat([(inputs.T @ inputs).flatten(), inputs.sum(0), torch.tensor([S * T])])
+            for name, inputs in seen.items()
+        },
+    )
+
+
 def test_two_processes_are_as_one_and_one_without_text_adds_nothing() -> None:
     models = [tiny_model("llama").requires_grad_(False) for _ in range(4)]  # hooks of one are not for another
     for count, act in ((2, partial(everything, skip=2)), (4, partial(everything, skip=2)), (2, variances)):

@@ -176,24 +176,44 @@ def test_two_processes_find_what_one_does() -> None:
 
 
 def test_adapters_count_and_stay_as_they_are() -> None:
-    """The base makes up for what base and adapters together lack."""
-    dense = tiny_model("llama").requires_grad_(False)
-    narrow = shared_copy(dense)
-    narrow_(narrow, KEPT)
-    model = adapted(narrow)
-    linear = decoder_layers(narrow)[0].o
+    """The base makes up for what went, so that what the adapters do to it stays."""
+    whole = adapted(tiny_model("llama").requires_grad_(False))
+    model = adapted(tiny_model("llama").requires_grad_(False))
     factors = {name: p.detach().clone() for name, p in model.named_parameters() if "lora_" in name}
-    with torch.no_grad():
-        sides = [side["hidden"] + side["o out"] for side in (seen(dense, 0), seen(narrow, 0))]
-        inputs = seen(narrow, 0)["o in"]
+    everything = [(list(range(4)), list(range(FFN)))] * LAYERS
+    fits = compensate_(model, whole, everything, calibration(5, TEXT), "sequential")
+    assert all(fit.change is None for fit in fits.values())  # nothing went
+
+    dense = adapted(tiny_model("llama").requires_grad_(False))
+    narrow = adapted(pruned("llama")[1])
+    linear = decoder_layers(narrow.get_base_model())[0].o
+    sides = [seen(side.get_base_model(), 0) for side in (dense, narrow)]
     before = linear.base_layer.weight
-    fits = compensate_(model, dense, KEPT, calibration(5, TEXT), "sequential")
+    fits = compensate_(narrow, dense, KEPT, calibration(5, TEXT), "sequential")
     assert fits["0.o"].change is not None
+    there, here = (side["hidden"] + side["o out"] for side in sides)
     change = ridge_regression(
-        inputs, sides[0] - sides[1], 1 / sides[0].square().mean(-1), fits["0.o"].ridge, bias=False
+        sides[1]["o in"], there - here, 1 / there.square().mean(-1), fits["0.o"].ridge, bias=False
     )
     torch.testing.assert_close(linear.base_layer.weight - before, change.float(), rtol=1e-3, atol=1e-5)
     assert all(torch.equal(p, factors[name]) for name, p in model.named_parameters() if "lora_" in name)
+
+
+def test_weights_that_are_not_finite_are_refused_by_the_name_of_the_linear() -> None:
+    dense, narrow = pruned("llama")
+    decoder_layers(dense)[1].down.weight.data[3, 4] = torch.nan
+    for how in ("sequential", "local"):
+        with pytest.raises(UserError, match=r"reaches 1\.down \(layer.projection\) in compensation is not finite"):
+            compensate_(pruned("llama")[1], dense, KEPT, calibration(5, TEXT), how)  # type: ignore[arg-type]
+
+
+def test_tokens_of_which_nothing_comes_do_not_count() -> None:
+    dense = tiny_model("gemma2").requires_grad_(False)
+    decoder_layers(dense)[0].o.weight.data.zero_()
+    narrow = shared_copy(dense)
+    narrow_(narrow, KEPT)
+    fits = compensate_(narrow, dense, KEPT, calibration(5, TEXT), "sequential")
+    assert fits["0.o"].change is None and any(fit.change is not None for fit in fits.values())
 
 
 def test_a_shared_copy_costs_nothing_and_outlives_what_is_done_to_the_other() -> None:

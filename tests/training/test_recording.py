@@ -8,14 +8,17 @@ import numpy as np
 import pytest
 import torch
 from support.families import HIDDEN, VOCAB, tiny_model
+from support.ranks import together
 
 from qpruner.datamodules.loader import ResumableLoader
 from qpruner.datamodules.rows import FILLER, Row, TextExamples, TokenRows
 from qpruner.errors import UserError
 from qpruner.likelihood import Head, Scored
+from qpruner.processes import Processes
 from qpruner.training import recording
 from qpruner.training.distillation import forward_kl
 from qpruner.training.recording import Form, Recording, rows_of_fit
+from qpruner.training.teaching import record_missing
 
 FORM = Form(top_k=VOCAB - 1, temperature=1.5, hidden_size=0, dtype="float32", vocab_size=VOCAB)
 
@@ -123,6 +126,30 @@ def test_a_folder_that_cannot_be_written_is_told(
     with pytest.raises(UserError, match=r"Cannot write what .*No space left"):
         recorded(tmp_path, examples)
     assert not list(tmp_path.glob("*.tmp"))
+
+
+@pytest.mark.parametrize("fails", ["load", "record"])
+def test_an_error_of_one_process_reaches_those_that_record_beside_it(
+    fails: str, examples: TextExamples, tmp_path: Path
+) -> None:
+    def work(processes: Processes) -> None:
+        teacher = Recording(tmp_path, examples, range(10), FORM, ["ab12"])
+
+        def load() -> Any:
+            if fails == "load" and processes.rank == 1:
+                raise UserError("No room for the teacher.")
+            return tiny_model("llama").requires_grad_(False)
+
+        def full(*_: Any, **__: Any) -> None:
+            raise OSError(28, "No space left on device")
+
+        if fails == "record" and processes.rank == 1:
+            teacher.record = full  # type: ignore[method-assign]
+        record_missing(teacher, load, torch.device("cpu"), processes)
+
+    first, second = together(work, work)
+    assert isinstance(first, UserError) and isinstance(second, UserError if fails == "load" else OSError)
+    assert ("No room for the teacher." if fails == "load" else "Process 1 failed: OSError") in str(first)
 
 
 @pytest.mark.parametrize(("epochs", "steps"), [(2, -1), (-1, 3), (None, 5), (1, 1), (3, 4), (1, 0)])

@@ -22,6 +22,7 @@ from qpruner.training.distillation import DistillationConfig
 
 SCRIPT = TESTS / "support" / "gradients_of_a_step.py"
 WAYS = {"one batch": (1, 16, 1), "accumulated": (1, 4, 4), "an epoch too short": (1, 4, 8), "two ranks": (2, 4, 2)}
+SLOW = pytest.mark.slow  # of those that start a second process one stays, which has all losses
 """Ranks, rows of a micro-batch, micro-batches to a step."""
 
 
@@ -33,7 +34,7 @@ def expected(tiny_llama: Path) -> dict[str, torch.Tensor]:
     return {name: p.grad for name, p in module.named_parameters() if p.grad is not None}
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("way", [pytest.param(way, marks=SLOW if way == "two ranks" else ()) for way in WAYS])
 def test_a_step_weighs_all_its_tokens_alike(
     way: str, expected: dict[str, torch.Tensor], tiny_llama: Path, tmp_path: Path
 ) -> None:
@@ -71,7 +72,12 @@ def distilled(tiny_llama: Path) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize(
     ("way", "teacher"),
-    [("one batch", "online"), ("accumulated", "online"), ("two ranks", "online"), ("two ranks", "recorded")],
+    [
+        ("one batch", "online"),
+        ("accumulated", "online"),
+        pytest.param("two ranks", "online", marks=SLOW),
+        ("two ranks", "recorded"),
+    ],
 )
 def test_a_step_of_distillation_weighs_all_its_tokens_alike(
     way: str, teacher: str, distilled: dict[str, torch.Tensor], tiny_llama: Path, tmp_path: Path

@@ -1,5 +1,6 @@
 """The dense model that teaches: which one it is, and whether there is room for it."""
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -11,14 +12,18 @@ from support.families import tiny_model
 from qpruner.compressed import CompressedModel
 from qpruner.errors import UserError
 from qpruner.memory import tensor_bytes
+from qpruner.model_folder import read_base_config
+from qpruner.plan import UNITS
+from qpruner.pretrained import load_tokenizer
+from qpruner.quantization.packed import PackedLinear
 from qpruner.training import teacher
 from qpruner.training.distillation import DistillationConfig
-from qpruner.training.teacher import OnlineTeacher, check_room, check_teacher, load_teacher, name_of_teacher
+from qpruner.training.teacher import OnlineTeacher, check_teacher, load_teacher, name_of_teacher
 
 
-def load(name: Path, **options: Any) -> Any:
+def load(name: Path, on: str = "cpu", **options: Any) -> Any:
     config = DistillationConfig(**options)
-    return load_teacher(config, str(name), dtype="auto", trust_remote_code=False, device=torch.device("cpu"))
+    return load_teacher(config, str(name), dtype="auto", trust_remote_code=False, device=torch.device(on))
 
 
 @pytest.fixture
@@ -59,12 +64,79 @@ def test_a_device_without_room_is_told_before_the_teacher_is_moved(
 ) -> None:
     network = tiny_model("llama")
     needed = tensor_bytes(network)
-    monkeypatch.setattr(teacher.torch.cuda, "mem_get_info", lambda device: (needed - missing, needed))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (needed - missing, needed))
+    moved: list[torch.device] = []
+    monkeypatch.setattr(type(network), "to", lambda self, device: moved.append(device))
+    online = OnlineTeacher(network, DistillationConfig(), torch.device("cuda", 1))
     if missing:
         with pytest.raises(UserError, match=rf"needs {needed:,} bytes .* {needed - 1:,} free.*teacher recorded"):
-            check_room(network, torch.device("cuda", 1))
+            online.begin()
     else:
-        check_room(network, torch.device("cuda", 1))
+        online.begin()
+    assert len(moved) == 1 - missing
+
+
+@pytest.mark.parametrize("options", [{}, {"dtype": "bfloat16"}, {"dtype": "int8"}])
+def test_what_it_takes_is_known_and_told_before_it_is_loaded(
+    options: Any, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded = load(tiny_llama, **options)
+    packed = [module for module in loaded.modules() if isinstance(module, PackedLinear)]
+    needed = tensor_bytes(loaded) - sum(4 * module.out_features for module in packed)  # without scales
+    assert bool(packed) == (options.get("dtype") == "int8")
+    said: list[str] = []
+    monkeypatch.setattr(teacher, "rank_zero_info", said.append)
+    monkeypatch.setattr(CompressedModel, "load", None)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (needed - 1, needed))
+    with pytest.raises(UserError, match=rf"needs {needed:,} bytes .*cuda:0 has {needed - 1:,} free.*dtype int8"):
+        load(tiny_llama, "cuda:0", **options)
+    assert said == [f"The model that teaches takes {needed:,} bytes on cuda:0."]
+
+
+def test_a_folder_of_packed_weights_is_measured_once_it_is_loaded(
+    tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = CompressedModel.load(str(tiny_llama), dtype="float32")
+    plan = model.known_plan()
+    eight = [dict.fromkeys(UNITS, teacher.INT8)] * len(plan.layers)
+    model.quantize(plan.with_precision(eight), None, device=torch.device("cpu"))
+    model.keep(tmp_path / "packed", tokenizer=None)
+    said: list[str] = []
+    monkeypatch.setattr(teacher, "rank_zero_info", said.append)
+    network = load(tmp_path / "packed")
+    assert said == [f"The model that teaches takes {tensor_bytes(network):,} bytes on cpu."]
+
+
+def with_tokenizer(folder: Path, model: Path, changed: dict[str, int]) -> str:
+    """A copy of a model whose tokenizer gives words other numbers; a new word is an added one."""
+    shutil.copytree(model, folder)
+    content = json.loads((folder / "tokenizer.json").read_text())
+    content["model"]["vocab"] |= changed
+    (folder / "tokenizer.json").write_text(json.dumps(content))
+    return str(folder)
+
+
+def test_a_teacher_with_another_tokenizer_is_refused(tiny_llama: Path, tmp_path: Path) -> None:
+    config = read_base_config(str(tiny_llama))
+    vocabulary = json.loads((tiny_llama / "tokenizer.json").read_text())["model"]["vocab"]
+    one, other = [word for word in vocabulary if len(word) > 2 and word.isalpha()][-2:]
+    swapped = {one: vocabulary[other], other: vocabulary[one]}
+    stranger = with_tokenizer(tmp_path / "stranger", tiny_llama, swapped)
+    chat = Path(with_tokenizer(tmp_path / "chat", tiny_llama, {}))
+    tokenizer = load_tokenizer(str(chat))
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|turn|>"]})
+    tokenizer.save_pretrained(chat)
+    mute = Path(with_tokenizer(tmp_path / "mute", tiny_llama, {}))
+    for file in mute.glob("tokenizer*"):
+        file.unlink()
+
+    def check(base: str | None) -> None:
+        check_teacher(DistillationConfig(base=base), str(tiny_llama), config, trust_remote_code=False)
+
+    with pytest.raises(UserError, match=r"stranger', has another vocabulary than the student .*give 2 words other"):
+        check(stranger)
+    for fitting in (str(chat), str(mute), str(tiny_llama), None):
+        check(fitting)
 
 
 def test_it_may_compute_elsewhere_than_the_student(tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:

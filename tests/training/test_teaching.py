@@ -2,6 +2,7 @@
 
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -9,15 +10,18 @@ import torch
 import torch.nn.functional as F
 from lightning.pytorch import Callback, Trainer
 from support.fits import PRUNING
+from support.ranks import together
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from qpruner.adapters.lora import LoRAConfig
 from qpruner.callbacks import RunCheckpoint, StructuredPruning
 from qpruner.datamodules import StoriesDataModule
 from qpruner.errors import UserError
+from qpruner.model_folder import read_base_config
 from qpruner.pretrained import load_model
+from qpruner.processes import Processes
 from qpruner.quantization.packed import PackedLinear
-from qpruner.training import compressible, recording
+from qpruner.training import compressible, recording, teaching
 from qpruner.training.distillation import DistillationConfig
 from qpruner.training.module import LoRAFinetuner
 from qpruner.training.optimization import OptimizerConfig
@@ -275,6 +279,31 @@ def test_a_full_disk_is_told_before_the_pass(
     monkeypatch.setattr(StructuredPruning, "compress", None)
     with pytest.raises(UserError, match=rf"takes {needed:,} bytes.* has {needed - 1:,} left.*top_k \(now 8\)"):
         fit(base, tmp_path, stories, **HIDDEN, teacher="recorded", top_k=8)
+
+
+def test_a_rehearsal_records_nothing(base: Path, stories: StoriesDataModule, tmp_path: Path) -> None:
+    module = LoRAFinetuner(base=str(base), distillation=DistillationConfig(teacher="recorded"))
+    trainer = Trainer(accelerator="cpu", fast_dev_run=True, logger=False, default_root_dir=tmp_path)
+    with pytest.raises(UserError, match="rehearsal .*Rehearse with --model.distillation.teacher online"):
+        trainer.fit(module, datamodule=stories.for_another_trainer())
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("teacher", ["online", "recorded"])
+def test_a_process_without_the_device_is_heard_by_the_others(
+    teacher: Any, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(teaching, "processes_of", lambda trainer: trainer.processes)
+    monkeypatch.setattr(teaching, "load_teacher", lambda *_, **__: torch.nn.Linear(1, 1))
+    model = SimpleNamespace(config=read_base_config(str(base)))
+    module: Any = SimpleNamespace(base=str(base), model=model, trust_remote_code=False, dtype_of_base="auto")
+
+    def work(processes: Processes) -> None:
+        trainer: Any = SimpleNamespace(processes=processes, fast_dev_run=False)
+        config = DistillationConfig(teacher=teacher, device="cuda:7" if processes.rank else "cpu")
+        teaching.engage_teacher(config, module, trainer, tmp_path)
+
+    assert all(isinstance(error, UserError) and "'cuda:7'" in str(error) for error in together(work, work))
 
 
 def test_rows_that_have_no_numbers_cannot_be_recorded(base: Path, stories: StoriesDataModule, tmp_path: Path) -> None:

@@ -9,8 +9,8 @@ import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.demos.boring_classes import BoringModel
 
-from qpruner.callbacks.processes import processes_of
 from qpruner.errors import UserError
+from qpruner.training.processes import processes_of
 
 QUIET = {"accelerator": "cpu", "logger": False, "enable_checkpointing": False, "enable_progress_bar": False,
          "enable_model_summary": False, "use_distributed_sampler": False, "max_steps": 1}  # fmt: skip
