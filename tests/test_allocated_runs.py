@@ -159,7 +159,7 @@ def test_two_gloo_ranks_decide_as_one(arguments: list[str], tmp_path: Path, monk
 def test_mistakes_are_told_before_any_model_is_loaded(
     arguments: list[str], wrong: list[str], said: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("qpruner.compressed.load_model", None)
+    monkeypatch.setattr("qpruner.dense_base.load_model", None)
     with pytest.raises(UserError) as caught:
         run(["fit", *arguments, f"--trainer.callbacks.{wrong[0]}", wrong[1]])
     assert said in str(caught.value)

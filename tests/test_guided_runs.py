@@ -268,7 +268,7 @@ def test_evaluation_measures_what_there_is(arguments: list[str], tmp_path: Path)
 def test_mistakes_are_told_before_any_model_is_loaded(
     arguments: list[str], wrong: list[str], said: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("qpruner.compressed.load_model", None)
+    monkeypatch.setattr("qpruner.dense_base.load_model", None)
     with pytest.raises(UserError) as caught:
         run(["fit", *arguments, *wrong])
     assert said in str(caught.value)

@@ -152,8 +152,8 @@ def test_a_given_plan_quantizes_as_it_says(arguments: list[str], config: dict[st
     assert layers[0].mlp.up_proj.base_layer.precision == INT8
     assert layers[1].self_attn.q_proj.base_layer.precision == Precision("fp4", 4, 32)
     assert type(layers[0].self_attn.q_proj.base_layer) is torch.nn.Linear
-    # Also where nothing was configured.
-    config["trainer"].pop("callbacks")
+    # Also where nothing was configured to quantize.
+    config["trainer"]["callbacks"].pop()
     (tmp_path / "bare.yaml").write_text(yaml.safe_dump(config))
     given = ["--plan", str(tmp_path / "edited.json"), "--run.name", "z"]
     run(["fit", "--config", str(tmp_path / "bare.yaml"), *given])
@@ -178,7 +178,7 @@ def test_a_plan_with_a_precision_that_is_not_offered_is_told_before_any_model_is
 
     plan = CompressionPlan.dense(architecture_of(read_base_config(str(tiny_llama))), None)
     plan.with_precision([dict.fromkeys(UNITS, precision)] * 2).write(tmp_path / "plan.json")
-    monkeypatch.setattr("qpruner.compressed.load_model", None)
+    monkeypatch.setattr("qpruner.dense_base.load_model", None)
     with pytest.raises(UserError, match=said):
         run(["fit", *arguments, "--plan", str(tmp_path / "plan.json")])
 
@@ -208,7 +208,7 @@ def test_changed_bits_are_refused_by_name(arguments: list[str]) -> None:
 def test_mistakes_are_told_before_any_model_is_loaded(
     arguments: list[str], wrong: list[str], said: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("qpruner.compressed.load_model", None)
+    monkeypatch.setattr("qpruner.dense_base.load_model", None)
     with pytest.raises(UserError) as caught:
         run(["fit", *arguments, f"--trainer.callbacks.{wrong[0]}", wrong[1]])
     assert said in str(caught.value)
@@ -217,7 +217,7 @@ def test_mistakes_are_told_before_any_model_is_loaded(
 def test_pruning_behind_quantization_is_told_before_any_model_is_loaded(
     config: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("qpruner.compressed.load_model", None)
+    monkeypatch.setattr("qpruner.dense_base.load_model", None)
     config["trainer"]["callbacks"].reverse()
     (tmp_path / "reversed.yaml").write_text(yaml.safe_dump(config))
     with pytest.raises(UserError, match="packed weights cannot be scored"):

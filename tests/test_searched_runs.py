@@ -179,7 +179,7 @@ def test_a_search_records_what_it_tried_and_its_plan_is_carried_out(
     # Again nothing is done.
     written = folder.ledger.read_bytes(), folder.variants.read_bytes(), folder.results.stat().st_mtime_ns
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("qpruner.compressed.load_model", None)
+        patch.setattr("qpruner.dense_base.load_model", None)
         patch.setattr(TrialRunner, "__call__", None)
         run(["search", *arguments])
     assert "is finished" in folder.log.read_text()
@@ -350,7 +350,7 @@ def test_a_search_whose_optimizer_fails_goes_on_with_another(
 def test_mistakes_are_told_before_any_model_is_loaded(
     arguments: list[str], wrong: list[str], said: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("qpruner.compressed.load_model", None)
+    monkeypatch.setattr("qpruner.dense_base.load_model", None)
     monkeypatch.setattr("qpruner.search.cluster.CONNECT_SECONDS", 0.5)
     with pytest.raises(UserError) as caught:
         run(["search", *arguments, f"--{wrong[0]}", wrong[1]])
@@ -360,7 +360,7 @@ def test_mistakes_are_told_before_any_model_is_loaded(
 def test_a_search_needs_a_budget_text_and_a_validation_split(
     config: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("qpruner.compressed.load_model", None)
+    monkeypatch.setattr("qpruner.dense_base.load_model", None)
     pruning, quantization = config["trainer"]["callbacks"]
     uniform = {
         **quantization["init_args"],

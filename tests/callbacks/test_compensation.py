@@ -66,7 +66,7 @@ def test_the_base_that_is_kept_is_the_compensated_one_and_is_not_made_again(
     assert step["options"]["compensation"] == how
     assert step["options"]["compensation_text"] == {"num_sequences": 16, "length": 12, "batch_size": 4096}
     # The second session has neither the dense base nor the text.
-    monkeypatch.setattr("qpruner.compressed.load_model", None)
+    monkeypatch.setattr("qpruner.dense_base.load_model", None)
     monkeypatch.setattr("qpruner.compressed.compensate_", None)
     monkeypatch.setattr(StoriesDataModule, "calibration", None)
     second = session()

@@ -105,7 +105,7 @@ def test_whatever_compresses_stands_before_it(
 def test_packed_weights_that_are_to_be_compensated_are_refused_before_the_base_is_loaded(
     tiny_llama: Path, stories: StoriesDataModule, monkeypatch: pytest.MonkeyPatch, place: int
 ) -> None:
-    monkeypatch.setattr("qpruner.compressed.load_model", None)
+    monkeypatch.setattr("qpruner.dense_base.load_model", None)
     said = [
         r"The callbacks quantize the base, and LoRAGuidedPruning is to compensate .*Quantize in a phase after this one",
         r"leave the base pruned in training, then quantized; .*add a phase to the run",

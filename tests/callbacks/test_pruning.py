@@ -134,7 +134,7 @@ def test_the_base_is_kept_before_training_and_taken_from_there(
     fit(first, stories, StructuredPruning(**PRUNING), Look())
     # The second session needs neither scores nor the dense model.
     monkeypatch.setattr(StructuredPruning, "compress", None)
-    monkeypatch.setattr("qpruner.compressed.load_model", None)
+    monkeypatch.setattr("qpruner.dense_base.load_model", None)
     second = finetuner(tiny_llama)
     second.kept_in = tmp_path / "model"
     fit(second, stories, StructuredPruning(**PRUNING))

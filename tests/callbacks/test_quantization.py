@@ -198,7 +198,7 @@ def test_base_and_start_are_kept_before_training_and_taken_from_there(
     assert torch.equal(*start.seen)  # type: ignore[misc]
     # The second session needs neither scores nor the dense model, and quantizes nothing.
     monkeypatch.setattr(StructuredPruning, "compress", None)
-    monkeypatch.setattr("qpruner.compressed.load_model", None)
+    monkeypatch.setattr("qpruner.dense_base.load_model", None)
     monkeypatch.setattr("qpruner.compressed.quantize_", None)
     again = finetuner(tiny_llama)
     again.kept_in = folder

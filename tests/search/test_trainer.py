@@ -238,7 +238,7 @@ def test_the_budget_has_one_callback_and_others_prune() -> None:
 def test_what_a_search_cannot_do_is_told_at_once(
     tiny_llama: Path, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any], said: str
 ) -> None:
-    monkeypatch.setattr("qpruner.compressed.load_model", None)
+    monkeypatch.setattr("qpruner.dense_base.load_model", None)
     whole = trainer(**{"callbacks": [quantization()], **options})
     assert isinstance(whole, SearchTrainer)
     with pytest.raises(UserError, match=said):
