@@ -36,10 +36,10 @@ def local_data(tmp_path: Path) -> dict[str, list[str]]:
     alpaca = [f"--data.init_args.train={tmp_path / 'alpaca.json'}", "--data.init_args.held_out=0.02"]
     return {path.stem: alpaca for path in CONFIGS} | {
         "text": [*text, "--data.init_args.max_length=64"],
-        "budget": ["--data.num_train=270", "--data.num_validation=4", "--data.num_test=4", "--data.num_choices=2"],
-        "search": ["--data.num_train=270", "--data.num_validation=4", "--data.num_test=4"],
+        "budget": ["--data.num_train=350", "--data.num_validation=4", "--data.num_test=4", "--data.num_choices=2"],
+        "search": ["--data.num_train=350", "--data.num_validation=4", "--data.num_test=4"],
         "loraprune": ["--data.num_train=40", "--data.num_validation=4", "--data.num_test=4", "--data.num_choices=2"],
-        "quickstart": ["--data.num_train=270", "--data.num_validation=4", "--data.num_test=4", "--data.num_choices=2"],
+        "quickstart": ["--data.num_train=350", "--data.num_validation=4", "--data.num_test=4", "--data.num_choices=2"],
     }
 
 

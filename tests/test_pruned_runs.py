@@ -19,8 +19,11 @@ from qpruner.commands import run
 from qpruner.errors import UserError
 from qpruner.files import read_json
 from qpruner.plan import CompressionPlan
+from qpruner.pruning.compensation import COMPENSATION_TEXT
 
 COMPENSATION = {"compensation": "sequential", "compensation_text": {"num_sequences": 16, "length": 12}}
+ASKS = f"{COMPENSATION_TEXT.num_sequences} sequences of {COMPENSATION_TEXT.length} tokens"
+TOKENS = COMPENSATION_TEXT.num_sequences * COMPENSATION_TEXT.length
 COMPENSATES = [
     "--trainer.callbacks.compensation", "sequential",
     "--trainer.callbacks.compensation_text", "{num_sequences: 16, length: 12}",
@@ -145,12 +148,12 @@ def test_a_given_plan_replaces_what_was_configured(
     assert "Compensated" not in log
     # Also where nothing was configured, with the default compensation.
     config["trainer"].pop("callbacks")
-    config["data"]["init_args"]["num_train"] = 1100
+    config["data"]["init_args"]["num_train"] = -(-TOKENS // 24)  # which are all long enough
     config["trainer"] |= {"max_steps": 1, "val_check_interval": 1}
     (tmp_path / "bare.yaml").write_text(yaml.safe_dump(config))
     run(["fit", "--config", str(tmp_path / "bare.yaml"), "--plan", str(folder / "plan.json"), "--run.name", "z"])
     assert CompressionPlan.read(tmp_path / "runs" / "z" / "plan.json") == plan
-    assert " of 4 linears on 24,576 tokens" in (tmp_path / "runs" / "z" / "run.log").read_text()
+    assert f" of 4 linears on {TOKENS:,} tokens" in (tmp_path / "runs" / "z" / "run.log").read_text()
     # Another plan for the same run is refused by name.
     with pytest.raises(UserError, match=r"plan: was .*edited.json, is now"):
         run(["fit", *arguments, "--run.name", "y", "--plan", str(folder / "plan.json")])
@@ -176,7 +179,7 @@ def test_changed_pruning_options_are_refused_by_name(arguments: list[str]) -> No
         (["--trainer.callbacks.selection.leave_alone", "[0,1]"], "names every layer"),
         (["--trainer.callbacks.selection.leave_alone", "[7]"], "the model has 0 to 1"),
         (["--trainer.callbacks.compensation", "sequentiel"], "Did you mean 'sequential'?"),
-        (["--trainer.callbacks.compensation", "local"], "192 sequences of 128 tokens; the 24 training rows have 576"),
+        (["--trainer.callbacks.compensation", "local"], f"{ASKS}; the 24 training rows have 576 tokens"),
         (["--trainer.callbacks.compensation", "local"], "It is the compensation that asks (compensation_text)"),
         (
             [*COMPENSATES, "--trainer.callbacks.compensation_text.length", "3"],

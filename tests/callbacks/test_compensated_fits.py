@@ -80,7 +80,7 @@ def test_a_plan_is_carried_out_to_the_weights_of_the_fit_that_made_it(
     configured = StructuredPruning(**COMPENSATED)
     first = fit(finetuner(tiny_llama), stories, configured)
     monkeypatch.setattr(pruning, "score_units", None)
-    planned = PlannedPruning.of_plan(plan_of(first), configured)
+    planned = PlannedPruning.of_plan(plan_of(first), configured.compensating)
     assert planned.compensating == configured.compensating
     second = fit(finetuner(tiny_llama), stories, planned)
     assert second.plan == first.plan and not differing(base_of(second), base_of(first))
@@ -90,7 +90,7 @@ def test_a_plan_is_carried_out_to_the_weights_of_the_fit_that_made_it(
 def test_a_plan_that_prunes_nothing_needs_no_text(tiny_llama: Path, stories: StoriesDataModule) -> None:
     dense = CompressionPlan.dense(architecture_of(read_base_config(str(tiny_llama))), None)
     planned = PlannedPruning.of_plan(dense, None)
-    assert planned.compensating == StructuredPruning(0.1).compensating  # 192 sequences of 128 tokens
+    assert planned.compensating == StructuredPruning(0.1).compensating
     planned.check_text(stories)
     module = fit(finetuner(tiny_llama), stories, planned)
     assert not differing(base_of(module), sliced(tiny_llama, dense))
@@ -215,7 +215,7 @@ def test_more_text_than_there_is_is_refused_before_any_work(
     prunes(44, 12).check_text(stories)
 
 
-def test_packed_weights_are_refused_before_anything_is_remembered(tiny_llama: Path, stories: StoriesDataModule) -> None:
+def test_packed_weights_are_refused_before_any_work(tiny_llama: Path, stories: StoriesDataModule) -> None:
     model = CompressedModel.load(str(tiny_llama), dtype="float32")
     precision = Precision("int8", 8)
     units = [dict.fromkeys(layer.precision, precision) for layer in model.known_plan().layers]
@@ -223,5 +223,7 @@ def test_packed_weights_are_refused_before_anything_is_remembered(tiny_llama: Pa
     with pytest.raises(
         UserError, match=r"cannot be compensated: .*Prune the dense base and quantize it afterwards, or"
     ):
-        Compensating("sequential", TEXT).remember(model, stories)
-    assert Compensating("none", TEXT).remember(model, None) is None
+        Compensating("sequential", TEXT).begin(model, stories)
+    none = Compensating("none", TEXT)
+    none.begin(model, None)
+    assert none.remember(model) is None

@@ -176,7 +176,9 @@ def test_a_plan_is_carried_out(given: dict[str, Any], tmp_path: Path) -> None:
         ],
     )
     first.fit()
-    second = anew(given, folder=tmp_path / "y", callbacks=[StructuredPruning(0.3, compensation="none")], plan=first.folder.plan)
+    second = anew(
+        given, folder=tmp_path / "y", callbacks=[StructuredPruning(0.3, compensation="none")], plan=first.folder.plan
+    )
     second.fit()
     assert read_plan(second.folder.model) == CompressionPlan.read(first.folder.plan)
     assert "replaces StructuredPruning(ratio=0.3" in second.folder.log.read_text()
