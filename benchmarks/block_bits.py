@@ -100,7 +100,7 @@ def pruned(base: str, ratio: float, data: TokenDataModule) -> CompressedModel:
         model.known_plan().architecture,
         ratio=ratio,
         rounds=1,
-        selection=SelectionConfig(),
+        selection=SelectionConfig(scope="local"),
         score=lambda network: score_units(network, "param_first", "sum", calibration, seed=0),
         narrow=model.prune,
     )

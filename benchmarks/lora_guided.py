@@ -20,13 +20,13 @@ from typing import Any
 
 import lightning as L
 import torch
-from studies import Row, add_arguments, complete, evaluated, recovery, study_data
+from studies import Row, add_arguments, complete, evaluated, recovery, study_data, uncompensated
 
-from qpruner.callbacks import Compression, LoRAGuidedPruning, StructuredPruning
+from qpruner.callbacks import Compression, LoRAGuidedPruning
 from qpruner.pruning.lora_guided import MovingAverage, score_adapted
 from qpruner.pruning.schedule import CubicSchedule
 from qpruner.pruning.scores import LayerScores
-from qpruner.pruning.selection import Kept
+from qpruner.pruning.selection import Kept, SelectionConfig
 from qpruner.pruning.weight_gradients import WeightGradients
 from qpruner.records.tables import markdown_table
 from qpruner.training.module import LoRAFinetuner
@@ -45,12 +45,13 @@ def pruning(method: str, ratio: float) -> Compression:
     """The callback of a method."""
     match method.split():
         case ["magnitude"]:
-            return StructuredPruning(ratio, criterion="magnitude_l2")
+            return uncompensated(ratio, criterion="magnitude_l2")
         case ["taylor", *rounds]:
-            return StructuredPruning(ratio, rounds=10 if rounds else 1)
+            return uncompensated(ratio, rounds=10 if rounds else 1)
         case [criterion, variant, *early]:
             schedule = EARLY if early else CubicSchedule()
-            return LoRAGuidedPruning(ratio, criterion=criterion, variant=variant, schedule=schedule)  # type: ignore[arg-type]
+            local = SelectionConfig(scope="local")
+            return LoRAGuidedPruning(ratio, criterion, variant, schedule=schedule, selection=local)  # type: ignore[arg-type]
     raise ValueError(method)
 
 

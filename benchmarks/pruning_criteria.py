@@ -11,10 +11,9 @@ from pathlib import Path
 
 import lightning as L
 import torch
-from studies import Row, add_arguments, complete, perplexity, recovery, text_data
+from studies import Row, add_arguments, complete, perplexity, recovery, text_data, uncompensated
 
 from qpruner.calibration.text import CalibrationConfig
-from qpruner.callbacks import StructuredPruning
 from qpruner.datamodules import TextDataModule
 from qpruner.memory import num_parameters
 from qpruner.pruning.selection import SelectionConfig
@@ -55,7 +54,7 @@ def measure(given: argparse.Namespace, key: Row) -> Row:
     data = text_data(given, key["seed"])
     module = LoRAFinetuner(given.base, optimizer=OptimizerConfig(lr=2e-3, warmup_steps=10), seed=key["seed"])
     scope = "local" if key["scope"] == "local" else "global"
-    pruning = StructuredPruning(
+    pruning = uncompensated(
         key["ratio"],
         criterion=key["criterion"],
         selection=SelectionConfig(scope=scope, uniform=key["scope"] == "uniform"),  # type: ignore[arg-type]

@@ -13,9 +13,9 @@ from statistics import mean, stdev
 import lightning as L
 import torch
 from pruning_criteria import Measurement
-from studies import Row, add_arguments, complete, perplexity, recovery, text_data
+from studies import Row, add_arguments, complete, perplexity, recovery, text_data, uncompensated
 
-from qpruner.callbacks import MixedPrecisionQuantization, StructuredPruning
+from qpruner.callbacks import MixedPrecisionQuantization
 from qpruner.datamodules import TextDataModule
 from qpruner.records.tables import markdown_table
 from qpruner.training.module import LoRAFinetuner
@@ -54,7 +54,7 @@ def measure(given: argparse.Namespace, key: Row) -> Row:
     """Compresses, measures, recovers and measures again."""
     data = text_data(given, key["seed"])
     module = LoRAFinetuner(given.base, optimizer=OptimizerConfig(lr=2e-3, warmup_steps=10), seed=key["seed"])
-    pruning = [StructuredPruning(key["ratio"])] if key["ratio"] else []
+    pruning = [uncompensated(key["ratio"])] if key["ratio"] else []
     quantization = MixedPrecisionQuantization(WIDTHS[key["bits"]], loftq_iterations=key["loftq"])
     compressed, started = Measurement(data, given.share), Start(data, given.share)
     trainer = recovery(given.steps, [*pruning, quantization, compressed, started])

@@ -15,11 +15,11 @@ from pathlib import Path
 from statistics import mean
 
 import torch
-from studies import Row, add_arguments, complete, study_data
+from studies import Row, add_arguments, complete, study_data, uncompensated
 
 from qpruner.allocation.budget import Budget
 from qpruner.allocation.decision import Allocation, DecidingConfig
-from qpruner.callbacks import MixedPrecisionQuantization, StructuredPruning
+from qpruner.callbacks import MixedPrecisionQuantization
 from qpruner.records.tables import markdown_table
 from qpruner.search.config import SearchConfig
 from qpruner.search.preparation import part_of
@@ -64,7 +64,7 @@ def measure(given: argparse.Namespace, key: Row) -> Row:
     )
     trainer = SearchTrainer(
         default_root_dir=folder,
-        callbacks=[StructuredPruning(0.2), quantization],
+        callbacks=[uncompensated(0.2), quantization],
         limit_val_batches=given.share,
         accelerator="cpu",
         devices=1,

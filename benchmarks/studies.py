@@ -10,10 +10,13 @@ from typing import Any
 
 import lightning as L
 
+from qpruner.calibration.text import CalibrationConfig
+from qpruner.callbacks import StructuredPruning
 from qpruner.datamodules import StoriesDataModule, TextDataModule
 from qpruner.datamodules.base import LoaderConfig, TokenDataModule
 from qpruner.datamodules.loader import EvaluationLoader
 from qpruner.datamodules.rows import TextExamples, TokenRows
+from qpruner.pruning.selection import SelectionConfig
 from qpruner.training.evaluation import evaluate
 from qpruner.training.module import LoRAFinetuner
 
@@ -45,6 +48,17 @@ def complete(given: argparse.Namespace, keys: Sequence[Row], measure: Callable[[
                 file.write(json.dumps(rows[-1]) + "\n")
             print(json.dumps(rows[-1]), flush=True)
     return rows
+
+
+def uncompensated(ratio: float, **changes: Any) -> StructuredPruning:
+    """Pruning as LLM-Pruner does it: Taylor scores on a little text, the same share of every layer, slices alone."""
+    options: dict[str, Any] = {
+        "criterion": "param_first",
+        "selection": SelectionConfig(scope="local"),
+        "calibration": CalibrationConfig(10, 64),
+        "compensation": "none",
+    }
+    return StructuredPruning(ratio, **options | changes)
 
 
 def text_data(given: argparse.Namespace, seed: int) -> TextDataModule:
