@@ -86,6 +86,7 @@ def test_a_second_phase_that_only_trains_goes_on_with_the_adapters(config: dict[
     assert stages(folder.path)[2]["results"]["perplexity"] < stages(folder.path)[1]["results"]["perplexity"]
 
 
+@pytest.mark.slow
 def test_killed_in_each_phase_and_repeated_equals_uninterrupted(
     arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -125,6 +126,7 @@ def test_two_gloo_ranks_prune_as_one(arguments: list[str], tmp_path: Path, monke
     assert [row["name"] for row in stages(two.path)] == NAMES
 
 
+@pytest.mark.slow
 def test_a_quantized_base_is_pruned_and_quantized_anew(config: dict[str, Any], tmp_path: Path) -> None:
     """4 bits from the start: packed in training and after it, and made dense between the phases."""
     config["trainer"]["callbacks"].insert(0, {**QUANTIZATION, "init_args": {"bits": 4}})
@@ -143,6 +145,7 @@ def test_a_quantized_base_is_pruned_and_quantized_anew(config: dict[str, Any], t
     assert stages(folder.path)[3]["tensor_bytes"] == sum(stored)
 
 
+@pytest.mark.slow
 def test_a_phase_that_only_trains_a_quantized_base_has_one_row_killed_or_not(
     config: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -209,6 +212,7 @@ def test_what_belongs_to_one_trainer_is_made_anew_for_each_phase(config: dict[st
     assert [len(phase) for phase in steps] == [2, 2]
 
 
+@pytest.mark.slow
 def test_a_checkpoint_that_is_given_begins_the_first_phase_alone(arguments: list[str], tmp_path: Path) -> None:
     run(["fit", *arguments])
     folder = RunFolder(tmp_path / "runs" / "x")
