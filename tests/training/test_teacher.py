@@ -69,7 +69,7 @@ def test_a_device_without_room_is_told_before_the_teacher_is_moved(
     monkeypatch.setattr(type(network), "to", lambda self, device: moved.append(device))
     online = OnlineTeacher(network, DistillationConfig(), torch.device("cuda", 1))
     if missing:
-        with pytest.raises(UserError, match=rf"needs {needed:,} bytes .* {needed - 1:,} free.*teacher recorded"):
+        with pytest.raises(UserError, match=rf"needs {needed:,} more bytes .* {needed - 1:,} free.*teacher recorded"):
             online.begin()
     else:
         online.begin()
@@ -88,7 +88,7 @@ def test_what_it_takes_is_known_and_told_before_it_is_loaded(
     monkeypatch.setattr(teacher, "rank_zero_info", said.append)
     monkeypatch.setattr(CompressedModel, "load", None)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (needed - 1, needed))
-    with pytest.raises(UserError, match=rf"needs {needed:,} bytes .*cuda:0 has {needed - 1:,} free.*dtype int8"):
+    with pytest.raises(UserError, match=rf"needs {needed:,} more bytes .*cuda:0 has {needed - 1:,} free.*dtype int8"):
         load(tiny_llama, "cuda:0", **options)
     assert said == [f"The model that teaches takes {needed:,} bytes on cuda:0."]
 
