@@ -71,7 +71,8 @@ class LoRAGuidedPruning(CompressionInTraining):
         variant: how an element's gradient and weight make a score; see `qpruner.pruning.lora_guided`.
         decay: share of the moving average that stays at each step, in [0, 1).
         schedule: at which steps units are masked, and how many.
-        selection: how layers share what is removed.
+        selection: how layers share what is removed. Layers do not compete without the option: these scores are of first
+            order and misjudge KV groups against channels, most of all on large models.
         compensation: what the weights that stay make up for at the end of the fit, against the model with its adapters
             and without masks; see `StructuredPruning`. The base must not be packed.
         compensation_text: calibration text of the compensation.
@@ -88,7 +89,7 @@ class LoRAGuidedPruning(CompressionInTraining):
         variant: Variant = "code",
         decay: float = 0.9,
         schedule: CubicSchedule = CubicSchedule(),  # noqa: B008  # frozen
-        selection: SelectionConfig = SelectionConfig(),  # noqa: B008  # frozen
+        selection: SelectionConfig = SelectionConfig(scope="local"),  # noqa: B008  # frozen
         compensation: Compensation = "none",
         compensation_text: CalibrationConfig = COMPENSATION_TEXT,
     ) -> None:
