@@ -42,18 +42,6 @@ class Compensating:
     how: Compensation
     text: CalibrationConfig
 
-    def _draw_text(self, data: TokenDataModule | None) -> None:
-        try:
-            text_of(data, self.text, self._name)
-        except UserError as error:
-            raise UserError(
-                f"{error} It is the compensation that asks (compensation_text); with compensation none nothing does."
-            ) from error
-
-    @property
-    def _name(self) -> str:
-        return f"Compensation {self.how!r}"
-
     @property
     def options(self) -> dict[str, Any]:
         return {"compensation": self.how, "compensation_text": asdict(self.text)}
@@ -107,17 +95,29 @@ class Compensating:
 
         Args:
             model: model, moved to the device that computes.
-            before: what `remember` gave.
+            before: what `remember` gave; None to leave the model as it is.
             data: source of the text; None where there is none.
             processes: processes that share the text.
 
         Raises:
             UserError: no room for the dense model beside the other.
         """
-        if self.how == "none" or before is None:
+        if before is None:
             return
         calibration = calibration_of(model.network, data, self.text, processes, self._name)
         check_room(before.network, processes.device)
         before.network.to(processes.device)
         fits = model.compensate(before.network, before.plan, calibration, self.how)
         rank_zero_info(describe(fits, self.text.num_sequences * self.text.length))
+
+    @property
+    def _name(self) -> str:
+        return f"Compensation {self.how!r}"
+
+    def _draw_text(self, data: TokenDataModule | None) -> None:
+        try:
+            text_of(data, self.text, self._name)
+        except UserError as error:
+            raise UserError(
+                f"{error} It is the compensation that asks (compensation_text); with compensation none nothing does."
+            ) from error
