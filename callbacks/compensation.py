@@ -102,7 +102,7 @@ class Compensating:
         Raises:
             UserError: no room for the dense model beside the other.
         """
-        if before is None:
+        if self.how == "none" or before is None:
             return
         calibration = calibration_of(model.network, data, self.text, processes, self._name)
         check_room(before.network, processes.device)
