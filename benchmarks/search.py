@@ -47,7 +47,8 @@ def main() -> None:
 
 
 def wanted(given: argparse.Namespace) -> list[Row]:
-    shared = {"base": Path(given.base).name, "steps": given.steps, "trials": given.trials, "share": given.share}
+    shared = {"base": Path(given.base).name, "steps": given.steps, "lr": given.lr}
+    shared |= {"trials": given.trials, "share": given.share}
     return [shared | {"seed": seed, "optimizer": name} for seed in given.seeds for name in given.optimizers]
 
 
