@@ -1,0 +1,131 @@
+"""What an evaluation found: ``evaluation.json``, and beside it what was measured of every single item."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from qpruner.schema import Record
+
+
+@dataclass(frozen=True)
+class TaskScore:
+    """How a model does on the questions of a task.
+
+    Args:
+        items: number of questions.
+        acc: share of questions whose right option is the likeliest, in [0, 1].
+        acc_norm: share of questions whose right option is the likeliest for its number of characters, in [0, 1].
+        measure: which of the two the task is reported by: ``acc`` or ``acc_norm``.
+        source: where the questions come from, such as a file with its SHA-256.
+        split: part of the task's questions: ``validation``, ``test`` or ``all``.
+        seconds: seconds that it took.
+    """
+
+    items: int
+    acc: float
+    acc_norm: float
+    measure: str
+    source: str
+    split: str
+    seconds: float
+
+    @property
+    def accuracy(self) -> float:
+        """The accuracy that the task is reported by."""
+        return self.acc if self.measure == "acc" else self.acc_norm
+
+
+@dataclass(frozen=True)
+class TextScore:
+    """How well a model predicts a text.
+
+    Args:
+        name: name of the text, such as ``wikitext2``.
+        protocol: how the text was cut into rows and what was scored, such as ``2,048 tokens, disjoint``.
+        tokens: number of scored tokens.
+        perplexity: exponential of the mean loss.
+        bits_per_byte: bits per byte of the scored text; None where it is unknown.
+        source: where the text comes from, such as a file with its SHA-256.
+        seconds: seconds that it took.
+    """
+
+    name: str
+    protocol: str
+    tokens: int
+    perplexity: float
+    bits_per_byte: float | None
+    source: str
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A text that a model wrote.
+
+    Args:
+        prompt: text that it was given.
+        text: text that it wrote behind the prompt.
+        distinct: share of different ones among its n-grams of tokens, for n from 1, each in [0, 1].
+        repetition: share of its tokens that lie in an n-gram of tokens that came before, in [0, 1].
+    """
+
+    prompt: str
+    text: str
+    distinct: tuple[float, ...]
+    repetition: float
+
+
+@dataclass(frozen=True)
+class Evaluation(Record):
+    """What ``evaluation.json`` holds.
+
+    Args:
+        model: folder or hub name of the model.
+        identity: text that tells the model's weights from others.
+        parameters: number of parameters, adapters included.
+        tensor_bytes: bytes of the model's tensors.
+        average_bits: bits per weight of the decoder linears, scales included; None where nothing was compressed.
+        peak_of: what the peak of memory means on the device, in words.
+        peak_inference: highest use of memory, in bytes; None where it is unknown.
+        tasks: scores of tasks by name, in the order in which they were asked for.
+        texts: scores of texts.
+        samples: texts that the model wrote.
+    """
+
+    remedy = "Delete the file and repeat the command: it measures again."
+
+    model: str
+    identity: str
+    parameters: int
+    tensor_bytes: int
+    average_bits: float | None
+    peak_of: str
+    peak_inference: int | None
+    tasks: dict[str, TaskScore]
+    texts: tuple[TextScore, ...]
+    samples: tuple[Sample, ...]
+
+
+@dataclass(frozen=True)
+class Item:
+    """What a model said of one question; a line of ``items/TASK.jsonl``.
+
+    Args:
+        item: name of the question, the same whatever else was measured: its place in the file it was read from.
+        gold: place of the right option, from 0.
+        log_likelihoods: log-likelihood of each option, in nats.
+        lengths: characters of each option.
+    """
+
+    item: int
+    gold: int
+    log_likelihoods: tuple[float, ...]
+    lengths: tuple[int, ...]
+
+    @property
+    def outcome(self) -> dict[str, bool]:
+        """Whether the answer is right by each measure."""
+        scores: dict[str, Any] = {
+            "acc": self.log_likelihoods,
+            "acc_norm": [score / length for score, length in zip(self.log_likelihoods, self.lengths, strict=True)],
+        }
+        return {name: max(range(len(values)), key=values.__getitem__) == self.gold for name, values in scores.items()}
