@@ -157,7 +157,7 @@ def ours_evaluation(given: argparse.Namespace, module: LoRAFinetuner, data: Stor
     def look(batches: int) -> float:
         since = time.perf_counter()
         evaluate(
-            module,
+            module.model,
             data.evaluation_loaders("test"),
             limit=batches,
             device=torch.device("cpu"),

@@ -118,7 +118,7 @@ def evaluated_on(trainer: L.Trainer, module: L.LightningModule, data: TokenDataM
     end = int(rows.offsets[number])
     first = TokenRows(rows.tokens[:end], rows.scored[:end], rows.num_bytes[:end], rows.offsets[: number + 1])
     return evaluate(
-        module,
+        module.model,
         [EvaluationLoader(TextExamples(first, data.pad_token), tokens=data.loader.eval_tokens_per_batch)],
         limit=1.0,
         device=trainer.strategy.root_device,

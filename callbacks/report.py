@@ -171,10 +171,10 @@ class RunReport(Callback):
         device = trainer.strategy.root_device
         reset_peak(device)
         results: dict[str, float] = {}
-        if "test" in data.prepared.splits:
+        if data.has("test"):
             rank_zero_info(f"Evaluating the {name} model on the test split.")
             results = evaluate(
-                module,
+                module.model,
                 data.evaluation_loaders("test"),
                 limit=trainer.limit_test_batches,
                 device=device,

@@ -5,6 +5,7 @@ if __name__ != "qpruner.datamodules":
 
 from qpruner.datamodules.instructions import InstructionDataModule
 from qpruner.datamodules.stories import StoriesDataModule
+from qpruner.datamodules.tasks_only import ChoiceTasksDataModule
 from qpruner.datamodules.text import TextDataModule
 
-__all__ = ["InstructionDataModule", "StoriesDataModule", "TextDataModule"]
+__all__ = ["ChoiceTasksDataModule", "InstructionDataModule", "StoriesDataModule", "TextDataModule"]

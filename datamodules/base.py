@@ -16,9 +16,12 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
 from qpruner.datamodules.cache import Prepared, cache_path, default_cache_dir, load, store
+from qpruner.datamodules.choice_tasks import ChoiceTasksConfig, TaskQuestions, read_task
+from qpruner.datamodules.choices import ChoiceExamples
 from qpruner.datamodules.loader import EvaluationLoader, Examples, ResumableLoader
-from qpruner.datamodules.rows import ChoiceExamples, TextExamples
-from qpruner.datamodules.splits import Split
+from qpruner.datamodules.questions import Measure, find_task
+from qpruner.datamodules.rows import TextExamples
+from qpruner.datamodules.splits import SPLITS, Split
 from qpruner.datamodules.tokens import tokenizer_fingerprint
 from qpruner.errors import UserError, check_ranges
 from qpruner.files import hash_json
@@ -26,6 +29,7 @@ from qpruner.pretrained import load_tokenizer
 from qpruner.seeds import derive_seed
 
 FORMAT = 2  # raised when the same text and options begin to give other rows, so that old caches are left alone
+DEFAULT_POSITIONS = 2048  # of a model that does not say how many it knows, as lm-evaluation-harness assumes
 
 
 @dataclass(frozen=True)
@@ -67,6 +71,7 @@ class TokenDataModule(LightningDataModule):
         cache_dir: where tokenized splits are kept for the next run; default ``~/.cache/qpruner/tokens``.
         seed: seed of the training order and of what is drawn for calibration; on the command line
             ``--seed_everything``.
+        tasks: choice tasks that validation and test bring besides text; None for none.
         trust_remote_code: whether code that comes with the tokenizer may run; on the command line that of the model.
 
     Raises:
@@ -80,6 +85,7 @@ class TokenDataModule(LightningDataModule):
         loader: LoaderConfig = LoaderConfig(),  # frozen
         cache_dir: str | None = None,
         seed: int = 0,
+        tasks: ChoiceTasksConfig | None = None,
         trust_remote_code: bool = False,
     ) -> None:
         super().__init__()
@@ -89,9 +95,12 @@ class TokenDataModule(LightningDataModule):
         self.loader = loader
         self.cache_dir = Path(cache_dir).expanduser() if cache_dir else default_cache_dir()
         self.seed = seed
+        self.tasks = tasks
         self.tokenizer = load_tokenizer(tokenizer, trust_remote_code=trust_remote_code)
         self._prepared: Prepared | None = None
         self._vocabulary: int | None = None  # tokens that the model knows, once that is told
+        self._positions = DEFAULT_POSITIONS  # positions that the model knows, once that is told
+        self._choices: dict[tuple[Split, int], list[ChoiceExamples]] = {}
 
     # What a data module must say.
 
@@ -108,9 +117,21 @@ class TokenDataModule(LightningDataModule):
     def protocol(self) -> str:
         """How text is laid out in rows, as stated beside a perplexity."""
 
-    def choices(self, split: Split) -> ChoiceExamples | None:
-        """A choice task of the split, if there is one."""
-        return None
+    def questions(self, split: Split) -> dict[str, tuple[Measure, TaskQuestions]]:
+        """The choice tasks of validation or test, by name: what each is reported by, and its questions.
+
+        Raises:
+            UserError: the files of a task are not as they should be.
+        """
+        if self.tasks is None or split == "train":
+            return {}
+        return {
+            name: (
+                find_task(name).measure,
+                read_task(Path(self.tasks.folder).expanduser(), name, split, self.tasks.items),
+            )
+            for name in self.tasks.names
+        }
 
     # What they share.
 
@@ -119,23 +140,44 @@ class TokenDataModule(LightningDataModule):
         wanted = (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id)
         return next((i for i in wanted if i is not None and (self._vocabulary is None or i < self._vocabulary)), 0)
 
-    def check_vocabulary(self, size: int) -> None:
-        """Makes sure that a model has an embedding for every token of the data.
+    def choices(self, split: Split) -> list[ChoiceExamples]:
+        """The choice tasks of a split as tokens, cut to the positions that the model knows."""
+        key = (split, self._positions)
+        if key not in self._choices:
+            self._choices[key] = [
+                ChoiceExamples.of(
+                    name, measure, task, self.tokenizer, max_length=self._positions, pad_token=self.pad_token
+                )
+                for name, (measure, task) in self.questions(split).items()
+            ]
+            for examples in self._choices[key]:
+                if examples.cut:
+                    rank_zero_info(
+                        f"{examples.task}: {examples.cut} of {len(examples)} questions are longer than the "
+                        f"{self._positions} positions of the model, and lose their beginning."
+                    )
+        return self._choices[key]
+
+    def check_model(self, config: Any) -> None:
+        """Hears of the model: makes sure that it has an embedding for every token of the data.
 
         What counts is the tokens of the rows: many tokenizers know a few more than their model, which no text has, and
         padding is masked, so that any token may stand there.
 
         Args:
-            size: number of tokens that the model knows.
+            config: configuration of the model.
 
         Raises:
             UserError: the data have a token that it does not know.
         """
+        config = config.get_text_config()
+        size = config.vocab_size
+        self._positions = getattr(config, "max_position_embeddings", None) or DEFAULT_POSITIONS
         if size == self._vocabulary:
             return
         if max(self.tokenizer.get_vocab().values(), default=-1) >= size:  # only then are the rows read through
             rows = [*self.prepared.splits.values()]
-            rows += [choices.rows for split in self.prepared.splits if (choices := self.choices(split)) is not None]
+            rows += [choices.rows for split in SPLITS for choices in self.choices(split)]
             highest = max((int(part.tokens.max()) for part in rows if len(part.tokens)), default=-1)
             if highest >= size:
                 raise UserError(
@@ -184,7 +226,7 @@ class TokenDataModule(LightningDataModule):
 
     def fingerprint(self) -> dict[str, Any]:
         """What the manifest of a run says of its data."""
-        return {
+        texts = {
             split: {
                 "rows": len(rows),
                 "tokens": len(rows.tokens),
@@ -192,6 +234,12 @@ class TokenDataModule(LightningDataModule):
             }
             for split, rows in self.prepared.splits.items()
         }
+        tasks = {
+            f"{split} tasks": {name: task.fingerprint() for name, (_, task) in self.questions(split).items()}
+            for split in SPLITS
+            if self.questions(split)
+        }
+        return texts | tasks
 
     def for_another_trainer(self, seed: int | None = None, *, keep_rows: bool = True) -> Self:
         """The same data, that no Trainer knows yet; this data module stays as it is.
@@ -246,7 +294,7 @@ class TokenDataModule(LightningDataModule):
 
     def val_dataloader(self) -> list[EvaluationLoader]:
         # A fit without validation data is legal; `qpruner validate` without them is not.
-        if self.trainer and self.trainer.state.fn == "fit" and "validation" not in self.prepared.splits:
+        if self.trainer and self.trainer.state.fn == "fit" and not self.has("validation"):
             return []
         return self.evaluation_loaders("validation")
 
@@ -256,11 +304,15 @@ class TokenDataModule(LightningDataModule):
     def predict_dataloader(self) -> list[EvaluationLoader]:
         return self.evaluation_loaders("test")
 
+    def has(self, split: Split) -> bool:
+        """Whether a split has text or questions."""
+        return split in self.prepared.splits or bool(self.choices(split))
+
     def evaluation_loaders(self, split: Split) -> list[EvaluationLoader]:
-        """Every row of the split once over all ranks, then every example of its choice task."""
-        sets: list[Examples] = [self.examples(split)]
-        if (choices := self.choices(split)) is not None:
-            sets.append(choices)
+        """Every row of the split once over all ranks, then every question of its choice tasks, task by task."""
+        choices = self.choices(split)
+        sets: list[Examples] = [] if choices and split not in self.prepared.splits else [self.examples(split)]
+        sets += choices
         return [
             EvaluationLoader(
                 examples,

@@ -1,12 +1,12 @@
 """Rows of token ids, the form in which every data module holds its splits, and the batches made of them.
 
-Shapes: N tokens in all, R rows in a split, B rows in a batch, T tokens in the longest of these, E examples.
+Shapes: N tokens in all, R rows in a split, B rows in a batch, T tokens in the longest of these.
 """
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import NotRequired, TypedDict
+from typing import NotRequired, TypedDict, final
 
 import numpy as np
 import torch
@@ -20,6 +20,7 @@ FILLER = -1  # the number of an example that only keeps the ranks in step
 SHORT, STEP = 64, 16  # tokens up to which a batch is as wide as its longest row, and of whose multiples it is beyond
 
 
+@final
 class Batch(TypedDict):
     """What a LightningModule is given: B rows of T tokens, right-padded.
 
@@ -33,8 +34,6 @@ class Batch(TypedDict):
     num_bytes: Tensor  # [B] int64, bytes of text in the scored tokens; 0 where unknown
     example: Tensor  # [B] int64, number of the row's example in its split; FILLER where the row fills a shard
     step_tokens: NotRequired[Tensor]  # [] training: scored tokens of a micro-batch, mean over its optimizer step
-    option: NotRequired[Tensor]  # [B] int64, choice tasks: which of its example's options the row is
-    gold: NotRequired[Tensor]  # [B] int64, choice tasks: which option of its example is right
 
 
 @dataclass(frozen=True)
@@ -174,49 +173,6 @@ class TextExamples:
 
     def collate(self, indices: Sequence[int]) -> Batch:
         return self.rows.pad(indices, self.pad_token)
-
-
-@dataclass(frozen=True)
-class ChoiceExamples:
-    """Each example is a few rows, one an option; the option whose scored tokens are likeliest is the answer.
-
-    Args:
-        rows: the options of all examples, one after the other; only the tokens that differ are scored.
-        first_option: [E + 1] int64, the row at which each example begins; the last entry is the number of rows.
-        gold: [E] int64, the right option of each example, counted from 0.
-        pad_token: token id to pad with.
-    """
-
-    rows: TokenRows
-    first_option: Tensor
-    gold: Tensor
-    pad_token: int
-
-    def __len__(self) -> int:
-        return len(self.gold)
-
-    def num_scored(self, indices: Sequence[int]) -> int:
-        options = [row for index in indices for row in range(*self.first_option[index : index + 2].tolist())]
-        return int(self.rows.scored_tokens[options].sum())
-
-    def sizes(self) -> tuple[Tensor, Tensor]:
-        options = self.first_option.diff()
-        return options, torch.segment_reduce(self.rows.lengths.double(), "max", lengths=options, initial=0).long()
-
-    def collate(self, indices: Sequence[int]) -> Batch:
-        rows: list[int] = []
-        examples: list[int] = []
-        options: list[int] = []
-        gold: list[int] = []
-        for index in indices:
-            first, last = (0, 1) if index == FILLER else self.first_option[index : index + 2].tolist()
-            rows += [FILLER] if index == FILLER else range(first, last)
-            examples += [index] * (last - first)
-            options += range(last - first)
-            gold += [0 if index == FILLER else int(self.gold[index])] * (last - first)
-        batch = self.rows.pad(rows, self.pad_token)
-        batch["example"], batch["option"], batch["gold"] = map(torch.tensor, (examples, options, gold))
-        return batch
 
 
 def _join(parts: Iterable[np.ndarray], dtype: type[np.generic]) -> Tensor:

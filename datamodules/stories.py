@@ -1,17 +1,17 @@
 """The embedded stories: any amount of text from a seeded grammar, with endings to choose between."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 
 from qpruner.datamodules.base import TokenDataModule
 from qpruner.datamodules.cache import Prepared
+from qpruner.datamodules.choice_tasks import TaskQuestions
 from qpruner.datamodules.documents import Skipped
-from qpruner.datamodules.rows import ChoiceExamples, TokenRows
+from qpruner.datamodules.questions import Measure, Question
 from qpruner.datamodules.splits import SPLITS, Split
 from qpruner.datamodules.text import Layout, layout_protocol, missing_end, notes, rows_of_text, unended_rows
-from qpruner.datamodules.tokens import tokenize
 from qpruner.errors import UserError
 from qpruner.stories import Story, generate_stories
 
@@ -97,19 +97,20 @@ class StoriesDataModule(TokenDataModule):
     def stories(self, split: Split) -> list[Story]:
         return list(generate_stories(split, num_stories=self.num_stories[split], seed=self.story_seed))
 
-    def choices(self, split: Split) -> ChoiceExamples | None:
-        if split == "train" or not self.num_choices:
-            return None
-        return ending_choices(self.tokenizer, self.stories(split)[: self.num_choices], self.seed, self.pad_token)
+    def questions(self, split: Split) -> dict[str, tuple[Measure, TaskQuestions]]:
+        """The endings of the stories of validation and test, and the tasks that were asked for."""
+        questions: dict[str, tuple[Measure, TaskQuestions]] = {}
+        if split != "train" and self.num_choices:
+            questions["endings"] = ("acc", ending_questions(self.stories(split)[: self.num_choices], self.seed))
+        return questions | super().questions(split)
 
 
-def ending_choices(tokenizer: Any, stories: list[Story], seed: int, pad_token: int) -> ChoiceExamples:
+def ending_questions(stories: Sequence[Story], seed: int) -> TaskQuestions:
     """The two endings of each story as options, the right one first or second by a seeded coin."""
-    coins = torch.randint(2, (len(stories),), generator=torch.Generator().manual_seed(seed))
-    texts, spans = [], []
-    for story, gold in zip(stories, coins.tolist(), strict=True):
-        endings = [story.wrong_ending, story.ending] if gold else [story.ending, story.wrong_ending]
-        texts += [f"{story.prompt} {ending}" for ending in endings]
-        spans += [[(len(story.prompt), len(story.prompt) + 1 + len(ending))] for ending in endings]
-    rows = TokenRows.of(tokenize(tokenizer, texts, special_tokens=True, scored_from=spans))
-    return ChoiceExamples(rows, torch.arange(0, len(rows) + 1, 2), coins, pad_token)
+    coins = torch.randint(2, (len(stories),), generator=torch.Generator().manual_seed(seed)).tolist()
+    questions = []
+    for story, gold in zip(stories, coins, strict=True):
+        endings = (story.wrong_ending, story.ending) if gold else (story.ending, story.wrong_ending)
+        texts = tuple(f" {ending}" for ending in endings)
+        questions.append(Question((story.prompt,) * 2, texts, tuple(map(len, endings)), gold))
+    return TaskQuestions(tuple(questions), tuple(range(len(questions))), "qpruner/stories")

@@ -12,7 +12,6 @@ from lightning.pytorch.plugins import Precision
 from torch import nn
 
 from qpruner.adapter_files import has_initial_adapters
-from qpruner.compressed import CompressedModel
 from qpruner.datamodules.base import TokenDataModule
 from qpruner.errors import UserError, user_error
 from qpruner.folder_manifest import ADAPTER, CONFIG, PLAN, Step, is_compressed, read_manifest
@@ -24,7 +23,6 @@ from qpruner.records.folder import RESTORE, RunFolder
 from qpruner.records.manifest import Recorded
 from qpruner.schema import read_as
 from qpruner.training.evaluation import evaluate
-from qpruner.training.module import LoRAFinetuner
 
 
 def merge_run(run: Path, output: Path, dtype: str) -> None:
@@ -179,10 +177,9 @@ def run_data(model: Path) -> TokenDataModule | str:
 
 def measured_perplexity(model: Any, data: TokenDataModule) -> float | None:
     """Perplexity of a model on the test split, on the CPU or the first CUDA device; None where nothing is scored."""
-    data.check_vocabulary(model.config.get_text_config().vocab_size)
-    module = LoRAFinetuner().hold(CompressedModel(model))
+    data.check_model(model.config)
     results = evaluate(
-        module,
+        model,
         data.evaluation_loaders("test"),
         limit=1.0,
         device=torch.device("cuda" if torch.cuda.is_available() else "cpu"),

@@ -36,7 +36,7 @@ def test_it_predicts_stories_it_never_saw_and_prefers_their_right_endings() -> N
     module = LoRAFinetuner()
     module.load_base()
     results = evaluate(
-        module,
+        module.model,
         data.evaluation_loaders("test"),
         limit=1.0,
         device=torch.device("cpu"),

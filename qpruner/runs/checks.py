@@ -66,7 +66,7 @@ def rehearse(model: LoRAFinetuner, data: TokenDataModule, phases: Sequence[Phase
     """
     compressing = [callback for phase in phases for callback in phase.compressing]
     config = model.check_base()
-    data.check_vocabulary(config.get_text_config().vocab_size)
+    data.check_model(config)
     if compressing:
         skeleton = build_skeleton(config)
         rehearsal = Rehearsal(skeleton.to(held_in(config, model.dtype_of_base)), model.lora)

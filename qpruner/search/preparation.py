@@ -171,7 +171,7 @@ def _dense(module: LoRAFinetuner, data: TokenDataModule) -> CompressedModel:
     dense = CompressedModel.load(
         module.base, dtype=module.dtype_of_base, trust_remote_code=module.trust_remote_code, say=rank_zero_info
     )
-    data.check_vocabulary(dense.network.config.get_text_config().vocab_size)
+    data.check_model(dense.network.config)
     return dense
 
 

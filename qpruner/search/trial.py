@@ -129,7 +129,7 @@ class TrialRunner:
         fitted = time.perf_counter()
         processes = processes_of(trainer)
         results = evaluate(
-            module,
+            module.model,
             data.evaluation_loaders(work.split),
             limit=work.trainer.limit_validation,
             device=processes.device,
@@ -137,7 +137,7 @@ class TrialRunner:
             title="",
             progress=False,
         )
-        scores: Scores = {name: results[name] for name in ("loss", "perplexity", "accuracy") if name in results}
+        scores: Scores = {name: value for name, value in results.items() if name not in ("tokens", "bits_per_byte")}
         scores["kl"] = self.reference.kl(self.base.network, processes)
         ended = time.perf_counter()
         seconds = {

@@ -119,7 +119,7 @@ class CompressibleModule(LightningModule):
                 self.load_dense_base()
         data = self._trainer and self.trainer.datamodule  # type: ignore[attr-defined]
         if isinstance(data, TokenDataModule):
-            data.check_vocabulary(self.model.config.get_text_config().vocab_size)
+            data.check_model(self.model.config)
 
     def _is_kept(self, folder: Path) -> bool:
         """Whether the compressed base is there, for all processes alike.

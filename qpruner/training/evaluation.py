@@ -1,23 +1,67 @@
-"""Evaluates a module on a split outside of a Trainer's own loops, as the stages of a run need it."""
+"""Evaluates a model: what every evaluation measures, and one outside of a Trainer's own loops."""
 
 from collections.abc import Sequence
 from itertools import islice
+from typing import Any
 
 import torch
 from lightning.fabric.utilities import move_data_to_device
 from lightning.pytorch.plugins import Precision
+from torch import Tensor
 from tqdm import tqdm
 
+from qpruner.datamodules.choices import ChoiceBatch
 from qpruner.datamodules.loader import EvaluationLoader
+from qpruner.datamodules.rows import Batch
 from qpruner.errors import UserError
+from qpruner.likelihood import token_nll
 from qpruner.memory import check_room
-from qpruner.training.metrics import ChoiceAccuracy, Perplexity
-from qpruner.training.module import LoRAFinetuner, evaluation_results
+from qpruner.training.answers import option_log_likelihoods, tree_limit
+from qpruner.training.metrics import ChoiceAccuracy, Perplexity, evaluation_results
+
+
+class Measures:
+    """What an evaluation measures of one model, batch by batch: perplexity of text, accuracy of each task.
+
+    Args:
+        device: device of the batches.
+    """
+
+    def __init__(self, device: torch.device | str = "cpu") -> None:
+        self.device = device
+        self.perplexity = Perplexity().to(device)
+        self.accuracies: dict[str, ChoiceAccuracy] = {}
+        self._tree_limit: float | None = None
+
+    def option_log_likelihoods(self, model: Any, batch: ChoiceBatch) -> Tensor:
+        """Log-likelihood of the continuation of each option, in nats; -inf where there is none."""  # [B, O] float64
+        if self._tree_limit is None:
+            self._tree_limit = tree_limit(model)
+        return option_log_likelihoods(model, batch, tree_limit=self._tree_limit)
+
+    def add(self, model: Any, batch: Batch | ChoiceBatch) -> None:
+        """Adds rows of text, or questions.
+
+        Args:
+            model: causal language model, perhaps with adapters.
+            batch: batch on the device of the model.
+        """
+        if "options" in batch:
+            metric = self.accuracies.setdefault(batch["task"], ChoiceAccuracy(batch["measure"]).to(self.device))
+            scores = self.option_log_likelihoods(model, batch)
+            metric.update(scores, batch["lengths"], batch["gold"], batch["example"])
+        else:
+            nll = token_nll(model, batch["input_ids"], batch["labels"], batch["attention_mask"])
+            self.perplexity.update(nll, batch["labels"], batch["num_bytes"])
+
+    def results(self) -> dict[str, float]:
+        """What was measured over all ranks; see `evaluation_results`."""
+        return evaluation_results(self.perplexity, self.accuracies)
 
 
 @torch.no_grad()
 def evaluate(
-    module: LoRAFinetuner,
+    model: Any,
     loaders: Sequence[EvaluationLoader],
     *,
     limit: int | float,
@@ -29,7 +73,8 @@ def evaluate(
     """Perplexity and accuracy of the model on this rank's share of the rows, summed over all ranks.
 
     Args:
-        module: module to evaluate; it is moved to ``device`` and left there, in the mode that it was in.
+        model: causal language model, perhaps with adapters; it is moved to ``device`` and left there, in the mode that
+            it was in.
         loaders: batches of text and of choice tasks.
         limit: how many batches of each loader are read, as a number or a share; see ``Trainer(limit_test_batches)``.
         device: device to compute on.
@@ -40,20 +85,20 @@ def evaluate(
     Raises:
         UserError: the limit is a share of a loader that is less than a batch.
     """
-    check_room(module.model, device)
-    module.to(device)
-    perplexity, accuracy = Perplexity().to(device), ChoiceAccuracy().to(device)
-    was_training = module.model.training
-    module.model.eval()
+    check_room(model, device)
+    model.to(device)
+    measures = Measures(device)
+    was_training = model.training
+    model.eval()
     try:
         for loader in loaders:
             number = num_batches(loader, limit)
             for batch in tqdm(islice(loader, number), title, number, disable=not progress, leave=False):
                 with precision.forward_context():
-                    module.evaluate(move_data_to_device(batch, device), perplexity, accuracy)
+                    measures.add(model, move_data_to_device(batch, device))
     finally:
-        module.model.train(was_training)
-    return evaluation_results(perplexity, accuracy)
+        model.train(was_training)
+    return measures.results()
 
 
 def num_batches(loader: EvaluationLoader, limit: int | float) -> int:

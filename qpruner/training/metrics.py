@@ -1,14 +1,16 @@
 """Perplexity and choice accuracy, exact under padding and over any number of ranks.
 
-Shapes: B rows, T tokens.
+Shapes: B rows, T tokens, O options of a question.
 """
 
 import math
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 from torchmetrics import Metric
 
+from qpruner.datamodules.questions import Measure
 from qpruner.likelihood import IGNORED
 
 
@@ -57,55 +59,77 @@ class Perplexity(Metric):
 
 
 class ChoiceAccuracy(Metric):
-    """Share of examples whose right option has the highest log-likelihood per scored token.
+    """Shares of questions whose right option is the likeliest, as it is and for its number of characters.
 
-    Computes a dict: ``examples`` and, where there are any, ``accuracy`` in [0, 1]. It is nan where the likelihoods of
-    an example say nothing: one of them is nan, or all options are impossible.
+    Computes a dict: ``examples`` and, where there are any, ``acc`` and ``acc_norm`` in [0, 1], ``accuracy``, which is
+    the one of them that the task is reported by, and ``error``, its standard error as lm-evaluation-harness has it:
+    the square root of p (1 - p) / (examples - 1). All are nan where the likelihoods of a question say nothing: one of
+    them is nan, or all options are impossible.
+
+    Args:
+        measure: measure by which the task is reported.
     """
 
     higher_is_better = True
     full_state_update = False
-    correct: Tensor
+    likeliest: Tensor
+    likeliest_by_length: Tensor
     broken: Tensor
     examples: Tensor
 
-    def __init__(self) -> None:
+    def __init__(self, measure: Measure = "acc") -> None:
         super().__init__()
-        self.add_state("correct", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
-        self.add_state("broken", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
-        self.add_state("examples", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
+        self.measure = measure
+        for name in ("likeliest", "likeliest_by_length", "broken", "examples"):
+            self.add_state(name, torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
 
-    def update(self, nll: Tensor, labels: Tensor, example: Tensor, option: Tensor, gold: Tensor) -> None:
-        """Adds a batch that holds all options of its examples.
+    def update(self, log_likelihoods: Tensor, lengths: Tensor, gold: Tensor, example: Tensor) -> None:
+        """Adds a batch.
 
         Args:
-            nll: negative log-likelihoods, [B, T - 1], from `qpruner.likelihood.token_nll`.
-            labels: labels of the rows, [B, T], scored on the tokens of the option only.
-            example: number of the example that a row is an option of, [B]; negative rows do not count.
-            option: number of the option that a row is, [B].
-            gold: number of the right option of the row's example, [B].
+            log_likelihoods: log-likelihood of each option, -inf where there is none, [B, O].
+            lengths: characters of each option, [B, O].
+            gold: place of the right option, [B].
+            example: number of each question, [B]; negative rows do not count.
         """
         real = example >= 0
-        chosen = choose(nll[real], labels[real], example[real])
-        self.broken += (~nll[real][chosen].isfinite().all(1)).sum()
-        self.correct += (option[real][chosen] == gold[real][chosen]).sum()
-        self.examples += len(chosen)
+        if not real.any():
+            return
+        scores, lengths, gold = log_likelihoods[real], lengths[real].clamp(min=1), gold[real]
+        self.broken += (scores.isnan().any(1) | (scores == -math.inf).all(1)).sum()
+        self.likeliest += (scores.argmax(1) == gold).sum()
+        self.likeliest_by_length += ((scores / lengths).argmax(1) == gold).sum()
+        self.examples += len(gold)
 
     def compute(self) -> dict[str, Tensor]:
         results = {"examples": self.examples}
         if self.examples > 0:
-            results["accuracy"] = torch.where(self.broken > 0, math.nan, self.correct / self.examples)
+            for name, right in (("acc", self.likeliest), ("acc_norm", self.likeliest_by_length)):
+                results[name] = torch.where(self.broken > 0, math.nan, right.double() / self.examples)
+            share = results[self.measure]
+            results |= {"accuracy": share, "error": (share * (1 - share) / (self.examples - 1).clamp(min=1)).sqrt()}
         return results
 
 
-def choose(nll: Tensor, labels: Tensor, example: Tensor) -> Tensor:
-    """The row of the likeliest option of each example: lowest mean of ``nll`` over its scored tokens, or one of nan.
+def evaluation_results(perplexity: Perplexity, accuracies: Mapping[str, ChoiceAccuracy]) -> dict[str, float]:
+    """What metrics say over all ranks, without what is unknown; nan and inf are what was measured.
 
     Args:
-        nll: negative log-likelihoods, [B, T - 1].
-        labels: labels of the rows, [B, T].
-        example: number of the example that a row is an option of, [B].
-    """  # [examples] row numbers, in order of the example numbers
-    scores = nll.double().sum(1) / (labels[:, 1:] != IGNORED).sum(1)
-    rows = [(example == number).nonzero().flatten() for number in torch.unique(example)]
-    return torch.stack([row[scores[row].argmin()] for row in rows]) if rows else example.new_empty(0)
+        perplexity: metric of the text.
+        accuracies: metric of each task.
+
+    Returns:
+        What `Perplexity` computes; of each task what `ChoiceAccuracy` computes as ``TASK/acc`` and so on; ``examples``
+        of all tasks, and the mean of their ``accuracy``, with its standard error as ``accuracy_error``.
+    """
+    results: dict[str, float] = {}
+    if perplexity.update_called:
+        results |= {name: float(value) for name, value in perplexity.compute().items()}
+    tasks = {task: {name: float(v) for name, v in metric.compute().items()} for task, metric in accuracies.items()}
+    for task, values in tasks.items():
+        results |= {f"{task}/{name}": value for name, value in values.items()}
+    if measured := [values for values in tasks.values() if "accuracy" in values]:
+        results["examples"] = sum(values["examples"] for values in measured)
+        results["accuracy"] = sum(values["accuracy"] for values in measured) / len(measured)
+        results["accuracy_error"] = math.hypot(*(values["error"] for values in measured)) / len(measured)
+    return results

@@ -15,17 +15,19 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from qpruner.adapters.lora import LoRAConfig
+from qpruner.datamodules.choices import ChoiceBatch
 from qpruner.datamodules.rows import Batch
 from qpruner.errors import UserError
 from qpruner.files import reading
 from qpruner.likelihood import IGNORED, Head, Scored, token_nll
 from qpruner.pretrained import EMBEDDED, DType
 from qpruner.seeds import derive_seed
+from qpruner.training.answers import answers
 from qpruner.training.checkpoint_file import REMEDY, read_checkpoint
 from qpruner.training.compressible import CompressibleModule
 from qpruner.training.distillation import DistillationConfig, Losses, distillation_losses
+from qpruner.training.evaluation import Measures
 from qpruner.training.finite import LossWatch, all_finite, broken_names, not_finite, tensors_of
-from qpruner.training.metrics import ChoiceAccuracy, Perplexity, choose
 from qpruner.training.optimization import OptimizerConfig, make_optimizer, make_scheduler
 from qpruner.training.processes import processes_of
 from qpruner.training.recording import Recording
@@ -108,8 +110,7 @@ class LoRAFinetuner(CompressibleModule):
         self.recorded_in: Path | None = None
         self.after_clipping: list[Callable[[bool], None]] = []
         self._losses = LossWatch()
-        self.perplexity = Perplexity()
-        self.accuracy = ChoiceAccuracy()
+        self.measures = Measures()
 
     @classmethod
     def load_from_checkpoint(cls, checkpoint_path: Any, *args: Any, **kwargs: Any) -> Self:
@@ -315,20 +316,11 @@ class LoRAFinetuner(CompressibleModule):
 
     # Evaluation.
 
-    def evaluate(self, batch: Batch, perplexity: Perplexity, accuracy: ChoiceAccuracy) -> None:
-        """Adds a batch to the metric that it is for."""
-        labels = batch["labels"]
-        nll = self.token_nll(batch)
-        if "gold" in batch:
-            accuracy.update(nll, labels, batch["example"], batch["option"], batch["gold"])
-        else:
-            perplexity.update(nll, labels, batch["num_bytes"])
+    def validation_step(self, batch: Batch | ChoiceBatch, batch_idx: int, dataloader_idx: int = 0) -> None:
+        self.measures.add(self.model, batch)
 
-    def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
-        self.evaluate(batch, self.perplexity, self.accuracy)
-
-    def test_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
-        self.evaluate(batch, self.perplexity, self.accuracy)
+    def test_step(self, batch: Batch | ChoiceBatch, batch_idx: int, dataloader_idx: int = 0) -> None:
+        self.measures.add(self.model, batch)
 
     def on_validation_epoch_start(self) -> None:
         self._reset_metrics()
@@ -342,21 +334,12 @@ class LoRAFinetuner(CompressibleModule):
     def on_test_epoch_end(self) -> None:
         self._log_evaluation("test")
 
-    def predict_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> list[dict[str, Any]]:
-        """One record for each row of text (its loss), or for each example of a choice task (the option chosen)."""
+    def predict_step(self, batch: Batch | ChoiceBatch, batch_idx: int, dataloader_idx: int = 0) -> list[dict[str, Any]]:
+        """One record for each row of text (its loss), or for each question of a task (what is said of its options)."""
+        if "options" in batch:
+            return answers(batch, self.measures.option_log_likelihoods(self.model, batch))
         labels = batch["labels"]
         nll = self.token_nll(batch)
-        if "gold" in batch:
-            real = batch["example"] >= 0
-            rows = real.nonzero().flatten()[choose(nll[real], labels[real], batch["example"][real])]
-            return [
-                {
-                    "example": int(batch["example"][row]),
-                    "option": int(batch["option"][row]),
-                    "gold": int(batch["gold"][row]),
-                }
-                for row in rows.tolist()
-            ]
         tokens = (labels[:, 1:] != IGNORED).sum(1)
         return [
             {"row": int(row), "tokens": int(count), "nll": float(total)}
@@ -366,22 +349,11 @@ class LoRAFinetuner(CompressibleModule):
 
     def _reset_metrics(self) -> None:
         """Before an evaluation rather than after it: the one before may have been broken off."""
-        self.perplexity.reset()
-        self.accuracy.reset()
+        self.measures = Measures(self.device)
 
     def _log_evaluation(self, stage: str) -> None:
-        results = evaluation_results(self.perplexity, self.accuracy)
+        results = self.measures.results()
         if self.trainer.state.fn == TrainerFn.FITTING:
             self.check_results(f"the validation split at optimizer step {self.global_step}", results)
         # The metrics have gathered all ranks already; `sync_dist` only spares Lightning a warning.
         self.log_dict({f"{stage}/{name}": value for name, value in results.items()}, sync_dist=True)
-
-
-def evaluation_results(perplexity: Perplexity, accuracy: ChoiceAccuracy) -> dict[str, float]:
-    """What the two metrics say over all ranks, without what is unknown; nan and inf are what was measured."""
-    results: dict[str, float] = {}
-    if perplexity.update_called:
-        results |= {name: float(value) for name, value in perplexity.compute().items()}
-    if accuracy.update_called:
-        results |= {name: float(value) for name, value in accuracy.compute().items()}
-    return results

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch import LightningModule, Trainer
+from transformers import LlamaConfig
 
 from qpruner.datamodules import StoriesDataModule, TextDataModule
 from qpruner.datamodules.base import LoaderConfig
@@ -82,13 +83,16 @@ def test_loaders_by_split(data: StoriesDataModule) -> None:
     text, choices = data.test_dataloader()
     assert (text.tokens, len(text)) == (4096, 1)
     assert torch.equal(next(iter(text))["example"], torch.arange(5))
-    assert next(iter(choices))["example"].tolist() == [0, 0, 1, 1, 2, 2, 3, 3]
+    assert next(iter(choices))["example"].tolist() == [0, 1, 2, 3]
     assert len(make(num_choices=0).val_dataloader()) == 1
 
 
 def test_fingerprint_is_of_the_tokens(data: StoriesDataModule) -> None:
     fingerprint = data.fingerprint()
-    assert {split: part["rows"] for split, part in fingerprint.items()} == {"train": 30, "validation": 5, "test": 5}
+    rows = {split: fingerprint[split]["rows"] for split in ("train", "validation", "test")}
+    assert rows == {"train": 30, "validation": 5, "test": 5}
+    assert fingerprint["test tasks"]["endings"]["questions"] == 4
+    assert fingerprint["test tasks"]["endings"]["sha256"] != fingerprint["validation tasks"]["endings"]["sha256"]
     assert fingerprint["test"]["tokens"] == 5 * 60
     assert make(max_length=60).fingerprint() == fingerprint
     assert make(max_length=60, story_seed=1).fingerprint()["test"]["sha256"] != fingerprint["test"]["sha256"]
@@ -183,22 +187,22 @@ def test_a_row_needs_two_tokens() -> None:
 
 def test_the_vocabulary_of_the_model_is_held_against_the_tokens_of_the_data(data: StoriesDataModule) -> None:
     known = 1 + max(int(data.examples(split).rows.tokens.max()) for split in ("train", "validation", "test"))
-    known = max(known, 1 + max(int(data.choices(split).rows.tokens.max()) for split in ("validation", "test")))  # type: ignore[union-attr]
+    known = max(known, 1 + max(int(data.choices(split)[0].rows.tokens.max()) for split in ("validation", "test")))
     module = make(max_length=60)
     module.tokenizer.add_tokens(["unheard-of"])
     for enough in (4096, known):  # a token that no text has does no harm
-        module.check_vocabulary(enough)
+        module.check_model(LlamaConfig(vocab_size=enough))
     token = module.tokenizer.convert_ids_to_tokens(known - 1)
     message = rf"the token {known - 1} \('{re.escape(token)}'\); .* has 2,049 tokens, and the .* has {known - 1:,} rows"
     with pytest.raises(UserError, match=message):
-        module.check_vocabulary(known - 1)
+        module.check_model(LlamaConfig(vocab_size=known - 1))
 
 
 def test_padding_that_the_model_does_not_know_becomes_a_token_that_it_does() -> None:
     module = make()
     module.tokenizer.add_special_tokens({"pad_token": "[PAD]"})
     assert module.pad_token == 2048
-    module.check_vocabulary(2048)
+    module.check_model(LlamaConfig(vocab_size=2048))
     assert module.pad_token == module.tokenizer.eos_token_id == 1
-    module.check_vocabulary(2049)
+    module.check_model(LlamaConfig(vocab_size=2049))
     assert module.pad_token == 2048

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from qpruner.datamodules.loader import EvaluationLoader, ResumableLoader, fill_batches
-from qpruner.datamodules.rows import FILLER, ChoiceExamples, TextExamples, TokenRows
+from qpruner.datamodules.rows import FILLER, TextExamples, TokenRows
 from qpruner.errors import UserError
 
 EPOCHS = 3
@@ -54,13 +54,11 @@ def test_evaluation_batches_are_as_full_as_their_tokens_allow() -> None:
     assert fill_batches(one[:0], lengths[:0], 10) == []
 
 
-def test_sizes_of_choices_are_rows_and_the_longest_of_them() -> None:
+def test_sizes_of_text_are_its_rows() -> None:
     lengths = torch.tensor([3, 7, 2, 5, 1])
     offsets = torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)])
     tokens = torch.arange(18, dtype=torch.int32)
     rows = TokenRows(tokens, torch.ones(18, dtype=torch.bool), torch.zeros_like(tokens), offsets)
-    choices = ChoiceExamples(rows, torch.tensor([0, 2, 5]), torch.tensor([0, 1]), pad_token=0)
-    assert [part.tolist() for part in choices.sizes()] == [[2, 3], [7, 5]]
     assert [part.tolist() for part in TextExamples(rows, 0).sizes()] == [[1] * 5, [3, 7, 2, 5, 1]]
 
 

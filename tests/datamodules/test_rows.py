@@ -2,7 +2,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from qpruner.datamodules.rows import FILLER, ChoiceExamples, Row, TextExamples, TokenRows
+from qpruner.datamodules.rows import FILLER, Row, TextExamples, TokenRows
 
 PAD = 9
 
@@ -70,22 +70,6 @@ def test_text_examples_are_the_rows() -> None:
     examples = TextExamples(ROWS, PAD)
     assert len(examples) == 2
     assert examples.collate([1])["input_ids"].tolist() == [[8, 4]]
-
-
-def test_choice_batch_by_hand() -> None:
-    rows = TokenRows.of([LONG, SHORT, SHORT, SHORT, LONG])
-    examples = ChoiceExamples(rows, first_option=torch.tensor([0, 2, 5]), gold=torch.tensor([1, 2]), pad_token=PAD)
-    assert len(examples) == 2
-    assert_batch(
-        examples.collate([1, FILLER, 0]),
-        input_ids=[[8, 4, PAD], [8, 4, PAD], [5, 6, 7], [PAD] * 3, [5, 6, 7], [8, 4, PAD]],
-        attention_mask=[[1, 1, 0], [1, 1, 0], [1, 1, 1], [1, 0, 0], [1, 1, 1], [1, 1, 0]],
-        labels=[[-100, 4, -100]] * 2 + [[-100, -100, 7], [-100] * 3, [-100, -100, 7], [-100, 4, -100]],
-        num_bytes=[7, 7, 3, 0, 3, 7],
-        example=[1, 1, 1, FILLER, 0, 0],
-        option=[0, 1, 2, 0, 0, 1],
-        gold=[2, 2, 2, 0, 1, 1],
-    )
 
 
 def test_a_row_is_cut_joined_and_asked_for_its_end() -> None:

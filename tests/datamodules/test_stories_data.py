@@ -48,25 +48,23 @@ def test_splits_share_no_story_whatever_the_seed() -> None:
 def test_the_endings_to_choose_between() -> None:
     module = make()
     stories = module.stories("test")[:4]
-    choices = module.choices("test")
-    assert choices is not None
+    (choices,) = module.choices("test")
     batch = choices.collate(range(4))
-    assert batch["example"].tolist() == [0, 0, 1, 1, 2, 2, 3, 3]
-    for row in range(8):
-        story = stories[row // 2]
-        right = int(batch["option"][row]) == int(batch["gold"][row])
-        ending = story.ending if right else story.wrong_ending
-        tokens = batch["input_ids"][row][batch["attention_mask"][row].bool()]
-        assert module.tokenizer.decode(tokens) == f"<s>{story.prompt} {ending}"
-        scored = batch["labels"][row][batch["labels"][row] != -100]
-        assert module.tokenizer.decode(scored) == f" {ending}"
-    assert module.choices("train") is None
-    assert make(num_choices=0).choices("test") is None
+    assert choices.task == "endings" and batch["example"].tolist() == [0, 1, 2, 3]
+    for question, story in enumerate(stories):
+        for option in range(2):
+            row = choices.rows.tokens[slice(*choices.rows.offsets[2 * question + option :][:2].tolist())]
+            ending = story.ending if option == int(batch["gold"][question]) else story.wrong_ending
+            assert module.tokenizer.decode(row) == f"<s>{story.prompt} {ending}"
+            scored = batch["targets"][question][batch["options"][question] == option]
+            assert module.tokenizer.decode(scored) == f" {ending}"
+            assert int(batch["lengths"][question, option]) == len(ending)
+    assert module.choices("train") == []
+    assert make(num_choices=0).choices("test") == []
 
 
 def test_the_right_ending_stands_first_as_often_as_second() -> None:
-    choices = make(num_test=300, num_validation=300, num_choices=300).choices("test")
-    assert choices is not None
+    (choices,) = make(num_test=300, num_validation=300, num_choices=300).choices("test")
     assert 110 < choices.gold.sum() < 190
 
 

@@ -85,7 +85,7 @@ def by_hand(work: TrialWork, base: Path, choices: list[int], seed: int) -> tuple
         done = trainer(max_steps=steps, limit_val_batches=0)
         done.fit(module, datamodule=data)
         options: Any = {"limit": 1.0, "device": torch.device("cpu"), "precision": done.precision_plugin, "title": ""}
-        results = evaluate(module, data.evaluation_loaders("validation"), progress=False, **options)
+        results = evaluate(module.model, data.evaluation_loaders("validation"), progress=False, **options)
         losses.append(results["loss"])
     return losses[0], losses[1]
 

@@ -8,11 +8,11 @@ import torch.nn.functional as F
 from lightning.pytorch.plugins import Precision
 
 from qpruner.datamodules import StoriesDataModule
+from qpruner.datamodules.choices import ChoiceExamples
 from qpruner.datamodules.loader import EvaluationLoader
-from qpruner.datamodules.rows import ChoiceExamples, Row, TextExamples, TokenRows
-from qpruner.training.evaluation import evaluate
-from qpruner.training.metrics import ChoiceAccuracy, Perplexity
-from qpruner.training.module import LoRAFinetuner, evaluation_results
+from qpruner.datamodules.rows import Row, TextExamples, TokenRows
+from qpruner.training.evaluation import Measures, evaluate
+from qpruner.training.module import LoRAFinetuner
 
 HOW: Any = {"device": torch.device("cpu"), "precision": Precision(), "title": "", "progress": False}
 
@@ -25,7 +25,7 @@ def test_evaluation_equals_the_losses_of_the_rows(
     module.load_base()
     module.model.train()
     loader = stories.evaluation_loaders("test")[0]
-    results = evaluate(module, [loader], limit=limit, **HOW)
+    results = evaluate(module.model, [loader], limit=limit, **HOW)
     assert module.model.training  # left in the mode that it was in
     module.model.eval()
     rows = [row for batch in loader.batches()[:batches] for row in batch]
@@ -55,7 +55,8 @@ def ragged_examples() -> tuple[TextExamples, ChoiceExamples]:
     rows = [row(int(generator.integers(8, 50)), 4) for _ in range(options.sum())]
     first_option = torch.from_numpy(np.concatenate([[0], options.cumsum()]))
     gold = torch.from_numpy(generator.integers(0, options))
-    return texts, ChoiceExamples(TokenRows.of(rows), first_option, gold, pad_token=0)
+    lengths = torch.from_numpy(generator.integers(1, 20, options.sum()))
+    return texts, ChoiceExamples("task", "acc", TokenRows.of(rows), first_option, gold, lengths, torch.arange(30), 0, 0)
 
 
 @pytest.mark.parametrize("world_size", [1, 2])
@@ -66,22 +67,22 @@ def test_tokens_per_batch_and_ranks_change_no_result(tiny_llama: Path, world_siz
     texts, choices = ragged_examples()
 
     def results(tokens: int) -> tuple[dict[str, float], list[dict[str, Any]]]:
-        perplexity, accuracy = Perplexity(), ChoiceAccuracy()
+        measures = Measures()
         records = []
         for examples in (texts, choices):
             for rank in range(world_size):
                 for batch in EvaluationLoader(examples, tokens=tokens, rank=rank, world_size=world_size):
-                    module.evaluate(batch, perplexity, accuracy)
+                    measures.add(module.model, batch)
                     records += module.predict_step(batch, 0)
-        return evaluation_results(perplexity, accuracy), records
+        return measures.results(), records
 
     with torch.no_grad():
         # Row by row, which no loader has a part in.
-        perplexity, accuracy = Perplexity(), ChoiceAccuracy()
+        measures = Measures()
         for examples in (texts, choices):
             for number in range(len(examples)):
-                module.evaluate(examples.collate([number]), perplexity, accuracy)
-        expected = evaluation_results(perplexity, accuracy)
+                measures.add(module.model, examples.collate([number]))
+        expected = measures.results()
         assert expected["tokens"] == texts.rows.num_scored and expected["examples"] == 30
         assert 0 < expected["accuracy"] < 1
         for tokens in (1, 100, 10_000):

@@ -4,7 +4,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from qpruner.training.metrics import ChoiceAccuracy, Perplexity, choose
+from qpruner.datamodules.questions import Measure
+from qpruner.training.metrics import ChoiceAccuracy, Perplexity, evaluation_results
 
 B, T, V = 4, 9, 11
 
@@ -70,45 +71,53 @@ def test_what_is_not_finite_is_measured_and_not_unknown(value: float, perplexity
 def test_nothing_scored_is_unknown() -> None:
     perplexity, accuracy = Perplexity(), ChoiceAccuracy()
     perplexity.update(torch.zeros(1, 3), torch.full((1, 4), -100), torch.tensor([0]))
-    accuracy.update(*[torch.zeros(1, 0)], torch.full((1, 1), -100), *[torch.tensor([-1])] * 3)
+    accuracy.update(torch.zeros(1, 1), torch.zeros(1, 1), *[torch.tensor([-1])] * 2)
     assert perplexity.compute() == {"tokens": 0}
     assert accuracy.compute() == {"examples": 0}
 
 
 @pytest.mark.parametrize(
     ("options", "accuracy"),
-    [((1.0, math.inf), 0.5), ((1.0, math.nan), math.nan), ((math.inf, math.inf), math.nan)],
+    [((-1.0, -math.inf), 0.5), ((-1.0, math.nan), math.nan), ((-math.inf, -math.inf), math.nan)],
     ids=["one impossible", "one nan", "all impossible"],
 )
 def test_a_choice_among_broken_likelihoods_is_no_accuracy(options: tuple[float, float], accuracy: float) -> None:
-    """Of two examples the first is right, if it says anything, and the second is wrong."""
-    labels, nll = torch.zeros(4, 2, dtype=torch.int64), torch.tensor([*options, 2.0, 1.0])[:, None]
+    """Of two questions the first is right, if it says anything, and the second is wrong."""
     metric = ChoiceAccuracy()
-    metric.update(nll, labels, torch.tensor([0, 0, 1, 1]), torch.tensor([0, 1, 0, 1]), torch.zeros(4, dtype=torch.long))
-    assert str(float(metric.compute()["accuracy"])) == str(accuracy)
+    scores, zeros = torch.tensor([options, (-2.0, -1.0)]), torch.zeros(2, dtype=torch.int64)
+    metric.update(scores, torch.ones(2, 2), zeros, torch.arange(2))
+    for name in ("acc", "acc_norm", "accuracy"):
+        assert str(float(metric.compute()[name])) == str(accuracy)
 
 
-def test_choice_goes_to_the_lowest_mean_and_fillers_do_not_count() -> None:
-    # Example 7 has three options of 1, 2 and 2 scored tokens, example 9 has two; the last row fills a shard.
-    labels = torch.full((6, 4), -100)
-    for row, (first, last) in enumerate([(1, 2), (1, 3), (2, 4), (1, 4), (1, 2), (0, 0)]):
-        labels[row, first:last] = 0
-    nll = torch.zeros(6, 3)
-    nll[0, 0] = 3.0  # mean 3.0
-    nll[1, :2] = torch.tensor([2.0, 3.0])  # mean 2.5: the answer, although its sum is larger than that of row 0
-    nll[2, 1:] = torch.tensor([4.0, 4.0])
-    nll[3, :] = 1.0  # mean 1.0
-    nll[4, 0] = 0.5  # mean 0.5: the answer
-    example = torch.tensor([7, 7, 7, 9, 9, -1])
-    option = torch.tensor([0, 1, 2, 0, 1, 0])
-    gold = torch.tensor([1, 1, 1, 0, 0, 0])
-    assert choose(nll[:5], labels[:5], example[:5]).tolist() == [1, 4]
-    metric = ChoiceAccuracy()
-    metric.update(nll, labels, example, option, gold)
-    assert {name: float(value) for name, value in metric.compute().items()} == {"accuracy": 0.5, "examples": 2.0}
+@pytest.mark.parametrize("measure", ["acc", "acc_norm"])
+def test_answers_are_the_likeliest_as_they_are_and_by_length(measure: Measure) -> None:
+    scores = torch.tensor([[-3.0, -4.0, -math.inf], [-2.0, -5.0, -9.0], [-1.0, -6.0, -7.0], [-1.0, -2.0, -math.inf]])
+    lengths = torch.tensor([[1, 2, 0], [1, 2, 9], [1, 7, 7], [5, 5, 0]])  # by length: -3 -2; -2 -2.5 -1; -1 -.9 -1; ...
+    gold, example = torch.tensor([1, 2, 1, 0]), torch.tensor([7, 3, 5, 9])
+    metric = ChoiceAccuracy(measure)
+    metric.update(scores, lengths, gold, example)
+    metric.update(torch.tensor([[-1.0]]), torch.tensor([[0]]), torch.tensor([0]), torch.tensor([-1]))  # a filler
+    results = {name: float(value) for name, value in metric.compute().items()}
+    assert results["examples"] == 4
+    # The last is right either way, all others by length.
+    assert (results["acc"], results["acc_norm"]) == (0.25, 1.0)
+    assert results["accuracy"] == {"acc": 0.25, "acc_norm": 1.0}[measure]
+    share = results["accuracy"]
+    assert results["error"] == pytest.approx(math.sqrt(share * (1 - share) / 3))
 
 
-def test_a_batch_of_fillers_alone_adds_nothing() -> None:
-    metric = ChoiceAccuracy()
-    metric.update(torch.zeros(1, 0), torch.full((1, 1), -100), torch.tensor([-1]), torch.tensor([0]), torch.tensor([0]))
-    assert int(metric.examples) == 0
+def test_results_of_tasks_are_their_own_and_the_mean() -> None:
+    def task(right: int, of: int) -> ChoiceAccuracy:
+        metric = ChoiceAccuracy()
+        gold = torch.tensor([0] * right + [1] * (of - right))
+        metric.update(torch.tensor([[-1.0, -2.0]]).expand(of, 2), torch.ones(of, 2), gold, torch.arange(of))
+        return metric
+
+    results = evaluation_results(Perplexity(), {"boolq": task(3, 5), "piqa": task(9, 10)})
+    assert results["boolq/acc"] == 0.6 and results["piqa/accuracy"] == 0.9 and results["examples"] == 15
+    assert results["accuracy"] == 0.75
+    errors = math.sqrt(0.6 * 0.4 / 4), math.sqrt(0.9 * 0.1 / 9)
+    assert results["piqa/error"] == pytest.approx(errors[1])
+    assert results["accuracy_error"] == pytest.approx(math.sqrt(errors[0] ** 2 + errors[1] ** 2) / 2)
+    assert "perplexity" not in results

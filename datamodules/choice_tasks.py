@@ -1,0 +1,124 @@
+"""Choice tasks from files, and which of their questions choose and which are reported."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from qpruner.datamodules.documents import Skipped, kind, read_file
+from qpruner.datamodules.questions import Question, find_task
+from qpruner.errors import UserError
+from qpruner.files import hash_file, hash_json
+
+Part = Literal["validation", "test", "all"]
+"""Which questions of a task: those that choose, those that are reported, or all."""
+
+
+@dataclass(frozen=True)
+class ChoiceTasksConfig:
+    """Choice tasks from files, which validation and test bring besides text.
+
+    ``FOLDER/TASK/`` has files named for their split, such as ``validation.jsonl`` and ``test.jsonl``, in the columns of
+    the hub. Where there is but one of the two, half of its questions choose and the other half are reported, told apart
+    by their content, so that what chooses is never reported.
+
+    Args:
+        folder: folder with a folder for each task.
+        names: names of the tasks: ``boolq``, ``piqa``, ``hellaswag``, ``winogrande``, ``arc_easy``, ``arc_challenge``,
+            ``openbookqa``.
+        items: most questions of a task and split, the first ones in the order of the file; None for all.
+
+    Raises:
+        UserError: no names, a name twice, an unknown one, or ``items`` below 1.
+    """
+
+    folder: str
+    names: tuple[str, ...]
+    items: int | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "names", tuple(self.names))
+        for name in self.names:
+            find_task(name)
+        if not self.names or len(set(self.names)) < len(self.names):
+            raise UserError(f"tasks.names is {list(self.names)}; give each task once, and at least one.")
+        if self.items is not None and self.items < 1:
+            raise UserError(f"tasks.items is {self.items}; it must be at least 1, or null for all questions.")
+
+
+@dataclass(frozen=True)
+class TaskQuestions:
+    """The questions of a task that belong to a part.
+
+    Args:
+        questions: questions of the task.
+        names: place of each question in its file, from 0.
+        source: file they were read from, with its SHA-256.
+    """
+
+    questions: tuple[Question, ...]
+    names: tuple[int, ...]
+    source: str
+
+    def fingerprint(self) -> dict[str, Any]:
+        """What the manifest of a run says of them."""
+        content = [[each.contexts, each.continuations, each.gold] for each in self.questions]
+        return {"questions": len(self.questions), "source": self.source, "sha256": hash_json(content)}
+
+
+def read_task(folder: Path, name: str, part: Part, items: int | None = None) -> TaskQuestions:
+    """Reads the questions of a task that belong to a part; see `ChoiceTasksConfig`.
+
+    Args:
+        folder: folder with a folder for each task.
+        name: name of the task.
+        part: part of the questions; of ``all`` where there are two files, that of test.
+        items: most questions, the first ones; None for all.
+
+    Raises:
+        UserError: no such task or file, a record that is no question, or no question for the part.
+    """
+    task = find_task(name)
+    files = {split: file for split in ("validation", "test") if (file := _file_of(folder / name, split)) is not None}
+    if not files:
+        raise UserError(
+            f"The task {name!r} has no file in {str(folder / name)!r}: give it validation.jsonl, test.jsonl, or both."
+        )
+    wanted = "test" if part == "all" else part
+    path = files.get(wanted) or next(iter(files.values()))
+    halved = len(files) == 1 and part != "all"
+    questions: list[Question] = []
+    names: list[int] = []
+    skipped = Skipped()
+    for place, (where, record) in enumerate(read_file(path, skipped)):
+        if halved and _half(record) != part:
+            continue
+        if items is not None and len(questions) == items:
+            break
+        try:
+            questions.append(task.question(record))
+        except UserError as error:
+            raise UserError(f"{where}: {error}") from error
+        names.append(place)
+    if skipped.counts:
+        raise UserError(f"{str(path)!r} has records that cannot be read: {skipped}. Mend or remove them.")
+    if not questions:
+        raise UserError(f"{str(path)!r} has no questions for the {part} split of {name!r}. Give it more questions.")
+    return TaskQuestions(tuple(questions), tuple(names), f"{path} sha256:{hash_file(path)[:16]}")
+
+
+def _file_of(folder: Path, split: str) -> Path | None:
+    """The file of a task's split: named for it, perhaps with more behind the name."""
+    files = sorted(file for file in folder.glob(f"{split}*") if file.is_file() and kind(file))
+    if len(files) > 1:
+        raise UserError(
+            f"{str(folder)!r} has several files of its {split} split: {', '.join(file.name for file in files)}. "
+            f"Leave one of them there."
+        )
+    return files[0] if files else None
+
+
+def _half(record: Mapping[str, Any]) -> Part:
+    """The part of a question that shares its file with those of the other part, by its content alone."""
+    content = {name: value for name, value in record.items() if name not in ("idx", "ind", "id")}
+    return "validation" if int(hash_json(content)[:8], 16) % 2 else "test"

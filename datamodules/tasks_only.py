@@ -1,0 +1,33 @@
+"""A data module of choice tasks and nothing else."""
+
+from typing import Any
+
+from qpruner.datamodules.base import TokenDataModule
+from qpruner.datamodules.cache import Prepared
+from qpruner.datamodules.choice_tasks import ChoiceTasksConfig
+
+
+class ChoiceTasksDataModule(TokenDataModule):
+    """Choice tasks and no text, to measure what a model can do.
+
+    ::
+
+        qpruner test --data ChoiceTasksDataModule --data.tasks.folder zeroshot --data.tasks.names '[boolq, piqa]'
+
+    Args:
+        tasks: choice tasks of the validation and the test split.
+        **kwargs: options of every data module; see `TokenDataModule`.
+    """
+
+    def __init__(self, tasks: ChoiceTasksConfig, **kwargs: Any) -> None:
+        super().__init__(tasks=tasks, **kwargs)
+
+    @property
+    def protocol(self) -> str:
+        return "no text"
+
+    def options(self) -> dict[str, Any]:
+        return {}
+
+    def build(self) -> Prepared:
+        return Prepared({}, ())
