@@ -88,7 +88,7 @@ def _encode(
 ) -> Iterator[tuple[str, np.ndarray, np.ndarray | None]]:
     """Each text with its token ids [T] int32 and, from a fast tokenizer, their character spans [T, 2] int64."""
     fast = bool(tokenizer.is_fast)
-    for batch in _batches(texts):
+    for batch in in_batches(texts):
         encoded = tokenizer(
             batch, add_special_tokens=special_tokens, return_offsets_mapping=fast, return_attention_mask=False,
             verbose=False,
@@ -98,7 +98,8 @@ def _encode(
             yield text, np.array(encoded["input_ids"][number], dtype=np.int32), offsets
 
 
-def _batches(texts: Iterable[str]) -> Iterator[list[str]]:
+def in_batches(texts: Iterable[str]) -> Iterator[list[str]]:
+    """The texts in their order, a batch as much as a tokenizer should be handed at once."""
     batch: list[str] = []
     size = 0
     for text in texts:
