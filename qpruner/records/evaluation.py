@@ -46,6 +46,7 @@ class TextScore:
         bits_per_byte: bits per byte of the scored text; None where it is unknown.
         source: where the text comes from, such as a file with its SHA-256.
         seconds: seconds that it took.
+        dropped: tokens at the end of the text that the protocol leaves out, because they fill no window.
     """
 
     name: str
@@ -55,6 +56,7 @@ class TextScore:
     bits_per_byte: float | None
     source: str
     seconds: float
+    dropped: int = 0
 
 
 @dataclass(frozen=True)
