@@ -121,7 +121,7 @@ OUTSIDERS = {
         "training",
     },
     "nevergrad": {"search"},
-}
+}  # fmt: skip
 
 
 def imports(file: Path) -> set[str]:

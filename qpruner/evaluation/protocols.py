@@ -29,14 +29,14 @@ class Protocol:
     """How a text is cut into windows, and which of their tokens are scored.
 
     Disjoint windows follow each other; the first token of each is not scored, since nothing in its window predicts it,
-    and what is left at the end of the text and fills no window is dropped. LLM-Pruner and the first version of LoRAPrune
-    do so with 128 tokens; GPTQ, SparseGPT, Wanda and those that compare with them with 2,048 (or the longest that a
-    model knows, such as 4,096).
+    and what is left at the end of the text and fills no window is dropped. LLM-Pruner and the first version of
+    LoRAPrune do so with 128 tokens; GPTQ, SparseGPT, Wanda and those that compare with them with 2,048, or with the
+    longest that a model knows, such as 4,096.
 
-    With a stride a window begins that many tokens after the one before it, and only tokens that no window has scored yet
-    are scored, so that each has at least ``length - stride`` tokens before it; the last window is shorter, and of the
-    whole text only the very first token is not scored. So does the guide to perplexity of Hugging Face. With the stride
-    equal to the length the windows are disjoint ones, and what is left at the end is scored as well.
+    With a stride a window begins that many tokens after the one before it, and only tokens that no window has scored
+    yet are scored, so that each has at least ``length - stride`` tokens before it; the last window is shorter, and of
+    the whole text only the very first token is not scored. So does the guide to perplexity of Hugging Face. With the
+    stride equal to the length the windows are disjoint, and what is left at the end is scored as well.
 
     Args:
         length: tokens in a window, at least 2.
@@ -182,9 +182,9 @@ def score_text(
         progress: whether to show a progress bar.
 
     Raises:
-        UserError: windows longer than the positions that the model knows, or weights that do not fit on the device.
+        UserError: tokens or positions that the model does not know, or weights that do not fit on the device.
     """
-    check_length(module.model, windows)
+    check_fits(module.model, windows)
     rank, world_size = (processes.rank, processes.world_size) if processes else (0, 1)
     examples = TextExamples(windows.rows, pad_token)
     loader = EvaluationLoader(examples, tokens=tokens_per_batch, rank=rank, world_size=world_size)
@@ -210,17 +210,23 @@ def score_text(
     )
 
 
-def check_length(model: Any, windows: Windows) -> None:
-    """Makes sure that a model knows the positions of all tokens of a window.
+def check_fits(model: Any, windows: Windows) -> None:
+    """Makes sure that a model knows all tokens of a text, and their positions in their windows.
 
     Raises:
         UserError: it does not.
     """
-    known = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    config = model.config.get_text_config()
+    known = getattr(config, "max_position_embeddings", None)
     if known is not None and windows.rows.longest > known:
         raise UserError(
             f"Windows of {windows.rows.longest:,} tokens are longer than the {known:,} positions that the model knows. "
             f"Give a length of at most {known:,}."
+        )
+    if (highest := int(windows.rows.tokens.max())) >= config.vocab_size:
+        raise UserError(
+            f"The text has the token {highest}, and the embedding of the model has {config.vocab_size:,} rows. Give "
+            f"the tokenizer that the model was trained with."
         )
 
 

@@ -160,6 +160,13 @@ def test_windows_longer_than_the_model_are_refused(module: LoRAFinetuner) -> Non
         score_text(module, Windows.of(counted(700), Protocol(300)), **HOW)
 
 
+def test_tokens_of_another_model_are_refused(module: LoRAFinetuner) -> None:
+    row = counted(40)
+    row.tokens[7] = 2048
+    with pytest.raises(UserError, match=r"the token 2048, .* has 2,048 rows"):
+        score_text(module, Windows.of(row, Protocol(20)), **HOW)
+
+
 def test_what_the_tokenizer_adds_stands_once_at_the_start_of_the_text(tiny_llama: Path) -> None:
     tokenizer = load_tokenizer(str(tiny_llama))
     whole = tokens_of(tokenizer, TEXT * 200)  # long enough to be tokenized in pieces
