@@ -114,7 +114,7 @@ def _sample(model: Any, tokenizer: Any, prompt: str, max_new_tokens: int) -> Sam
     if known is not None and len(tokens) + max_new_tokens > known:
         raise UserError(
             f"The prompt {cut(repr(prompt), 60)} has {len(tokens):,} tokens; with {max_new_tokens:,} new ones these "
-            f"are more than the {known:,} positions that the model knows. Give a shorter prompt, or ask for fewer tokens."
+            f"are more than the {known:,} positions that the model knows. Give a shorter one, or ask for fewer tokens."
         )
     written = continue_greedily(model, tokens, max_new_tokens=max_new_tokens, ends=ends)
     return Sample(

@@ -67,7 +67,7 @@ class Sample:
         prompt: text that it was given.
         text: text that it wrote behind the prompt.
         distinct: share of different ones among its n-grams of tokens, for n from 1, each in [0, 1].
-        repetition: share of its tokens that lie in an n-gram of tokens that came before, in [0, 1].
+        repetition: share of its tokens that lie in a 4-gram of tokens that came before, in [0, 1].
     """
 
     prompt: str
