@@ -119,9 +119,9 @@ class Windows:
 def read_text(spec: str, separator: str = "\n\n") -> WholeText:
     r"""A text as papers take it: the file as it is, or all records of a split joined, the empty ones included.
 
-    LLM-Pruner joins all data sets by ``\n\n``; GPTQ and SparseGPT join WikiText-2 so, too, but the Penn Treebank and C4
-    by a space, and of C4 they take the first 1,100 documents of the validation split (``@validation[:1100]``) and of
-    these the first 256 windows.
+    LLM-Pruner joins the test split of WikiText-2 and the validation split of the Penn Treebank by ``\n\n``. SparseGPT
+    joins WikiText-2 so, too, but the test split of the Penn Treebank and C4 by a space; of C4 it takes the first 1,100
+    documents of the first validation file, and of these the first 256 windows.
 
     Args:
         spec: local file or folder or hub data set, as every data module takes them, such as

@@ -94,17 +94,33 @@ class Silent:
         return {"input_ids": [*text.encode()]}
 
 
+class Words:
+    """A tokenizer of words that ends each text, and whose decoder drops the space that a text begins with."""
+
+    eos_token_id = 0
+    known = ("", "a", "cat", "sat", "down")
+
+    def __call__(self, text: str) -> dict[str, list[int]]:
+        return {"input_ids": [*map(self.known.index, text.split()), 0]}
+
+    def decode(self, tokens: list[int], **options: bool) -> str:
+        assert options == {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
+        return " ".join(self.known[token] for token in tokens)
+
+
 class Speaker(nn.Module):
     """Says a text by heart, whatever it is given; then breaks."""
 
     def __init__(self, words: list[int], vocabulary: int, ends: Any = None, positions: int | None = None) -> None:
         super().__init__()
         self.words, self.vocabulary, self.device = words, vocabulary, torch.device("cpu")
+        self.heard: list[list[int]] = []
         self.generation_config = SimpleNamespace(eos_token_id=ends)
         self.config = SimpleNamespace(get_text_config=lambda: SimpleNamespace(max_position_embeddings=positions))
 
     def forward(self, input_ids: Tensor, past_key_values: int | None, use_cache: bool) -> Any:
         assert not self.training and use_cache
+        self.heard += input_ids.tolist()
         said = past_key_values or 0
         logits = torch.zeros(1, input_ids.shape[1], self.vocabulary)
         if said < len(self.words):
@@ -136,6 +152,13 @@ def test_a_sample_has_the_text_behind_the_prompt_and_its_measures(tokenizer: Any
     assert sample.text == " sat on the mat. The cat sat on the mat. The cat sat on the mat."
     assert sample.distinct == tuple(distinct(words, n) for n in (1, 2, 3, 4))
     assert sample.repetition == repetition(words) > 0.4
+
+
+def test_the_space_behind_a_prompt_is_kept_and_an_end_that_the_tokenizer_adds_is_not() -> None:
+    model = Speaker([3, 4, 0], vocabulary=5)
+    (sample,) = generate_samples(model, Words(), ["a cat"], max_new_tokens=9)
+    assert sample.text == " sat down"
+    assert model.heard == [[1, 2], [3], [4]]
 
 
 @pytest.mark.parametrize("ends", [9, [8, 9], None])
