@@ -61,6 +61,7 @@ ALLOWED: dict[str, set[str]] = {
         "adapter_files", "compressed", "datamodules", "errors", "folder_manifest", "memory", "model_folder", "plan",
         "quantization", "records", "schema", "training",
     },
+    "evaluation": {"datamodules", "errors", "likelihood", "memory", "processes", "records", "training"},
     "files": {"errors"},
     "folder_manifest": {"errors", "files", "schema"},
     "likelihood": {"errors"},
@@ -108,9 +109,19 @@ ALLOWED: dict[str, set[str]] = {
     "verify_command": {"folder_manifest", "options"},
 }  # fmt: skip
 OUTSIDERS = {
-    "lightning": {"callbacks", "cli", "datamodules", "dense_copy", "options", "runs", "search", "training"},
+    "lightning": {
+        "callbacks",
+        "cli",
+        "datamodules",
+        "dense_copy",
+        "evaluation",
+        "options",
+        "runs",
+        "search",
+        "training",
+    },
     "nevergrad": {"search"},
-}
+}  # fmt: skip
 
 
 def imports(file: Path) -> set[str]:

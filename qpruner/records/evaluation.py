@@ -46,6 +46,7 @@ class TextScore:
         bits_per_byte: bits per byte of the scored text; None where it is unknown.
         source: where the text comes from, such as a file with its SHA-256.
         seconds: seconds that it took.
+        dropped: tokens at the end of the text that the protocol leaves out, because they fill no window.
     """
 
     name: str
@@ -55,6 +56,7 @@ class TextScore:
     bits_per_byte: float | None
     source: str
     seconds: float
+    dropped: int = 0
 
 
 @dataclass(frozen=True)
@@ -65,7 +67,7 @@ class Sample:
         prompt: text that it was given.
         text: text that it wrote behind the prompt.
         distinct: share of different ones among its n-grams of tokens, for n from 1, each in [0, 1].
-        repetition: share of its tokens that lie in an n-gram of tokens that came before, in [0, 1].
+        repetition: share of its tokens that lie in a 4-gram of tokens that came before, in [0, 1].
     """
 
     prompt: str

@@ -1,6 +1,5 @@
 """The table of a run's stages, as text for the terminal and as a report with the loss curve."""
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +11,7 @@ from qpruner.plan import CompressionPlan
 from qpruner.records.allocation_report import allocation_figure, allocation_section
 from qpruner.records.folder import RESTORE, RunFolder
 from qpruner.records.pictures import loss_figure, plan_figure, ratio_figure, save_figure
-from qpruner.records.tables import markdown_table
+from qpruner.records.tables import markdown_table, mebibytes, number
 from qpruner.schema import LARGEST, Record
 
 CURVES = ("train/loss", "val/loss", "pruning/ratio")
@@ -83,13 +82,13 @@ def table(summary: Summary) -> str:
             stage.name,
             f"{stage.parameters:,}",
             f"{stage.tensor_bytes:,}",
-            _number(stage.average_bits, ".2f"),
-            _number(stage.results.get("perplexity"), ".3f"),
-            _number(stage.results.get("bits_per_byte"), ".4f"),
-            _number(stage.results.get("accuracy"), ".1%"),
+            number(stage.average_bits, ".2f"),
+            number(stage.results.get("perplexity"), ".3f"),
+            number(stage.results.get("bits_per_byte"), ".4f"),
+            number(stage.results.get("accuracy"), ".1%"),
             f"{stage.seconds:.1f} s",
-            _mib(stage.peak_training),
-            _mib(stage.peak_inference),
+            mebibytes(stage.peak_training),
+            mebibytes(stage.peak_inference),
         ]
         for stage in summary.stages
     ]
@@ -179,14 +178,3 @@ def scalars(tensorboard: Path, tag: str) -> list[tuple[int, float]]:
     if tag not in events.Tags()["scalars"]:
         return []
     return sorted({event.step: event.value for event in events.Scalars(tag)}.items())
-
-
-def _number(value: float | None, spec: str) -> str:
-    """A number for the table: ``-`` where it is unknown, ``nan`` or ``inf`` where that was measured."""
-    if value is None:
-        return "-"
-    return format(value, spec) if math.isfinite(value) else str(value)
-
-
-def _mib(num_bytes: int | None) -> str:
-    return "-" if num_bytes is None else f"{num_bytes / 2**20:,.0f} MiB"

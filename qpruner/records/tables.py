@@ -1,5 +1,6 @@
 """Tables that read well as Markdown and as plain text."""
 
+import math
 from collections.abc import Sequence
 
 
@@ -10,3 +11,15 @@ def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     text = ["| " + " | ".join([line[0].ljust(first), *map(str.rjust, line[1:], others)]) + " |" for line in lines]
     text.insert(1, "|" + "|".join(["-" * (first + 2), *("-" * (width + 1) + ":" for width in others)]) + "|")
     return "\n".join(text)
+
+
+def number(value: float | None, spec: str) -> str:
+    """A number for a table: ``-`` where it is unknown, ``nan`` or ``inf`` where that was measured."""
+    if value is None:
+        return "-"
+    return format(value, spec) if math.isfinite(value) else str(value)
+
+
+def mebibytes(num_bytes: int | None) -> str:
+    """A number of bytes for a table; ``-`` where it is unknown."""
+    return "-" if num_bytes is None else f"{num_bytes / 2**20:,.0f} MiB"

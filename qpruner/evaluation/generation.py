@@ -1,0 +1,145 @@
+"""What a model writes, and how much of it is the same again: models can pass multiple choice and fail to speak.
+
+Pruned models that keep their accuracy on questions with options may write nothing but loops (arXiv 2606.17609).
+"""
+
+from collections.abc import Collection, Sequence
+from inspect import signature
+from typing import Any
+
+import torch
+
+from qpruner.errors import UserError, cut
+from qpruner.likelihood import causal_model
+from qpruner.records.evaluation import Sample
+
+PROMPTS = (
+    "Once upon a time, there was a",
+    "The weather today is",
+    "To make a cup of tea, you first",
+    "The most important thing about friendship is",
+)
+"""Beginnings that any text may have, whatever the model was trained on."""
+
+LONGEST_NGRAM = 4
+
+
+def generate_samples(model: Any, tokenizer: Any, prompts: Sequence[str], *, max_new_tokens: int) -> list[Sample]:
+    """Lets a model go on with some prompts, always with the likeliest token, so that the same model writes the same.
+
+    The prompts are taken one by one, without padding, which not every model is exact under. Nothing that the model's
+    own generation config says of sampling or of penalties counts: loops are what is looked for.
+
+    Args:
+        model: causal language model, perhaps compressed or with adapters; it is left in the mode that it was in.
+        tokenizer: tokenizer of the model.
+        prompts: texts to go on with.
+        max_new_tokens: most tokens that are written behind each, at least 1; the end-of-text token ends a text sooner.
+
+    Raises:
+        UserError: a prompt without tokens, more tokens than the model knows positions, or logits that are not finite.
+    """
+    if max_new_tokens < 1:
+        raise UserError(f"max_new_tokens is {max_new_tokens}; give at least 1.")
+    was_training = model.training
+    model.eval()
+    try:
+        return [_sample(model, tokenizer, prompt, max_new_tokens) for prompt in prompts]
+    finally:
+        model.train(was_training)
+
+
+def distinct(tokens: Sequence[int], n: int) -> float:
+    """Share of different ones among the n-grams of tokens (distinct-n, Li et al., arXiv 1510.03055).
+
+    0 where the tokens are too few for an n-gram: who says nothing says nothing new.
+    """
+    ngrams = _ngrams(tokens, n)
+    return len(set(ngrams)) / len(ngrams) if ngrams else 0.0
+
+
+def repetition(tokens: Sequence[int], n: int = LONGEST_NGRAM) -> float:
+    """Share of tokens that lie in an n-gram which occurred before; the first occurrence is no repetition."""
+    seen: set[tuple[int, ...]] = set()
+    repeated: set[int] = set()
+    for start, ngram in enumerate(_ngrams(tokens, n)):
+        if ngram in seen:
+            repeated.update(range(start, start + n))
+        seen.add(ngram)
+    return len(repeated) / len(tokens) if tokens else 0.0
+
+
+@torch.inference_mode()
+def continue_greedily(model: Any, tokens: Sequence[int], *, max_new_tokens: int, ends: Collection[int]) -> list[int]:
+    """The likeliest next token, again and again; of equal ones the first.
+
+    Args:
+        model: causal language model in evaluation mode.
+        tokens: tokens to go on with.
+        max_new_tokens: most tokens to add.
+        ends: tokens that end a text; they are not among those that are given back.
+
+    Raises:
+        UserError: the logits are not finite.
+    """
+    # Newer versions of transformers call it cache; older ones, and code that comes with a model, past_key_values.
+    name = "cache" if "cache" in signature(causal_model(model).forward).parameters else "past_key_values"
+    written: list[int] = []
+    cache: Any = None
+    step = torch.tensor([list(tokens)], device=model.device)
+    while len(written) < max_new_tokens:
+        output = model(input_ids=step, use_cache=True, **{name: cache})
+        logits = output.logits[0, -1]
+        if not logits.isfinite().all():
+            raise UserError(
+                f"The model gives logits that are not finite after {len(tokens) + len(written)} tokens, so that it can "
+                f"write nothing. Its weights are damaged or its computation overflows: use --trainer.precision "
+                f"bf16-mixed or 32-true, or an undamaged model."
+            )
+        step, cache = logits.argmax().view(1, 1), output[name]
+        if int(step) in ends:
+            break
+        written.append(int(step))
+    return written
+
+
+def _sample(model: Any, tokenizer: Any, prompt: str, max_new_tokens: int) -> Sample:
+    tokens: list[int] = tokenizer(prompt)["input_ids"]
+    ends = _ends(model, tokenizer)
+    if len(tokens) > 1 and tokens[-1] in ends:  # a tokenizer may add it itself
+        tokens = tokens[:-1]
+    if not tokens:
+        raise UserError(f"The prompt {prompt!r} has no tokens. Give one with at least a word.")
+    known = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if known is not None and len(tokens) + max_new_tokens > known:
+        raise UserError(
+            f"The prompt {cut(repr(prompt), 60)} has {len(tokens):,} tokens; with {max_new_tokens:,} new ones these "
+            f"are more than the {known:,} positions that the model knows. Give a shorter one, or ask for fewer tokens."
+        )
+    written = continue_greedily(model, tokens, max_new_tokens=max_new_tokens, ends=ends)
+    return Sample(
+        prompt=prompt,
+        text=_text(tokenizer, tokens, written),
+        distinct=tuple(distinct(written, n) for n in range(1, LONGEST_NGRAM + 1)),
+        repetition=repetition(written),
+    )
+
+
+def _ends(model: Any, tokenizer: Any) -> set[int]:
+    """Tokens that end a text: that of the tokenizer, and those that the model is said to end with."""
+    stated = getattr(model.generation_config, "eos_token_id", None)
+    ends = {tokenizer.eos_token_id, *(stated if isinstance(stated, list) else [stated])}
+    return {token for token in ends if token is not None}
+
+
+def _text(tokenizer: Any, tokens: list[int], written: list[int]) -> str:
+    """The new tokens as text; read behind the prompt, since many tokenizers drop the space that a text begins with."""
+    before, whole = (
+        tokenizer.decode(part, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        for part in (tokens, tokens + written)
+    )
+    return whole.removeprefix(before)
+
+
+def _ngrams(tokens: Sequence[int], n: int) -> list[tuple[int, ...]]:
+    return list(zip(*(tokens[start:] for start in range(n)), strict=False))

@@ -1,0 +1,144 @@
+"""Tables of an evaluation: its tasks with their errors, its texts with their protocols, and what the model wrote."""
+
+import math
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+from qpruner.files import write_text
+from qpruner.records.evaluation import Evaluation, Sample, TaskScore
+from qpruner.records.tables import markdown_table, mebibytes, number
+
+REPORT = "report.md"
+LONGEST_TEXT = 600
+"""Characters of a text that a report shows."""
+
+
+def write_evaluation_report(folder: Path, evaluation: Evaluation) -> None:
+    """Writes ``report.md`` into the folder of an evaluation."""
+    lines = [
+        f"# Evaluation of {evaluation.model}",
+        "",
+        f"{evaluation.parameters:,} parameters, adapters included; {evaluation.tensor_bytes:,} bytes of tensors; "
+        f"average bits of the decoder linears, scales included: {number(evaluation.average_bits, '.2f')}; peak memory "
+        f"in evaluation ({evaluation.peak_of}): {mebibytes(evaluation.peak_inference)}. Identity of the weights: "
+        f"`{evaluation.identity}`.",
+    ]
+    if table := evaluation_table(evaluation):
+        lines += ["", table, "", *sources(evaluation)]
+    if evaluation.samples:
+        lines += ["", samples_section(evaluation.samples)]
+    write_text(folder / REPORT, "\n".join(lines) + "\n")
+
+
+def evaluation_table(evaluation: Evaluation) -> str:
+    """The tasks and the texts of an evaluation as Markdown tables, which read well as plain text, too.
+
+    Accuracies are in percent with their standard error. Each task is reported by one of its two accuracies, and the
+    mean over tasks is that of the reported ones.
+    """
+    return "\n\n".join(filter(None, (_tasks_table(evaluation), _texts_table(evaluation))))
+
+
+def samples_section(samples: Sequence[Sample]) -> str:
+    """What a model wrote, as a section of a report: the numbers in a table, and the beginning of each text."""
+    numbers = range(1, max(len(sample.distinct) for sample in samples) + 1)
+    header = ["text", *(f"distinct-{n}" for n in numbers), "repetition"]
+    rows = [
+        [str(place), *(number(share, ".2f") for share in sample.distinct), number(sample.repetition, ".1%")]
+        for place, sample in enumerate(samples, 1)
+    ]
+    lines = [
+        "## What the model writes",
+        "",
+        "Always the likeliest token. distinct-n: share of different ones among the n-grams of tokens. Repetition: "
+        "share of tokens that lie in a 4-gram that came before.",
+        "",
+        markdown_table(header, rows),
+    ]
+    for place, sample in enumerate(samples, 1):
+        lines += [
+            "",
+            f"Text {place}, behind its prompt and ‖:",
+            "",
+            _fenced(f"{sample.prompt} ‖{_beginning(sample.text)}"),
+        ]
+    return "\n".join(lines)
+
+
+def sources(evaluation: Evaluation) -> list[str]:
+    """Where tasks and texts come from, a line of a list for each that is not said already."""
+    named = [(name, score.source) for name, score in evaluation.tasks.items()]
+    named += [(score.name, score.source) for score in evaluation.texts]
+    return [f"- {name}: {source}" for name, source in dict.fromkeys(named)]
+
+
+def standard_error(accuracy: float, items: int) -> float | None:
+    """Standard error of a share of items drawn at random, ``sqrt(p (1 - p) / (n - 1))``; None for one item."""
+    return math.sqrt(accuracy * (1 - accuracy) / (items - 1)) if items > 1 else None
+
+
+def _tasks_table(evaluation: Evaluation) -> str:
+    if not evaluation.tasks:
+        return ""
+    header = ["task", "split", "items", "acc, %", "acc_norm, %", "reported by", "accuracy, %", "seconds"]
+    rows = [
+        [
+            name,
+            score.split,
+            f"{score.items:,}",
+            _percent(score.acc, standard_error(score.acc, score.items)),
+            _percent(score.acc_norm, standard_error(score.acc_norm, score.items)),
+            score.measure,
+            _percent(score.accuracy, standard_error(score.accuracy, score.items)),
+            f"{score.seconds:.1f}",
+        ]
+        for name, score in evaluation.tasks.items()
+    ]
+    if len(rows) > 1:
+        scores = list(evaluation.tasks.values())
+        items = sum(score.items for score in scores)
+        seconds = sum(score.seconds for score in scores)
+        rows.append([f"mean of {len(rows)}", "", f"{items:,}", "", "", "", _percent(*_mean(scores)), f"{seconds:.1f}"])
+    return markdown_table(header, rows)
+
+
+def _texts_table(evaluation: Evaluation) -> str:
+    if not evaluation.texts:
+        return ""
+    header = ["text", "protocol", "tokens scored", "dropped", "perplexity", "bits per byte", "seconds"]
+    rows = [
+        [
+            score.name,
+            score.protocol,
+            f"{score.tokens:,}",
+            f"{score.dropped:,}",
+            number(score.perplexity, ",.3f"),
+            number(score.bits_per_byte, ".4f"),
+            f"{score.seconds:.1f}",
+        ]
+        for score in evaluation.texts
+    ]
+    return markdown_table(header, rows)
+
+
+def _mean(scores: Sequence[TaskScore]) -> tuple[float, float | None]:
+    """Mean of the reported accuracies, each task counting alike, and its error: the tasks' items are independent."""
+    errors = [standard_error(score.accuracy, score.items) for score in scores]
+    known = [error for error in errors if error is not None]
+    mean = sum(score.accuracy for score in scores) / len(scores)
+    return mean, math.hypot(*known) / len(scores) if len(known) == len(errors) else None
+
+
+def _percent(share: float, error: float | None) -> str:
+    return number(100 * share, ".1f") + ("" if error is None else f" ± {number(100 * error, '.1f')}")
+
+
+def _beginning(text: str) -> str:
+    return text if len(text) <= LONGEST_TEXT else f"{text[:LONGEST_TEXT]} ..."
+
+
+def _fenced(text: str) -> str:
+    """A text to the letter, in a fence that nothing in it closes."""
+    fence = "`" * max(3, 1 + max(map(len, re.findall("`+", text)), default=0))
+    return f"{fence}text\n{text}\n{fence}"
