@@ -32,6 +32,10 @@ COMMANDS = {
     "test": Command("Measure a run on the test split: dense, compressed and recovered."),
     "predict": Command("Write the loss of each row of the test split, and which option of each question is chosen."),
     "search": Command("Find the bits of each layer by many short fits under a budget."),
+    "evaluate": Command(
+        "Measure what a model can do: tasks with options, perplexity of texts, and how it writes.",
+        "qpruner.evaluate_command:evaluate_command",
+    ),
     "report": Command("Write the report of a run again, and print its table.", "qpruner.report_command:report_command"),
     "plan": Command(
         "Show, compare and check plans; list the ratios that a model can be pruned to.",

@@ -18,7 +18,6 @@ from qpruner.errors import UserError
 from qpruner.processes import Processes
 from qpruner.records.evaluation import TextScore
 from qpruner.training.evaluation import evaluate
-from qpruner.training.module import LoRAFinetuner
 
 FIELDS = ("text", "sentence")
 """Fields that hold the text of a record: WikiText-2 and C4 have the first, the Penn Treebank of the hub the second."""
@@ -155,7 +154,7 @@ def tokens_of(tokenizer: Any, text: str) -> Row:
 
 
 def score_text(
-    module: LoRAFinetuner,
+    model: Any,
     windows: Windows,
     *,
     name: str,
@@ -170,7 +169,7 @@ def score_text(
     """How well a model predicts a text by a protocol; exact whatever the batches and however many processes share it.
 
     Args:
-        module: module whose model is loaded; it is moved to ``device`` and left there, in the mode that it was in.
+        model: causal language model, perhaps with adapters; it is moved to ``device`` and left there, in the mode that it was in.
         windows: windows of the text.
         name: name of the text, such as ``wikitext2``.
         source: where the text comes from.
@@ -184,13 +183,13 @@ def score_text(
     Raises:
         UserError: tokens or positions that the model does not know, or weights that do not fit on the device.
     """
-    check_fits(module.model, windows)
+    check_fits(model, windows)
     rank, world_size = (processes.rank, processes.world_size) if processes else (0, 1)
     examples = TextExamples(windows.rows, pad_token)
     loader = EvaluationLoader(examples, tokens=tokens_per_batch, rank=rank, world_size=world_size)
     since = time.perf_counter()
     results = evaluate(
-        module,
+        model,
         [loader],
         limit=len(loader),
         device=device,

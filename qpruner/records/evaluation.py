@@ -1,8 +1,13 @@
 """What an evaluation found: ``evaluation.json``, and beside it what was measured of every single item."""
 
+import json
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+from qpruner.files import write_text
 from qpruner.schema import Record
 
 
@@ -131,3 +136,19 @@ class Item:
             "acc_norm": [score / length for score, length in zip(self.log_likelihoods, self.lengths, strict=True)],
         }
         return {name: max(range(len(values)), key=values.__getitem__) == self.gold for name, values in scores.items()}
+
+
+def items_file(folder: Path, task: str) -> Path:
+    """The file of what was measured of the questions of a task, in the folder of an evaluation."""
+    return folder / "items" / f"{task}.jsonl"
+
+
+def write_items(path: Path, items: Sequence[Item]) -> None:
+    """Writes a question a line."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_text(path, "".join(f"{_line(item)}\n" for item in items))
+
+
+def _line(item: Item) -> str:
+    scores = [score if math.isfinite(score) else str(score) for score in item.log_likelihoods]
+    return json.dumps({"item": item.item, "gold": item.gold, "log_likelihoods": scores, "lengths": item.lengths})

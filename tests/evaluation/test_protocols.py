@@ -107,7 +107,7 @@ def test_strided_perplexity_is_that_of_the_usual_loop(
 ) -> None:
     """Labels of -100 for what was scored before, and the loss of transformers, window by window."""
     row = tokens_of(load_tokenizer(str(tiny_llama)), TEXT)
-    score = score_text(module, Windows.of(row, protocol), **HOW)
+    score = score_text(module.model, Windows.of(row, protocol), **HOW)
     assert module.model.training  # left in the mode that it was in
     module.model.eval()
     assert protocol.stride is not None
@@ -132,7 +132,7 @@ def test_strided_perplexity_is_that_of_the_usual_loop(
 def test_disjoint_perplexity_is_that_of_the_usual_reshape(module: LoRAFinetuner, tiny_llama: Path) -> None:
     """The tokens as a matrix, and the mean of all its losses."""
     row = tokens_of(load_tokenizer(str(tiny_llama)), TEXT)
-    score = score_text(module, Windows.of(row, Protocol(32)), **HOW)
+    score = score_text(module.model, Windows.of(row, Protocol(32)), **HOW)
     module.model.eval()
     tokens = torch.from_numpy(row.tokens).long()
     matrix = tokens[: len(tokens) // 32 * 32].view(-1, 32)
@@ -148,7 +148,7 @@ def test_a_process_scores_its_share_of_the_windows(module: LoRAFinetuner, tiny_l
     windows = Windows.of(tokens_of(load_tokenizer(str(tiny_llama)), TEXT), Protocol(32, 8))
     alone = Processes.alone()
     shares = [
-        score_text(module, windows, processes=Processes(**{**vars(alone), "rank": rank, "world_size": 2}), **HOW)
+        score_text(module.model, windows, processes=Processes(**{**vars(alone), "rank": rank, "world_size": 2}), **HOW)
         for rank in range(2)
     ]
     assert min(share.tokens for share in shares) > 0
@@ -157,14 +157,14 @@ def test_a_process_scores_its_share_of_the_windows(module: LoRAFinetuner, tiny_l
 
 def test_windows_longer_than_the_model_are_refused(module: LoRAFinetuner) -> None:
     with pytest.raises(UserError, match=r"Windows of 300 tokens .* 256 positions .* at most 256"):
-        score_text(module, Windows.of(counted(700), Protocol(300)), **HOW)
+        score_text(module.model, Windows.of(counted(700), Protocol(300)), **HOW)
 
 
 def test_tokens_of_another_model_are_refused(module: LoRAFinetuner) -> None:
     row = counted(40)
     row.tokens[7] = 2048
     with pytest.raises(UserError, match=r"the token 2048, .* has 2,048 rows"):
-        score_text(module, Windows.of(row, Protocol(20)), **HOW)
+        score_text(module.model, Windows.of(row, Protocol(20)), **HOW)
 
 
 def test_what_the_tokenizer_adds_stands_once_at_the_start_of_the_text(tiny_llama: Path) -> None:

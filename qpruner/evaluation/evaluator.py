@@ -1,0 +1,201 @@
+"""Evaluates a model part by part; each part is on disk before the next begins, and is not repeated."""
+
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed
+from lightning.fabric.utilities import move_data_to_device
+from lightning.pytorch.plugins import Precision
+from tqdm import tqdm
+
+from qpruner.datamodules.choice_tasks import Part, TaskQuestions
+from qpruner.datamodules.choices import ChoiceExamples
+from qpruner.datamodules.loader import EvaluationLoader
+from qpruner.datamodules.questions import Measure
+from qpruner.errors import UserError
+from qpruner.evaluation.generation import generate_samples
+from qpruner.evaluation.protocols import Protocol, WholeText, Windows, score_text, tokens_of
+from qpruner.evaluation.subject import Subject
+from qpruner.memory import check_room, num_parameters, peak_meaning, read_peak, reset_peak, tensor_bytes
+from qpruner.processes import Processes
+from qpruner.records.evaluation import Evaluation, Item, TaskScore, items_file, write_items
+from qpruner.training.answers import answers
+from qpruner.training.evaluation import Measures
+
+DEFAULT_POSITIONS = 2048
+
+
+class Evaluator:
+    """Measures a model and keeps what it finds in a folder.
+
+    Args:
+        subject: model to evaluate.
+        processes: processes that share the work, each with the whole model.
+        folder: folder of ``evaluation.json`` and ``items/``.
+        batch_tokens: most tokens in a batch, padding included; changes no result.
+        restart: whether to measure again what the folder holds.
+
+    Raises:
+        UserError: the folder holds an evaluation of other weights, or the model does not fit on the device.
+    """
+
+    def __init__(
+        self, subject: Subject, processes: Processes, folder: Path, *, batch_tokens: int, restart: bool = False
+    ) -> None:
+        self.subject = subject
+        self.processes = processes
+        self.folder = folder
+        self.batch_tokens = batch_tokens
+        check_room(subject.network, processes.device)
+        subject.network.to(processes.device)
+        self.evaluation = processes.of_first(lambda: self._begin(restart))
+        reset_peak(processes.device)
+
+    @property
+    def path(self) -> Path:
+        return self.folder / "evaluation.json"
+
+    @property
+    def positions(self) -> int:
+        """Positions that the model knows, or what is assumed where it does not say."""
+        config = self.subject.network.config.get_text_config()
+        return getattr(config, "max_position_embeddings", None) or DEFAULT_POSITIONS
+
+    def task(self, name: str, measure: Measure, questions: TaskQuestions, part: Part) -> None:
+        """Answers the questions of a task, unless that was done before.
+
+        Args:
+            name: name of the task.
+            measure: measure by which it is reported.
+            questions: its questions.
+            part: part of all questions that they are.
+        """
+        before = self.evaluation.tasks.get(name)
+        asked = (len(questions.questions), questions.source, part)
+        if before is not None and (before.items, before.source, before.split) == asked:
+            self._say(f"{name}: {before.items:,} questions were answered before.")
+            return
+        since = time.perf_counter()
+        items = self._answer(name, measure, questions)
+        if self.processes.is_first:
+            outcomes = [item.outcome for item in items]
+            share = {way: sum(each[way] for each in outcomes) / len(items) for way in ("acc", "acc_norm")}
+            seconds = time.perf_counter() - since
+            score = TaskScore(len(items), share["acc"], share["acc_norm"], measure, questions.source, part, seconds)
+            write_items(items_file(self.folder, name), items)
+            self._keep(tasks={**self.evaluation.tasks, name: score})
+
+    @torch.no_grad()
+    def _answer(self, name: str, measure: Measure, questions: TaskQuestions) -> list[Item]:
+        """What the model says of the questions, in their order; on the first process, elsewhere a part of it."""
+        processes, network = self.processes, self.subject.network
+        tokenizer = self.subject.tokenizer
+        pad = next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)
+        examples = ChoiceExamples.of(name, measure, questions, tokenizer, max_length=self.positions, pad_token=pad)
+        if examples.cut:
+            self._say(f"{name}: {examples.cut:,} of {len(examples):,} questions lose their beginning to fit.")
+        loader = EvaluationLoader(
+            examples, tokens=self.batch_tokens, rank=processes.rank, world_size=processes.world_size
+        )
+        measures = Measures(processes.device)
+        records: list[dict[str, Any]] = []
+        for batch in tqdm(loader, name, disable=not processes.is_first, leave=False):
+            moved = move_data_to_device(batch, processes.device)
+            records += answers(moved, measures.option_log_likelihoods(network, moved))
+        ranks = [records]
+        if processes.world_size > 1:
+            ranks = [[] for _ in range(processes.world_size)]
+            torch.distributed.all_gather_object(ranks, records)
+        together = sorted((record for rank in ranks for record in rank), key=lambda record: record["example"])
+        return [
+            Item(
+                int(examples.names[record["example"]]),
+                record["gold"],
+                tuple(record["log_likelihoods"]),
+                tuple(record["lengths"]),
+            )
+            for record in together
+        ]
+
+    def text(self, name: str, text: WholeText, protocols: Sequence[Protocol]) -> None:
+        """Measures the perplexity of a text by some protocols, unless that was done before.
+
+        Args:
+            name: name of the text.
+            text: the text.
+            protocols: ways to cut it.
+        """
+        done = {(score.name, score.protocol, score.source) for score in self.evaluation.texts}
+        left = [protocol for protocol in protocols if (name, protocol.name, text.source) not in done]
+        if not left:
+            self._say(f"{name}: measured before.")
+            return
+        row = tokens_of(self.subject.tokenizer, text.text)
+        for protocol in left:
+            score = score_text(
+                self.subject.network,
+                Windows.of(row, protocol),
+                name=name,
+                source=text.source,
+                pad_token=0,
+                tokens_per_batch=self.batch_tokens,
+                device=self.processes.device,
+                precision=Precision(),
+                processes=self.processes,
+                progress=self.processes.is_first,
+            )
+            others = (each for each in self.evaluation.texts if (each.name, each.protocol) != (name, protocol.name))
+            if self.processes.is_first:
+                self._keep(texts=(*others, score))
+
+    def write_samples(self, prompts: Sequence[str], max_new_tokens: int) -> None:
+        """Lets the model write, on the first process.
+
+        Args:
+            prompts: texts to go on with.
+            max_new_tokens: most tokens that are written behind each.
+        """
+        if self.processes.is_first:
+            samples = generate_samples(
+                self.subject.network, self.subject.tokenizer, prompts, max_new_tokens=max_new_tokens
+            )
+            self._keep(samples=tuple(samples))
+
+    def _begin(self, restart: bool) -> Evaluation:
+        subject, device = self.subject, self.processes.device
+        new = Evaluation(
+            subject.name,
+            subject.identity,
+            num_parameters(subject.network),
+            tensor_bytes(subject.network),
+            subject.average_bits,
+            peak_meaning(device),
+            None,
+            {},
+            (),
+            (),
+        )
+        if restart or not self.path.exists():
+            return new
+        before = Evaluation.read(self.path)
+        if before.identity != new.identity:
+            raise UserError(
+                f"{str(self.path)!r} holds an evaluation of other weights, those of {before.model!r}. Give another "
+                f"--output, or --restart to measure anew."
+            )
+        return replace(before, model=new.model, peak_of=new.peak_of)
+
+    def _keep(self, **parts: Any) -> None:
+        peaks = [
+            peak for peak in (self.evaluation.peak_inference, read_peak(self.processes.device)) if peak is not None
+        ]
+        self.evaluation = replace(self.evaluation, **parts, peak_inference=max(peaks, default=None))
+        self.evaluation.write(self.path)
+
+    def _say(self, text: str) -> None:
+        if self.processes.is_first:
+            print(text)
