@@ -1,6 +1,7 @@
 """Tables that read well as Markdown and as plain text."""
 
 from collections.abc import Sequence
+from math import isfinite
 
 
 def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -10,3 +11,14 @@ def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     text = ["| " + " | ".join([line[0].ljust(first), *map(str.rjust, line[1:], others)]) + " |" for line in lines]
     text.insert(1, "|" + "|".join(["-" * (first + 2), *("-" * (width + 1) + ":" for width in others)]) + "|")
     return "\n".join(text)
+
+
+def percent(accuracy: float | None, error: float | None = None, unit: str = " %") -> str:
+    """An accuracy with its standard error, ``62.0 % ± 1.5``.
+
+    It is ``-`` where it is unknown, and ``nan`` where that was measured; an error that is unknown or nan is left out.
+    """
+    if accuracy is None or not isfinite(accuracy):
+        return "-" if accuracy is None else str(accuracy)
+    said = f"{100 * accuracy:.1f}{unit}"
+    return said if error is None or not isfinite(error) else f"{said} ± {100 * error:.1f}"
