@@ -33,6 +33,10 @@ COMMANDS = {
     "predict": Command("Write the loss of each row of the test split, and which option of each question is chosen."),
     "search": Command("Find the bits of each layer by many short fits under a budget."),
     "report": Command("Write the report of a run again, and print its table.", "qpruner.report_command:report_command"),
+    "compare": Command(
+        "Show runs and evaluations side by side, and how each differs from the first.",
+        "qpruner.compare_command:compare_command",
+    ),
     "plan": Command(
         "Show, compare and check plans; list the ratios that a model can be pruned to.",
         "qpruner.plan_command:plan_command",

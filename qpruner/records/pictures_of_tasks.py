@@ -69,18 +69,16 @@ def front_of(points: Sequence[Point]) -> list[Point]:
 
 
 def bars_figure(models: Sequence[OnTasks]) -> "Figure":
-    """Bars of accuracy for each task and model with standard errors, their mean, and marks of bytes on an axis at the right.
+    """Bars of accuracy for each task and model with standard errors, their mean, and marks of bytes.
 
-    It is the form of QPruner's Figure 1.
+    The bytes have an axis at the right. It is the form of QPruner's Figure 1.
     """
     from matplotlib.figure import Figure
 
     tasks = list(dict.fromkeys(task for model in models for task in model.accuracies))
     groups = [*tasks, "mean"] if any(model.mean for model in models) else tasks
     step, width = len(models) + 1.0, 0.86  # a bar and the gap between groups are both one wide
-    figure = Figure(
-        figsize=(min(18.0, max(6.0, 2.4 + 0.17 * step * (len(groups) + 1))), 4.4), layout="constrained"
-    )
+    figure = Figure(figsize=(min(18.0, max(6.0, 2.4 + 0.17 * step * (len(groups) + 1))), 4.4), layout="constrained")
     axes = figure.subplots()
     memory = axes.twinx()
     for number, model in enumerate(models):
@@ -111,7 +109,7 @@ def bars_figure(models: Sequence[OnTasks]) -> "Figure":
     axes.set_ylim(0, 100)
     axes.grid(axis="y", alpha=0.3)
     axes.set_axisbelow(True)
-    memory.set_ylim(0, 1.15 * max(model.num_bytes for model in models))
+    memory.set_ylim(0, 1.15 * max(1, *(model.num_bytes for model in models)))
     memory.set_ylabel("bytes of all tensors (marks)")
     _in_bytes(memory.yaxis)
     figure.legend(*axes.get_legend_handles_labels(), loc="outside upper center", ncols=min(len(models), 6), fontsize=9)

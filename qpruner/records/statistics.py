@@ -1,6 +1,6 @@
 """How sure an accuracy is, and whether two models differ on the same items."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import inf, isfinite, nan, sqrt
 
@@ -50,7 +50,7 @@ def standard_error(accuracy: float, items: int) -> float:
         accuracy: share of items with the right answer, in [0, 1].
         items: number of items.
     """
-    return sqrt(accuracy * (1 - accuracy) / (items - 1)) if items > 1 and isfinite(accuracy) else nan
+    return sqrt(accuracy * (1 - accuracy) / (items - 1)) if items > 1 and 0 <= accuracy <= 1 else nan
 
 
 def mean_over_tasks(tasks: Sequence[Estimate]) -> Estimate:
@@ -62,6 +62,25 @@ def mean_over_tasks(tasks: Sequence[Estimate]) -> Estimate:
     return Estimate(
         sum(task.value for task in tasks) / len(tasks), sqrt(sum(task.error**2 for task in tasks)) / len(tasks)
     )
+
+
+def accuracies(results: Mapping[str, float]) -> dict[str, Estimate]:
+    """The accuracy of each task among results such as ``boolq/accuracy`` and ``boolq/error``, in their order."""
+    return {
+        name.removesuffix("/accuracy"): Estimate(value, results.get(f"{name.removesuffix('/accuracy')}/error", nan))
+        for name, value in results.items()
+        if name.endswith("/accuracy")
+    }
+
+
+def mean_accuracy(results: Mapping[str, float]) -> Estimate | None:
+    """The accuracy over all tasks; where no error was recorded, that of a single task with its number of examples."""
+    if "accuracy" not in results:
+        return None
+    error = results.get("accuracy_error")
+    if error is None and len(accuracies(results)) < 2 and isfinite(results.get("examples", nan)):
+        error = standard_error(results["accuracy"], int(results["examples"]))
+    return Estimate(results["accuracy"], nan if error is None else error)
 
 
 def compare_paired(first: Sequence[bool], second: Sequence[bool]) -> PairedComparison:
