@@ -1,8 +1,8 @@
 """What came of a search: as data, as a report, and in TensorBoard."""
 
 from collections.abc import Sequence
-from itertools import chain
 from dataclasses import dataclass
+from itertools import chain
 from statistics import mean, stdev
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +13,7 @@ from qpruner.records.pictures import save_figure
 from qpruner.records.pictures_of_tasks import Panel, Point, front_of, fronts_figure
 from qpruner.records.statistics import accuracies, mean_accuracy
 from qpruner.records.tables import markdown_table, percent
-from qpruner.schema import Record
+from qpruner.schema import Record, conform
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -46,9 +46,8 @@ class Tried:
         if not self.losses:
             raise UserError(f"{self.name!r} has no loss.")
         for name, score in self.scores.items():
-            is_number = isinstance(score, float | int) or (score is None and name == "kl")
-            if name.endswith(("kl", "accuracy", "/error", "_error", "examples")) and not is_number:
-                raise UserError(f"The score {name} of {self.name!r} must be a number, not {brief(score)}.")
+            if name.endswith(("kl", "accuracy", "error", "examples")) and (name != "kl" or score is not None):
+                conform(score, float, f"The score {name} of {self.name!r}")
 
     @property
     def loss(self) -> float:
@@ -298,4 +297,4 @@ def show_search(logger: Any, results: SearchResults) -> None:
 
 
 def _number(value: float | None) -> str:
-    return "-" if value is None else f"{value:.4f}"
+    return "-" if value is None else f"{float(value):.4f}"  # nan is text in JSON

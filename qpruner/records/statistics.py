@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import inf, isfinite, nan, sqrt
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -64,23 +65,31 @@ def mean_over_tasks(tasks: Sequence[Estimate]) -> Estimate:
     )
 
 
-def accuracies(results: Mapping[str, float]) -> dict[str, Estimate]:
-    """The accuracy of each task among results such as ``boolq/accuracy`` and ``boolq/error``, in their order."""
+def accuracies(results: Mapping[str, Any]) -> dict[str, Estimate]:
+    """The accuracy of each task, by its name and in their order.
+
+    Args:
+        results: numbers, among them such as ``boolq/accuracy`` and ``boolq/error``; JSON has nan as text.
+    """
+    tasks = [name.removesuffix("/accuracy") for name in results if name.endswith("/accuracy")]
     return {
-        name.removesuffix("/accuracy"): Estimate(value, results.get(f"{name.removesuffix('/accuracy')}/error", nan))
-        for name, value in results.items()
-        if name.endswith("/accuracy")
+        task: Estimate(float(results[f"{task}/accuracy"]), float(results.get(f"{task}/error", nan))) for task in tasks
     }
 
 
-def mean_accuracy(results: Mapping[str, float]) -> Estimate | None:
-    """The accuracy over all tasks; where no error was recorded, that of a single task with its number of examples."""
+def mean_accuracy(results: Mapping[str, Any]) -> Estimate | None:
+    """The accuracy over all tasks; where no error was recorded, that of a single task with its number of examples.
+
+    Args:
+        results: numbers, among them ``accuracy``, ``accuracy_error`` and ``examples``; JSON has nan as text.
+    """
     if "accuracy" not in results:
         return None
-    error = results.get("accuracy_error")
-    if error is None and len(accuracies(results)) < 2 and isfinite(results.get("examples", nan)):
-        error = standard_error(results["accuracy"], int(results["examples"]))
-    return Estimate(results["accuracy"], nan if error is None else error)
+    accuracy, error = float(results["accuracy"]), float(results.get("accuracy_error", nan))
+    examples = float(results.get("examples", nan))
+    if "accuracy_error" not in results and len(accuracies(results)) < 2 and isfinite(examples):
+        error = standard_error(accuracy, int(examples))
+    return Estimate(accuracy, error)
 
 
 def compare_paired(first: Sequence[bool], second: Sequence[bool]) -> PairedComparison:

@@ -35,7 +35,7 @@ def test_bars_are_accuracies_in_percent_with_their_errors_and_marks_are_bytes() 
     assert bars == {(0, 60.0), (3, 50.0), (6, 55.0), (4, 40.0)}
     spans = [path.vertices[:, 1].tolist() for lines in axes.collections for path in lines.get_paths()]  # type: ignore[attr-defined]
     assert spans == [pytest.approx(span) for span in ([57, 63], [48, 52], [53.2, 56.8], [40, 40])]
-    assert [points for points in curves(memory).values()] == [[(9, 400)], [(10, 300)]]
+    assert list(curves(memory).values()) == [[(9, 400)], [(10, 300)]]
     assert tick_labels(axes.xaxis) == ["boolq", "arc\neasy", "mean", "bytes"]
     assert memory.get_ylim()[0] == 0 and memory.yaxis.get_major_formatter()(4e6, None) == "4 MB"
 
@@ -60,10 +60,13 @@ def test_the_front_is_what_no_other_beats() -> None:
 
 def test_a_panel_shows_all_points_the_front_and_those_with_names() -> None:
     uniform = point("uniform", 5, 0.75)  # in no front: it was not searched for
-    boolq, piqa, unused = fronts_figure({"boolq": Panel(POINTS[:4], [uniform]), "piqa": Panel(POINTS[:1])}).axes[:2] + [
-        None
-    ]
-    assert unused is None and [axes.get_title() for axes in (boolq, piqa)] == ["boolq", "piqa"]
+    figure = fronts_figure(
+        {"boolq": Panel(POINTS[:4], [uniform]), "piqa": Panel(POINTS[:1]), "none": Panel(POINTS[4:5])}
+    )
+    boolq, piqa, none = figure.axes
+    assert [axes.get_title() for axes in figure.axes] == ["boolq", "piqa", "none"]
+    assert len(none.lines[1].get_xydata()) == 0  # what is nan is in no front
+    assert piqa.lines[1].get_xydata().tolist() == [[5, 60]]  # type: ignore[union-attr]
     tried, front, named = (boolq.lines[number] for number in (0, 1, -1))
     assert tried.get_xydata().tolist() == [[5, 60], [4, 50], [4, 50], [6, 60]]  # type: ignore[union-attr]
     assert front.get_xydata().tolist() == [[4, 50], [5, 60]]  # type: ignore[union-attr]

@@ -9,9 +9,11 @@ from scipy.stats import binomtest
 
 from qpruner.records.statistics import (
     Estimate,
+    accuracies,
     compare_counts,
     compare_paired,
     mcnemar,
+    mean_accuracy,
     mean_over_tasks,
     standard_error,
 )
@@ -67,3 +69,15 @@ def test_of_no_and_of_one_item_no_error_is_known() -> None:
     assert math.isnan(nothing.difference) and math.isnan(nothing.error) and nothing.p_value == 1
     assert (single.difference, single.p_value) == (1, 1) and math.isnan(single.error)
     assert compare_counts(50, 0, 50).error == 0
+
+
+def test_accuracies_are_read_from_what_trials_and_stages_keep() -> None:
+    results = {"loss": 2.0, "b/acc": 0.1, "b/accuracy": 0.5, "b/error": 0.02, "a/accuracy": "nan", "accuracy": 0.6}
+    read = accuracies(results)
+    assert [*read] == ["b", "a"] and read["b"] == Estimate(0.5, 0.02)
+    assert math.isnan(read["a"].value) and math.isnan(read["a"].error)
+    assert mean_accuracy(results | {"accuracy_error": 0.01}) == Estimate(0.6, 0.01)
+    mean = mean_accuracy(results | {"examples": 25.0})
+    assert mean is not None and math.isnan(mean.error)  # two tasks: their examples do not tell it
+    assert mean_accuracy({"accuracy": 0.6, "examples": 25.0}) == Estimate(0.6, pytest.approx(0.1))
+    assert mean_accuracy({"loss": 2.0}) is None
