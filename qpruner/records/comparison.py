@@ -234,14 +234,13 @@ def describe(comparison: Comparison) -> list[str]:
     lines = [models_table(comparison), "", f"Measured: {'; '.join(measured)}."]
     lines += ["Bytes: all tensors. Average bits: of the decoder linears, scales included."]
     if comparison.tasks:
-        asked = dict.fromkeys(
-            task
-            + (f" by {result.measure}" if result.measure else "")
-            + (f" on {result.items:,} questions" if result.items is not None else "")
-            for model in comparison.models.values()
-            for task, result in model.tasks.items()
-        )
-        lines += [f"Accuracies: percent ± standard error; {'; '.join(asked)}."]
+        asked: dict[str, dict[str, None]] = {}
+        for task, result in (pair for model in comparison.models.values() for pair in model.tasks.items()):
+            how = f"by {result.measure}" if result.measure else "as the run reports it"
+            counted = f" on {result.items:,} questions" if result.items is not None else ""
+            asked.setdefault(f"{how}{counted}", {})[task] = None
+        said = (f"{how}: {', '.join(tasks)}" for how, tasks in asked.items())
+        lines += [f"Accuracies: percent ± standard error; {'; '.join(said)}."]
     for against in comparison.against_first:
         if against.tasks or against.left_out:
             lines += ["", f"## {against.name} against {first}, on the same questions"]

@@ -156,7 +156,8 @@ def _of_evaluation(path: Path, evaluation: Evaluation) -> Measured:
     texts = [
         MeasuredText(text.name, text.protocol, text.perplexity, text.tokens, text.source) for text in evaluation.texts
     ]
-    seconds = sum(score.seconds for score in (*evaluation.tasks.values(), *evaluation.texts))
+    seconds = sum(score.seconds for score in evaluation.tasks.values())
+    seconds += sum(text.seconds for text in evaluation.texts)
     return Measured(
         folder=str(path),
         measured_in=EVALUATION,

@@ -48,6 +48,8 @@ def test_the_table_by_hand(two: list[Path]) -> None:
     assert first == ["dense", "1,000,000", "4,000,000", "4.50", "12.500", "60.0 ± 10.0", *common, "5.0 s"]
     error = 100 * (0.92 * 0.08 / 24) ** 0.5
     assert other[2:7] == ["3,000,000", "4.50", "-", f"92.0 ± {error:.1f}", "60.0 ± 10.0"]
+    said = "Accuracies: percent ± standard error; by acc on 25 questions: boolq, piqa."
+    assert said in describe(compare_folders(two))
     assert other[7:] == [f"76.0 ± {(error**2 + 100) ** 0.5 / 2:.1f}", "256 MiB", "3.0 s"]
 
 
