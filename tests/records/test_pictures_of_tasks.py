@@ -25,6 +25,7 @@ POINTS = [
     point("d", 6, 0.6),  # more bytes for the same
     point("e", 7, nan),
     point("f", 8, 0.7),
+    point("g", 4, 0.4),  # less for the same bytes
 ]
 
 
