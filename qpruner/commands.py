@@ -37,6 +37,10 @@ COMMANDS = {
         "qpruner.evaluate_command:evaluate_command",
     ),
     "report": Command("Write the report of a run again, and print its table.", "qpruner.report_command:report_command"),
+    "compare": Command(
+        "Show runs and evaluations side by side, and how each differs from the first.",
+        "qpruner.compare_command:compare_command",
+    ),
     "plan": Command(
         "Show, compare and check plans; list the ratios that a model can be pruned to.",
         "qpruner.plan_command:plan_command",

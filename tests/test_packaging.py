@@ -48,6 +48,7 @@ ALLOWED: dict[str, set[str]] = {
     },
     "cli": {"commands", "datamodules", "errors", "options", "pretrained", "records", "runs", "search", "training"},
     "commands": {"__version__", "cli", "errors"},
+    "compare_command": {"options", "records"},
     "compressed": {
         "adapter_files", "adapters", "anatomy", "calibration", "dense_base", "errors", "files", "folder_manifest",
         "model_folder", "plan", "pretrained", "pricing", "pruning", "quantization",

@@ -1,6 +1,7 @@
 """Commands that are functions: their options are the signature, explained by the docstring, as those of classes are."""
 
 import inspect
+import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NoReturn, get_type_hints
 
@@ -27,6 +28,7 @@ def run_function(prog: str, function: Function, arguments: Sequence[str]) -> Non
     """Calls a function with what a command line gives.
 
     Parameters that can only be named are options, and so are those with a default; the others are words in their order.
+    A list among these takes all words, and is the only one.
 
     Args:
         prog: the command, as a person writes it.
@@ -37,8 +39,11 @@ def run_function(prog: str, function: Function, arguments: Sequence[str]) -> Non
         UserError: an option that is not there, or a value that an option does not take.
     """
     parser, types = function_parser(prog, function), option_types(function)
+    words = list(_joined(arguments, types))
+    if _takes_all_words(function) and (listed := [word for word in words if not word.startswith("-")]):
+        words = [json.dumps(listed, ensure_ascii=False), *(word for word in words if word.startswith("-"))]
     try:
-        given = parser.parse_args(list(_joined(arguments, types)))
+        given = parser.parse_args(words)
     except UserError as error:
         raise _mistake(arguments, types) or error from None
     function(**given.as_dict())
@@ -80,6 +85,9 @@ def function_parser(prog: str, function: Function) -> FunctionParser:
     others: set[str | int] = {each.name for each in parameters if each.name not in named}
     parser.add_function_arguments(function, as_group=False, as_positional=True, skip=named)
     parser.add_function_arguments(function, as_group=False, skip=others)
+    if name := _takes_all_words(function):
+        (action,) = (action for action in parser._actions if action.dest == name)
+        action.metavar = f"{name.upper()}..."
     return parser
 
 
@@ -91,6 +99,13 @@ def option_types(function: Function) -> dict[str, Any]:
         for parameter in _parameters(function)
         if parameter.kind is parameter.KEYWORD_ONLY or parameter.default is not parameter.empty
     }
+
+
+def _takes_all_words(function: Function) -> str | None:
+    """Name of the parameter that is the list of all words that are no options; None where there is none."""
+    hints = get_type_hints(function)
+    words = [each.name for each in _parameters(function) if each.name not in option_types(function)]
+    return words[0] if len(words) == 1 and item_type(hints[words[0]]) else None
 
 
 def _parameters(function: Function) -> list[inspect.Parameter]:
@@ -110,9 +125,10 @@ def _joined(arguments: Sequence[str], types: Mapping[str, Any]) -> Iterator[str]
             yield f"{option}{equals}{value}"
         elif equals:
             yield f"--{name}={value}"
-        elif any(map(item_type, members(types[name]))) and not (words and words[0].startswith("[")):
+        elif any(items := [*map(item_type, members(types[name]))]) and not (words and words[0].startswith("[")):
             number = next((place for place, word in enumerate(words) if word.startswith("--")), len(words))
-            yield f"--{name}=[{', '.join(words[:number])}]"
+            given = map(json.dumps, words[:number]) if str in items else words[:number]  # "1" is a word, too
+            yield f"--{name}=[{', '.join(given)}]"
             del words[:number]
         elif types[name] is bool and words[:1] not in (["true"], ["false"]):
             yield f"--{name}=true"

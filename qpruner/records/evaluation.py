@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from qpruner.errors import UserError
 from qpruner.files import write_text
 from qpruner.schema import Record
 
@@ -23,6 +24,9 @@ class TaskScore:
         source: where the questions come from, such as a file with its SHA-256.
         split: part of the task's questions: ``validation``, ``test`` or ``all``.
         seconds: seconds that it took.
+
+    Raises:
+        UserError: an accuracy outside [0, 1], or a measure that is neither.
     """
 
     items: int
@@ -32,6 +36,13 @@ class TaskScore:
     source: str
     split: str
     seconds: float
+
+    def __post_init__(self) -> None:
+        for name in ("acc", "acc_norm"):
+            if not (math.isnan(accuracy := getattr(self, name)) or 0 <= accuracy <= 1):
+                raise UserError(f"{name} is {accuracy}; an accuracy lies in [0, 1].")
+        if self.measure not in ("acc", "acc_norm"):
+            raise UserError(f"measure is {self.measure!r}; it must be acc or acc_norm.")
 
     @property
     def accuracy(self) -> float:
@@ -121,12 +132,24 @@ class Item:
         gold: place of the right option, from 0.
         log_likelihoods: log-likelihood of each option, in nats.
         lengths: characters of each option.
+
+    Raises:
+        UserError: no log-likelihood and length for each option, no option with the gold's place, or an empty option.
     """
 
     item: int
     gold: int
     log_likelihoods: tuple[float, ...]
     lengths: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        if len(self.lengths) != len(self.log_likelihoods) or not 0 <= self.gold < len(self.lengths):
+            raise UserError(
+                f"Question {self.item} has {len(self.log_likelihoods)} log-likelihoods, {len(self.lengths)} lengths "
+                f"and the right option at {self.gold}; each option has one of both, and the right one is among them."
+            )
+        if min(self.lengths) < 1:
+            raise UserError(f"Question {self.item} has an option of {min(self.lengths)} characters; it must have some.")
 
     @property
     def outcome(self) -> dict[str, bool]:

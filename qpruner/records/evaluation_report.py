@@ -1,13 +1,13 @@
 """Tables of an evaluation: its tasks with their errors, its texts with their protocols, and what the model wrote."""
 
-import math
 import re
 from collections.abc import Sequence
 from pathlib import Path
 
 from qpruner.files import write_text
-from qpruner.records.evaluation import Evaluation, Sample, TaskScore
-from qpruner.records.tables import markdown_table, mebibytes, number
+from qpruner.records.evaluation import Evaluation, Sample
+from qpruner.records.statistics import Estimate, mean_over_tasks, standard_error
+from qpruner.records.tables import markdown_table, mebibytes, number, percent
 
 REPORT = "report.md"
 LONGEST_TEXT = 600
@@ -73,11 +73,6 @@ def sources(evaluation: Evaluation) -> list[str]:
     return [f"- {name}: {source}" for name, source in dict.fromkeys(named)]
 
 
-def standard_error(accuracy: float, items: int) -> float | None:
-    """Standard error of a share of items drawn at random, ``sqrt(p (1 - p) / (n - 1))``; None for one item."""
-    return math.sqrt(accuracy * (1 - accuracy) / (items - 1)) if items > 1 else None
-
-
 def _tasks_table(evaluation: Evaluation) -> str:
     if not evaluation.tasks:
         return ""
@@ -87,10 +82,10 @@ def _tasks_table(evaluation: Evaluation) -> str:
             name,
             score.split,
             f"{score.items:,}",
-            _percent(score.acc, standard_error(score.acc, score.items)),
-            _percent(score.acc_norm, standard_error(score.acc_norm, score.items)),
+            _with_error(score.acc, score.items),
+            _with_error(score.acc_norm, score.items),
             score.measure,
-            _percent(score.accuracy, standard_error(score.accuracy, score.items)),
+            _with_error(score.accuracy, score.items),
             f"{score.seconds:.1f}",
         ]
         for name, score in evaluation.tasks.items()
@@ -99,7 +94,11 @@ def _tasks_table(evaluation: Evaluation) -> str:
         scores = list(evaluation.tasks.values())
         items = sum(score.items for score in scores)
         seconds = sum(score.seconds for score in scores)
-        rows.append([f"mean of {len(rows)}", "", f"{items:,}", "", "", "", _percent(*_mean(scores)), f"{seconds:.1f}"])
+        mean = mean_over_tasks(
+            [Estimate(score.accuracy, standard_error(score.accuracy, score.items)) for score in scores]
+        )
+        accuracy = percent(mean.value, mean.error, "")
+        rows.append([f"mean of {len(rows)}", "", f"{items:,}", "", "", "", accuracy, f"{seconds:.1f}"])
     return markdown_table(header, rows)
 
 
@@ -122,16 +121,8 @@ def _texts_table(evaluation: Evaluation) -> str:
     return markdown_table(header, rows)
 
 
-def _mean(scores: Sequence[TaskScore]) -> tuple[float, float | None]:
-    """Mean of the reported accuracies, each task counting alike, and its error: the tasks' items are independent."""
-    errors = [standard_error(score.accuracy, score.items) for score in scores]
-    known = [error for error in errors if error is not None]
-    mean = sum(score.accuracy for score in scores) / len(scores)
-    return mean, math.hypot(*known) / len(scores) if len(known) == len(errors) else None
-
-
-def _percent(share: float, error: float | None) -> str:
-    return number(100 * share, ".1f") + ("" if error is None else f" ± {number(100 * error, '.1f')}")
+def _with_error(accuracy: float, items: int) -> str:
+    return percent(accuracy, standard_error(accuracy, items), "")
 
 
 def _beginning(text: str) -> str:

@@ -11,7 +11,9 @@ from qpruner.plan import CompressionPlan
 from qpruner.records.allocation_report import allocation_figure, allocation_section
 from qpruner.records.folder import RESTORE, RunFolder
 from qpruner.records.pictures import loss_figure, plan_figure, ratio_figure, save_figure
-from qpruner.records.tables import markdown_table, mebibytes, number
+from qpruner.records.pictures_of_tasks import OnTasks, bars_figure
+from qpruner.records.statistics import Estimate, accuracies, mean_accuracy
+from qpruner.records.tables import markdown_table, mebibytes, number, percent
 from qpruner.schema import LARGEST, Record
 
 CURVES = ("train/loss", "val/loss", "pruning/ratio")
@@ -85,7 +87,7 @@ def table(summary: Summary) -> str:
             number(stage.average_bits, ".2f"),
             number(stage.results.get("perplexity"), ".3f"),
             number(stage.results.get("bits_per_byte"), ".4f"),
-            number(stage.results.get("accuracy"), ".1%"),
+            _accuracy(mean_accuracy(stage.results)),
             f"{stage.seconds:.1f} s",
             mebibytes(stage.peak_training),
             mebibytes(stage.peak_inference),
@@ -93,6 +95,19 @@ def table(summary: Summary) -> str:
         for stage in summary.stages
     ]
     return markdown_table(header, rows)
+
+
+def tasks_table(summary: Summary) -> str | None:
+    """The accuracy of each stage on each task, and their mean; None where no stage has more than one task."""
+    tasks = [accuracies(stage.results) for stage in summary.stages]
+    if all(len(of_stage) < 2 for of_stage in tasks):
+        return None
+    names = list(dict.fromkeys(name for of_stage in tasks for name in of_stage))
+    rows = [
+        [stage.name, *(_accuracy(of_stage.get(name)) for name in names), _accuracy(mean_accuracy(stage.results))]
+        for stage, of_stage in zip(summary.stages, tasks, strict=True)
+    ]
+    return markdown_table(["stage", *names, "mean"], rows)
 
 
 def protocol_line(summary: Summary, split: str = "test") -> str:
@@ -106,8 +121,9 @@ def protocol_line(summary: Summary, split: str = "test") -> str:
 
 
 def show_summary(summary: Summary, split: str = "test") -> None:
-    """Prints the table of a summary, and how it was measured on a split."""
-    print(f"\n{table(summary)}\n\n{protocol_line(summary, split)}")
+    """Prints the tables of a summary, and how it was measured on a split."""
+    tables = "\n\n".join(filter(None, (table(summary), tasks_table(summary))))
+    print(f"\n{tables}\n\n{protocol_line(summary, split)}")
 
 
 def write_report(folder: RunFolder) -> None:
@@ -116,7 +132,14 @@ def write_report(folder: RunFolder) -> None:
     phases = folder.all_phases
     curves, borders = joined([{tag: scalars(phase.tensorboard, tag) for tag in CURVES} for phase in phases])
     losses = {tag: curves[tag] for tag in ("train/loss", "val/loss")}
-    lines = [f"# Run {folder.path.name}", "", table(summary), "", protocol_line(summary)]
+    lines = [f"# Run {folder.path.name}", "", table(summary)]
+    if (tasks := tasks_table(summary)) is not None:
+        lines += ["", tasks]
+    lines += ["", protocol_line(summary)]
+    stages = [stage for stage in summary.stages if len(accuracies(stage.results)) > 1]
+    if len(stages) > 1:
+        save_figure(bars_figure([_on_tasks(stage) for stage in stages]), folder.tasks_picture)
+        lines += ["", f"![Accuracy of each stage on each task]({folder.tasks_picture.name})"]
     if any(losses.values()):
         save_figure(loss_figure(losses, borders), folder.loss_picture)
         lines += ["", f"![Loss over the optimizer steps]({folder.loss_picture.name})"]
@@ -178,3 +201,11 @@ def scalars(tensorboard: Path, tag: str) -> list[tuple[int, float]]:
     if tag not in events.Tags()["scalars"]:
         return []
     return sorted({event.step: event.value for event in events.Scalars(tag)}.items())
+
+
+def _on_tasks(stage: Stage) -> OnTasks:
+    return OnTasks(stage.name, stage.tensor_bytes, accuracies(stage.results), mean_accuracy(stage.results))
+
+
+def _accuracy(estimate: Estimate | None) -> str:
+    return "-" if estimate is None else percent(estimate.value, estimate.error)

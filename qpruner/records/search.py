@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
 from statistics import mean, stdev
 from typing import TYPE_CHECKING, Any
 
@@ -9,8 +10,10 @@ from qpruner.errors import UserError, brief
 from qpruner.files import write_text
 from qpruner.records.folder import RunFolder
 from qpruner.records.pictures import save_figure
-from qpruner.records.tables import markdown_table
-from qpruner.schema import Record
+from qpruner.records.pictures_of_tasks import Panel, Point, front_of, fronts_figure
+from qpruner.records.statistics import accuracies, mean_accuracy
+from qpruner.records.tables import markdown_table, percent
+from qpruner.schema import Record, conform
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -29,7 +32,7 @@ class Tried:
         scores: all that the trial of the first seed measured.
 
     Raises:
-        UserError: no losses, or a score ``kl`` that is no number.
+        UserError: no losses, or a score ``kl`` or an accuracy that is no number.
     """
 
     name: str
@@ -42,8 +45,9 @@ class Tried:
     def __post_init__(self) -> None:
         if not self.losses:
             raise UserError(f"{self.name!r} has no loss.")
-        if not isinstance(self.scores.get("kl"), float | int | None):
-            raise UserError(f"The score kl of {self.name!r} must be a number, not {brief(self.scores['kl'])}.")
+        for name, score in self.scores.items():
+            if name.endswith(("kl", "accuracy", "error", "examples")) and (name != "kl" or score is not None):
+                conform(score, float, f"The score {name} of {self.name!r}")
 
     @property
     def loss(self) -> float:
@@ -128,6 +132,34 @@ def pareto_front(trials: Sequence[Tried]) -> list[Tried]:
     return front
 
 
+def task_panels(results: SearchResults) -> dict[str, Panel]:
+    """Trials and plans that were not searched for, by accuracy on each task; with the mean where there are several."""
+    unsearched = [variant for variant in results.variants if not variant.name.startswith("trial")]
+    tasks = dict.fromkeys(chain.from_iterable(accuracies(trial.scores) for trial in results.trials))
+    panels = {task: Panel(_points(results.trials, task), _points(unsearched, task)) for task in tasks}
+    if len(panels) > 1 and (means := _points(results.trials, None)):
+        panels["mean"] = Panel(means, _points(unsearched, None))
+    return panels
+
+
+def _points(plans: Sequence[Tried], task: str | None) -> list[Point]:
+    """The plans whose accuracy on a task is known; None for the mean of all tasks."""
+    known = [
+        (plan, mean_accuracy(plan.scores) if task is None else accuracies(plan.scores).get(task)) for plan in plans
+    ]
+    return [Point(plan.name, plan.num_bytes, accuracy) for plan, accuracy in known if accuracy is not None]
+
+
+def fronts_table(panels: dict[str, Panel]) -> str:
+    """The trials of each task's front, fewest bytes first."""
+    rows = [
+        [task, point.name, f"{point.num_bytes:,}", percent(point.accuracy.value, point.accuracy.error)]
+        for task, panel in panels.items()
+        for point in front_of(panel.points)
+    ]
+    return markdown_table(["task", "plan", "bytes", "accuracy"], rows)
+
+
 def ranked(variants: Sequence[Tried]) -> list[Tried]:
     """Best first; a plan whose trials failed for some seeds does not win by those that are left."""
     return sorted(variants, key=lambda variant: (-len(variant.losses), variant.loss))
@@ -182,6 +214,16 @@ def write_search_report(folder: RunFolder, results: SearchResults) -> None:
         "",
         f"![Bits of each trial]({folder.trials_picture.name})",
     ]
+    if panels := task_panels(results):
+        save_figure(fronts_figure(panels), folder.tasks_picture)
+        lines += [
+            "",
+            f"![Accuracy on each task over bytes]({folder.tasks_picture.name})",
+            "",
+            "Trials that no other beats in both bytes and accuracy on a task (± standard error):",
+            "",
+            fronts_table(panels),
+        ]
     if results.failed:
         lines += ["", "Trials that failed:", "", *(f"- {number}: {why}" for number, why in results.failed.items())]
     write_text(folder.report, "\n".join(lines) + "\n")
@@ -243,6 +285,8 @@ def show_search(logger: Any, results: SearchResults) -> None:
     board = logger.experiment
     board.add_figure("search/allocations", trials_figure(results))
     board.add_figure("search/front", front_figure(results))
+    if panels := task_panels(results):
+        board.add_figure("search/tasks", fronts_figure(panels))
     board.add_text("search/variants", variants_table(results))
     for trial in results.trials:
         chosen = {item: results.bits[choice] for item, choice in zip(results.items, trial.choices, strict=True)}
@@ -253,4 +297,4 @@ def show_search(logger: Any, results: SearchResults) -> None:
 
 
 def _number(value: float | None) -> str:
-    return "-" if value is None else f"{value:.4f}"
+    return "-" if value is None else f"{float(value):.4f}"  # nan is text in JSON

@@ -23,3 +23,14 @@ def number(value: float | None, spec: str) -> str:
 def mebibytes(num_bytes: int | None) -> str:
     """A number of bytes for a table; ``-`` where it is unknown."""
     return "-" if num_bytes is None else f"{num_bytes / 2**20:,.0f} MiB"
+
+
+def percent(accuracy: float | None, error: float | None = None, unit: str = " %") -> str:
+    """An accuracy with its standard error, ``62.0 % ± 1.5``.
+
+    It is ``-`` where it is unknown, and ``nan`` where that was measured; an error that is unknown or nan is left out.
+    """
+    if accuracy is None or not math.isfinite(accuracy):
+        return "-" if accuracy is None else str(accuracy)
+    said = f"{100 * accuracy:.1f}{unit}"
+    return said if error is None or not math.isfinite(error) else f"{said} ± {100 * error:.1f}"

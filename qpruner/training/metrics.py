@@ -107,7 +107,7 @@ class ChoiceAccuracy(Metric):
             for name, right in (("acc", self.likeliest), ("acc_norm", self.likeliest_by_length)):
                 results[name] = torch.where(self.broken > 0, math.nan, right.double() / self.examples)
             share = results[self.measure]
-            results |= {"accuracy": share, "error": (share * (1 - share) / (self.examples - 1).clamp(min=1)).sqrt()}
+            results |= {"accuracy": share, "error": (share * (1 - share) / (self.examples - 1)).sqrt()}
         return results
 
 

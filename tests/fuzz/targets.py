@@ -18,6 +18,7 @@ import torch
 import yaml
 from lightning.pytorch import Trainer
 from mutations import BYTES, damage_file, damaged_tree, entries
+from support.evaluations import write_evaluation
 from support.families import HIDDEN, KEPT, VOCAB, adapted, logits_of, tiny_config, tiny_model
 
 from qpruner.adapter_files import save_adapters
@@ -37,6 +38,7 @@ from qpruner.plan import DENSE, UNITS, CompressionPlan, Precision
 from qpruner.pretrained import EMBEDDED, load_tokenizer
 from qpruner.pruning.surgery import apply_pruning_
 from qpruner.quantization.apply import quantize_
+from qpruner.records.evaluation import TextScore
 from qpruner.records.folder import RunFolder
 from qpruner.records.manifest import record_session
 from qpruner.records.report import Stage, Summary
@@ -288,6 +290,23 @@ def use_runs(folder: Path) -> None:
             assert search.report.stat().st_size
 
 
+# Evaluations.
+
+
+def make_evaluations(folder: Path) -> None:
+    write_evaluation(folder / "a", {"boolq": [True, False, True], "piqa": [True, True, False]}, texts=[WIKITEXT])
+    write_evaluation(folder / "b" / "evaluation", {"boolq": [True, True, False], "piqa": [True] * 3}, texts=[WIKITEXT])
+
+
+def use_evaluations(folder: Path) -> None:
+    with patch("qpruner.records.comparison.save_figure", draw):
+        said = quietly(["compare", str(folder / "a"), str(folder / "b"), "--output", str(folder / "out")])
+    assert "| a " in said and "| b " in said
+
+
+WIKITEXT = TextScore("wikitext2", "128 tokens", 1000, 12.5, 1.1, "wiki.txt", 2.0)
+
+
 def draw(figure: Any, path: Path) -> None:
     """In place of writing the picture, which takes most of the time."""
     figure.draw_without_rendering()
@@ -436,6 +455,7 @@ TARGETS = {
     "dense models": Target(make_dense, use_models, damage_model),
     "checkpoint": Target(make_checkpoint, use_checkpoint, damage_checkpoint),
     "runs": Target(make_runs, use_runs, damage_run),
+    "evaluations": Target(make_evaluations, use_evaluations),
     "recording": Target(make_recording, use_recording),
     "data": Target(make_data, use_data, damage_data, lambda damage, folder: [damage.split()[0], "--data."]),
     "options": Target(

@@ -104,6 +104,40 @@ def test_help_is_the_docstring(call: Call, capsys: pytest.CaptureFixture[str]) -
     assert "multiple of widths." in said and "--how {fast,well}" in said
 
 
+@pytest.mark.parametrize(
+    ("arguments", "given"),
+    [
+        (["a"], (["a"], None, 1)),
+        (["a b", "c: d,e", "--number", "2", "[f]", "7"], (["a b", "c: d,e", "[f]", "7"], None, 2)),
+        (["--number=2", "a", "--names", "1", "x, y", "QPruner^3 é"], (["a"], ["1", "x, y", "QPruner^3 é"], 2)),
+    ],
+)
+def test_a_list_takes_all_words(arguments: list[str], given: tuple[list[str], list[str] | None, int]) -> None:
+    got: list[Any] = []
+
+    def work(sources: list[Path], *, names: list[str] | None = None, number: int = 1) -> None:
+        got.append((sources, names, number))
+
+    run_function("qpruner work", work, arguments)
+    assert got == [([*map(Path, given[0])], given[1], given[2])]
+    with pytest.raises(UserError, match="required: sources"):
+        run_function("qpruner work", work, ["--number", "3"])
+
+
+def test_a_list_of_words_is_named_in_the_help(capsys: pytest.CaptureFixture[str]) -> None:
+    def work(sources: list[Path]) -> None:
+        """Does a work.
+
+        Args:
+            sources: files to read.
+        """
+
+    with pytest.raises(SystemExit):
+        run_function("qpruner work", work, ["--help"])
+    said = capsys.readouterr().out
+    assert "SOURCES..." in said and "files to read." in said and "LIST_OF_PATHS" not in said
+
+
 def test_the_first_word_names_the_function(capsys: pytest.CaptureFixture[str]) -> None:
     def first(number: int) -> None:
         """Says a number."""

@@ -8,7 +8,16 @@ from torch.utils.tensorboard import SummaryWriter
 
 from qpruner.errors import UserError
 from qpruner.records.folder import RunFolder
-from qpruner.records.report import Stage, Summary, protocol_line, scalars, table, write_report
+from qpruner.records.report import (
+    Stage,
+    Summary,
+    protocol_line,
+    scalars,
+    show_summary,
+    table,
+    tasks_table,
+    write_report,
+)
 
 SUMMARY = Summary(
     finished=True,
@@ -25,7 +34,7 @@ SUMMARY = Summary(
 
 def test_table_by_hand() -> None:
     lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in table(SUMMARY).splitlines()]
-    assert lines[2] == ["dense", "1,000", "4,000", "-", "3.142", "-", "50.0%", "1.2 s", "-", "3 MiB"]
+    assert lines[2] == ["dense", "1,000", "4,000", "-", "3.142", "-", "50.0 %", "1.2 s", "-", "3 MiB"]
     assert lines[3] == ["recovered", "1,010", "4,040", "4.50", "-", "-", "-", "60.0 s", "7 MiB", "-"]
     assert len({len(line) for line in table(SUMMARY).splitlines()}) == 1
 
@@ -59,6 +68,51 @@ def test_the_later_value_of_a_step_that_was_logged_twice_counts(tmp_path: Path) 
                 writer.add_scalar("train/loss", value, step)
     assert scalars(tmp_path, "train/loss") == [(1, 10.0), (2, 21.0), (3, 31.0), (4, 41.0)]
     assert scalars(tmp_path, "val/loss") == []
+
+
+def with_tasks(stage: Stage, **accuracies: float) -> Stage:
+    """A stage with accuracies on tasks, each with an error of 3 %."""
+    results = {f"{task}/accuracy": accuracy for task, accuracy in accuracies.items()}
+    results |= {f"{task}/error": 0.03 for task in accuracies}
+    return replace(stage, results={**results, "accuracy": 0.6, "accuracy_error": 0.015})
+
+
+def test_an_accuracy_is_shown_with_its_error() -> None:
+    def cell(results: dict[str, float]) -> str:
+        (stage,) = table(replace(SUMMARY, stages=(replace(SUMMARY.stages[0], results=results),))).splitlines()[2:]
+        return stage.split("|")[7].strip()
+
+    assert cell({"accuracy": 0.62, "accuracy_error": 0.0151}) == "62.0 % ± 1.5"
+    assert cell({"accuracy": 0.6, "examples": 25.0}) == "60.0 % ± 10.0"  # of a single task
+    assert cell({"accuracy": 0.6, "examples": 25.0, "a/accuracy": 0.5, "b/accuracy": 0.7}) == "60.0 %"
+
+
+def test_several_tasks_get_a_table_and_a_picture_of_all_stages(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    dense, recovered = SUMMARY.stages
+    one_task = replace(SUMMARY, stages=(with_tasks(dense, boolq=0.6), recovered))
+    assert tasks_table(SUMMARY) is None and tasks_table(one_task) is None
+    alone = replace(SUMMARY, stages=(with_tasks(dense, boolq=0.7, piqa=0.5), recovered))
+    both = replace(SUMMARY, stages=(alone.stages[0], with_tasks(recovered, boolq=0.65)))
+    said = tasks_table(both)
+    assert said is not None
+    assert [[cell.strip() for cell in line.strip("|").split("|")] for line in said.splitlines()[::2]] == [
+        ["stage", "boolq", "piqa", "mean"],
+        ["dense", "70.0 % ± 3.0", "50.0 % ± 3.0", "60.0 % ± 1.5"],
+    ]
+    assert said.splitlines()[3].split("|")[2:4] == [" 65.0 % ± 3.0 ", " " * 12 + "- "]
+    show_summary(both)
+    assert f"{table(both)}\n\n{said}\n\n" in capsys.readouterr().out
+    all_tasks = replace(SUMMARY, stages=(alone.stages[0], with_tasks(recovered, boolq=0.65, piqa=0.45)))
+    for number, (summary, pictured) in enumerate([(SUMMARY, False), (alone, False), (both, False), (all_tasks, True)]):
+        folder = RunFolder(tmp_path / str(number))
+        folder.path.mkdir()
+        summary.write(folder.summary)
+        write_report(folder)
+        told = tasks_table(summary)
+        assert told is None or told in folder.report.read_text()
+        assert ("](tasks.png)" in folder.report.read_text()) is folder.tasks_picture.exists() is pictured
 
 
 @pytest.mark.parametrize("logged", [False, True])

@@ -6,7 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from lightning.pytorch.loggers import TensorBoardLogger
 from support.figures import cells, curves, tick_labels
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from qpruner.errors import UserError
 from qpruner.records.folder import RunFolder
@@ -15,9 +17,12 @@ from qpruner.records.search import (
     SearchResults,
     Tried,
     front_figure,
+    fronts_table,
     pareto_front,
     proposed_by,
     ranked,
+    show_search,
+    task_panels,
     trials_figure,
     variants_table,
     write_search_report,
@@ -122,6 +127,70 @@ def test_the_picture_of_the_front_shows_all_trials_the_front_and_what_nobody_sea
     assert trials == [(one.num_bytes, one.loss) for one in TRIALS]
     assert named == [[(400, 2.5), (500, 2.0), (700, 1.5)], [(1400, 2.0)]]
     assert list(curves(axes))[1:] == ["front", "uniform"]
+
+
+def on_tasks(trial: Tried, **accuracies: float) -> Tried:
+    scores = {f"{task}/accuracy": accuracy for task, accuracy in accuracies.items()}
+    scores |= {f"{task}/error": 0.02 for task in accuracies}
+    mean = {"accuracy": sum(accuracies.values()) / len(accuracies), "accuracy_error": 0.01}
+    return replace(trial, scores=trial.scores | scores | mean)
+
+
+ON_TASKS = replace(
+    RESULTS,
+    trials=(
+        on_tasks(TRIALS[0], boolq=0.6, piqa=0.7),  # 500 bytes
+        on_tasks(TRIALS[1], boolq=0.6, piqa=0.65),  # 400
+        TRIALS[2],  # without tasks
+        on_tasks(TRIALS[3], boolq=0.5, piqa=0.75),  # 600
+    ),
+    variants=(on_tasks(TRIALS[0], boolq=0.6, piqa=0.7), on_tasks(RESULTS.variants[1], boolq=0.55, piqa=0.6)),
+)
+
+
+def test_each_task_has_its_own_front() -> None:
+    panels = task_panels(ON_TASKS)
+    assert [*panels] == ["boolq", "piqa", "mean"] and task_panels(RESULTS) == {}
+    assert [point.name for point in panels["boolq"].named] == ["uniform"]
+    header, _, *rows = (
+        [cell.strip() for cell in line.strip("|").split("|")] for line in fronts_table(panels).splitlines()
+    )
+    assert header == ["task", "plan", "bytes", "accuracy"]
+    assert rows == [
+        ["boolq", "trial 2", "400", "60.0 % ± 2.0"],
+        ["piqa", "trial 2", "400", "65.0 % ± 2.0"],
+        ["piqa", "trial 1", "500", "70.0 % ± 2.0"],
+        ["piqa", "trial 5", "600", "75.0 % ± 2.0"],
+        ["mean", "trial 2", "400", "62.5 % ± 1.0"],
+        ["mean", "trial 1", "500", "65.0 % ± 1.0"],
+    ]
+    single = replace(ON_TASKS, trials=(on_tasks(TRIALS[0], boolq=0.6),))
+    assert [*task_panels(single)] == ["boolq"]
+
+
+def test_fronts_of_tasks_are_in_the_report_and_on_the_board(tmp_path: Path) -> None:
+    boards: dict[str, list[str]] = {}
+    for name, results in (("without", RESULTS), ("with", ON_TASKS)):
+        folder = RunFolder(tmp_path / name)
+        folder.path.mkdir()
+        write_search_report(folder, results)
+        told = folder.report.read_text()
+        has_tasks = name == "with"
+        assert ("](tasks.png)" in told) is folder.tasks_picture.exists() is has_tasks
+        assert not has_tasks or fronts_table(task_panels(results)) in told
+        logger = TensorBoardLogger(tmp_path / name, "board")
+        show_search(logger, results)
+        events = EventAccumulator(logger.log_dir).Reload()
+        boards[name] = events.Tags()["images"]
+    assert sorted(boards["without"]) == ["search/allocations", "search/front"]
+    assert sorted(boards["with"]) == ["search/allocations", "search/front", "search/tasks"]
+
+
+@pytest.mark.parametrize("score", [{"boolq/accuracy": "x"}, {"boolq/error": [1]}, {"accuracy": None}, {"kl": "x"}])
+def test_scores_that_are_no_numbers_are_named(score: dict[str, Any]) -> None:
+    (name,) = score
+    with pytest.raises(UserError, match=f"The score {name} of 'trial 1' must be a number, not "):
+        replace(TRIALS[0], scores=TRIALS[0].scores | score)
 
 
 def test_a_plan_that_failed_for_some_seeds_does_not_win() -> None:
