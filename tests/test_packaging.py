@@ -61,6 +61,7 @@ ALLOWED: dict[str, set[str]] = {
         "adapter_files", "compressed", "datamodules", "errors", "folder_manifest", "memory", "model_folder", "plan",
         "quantization", "records", "schema", "training",
     },
+    "evaluation": {"calibration", "datamodules", "errors", "files", "records"},
     "files": {"errors"},
     "folder_manifest": {"errors", "files", "schema"},
     "likelihood": {"errors"},
