@@ -110,7 +110,8 @@ def _loading(name: str) -> Iterator[None]:
         yield
     except (OSError, ValueError, TypeError) as error:  # no connection, no such data set, columns of mixed types
         raise UserError(
-            f"Cannot load the records of {name!r}: {cut(error)}. Check the connection, or give a folder with local records."
+            f"Cannot load the records of {name!r}: {cut(error)}. "
+            f"Check the connection, or give a folder with local records."
         ) from error
 
 

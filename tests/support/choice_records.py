@@ -84,7 +84,7 @@ RECORDS: dict[str, list[dict[str, Any]]] = {
         _openbookqa("42", "B", _choices("is odd", "is even", "is prime", "is a letter")),
     ],
 }
-"""Three of each task, with what occurs in the data sets: markers, doubled spaces, spaces at the border, numbered labels."""
+"""Three of each task, with what occurs in the data sets: markers, doubled spaces, spaces at the border, numbers."""
 
 LOCAL: dict[str, list[dict[str, Any]]] = {
     "boolq": [{"question": "do bees make honey", "passage": "A bee is an insect.", "answer": True}],
