@@ -67,6 +67,10 @@ def run_harness(
         if name not in manager.all_tasks:
             close = nearest(name, manager.all_tasks)
             raise UserError(f"lm-evaluation-harness has no task {name!r}.{close} `lm_eval ls tasks` lists them.")
+        if folder is not None and name not in manager.all_subtasks:
+            raise UserError(
+                f"{name!r} is a group of tasks; name its tasks to score local records, or leave out the folder."
+            )
     local = {} if folder is None else {name: _local_records(Path(folder), name) for name in tasks}
     scores: dict[str, HarnessScore] = {}
     with evaluating(model):

@@ -162,6 +162,61 @@ def test_examples_before_a_question_change_it_and_are_never_the_question(tiny_ll
     assert scored.items[0].log_likelihoods == pytest.approx(likelihoods(model, tokenizer, behind), abs=1e-4)
 
 
+GROUP = """
+group: both
+task: [pairs, writing]
+"""
+PAIRS = """
+task: pairs
+custom_dataset: !function records.load
+output_type: multiple_choice
+test_split: test
+doc_to_text: "{{question}}"
+doc_to_target: "{{answer}}"
+doc_to_choice: ["one", "two"]
+metric_list: [{metric: acc, aggregation: mean, higher_is_better: true}]
+"""
+WRITING = """
+task: writing
+custom_dataset: !function records.load
+output_type: generate_until
+test_split: test
+doc_to_text: "{{question}}"
+doc_to_target: "{{answer}}"
+generation_kwargs: {until: ["."], max_gen_toks: 3}
+metric_list: [{metric: exact_match, aggregation: mean, higher_is_better: true}]
+"""
+LOAD = """
+import datasets
+
+def load(**_):
+    return {"test": datasets.Dataset.from_list([{"question": "How many?", "answer": n} for n in ("one", "two")])}
+"""
+
+
+@needs_harness
+def test_groups_and_what_is_no_question_give_the_numbers_of_the_harness(
+    tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from lm_eval.tasks import TaskManager
+
+    for name, text in {"both.yaml": GROUP, "pairs.yaml": PAIRS, "writing.yaml": WRITING, "records.py": LOAD}.items():
+        (tmp_path / name).write_text(text)
+    manager = TaskManager(include_path=tmp_path, include_defaults=False)
+    monkeypatch.setattr("lm_eval.tasks.TaskManager", lambda: manager)
+    model, tokenizer = loaded(tiny_llama)
+    scores = run_harness(model, tokenizer, ["both"])
+    pairs, writing = scores["pairs"], scores["writing"]
+    assert [item.gold for item in pairs.items] == [0, 1] and {item.lengths for item in pairs.items} == {(3, 3)}
+    assert pairs.score is not None
+    # The same question with both answers: whatever the model says, it is right once.
+    assert pairs.metrics["acc"] == pairs.score.acc == 0.5 and pairs.score.measure == "acc"
+    assert writing.score is None and not writing.items
+    assert writing.metrics["exact_match"] == 0.0
+    with pytest.raises(UserError, match="'both' is a group of tasks; name its tasks"):
+        run_harness(model, tokenizer, ["both"], folder=tmp_path)
+
+
 @needs_harness
 @pytest.mark.usefixtures("manager")
 def test_what_cannot_be_scored_is_told_first(tmp_path: Path) -> None:
