@@ -178,7 +178,7 @@ TASKS: dict[str, ChoiceTask] = {
     "arc_challenge": ChoiceTask(_arc, "acc_norm"),
     "openbookqa": ChoiceTask(_openbookqa, "acc_norm"),
 }
-"""The seven tasks of LLM-Pruner's and QPruner's tables, in their order, with the prompts of lm-evaluation-harness 0.4.13.
+"""The seven tasks of LLM-Pruner's and QPruner's tables, in order, with the prompts of lm-evaluation-harness 0.4.13.
 
 The papers do not say which accuracy they report; the measures are those that are usual for these tasks. The harness has
 no ``acc_norm`` for BoolQ and WinoGrande. With WinoGrande it is here what the harness's rule would give: the option is

@@ -62,7 +62,13 @@ ALLOWED: dict[str, set[str]] = {
         "adapter_files", "compressed", "datamodules", "errors", "folder_manifest", "memory", "model_folder", "plan",
         "quantization", "records", "schema", "training",
     },
-    "evaluation": {"datamodules", "errors", "likelihood", "memory", "processes", "records", "training"},
+    "evaluate_command": {
+        "datamodules", "errors", "evaluation", "options", "pretrained", "processes", "records", "stories",
+    },
+    "evaluation": {
+        "adapter_files", "calibration", "datamodules", "errors", "files", "folder_manifest", "likelihood", "memory",
+        "model_folder", "pretrained", "pricing", "processes", "records", "training",
+    },
     "files": {"errors"},
     "folder_manifest": {"errors", "files", "schema"},
     "likelihood": {"errors"},

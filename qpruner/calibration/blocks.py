@@ -153,7 +153,7 @@ class BlockRunner:
 @contextmanager
 def block_runner(model: Any, calibration: Calibration) -> Iterator[BlockRunner]:
     """A runner on a model that is in evaluation mode meanwhile; see `BlockRunner`."""
-    with _evaluating(model):
+    with evaluating(model):
         yield BlockRunner(model, calibration)
 
 
@@ -236,7 +236,7 @@ def _equal(first: Any, second: Any) -> bool:
 
 
 @contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
+def evaluating(model: nn.Module) -> Iterator[None]:
     """Evaluation mode, after which each module is in its own again."""
     training = [module for module in model.modules() if module.training]
     model.eval()

@@ -169,7 +169,8 @@ def score_text(
     """How well a model predicts a text by a protocol; exact whatever the batches and however many processes share it.
 
     Args:
-        model: causal language model, perhaps with adapters; it is moved to ``device`` and left there, in the mode that it was in.
+        model: causal language model, perhaps with adapters; it is moved to ``device`` and left there, in the mode that
+            it was in.
         windows: windows of the text.
         name: name of the text, such as ``wikitext2``.
         source: where the text comes from.

@@ -213,14 +213,14 @@ def test_a_text_whose_pieces_do_not_agree_is_tokenized_whole(
 def encoded(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """The lengths of the texts that a tokenizer was given."""
     lengths: list[int] = []
-    batches = tokens._batches
+    batches = tokens.in_batches
 
     def spy(texts: Any) -> Any:
         for batch in batches(texts):
             lengths.extend(map(len, batch))
             yield batch
 
-    monkeypatch.setattr(tokens, "_batches", spy)
+    monkeypatch.setattr(tokens, "in_batches", spy)
     return lengths
 
 

@@ -1,16 +1,13 @@
 """What a report says of an evaluation, cell by cell."""
 
 from dataclasses import replace
-from math import inf, sqrt
+from math import inf
 from pathlib import Path
-
-import pytest
 
 from qpruner.records.evaluation import Evaluation, Sample, TaskScore, TextScore
 from qpruner.records.evaluation_report import (
     evaluation_table,
     samples_section,
-    standard_error,
     write_evaluation_report,
 )
 
@@ -66,12 +63,6 @@ def test_texts_have_their_protocols() -> None:
         ["wikitext2", "2,048 tokens, disjoint", "1,000", "7", "1,234.568", "2.5000", "3.0"],
         ["wikitext2", "2,048 tokens, stride 512", "1,007", "0", "inf", "-", "9.0"],
     ]
-
-
-@pytest.mark.parametrize(("accuracy", "items", "error"), [(0.5, 101, 0.05), (0.2, 11, sqrt(0.016)), (1.0, 9, 0.0)])
-def test_the_standard_error_is_that_of_a_sample(accuracy: float, items: int, error: float) -> None:
-    assert standard_error(accuracy, items) == pytest.approx(error)
-    assert standard_error(accuracy, 1) is None
 
 
 def test_samples_show_their_numbers_and_the_text_to_the_letter() -> None:

@@ -1,0 +1,250 @@
+"""Any task of lm-evaluation-harness, with its in-memory model around ours; from the hub or from local records."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from copy import deepcopy
+from dataclasses import dataclass
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+from qpruner.calibration.blocks import evaluating
+from qpruner.datamodules.documents import Skipped, read_file
+from qpruner.datamodules.layout import Layout, read_layout
+from qpruner.datamodules.questions import TASKS, Record
+from qpruner.errors import UserError, cut, listed, nearest
+from qpruner.files import hash_file
+from qpruner.records.evaluation import Item, TaskScore
+
+INSTALL = "pip install 'qpruner[eval]'"
+
+
+@dataclass(frozen=True)
+class HarnessScore:
+    """How a model does on a task of the harness, or on a group of them.
+
+    Args:
+        metrics: every number that the harness gives, by the name that it has there, without the filter ``none``.
+        items: what the model said of each question; empty for a group and for what is no question with options.
+        score: accuracies of the items; None where there are none.
+    """
+
+    metrics: dict[str, float]
+    items: tuple[Item, ...]
+    score: TaskScore | None
+
+
+def run_harness(
+    model: Any,
+    tokenizer: Any,
+    tasks: Sequence[str],
+    *,
+    limit: int | None = None,
+    batch_size: int = 8,
+    num_fewshot: int | None = None,
+    folder: str | Path | None = None,
+) -> dict[str, HarnessScore]:
+    """Scores of each task that was asked for, and of each that such a group or tag consists of, by name.
+
+    The model is in evaluation mode meanwhile, and each of its modules in its own mode again afterwards; the tokenizer
+    stays as it is.
+
+    Args:
+        model: causal model of transformers or PEFT on the device that it is to run on, such as `load_compressed` gives.
+        tokenizer: tokenizer of the model.
+        tasks: tasks, groups or tags of the harness, such as ``mmlu`` or ``gsm8k``.
+        limit: most items of a task, the first ones; None for all.
+        batch_size: number of texts that the model is given at once.
+        num_fewshot: number of solved examples before each question; None for as many as the task says.
+        folder: folder with local records, ``folder/TASK/test.jsonl`` or ``validation.jsonl``, in the columns that the
+            task has on the hub or in a variant that `qpruner.datamodules.questions` reads; None for the hub itself.
+
+    Raises:
+        UserError: the harness is not installed, there is no such task, or its records cannot be had or are wrong.
+    """
+    lm_eval, HFLM, manager = _library()
+    for name in tasks:
+        if name not in manager.all_tasks:
+            close = nearest(name, manager.all_tasks)
+            raise UserError(f"lm-evaluation-harness has no task {name!r}.{close} `lm_eval ls tasks` lists them.")
+        if folder is not None and name not in manager.all_subtasks:
+            raise UserError(
+                f"{name!r} is a group of tasks; name its tasks to score local records, or leave out the folder."
+            )
+    local = {} if folder is None else {name: _local_records(Path(folder), name) for name in tasks}
+    scores: dict[str, HarnessScore] = {}
+    with evaluating(model):
+        # The harness gives the tokenizer a padding token, and calls `eval`.
+        harnessed = HFLM(pretrained=model, tokenizer=deepcopy(tokenizer), backend="causal", batch_size=batch_size)
+        for name in tasks:
+            start = perf_counter()
+            with _loading(name):
+                loaded = manager.load([local[name].group(name) if name in local else name])
+            groups = [loaded["groups"][name]] if name in loaded["groups"] else []
+            results = lm_eval.simple_evaluate(
+                harnessed, tasks=groups or list(loaded["tasks"].values()), task_manager=manager, limit=limit,
+                num_fewshot=num_fewshot, random_seed=None, numpy_random_seed=None, torch_random_seed=None,
+            )  # fmt: skip
+            seconds = (perf_counter() - start) / sum(len(results["samples"][task]) for task in loaded["tasks"])
+            for scored, values in results["results"].items():
+                task = loaded["tasks"].get(scored)
+                items = () if task is None else tuple(_items(task, results["samples"][scored]))
+                metrics = _metrics(values)
+                score = _score(scored, task, items, metrics, local.get(scored), seconds) if items else None
+                scores[scored] = HarnessScore(metrics, items, score)
+    return scores
+
+
+def _library() -> tuple[Any, Any, Any]:
+    """The harness, its model of transformers and its table of tasks."""
+    try:
+        import lm_eval
+        from lm_eval.models.huggingface import HFLM
+        from lm_eval.tasks import TaskManager
+    except ImportError as error:
+        raise UserError(
+            f"Tasks of lm-evaluation-harness need the extra `eval` ({cut(error)}). Install it: {INSTALL}"
+        ) from error
+    return lm_eval, HFLM, TaskManager()
+
+
+@contextmanager
+def _loading(name: str) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, ValueError, TypeError) as error:  # no connection, no such data set, columns of mixed types
+        raise UserError(
+            f"Cannot load the records of {name!r}: {cut(error)}. "
+            f"Check the connection, or give a folder with local records."
+        ) from error
+
+
+def _metrics(values: dict[str, Any]) -> dict[str, float]:
+    return {
+        name.removesuffix(",none"): float(value)
+        for name, value in values.items()
+        if isinstance(value, (int, float)) and "," in name  # the others say what was scored
+    }
+
+
+def _items(task: Any, samples: Sequence[dict[str, Any]]) -> Iterator[Item]:
+    """What was said of each question with options, as far as the task is made of such and each has one right option."""
+    if task.OUTPUT_TYPE != "multiple_choice":
+        return
+    for sample in samples:
+        options = task.doc_to_choice(sample["doc"])
+        # Where the options stand in the context, the harness has the target and the text the other way round.
+        gold = (task.doc_to_text if task.multiple_input else task.doc_to_target)(sample["doc"])
+        gold = options.index(gold) if isinstance(gold, str) and gold in options else gold
+        if isinstance(gold, int):
+            # Behind those of the options there may be those of the options without context.
+            likelihoods = tuple(float(response[0]) for response in sample["filtered_resps"][: len(options)])
+            yield Item(sample["doc_id"], gold, likelihoods, tuple(max(len(option), 1) for option in options))
+
+
+def _score(
+    name: str,
+    task: Any,
+    items: Sequence[Item],
+    metrics: dict[str, float],
+    local: "_Local | None",
+    seconds: float,
+) -> TaskScore:
+    outcomes = [item.outcome for item in items]
+    if name in TASKS:
+        measure: str = TASKS[name].measure
+    else:
+        measure = "acc_norm" if "acc_norm" in metrics else "acc"
+    hub = " ".join(filter(None, (task.config.dataset_path, task.config.dataset_name)))
+    return TaskScore(
+        items=len(items),
+        acc=sum(outcome["acc"] for outcome in outcomes) / len(items),
+        acc_norm=sum(outcome["acc_norm"] for outcome in outcomes) / len(items),
+        measure=measure,
+        source=hub if local is None else local.source,
+        split=task.config.test_split or task.config.validation_split,
+        seconds=seconds * len(items),
+    )
+
+
+@dataclass(frozen=True)
+class _Local:
+    """Records of a task that take the place of those on the hub.
+
+    Args:
+        records: records of each split, in the columns of the hub.
+        scored: split that is scored.
+        examples: split that solved examples are taken from.
+        source: names of the scored files, each with its SHA-256.
+        options: what else is other than in the task's own description.
+    """
+
+    records: dict[str, list[dict[str, Any]]]
+    scored: str
+    examples: str
+    source: str
+    options: dict[str, Any]
+
+    def group(self, name: str) -> dict[str, Any]:
+        """A group with the task alone: the harness lets groups say where a task differs from its description."""
+        import datasets
+
+        data = {split: datasets.Dataset.from_list(records) for split, records in self.records.items()}
+        # The harness scores the split for tests before that for validation. Where it takes examples from the scored
+        # split, it leaves out the question itself.
+        splits = {"training_split": None, "validation_split": None, "test_split": self.scored}
+        source = {"custom_dataset": lambda **_: data, "dataset_kwargs": None, "fewshot_split": self.examples}
+        return {"group": "local", "task": [{"task": name, **splits, **source, **self.options}]}
+
+
+def _local_records(folder: Path, name: str) -> _Local:
+    if not (folder / name).is_dir():
+        there = listed(sorted(path.name for path in folder.glob("*/"))) if folder.is_dir() else "no such folder"
+        raise UserError(f"There is no folder {str(folder / name)!r} with records of the task {name!r} ({there}).")
+    layout = read_layout(folder / name)
+    scored = None if layout is None else layout.split("test") or layout.split("validation")
+    if layout is None or scored is None:
+        raise UserError(
+            f"{str(folder / name)!r} has no split to score. Name a file for it: test.jsonl or validation.jsonl."
+        )
+    examples = layout.split("train") or layout.split("validation") or scored
+    records = {split: _read(layout, split, name) for split in {scored, examples}}
+    options: dict[str, Any] = {}
+    if name == "hellaswag" and "ctx_a" not in records[scored][0]:
+        options["process_docs"] = None  # cleaned before
+    source = "; ".join(f"{file.name}, SHA-256 {hash_file(file)}" for file in layout.files(scored))
+    return _Local(records, scored, examples, source, options)
+
+
+def _read(layout: Layout, split: str, name: str) -> list[dict[str, Any]]:
+    """The records of a split in the columns of the hub, each of them checked where the task is known here."""
+    skipped = Skipped()
+    records = [placed for file in layout.files(split) for placed in read_file(file, skipped)]
+    if skipped.counts or not records:
+        raise UserError(f"{str(layout.folder)!r}, split {split!r}: {skipped or 'no records'}. Restore the file.")
+    if name in TASKS:
+        for place, record in records:
+            try:
+                TASKS[name].question(record)
+            except UserError as error:
+                raise UserError(f"{place}: {error}") from error
+    as_on_hub = HUB_COLUMNS.get(name, dict)
+    return [as_on_hub(record) for _, record in records]
+
+
+def _boolq_as_on_hub(record: Record) -> dict[str, Any]:
+    return {"label": int(record["answer"]), **record} if "answer" in record else dict(record)
+
+
+def _hellaswag_as_on_hub(record: Record) -> dict[str, Any]:
+    """With the columns that the harness makes of a record, where it is cleaned already."""
+    if "ctx_a" in record:
+        return dict(record)
+    return {"query": f"{record['activity_label']}: {record['ctx']}", "choices": record["endings"], **record}
+
+
+HUB_COLUMNS: dict[str, Callable[[Record], dict[str, Any]]] = {
+    "boolq": _boolq_as_on_hub,
+    "hellaswag": _hellaswag_as_on_hub,
+}
+"""What makes the columns of the hub of the variants that are read beside them, by task."""
