@@ -2,25 +2,24 @@
 
 from pathlib import Path
 
-from lightning.fabric import Fabric
-
 from qpruner.datamodules.choice_tasks import Part, TaskQuestions, read_task
 from qpruner.datamodules.questions import Measure, find_task
 from qpruner.datamodules.stories import ending_questions
 from qpruner.errors import UserError
+from qpruner.evaluation.devices import launch
 from qpruner.evaluation.evaluator import Evaluator
 from qpruner.evaluation.generation import PROMPTS
 from qpruner.evaluation.protocols import Protocol, read_text
 from qpruner.evaluation.subject import Subject, compressed_folder
 from qpruner.options.functions import run_function
 from qpruner.pretrained import DType
-from qpruner.processes import Processes
 from qpruner.records.evaluation_report import evaluation_table, write_evaluation_report
 from qpruner.stories import generate_stories
 
 ENDINGS = "endings"
 """The task of the embedded stories, which needs no file."""
 NUM_ENDINGS = 1000
+DEFAULT_LENGTH = 2048
 
 
 def evaluate_command(arguments: list[str]) -> None:
@@ -31,6 +30,8 @@ def evaluate(
     model: str,
     *,
     tasks: list[str] = [],  # noqa: B006  # read alone
+    harness: bool = False,
+    few_shot: int | None = None,
     folder: Path | None = None,
     split: Part = "test",
     items: int | None = None,
@@ -52,8 +53,11 @@ def evaluate(
     Args:
         model: folder of a run, of a compressed model or of a model of transformers, a hub name, or qpruner/stories.
         tasks: names of choice tasks: boolq, piqa, hellaswag, winogrande, arc_easy, arc_challenge, openbookqa, or
-            endings, of the embedded stories.
-        folder: folder with the questions, FOLDER/TASK/validation.jsonl and test.jsonl.
+            endings, of the embedded stories; with --harness any task of lm-evaluation-harness, such as mmlu or gsm8k.
+        harness: whether lm-evaluation-harness asks the questions and scores the answers (pip install 'qpruner[eval]').
+        few_shot: number of solved examples before each question of the harness; by default what the task says.
+        folder: folder with the questions, FOLDER/TASK/validation.jsonl and test.jsonl; the harness takes those of the
+            hub where there is none.
         split: part of a task's questions: test, validation, or all; of one file, half chooses and half is reported.
         items: most questions of a task, the first ones.
         texts: texts to measure perplexity on, each NAME=FILE or NAME=HUB_NAME:CONFIG@SPLIT.
@@ -74,22 +78,23 @@ def evaluate(
         UserError: something is not there, or there is nothing to do.
     """
     protocols = [Protocol(length, stride) for length in lengths]
-    questions = {name: _questions(name, folder, split, items) for name in tasks}
+    questions = {} if harness else {name: _questions(name, folder, split, items) for name in tasks}
     whole_texts = {name: read_text(spec) for name, spec in map(_named, texts)}
-    if not (questions or whole_texts or new_tokens):
+    if not (tasks or whole_texts or new_tokens):
         raise UserError("There is nothing to measure: give --tasks, --texts, or --new-tokens above 0.")
-    fabric = Fabric(accelerator=accelerator, devices=devices, strategy="ddp" if devices > 1 else "auto")
-    fabric.launch()
+    processes = launch(accelerator, devices)
     subject = Subject.load(model, dtype=dtype, trust_remote_code=trust_remote_code)
     place = output or _place(model)
-    evaluator = Evaluator(subject, _processes_of(fabric), place, batch_tokens=batch_tokens, restart=restart)
+    evaluator = Evaluator(subject, processes, place, batch_tokens=batch_tokens, restart=restart)
     for name, (measure, given) in questions.items():
         evaluator.task(name, measure, given, split)
+    if harness and tasks:
+        evaluator.tasks_of_harness(tasks, folder=folder, items=items, few_shot=few_shot)
     for name, text in whole_texts.items():
-        evaluator.text(name, text, protocols or [Protocol(min(2048, evaluator.positions), stride)])
+        evaluator.text(name, text, protocols or [Protocol(min(DEFAULT_LENGTH, evaluator.positions), stride)])
     if new_tokens:
         evaluator.write_samples(prompts or PROMPTS, new_tokens)
-    if fabric.is_global_zero:
+    if processes.is_first:
         write_evaluation_report(place, evaluator.evaluation)
         print(f"\n{evaluation_table(evaluator.evaluation)}\n\nReport: {place / 'report.md'}")
 
@@ -102,7 +107,10 @@ def _questions(name: str, folder: Path | None, part: Part, items: int | None) ->
         return "acc", ending_questions(list(stories), seed=0)
     measure = find_task(name).measure
     if folder is None:
-        raise UserError(f"The questions of {name!r} are read from files: give --folder, which has {name}/test.jsonl.")
+        raise UserError(
+            f"The questions of {name!r} are read from files: give --folder, which has {name}/test.jsonl, or --harness "
+            f"to take them from the hub."
+        )
     return measure, read_task(folder.expanduser(), name, part, items)
 
 
@@ -119,14 +127,3 @@ def _place(model: str) -> Path:
     if folder.is_dir() and compressed_folder(model) not in (None, folder):  # that of a run
         return folder / "evaluation"
     return Path("runs", "evaluations", "--".join(part for part in folder.parts if part not in ("/", "..", ".")))
-
-
-def _processes_of(fabric: Fabric) -> Processes:
-    return Processes(
-        device=fabric.device,
-        rank=fabric.global_rank,
-        world_size=fabric.world_size,
-        forward_context=fabric.autocast,
-        reduce=lambda tensor: fabric.all_reduce(tensor, reduce_op="sum"),  # type: ignore[arg-type,return-value]
-        broadcast=fabric.broadcast,
-    )

@@ -18,15 +18,18 @@ from qpruner.datamodules.loader import EvaluationLoader
 from qpruner.datamodules.questions import Measure
 from qpruner.errors import UserError
 from qpruner.evaluation.generation import generate_samples
+from qpruner.evaluation.harness import run_harness
 from qpruner.evaluation.protocols import Protocol, WholeText, Windows, score_text, tokens_of
 from qpruner.evaluation.subject import Subject
 from qpruner.memory import check_room, num_parameters, peak_meaning, read_peak, reset_peak, tensor_bytes
 from qpruner.processes import Processes
-from qpruner.records.evaluation import Evaluation, Item, TaskScore, items_file, write_items
+from qpruner.records.evaluation import Evaluation, HarnessTask, Item, TaskScore, items_file, write_items
 from qpruner.training.answers import answers
 from qpruner.training.evaluation import Measures
 
 DEFAULT_POSITIONS = 2048
+HARNESS_TOKENS = 256
+"""Tokens of a text of the harness, as its batches are counted in texts."""
 
 
 class Evaluator:
@@ -88,6 +91,46 @@ class Evaluator:
             score = TaskScore(len(items), share["acc"], share["acc_norm"], measure, questions.source, part, seconds)
             write_items(items_file(self.folder, name), items)
             self._keep(tasks={**self.evaluation.tasks, name: score})
+
+    def tasks_of_harness(
+        self, tasks: Sequence[str], *, folder: Path | None, items: int | None, few_shot: int | None
+    ) -> None:
+        """Lets lm-evaluation-harness ask and score, one task or group after the other.
+
+        Args:
+            tasks: names of tasks or groups of the harness.
+            folder: folder with local records; None for those of the hub.
+            items: most items of a task, the first ones; None for all.
+            few_shot: number of solved examples before each question; None for as many as the task says.
+
+        Raises:
+            UserError: there are several processes, the harness is not installed or knows no such task.
+        """
+        if self.processes.world_size > 1:
+            raise UserError("The harness works on one device here. Give --devices 1, or leave --harness out.")
+        options = {"folder": None if folder is None else str(folder), "items": items, "few_shot": few_shot}
+        for task in tasks:
+            before = self.evaluation.harness.get(task)
+            if before is not None and before.options == options:
+                self._say(f"{task}: measured before.")
+                continue
+            results = run_harness(
+                self.subject.network,
+                self.subject.tokenizer,
+                [task],
+                limit=items,
+                batch_size=max(1, self.batch_tokens // HARNESS_TOKENS),
+                num_fewshot=few_shot,
+                folder=folder,
+            )
+            scores = {name: result.score for name, result in results.items() if result.score is not None}
+            for name in scores:
+                write_items(items_file(self.folder, name), results[name].items)
+            metrics = {name: result.metrics for name, result in results.items()}
+            self._keep(
+                tasks={**self.evaluation.tasks, **scores},
+                harness={**self.evaluation.harness, task: HarnessTask(options, metrics)},
+            )
 
     @torch.no_grad()
     def _answer(self, name: str, measure: Measure, questions: TaskQuestions) -> list[Item]:
@@ -178,6 +221,7 @@ class Evaluator:
             {},
             (),
             (),
+            {},
         )
         if restart or not self.path.exists():
             return new

@@ -3,7 +3,7 @@
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -93,6 +93,19 @@ class Sample:
 
 
 @dataclass(frozen=True)
+class HarnessTask:
+    """What lm-evaluation-harness says of a task or group that was asked for.
+
+    Args:
+        options: how it was asked: folder of local records, number of items, number of solved examples.
+        metrics: every number that the harness gives, of the task itself and of those that it consists of, by name.
+    """
+
+    options: dict[str, Any]
+    metrics: dict[str, dict[str, float]]
+
+
+@dataclass(frozen=True)
 class Evaluation(Record):
     """What ``evaluation.json`` holds.
 
@@ -107,6 +120,7 @@ class Evaluation(Record):
         tasks: scores of tasks by name, in the order in which they were asked for.
         texts: scores of texts.
         samples: texts that the model wrote.
+        harness: what lm-evaluation-harness says of tasks, by the name that each was asked for.
     """
 
     remedy = "Delete the file and repeat the command: it measures again."
@@ -121,6 +135,7 @@ class Evaluation(Record):
     tasks: dict[str, TaskScore]
     texts: tuple[TextScore, ...]
     samples: tuple[Sample, ...]
+    harness: dict[str, HarnessTask] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,33 @@
+"""The devices that share an evaluation, each with the whole model."""
+
+from lightning.fabric import Fabric
+from torch import Tensor
+
+from qpruner.processes import Processes
+
+
+def launch(accelerator: str, devices: int) -> Processes:
+    """Starts the other processes by the command of this one, where there is more than one device.
+
+    Args:
+        accelerator: kind of device, as Lightning names them: ``auto``, ``cpu``, ``gpu``.
+        devices: number of devices, each of which gets a process.
+
+    Returns:
+        The processes, as this one sees them.
+    """
+    fabric = Fabric(accelerator=accelerator, devices=devices, strategy="ddp" if devices > 1 else "auto")
+    fabric.launch()
+
+    def reduce(tensor: Tensor) -> Tensor:
+        total: Tensor = fabric.all_reduce(tensor, reduce_op="sum")  # type: ignore[assignment]
+        return total
+
+    return Processes(
+        device=fabric.device,
+        rank=fabric.global_rank,
+        world_size=fabric.world_size,
+        forward_context=fabric.autocast,
+        reduce=reduce,
+        broadcast=fabric.broadcast,
+    )
