@@ -26,8 +26,9 @@ mean loss in a gate on what reaches these columns:
 
 The first is what removing the whole unit costs beyond first order, but for a factor that all units share: half the
 number of tokens of a sequence. It is sure of the units that must stay and says little of the others, of which first
-order says more; so the last takes both. The errors that the last looks at do not compare between layers: what each layer gives
-is decided by the loss, and which of its units by the error that is left when the weights that stay are adjusted.
+order says more; so the last takes both. The errors that the last looks at do not compare between layers: what each
+layer gives is decided by the loss, and which of its units by the error that is left when the weights that stay are
+adjusted.
 
 g, F, G, Var and x are those of the whole text, however it was cut to pass through the model.
 """
