@@ -58,9 +58,7 @@ class PredictionsWriter(Callback):
             # Rows first, then the questions of each task, each in the order of the split.
             together = [record for rank in ranks for record in rank]
             tasks = {task: place for place, task in enumerate(dict.fromkeys(r.get("task", "") for r in together), 1)}
-            records = sorted(
-                together, key=lambda r: (tasks[r["task"]], r["example"]) if "task" in r else (0, r["row"])
-            )
+            records = sorted(together, key=lambda r: (tasks[r["task"]], r["example"]) if "task" in r else (0, r["row"]))
             if unscored := sum(not math.isfinite(record.get("nll", 0.0)) for record in records):
                 rank_zero_warn(
                     f"The loss of {unscored} of {len(records)} records is not finite; their nll is written as text."

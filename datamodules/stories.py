@@ -19,8 +19,8 @@ from qpruner.stories import Story, generate_stories
 class StoriesDataModule(TokenDataModule):
     """Small English stories made by `qpruner.stories`; nothing is read or downloaded.
 
-    The three splits share no story, whatever the seed. Validation and test bring a choice task: the right ending of
-    a story against one that contradicts a fact told before.
+    The three splits share no story, whatever the seed. Validation and test bring a choice task, ``endings``: the right
+    ending of a story against one with a value that the story tells nowhere.
 
     Args:
         num_train: number of stories that fit and calibrate, at least 1.
@@ -110,7 +110,7 @@ def ending_questions(stories: Sequence[Story], seed: int) -> TaskQuestions:
     coins = torch.randint(2, (len(stories),), generator=torch.Generator().manual_seed(seed)).tolist()
     questions = []
     for story, gold in zip(stories, coins, strict=True):
-        endings = (story.wrong_ending, story.ending) if gold else (story.ending, story.wrong_ending)
+        endings = (story.untold_ending, story.ending) if gold else (story.ending, story.untold_ending)
         texts = tuple(f" {ending}" for ending in endings)
         questions.append(Question((story.prompt,) * 2, texts, tuple(map(len, endings)), gold))
     return TaskQuestions(tuple(questions), tuple(range(len(questions))), "qpruner/stories")

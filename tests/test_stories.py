@@ -38,9 +38,9 @@ def counts(text: str) -> list[int]:
     return [words.NUMBERS.index(word.lower()) for word in NUMBER.findall(text)]
 
 
-def replaced(story: Story) -> tuple[list[str], list[str]]:
-    """What the wrong ending has instead of the words of the right one."""
-    right, wrong = tokens(story.ending), tokens(story.wrong_ending)
+def replaced(story: Story, ending: str | None = None) -> tuple[list[str], list[str]]:
+    """What another ending, by default the wrong one, has instead of the words of the right one."""
+    right, wrong = tokens(story.ending), tokens(ending or story.wrong_ending)
     while right and wrong and right[0] == wrong[0]:
         right, wrong = right[1:], wrong[1:]
     while right and wrong and right[-1] == wrong[-1]:
@@ -59,7 +59,7 @@ def test_golden_story() -> None:
         "mug anywhere. Alice looked for it at the fairground, but had no luck. Then Ben went to look in the "
         "garden and saw something green under some leaves. Ben was proud that he had found the green mug."
     )
-    assert story.wrong_ending == "Ben was proud that she had found the green mug."
+    assert story.wrong_ending == story.untold_ending == "Ben was proud that she had found the green mug."
 
 
 def test_same_seed_gives_same_stories_and_fewer_give_a_prefix() -> None:
@@ -98,7 +98,7 @@ def test_split_shares(stories: list[Story]) -> None:
 
 def test_split_depends_on_the_facts_alone(stories: list[Story]) -> None:
     for story in stories[:500]:
-        assert split_of(Story(story.facts, "Other words.", "Other end.", "Wrong end.")) == split_of(story)
+        assert split_of(Story(story.facts, "Other words.", "Other end.", "Wrong end.", "Untold end.")) == split_of(story)
 
 
 @pytest.mark.parametrize(
@@ -212,6 +212,21 @@ def test_wrong_ending_replaces_one_fact_by_something_the_prompt_tells(stories: l
         assert len(wrong) <= 4
         # The last word is the one that verbs and prepositions leave alone: `washed the car`, `at the beach`.
         assert wrong[-1].lower() in {word.lower() for word in tokens(story.prompt)}, story
+
+
+def test_untold_ending_replaces_the_same_fact_by_something_that_the_story_tells_nowhere(stories: list[Story]) -> None:
+    same = 0
+    for story in stories:
+        right, wrong = replaced(story)
+        same_right, untold = replaced(story, story.untold_ending)
+        if right[0].lower() in {"he", "she"}:
+            assert story.untold_ending == story.wrong_ending
+            same += 1
+            continue
+        assert story.untold_ending != story.wrong_ending, story
+        assert set(same_right) & set(right), story  # the same gap, but for words that both values share
+        assert " ".join(untold).lower() not in " ".join(tokens(story.prompt)).lower(), story
+    assert same < len(stories) / 20
 
 
 def test_word_lists_are_long_and_their_words_differ() -> None:

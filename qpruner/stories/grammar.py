@@ -1,7 +1,7 @@
 """A story and the hand that writes it: facts are drawn once, sentences are free choices among paraphrases."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, is_dataclass
 from random import Random
 from typing import TypeVar
 
@@ -21,13 +21,17 @@ class Story:
             so two stories with other facts have other texts.
         prompt: all sentences but the last.
         ending: the last sentence; the facts told in the prompt determine it up to paraphrase.
-        wrong_ending: the ending with one fact replaced by a value of its kind that the prompt contradicts.
+        wrong_ending: the ending with one fact replaced by another of its kind that the prompt tells of something else,
+            so that who only remembers what occurred cannot tell it from the right one.
+        untold_ending: the ending with the same fact replaced by a value of its kind that the story tells nowhere, or
+            ``wrong_ending`` where there is none, as for pronouns.
     """
 
     facts: tuple[str, ...]
     prompt: str
     ending: str
     wrong_ending: str
+    untold_ending: str
 
     @property
     def text(self) -> str:
@@ -54,17 +58,20 @@ class Tale:
         self._random = random
         self._facts = [plot]
         self._sentences: list[str] = []
+        self._pools: list[Sequence[object]] = []  # options of the facts so far
 
     def draw(self, options: Sequence[Item]) -> Item:
         """A fact: one of the options."""
         value = self._random.choice(options)
         self._facts.append(str(value))
+        self._pools.append(options)
         return value
 
     def draw_two(self, options: Sequence[Item]) -> tuple[Item, Item]:
         """Two facts: different options."""
         first, second = self._random.sample(options, 2)
         self._facts += (str(first), str(second))
+        self._pools.append(options)
         return first, second
 
     def friends(self) -> tuple[Person, Person]:
@@ -76,6 +83,7 @@ class Tale:
         """Different people of any gender; the plot gives pronouns to one of them at most."""
         people = self._random.sample(PEOPLE, count)
         self._facts += (person.name for person in people)
+        self._pools.append(PEOPLE)
         return people
 
     def things(self, count: int) -> list[Thing]:
@@ -83,12 +91,14 @@ class Tale:
         nouns, colors = self._random.sample(THINGS, count), self._random.sample(COLORS, count)
         things = [Thing(color, noun) for color, noun in zip(colors, nouns, strict=True)]
         self._facts += (str(thing) for thing in things)
+        self._pools += (THINGS, COLORS)
         return things
 
     def number(self, low: int, high: int) -> int:
         """A count between `low` and `high`, both included."""
         value = self._random.randrange(low, high + 1)
         self._facts.append(NUMBERS[value])
+        self._pools.append(NUMBERS)
         return value
 
     def pick(self, options: Sequence[Item]) -> Item:
@@ -117,12 +127,39 @@ class Tale:
         """The finished story with one of the endings."""
         ending = self.pick(endings)
         sentence = self.pick(ending.variants)
-        return Story(
-            facts=tuple(self._facts),
-            prompt=" ".join(self._sentences),
-            ending=_capitalized(sentence.replace(GAP, ending.right)),
-            wrong_ending=_capitalized(sentence.replace(GAP, ending.wrong)),
+        prompt = " ".join(self._sentences)
+        untold = self._untold(ending.right, f"{prompt} {sentence}") or ending.wrong
+        right, wrong, other = (
+            _capitalized(sentence.replace(GAP, value)) for value in (ending.right, ending.wrong, untold)
         )
+        return Story(tuple(self._facts), prompt, ending=right, wrong_ending=wrong, untold_ending=other)
+
+    def _untold(self, value: str, told: str) -> str | None:
+        """A value of the same kind and form that does not occur in what is told; None where there is none.
+
+        It is drawn by the facts, so that the stories are the same with and without it.
+        """
+        random = Random("|".join(self._facts))
+        parts = [value] if self._alike(value, told) else value.split(" ", 1)  # a thing is a color and a noun
+        alike = [self._alike(part, told) for part in parts]
+        return " ".join(random.choice(values) for values in alike) if all(alike) else None
+
+    def _alike(self, value: str, told: str) -> list[str]:
+        """The values that a fact could have had instead, in the form of this one, without those that are told."""
+        for pool in self._pools:
+            forms = [_forms(option) for option in pool]
+            names = {name for form in forms for name, text in form.items() if text == value}
+            untold = (form for form in forms if form[""] not in told)
+            texts = {text for form in untold for name, text in form.items() if name in names and text not in told}
+            if texts - {value}:
+                return sorted(texts - {value})
+        return []
+
+
+def _forms(option: object) -> dict[str, str]:
+    """How a story may write an option: as it is, or a part of it, such as a place with its preposition."""
+    parts = {field.name: str(getattr(option, field.name)) for field in fields(option)} if is_dataclass(option) else {}
+    return {"": str(option), **parts}
 
 
 def _capitalized(sentence: str) -> str:

@@ -54,7 +54,7 @@ def test_the_endings_to_choose_between() -> None:
     for question, story in enumerate(stories):
         for option in range(2):
             row = choices.rows.tokens[slice(*choices.rows.offsets[2 * question + option :][:2].tolist())]
-            ending = story.ending if option == int(batch["gold"][question]) else story.wrong_ending
+            ending = story.ending if option == int(batch["gold"][question]) else story.untold_ending
             assert module.tokenizer.decode(row) == f"<s>{story.prompt} {ending}"
             scored = batch["targets"][question][batch["options"][question] == option]
             assert module.tokenizer.decode(scored) == f" {ending}"
