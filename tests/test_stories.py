@@ -225,7 +225,7 @@ def test_untold_ending_replaces_the_same_fact_by_something_that_the_story_tells_
             continue
         assert story.untold_ending != story.wrong_ending, story
         assert set(same_right) & set(right), story  # the same gap, but for words that both values share
-        assert " ".join(untold).lower() not in " ".join(tokens(story.prompt)).lower(), story
+        assert f" {' '.join(untold)} ".lower() not in f" {' '.join(tokens(story.prompt))} ".lower(), story
     assert same < len(stories) / 20
 
 

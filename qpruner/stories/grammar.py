@@ -98,7 +98,7 @@ class Tale:
         """A count between `low` and `high`, both included."""
         value = self._random.randrange(low, high + 1)
         self._facts.append(NUMBERS[value])
-        self._pools.append(NUMBERS)
+        self._pools.append(NUMBERS[2:])  # of one there is no plural
         return value
 
     def pick(self, options: Sequence[Item]) -> Item:
@@ -128,7 +128,7 @@ class Tale:
         ending = self.pick(endings)
         sentence = self.pick(ending.variants)
         prompt = " ".join(self._sentences)
-        untold = self._untold(ending.right, f"{prompt} {sentence}") or ending.wrong
+        untold = self._untold(ending.right, f"{prompt} {sentence}".lower()) or ending.wrong
         right, wrong, other = (
             _capitalized(sentence.replace(GAP, value)) for value in (ending.right, ending.wrong, untold)
         )
@@ -149,8 +149,10 @@ class Tale:
         for pool in self._pools:
             forms = [_forms(option) for option in pool]
             names = {name for form in forms for name, text in form.items() if text == value}
-            untold = (form for form in forms if form[""] not in told)
-            texts = {text for form in untold for name, text in form.items() if name in names and text not in told}
+            untold = (form for form in forms if form[""].lower() not in told)
+            texts = {
+                text for form in untold for name, text in form.items() if name in names and text.lower() not in told
+            }
             if texts - {value}:
                 return sorted(texts - {value})
         return []
