@@ -1,7 +1,7 @@
 """The embedded stories: any amount of text from a seeded grammar, with endings to choose between."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -105,12 +105,19 @@ class StoriesDataModule(TokenDataModule):
         return questions | super().questions(split)
 
 
-def ending_questions(stories: Sequence[Story], seed: int) -> TaskQuestions:
-    """The two endings of each story as options, the right one first or second by a seeded coin."""
+def ending_questions(stories: Sequence[Story], seed: int, other: Literal["untold", "told"] = "untold") -> TaskQuestions:
+    """The right ending of each story and another one as options, the right one first or second by a seeded coin.
+
+    Args:
+        stories: stories to end.
+        seed: seed of the coins.
+        other: whether the other ending has what the story tells nowhere, or what it tells of something else.
+    """
     coins = torch.randint(2, (len(stories),), generator=torch.Generator().manual_seed(seed)).tolist()
     questions = []
     for story, gold in zip(stories, coins, strict=True):
-        endings = (story.untold_ending, story.ending) if gold else (story.ending, story.untold_ending)
+        wrong = story.untold_ending if other == "untold" else story.wrong_ending
+        endings = (wrong, story.ending) if gold else (story.ending, wrong)
         texts = tuple(f" {ending}" for ending in endings)
         questions.append(Question((story.prompt,) * 2, texts, tuple(map(len, endings)), gold))
     return TaskQuestions(tuple(questions), tuple(range(len(questions))), "qpruner/stories")

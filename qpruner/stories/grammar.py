@@ -25,6 +25,7 @@ class Story:
             so that who only remembers what occurred cannot tell it from the right one.
         untold_ending: the ending with the same fact replaced by a value of its kind that the story tells nowhere, or
             ``wrong_ending`` where there is none, as for pronouns.
+        alternatives: an ending for each further fact that the plot can ask for, and the wrong one beside it.
     """
 
     facts: tuple[str, ...]
@@ -32,6 +33,7 @@ class Story:
     ending: str
     wrong_ending: str
     untold_ending: str
+    alternatives: tuple[tuple[str, str], ...] = ()
 
     @property
     def text(self) -> str:
@@ -132,7 +134,13 @@ class Tale:
         right, wrong, other = (
             _capitalized(sentence.replace(GAP, value)) for value in (ending.right, ending.wrong, untold)
         )
-        return Story(tuple(self._facts), prompt, ending=right, wrong_ending=wrong, untold_ending=other)
+        others = tuple(
+            (_capitalized(variant.replace(GAP, each.right)), _capitalized(variant.replace(GAP, each.wrong)))
+            for each in endings
+            if each is not ending
+            for variant in (Random(f"{prompt} {each.right}").choice(each.variants),)
+        )
+        return Story(tuple(self._facts), prompt, right, wrong, other, others)
 
     def _untold(self, value: str, told: str) -> str | None:
         """A value of the same kind and form that does not occur in what is told; None where there is none.

@@ -35,7 +35,7 @@ def option_log_likelihoods(model: Any, batch: ChoiceBatch, *, tree_limit: float)
     question, place = scored.nonzero(as_tuple=True)
     option, targets = batch["options"][scored], batch["targets"][scored]
     if batch["branch"].shape[1] <= tree_limit or not bool((batch["branch"] > 0).any()):
-        hidden = _hidden_states(model, batch["input_ids"], batch["positions"], batch["branch"])
+        hidden = tree_states(model, batch["input_ids"], batch["positions"], batch["branch"])
         states = hidden[question, batch["sources"][scored]]
     else:
         states = _states_apart(model, batch, question, option, batch["sources"][scored])
@@ -64,17 +64,24 @@ def tree_limit(model: Any) -> float:
     positions = torch.tensor([0, 1, 2, 3, 4, 2, 3, 4], device=device)
     branch = torch.tensor([0, 0, 1, 1, 1, 2, 2, 2], device=device)
     try:
-        together = _hidden_states(model, tokens[None], positions[None], branch[None])[0, 5:]
+        together = tree_states(model, tokens[None], positions[None], branch[None])[0, 5:]
     except (RuntimeError, TypeError, ValueError, IndexError):  # of a model that does not take such arguments
         return 0
     apart = (branch == 0) | (branch == 2)
-    alone = _hidden_states(model, tokens[None, apart], positions[None, apart], torch.zeros_like(branch[None, apart]))
+    alone = tree_states(model, tokens[None, apart], positions[None, apart], torch.zeros_like(branch[None, apart]))
     difference = (together - alone[0, 2:]).float().norm() / alone[0, 2:].float().norm()
     return (getattr(config, "sliding_window", None) or math.inf) if difference <= SAME else 0
 
 
-def _hidden_states(model: Any, tokens: Tensor, positions: Tensor, branch: Tensor) -> Tensor:
-    """What the trunk of a model gives to its head for rows that may be trees."""  # [B, T, H]
+def tree_states(model: Any, tokens: Tensor, positions: Tensor, branch: Tensor) -> Tensor:
+    """What the trunk of a model gives to its head for rows that may be trees; see `ChoiceBatch`.
+
+    Args:
+        model: causal language model, perhaps with adapters.
+        tokens: token ids, [B, T].
+        positions: place of each token in the text of its option, [B, T].
+        branch: branch of each token, [B, T].
+    """  # [B, T, H]
     causal = causal_model(model)
     arguments: dict[str, Tensor] = {"attention_mask": (branch != NOTHING).long()}
     if bool((branch > 0).any()):
@@ -103,7 +110,7 @@ def _states_apart(model: Any, batch: ChoiceBatch, question: Tensor, option: Tens
     rows = [batch["input_ids"][q][mask] for (q, _), mask in zip(pairs.tolist(), belongs, strict=True)]
     tokens = pad_sequence(rows, batch_first=True, padding_value=0)
     real = pad_sequence([torch.zeros_like(row) for row in rows], batch_first=True, padding_value=NOTHING)
-    hidden = _hidden_states(model, tokens, torch.zeros_like(tokens), real)
+    hidden = tree_states(model, tokens, torch.zeros_like(tokens), real)
     places = torch.stack(belongs).cumsum(1) - 1  # of each token of the tree in its option's row
     return hidden[row_of, places[row_of, source]]
 
