@@ -2,11 +2,11 @@
 
     python benchmarks/tasks_speed.py --model MODEL --folder FOLDER --tasks boolq piqa
 
-``evaluated`` is all that ``qpruner evaluate`` does for a task: it reads FOLDER/TASK/test.jsonl, tokenizes, makes trees of
+``evaluated`` is all that ``qpruner evaluate`` does for a task: it reads the questions, tokenizes them, makes trees of
 the options, batches them, runs the model, picks answers and writes them. ``bare`` is the trunk of the model on the same
 batches and its head on the scored positions, with every tensor and mask made before the clock starts. ``rows`` is the
-same for one row per option, which is what most harnesses run. The ways take turns, pass after pass, and the fastest pass
-of each counts; on a CPU the clock is that of the process, whose one thread does not pay for what else the machine does.
+same with a row for each option. The ways take turns, pass after pass, and the fastest pass of each counts; on a CPU the
+clock is that of the process, whose one thread does not pay for what else the machine does.
 """
 
 import argparse
@@ -84,8 +84,9 @@ def main() -> None:
     given = parser.parse_args()
     subject = Subject.load(given.model, dtype=given.dtype)
     lines = [measure(given, subject, task) for task in given.tasks]
-    header = ["task", "items", "evaluated, items/s", "bare, items/s", "rows, items/s", "evaluated / bare", "rows / bare"]
-    print(markdown_table([*header, "tokens of trees", "of rows"], lines))
+    rates = (f"{way}, items/s" for way in ("evaluated", "bare", "rows"))
+    header = ["task", "items", *rates, "evaluated / bare", "rows / bare", "tokens of trees", "tokens of rows"]
+    print(markdown_table(header, lines))
 
 
 @torch.no_grad()
