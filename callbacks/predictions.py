@@ -55,9 +55,11 @@ class PredictionsWriter(Callback):
             ranks = [[] for _ in range(trainer.world_size)]
             torch.distributed.all_gather_object(ranks, self._records)
         if trainer.is_global_zero:
-            # Rows first, then examples of the choice task, each in the order of the split.
+            # Rows first, then the questions of each task, each in the order of the split.
+            together = [record for rank in ranks for record in rank]
+            tasks = {task: place for place, task in enumerate(dict.fromkeys(r.get("task", "") for r in together), 1)}
             records = sorted(
-                (r for rank in ranks for r in rank), key=lambda r: ("example" in r, r.get("row", r.get("example")))
+                together, key=lambda r: (tasks[r["task"]], r["example"]) if "task" in r else (0, r["row"])
             )
             if unscored := sum(not math.isfinite(record.get("nll", 0.0)) for record in records):
                 rank_zero_warn(
@@ -68,5 +70,10 @@ class PredictionsWriter(Callback):
 
 def _line(record: dict[str, Any]) -> str:
     """A record as a line of JSON, whose numbers are all finite."""
-    numbers = {name: value if math.isfinite(value) else str(value) for name, value in record.items()}
-    return json.dumps(numbers) + "\n"
+    return json.dumps({name: _finite(value) for name, value in record.items()}) + "\n"
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_finite(entry) for entry in value]
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value

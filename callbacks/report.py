@@ -18,7 +18,7 @@ from qpruner.records.allocation_report import allocation_figure, allocation_sect
 from qpruner.records.folder import RunFolder
 from qpruner.records.manifest import record_session
 from qpruner.records.pictures import plan_figure
-from qpruner.records.report import Stage, Summary
+from qpruner.records.report import Stage, Summary, tasks_figure
 from qpruner.training.evaluation import evaluate
 from qpruner.training.finite import NotFinite
 from qpruner.training.module import LoRAFinetuner
@@ -148,6 +148,8 @@ class RunReport(Callback):
             if self.folder.phase is None and isinstance(trainer.logger, TensorBoardLogger):
                 results = {f"test/{name}": value for name, value in stage.results.items()}
                 trainer.logger.log_hyperparams(dict(module.hparams), results)
+                if (bars := tasks_figure(Summary.read(self.folder.summary))) is not None:
+                    trainer.logger.experiment.add_figure("test/tasks", bars)
                 trainer.logger.save()
 
     def _titled(self, name: str) -> str:

@@ -252,6 +252,7 @@ class TokenDataModule(LightningDataModule):
         other = copy.copy(self)
         other.trainer = None
         other.seed = self.seed if seed is None else seed
+        other._choices = dict(self._choices) if keep_rows else {}
         if not keep_rows:
             other._prepared = None
         return other

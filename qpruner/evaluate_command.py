@@ -52,8 +52,9 @@ def evaluate(
 
     Args:
         model: folder of a run, of a compressed model or of a model of transformers, a hub name, or qpruner/stories.
-        tasks: names of choice tasks: boolq, piqa, hellaswag, winogrande, arc_easy, arc_challenge, openbookqa, or
-            endings, of the embedded stories; with --harness any task of lm-evaluation-harness, such as mmlu or gsm8k.
+        tasks: names of choice tasks, apart by spaces or commas: boolq, piqa, hellaswag, winogrande, arc_easy,
+            arc_challenge, openbookqa, or endings, of the embedded stories; with --harness any task of
+            lm-evaluation-harness, such as mmlu or gsm8k.
         harness: whether lm-evaluation-harness asks the questions and scores the answers (pip install 'qpruner[eval]').
         few_shot: number of solved examples before each question of the harness; by default what the task says.
         folder: folder with the questions, FOLDER/TASK/validation.jsonl and test.jsonl; the harness takes those of the
@@ -78,9 +79,10 @@ def evaluate(
         UserError: something is not there, or there is nothing to do.
     """
     protocols = [Protocol(length, stride) for length in lengths]
-    questions = {} if harness else {name: _questions(name, folder, split, items) for name in tasks}
+    names = [name for word in tasks for name in word.split(",") if name]
+    questions = {} if harness else {name: _questions(name, folder, split, items) for name in names}
     whole_texts = {name: read_text(spec) for name, spec in map(_named, texts)}
-    if not (tasks or whole_texts or new_tokens):
+    if not (names or whole_texts or new_tokens):
         raise UserError("There is nothing to measure: give --tasks, --texts, or --new-tokens above 0.")
     processes = launch(accelerator, devices)
     subject = Subject.load(model, dtype=dtype, trust_remote_code=trust_remote_code)
@@ -88,8 +90,8 @@ def evaluate(
     evaluator = Evaluator(subject, processes, place, batch_tokens=batch_tokens, restart=restart)
     for name, (measure, given) in questions.items():
         evaluator.task(name, measure, given, split)
-    if harness and tasks:
-        evaluator.tasks_of_harness(tasks, folder=folder, items=items, few_shot=few_shot)
+    if harness and names:
+        evaluator.tasks_of_harness(names, folder=folder, items=items, few_shot=few_shot)
     for name, text in whole_texts.items():
         evaluator.text(name, text, protocols or [Protocol(min(DEFAULT_LENGTH, evaluator.positions), stride)])
     if new_tokens:

@@ -183,14 +183,14 @@ def test_steps_that_the_loss_scale_skips_are_legal_and_a_scale_that_never_fits_i
 def test_an_overflow_in_validation_alone_stops_the_fit(
     arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    right = LoRAFinetuner.token_nll
+    right = LoRAFinetuner.validation_step
 
-    def token_nll(self: LoRAFinetuner, batch: Any) -> torch.Tensor:
-        broken = self._trainer is not None and self.trainer.validating | self.trainer.training and not self.training
-        nll = right(self, batch)
-        return nll * math.nan if broken and self.global_step == 4 else nll
+    def validation_step(self: LoRAFinetuner, *arguments: Any) -> None:
+        right(self, *arguments)
+        if self.global_step == 4:
+            self.measures.perplexity.nll *= math.nan
 
-    monkeypatch.setattr(LoRAFinetuner, "token_nll", token_nll)
+    monkeypatch.setattr(LoRAFinetuner, "validation_step", validation_step)
     said = refused(arguments)
     assert "The loss of the validation split at optimizer step 4 is nan, not finite" in said
     assert_not_finished(tmp_path / "runs" / "x")

@@ -21,12 +21,14 @@ mean loss in a gate on what reaches these columns:
 
     fisher           mean of G_n^2 (the Fisher information of masks, Kwon et al., arXiv 2204.09656)
     flap             mean of Var(x_j) ||W_:j||^2 over the unit's columns j, standardised (arXiv 2312.11983)
-    reconstruction   scores of fisher, dealt within each layer so that units go in the order in which the output of o
-                     or down can do without them; see `qpruner.pruning.reconstruction`
+    reconstruction   geometric mean of fisher and param_first, dealt within each layer so that units go in the order in
+                     which the output of o or down can do without them; see `qpruner.pruning.reconstruction`
 
 The first is what removing the whole unit costs beyond first order, but for a factor that all units share: half the
-number of tokens of a sequence. The errors that the last looks at do not compare between layers: what each layer gives
-is decided by the loss, and which of its units by the error that is left when the weights that stay are adjusted.
+number of tokens of a sequence. It is sure of the units that must stay and says little of the others, of which first
+order says more; so the last takes both. The errors that the last looks at do not compare between layers: what each
+layer gives is decided by the loss, and which of its units by the error that is left when the weights that stay are
+adjusted.
 
 g, F, G, Var and x are those of the whole text, however it was cut to pass through the model.
 """

@@ -112,11 +112,14 @@ def _fisher(model: Any, calibration: Calibration) -> list[LayerScores]:
 
 
 def _reconstruction(model: Any, calibration: Calibration) -> list[LayerScores]:
+    fisher, orders = _fisher(model, calibration), _removal_orders(model, calibration)
+    taylor = score_units(model, "param_first", "sum", calibration, seed=0)
     return [
-        LayerScores(deal(layer.kv_groups, groups), deal(layer.ffn_channels, channels))
-        for layer, (groups, channels) in zip(
-            _fisher(model, calibration), _removal_orders(model, calibration), strict=True
+        LayerScores(
+            deal((first.kv_groups * second.kv_groups).sqrt(), groups),
+            deal((first.ffn_channels * second.ffn_channels).sqrt(), channels),
         )
+        for first, second, (groups, channels) in zip(fisher, taylor, orders, strict=True)
     ]
 
 

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from qpruner.allocation.decision import Allocation
 from qpruner.errors import UserError
@@ -15,6 +16,9 @@ from qpruner.records.pictures_of_tasks import OnTasks, bars_figure
 from qpruner.records.statistics import Estimate, accuracies, mean_accuracy
 from qpruner.records.tables import markdown_table, mebibytes, number, percent
 from qpruner.schema import LARGEST, Record
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 CURVES = ("train/loss", "val/loss", "pruning/ratio")
 """That a report draws."""
@@ -126,6 +130,12 @@ def show_summary(summary: Summary, split: str = "test") -> None:
     print(f"\n{tables}\n\n{protocol_line(summary, split)}")
 
 
+def tasks_figure(summary: Summary) -> "Figure | None":
+    """Accuracy of each stage on each task; None where there are not several stages with several tasks."""
+    stages = [_on_tasks(stage) for stage in summary.stages if len(accuracies(stage.results)) > 1]
+    return bars_figure(stages) if len(stages) > 1 else None
+
+
 def write_report(folder: RunFolder) -> None:
     """Writes ``report.md`` and its pictures from what the run folder holds."""
     summary = Summary.read(folder.summary)
@@ -136,9 +146,8 @@ def write_report(folder: RunFolder) -> None:
     if (tasks := tasks_table(summary)) is not None:
         lines += ["", tasks]
     lines += ["", protocol_line(summary)]
-    stages = [stage for stage in summary.stages if len(accuracies(stage.results)) > 1]
-    if len(stages) > 1:
-        save_figure(bars_figure([_on_tasks(stage) for stage in stages]), folder.tasks_picture)
+    if (bars := tasks_figure(summary)) is not None:
+        save_figure(bars, folder.tasks_picture)
         lines += ["", f"![Accuracy of each stage on each task]({folder.tasks_picture.name})"]
     if any(losses.values()):
         save_figure(loss_figure(losses, borders), folder.loss_picture)

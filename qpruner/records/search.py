@@ -30,6 +30,8 @@ class Tried:
         average_bits: bits per weight of the decoder linears, scales included.
         losses: loss of each seed, in nats per token.
         scores: all that the trial of the first seed measured.
+        accuracies: weighted accuracy of each seed, where the search looks at tasks.
+        value: what the search minimizes, from the means over seeds; None for the loss.
 
     Raises:
         UserError: no losses, or a score ``kl`` or an accuracy that is no number.
@@ -41,6 +43,8 @@ class Tried:
     average_bits: float
     losses: tuple[float, ...]
     scores: dict[str, Any]
+    accuracies: tuple[float, ...] = ()
+    value: float | None = None
 
     def __post_init__(self) -> None:
         if not self.losses:
@@ -52,6 +56,16 @@ class Tried:
     @property
     def loss(self) -> float:
         return mean(self.losses)
+
+    @property
+    def accuracy(self) -> float | None:
+        """Weighted accuracy, mean over the seeds; None where the search does not look at tasks."""
+        return mean(self.accuracies) if self.accuracies else None
+
+    @property
+    def minimized(self) -> float:
+        """What the search minimizes."""
+        return self.loss if self.value is None else self.value
 
     @property
     def spread(self) -> float | None:
@@ -124,10 +138,10 @@ class SearchResults(Record):
 
 
 def pareto_front(trials: Sequence[Tried]) -> list[Tried]:
-    """The trials that no other beats in loss without more bytes, fewest bytes first; of equal ones the first."""
+    """The trials that none of no more bytes beats in what is minimized, fewest bytes first; of equal ones the first."""
     front: list[Tried] = []
-    for trial in sorted(trials, key=lambda trial: (trial.num_bytes, trial.loss)):
-        if not front or trial.loss < front[-1].loss:
+    for trial in sorted(trials, key=lambda trial: (trial.num_bytes, trial.minimized)):
+        if not front or trial.minimized < front[-1].minimized:
             front.append(trial)
     return front
 
@@ -162,23 +176,26 @@ def fronts_table(panels: dict[str, Panel]) -> str:
 
 def ranked(variants: Sequence[Tried]) -> list[Tried]:
     """Best first; a plan whose trials failed for some seeds does not win by those that are left."""
-    return sorted(variants, key=lambda variant: (-len(variant.losses), variant.loss))
+    return sorted(variants, key=lambda variant: (-len(variant.losses), variant.minimized))
 
 
 def variants_table(results: SearchResults) -> str:
     """Finalists and other plans side by side."""
+    looks_at_tasks = any(variant.accuracies for variant in results.variants)
     rows = [
         [
             variant.name,
             f"{variant.num_bytes:,}",
             f"{variant.average_bits:.2f}",
+            *([percent(variant.accuracy)] if looks_at_tasks else []),
             f"{variant.loss:.4f}" + ("" if variant.spread is None else f" ± {variant.spread:.4f}"),
             _number(variant.scores.get("kl")),
             "".join(str(results.bits[choice]) + " " for choice in variant.choices).strip(),
         ]
         for variant in results.variants
     ]
-    return markdown_table(["plan", "bytes", "average bits", "validation loss", "KL to dense", "bits"], rows)
+    accuracy = ["validation accuracy"] if looks_at_tasks else []
+    return markdown_table(["plan", "bytes", "average bits", *accuracy, "validation loss", "KL to dense", "bits"], rows)
 
 
 def proposed_by(results: SearchResults) -> str:
@@ -196,6 +213,7 @@ def write_search_report(folder: RunFolder, results: SearchResults) -> None:
     save_figure(front_figure(results), folder.pareto_picture)
     seeds = len(results.winner.losses)
     plans = len({trial.choices for trial in results.trials})
+    compared = " Plans are compared by accuracy in steps of its standard error, and within a step by loss."
     lines = [
         f"# Search {folder.path.name}",
         "",
@@ -205,7 +223,8 @@ def write_search_report(folder: RunFolder, results: SearchResults) -> None:
         "",
         variants_table(results),
         "",
-        f"Validation loss in nats per token: {results.protocol}. The test split was not looked at. The first line is "
+        f"Validation loss in nats per token: {results.protocol}. The test split was not looked at."
+        f"{compared if results.winner.accuracies else ''} The first line is "
         f"`{folder.plan.name}`; recover it at full length with `qpruner fit --plan {folder.plan}`.",
         "",
         f"![Loss over bytes]({folder.pareto_picture.name})",

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from qpruner.errors import UserError
+from qpruner.search.aim import ScoreOption, check_score
 from qpruner.search.executors import ExecutorConfig
 
 
@@ -17,7 +18,10 @@ class SearchConfig:
         steps: optimizer steps of a trial's fit, at least 0; without any, plans are compared as they are.
         max_seconds: seconds after which a trial's fit ends, whatever its steps; a search with it cannot be repeated
             exactly.
-        front: whether to search for the trade-off of loss and bytes below the budget, instead of the best plan in it.
+        score: what plans are compared by: ``loss`` on the validation text; ``accuracy``, the mean over the validation
+            questions of all tasks; or tasks with their weights, such as ``{boolq: 1, winogrande: 1}``. Accuracies count
+            in steps of their standard error, within which the loss decides.
+        front: whether to search for the trade-off of score and bytes below the budget, instead of the best plan in it.
         finalists: number of plans that are tried again with other seeds, at least 1; the best on average wins.
         finalist_seeds: number of seeds that finalists are tried with in all, at least 1.
         finalist_steps: optimizer steps of the finalists' fits; default ``steps``. With more, a trial is a rung: all but
@@ -32,6 +36,7 @@ class SearchConfig:
     trials: int = 20
     steps: int = 20
     max_seconds: float | None = None
+    score: ScoreOption = "loss"
     front: bool = False
     finalists: int = 3
     finalist_seeds: int = 3
@@ -42,6 +47,7 @@ class SearchConfig:
         for name, least in (("trials", 1), ("steps", 0), ("finalists", 1), ("finalist_seeds", 1)):
             if getattr(self, name) < least:
                 raise UserError(f"search.{name} is {getattr(self, name)}; it must be at least {least}.")
+        check_score(self.score)
         if self.finalist_steps is not None and self.finalist_steps < self.steps:
             raise UserError(
                 f"search.finalist_steps is {self.finalist_steps}; finalists take at least the "

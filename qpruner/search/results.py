@@ -1,21 +1,33 @@
 """From the records of trials to what a person reads."""
 
 from collections.abc import Sequence
+from statistics import mean
 
 from qpruner.records.search import Proposer, Tried
+from qpruner.search.aim import Aim
 from qpruner.search.ledger import Ledger, TrialRecord
 
 
-def tried(name: str, records: Sequence[TrialRecord]) -> Tried:
-    """A plan from the records of its seeds, which succeeded; all but the losses are of the first."""
+def tried(name: str, records: Sequence[TrialRecord], aim: Aim) -> Tried:
+    """A plan from the records of its seeds, which succeeded; all but losses and accuracies are of the first.
+
+    Args:
+        name: name of the plan.
+        records: trials of the plan, at least one.
+        aim: what the search minimizes.
+    """
     scores = [record.scores for record in records if record.scores is not None]
+    losses = tuple(float(one["loss"]) for one in scores)
+    accuracies = tuple(accuracy for one in scores if (accuracy := aim.accuracy(one)) is not None)
     return Tried(
         name=name,
         choices=tuple(records[0].key["choices"]),
         num_bytes=scores[0]["bytes"],
         average_bits=scores[0]["average_bits"],
-        losses=tuple(float(one["loss"]) for one in scores),
+        losses=losses,
         scores=scores[0],
+        accuracies=accuracies,
+        value=aim.value(mean(losses), mean(accuracies) if accuracies else None),
     )
 
 

@@ -3,6 +3,7 @@
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from qpruner.plan import CompressionPlan
 from qpruner.processes import Processes
 from qpruner.records.folder import RunFolder
 from qpruner.records.search import SearchResults, Tried, pareto_front, ranked, show_search, write_search_report
+from qpruner.search.aim import Aim
 from qpruner.search.config import SearchConfig
 from qpruner.search.executors import check_executor, make_executor
 from qpruner.search.ledger import Key, Ledger, Scores, TrialRecord
@@ -104,6 +106,7 @@ class Search:
         check_executor(config.executor)
         if "validation" not in self.data.prepared.splits:
             raise UserError("A search chooses on the validation split, and there is none. Give one to the data module.")
+        self.aim  # noqa: B018  # what cannot be aimed at is told before the work
         if config.max_seconds is not None:
             rank_zero_warn(
                 "search.max_seconds makes trials depend on how fast they run: this search cannot be repeated."
@@ -124,6 +127,17 @@ class Search:
             self.try_plans(executor)
             variants = self.compare(executor)
         return self.finish(variants)
+
+    @cached_property
+    def aim(self) -> Aim:
+        """What is minimized.
+
+        Raises:
+            UserError: the score asks for tasks that the validation data do not have.
+        """
+        score = self.config.score
+        counts = {} if score == "loss" else {each.task: len(each) for each in self.data.choices("validation")}
+        return Aim.of(score, counts)
 
     def prepare(self) -> None:
         """Prunes the base, makes the prior and fills the bank, unless an earlier session did; then the space is known.
@@ -198,15 +212,19 @@ class Search:
         return Judge(self.score, first_penalty=[1e6, float(self.space.limit)] if self.config.front else 1e6)
 
     def score(self, scores: Scores) -> Score:
-        return [scores["loss"], float(scores["bytes"])] if self.config.front else scores["loss"]
+        value = self.aim.of_scores(scores)
+        return [value, float(scores["bytes"])] if self.config.front else value
 
     def identity(self, part: str) -> dict[str, Any]:
         """What tells this search's ledger from others; more trials, workers or another optimizer are no other."""
         compression = [*self.pruning, self.quantization]
         free = {"optimizer", "trials", "finalists", "finalist_seeds", "finalist_steps", "executor"}
+        options = asdict(self.config)
+        if self.config.score == "loss":  # as when there was no other
+            del options["score"]
         return {
             "part": part,
-            "search": {name: value for name, value in asdict(self.config).items() if name not in free},
+            "search": {name: value for name, value in options.items() if name not in free},
             "model": dict(self.module.hparams),
             "base_sha256": self.prepared.base_sha256,
             "kept_sha256": self.prepared.kept_sha256,
@@ -220,6 +238,11 @@ class Search:
             "prior": hash_json(asdict(self.prior)),
         }
 
+    def describe(self, scores: Scores) -> str:
+        """What a plan is compared by, for a person."""
+        accuracy = self.aim.accuracy(scores)
+        return ("" if accuracy is None else f"accuracy {accuracy:.1%}, ") + f"loss {scores['loss']:.4f}"
+
     def report_trial(self, record: TrialRecord) -> None:
         """Says how a trial went, and how long the others may take."""
         done = [trial for trial in self.ledger.records if trial.done]
@@ -229,11 +252,11 @@ class Search:
         if record.scores is None:
             outcome = f"failed: {record.why}"
         else:
-            outcome = f"loss {record.scores['loss']:.4f}, {record.scores['bytes']:,} bytes"
+            outcome = f"{self.describe(record.scores)}, {record.scores['bytes']:,} bytes"
         if record.repeats is not None:
             outcome = f"the plan of trial {record.repeats + 1} again, {outcome}"
-        best = min(succeeded, key=lambda trial: trial.scores["loss"], default=None)  # type: ignore[index]
-        best_line = "" if best is None else f"; best so far {best.scores['loss']:.4f} in trial {best.number + 1}"  # type: ignore[index]
+        best = min(succeeded, key=lambda trial: self.aim.of_scores(trial.scores), default=None)  # type: ignore[arg-type]
+        best_line = "" if best is None else f"; best so far trial {best.number + 1}, {self.describe(best.scores)}"  # type: ignore[arg-type]
         rank_zero_info(
             f"Trial {record.number + 1} of {self.config.trials}: {outcome}{best_line}; "
             f"{left} left, about {left * rate / 60:.1f} min."
@@ -243,6 +266,8 @@ class Search:
             board = logger.experiment
             board.add_scalar("search/loss", record.scores["loss"], record.number)
             board.add_scalar("search/best", best.scores["loss"], record.number)  # type: ignore[index]
+            if (accuracy := self.aim.accuracy(record.scores)) is not None:
+                board.add_scalar("search/accuracy", accuracy, record.number)
             board.add_scalar("search/bytes", record.scores["bytes"], record.number)
             board.flush()
 
@@ -253,7 +278,10 @@ class Search:
         if not succeeded:
             why = (self.ledger.records[0].why or "").rstrip(".")
             raise UserError(f"Every trial failed. Of the first one: {why}. See the log of the run.")
-        best_first = sorted(succeeded.values(), key=lambda trial: (trial.scores["loss"], trial.number))  # type: ignore[index]
+        best_first = sorted(
+            succeeded.values(),
+            key=lambda trial: (self.aim.of_scores(trial.scores), trial.number),  # type: ignore[arg-type]
+        )
         finalists = best_first[: self.config.finalists]
         plans = {f"trial {trial.number + 1}": list(trial.key["choices"]) for trial in finalists}
         for method in ("uniform", "mutual_information", self.prior.method):
@@ -267,13 +295,15 @@ class Search:
         for place, name in enumerate(plans):
             repeated = outcomes[place * seeds : (place + 1) * seeds]
             if records := [record for record in repeated if record.scores is not None]:
-                variants.append(tried(name, records))
+                variants.append(tried(name, records, self.aim))
         return variants
 
     def finish(self, variants: Sequence[Tried]) -> SearchResults:
         """Writes the results, the winner's plan, the front and the report."""
         records = self.ledger.records
-        trials = [tried(f"trial {trial.number + 1}", [trial]) for trial in records if trial.scores is not None]
+        trials = [
+            tried(f"trial {trial.number + 1}", [trial], self.aim) for trial in records if trial.scores is not None
+        ]
         front = pareto_front(trials)
         results = SearchResults(
             protocol=self.data.protocol,
@@ -294,7 +324,8 @@ class Search:
             self.folder.pareto,
             [
                 {"name": point.name, "plan": f"{self.folder.plans.name}/{plan_name(point)}",
-                 "bytes": point.num_bytes, "average_bits": point.average_bits, "loss": point.loss}
+                 "bytes": point.num_bytes, "average_bits": point.average_bits, "loss": point.loss,
+                 "accuracy": point.accuracy}
                 for point in front
             ],
         )  # fmt: skip

@@ -200,24 +200,26 @@ def test_wanda_is_weight_times_input(model: Any) -> None:
     assert torch.allclose(scores[0].ffn_channels, of_down + of_rows, rtol=1e-6)
 
 
-def test_reconstruction_deals_fisher_scores_in_the_order_of_removal(model: Any) -> None:
+def test_reconstruction_deals_the_mean_of_both_orders_in_the_order_of_removal(model: Any) -> None:
     inputs: dict[str, Tensor] = {}
     layer = model.model.layers[1]
     handles = [
         linear.register_forward_pre_hook(lambda _, args, name=name: inputs.__setitem__(name, args[0][:, 4:]))
         for name, linear in (("o", layer.self_attn.o_proj), ("down", layer.mlp.down_proj))
     ]
-    found, fisher = (scores_of(model, criterion)[1] for criterion in ("reconstruction", "fisher"))
+    found, fisher, taylor = (
+        scores_of(model, criterion)[1] for criterion in ("reconstruction", "fisher", "param_first")
+    )
     for handle in handles:
         handle.remove()
     for name, linear, width, dealt, scores in (
-        ("o", layer.self_attn.o_proj, 16, found.kv_groups, fisher.kv_groups),
-        ("down", layer.mlp.down_proj, 1, found.ffn_channels, fisher.ffn_channels),
+        ("o", layer.self_attn.o_proj, 16, found.kv_groups, fisher.kv_groups * taylor.kv_groups),
+        ("down", layer.mlp.down_proj, 1, found.ffn_channels, fisher.ffn_channels * taylor.ffn_channels),
     ):
         seen = inputs[name].flatten(0, 1)
         order = greedy_removal(linear.weight, seen.T @ seen, width).order
         assert torch.equal(dealt.argsort(), order)
-        assert torch.equal(dealt.sort().values, scores.sort().values)
+        assert torch.allclose(dealt.sort().values, scores.sqrt().sort().values, rtol=1e-12)
     assert not torch.equal(found.ffn_channels, fisher.ffn_channels)
 
 

@@ -3,7 +3,10 @@
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from qpruner.records.search import Proposer
+from qpruner.search.aim import Aim
 from qpruner.search.ledger import Ledger, OptimizerRecord, TrialRecord
 from qpruner.search.results import proposers, tried
 
@@ -14,9 +17,18 @@ def record(loss: float, seed: int, **scores: Any) -> TrialRecord:
 
 
 def test_a_plan_has_the_losses_of_all_seeds_and_else_the_scores_of_the_first() -> None:
-    plan = tried("trial 3", [record(2.5, 4, kl=0.1), record(3.5, 5, kl=0.2)])
+    plan = tried("trial 3", [record(2.5, 4, kl=0.1), record(3.5, 5, kl=0.2)], Aim.of("loss", {}))
     assert (plan.name, plan.choices, plan.losses, plan.loss) == ("trial 3", (0, 1), (2.5, 3.5), 3.0)
     assert (plan.num_bytes, plan.average_bits, plan.scores["kl"]) == (14, 6.0, 0.1)
+
+
+def test_a_plan_has_the_accuracies_of_all_seeds_and_what_their_mean_is_worth() -> None:
+    aim = Aim.of("accuracy", {"endings": 25})  # steps of 0.1
+    records = [record(2.0, 4, **{"endings/accuracy": 0.5}), record(4.0, 5, **{"endings/accuracy": 0.8})]
+    plan = tried("trial 3", records, aim)
+    assert plan.accuracies == (0.5, 0.8) and plan.accuracy == 0.65
+    assert plan.minimized == aim.value(3.0, 0.65) == pytest.approx(0.1 * (3 + 3 / 4))
+    assert tried("trial 3", records, Aim.of("loss", {})).minimized == 3.0
 
 
 def ledger_of(folder: Path, trials: int, *optimizers: OptimizerRecord) -> Ledger:

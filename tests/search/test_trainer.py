@@ -209,7 +209,7 @@ def test_a_trial_is_reported_with_the_best_so_far_and_the_time_left(
     with caplog.at_level(logging.INFO):
         prepared.report_trial(records[3])
         prepared.report_trial(records[1])
-    best = f"best so far {loss_of(PLANS[2]):.4f} in trial 3; 6 left, about 1.0 min."
+    best = f"best so far trial 3, loss {loss_of(PLANS[2]):.4f}; 6 left, about 1.0 min."
     assert f"Trial 4 of 10: loss {loss_of(PLANS[3]):.4f}, 1,000 bytes; {best}" in caplog.text
     assert f"Trial 2 of 10: failed: out of memory; {best}" in caplog.text
 
@@ -248,3 +248,18 @@ def test_what_a_search_cannot_do_is_told_at_once(
 def test_the_module_is_left_without_a_model(prepared: Search) -> None:
     assert isinstance(prepared.module, LoRAFinetuner)
     assert prepared.module.model is None and prepared.data.trainer is None
+
+
+def test_a_search_by_accuracy_ranks_by_it_and_says_so(tmp_path: Path, tiny_llama: Path) -> None:
+    search = search_of(tiny_llama, tmp_path, score={"endings": 1.0}, trials=3, finalists=1, finalist_seeds=1)
+    results = search.run()
+    assert search.aim.step == pytest.approx(0.25)  # four endings
+    for plan in (*results.trials, *results.variants):
+        assert plan.accuracies == (plan.scores["endings/accuracy"],)
+        assert plan.minimized == search.aim.value(plan.loss, plan.accuracy)
+    assert results.winner.minimized == min(plan.minimized for plan in results.variants)
+    assert "validation accuracy" in (tmp_path / "report.md").read_text()
+    with pytest.raises(UserError, match="names the task 'ending'"):
+        search_of(tiny_llama, tmp_path / "other", score={"ending": 1.0}).run()
+    with pytest.raises(UserError, match="search.score"):  # another search than that of the ledger
+        search_of(tiny_llama, tmp_path, trials=4).run()
