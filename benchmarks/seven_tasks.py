@@ -81,7 +81,7 @@ def main() -> None:
     parser.add_argument("--trial-steps", type=int, default=20)
     parser.add_argument("--finalists", type=int, default=3)
     parser.add_argument("--finalist-seeds", type=int, default=2)
-    parser.add_argument("--score", help="what the search goes by, such as accuracy; by default the validation loss")
+    parser.add_argument("--score", default="loss", choices=("loss", "accuracy"), help="what the search goes by")
     parser.add_argument("--validation-batches", type=int, default=8, help="batches of each validation set in a trial")
     parser.add_argument("--batch-tokens", type=int, default=4096, help="tokens in a batch of an evaluation")
     parser.add_argument("--dtype", default="auto", help="number format of the base")
@@ -91,8 +91,8 @@ def main() -> None:
     parser.add_argument("--rows", type=Path, required=True, help="JSON lines; what is there is not computed again")
     parser.add_argument("--table", action="store_true", help="print the rows that are there and stop")
     given = parser.parse_args()
-    if given.score and given.split == "all":
-        parser.error("with --score questions of the tasks choose; report the others: --split test")
+    if given.score == "accuracy" and given.split == "all":
+        parser.error("with --score accuracy some questions of the tasks choose; report the others: --split test")
     keys = wanted(given)
     rows = complete(given, keys, partial(measure, given))
     print(f"\n{table(rows)}")
@@ -210,7 +210,7 @@ def compress(given: argparse.Namespace, key: Row, folder: Path) -> Cost:
                 steps=given.trial_steps,
                 finalists=given.finalists,
                 finalist_seeds=given.finalist_seeds,
-                **({"score": given.score} if given.score else {}),
+                score=given.score,
             )
         )
         searching = sum(trial.scores["seconds"]["all"] for trial in results.trials)
@@ -237,7 +237,8 @@ def run_of(
     **options: Any,
 ) -> Run:
     """A run of a fit or, where it is choosing, of a search, whose validation split may have the tasks."""
-    tasks = ChoiceTasksConfig(str(given.tasks_folder), given.tasks, given.items) if choosing and given.score else None
+    asks = choosing and given.score == "accuracy"
+    tasks = ChoiceTasksConfig(str(given.tasks_folder), given.tasks, given.items) if asks else None
     data = InstructionDataModule(
         tokenizer=given.base,
         train=given.train,
