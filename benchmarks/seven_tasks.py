@@ -13,16 +13,16 @@
 
 Pruning is `StructuredPruning` and `LoRAGuidedPruning` with their defaults. Each row is a run under ``--work``, made by
 `qpruner.runs.Run` and measured by ``qpruner evaluate``, so that a study that was killed goes on inside of the row where
-it stopped; a row that is in the file is not computed again. ``--table`` prints what is there. What is measured of the
-questions is compared with the dense model, question by question, by McNemar's test.
+it stopped; a row that is in the file is not computed again, and other options need another ``--work``. ``--table``
+prints what is there. Rows are compared with the dense model, question by question, by McNemar's test.
 
 The tasks are read from FOLDER/TASK/; of a search with ``--score accuracy`` one half of the questions chooses and the
 other is reported (``--split test``). ``seconds`` are those of compressing and training, searching included, without
 measuring; ``peak`` is the highest of training.
 
-The defaults are for SmolLM2-135M on two cores. There a LoRA step of 4 x 256 tokens takes about 2.3 s and 1,900 tokens/s
-pass forward, so that by estimate a row takes some 10 minutes, half of them scores and compensation, and a search of 20
-trials of 20 steps with its finalists 40 minutes more: 12 rows and 2 searches at two ratios, about 3.5 hours.
+The defaults are for SmolLM2-135M on two idle cores, where 450 tokens/s train and 1,900 pass forward. A step of 4 x 256
+tokens so takes 2.3 s, and by estimate a row 10 minutes, half of them scores and compensation, and a search of 20 trials
+with its finalists 40 minutes more: 12 rows and 2 searches for two ratios, about 3.5 hours.
 """
 
 import argparse
@@ -32,7 +32,6 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
-import torch
 from studies import Row, complete
 
 from qpruner.allocation.budget import Budget
@@ -307,5 +306,4 @@ def table(rows: list[Row]) -> str:
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(1)
     main()
