@@ -32,9 +32,21 @@ def local_data(tmp_path: Path) -> dict[str, list[str]]:
     (tmp_path / "alpaca.json").write_text(json.dumps(records))
     for split in ("train", "validation", "test"):
         (tmp_path / f"{split}.txt").write_text(f"The {split} split has words and words. " * 400)
+    words = ["wind", "rain", "snow", "heat", "fog", "hail", "frost", "sleet", "dew", "ice"]  # half of them choose
+    questions = {
+        "boolq": [{"passage": f"There is {word} today.", "question": f"is there {word}", "label": 1} for word in words],
+        "winogrande": [
+            {"sentence": f"The {word} came because _ was late.", "option1": "sun", "option2": "it", "answer": "2"}
+            for word in words
+        ],
+    }
+    for task, asked in questions.items():
+        (tmp_path / task).mkdir()
+        (tmp_path / task / "validation.jsonl").write_text("".join(f"{json.dumps(record)}\n" for record in asked))
     text = [f"--data.init_args.{split}={tmp_path / split}.txt" for split in ("train", "validation", "test")]
     alpaca = [f"--data.init_args.train={tmp_path / 'alpaca.json'}", "--data.init_args.held_out=0.02"]
     return {path.stem: alpaca for path in CONFIGS} | {
+        "qpruner3_llama2_7b_tasks": [*alpaca, f"--data.init_args.tasks.folder={tmp_path}"],
         "text": [*text, "--data.init_args.max_length=64"],
         "budget": ["--data.num_train=350", "--data.num_validation=4", "--data.num_test=4", "--data.num_choices=2"],
         "search": ["--data.num_train=350", "--data.num_validation=4", "--data.num_test=4"],
@@ -144,6 +156,7 @@ def test_search_runs_on_a_tiny_stand_in(path: Path, tmp_path: Path, local_data: 
     )
     folder = tmp_path / "runs" / path.stem
     results = SearchResults.read(folder / "search.json")
+    assert {"boolq/accuracy", "winogrande/accuracy"} <= results.trials[0].scores.keys() or "tasks" not in path.stem
     assert len(results.trials) == 2 and len(results.items) >= layers - 6 and results.bits == (4, 8)
     assert CompressionPlan.read(folder / "plan.json").architecture.num_layers == layers
 
@@ -151,7 +164,7 @@ def test_search_runs_on_a_tiny_stand_in(path: Path, tmp_path: Path, local_data: 
 def test_configs_name_what_they_are_for() -> None:
     assert {path.stem for path in CONFIGS} >= {
         "alpaca", "budget", "llama32_1b", "llm_pruner", "loraprune", "loraprune_llama2_7b", "quickstart",
-        "qpruner2_llama2_7b_20", "qpruner3_llama2_7b_20",
+        "qpruner2_llama2_7b_20", "qpruner3_llama2_7b_20", "qpruner3_llama2_7b_tasks",
         "qwen3_06b", "search", "text",
         *(f"qpruner_llama2_7b_{share}" for share in (20, 30, 50)),
     }  # fmt: skip

@@ -53,6 +53,7 @@ class Evaluator:
         self.processes = processes
         self.folder = folder
         self.batch_tokens = batch_tokens
+        self.measures = Measures(processes.device)  # one of all tasks: whether the model reads trees it tries out once
         check_room(subject.network, processes.device)
         subject.network.to(processes.device)
         self.evaluation = processes.of_first(lambda: self._begin(restart))
@@ -144,11 +145,10 @@ class Evaluator:
         loader = EvaluationLoader(
             examples, tokens=self.batch_tokens, rank=processes.rank, world_size=processes.world_size
         )
-        measures = Measures(processes.device)
         records: list[dict[str, Any]] = []
         for batch in tqdm(loader, name, disable=not processes.is_first, leave=False):
             moved = move_data_to_device(batch, processes.device)
-            records += answers(moved, measures.option_log_likelihoods(network, moved))
+            records += answers(moved, self.measures.option_log_likelihoods(network, moved))
         ranks = [records]
         if processes.world_size > 1:
             ranks = [[] for _ in range(processes.world_size)]
