@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed
 from filelock import FileLock, Timeout
 from lightning.fabric.utilities import move_data_to_device
 from lightning.pytorch.plugins import Precision
@@ -44,7 +43,6 @@ from qpruner.records.evaluation import (
     write_items,
 )
 from qpruner.records.evaluation_report import write_evaluation_report
-from qpruner.training.answers import answers
 from qpruner.training.evaluation import Measures
 
 DEFAULT_POSITIONS = 2048
@@ -186,29 +184,26 @@ class Evaluator:
 
     @torch.no_grad()
     def _answer(self, examples: ChoiceExamples) -> list[Item]:
-        """What the model says of the questions, in their order; on the first process, elsewhere a part of it."""
-        processes, network = self.processes, self.subject.network
+        """What the model says of the questions, in their order."""
+        processes = self.processes
         loader = EvaluationLoader(
             examples, tokens=self.batch_tokens, rank=processes.rank, world_size=processes.world_size
         )
         measures = Measures(processes.device)
-        records: list[dict[str, Any]] = []
+        most = int(examples.first_option.diff().max())
+        scores = torch.zeros(len(examples), most, dtype=torch.float64, device=processes.device)
         for batch in tqdm(loader, examples.task, disable=not processes.is_first, leave=False):
             moved = move_data_to_device(batch, processes.device)
-            records += answers(moved, measures.option_log_likelihoods(network, moved))
-        ranks = [records]
-        if processes.world_size > 1:
-            ranks = [[] for _ in range(processes.world_size)]
-            torch.distributed.all_gather_object(ranks, records)
-        together = sorted((record for rank in ranks for record in rank), key=lambda record: record["example"])
+            real = moved["example"] >= 0
+            answers = measures.option_log_likelihoods(self.subject.network, moved)[real]
+            scores[moved["example"][real], : answers.shape[1]] = answers
+        rows = processes.reduce(scores).tolist()  # each question was answered by one process, and is 0 on all others
+        bounds = examples.first_option.tolist()
         return [
-            Item(
-                int(examples.names[record["example"]]),
-                record["gold"],
-                tuple(record["log_likelihoods"]),
-                tuple(record["lengths"]),
+            Item(name, gold, tuple(row[: end - begin]), tuple(examples.lengths[begin:end].tolist()))
+            for name, gold, row, begin, end in zip(
+                examples.names.tolist(), examples.gold.tolist(), rows, bounds, bounds[1:], strict=False
             )
-            for record in together
         ]
 
     def windows(self, name: str, text: WholeText, protocols: Sequence[Protocol]) -> list[Windows]:

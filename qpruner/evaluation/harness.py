@@ -284,7 +284,7 @@ def _read(layout: Layout, split: str, name: str) -> list[dict[str, Any]]:
             try:
                 TASKS[name].question(record)
             except UserError as error:
-                raise UserError(f"{place}: {error}") from error
+                raise UserError(f"{layout.folder / place}: {error}") from error
     as_on_hub = HUB_COLUMNS.get(name, dict)
     return [as_on_hub(record) for _, record in records]
 
