@@ -235,9 +235,9 @@ class TokenDataModule(LightningDataModule):
             for split, rows in self.prepared.splits.items()
         }
         tasks = {
-            f"{split} tasks": {name: task.fingerprint() for name, (_, task) in self.questions(split).items()}
+            f"{split} tasks": {name: task.fingerprint() for name, (_, task) in questions.items()}
             for split in SPLITS
-            if self.questions(split)
+            if (questions := self.questions(split))
         }
         return texts | tasks
 

@@ -98,7 +98,7 @@ def read_task(folder: Path, name: str, part: Part, items: int | None = None) -> 
         try:
             questions.append(task.question(record))
         except UserError as error:
-            raise UserError(f"{where}: {error}") from error
+            raise UserError(f"{path.parent / where}: {error}") from error
         names.append(place)
     if skipped.counts:
         raise UserError(f"{str(path)!r} has records that cannot be read: {skipped}. Mend or remove them.")

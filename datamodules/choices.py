@@ -17,6 +17,7 @@ from qpruner.datamodules.choice_tasks import TaskQuestions
 from qpruner.datamodules.encoding import encode_pairs, fit_length
 from qpruner.datamodules.questions import Measure
 from qpruner.datamodules.rows import FILLER, Row, TokenRows, round_up
+from qpruner.errors import UserError
 
 NOTHING = -1
 """The branch of padding, and the option of what is not scored."""
@@ -90,10 +91,16 @@ class ChoiceExamples:
             tokenizer: tokenizer of the model.
             max_length: positions that the model knows; an option may have one token more, which is only predicted.
             pad_token: token id to pad with.
+
+        Raises:
+            UserError: an option that has no tokens of its own, or more than the model can be given.
         """
         questions = given.questions
         pairs = [pair for each in questions for pair in zip(each.contexts, each.continuations, strict=True)]
-        encoded = [fit_length(*pair, max_length) for pair in encode_pairs(tokenizer, pairs)]
+        try:
+            encoded = [fit_length(*pair, max_length) for pair in encode_pairs(tokenizer, pairs)]
+        except UserError as error:
+            raise UserError(f"The task {task!r} ({given.source}): {error}") from error
         options = torch.tensor([len(question.continuations) for question in questions])
         first_option = torch.cat([options.new_zeros(1), options.cumsum(0)])
         cut = torch.tensor([cut for _, _, cut in encoded]).float()

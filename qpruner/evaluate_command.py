@@ -1,6 +1,9 @@
 """`qpruner evaluate`: what a model can do, in figures that compare with those of others."""
 
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
 from qpruner.datamodules.choice_tasks import Part, TaskQuestions, read_task
 from qpruner.datamodules.questions import Measure, find_task
@@ -9,15 +12,16 @@ from qpruner.errors import UserError
 from qpruner.evaluation.devices import launch
 from qpruner.evaluation.evaluator import Evaluator
 from qpruner.evaluation.generation import PROMPTS
+from qpruner.evaluation.harness import Harness
 from qpruner.evaluation.protocols import Protocol, read_text
 from qpruner.evaluation.subject import Subject, compressed_folder
 from qpruner.options.functions import run_function
 from qpruner.pretrained import DType
-from qpruner.records.evaluation_report import evaluation_table, write_evaluation_report
+from qpruner.records.evaluation_report import REPORT, evaluation_table
 from qpruner.stories import generate_stories
 
-ENDINGS = "endings"
-"""The task of the embedded stories, which needs no file."""
+ENDINGS: Mapping[str, Literal["untold", "told"]] = {"endings": "untold", "confusions": "told"}
+"""Tasks of the embedded stories, which need no file, and what stands in their other ending."""
 NUM_ENDINGS = 1000
 DEFAULT_LENGTH = 2048
 
@@ -52,14 +56,15 @@ def evaluate(
 
     Args:
         model: folder of a run, of a compressed model or of a model of transformers, a hub name, or qpruner/stories.
-        tasks: names of choice tasks, apart by spaces or commas: boolq, piqa, hellaswag, winogrande, arc_easy,
-            arc_challenge, openbookqa, or endings, of the embedded stories; with --harness any task of
-            lm-evaluation-harness, such as mmlu or gsm8k.
+        tasks: names of choice tasks: boolq, piqa, hellaswag, winogrande, arc_easy, arc_challenge, openbookqa, or
+            endings and confusions, of the embedded stories; with --harness any task of lm-evaluation-harness, such as mmlu or gsm8k;
+            with spaces or commas between them.
         harness: whether lm-evaluation-harness asks the questions and scores the answers (pip install 'qpruner[eval]').
         few_shot: number of solved examples before each question of the harness; by default what the task says.
         folder: folder with the questions, FOLDER/TASK/validation.jsonl and test.jsonl; the harness takes those of the
             hub where there is none.
-        split: part of a task's questions: test, validation, or all; of one file, half chooses and half is reported.
+        split: part of a task's questions: test, validation, or all; of one file, half chooses and half is reported;
+            the harness takes what each of its tasks names.
         items: most questions of a task, the first ones.
         texts: texts to measure perplexity on, each NAME=FILE or NAME=HUB_NAME:CONFIG@SPLIT.
         lengths: tokens of the windows that texts are cut into, such as 128 2048; by default 2048, or the longest that
@@ -76,44 +81,86 @@ def evaluate(
         trust_remote_code: whether code that comes with the model may run.
 
     Raises:
-        UserError: something is not there, or there is nothing to do.
+        UserError: something is not there or out of range, or there is nothing to do.
     """
-    protocols = [Protocol(length, stride) for length in lengths]
-    names = [name for word in tasks for name in word.split(",") if name]
-    questions = {} if harness else {name: _questions(name, folder, split, items) for name in names}
-    whole_texts = {name: read_text(spec) for name, spec in map(_named, texts)}
-    if not (names or whole_texts or new_tokens):
+    at_least = {"items": (items, 1), "few-shot": (few_shot, 0), "new-tokens": (new_tokens, 0)}
+    _check_least(at_least | {"batch-tokens": (batch_tokens, 1), "devices": (devices, 1)})
+    names = _without_repetition("--tasks", [name for word in tasks for name in word.split(",") if name])
+    named_texts = [_named(text) for text in texts]
+    _without_repetition("--texts", [name for name, _ in named_texts])
+    if not (names or texts or new_tokens):
         raise UserError("There is nothing to measure: give --tasks, --texts, or --new-tokens above 0.")
+    if (lengths or stride is not None) and not texts:
+        raise UserError("--lengths and --stride say how to cut --texts, and there are none. Give --texts NAME=FILE.")
+    protocols = [Protocol(length, stride) for length in dict.fromkeys(lengths)]
+    folder = None if folder is None else folder.expanduser()
+    opened = None
+    if harness:
+        if devices > 1:
+            raise UserError("The harness works on one device here. Give --devices 1, or leave --harness out.")
+        if split != "test":
+            raise UserError(f"--split is {split}, and the harness takes the split that each task names. Leave it out.")
+        opened = Harness.open(names, folder)
+    elif few_shot is not None:
+        raise UserError("--few-shot is for tasks of the harness. Give --harness, or leave it out.")
+    questions = {} if harness else {name: _questions(name, folder, split, items) for name in names}
+    whole_texts = {name: read_text(spec) for name, spec in named_texts}
+
     processes = launch(accelerator, devices)
-    subject = Subject.load(model, dtype=dtype, trust_remote_code=trust_remote_code)
-    place = output or _place(model)
+    subject = Subject.load(model, dtype=dtype, trust_remote_code=trust_remote_code, say=processes.say)
+    place = output.expanduser() if output else _place(model)
     evaluator = Evaluator(subject, processes, place, batch_tokens=batch_tokens, restart=restart)
+
+    # Everything is cut and checked before anything is measured.
+    examples = {}
     for name, (measure, given) in questions.items():
-        evaluator.task(name, measure, given, split)
-    if harness and names:
-        evaluator.tasks_of_harness(names, folder=folder, items=items, few_shot=few_shot)
-    for name, text in whole_texts.items():
-        evaluator.text(name, text, protocols or [Protocol(min(DEFAULT_LENGTH, evaluator.positions), stride)])
+        if evaluator.has_answered(name, given, split):
+            processes.say(f"{name}: {len(given.questions):,} questions were answered before.")
+        else:
+            examples[name] = evaluator.tokenize(name, measure, given)
+    protocols = protocols or [Protocol(min(DEFAULT_LENGTH, evaluator.positions), stride)]
+    windows = {name: evaluator.windows(name, text, protocols) for name, text in whole_texts.items()}
+    if new_tokens:
+        evaluator.check_prompts(prompts or PROMPTS, new_tokens)
+
+    for name, answered in examples.items():
+        evaluator.task(answered, questions[name][1].source, split)
+    if opened is not None:
+        evaluator.tasks_of_harness(opened, names, folder=folder, items=items, few_shot=few_shot)
+    for name, cut in windows.items():
+        evaluator.text(name, whole_texts[name].source, cut)
     if new_tokens:
         evaluator.write_samples(prompts or PROMPTS, new_tokens)
-    if processes.is_first:
-        write_evaluation_report(place, evaluator.evaluation)
-        print(f"\n{evaluation_table(evaluator.evaluation)}\n\nReport: {place / 'report.md'}")
+    processes.say("\n\n".join(filter(None, (evaluation_table(evaluator.evaluation), f"Report: {place / REPORT}"))))
+
+
+def _check_least(options: Mapping[str, tuple[int | None, int]]) -> None:
+    for name, (value, least) in options.items():
+        if value is not None and value < least:
+            raise UserError(f"--{name} is {value}; it must be at least {least}.")
+
+
+def _without_repetition(option: str, names: list[str]) -> list[str]:
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise UserError(f"{option} names {twice[0]!r} twice; give each once.")
+    return names
 
 
 def _questions(name: str, folder: Path | None, part: Part, items: int | None) -> tuple[Measure, TaskQuestions]:
-    if name == ENDINGS:
+    if name in ENDINGS:
         stories = generate_stories(
             "validation" if part == "validation" else "test", num_stories=items or NUM_ENDINGS, seed=0
         )
-        return "acc", ending_questions(list(stories), seed=0)
+        questions = ending_questions(list(stories), seed=0, other=ENDINGS[name])
+        content = questions.fingerprint()["sha256"][:16]  # other versions of the stories have other endings
+        return "acc", replace(questions, source=f"{questions.source} sha256:{content}")
     measure = find_task(name).measure
     if folder is None:
         raise UserError(
             f"The questions of {name!r} are read from files: give --folder, which has {name}/test.jsonl, or --harness "
             f"to take them from the hub."
         )
-    return measure, read_task(folder.expanduser(), name, part, items)
+    return measure, read_task(folder, name, part, items)
 
 
 def _named(text: str) -> tuple[str, str]:
@@ -128,4 +175,6 @@ def _place(model: str) -> Path:
     folder = Path(model).expanduser()
     if folder.is_dir() and compressed_folder(model) not in (None, folder):  # that of a run
         return folder / "evaluation"
-    return Path("runs", "evaluations", "--".join(part for part in folder.parts if part not in ("/", "..", ".")))
+    # A name of the hub has the parts OWNER and MODEL.
+    parts = (folder.resolve() if folder.is_dir() else folder).parts
+    return Path("runs", "evaluations", "--".join(part for part in parts if part != "/"))

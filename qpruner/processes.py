@@ -60,6 +60,11 @@ class Processes:
         """Whether this process is the one that writes files and speaks."""
         return self.rank == 0
 
+    def say(self, text: str) -> None:
+        """Prints a text once, however many processes say it."""
+        if self.is_first:
+            print(text)
+
     def of_first(self, find: Callable[[], T]) -> T:
         """What the first process finds, or the error that it meets, on all; see `of_first`."""
         return of_first(find, is_first=self.is_first, broadcast=self.broadcast)

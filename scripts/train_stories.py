@@ -223,7 +223,8 @@ def describe(folder: Path) -> None:
     with TemporaryDirectory() as place:
         evaluator = Evaluator(Subject.load(str(folder)), Processes.alone(), Path(place), batch_tokens=4096)
         for name in ("untold", "told"):
-            evaluator.task(name, "acc", ending_questions(stories, 0, other=name), "test")
+            questions = ending_questions(stories, 0, other=name)
+            evaluator.task(evaluator.tokenize(name, "acc", questions), questions.source, "test")
             accuracy = evaluator.evaluation.tasks[name].acc
             error = standard_error(accuracy, len(stories))
             print(f"right of 1,000 endings, against one that is {name}: {accuracy:.1%} ± {error:.1%} (chance: 50 %)")

@@ -3,6 +3,7 @@
 from lightning.fabric import Fabric
 from torch import Tensor
 
+from qpruner.errors import UserError, cut
 from qpruner.processes import Processes
 
 
@@ -15,8 +16,14 @@ def launch(accelerator: str, devices: int) -> Processes:
 
     Returns:
         The processes, as this one sees them.
+
+    Raises:
+        UserError: there are no such devices, or not as many.
     """
-    fabric = Fabric(accelerator=accelerator, devices=devices, strategy="ddp" if devices > 1 else "auto")
+    try:
+        fabric = Fabric(accelerator=accelerator, devices=devices, strategy="ddp" if devices > 1 else "auto")
+    except (RuntimeError, TypeError, ValueError) as error:  # of Lightning, each for another kind of mistake
+        raise UserError(f"Cannot use --accelerator {accelerator} with --devices {devices}: {cut(error)}") from error
     fabric.launch()
 
     def reduce(tensor: Tensor) -> Tensor:

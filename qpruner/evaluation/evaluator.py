@@ -1,5 +1,6 @@
 """Evaluates a model part by part; each part is on disk before the next begins, and is not repeated."""
 
+import shutil
 import time
 from collections.abc import Sequence
 from dataclasses import replace
@@ -7,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed
+from filelock import FileLock, Timeout
 from lightning.fabric.utilities import move_data_to_device
 from lightning.pytorch.plugins import Precision
 from tqdm import tqdm
@@ -17,14 +18,31 @@ from qpruner.datamodules.choices import ChoiceExamples
 from qpruner.datamodules.loader import EvaluationLoader
 from qpruner.datamodules.questions import Measure
 from qpruner.errors import UserError
-from qpruner.evaluation.generation import generate_samples
-from qpruner.evaluation.harness import run_harness
-from qpruner.evaluation.protocols import Protocol, WholeText, Windows, score_text, tokens_of
+from qpruner.evaluation.generation import generate_samples, prompt_tokens
+from qpruner.evaluation.harness import Harness
+from qpruner.evaluation.protocols import (
+    Protocol,
+    WholeText,
+    Windows,
+    check_fits,
+    check_vocabulary,
+    score_text,
+    tokens_of,
+)
 from qpruner.evaluation.subject import Subject
 from qpruner.memory import check_room, num_parameters, peak_meaning, read_peak, reset_peak, tensor_bytes
 from qpruner.processes import Processes
-from qpruner.records.evaluation import Evaluation, HarnessTask, Item, TaskScore, items_file, write_items
-from qpruner.training.answers import answers
+from qpruner.records.evaluation import (
+    ITEMS,
+    Evaluation,
+    HarnessTask,
+    Item,
+    TaskScore,
+    accuracies,
+    items_file,
+    write_items,
+)
+from qpruner.records.evaluation_report import write_evaluation_report
 from qpruner.training.evaluation import Measures
 
 DEFAULT_POSITIONS = 2048
@@ -43,7 +61,8 @@ class Evaluator:
         restart: whether to measure again what the folder holds.
 
     Raises:
-        UserError: the folder holds an evaluation of other weights, or the model does not fit on the device.
+        UserError: the folder holds an evaluation of other weights, cannot be written or is in use, or the model does
+            not fit on the device.
     """
 
     def __init__(
@@ -53,9 +72,10 @@ class Evaluator:
         self.processes = processes
         self.folder = folder
         self.batch_tokens = batch_tokens
-        self.measures = Measures(processes.device)  # one of all tasks: whether the model reads trees it tries out once
-        check_room(subject.network, processes.device)
+        check_room(subject.network, processes.device, "Use a larger device or --dtype bfloat16.")
         subject.network.to(processes.device)
+        self.measures = Measures(processes.device)  # of all tasks: whether the model reads trees it tries out once
+        self._lock = FileLock(folder / ".lock", timeout=0)
         self.evaluation = processes.of_first(lambda: self._begin(restart))
         reset_peak(processes.device)
 
@@ -69,60 +89,90 @@ class Evaluator:
         config = self.subject.network.config.get_text_config()
         return getattr(config, "max_position_embeddings", None) or DEFAULT_POSITIONS
 
-    def task(self, name: str, measure: Measure, questions: TaskQuestions, part: Part) -> None:
-        """Answers the questions of a task, unless that was done before.
+    def has_answered(self, name: str, questions: TaskQuestions, part: Part) -> bool:
+        """Whether the questions of a task were answered before, and what was said of each is still there.
 
         Args:
             name: name of the task.
-            measure: measure by which it is reported.
             questions: its questions.
             part: part of all questions that they are.
         """
         before = self.evaluation.tasks.get(name)
         asked = (len(questions.questions), questions.source, part)
-        if before is not None and (before.items, before.source, before.split) == asked:
-            self._say(f"{name}: {before.items:,} questions were answered before.")
-            return
+        there = before is not None and (before.items, before.source, before.split) == asked
+        return there and self.processes.of_first(items_file(self.folder, name).exists)
+
+    def tokenize(self, name: str, measure: Measure, questions: TaskQuestions) -> ChoiceExamples:
+        """Questions as tokens, cut to what the model knows, to be given to `task`.
+
+        Args:
+            name: name of the task.
+            measure: measure by which it is reported.
+            questions: its questions.
+
+        Raises:
+            UserError: an option that is longer than what the model can be given, or a token that it does not know.
+        """
+        tokenizer = self.subject.tokenizer
+        pad = next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)
+        examples = ChoiceExamples.of(name, measure, questions, tokenizer, max_length=self.positions, pad_token=pad)
+        check_vocabulary(self.subject.network, examples.rows.tokens, f"The questions of {name!r} have")
+        if examples.cut:
+            self.processes.say(f"{name}: {examples.cut:,} of {len(examples):,} questions lose their beginning to fit.")
+        return examples
+
+    def task(self, examples: ChoiceExamples, source: str, part: Part) -> None:
+        """Answers the questions of a task.
+
+        Args:
+            examples: the questions, from `tokenize`.
+            source: where they come from.
+            part: part of all questions that they are.
+        """
         since = time.perf_counter()
-        items = self._answer(name, measure, questions)
+        items = self._answer(examples)
         if self.processes.is_first:
-            outcomes = [item.outcome for item in items]
-            share = {way: sum(each[way] for each in outcomes) / len(items) for way in ("acc", "acc_norm")}
-            seconds = time.perf_counter() - since
-            score = TaskScore(len(items), share["acc"], share["acc_norm"], measure, questions.source, part, seconds)
+            name, seconds = examples.task, time.perf_counter() - since
+            score = TaskScore(
+                len(items), **accuracies(items), measure=examples.measure, source=source, split=part, seconds=seconds
+            )
             write_items(items_file(self.folder, name), items)
             self._keep(tasks={**self.evaluation.tasks, name: score})
 
     def tasks_of_harness(
-        self, tasks: Sequence[str], *, folder: Path | None, items: int | None, few_shot: int | None
+        self, harness: Harness, tasks: Sequence[str], *, folder: Path | None, items: int | None, few_shot: int | None
     ) -> None:
-        """Lets lm-evaluation-harness ask and score, one task or group after the other.
+        """Lets lm-evaluation-harness ask and score, one task or group after the other, unless that was done before.
 
         Args:
+            harness: harness that was opened for the tasks.
             tasks: names of tasks or groups of the harness.
             folder: folder with local records; None for those of the hub.
             items: most items of a task, the first ones; None for all.
             few_shot: number of solved examples before each question; None for as many as the task says.
 
         Raises:
-            UserError: there are several processes, the harness is not installed or knows no such task.
+            UserError: the records of a task cannot be had.
         """
-        if self.processes.world_size > 1:
-            raise UserError("The harness works on one device here. Give --devices 1, or leave --harness out.")
-        options = {"folder": None if folder is None else str(folder), "items": items, "few_shot": few_shot}
+        assert self.processes.world_size == 1
         for task in tasks:
+            options = {
+                "folder": None if folder is None else str(folder),
+                "records": harness.source(task),
+                "items": items,
+                "few_shot": few_shot,
+            }
             before = self.evaluation.harness.get(task)
             if before is not None and before.options == options:
-                self._say(f"{task}: measured before.")
+                self.processes.say(f"{task}: measured before.")
                 continue
-            results = run_harness(
+            results = harness.run(
                 self.subject.network,
                 self.subject.tokenizer,
-                [task],
+                task,
                 limit=items,
                 batch_size=max(1, self.batch_tokens // HARNESS_TOKENS),
                 num_fewshot=few_shot,
-                folder=folder,
             )
             scores = {name: result.score for name, result in results.items() if result.score is not None}
             for name in scores:
@@ -134,56 +184,65 @@ class Evaluator:
             )
 
     @torch.no_grad()
-    def _answer(self, name: str, measure: Measure, questions: TaskQuestions) -> list[Item]:
-        """What the model says of the questions, in their order; on the first process, elsewhere a part of it."""
-        processes, network = self.processes, self.subject.network
-        tokenizer = self.subject.tokenizer
-        pad = next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)
-        examples = ChoiceExamples.of(name, measure, questions, tokenizer, max_length=self.positions, pad_token=pad)
-        if examples.cut:
-            self._say(f"{name}: {examples.cut:,} of {len(examples):,} questions lose their beginning to fit.")
+    def _answer(self, examples: ChoiceExamples) -> list[Item]:
+        """What the model says of the questions, in their order."""
+        processes = self.processes
         loader = EvaluationLoader(
             examples, tokens=self.batch_tokens, rank=processes.rank, world_size=processes.world_size
         )
-        records: list[dict[str, Any]] = []
-        for batch in tqdm(loader, name, disable=not processes.is_first, leave=False):
+        most = int(examples.first_option.diff().max())
+        scores = torch.zeros(len(examples), most, dtype=torch.float64, device=processes.device)
+        for batch in tqdm(loader, examples.task, disable=not processes.is_first, leave=False):
             moved = move_data_to_device(batch, processes.device)
-            records += answers(moved, self.measures.option_log_likelihoods(network, moved))
-        ranks = [records]
-        if processes.world_size > 1:
-            ranks = [[] for _ in range(processes.world_size)]
-            torch.distributed.all_gather_object(ranks, records)
-        together = sorted((record for rank in ranks for record in rank), key=lambda record: record["example"])
+            real = moved["example"] >= 0
+            answers = self.measures.option_log_likelihoods(self.subject.network, moved)[real]
+            scores[moved["example"][real], : answers.shape[1]] = answers
+        rows = processes.reduce(scores).tolist()  # each question was answered by one process, and is 0 on all others
+        bounds = examples.first_option.tolist()
         return [
-            Item(
-                int(examples.names[record["example"]]),
-                record["gold"],
-                tuple(record["log_likelihoods"]),
-                tuple(record["lengths"]),
+            Item(name, gold, tuple(row[: end - begin]), tuple(examples.lengths[begin:end].tolist()))
+            for name, gold, row, begin, end in zip(
+                examples.names.tolist(), examples.gold.tolist(), rows, bounds, bounds[1:], strict=False
             )
-            for record in together
         ]
 
-    def text(self, name: str, text: WholeText, protocols: Sequence[Protocol]) -> None:
-        """Measures the perplexity of a text by some protocols, unless that was done before.
+    def windows(self, name: str, text: WholeText, protocols: Sequence[Protocol]) -> list[Windows]:
+        """A text cut by each of some protocols, to be given to `text`, but for what was measured before.
 
         Args:
             name: name of the text.
             text: the text.
             protocols: ways to cut it.
+
+        Raises:
+            UserError: windows that the text does not fill or that the model does not know all positions of, or tokens
+                that it does not know.
         """
         done = {(score.name, score.protocol, score.source) for score in self.evaluation.texts}
         left = [protocol for protocol in protocols if (name, protocol.name, text.source) not in done]
         if not left:
-            self._say(f"{name}: measured before.")
-            return
+            self.processes.say(f"{name}: measured before.")
+            return []
         row = tokens_of(self.subject.tokenizer, text.text)
-        for protocol in left:
+        windows = [Windows.of(row, protocol) for protocol in left]
+        for each in windows:
+            check_fits(self.subject.network, each)
+        return windows
+
+    def text(self, name: str, source: str, windows: Sequence[Windows]) -> None:
+        """Measures the perplexity of a text.
+
+        Args:
+            name: name of the text.
+            source: where it comes from.
+            windows: the text, cut in one way or several, from `windows`.
+        """
+        for each in windows:
             score = score_text(
                 self.subject.network,
-                Windows.of(row, protocol),
+                each,
                 name=name,
-                source=text.source,
+                source=source,
                 pad_token=0,
                 tokens_per_batch=self.batch_tokens,
                 device=self.processes.device,
@@ -191,9 +250,19 @@ class Evaluator:
                 processes=self.processes,
                 progress=self.processes.is_first,
             )
-            others = (each for each in self.evaluation.texts if (each.name, each.protocol) != (name, protocol.name))
             if self.processes.is_first:
+                cut = (name, each.protocol.name)
+                others = (before for before in self.evaluation.texts if (before.name, before.protocol) != cut)
                 self._keep(texts=(*others, score))
+
+    def check_prompts(self, prompts: Sequence[str], max_new_tokens: int) -> None:
+        """Makes sure that the model can go on with some prompts.
+
+        Raises:
+            UserError: a prompt without tokens, or more tokens than the model knows positions.
+        """
+        for prompt in prompts:
+            prompt_tokens(self.subject.network, self.subject.tokenizer, prompt, max_new_tokens)
 
     def write_samples(self, prompts: Sequence[str], max_new_tokens: int) -> None:
         """Lets the model write, on the first process.
@@ -223,7 +292,19 @@ class Evaluator:
             (),
             {},
         )
-        if restart or not self.path.exists():
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._lock.acquire()  # until the process ends
+        except Timeout:
+            raise UserError(
+                f"Another process writes its results into {str(self.folder)!r}. Wait for it, or give another --output."
+            ) from None
+        except OSError as error:
+            raise UserError(f"Cannot write into {str(self.folder)!r} ({error}). Give another --output.") from error
+        if restart:
+            self.path.unlink(missing_ok=True)
+            shutil.rmtree(self.folder / ITEMS, ignore_errors=True)
+        if not self.path.exists():
             return new
         before = Evaluation.read(self.path)
         if before.identity != new.identity:
@@ -239,7 +320,4 @@ class Evaluator:
         ]
         self.evaluation = replace(self.evaluation, **parts, peak_inference=max(peaks, default=None))
         self.evaluation.write(self.path)
-
-    def _say(self, text: str) -> None:
-        if self.processes.is_first:
-            print(text)
+        write_evaluation_report(self.folder, self.evaluation)

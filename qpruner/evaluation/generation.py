@@ -103,7 +103,12 @@ def continue_greedily(model: Any, tokens: Sequence[int], *, max_new_tokens: int,
     return written
 
 
-def _sample(model: Any, tokenizer: Any, prompt: str, max_new_tokens: int) -> Sample:
+def prompt_tokens(model: Any, tokenizer: Any, prompt: str, max_new_tokens: int) -> list[int]:
+    """The tokens of a prompt that a model goes on with.
+
+    Raises:
+        UserError: there are none, or too many with the new ones.
+    """
     tokens: list[int] = tokenizer(prompt)["input_ids"]
     ends = _ends(model, tokenizer)
     if len(tokens) > 1 and tokens[-1] in ends:  # a tokenizer may add it itself
@@ -116,6 +121,11 @@ def _sample(model: Any, tokenizer: Any, prompt: str, max_new_tokens: int) -> Sam
             f"The prompt {cut(repr(prompt), 60)} has {len(tokens):,} tokens; with {max_new_tokens:,} new ones these "
             f"are more than the {known:,} positions that the model knows. Give a shorter one, or ask for fewer tokens."
         )
+    return tokens
+
+
+def _sample(model: Any, tokenizer: Any, prompt: str, max_new_tokens: int) -> Sample:
+    tokens, ends = prompt_tokens(model, tokenizer, prompt, max_new_tokens), _ends(model, tokenizer)
     written = continue_greedily(model, tokens, max_new_tokens=max_new_tokens, ends=ends)
     return Sample(
         prompt=prompt,

@@ -6,7 +6,7 @@ from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
-from typing import Any
+from typing import Any, Self
 
 from qpruner.calibration.blocks import evaluating
 from qpruner.datamodules.documents import Skipped, read_file
@@ -14,7 +14,7 @@ from qpruner.datamodules.layout import Layout, read_layout
 from qpruner.datamodules.questions import TASKS, Record
 from qpruner.errors import UserError, cut, listed, nearest
 from qpruner.files import hash_file
-from qpruner.records.evaluation import Item, TaskScore
+from qpruner.records.evaluation import Item, TaskScore, accuracies
 
 INSTALL = "pip install 'qpruner[eval]'"
 
@@ -34,69 +34,126 @@ class HarnessScore:
     score: TaskScore | None
 
 
+@dataclass(frozen=True)
+class Harness:
+    """The harness, opened for some tasks, all of which are there; no model is needed for that.
+
+    Args:
+        manager: its table of tasks.
+        local: local records of tasks by name; empty where they come from the hub.
+    """
+
+    manager: Any
+    local: "dict[str, _Local]"
+
+    @classmethod
+    def open(cls, tasks: Sequence[str], folder: str | Path | None = None) -> Self:
+        """Opens the harness, and reads local records.
+
+        Args:
+            tasks: tasks, groups or tags of the harness, such as ``mmlu`` or ``gsm8k``.
+            folder: folder with local records, ``folder/TASK/test.jsonl`` or ``validation.jsonl``, in the columns that
+                the task has on the hub or in a variant that `qpruner.datamodules.questions` reads; None for the hub
+                itself.
+
+        Raises:
+            UserError: the harness is not installed, there is no such task, or its local records are wrong.
+        """
+        _, _, manager = _library()
+        for name in tasks:
+            if name not in manager.all_tasks:
+                close = nearest(name, manager.all_tasks)
+                raise UserError(f"lm-evaluation-harness has no task {name!r}.{close} `lm_eval ls tasks` lists them.")
+            if folder is not None and name not in manager.all_subtasks:
+                raise UserError(
+                    f"{name!r} is a group of tasks; name its tasks to score local records, or leave out the folder."
+                )
+        return cls(manager, {} if folder is None else {name: _local_records(Path(folder), name) for name in tasks})
+
+    def source(self, name: str) -> str | None:
+        """The files of a task's local records, each with its SHA-256; None for those of the hub."""
+        return self.local[name].source if name in self.local else None
+
+    def run(
+        self,
+        model: Any,
+        tokenizer: Any,
+        name: str,
+        *,
+        limit: int | None = None,
+        batch_size: int = 8,
+        num_fewshot: int | None = None,
+    ) -> dict[str, HarnessScore]:
+        """Scores of a task, and of each that a group or tag consists of, by name.
+
+        The model is in evaluation mode meanwhile, and each of its modules in its own mode again afterwards; the
+        tokenizer stays as it is.
+
+        Args:
+            model: causal model of transformers or PEFT on the device that it is to run on, such as `load_compressed`
+                gives.
+            tokenizer: tokenizer of the model.
+            name: task, group or tag that the harness was opened for.
+            limit: most items of a task, the first ones; None for all.
+            batch_size: number of texts that the model is given at once.
+            num_fewshot: number of solved examples before each question; None for as many as the task says.
+
+        Raises:
+            UserError: the records of the task cannot be had.
+        """
+        lm_eval, HFLM, _ = _library(self.manager)
+        local = self.local.get(name)
+        start = perf_counter()
+        with _loading(name):
+            loaded = self.manager.load([local.group(name) if local else name])
+        groups = [loaded["groups"][name]] if name in loaded["groups"] else []
+        with evaluating(model):
+            # The harness gives the tokenizer a padding token, and calls `eval`.
+            harnessed = HFLM(pretrained=model, tokenizer=deepcopy(tokenizer), backend="causal", batch_size=batch_size)
+            results = lm_eval.simple_evaluate(
+                harnessed, tasks=groups or list(loaded["tasks"].values()), task_manager=self.manager, limit=limit,
+                num_fewshot=num_fewshot, random_seed=None, numpy_random_seed=None, torch_random_seed=None,
+            )  # fmt: skip
+        seconds = (perf_counter() - start) / sum(len(results["samples"][task]) for task in loaded["tasks"])
+        scores: dict[str, HarnessScore] = {}
+        for scored, values in results["results"].items():
+            task = loaded["tasks"].get(scored)
+            items = () if task is None else tuple(_items(task, results["samples"][scored]))
+            metrics = _metrics(values)
+            score = _score(scored, task, items, metrics, self.local.get(scored), seconds) if items else None
+            scores[scored] = HarnessScore(metrics, items, score)
+        return scores
+
+
 def run_harness(
     model: Any,
     tokenizer: Any,
     tasks: Sequence[str],
     *,
-    limit: int | None = None,
-    batch_size: int = 8,
-    num_fewshot: int | None = None,
     folder: str | Path | None = None,
+    **options: Any,
 ) -> dict[str, HarnessScore]:
-    """Scores of each task that was asked for, and of each that such a group or tag consists of, by name.
-
-    The model is in evaluation mode meanwhile, and each of its modules in its own mode again afterwards; the tokenizer
-    stays as it is.
+    """Scores of several tasks of the harness, and of each that such a group or tag consists of, by name.
 
     Args:
-        model: causal model of transformers or PEFT on the device that it is to run on, such as `load_compressed` gives.
+        model: causal model on the device that it is to run on.
         tokenizer: tokenizer of the model.
-        tasks: tasks, groups or tags of the harness, such as ``mmlu`` or ``gsm8k``.
-        limit: most items of a task, the first ones; None for all.
-        batch_size: number of texts that the model is given at once.
-        num_fewshot: number of solved examples before each question; None for as many as the task says.
-        folder: folder with local records, ``folder/TASK/test.jsonl`` or ``validation.jsonl``, in the columns that the
-            task has on the hub or in a variant that `qpruner.datamodules.questions` reads; None for the hub itself.
+        tasks: tasks, groups or tags of the harness.
+        folder: folder with local records; see `Harness.open`.
+        **options: options of `Harness.run`.
 
     Raises:
-        UserError: the harness is not installed, there is no such task, or its records cannot be had or are wrong.
+        UserError: as `Harness.open` and `Harness.run`.
     """
-    lm_eval, HFLM, manager = _library()
-    for name in tasks:
-        if name not in manager.all_tasks:
-            close = nearest(name, manager.all_tasks)
-            raise UserError(f"lm-evaluation-harness has no task {name!r}.{close} `lm_eval ls tasks` lists them.")
-        if folder is not None and name not in manager.all_subtasks:
-            raise UserError(
-                f"{name!r} is a group of tasks; name its tasks to score local records, or leave out the folder."
-            )
-    local = {} if folder is None else {name: _local_records(Path(folder), name) for name in tasks}
+    harness = Harness.open(tasks, folder)
     scores: dict[str, HarnessScore] = {}
-    with evaluating(model):
-        # The harness gives the tokenizer a padding token, and calls `eval`.
-        harnessed = HFLM(pretrained=model, tokenizer=deepcopy(tokenizer), backend="causal", batch_size=batch_size)
-        for name in tasks:
-            start = perf_counter()
-            with _loading(name):
-                loaded = manager.load([local[name].group(name) if name in local else name])
-            groups = [loaded["groups"][name]] if name in loaded["groups"] else []
-            results = lm_eval.simple_evaluate(
-                harnessed, tasks=groups or list(loaded["tasks"].values()), task_manager=manager, limit=limit,
-                num_fewshot=num_fewshot, random_seed=None, numpy_random_seed=None, torch_random_seed=None,
-            )  # fmt: skip
-            seconds = (perf_counter() - start) / sum(len(results["samples"][task]) for task in loaded["tasks"])
-            for scored, values in results["results"].items():
-                task = loaded["tasks"].get(scored)
-                items = () if task is None else tuple(_items(task, results["samples"][scored]))
-                metrics = _metrics(values)
-                score = _score(scored, task, items, metrics, local.get(scored), seconds) if items else None
-                scores[scored] = HarnessScore(metrics, items, score)
+    for name in tasks:
+        scores |= harness.run(model, tokenizer, name, **options)
     return scores
 
 
-def _library() -> tuple[Any, Any, Any]:
-    """The harness, its model of transformers and its table of tasks."""
+def _library(manager: Any = None) -> tuple[Any, Any, Any]:
+    """The harness, its model of transformers and its table of tasks, which takes seconds unless it is there."""
     try:
         import lm_eval
         from lm_eval.models.huggingface import HFLM
@@ -105,7 +162,7 @@ def _library() -> tuple[Any, Any, Any]:
         raise UserError(
             f"Tasks of lm-evaluation-harness need the extra `eval` ({cut(error)}). Install it: {INSTALL}"
         ) from error
-    return lm_eval, HFLM, TaskManager()
+    return lm_eval, HFLM, manager or TaskManager()
 
 
 @contextmanager
@@ -150,7 +207,7 @@ def _score(
     local: "_Local | None",
     seconds: float,
 ) -> TaskScore:
-    outcomes = [item.outcome for item in items]
+    share = accuracies(items)
     if name in TASKS:
         measure: str = TASKS[name].measure
     else:
@@ -158,8 +215,8 @@ def _score(
     hub = " ".join(filter(None, (task.config.dataset_path, task.config.dataset_name)))
     return TaskScore(
         items=len(items),
-        acc=sum(outcome["acc"] for outcome in outcomes) / len(items),
-        acc_norm=sum(outcome["acc_norm"] for outcome in outcomes) / len(items),
+        acc=share["acc"],
+        acc_norm=share["acc_norm"],
         measure=measure,
         source=hub if local is None else local.source,
         split=task.config.test_split or task.config.validation_split,
@@ -227,7 +284,7 @@ def _read(layout: Layout, split: str, name: str) -> list[dict[str, Any]]:
             try:
                 TASKS[name].question(record)
             except UserError as error:
-                raise UserError(f"{place}: {error}") from error
+                raise UserError(f"{layout.folder / place}: {error}") from error
     as_on_hub = HUB_COLUMNS.get(name, dict)
     return [as_on_hub(record) for _, record in records]
 

@@ -8,6 +8,7 @@ from typing import Any, Self
 import numpy as np
 import torch
 from lightning.pytorch.plugins import Precision
+from torch import Tensor
 
 from qpruner.datamodules.documents import NOT_UNICODE, Record, Skipped, is_unicode
 from qpruner.datamodules.loader import EvaluationLoader
@@ -223,10 +224,25 @@ def check_fits(model: Any, windows: Windows) -> None:
             f"Windows of {windows.rows.longest:,} tokens are longer than the {known:,} positions that the model knows. "
             f"Give a length of at most {known:,}."
         )
-    if (highest := int(windows.rows.tokens.max())) >= config.vocab_size:
+    check_vocabulary(model, windows.rows.tokens, "The text has")
+
+
+def check_vocabulary(model: Any, tokens: Tensor, who_has: str) -> None:
+    """Makes sure that a model knows all of some tokens.
+
+    Args:
+        model: causal language model.
+        tokens: tokens of any shape, at least one.
+        who_has: beginning of the sentence that says who has a token that it does not know.
+
+    Raises:
+        UserError: it does not.
+    """
+    size = model.config.get_text_config().vocab_size
+    if (highest := int(tokens.max())) >= size:
         raise UserError(
-            f"The text has the token {highest}, and the embedding of the model has {config.vocab_size:,} rows. Give "
-            f"the tokenizer that the model was trained with."
+            f"{who_has} the token {highest}, and the embedding of the model has {size:,} rows. Give the tokenizer that "
+            f"the model was trained with."
         )
 
 

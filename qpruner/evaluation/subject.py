@@ -1,5 +1,6 @@
 """What is evaluated: the model of a run, of a folder or of the hub, with its adapters."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -22,7 +23,8 @@ class Subject:
         name: folder or hub name, as it was given.
         network: causal language model, perhaps compressed and with adapters, in evaluation mode on the CPU.
         tokenizer: tokenizer of the model.
-        identity: text that tells its weights from others; of weights that are not at hand, their name.
+        identity: text that tells its weights from others, in their number format where that is a choice; of weights
+            that are not at hand, their name.
         average_bits: bits per weight of the decoder linears, scales included; None where nothing was compressed.
     """
 
@@ -33,7 +35,14 @@ class Subject:
     average_bits: float | None
 
     @classmethod
-    def load(cls, name: str, *, dtype: DType = "auto", trust_remote_code: bool = False) -> Self:
+    def load(
+        cls,
+        name: str,
+        *,
+        dtype: DType = "auto",
+        trust_remote_code: bool = False,
+        say: Callable[[str], object] = print,
+    ) -> Self:
         """Loads the model of a run's folder, of a compressed model's folder, or any of transformers.
 
         Args:
@@ -41,15 +50,17 @@ class Subject:
                 ``qpruner/stories``.
             dtype: number format of the weights of a model that is not compressed; see `qpruner.pretrained.held_in`.
             trust_remote_code: whether code that comes with the model may run.
+            say: function that is told what a person should know of the model, such as that it was quantized.
 
         Raises:
             UserError: there is no such model, a run that has left none, or it is damaged.
         """
         folder = compressed_folder(name)
         if folder is None:
-            network = load_model(name, dtype=dtype, trust_remote_code=trust_remote_code, say=print)
+            network = load_model(name, dtype=dtype, trust_remote_code=trust_remote_code, say=say)
             tokenizer = load_tokenizer(name, trust_remote_code=trust_remote_code)
-            return cls(name, network.eval(), tokenizer, model_fingerprint(name) or name, None)
+            identity = f"{model_fingerprint(name) or name} in {str(network.dtype).removeprefix('torch.')}"
+            return cls(name, network.eval(), tokenizer, identity, None)
         network = load_compressed(folder)
         manifest = read_manifest(folder)
         compresses = manifest["state"] != "dense"
@@ -62,7 +73,7 @@ def compressed_folder(name: str) -> Path | None:
     """The folder of a compressed model that a name stands for: itself, or that of a run; None for any other model.
 
     Raises:
-        UserError: the folder of a run that has left no model yet.
+        UserError: the folder of a search, or of a run that is not over or has left no compressed model.
     """
     folder = Path(name).expanduser()
     if is_compressed(folder):
@@ -70,8 +81,18 @@ def compressed_folder(name: str) -> Path | None:
     run = RunFolder(folder)
     if not run.config.exists():
         return None
-    if (kept := run.kept_base) is None:
+    if run.results.exists():
         raise UserError(
-            f"The run {name!r} has left no model yet. Finish it first, or name the model that it begins with."
+            f"{name!r} is a search, which keeps no trained model. Recover its plan first: `qpruner fit --plan "
+            f"{run.plan}`, and evaluate that run."
         )
-    return kept
+    if not run.finished:
+        # What it holds is not what it will be, and would be told as the result of the run.
+        there = "" if (kept := run.kept_base) is None else f", or name the model that it came to: {kept}"
+        raise UserError(f"The run {name!r} is not over. Finish it first: repeat its command{there}.")
+    if not is_compressed(run.model):
+        raise UserError(
+            f"The run {name!r} keeps no model: {str(run.model)!r} holds none. Put it back, or run the fit again with "
+            f"--restart; of a base whose family cannot be compressed a run keeps only the adapters."
+        )
+    return run.model

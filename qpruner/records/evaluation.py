@@ -176,9 +176,28 @@ class Item:
         return {name: max(range(len(values)), key=values.__getitem__) == self.gold for name, values in scores.items()}
 
 
+ITEMS = "items"
+"""Folder of what was measured of every question, in the folder of an evaluation."""
+
+
+def accuracies(items: Sequence[Item]) -> dict[str, float]:
+    """Share of right answers by each measure; nan where the likelihoods of a question say nothing.
+
+    They do not where one of them is nan or all options are impossible; then no answer of the model can be trusted.
+    """
+    if any(_says_nothing(item.log_likelihoods) for item in items):
+        return {"acc": math.nan, "acc_norm": math.nan}
+    outcomes = [item.outcome for item in items]
+    return {name: sum(outcome[name] for outcome in outcomes) / len(items) for name in ("acc", "acc_norm")}
+
+
+def _says_nothing(log_likelihoods: Sequence[float]) -> bool:
+    return any(map(math.isnan, log_likelihoods)) or max(log_likelihoods) == -math.inf
+
+
 def items_file(folder: Path, task: str) -> Path:
     """The file of what was measured of the questions of a task, in the folder of an evaluation."""
-    return folder / "items" / f"{task}.jsonl"
+    return folder / ITEMS / f"{task}.jsonl"
 
 
 def write_items(path: Path, items: Sequence[Item]) -> None:

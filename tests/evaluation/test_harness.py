@@ -1,5 +1,6 @@
 import json
 import sys
+from collections.abc import Sequence
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -8,18 +9,23 @@ from typing import Any
 
 import pytest
 import torch
-from support.choice_records import LOCAL, RECORDS
+from support.choice_records import LOCAL, RECORDS, many_records
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from qpruner.adapters.lora import LoRAConfig
 from qpruner.compressed import CompressedModel
-from qpruner.datamodules.encoding import encode_pair, fit_length
-from qpruner.datamodules.questions import TASKS, Question
+from qpruner.datamodules.choice_tasks import TaskQuestions
+from qpruner.datamodules.choices import ChoiceExamples
+from qpruner.datamodules.encoding import encode_pair
+from qpruner.datamodules.loader import EvaluationLoader
+from qpruner.datamodules.questions import TASKS, Question, Record
 from qpruner.errors import UserError
 from qpruner.evaluation.harness import run_harness
 from qpruner.files import hash_file
 from qpruner.model_folder import load_compressed
 from qpruner.plan import UNITS, Precision
+from qpruner.records.evaluation import accuracies
+from qpruner.training.answers import option_log_likelihoods, tree_limit
 
 # Run with `pip install -e '.[test,eval]'`.
 needs_harness = pytest.mark.skipif(find_spec("lm_eval") is None, reason="needs the extra `eval`")
@@ -55,14 +61,20 @@ def loaded(base: Path) -> tuple[Any, Any]:
     return AutoModelForCausalLM.from_pretrained(base), AutoTokenizer.from_pretrained(base)
 
 
-@torch.no_grad()
-def likelihoods(model: Any, tokenizer: Any, question: Question) -> list[float]:
-    scores = []
-    for pair in zip(question.contexts, question.continuations, strict=True):
-        context, tokens, _ = fit_length(*encode_pair(tokenizer, *pair), model.config.max_position_embeddings)
-        logits = model(torch.tensor([context + tokens[:-1]])).logits[0, -len(tokens) :]
-        scores.append(logits.log_softmax(-1)[range(len(tokens)), tokens].sum().item())
-    return scores
+def likelihoods(model: Any, tokenizer: Any, name: str, records: Sequence[Record | Question]) -> list[tuple[float, ...]]:
+    """What our own path gives for questions, which lie in batches and have their beginning in common."""
+    given = [each if isinstance(each, Question) else TASKS[name].question(each) for each in records]
+    questions = TaskQuestions(tuple(given), tuple(range(len(given))), "here")
+    positions = model.config.max_position_embeddings
+    examples = ChoiceExamples.of(name, TASKS[name].measure, questions, tokenizer, max_length=positions, pad_token=0)
+    limit = tree_limit(model)
+    scores: dict[int, tuple[float, ...]] = {}
+    for batch in EvaluationLoader(examples, tokens=1000):
+        with torch.no_grad():
+            rows = option_log_likelihoods(model, batch, tree_limit=limit)
+        for number, row, lengths in zip(batch["example"].tolist(), rows, batch["lengths"], strict=True):
+            scores[number] = tuple(row[lengths > 0].tolist())
+    return [scores[number] for number in range(len(given))]
 
 
 @needs_harness
@@ -91,27 +103,45 @@ def test_questions_and_their_tokens_are_those_of_the_harness(name: str, tiny_lla
 @needs_harness
 @pytest.mark.usefixtures("manager")
 def test_every_task_is_scored_from_local_records_item_by_item(tiny_llama: Path, records: Path) -> None:
-    model, tokenizer = loaded(tiny_llama)
+    compare_item_by_item(tiny_llama, records, RECORDS)
+
+
+@needs_harness
+@pytest.mark.slow
+@pytest.mark.usefixtures("manager")
+def test_two_hundred_records_of_each_task_agree_item_by_item(tiny_llama: Path, tmp_path: Path) -> None:
+    given = {name: [*RECORDS[name], *many_records(name, 200)] for name in TASKS}
+    for name, lines in given.items():
+        write(tmp_path / name / "test.jsonl", lines)
+    compare_item_by_item(tiny_llama, tmp_path, given)
+
+
+def compare_item_by_item(base: Path, folder: Path, given: dict[str, list[dict[str, Any]]]) -> None:
+    """The harness against our own path: tokens, likelihoods, options and right options of every question."""
+    model, tokenizer = loaded(base)
     model.config.max_position_embeddings = 60  # some contexts are longer
     model.train()
     model.model.layers[0].eval()
     training = [module.training for module in model.modules()]
-    scores = run_harness(model, tokenizer, list(TASKS), folder=records, batch_size=2)
+    scores = run_harness(model, tokenizer, list(TASKS), folder=folder, batch_size=32)
     assert [module.training for module in model.modules()] == training
-    assert tokenizer.pad_token is None or tokenizer.pad_token == loaded(tiny_llama)[1].pad_token
+    assert tokenizer.pad_token is None or tokenizer.pad_token == loaded(base)[1].pad_token
     model.eval()
     for name, task in TASKS.items():
-        questions = [task.question(record) for record in RECORDS[name]]
-        scored = scores[name]
-        for number, (item, question) in enumerate(zip(scored.items, questions, strict=True)):
-            assert (item.item, item.gold, item.lengths) == (number, question.gold, question.lengths)
-            assert item.log_likelihoods == pytest.approx(likelihoods(model, tokenizer, question), abs=1e-4)
+        questions = [task.question(record) for record in given[name]]
+        scored, own = scores[name], likelihoods(model, tokenizer, name, questions)
+        assert [item.item for item in scored.items] == [*range(len(questions))]
+        for item, question, expected in zip(scored.items, questions, own, strict=True):
+            assert (item.gold, item.lengths) == (question.gold, question.lengths)
+            assert item.log_likelihoods == pytest.approx(expected, abs=1e-3, rel=1e-5)
         assert scored.score is not None
-        assert (scored.score.items, scored.score.measure, scored.score.split) == (3, task.measure, "test")
-        assert scored.score.source == f"test.jsonl, SHA-256 {hash_file(records / name / 'test.jsonl')}"
-        for measure in ("acc", "acc_norm"):
+        assert (scored.score.items, scored.score.measure, scored.score.split) == (len(questions), task.measure, "test")
+        assert scored.score.source == f"test.jsonl, SHA-256 {hash_file(folder / name / 'test.jsonl')}"
+        items = [replace(item, log_likelihoods=expected) for item, expected in zip(scored.items, own, strict=True)]
+        for measure, share in accuracies(items).items():
             if measure in scored.metrics:
                 assert getattr(scored.score, measure) == pytest.approx(scored.metrics[measure])
+                assert share == pytest.approx(scored.metrics[measure])
         assert scored.metrics["acc_stderr"] >= 0
     assert {name for name, scored in scores.items() if "acc_norm" not in scored.metrics} == {"boolq", "winogrande"}
 
@@ -126,7 +156,8 @@ def test_variants_of_the_records_and_a_limit(tiny_llama: Path, tmp_path: Path) -
     for name, (record,) in LOCAL.items():
         (item,), question = scores[name].items, TASKS[name].question(record)
         assert (item.gold, item.lengths) == (question.gold, question.lengths)
-        assert item.log_likelihoods == pytest.approx(likelihoods(model.eval(), tokenizer, question), abs=1e-4)
+        (expected,) = likelihoods(model.eval(), tokenizer, name, [question])
+        assert item.log_likelihoods == pytest.approx(expected, abs=1e-4)
         score = scores[name].score
         assert score is not None and score.split == "validation"
 
@@ -145,7 +176,7 @@ def test_a_compressed_model_with_adapters_is_scored(tiny_llama: Path, records: P
     compressed.attach(LoRAConfig(r=2, dropout=0.5), seed=3)
     compressed.keep(tmp_path / "model", tokenizer=None, trained=True)
     model, tokenizer = load_compressed(tmp_path / "model"), AutoTokenizer.from_pretrained(tiny_llama)
-    expected = [likelihoods(model, tokenizer, TASKS["piqa"].question(record)) for record in RECORDS["piqa"]]
+    expected = likelihoods(model, tokenizer, "piqa", RECORDS["piqa"])
     (scored,) = run_harness(model, tokenizer, ["piqa"], folder=records).values()
     assert [item.log_likelihoods for item in scored.items] == [pytest.approx(e, abs=1e-4) for e in expected]
 
@@ -159,7 +190,8 @@ def test_examples_before_a_question_change_it_and_are_never_the_question(tiny_ll
     first, second = (TASKS["arc_easy"].question(record) for record in RECORDS["arc_easy"][:2])
     example = f"{second.contexts[0]}{second.continuations[second.gold]}\n\n"
     behind = replace(first, contexts=tuple(example + context for context in first.contexts))
-    assert scored.items[0].log_likelihoods == pytest.approx(likelihoods(model, tokenizer, behind), abs=1e-4)
+    (expected,) = likelihoods(model.eval(), tokenizer, "arc_easy", [behind])
+    assert scored.items[0].log_likelihoods == pytest.approx(expected, abs=1e-4)
 
 
 GROUP = """

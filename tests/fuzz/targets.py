@@ -18,6 +18,7 @@ import torch
 import yaml
 from lightning.pytorch import Trainer
 from mutations import BYTES, damage_file, damaged_tree, entries
+from support.choice_records import RECORDS, many_records, write_records
 from support.evaluations import write_evaluation
 from support.families import HIDDEN, KEPT, VOCAB, adapted, logits_of, tiny_config, tiny_model
 
@@ -31,6 +32,9 @@ from qpruner.cli import QPrunerCLI
 from qpruner.commands import run
 from qpruner.datamodules import InstructionDataModule, TextDataModule
 from qpruner.datamodules.base import LoaderConfig
+from qpruner.datamodules.choice_tasks import Part, read_task
+from qpruner.datamodules.choices import ChoiceExamples
+from qpruner.datamodules.questions import TASKS
 from qpruner.datamodules.rows import Row, TextExamples, TokenRows
 from qpruner.files import hash_file
 from qpruner.model_folder import load_compressed, read_base_config, save_base
@@ -332,6 +336,28 @@ def make_data(folder: Path) -> None:
     (folder / "data.csv").write_text("text,output\n" + "".join(f'"{text}","x"\n' for text in texts))
 
 
+def make_tasks(folder: Path) -> None:
+    for name in TASKS:
+        write_records(folder / "tasks" / name / "validation.jsonl", RECORDS[name] + many_records(name, 5))
+    rows = pyarrow.Table.from_pylist(many_records("openbookqa", 8))
+    pyarrow.parquet.write_table(rows, folder / "tasks" / "openbookqa" / "test.parquet")
+    write_records(folder / "tasks" / "arc_easy" / "test.jsonl.gz", many_records("arc_easy", 8))
+
+
+def use_tasks(folder: Path) -> None:
+    tokenizer = load_tokenizer(EMBEDDED)
+    for name in TASKS:
+        for part in PARTS:
+            given = read_task(folder / "tasks", name, part)
+            examples = ChoiceExamples.of(name, "acc", given, tokenizer, max_length=64, pad_token=0)
+            batch = examples.collate(range(len(examples)))
+            assert (batch["gold"] < (batch["lengths"] > 0).sum(1)).all() and (batch["gold"] >= 0).all()
+            assert 0 <= int(batch["input_ids"].min()) <= int(batch["input_ids"].max()) < 2048
+
+
+PARTS: tuple[Part, ...] = ("validation", "test", "all")
+
+
 def damage_data(rng: Random, folder: Path) -> str:
     path = rng.choice([folder / f"data.{suffix}" for suffix in ("txt", "jsonl", "json", "parquet", "csv")])
     said = damage_file(rng, path)
@@ -458,6 +484,7 @@ TARGETS = {
     "evaluations": Target(make_evaluations, use_evaluations),
     "recording": Target(make_recording, use_recording),
     "data": Target(make_data, use_data, damage_data, lambda damage, folder: [damage.split()[0], "--data."]),
+    "tasks": Target(make_tasks, use_tasks),
     "options": Target(
         make_options, use_options, damage_options, lambda damage, folder: [*option_names(CONFIG), "config"]
     ),

@@ -1,5 +1,10 @@
 """Records of the seven tasks in the layout of the Hugging Face hub, written for the tests."""
 
+import gzip
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from random import Random
 from typing import Any
 
 
@@ -98,3 +103,53 @@ LOCAL: dict[str, list[dict[str, Any]]] = {
     ],
 }
 """Records in the variants that are read beside the hub's layout."""
+
+WORDS = (
+    "the", "a", "red", "kite", "Tom's", "river,", "(cold)", "[step]", "[title]", "boil;", "1,000", "café", '"why"',
+    "well-known", "e.g.", "50%", "sun.", "Then", "it", "slowly", "—", "ran!", "A/B", "'quoted'", "milk", "of", "42",
+)  # fmt: skip
+
+
+def many_records(task: str, number: int, seed: int = 0) -> list[dict[str, Any]]:
+    """Records of a task as the hub has them, of words drawn at random, now and then with two spaces or one at the end.
+
+    Args:
+        task: one of the seven tasks.
+        number: number of records, no two of them alike.
+        seed: seed of the words.
+    """
+    rng = Random(f"{task} {seed}")
+    return [_drawn(task, rng, f"n{place}") for place in range(number)]
+
+
+def _drawn(task: str, rng: Random, name: str) -> dict[str, Any]:
+    def text(least: int, most: int) -> str:
+        words = rng.choices(WORDS, k=rng.randint(least, most))
+        parts = [word + rng.choices((" ", "  "), (9, 1))[0] for word in words]
+        return "".join(parts).rstrip() + rng.choices(("", " "), (9, 1))[0]
+
+    def choices(number: int) -> tuple[str, dict[str, list[str]]]:
+        labels = rng.choice(("ABCDE", "12345"))[:number]
+        return rng.choice(labels), _choices(*(text(1, 6) for _ in range(number)), labels=labels)
+
+    match task:
+        case "boolq":
+            return _boolq(f"{name} {text(5, 40)}", text(3, 9), rng.randrange(2))
+        case "piqa":
+            return _piqa(f"{name} {text(1, 12)}", text(1, 20), text(1, 20), rng.randrange(2))
+        case "hellaswag":
+            endings = [f"falls {text(1, 15)}" for _ in range(4)]  # markers alone would leave none
+            return _hellaswag(name, text(3, 30), text(0, 4), str(rng.randrange(4)), *endings)
+        case "winogrande":
+            sentence = f"{name} {text(3, 9).strip()} _ {text(2, 9)}"
+            return _winogrande(sentence, text(1, 2), text(1, 2), str(rng.randint(1, 2)))
+        case "openbookqa":
+            return _openbookqa(f"{name} {text(1, 12)}", *choices(4))
+    return _arc(f"{name} {text(2, 25)}", *choices(rng.choice((3, 4, 4, 5))))
+
+
+def write_records(path: Path, records: Sequence[dict[str, Any]]) -> None:
+    """Writes a record a line, compressed where the name says so."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    content = "".join(json.dumps(record) + "\n" for record in records).encode()
+    path.write_bytes(gzip.compress(content) if path.suffix == ".gz" else content)

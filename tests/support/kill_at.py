@@ -15,6 +15,7 @@ from qpruner.callbacks import bits_under_budget, checkpoint, pruning, quantizati
 from qpruner.runs import fitting
 from qpruner.runs.phases import Phase
 from qpruner.search import trial
+from qpruner.training.evaluation import Measures
 from qpruner.training.module import LoRAFinetuner
 
 
@@ -58,6 +59,8 @@ match moment:
         pruning.score_units = at_call(int(number), pruning.score_units, die)
     case "measuring":
         bits_under_budget.measured_rises = at_call(int(number), bits_under_budget.measured_rises, die)
+    case "answering":  # of questions
+        Measures.option_log_likelihoods = at_call(int(number), Measures.option_log_likelihoods, die)  # type: ignore[method-assign]
     case "trial":
         trial.evaluate = at_call(int(number), trial.evaluate, die)
     case "keeping":
