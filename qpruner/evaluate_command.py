@@ -57,8 +57,8 @@ def evaluate(
     Args:
         model: folder of a run, of a compressed model or of a model of transformers, a hub name, or qpruner/stories.
         tasks: names of choice tasks: boolq, piqa, hellaswag, winogrande, arc_easy, arc_challenge, openbookqa, or
-            endings and confusions, of the embedded stories; with --harness any task of lm-evaluation-harness, such as mmlu or gsm8k;
-            with spaces or commas between them.
+            endings and confusions, of the embedded stories; with --harness any task of lm-evaluation-harness, such as
+            mmlu or gsm8k; with spaces or commas between them.
         harness: whether lm-evaluation-harness asks the questions and scores the answers (pip install 'qpruner[eval]').
         few_shot: number of solved examples before each question of the harness; by default what the task says.
         folder: folder with the questions, FOLDER/TASK/validation.jsonl and test.jsonl; the harness takes those of the
