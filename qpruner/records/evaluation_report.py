@@ -37,7 +37,8 @@ def evaluation_table(evaluation: Evaluation) -> str:
     Accuracies are in percent with their standard error. Each task is reported by one of its two accuracies, and the
     mean over tasks is that of the reported ones.
     """
-    return "\n\n".join(filter(None, (_tasks_table(evaluation), _texts_table(evaluation))))
+    tables = (_tasks_table(evaluation), _harness_table(evaluation), _texts_table(evaluation))
+    return "\n\n".join(filter(None, tables))
 
 
 def samples_section(samples: Sequence[Sample]) -> str:
@@ -100,6 +101,18 @@ def _tasks_table(evaluation: Evaluation) -> str:
         accuracy = percent(mean.value, mean.error, "")
         rows.append([f"mean of {len(rows)}", "", f"{items:,}", "", "", "", accuracy, f"{seconds:.1f}"])
     return markdown_table(header, rows)
+
+
+def _harness_table(evaluation: Evaluation) -> str:
+    """What the harness says of groups, and of tasks that are no questions with options; the others are told already."""
+    rows = [
+        [task, metric, number(value, ".4f")]
+        for asked in evaluation.harness.values()
+        for task, metrics in asked.metrics.items()
+        if task not in evaluation.tasks
+        for metric, value in metrics.items()
+    ]
+    return markdown_table(["task or group of the harness", "metric", "value"], rows) if rows else ""
 
 
 def _texts_table(evaluation: Evaluation) -> str:

@@ -103,7 +103,7 @@ def test_questions_and_their_tokens_are_those_of_the_harness(name: str, tiny_lla
 @needs_harness
 @pytest.mark.usefixtures("manager")
 def test_every_task_is_scored_from_local_records_item_by_item(tiny_llama: Path, records: Path) -> None:
-    compare_item_by_item(tiny_llama, records, RECORDS)
+    compare_item_by_item(tiny_llama, records, RECORDS, positions=60)
 
 
 @needs_harness
@@ -113,13 +113,13 @@ def test_two_hundred_records_of_each_task_agree_item_by_item(tiny_llama: Path, t
     given = {name: [*RECORDS[name], *many_records(name, 200)] for name in TASKS}
     for name, lines in given.items():
         write(tmp_path / name / "test.jsonl", lines)
-    compare_item_by_item(tiny_llama, tmp_path, given)
+    compare_item_by_item(tiny_llama, tmp_path, given, positions=128)
 
 
-def compare_item_by_item(base: Path, folder: Path, given: dict[str, list[dict[str, Any]]]) -> None:
+def compare_item_by_item(base: Path, folder: Path, given: dict[str, list[dict[str, Any]]], *, positions: int) -> None:
     """The harness against our own path: tokens, likelihoods, options and right options of every question."""
     model, tokenizer = loaded(base)
-    model.config.max_position_embeddings = 60  # some contexts are longer
+    model.config.max_position_embeddings = positions  # some contexts are longer
     model.train()
     model.model.layers[0].eval()
     training = [module.training for module in model.modules()]

@@ -4,7 +4,7 @@ from dataclasses import replace
 from math import inf
 from pathlib import Path
 
-from qpruner.records.evaluation import Evaluation, Sample, TaskScore, TextScore
+from qpruner.records.evaluation import Evaluation, HarnessTask, Sample, TaskScore, TextScore
 from qpruner.records.evaluation_report import (
     evaluation_table,
     samples_section,
@@ -106,3 +106,10 @@ def test_a_report_of_nothing_but_its_model_is_one_paragraph(tmp_path: Path) -> N
 def test_an_evaluation_comes_back_from_its_file(tmp_path: Path) -> None:
     EVALUATION.write(tmp_path / "evaluation.json")
     assert Evaluation.read(tmp_path / "evaluation.json") == EVALUATION
+
+
+def test_what_only_the_harness_says_has_a_table_of_its_own() -> None:
+    metrics = {"gsm8k": {"exact_match,strict-match": 0.125}, "boolq": {"acc": 0.5}}
+    asked = {"gsm8k": HarnessTask({"few_shot": 5}, metrics)}
+    _, of_harness, _ = evaluation_table(replace(EVALUATION, harness=asked)).split("\n\n")
+    assert cells(of_harness)[2:] == [["gsm8k", "exact_match,strict-match", "0.1250"]]
