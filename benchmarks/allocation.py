@@ -12,13 +12,12 @@ import argparse
 import json
 import warnings
 from itertools import product
-from pathlib import Path
 from statistics import mean
 
 import numpy as np
 import torch
 from block_bits import PRECISIONS, pruned
-from studies import add_arguments, study_data
+from studies import add_arguments, name_of, study_data
 
 from qpruner.allocation.items import items_of
 from qpruner.allocation.mutual_information import MutualInformationConfig
@@ -42,7 +41,7 @@ def main() -> None:
     parser.add_argument("--sequences", type=int, default=64, help="of 64 tokens, on which sensitivities are found")
     given = parser.parse_args()
     rows = [json.loads(line) for line in given.rows.read_text().splitlines()]
-    rows = [row for row in rows if row["base"] == Path(given.base).name]
+    rows = [row for row in rows if row["base"] == name_of(given.base)]
     by_run: dict[tuple[int, int], Losses] = {}
     for row in rows:
         by_run.setdefault((row["steps"], row["seed"]), {})[row["bits"]] = row["loss"]

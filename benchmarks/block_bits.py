@@ -11,11 +11,10 @@ import argparse
 from contextlib import nullcontext
 from functools import cache, partial
 from itertools import product
-from pathlib import Path
 from typing import Any
 
 import torch
-from studies import Row, add_arguments, complete, evaluated, recovery, study_data
+from studies import Row, add_arguments, complete, evaluated, name_of, recovery, study_data
 
 from qpruner.calibration.text import Calibration
 from qpruner.compressed import CompressedModel, State
@@ -63,7 +62,7 @@ class Study:
     def wanted(self) -> Any:
         """What tells a row from the others: first all without recovery, then all with it, seed by seed."""
         given = self.given
-        shared = {"base": Path(given.base).name, "ratio": given.ratio, "share": given.share}
+        shared = {"base": name_of(given.base), "ratio": given.ratio, "share": given.share}
         vectors = ["".join(bits) for bits in product("48", repeat=self.plan.architecture.num_layers)]
         for steps, seed in [(0, 0), *((given.steps, seed) for seed in given.seeds)]:
             for vector in vectors:

@@ -15,12 +15,11 @@ is there.
 import argparse
 import time
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import lightning as L
 import torch
-from studies import Row, add_arguments, complete, evaluated, recovery, study_data, uncompensated
+from studies import Row, add_arguments, complete, evaluated, name_of, recovery, study_data, uncompensated
 
 from qpruner.callbacks import Compression, LoRAGuidedPruning
 from qpruner.pruning.lora_guided import MovingAverage, score_adapted
@@ -64,7 +63,7 @@ def main() -> None:
     parser.add_argument("--share", type=float, default=1.0, help="of the validation text that is evaluated")
     parser.add_argument("--correlation", action="store_true")
     given = parser.parse_args()
-    shared = {"base": Path(given.base).name, "steps": given.steps}
+    shared = {"base": name_of(given.base), "steps": given.steps}
     if given.correlation:
         wanted = [
             shared | {"correlation": True, "ratio": r, "seed": seed} for r in given.ratios for seed in given.seeds

@@ -41,7 +41,7 @@ import torch
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from lora_guided import EARLY
 from peer_packages import PEERS
-from studies import Row, add_arguments, complete, evaluated_on, recovery
+from studies import Row, add_arguments, complete, evaluated_on, name_of, recovery
 
 from qpruner.anatomy import family_of
 from qpruner.calibration.text import CalibrationConfig
@@ -126,7 +126,7 @@ def wanted(given: argparse.Namespace) -> list[Row]:
         else:
             methods.append(method)
     shared = {
-        "base": Path(given.base).name,
+        "base": name_of(given.base),
         "steps": given.steps,
         "batch": [given.batch_size, given.max_length],
         "lr": given.lr,

@@ -7,11 +7,10 @@ A row that is in the file already is not computed again; ``--table`` prints what
 
 import argparse
 from functools import partial
-from pathlib import Path
 
 import lightning as L
 import torch
-from studies import Row, add_arguments, complete, perplexity, recovery, text_data, uncompensated
+from studies import Row, add_arguments, complete, name_of, perplexity, recovery, text_data, uncompensated
 
 from qpruner.calibration.text import CalibrationConfig
 from qpruner.datamodules import TextDataModule
@@ -39,7 +38,7 @@ def main() -> None:
 
 def wanted(given: argparse.Namespace) -> list[Row]:
     """What tells a row from the others."""
-    shared = {"base": Path(given.base).name, "steps": given.steps, "calibration": [given.sequences, given.length]}
+    shared = {"base": name_of(given.base), "steps": given.steps, "calibration": [given.sequences, given.length]}
     return [
         shared | {"ratio": ratio, "criterion": criterion, "scope": scope, "seed": seed}
         for ratio in given.ratios

@@ -7,13 +7,12 @@ A row that is in the file already is not computed again; ``--table`` prints mean
 
 import argparse
 from functools import partial
-from pathlib import Path
 from statistics import mean, stdev
 
 import lightning as L
 import torch
 from pruning_criteria import Measurement
-from studies import Row, add_arguments, complete, perplexity, recovery, text_data, uncompensated
+from studies import Row, add_arguments, complete, name_of, perplexity, recovery, text_data, uncompensated
 
 from qpruner.callbacks import MixedPrecisionQuantization
 from qpruner.datamodules import TextDataModule
@@ -40,7 +39,7 @@ def main() -> None:
 
 def wanted(given: argparse.Namespace) -> list[Row]:
     """What tells a row from the others; whole tables of a seed first."""
-    shared = {"base": Path(given.base).name, "steps": given.steps, "share": given.share}
+    shared = {"base": name_of(given.base), "steps": given.steps, "share": given.share}
     return [
         shared | {"ratio": ratio, "bits": bits, "loftq": loftq, "seed": seed}
         for seed in given.seeds

@@ -15,7 +15,7 @@ from pathlib import Path
 from statistics import mean
 
 import torch
-from studies import Row, add_arguments, complete, study_data, uncompensated
+from studies import Row, add_arguments, complete, name_of, study_data, uncompensated
 
 from qpruner.allocation.budget import Budget
 from qpruner.allocation.decision import Allocation, DecidingConfig
@@ -47,7 +47,7 @@ def main() -> None:
 
 
 def wanted(given: argparse.Namespace) -> list[Row]:
-    shared = {"base": Path(given.base).name, "steps": given.steps, "lr": given.lr}
+    shared = {"base": name_of(given.base), "steps": given.steps, "lr": given.lr}
     shared |= {"trials": given.trials, "share": given.share}
     return [shared | {"seed": seed, "optimizer": name} for seed in given.seeds for name in given.optimizers]
 

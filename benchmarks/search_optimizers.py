@@ -1,6 +1,6 @@
 """Which optimizer finds the best assignment of bits in few trials, and what a prior is worth to it.
 
-    python benchmarks/search_optimizers.py --rows benchmarks/block_bits.jsonl --base stories
+    python benchmarks/search_optimizers.py --rows benchmarks/block_bits.jsonl --base stories-c9af89e4
 
 The rows, made by `benchmarks/block_bits.py`, hold the loss of every assignment of 4 and 8 bits to blocks of a model,
 before and after a short recovery, so that a search looks its trials up. Its loss is that after recovery, the mean over

@@ -32,7 +32,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
-from studies import Row, complete
+from studies import Row, complete, name_of
 
 from qpruner.allocation.budget import Budget
 from qpruner.allocation.decision import DecidingConfig
@@ -103,7 +103,7 @@ def main() -> None:
 def wanted(given: argparse.Namespace) -> list[Row]:
     """What tells a row from the others; what a method does not depend on is not part of its key."""
     shared = {
-        "base": Path(given.base).name, "tasks": given.tasks, "items": given.items, "split": given.split,
+        "base": name_of(given.base), "tasks": given.tasks, "items": given.items, "split": given.split,
         "report": [text.partition("=")[0] for text in given.report], "length": given.length,
     }  # fmt: skip
     training = {"steps": given.steps, "lr": given.lr, "batch": [given.batch_size, given.max_length]}

@@ -16,6 +16,7 @@ from qpruner.datamodules import StoriesDataModule, TextDataModule
 from qpruner.datamodules.base import LoaderConfig, TokenDataModule
 from qpruner.datamodules.loader import EvaluationLoader
 from qpruner.datamodules.rows import TextExamples, TokenRows
+from qpruner.pretrained import EMBEDDED, model_fingerprint
 from qpruner.pruning.selection import SelectionConfig
 from qpruner.training.evaluation import evaluate
 from qpruner.training.module import LoRAFinetuner
@@ -31,6 +32,15 @@ def add_arguments(parser: argparse.ArgumentParser, *, steps: int) -> None:
     parser.add_argument("--steps", type=int, default=steps, help="optimizer steps of the recovery")
     parser.add_argument("--rows", type=Path, required=True, help="JSON lines; what is there is not computed again")
     parser.add_argument("--table", action="store_true", help="print the rows that are there and stop")
+
+
+def name_of(base: str) -> str:
+    """What rows call a base: the last part of its name, of the embedded model with the beginning of its fingerprint.
+
+    That model changes with the package; a row says which one it was.
+    """
+    name = Path(base).name
+    return f"{name}-{(model_fingerprint(base) or '')[:8]}" if base == EMBEDDED else name
 
 
 def complete(given: argparse.Namespace, keys: Sequence[Row], measure: Callable[[Row], Row]) -> list[Row]:

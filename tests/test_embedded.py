@@ -45,7 +45,7 @@ def test_it_predicts_stories_it_never_saw_and_prefers_their_right_endings() -> N
         progress=False,
     )
     assert results["perplexity"] < 2.2  # a bigram model: above 15
-    assert results["accuracy"] > 0.58  # chance: 0.5, with a standard error of 0.035
+    assert results["endings/acc"] > 0.8  # chance: 0.5, with a standard error of 0.025
 
 
 def test_it_tells_a_story_to_its_end(model: Any) -> None:
