@@ -108,7 +108,8 @@ def measure(given: argparse.Namespace, subject: Subject, task: str) -> list[str]
     def evaluated() -> None:
         with TemporaryDirectory() as folder:
             evaluator = Evaluator(subject, processes, Path(folder), batch_tokens=given.batch_tokens)
-            evaluator.task(task, kind.measure, read_task(given.folder, task, "all", given.items), "all")
+            questions = read_task(given.folder, task, "all", given.items)
+            evaluator.task(evaluator.tokenize(task, kind.measure, questions), questions.source, "all")
 
     ways = {"evaluated": evaluated} | {name: partial(run, network, each) for name, each in passes.items()}
     seconds = fastest(ways, given.passes, device)

@@ -100,7 +100,7 @@ class TokenDataModule(LightningDataModule):
         self._prepared: Prepared | None = None
         self._vocabulary: int | None = None  # tokens that the model knows, once that is told
         self._positions = DEFAULT_POSITIONS  # positions that the model knows, once that is told
-        self._choices: dict[tuple[Split, int], list[ChoiceExamples]] = {}
+        self._choices: dict[tuple[Split, int, int], list[ChoiceExamples]] = {}
 
     # What a data module must say.
 
@@ -142,7 +142,7 @@ class TokenDataModule(LightningDataModule):
 
     def choices(self, split: Split) -> list[ChoiceExamples]:
         """The choice tasks of a split as tokens, cut to the positions that the model knows."""
-        key = (split, self._positions)
+        key = (split, self._positions, self.pad_token)
         if key not in self._choices:
             self._choices[key] = [
                 ChoiceExamples.of(

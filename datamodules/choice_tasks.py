@@ -1,6 +1,5 @@
 """Choice tasks from files, and which of their questions choose and which are reported."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -72,7 +71,7 @@ def read_task(folder: Path, name: str, part: Part, items: int | None = None) -> 
     Args:
         folder: folder with a folder for each task.
         name: name of the task.
-        part: part of the questions; of ``all`` where there are two files, that of test.
+        part: part of the questions; ``all`` takes both files where there are two, that of validation first.
         items: most questions, the first ones; None for all.
 
     Raises:
@@ -84,14 +83,14 @@ def read_task(folder: Path, name: str, part: Part, items: int | None = None) -> 
         raise UserError(
             f"The task {name!r} has no file in {str(folder / name)!r}: give it validation.jsonl, test.jsonl, or both."
         )
-    wanted = "test" if part == "all" else part
-    path = files.get(wanted) or next(iter(files.values()))
     halved = len(files) == 1 and part != "all"
+    paths = [files[part]] if part in files else list(files.values())
     questions: list[Question] = []
     names: list[int] = []
     skipped = Skipped()
-    for place, (where, record) in enumerate(read_file(path, skipped)):
-        if halved and _half(record) != part:
+    records = ((path, *placed) for path in paths for placed in read_file(path, skipped))
+    for place, (path, where, record) in enumerate(records):
+        if halved and _half(task.topic_of(record)) != part:
             continue
         if items is not None and len(questions) == items:
             break
@@ -101,10 +100,13 @@ def read_task(folder: Path, name: str, part: Part, items: int | None = None) -> 
             raise UserError(f"{path.parent / where}: {error}") from error
         names.append(place)
     if skipped.counts:
-        raise UserError(f"{str(path)!r} has records that cannot be read: {skipped}. Mend or remove them.")
+        raise UserError(f"{str(folder / name)!r} has records that cannot be read: {skipped}. Mend or remove them.")
     if not questions:
-        raise UserError(f"{str(path)!r} has no questions for the {part} split of {name!r}. Give it more questions.")
-    return TaskQuestions(tuple(questions), tuple(names), f"{path} sha256:{hash_file(path)[:16]}")
+        raise UserError(
+            f"{str(folder / name)!r} has no questions for the {part} split of {name!r}. Give it more questions."
+        )
+    source = ", ".join(f"{path} sha256:{hash_file(path)[:16]}" for path in paths)
+    return TaskQuestions(tuple(questions), tuple(names), source)
 
 
 def _file_of(folder: Path, split: str) -> Path | None:
@@ -118,7 +120,6 @@ def _file_of(folder: Path, split: str) -> Path | None:
     return files[0] if files else None
 
 
-def _half(record: Mapping[str, Any]) -> Part:
-    """The part of a question that shares its file with those of the other part, by its content alone."""
-    content = {name: value for name, value in record.items() if name not in ("idx", "ind", "id")}
-    return "validation" if int(hash_json(content)[:8], 16) % 2 else "test"
+def _half(topic: list[str]) -> Part:
+    """The part of the questions on a topic, where both parts share a file."""
+    return "validation" if int(hash_json(topic)[:8], 16) % 2 else "test"

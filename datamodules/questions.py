@@ -41,10 +41,16 @@ class ChoiceTask:
     Args:
         question: makes a question of a record; raises a `UserError` that says what is wrong with the record.
         measure: measure by which the task is usually reported.
+        topic: fields that say what a question is about; those that are alike in them, in any order, belong together.
     """
 
     question: Callable[[Record], Question]
     measure: Measure
+    topic: tuple[str, ...]
+
+    def topic_of(self, record: Record) -> list[str]:
+        """What a question is about, as text."""
+        return sorted(str(record.get(name)) for name in self.topic)
 
 
 def find_task(name: str) -> ChoiceTask:
@@ -170,13 +176,13 @@ def _field(record: Record, name: str) -> Any:
 
 
 TASKS: dict[str, ChoiceTask] = {
-    "boolq": ChoiceTask(_boolq, "acc"),
-    "piqa": ChoiceTask(_piqa, "acc_norm"),
-    "hellaswag": ChoiceTask(_hellaswag, "acc_norm"),
-    "winogrande": ChoiceTask(_winogrande, "acc"),
-    "arc_easy": ChoiceTask(_arc, "acc"),
-    "arc_challenge": ChoiceTask(_arc, "acc_norm"),
-    "openbookqa": ChoiceTask(_openbookqa, "acc_norm"),
+    "boolq": ChoiceTask(_boolq, "acc", ("passage",)),
+    "piqa": ChoiceTask(_piqa, "acc_norm", ("goal",)),
+    "hellaswag": ChoiceTask(_hellaswag, "acc_norm", ("activity_label", "ctx")),
+    "winogrande": ChoiceTask(_winogrande, "acc", ("option1", "option2")),
+    "arc_easy": ChoiceTask(_arc, "acc", ("question",)),
+    "arc_challenge": ChoiceTask(_arc, "acc_norm", ("question",)),
+    "openbookqa": ChoiceTask(_openbookqa, "acc_norm", ("question_stem",)),
 }
 """The seven tasks of LLM-Pruner's and QPruner's tables, in order, with the prompts of lm-evaluation-harness 0.4.13.
 

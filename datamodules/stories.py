@@ -20,7 +20,7 @@ class StoriesDataModule(TokenDataModule):
     """Small English stories made by `qpruner.stories`; nothing is read or downloaded.
 
     The three splits share no story, whatever the seed. Validation and test bring a choice task, ``endings``: the right
-    ending of a story against one with a value that the story tells nowhere.
+    ending of a story against one with a value that the story tells nowhere, where there is one.
 
     Args:
         num_train: number of stories that fit and calibrate, at least 1.

@@ -5,6 +5,9 @@ from typing import Any
 from qpruner.datamodules.base import TokenDataModule
 from qpruner.datamodules.cache import Prepared
 from qpruner.datamodules.choice_tasks import ChoiceTasksConfig
+from qpruner.datamodules.rows import TextExamples
+from qpruner.datamodules.splits import Split
+from qpruner.errors import UserError
 
 
 class ChoiceTasksDataModule(TokenDataModule):
@@ -21,6 +24,9 @@ class ChoiceTasksDataModule(TokenDataModule):
 
     def __init__(self, tasks: ChoiceTasksConfig, **kwargs: Any) -> None:
         super().__init__(tasks=tasks, **kwargs)
+
+    def examples(self, split: Split) -> TextExamples:
+        raise UserError("ChoiceTasksDataModule has tasks and no text. For a fit name a data module that has text.")
 
     @property
     def protocol(self) -> str:

@@ -13,6 +13,7 @@ from torch import nn
 
 from qpruner.adapter_files import has_initial_adapters
 from qpruner.datamodules.base import TokenDataModule
+from qpruner.datamodules.rows import TextExamples
 from qpruner.errors import UserError, user_error
 from qpruner.folder_manifest import ADAPTER, CONFIG, PLAN, Step, is_compressed, read_manifest
 from qpruner.memory import num_parameters
@@ -180,7 +181,7 @@ def measured_perplexity(model: Any, data: TokenDataModule) -> float | None:
     data.check_model(model.config)
     results = evaluate(
         model,
-        data.evaluation_loaders("test"),
+        [loader for loader in data.evaluation_loaders("test") if isinstance(loader.examples, TextExamples)],
         limit=1.0,
         device=torch.device("cuda" if torch.cuda.is_available() else "cpu"),
         precision=Precision(),

@@ -149,7 +149,9 @@ def _without_repetition(option: str, names: list[str]) -> list[str]:
 def _questions(name: str, folder: Path | None, part: Part, items: int | None) -> tuple[Measure, TaskQuestions]:
     if name in ENDINGS:
         stories = generate_stories(
-            "validation" if part == "validation" else "test", num_stories=items or NUM_ENDINGS, seed=0
+            "validation" if part == "validation" else "test",
+            num_stories=items or NUM_ENDINGS,
+            seed=list(ENDINGS).index(name),
         )
         questions = ending_questions(list(stories), seed=0, other=ENDINGS[name])
         content = questions.fingerprint()["sha256"][:16]  # other versions of the stories have other endings

@@ -13,6 +13,7 @@ from lightning.fabric.utilities import move_data_to_device
 from lightning.pytorch.plugins import Precision
 from tqdm import tqdm
 
+from qpruner.datamodules.base import DEFAULT_POSITIONS
 from qpruner.datamodules.choice_tasks import Part, TaskQuestions
 from qpruner.datamodules.choices import ChoiceExamples
 from qpruner.datamodules.loader import EvaluationLoader
@@ -45,7 +46,6 @@ from qpruner.records.evaluation import (
 from qpruner.records.evaluation_report import write_evaluation_report
 from qpruner.training.evaluation import Measures
 
-DEFAULT_POSITIONS = 2048
 HARNESS_TOKENS = 256
 """Tokens of a text of the harness, as its batches are counted in texts."""
 
@@ -133,8 +133,9 @@ class Evaluator:
         items = self._answer(examples)
         if self.processes.is_first:
             name, seconds = examples.task, time.perf_counter() - since
+            share = accuracies(items)
             score = TaskScore(
-                len(items), **accuracies(items), measure=examples.measure, source=source, split=part, seconds=seconds
+                len(items), share["acc"], share["acc_norm"], examples.measure, source, split=part, seconds=seconds
             )
             write_items(items_file(self.folder, name), items)
             self._keep(tasks={**self.evaluation.tasks, name: score})
@@ -312,7 +313,10 @@ class Evaluator:
                 f"{str(self.path)!r} holds an evaluation of other weights, those of {before.model!r}. Give another "
                 f"--output, or --restart to measure anew."
             )
-        return replace(before, model=new.model, peak_of=new.peak_of)
+        same = before.peak_of == new.peak_of
+        return replace(
+            before, model=new.model, peak_of=new.peak_of, peak_inference=before.peak_inference if same else None
+        )
 
     def _keep(self, **parts: Any) -> None:
         peaks = [

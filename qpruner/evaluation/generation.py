@@ -93,8 +93,8 @@ def continue_greedily(model: Any, tokens: Sequence[int], *, max_new_tokens: int,
         if not logits.isfinite().all():
             raise UserError(
                 f"The model gives logits that are not finite after {len(tokens) + len(written)} tokens, so that it can "
-                f"write nothing. Its weights are damaged or its computation overflows: use --trainer.precision "
-                f"bf16-mixed or 32-true, or an undamaged model."
+                f"write nothing. Its weights are damaged or its computation overflows: use --dtype float32, "
+                f"or an undamaged model."
             )
         step, cache = logits.argmax().view(1, 1), output[name]
         if int(step) in ends:

@@ -221,6 +221,7 @@ def _score(
         source=hub if local is None else local.source,
         split=task.config.test_split or task.config.validation_split,
         seconds=seconds * len(items),
+        few_shot=int(task.config.num_fewshot or 0),
     )
 
 

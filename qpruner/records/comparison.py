@@ -8,7 +8,7 @@ from typing import Any
 
 from qpruner.errors import UserError
 from qpruner.files import write_text
-from qpruner.records.evaluation import Item
+from qpruner.records.evaluation import Item, says_nothing
 from qpruner.records.measured import Measured, MeasuredText, read_items, read_measured
 from qpruner.records.pictures import save_figure
 from qpruner.records.pictures_of_tasks import OnTasks, Panel, Point, bars_figure, fronts_figure
@@ -114,6 +114,8 @@ def pair_items(first: dict[int, Item], other: dict[int, Item], measure: str) -> 
         return "they have no question in common"
     if any((first[n].gold, first[n].lengths) != (other[n].gold, other[n].lengths) for n in both):
         return "questions of the same number are different ones"
+    if any(says_nothing(items[n].log_likelihoods) for items in (first, other) for n in both):
+        return "the likelihoods of a model say nothing"
     return compare_paired([first[n].outcome[measure] for n in both], [other[n].outcome[measure] for n in both])
 
 
@@ -129,6 +131,8 @@ def _against(name: str, model: Measured, first: Measured, folder: Path, first_fo
                     compared = f"it is reported by {measure} and by {result.measure}"
             elif first.tasks[task].split != result.split:
                 compared = "the splits are different ones"
+            elif first.tasks[task].few_shot != result.few_shot:
+                compared = "the numbers of solved examples before a question are different ones"
             else:
                 compared = pair_items(read_items(first_folder, task), read_items(folder, task), measure)
             if isinstance(compared, str):
@@ -148,7 +152,10 @@ def _notes(models: dict[str, Measured], shared: Sequence[str]) -> list[str]:
     """What differs in how models were measured."""
     notes = [f"{name} is not finished; measured is its last stage." for name, m in models.items() if not m.finished]
     tasks = dict.fromkeys(task for model in models.values() for task in model.tasks)
-    labels = {"split": "split", "source": "source", "items": "number of questions", "measure": "measure"}
+    labels = {
+        "split": "split", "source": "source", "items": "number of questions", "measure": "measure",
+        "few_shot": "number of solved examples before a question",
+    }  # fmt: skip
     for task in tasks:
         having = {name: model.tasks[task] for name, model in models.items() if task in model.tasks}
         for entry, label in labels.items():

@@ -36,6 +36,7 @@ class TaskScore:
     source: str
     split: str
     seconds: float
+    few_shot: int = 0
 
     def __post_init__(self) -> None:
         for name in ("acc", "acc_norm"):
@@ -185,13 +186,13 @@ def accuracies(items: Sequence[Item]) -> dict[str, float]:
 
     They do not where one of them is nan or all options are impossible; then no answer of the model can be trusted.
     """
-    if any(_says_nothing(item.log_likelihoods) for item in items):
+    if any(says_nothing(item.log_likelihoods) for item in items):
         return {"acc": math.nan, "acc_norm": math.nan}
     outcomes = [item.outcome for item in items]
     return {name: sum(outcome[name] for outcome in outcomes) / len(items) for name in ("acc", "acc_norm")}
 
 
-def _says_nothing(log_likelihoods: Sequence[float]) -> bool:
+def says_nothing(log_likelihoods: Sequence[float]) -> bool:
     return any(map(math.isnan, log_likelihoods)) or max(log_likelihoods) == -math.inf
 
 

@@ -28,6 +28,7 @@ class MeasuredTask:
         measure: ``acc`` or ``acc_norm``.
         split: part of the task's questions.
         source: where the questions come from.
+        few_shot: number of solved examples before each question.
     """
 
     accuracy: float
@@ -36,6 +37,7 @@ class MeasuredTask:
     measure: str | None = None
     split: str | None = None
     source: str | None = None
+    few_shot: int | None = None
 
     @property
     def estimate(self) -> Estimate:
@@ -101,11 +103,14 @@ def read_measured(path: Path) -> Measured:
         UserError: there is no such folder, nothing was measured there, or a file is damaged.
     """
     folder = RunFolder(path)
-    if (place := evaluation_in(path)) is not None:
-        return _of_evaluation(path, Evaluation.read(place / EVALUATION))
+    evaluation = None if (place := evaluation_in(path)) is None else Evaluation.read(place / EVALUATION)
+    if evaluation is not None and (evaluation.tasks or evaluation.texts):
+        return _of_evaluation(path, evaluation)
     for file, spent in ((folder.test_summary, "the evaluation"), (folder.summary, "reaching the stage")):
         if file.exists() and (summary := Summary.read(file)).stages:
             return _of_summary(path, summary, file.name, spent)
+    if evaluation is not None:
+        return _of_evaluation(path, evaluation)
     there = "holds nothing that was measured" if path.is_dir() else "is no folder"
     raise UserError(
         f"{str(path)!r} {there}: it must be the folder of a run with {folder.test_summary.name}, {folder.summary.name} "
@@ -150,6 +155,7 @@ def _of_evaluation(path: Path, evaluation: Evaluation) -> Measured:
             score.measure,
             score.split,
             score.source,
+            score.few_shot,
         )  # fmt: skip
         for name, score in evaluation.tasks.items()
     }

@@ -17,6 +17,7 @@ from qpruner.allocation.solving import Choice
 from qpruner.callbacks.compression import Compression, CompressionInSetup
 from qpruner.callbacks.quantization import MixedPrecisionQuantization
 from qpruner.datamodules.base import TokenDataModule
+from qpruner.datamodules.choices import ChoiceExamples
 from qpruner.errors import UserError
 from qpruner.files import hash_json, write_json
 from qpruner.plan import CompressionPlan
@@ -37,6 +38,7 @@ from qpruner.search.succession import settings_of, succeed
 from qpruner.search.trial import TrialWork
 from qpruner.search.trial_trainer import TrialTrainer, check_options
 from qpruner.search.workers import Executor
+from qpruner.training.evaluation import num_batches
 from qpruner.training.module import LoRAFinetuner
 
 
@@ -135,9 +137,12 @@ class Search:
         Raises:
             UserError: the score asks for tasks that the validation data do not have.
         """
-        score = self.config.score
-        counts = {} if score == "loss" else {each.task: len(each) for each in self.data.choices("validation")}
-        return Aim.of(score, counts)
+        answered: dict[str, int] = {}
+        for loader in self.data.evaluation_loaders("validation") if self.config.score != "loss" else []:
+            if isinstance(loader.examples, ChoiceExamples):
+                read = loader.batches()[: num_batches(loader, self.settings.limit_validation)]
+                answered[loader.examples.task] = sum(map(len, read))
+        return Aim.of(self.config.score, answered)
 
     def prepare(self) -> None:
         """Prunes the base, makes the prior and fills the bank, unless an earlier session did; then the space is known.
@@ -265,7 +270,7 @@ class Search:
         if isinstance(logger, TensorBoardLogger) and record.scores is not None and best is not None:
             board = logger.experiment
             board.add_scalar("search/loss", record.scores["loss"], record.number)
-            board.add_scalar("search/best", best.scores["loss"], record.number)  # type: ignore[index]
+            board.add_scalar("search/best", self.aim.of_scores(best.scores), record.number)  # type: ignore[arg-type]
             if (accuracy := self.aim.accuracy(record.scores)) is not None:
                 board.add_scalar("search/accuracy", accuracy, record.number)
             board.add_scalar("search/bytes", record.scores["bytes"], record.number)

@@ -88,7 +88,8 @@ class TrialRunner:
         self.bank = open_folder(work.bank, network, self.loftq, base=self.base.identity)
         self.reference = Reference.read(work.reference)
         self.data = work.data.for_another_trainer()
-        self.data.prepared  # noqa: B018  # the rows, which all trials share
+        self.data.check_model(network.config)
+        self.data.choices(work.split)  # with the rows, what all trials share
         self.teacher: OnlineTeacher | None = None
 
     def __call__(self, key: Key) -> Scores:

@@ -155,7 +155,7 @@ def check_lengths(trainer: Trainer, data: TokenDataModule) -> float:
     with refusals_told(ValueError):  # Lightning counts batches, and runs nothing of ours but the making of loaders
         training.setup_data()
         validation.setup_data()
-    if "test" in data.prepared.splits:
+    if data.has("test"):
         for loader in data.evaluation_loaders("test"):
             num_batches(loader, trainer.limit_test_batches)
     return data.num_steps()
@@ -191,12 +191,16 @@ def logged_metrics(
     names = ["train/loss", "train/tokens_per_second"]
     if distillation is not None:
         names += [f"train/{name}" for name in distillation.logged]
-    if "validation" in data.prepared.splits and trainer.limit_val_batches > 0:
+    if trainer.limit_val_batches == 0:
+        return names
+    if "validation" in data.prepared.splits:
         names += ["val/loss", "val/perplexity", "val/tokens"]
         if bool(data.prepared.splits["validation"].num_bytes.any()):
             names.append("val/bits_per_byte")
-        if data.choices("validation") is not None:
-            names += ["val/accuracy", "val/examples"]
+    if tasks := data.choices("validation"):
+        names += ["val/accuracy", "val/accuracy_error", "val/examples"]
+        measured = ("examples", "acc", "acc_norm", "accuracy", "error")
+        names += [f"val/{examples.task}/{name}" for examples in tasks for name in measured]
     return names
 
 

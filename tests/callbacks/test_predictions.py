@@ -11,7 +11,7 @@ import pytest
 from qpruner.callbacks.predictions import PredictionsWriter
 
 ROWS: list[dict[str, Any]] = [{"row": n, "tokens": 3, "nll": n / 2} for n in range(3)]
-EXAMPLES: list[dict[str, Any]] = [{"example": n, "option": n % 2, "gold": 1} for n in range(2)]
+EXAMPLES: list[dict[str, Any]] = [{"task": "endings", "example": n, "option": n % 2, "gold": 1} for n in range(2)]
 
 
 def write(writer: PredictionsWriter, *batches: list[dict[str, Any]], rank: int = 0, world_size: int = 1) -> None:

@@ -34,9 +34,11 @@ def test_of_two_files_validation_chooses_and_test_is_reported(tmp_path: Path) ->
     write_records(tmp_path / "piqa" / "test.jsonl", records[3:])
     validation, test, everything = (read_task(tmp_path, "piqa", part) for part in ("validation", "test", "all"))
     assert list(validation.questions) == questions(records[:3]) and validation.names == (0, 1, 2)
-    assert list(test.questions) == questions(records[3:]) and everything == test
+    assert list(test.questions) == questions(records[3:]) and test.names == (0, 1, 2, 3)
+    assert list(everything.questions) == questions(records) and everything.names == tuple(range(7))
     file = tmp_path / "piqa" / "test.jsonl"
     assert test.source == f"{file} sha256:{hash_file(file)[:16]}"
+    assert everything.source == f"{validation.source}, {test.source}"
 
 
 @pytest.mark.parametrize("file", ["validation.jsonl", "test-00000-of-00001.jsonl", "validation_1000.jsonl.gz"])
@@ -49,6 +51,21 @@ def test_half_of_a_single_file_chooses_and_the_other_half_is_reported(file: str,
     halves = [read_task(tmp_path, "arc_easy", part).questions for part in ("validation", "test")]
     assert not set(halves[0]) & set(halves[1])
     assert list(halves[0]) == questions([records[place] for place in chosen], "arc_easy")
+
+
+def test_questions_on_one_topic_stay_together(tmp_path: Path) -> None:
+    passages = [f"Passage {number} of some length." for number in range(40)]
+    boolq = [{"passage": p, "question": f"is it {n}", "answer": n > 1} for p in passages for n in range(3)]
+    twins = [
+        {"sentence": f"{a} and {b} saw _ {word}.", "option1": first, "option2": second, "answer": "1"}
+        for a, b in ((f"Ann{number}", f"Bob{number}") for number in range(40))
+        for word, first, second in (("run", a, b), ("walk", b, a))
+    ]
+    for task, records, size in (("boolq", boolq, 3), ("winogrande", twins, 2)):
+        write_records(tmp_path / task / "validation.jsonl", records)
+        chosen, reported = (names(tmp_path, part, task=task) for part in ("validation", "test"))
+        assert not {place // size for place in chosen} & {place // size for place in reported}
+        assert chosen and reported
 
 
 def test_halves_are_told_apart_by_content_alone(tmp_path: Path) -> None:
@@ -119,7 +136,7 @@ def test_lines_that_cannot_be_read_are_refused(tmp_path: Path) -> None:
     file = tmp_path / "piqa" / "test.jsonl"
     write_records(file, RECORDS["piqa"])
     file.write_text(file.read_text() + '{"goal": \n[1]\n')
-    with pytest.raises(UserError, match=r"piqa/test.jsonl' has records that cannot be read: .*line 4.*Mend or remove"):
+    with pytest.raises(UserError, match=r"piqa' has records that cannot be read: .*test.jsonl line 4.*Mend or remove"):
         read_task(tmp_path, "piqa", "all")
 
 
@@ -133,7 +150,7 @@ def test_no_questions_left_for_a_part(tmp_path: Path) -> None:
             assert names(tmp_path, part) == [0]
         except UserError as error:
             refused.append(str(error))
-    assert len(refused) == 1 and "has no questions for the" in refused[0] and str(file) in refused[0]
+    assert len(refused) == 1 and "has no questions for the" in refused[0] and str(file.parent) in refused[0]
     file.write_text("")
     with pytest.raises(UserError, match="has no questions for the all split of 'piqa'. Give it more questions"):
         read_task(tmp_path, "piqa", "all")

@@ -28,7 +28,7 @@ def test_an_evaluation_lies_in_a_run_or_alone(tmp_path: Path) -> None:
     write_evaluation(write_summary(tmp_path / "run", {"perplexity": 3.0}) / "evaluation", {"boolq": [True] * 3})
     measured = read_measured(alone)
     (task,) = measured.tasks.values()
-    assert task == MeasuredTask(0.6, pytest.approx(0.1), 25, "acc", "test", "questions.jsonl")
+    assert task == MeasuredTask(0.6, pytest.approx(0.1), 25, "acc", "test", "questions.jsonl", 0)
     assert measured.texts == (MeasuredText("wikitext2", "128 tokens", 12.5, 1000, "wiki.txt"),)
     assert (measured.tensor_bytes, measured.seconds) == (4_000_000, 3.5)  # 1.5 for the task, 2 for the text
     assert read_measured(tmp_path / "run").tasks["boolq"].items == 3
