@@ -42,6 +42,7 @@ def evaluate(
     texts: list[str] = [],  # noqa: B006  # read alone
     lengths: list[int] = [],  # noqa: B006  # read alone
     stride: int | None = None,
+    separator: str = "\n\n",
     new_tokens: int = 64,
     prompts: list[str] = [],  # noqa: B006  # read alone
     output: Path | None = None,
@@ -70,6 +71,7 @@ def evaluate(
         lengths: tokens of the windows that texts are cut into, such as 128 2048; by default 2048, or the longest that
             the model knows.
         stride: tokens between the beginnings of two windows; by default windows follow each other.
+        separator: what stands between two records of a text; GPTQ and SparseGPT join PTB and C4 by a space.
         new_tokens: most tokens that the model writes behind each prompt; 0 for none.
         prompts: texts that the model goes on with; by default four short ones.
         output: folder of the results; by default RUN/evaluation, or runs/evaluations/MODEL.
@@ -104,7 +106,7 @@ def evaluate(
     elif few_shot is not None:
         raise UserError("--few-shot is for tasks of the harness. Give --harness, or leave it out.")
     questions = {} if harness else {name: _questions(name, folder, split, items) for name in names}
-    whole_texts = {name: read_text(spec) for name, spec in named_texts}
+    whole_texts = {name: read_text(spec, separator) for name, spec in named_texts}
 
     processes = launch(accelerator, devices)
     subject = Subject.load(model, dtype=dtype, trust_remote_code=trust_remote_code, say=processes.say)
