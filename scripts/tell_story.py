@@ -4,7 +4,7 @@ import sys
 
 from qpruner.quiet import quieten
 
-BEGINNINGS = ("Anna", "One day", "Tom had two")
+BEGINNINGS = ("Anna", "One day", "Mia had seven")
 
 
 def main() -> None:
