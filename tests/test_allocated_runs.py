@@ -121,6 +121,7 @@ def test_killed_and_repeated_equals_uninterrupted(
     ]
 
 
+@pytest.mark.slow
 def test_two_gloo_ranks_decide_as_one(arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     run(["fit", *arguments, "--run.name", "1"])

@@ -256,6 +256,7 @@ def test_a_later_phase_that_breaks_leaves_the_first_one_over(
     assert not has_trained_adapters(folder.model) and has_trained_adapters(RunFolder(folder.path, 1).model)
 
 
+@pytest.mark.slow
 def test_two_gloo_ranks_stop_together(arguments: list[str], tmp_path: Path) -> None:
     two = ["--trainer.strategy", "ddp", "--trainer.devices", "2", "--data.num_train", "40"]
     spoiled = {"SPOILED_RANK": "1", "SPOILED_STEP": "4"}

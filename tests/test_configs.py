@@ -80,7 +80,12 @@ def stand_in(folder: Path, layers: int) -> Path:
     "path",
     [
         # Other numbers in the configuration for 20 %, another family in the one for a Llama of 1 B.
-        pytest.param(path, marks=[pytest.mark.slow] if path.stem.endswith(("_30", "_50", "qwen3_06b")) else [])
+        pytest.param(
+            path,
+            marks=[pytest.mark.slow]
+            if path.stem.endswith(("_30", "_50", "qwen3_06b", "llama32_1b", "loraprune_llama2_7b"))
+            else [],
+        )
         for path in CONFIGS
         if path not in SEARCHES
     ],

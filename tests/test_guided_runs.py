@@ -112,6 +112,7 @@ def test_killed_in_each_phase_and_repeated_equals_uninterrupted(
     ]
 
 
+@pytest.mark.slow
 def test_two_gloo_ranks_prune_as_one(arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two rows on each of two ranks are the four rows of one: the same units go, the same adapters come of it."""
     monkeypatch.setenv("OMP_NUM_THREADS", "1")

@@ -249,6 +249,7 @@ def test_a_front_has_the_trade_off_below_the_budget(arguments: list[str], tmp_pa
     assert results.winner.loss == min(one.loss for one in results.variants)
 
 
+@pytest.mark.slow
 def test_two_workers_find_what_one_finds(arguments: list[str], tmp_path: Path, one_thread: None) -> None:
     """Random plans depend on no score; seed 3 shows that nothing depends on its being 0."""
     random = [*arguments, "--search.optimizer", "random", "--search.finalist_seeds", "1", "--seed_everything", "3"]

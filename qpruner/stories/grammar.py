@@ -1,7 +1,7 @@
 """A story and the hand that writes it: facts are drawn once, sentences are free choices among paraphrases."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import dataclass, field, fields, is_dataclass
 from random import Random
 from typing import TypeVar
 
@@ -10,6 +10,32 @@ from qpruner.stories.vocabulary import BOYS, COLORS, GIRLS, NUMBERS, PEOPLE, THI
 Item = TypeVar("Item")
 
 GAP = "_"
+
+
+class Ending:
+    """One way to end a story: paraphrases with a gap, what belongs into the gap, and what does not."""
+
+    def __init__(self, right: object, wrong: object, *variants: str) -> None:
+        self.right = str(right)
+        self.wrong = str(wrong)
+        self.variants = variants
+
+
+@dataclass(frozen=True)
+class Told:
+    """What a story could have been instead.
+
+    Attributes:
+        pools: for the facts of the story, the options that they were drawn from.
+        chosen: the ending that was chosen.
+        sentence: the variant of it that was chosen, with its gap.
+        others: the endings that were not chosen.
+    """
+
+    pools: tuple[Sequence[object], ...]
+    chosen: Ending
+    sentence: str
+    others: tuple[Ending, ...]
 
 
 @dataclass(frozen=True)
@@ -23,31 +49,59 @@ class Story:
         ending: the last sentence; the facts told in the prompt determine it up to paraphrase.
         wrong_ending: the ending with one fact replaced by another of its kind that the prompt tells of something else,
             so that who only remembers what occurred cannot tell it from the right one.
-        untold_ending: the ending with the same fact replaced by a value of its kind that the story tells nowhere, or
-            ``wrong_ending`` where there is none, as for pronouns.
-        alternatives: an ending for each further fact that the plot can ask for, and the wrong one beside it.
+        told: what the story could have been instead; of a story that nobody drew, nothing.
     """
 
     facts: tuple[str, ...]
     prompt: str
     ending: str
     wrong_ending: str
-    untold_ending: str
-    alternatives: tuple[tuple[str, str], ...] = ()
+    told: Told | None = field(default=None, compare=False, repr=False)
 
     @property
     def text(self) -> str:
         """The whole story as one paragraph."""
         return f"{self.prompt} {self.ending}"
 
+    @property
+    def untold_ending(self) -> str:
+        """The ending with the same fact replaced by a value of its kind that the story tells nowhere.
 
-class Ending:
-    """One way to end a story: paraphrases with a gap, what belongs into the gap, and what does not."""
+        It is ``wrong_ending`` where there is none, as for pronouns. It is drawn by the facts, so that the story is the
+        same whether it is asked for or not.
+        """
+        if self.told is None:
+            return self.wrong_ending
+        random, right = Random("|".join(self.facts)), self.told.chosen.right
+        parts = [right] if self._alike(right) else right.split(" ", 1)  # a thing is a color and a noun
+        alike = [self._alike(part) for part in parts]
+        if not all(alike):
+            return self.wrong_ending
+        return _capitalized(self.told.sentence.replace(GAP, " ".join(random.choice(values) for values in alike)))
 
-    def __init__(self, right: object, wrong: object, *variants: str) -> None:
-        self.right = str(right)
-        self.wrong = str(wrong)
-        self.variants = variants
+    @property
+    def alternatives(self) -> tuple[tuple[str, str], ...]:
+        """An ending for each further fact that the plot can ask for, and the wrong one beside it."""
+        return tuple(
+            (_capitalized(variant.replace(GAP, ending.right)), _capitalized(variant.replace(GAP, ending.wrong)))
+            for ending in (self.told.others if self.told else ())
+            for variant in (Random(f"{self.prompt} {ending.right}").choice(ending.variants),)
+        )
+
+    def _alike(self, value: str) -> list[str]:
+        """The values that a fact could have had instead, in the form of this one, without those that are told."""
+        assert self.told is not None
+        told = f"{self.prompt} {self.told.sentence}".lower()
+        for pool in self.told.pools:
+            forms = [_forms(option) for option in pool]
+            names = {name for form in forms for name, text in form.items() if text == value}
+            untold = (form for form in forms if form[""].lower() not in told)
+            texts = {
+                text for form in untold for name, text in form.items() if name in names and text.lower() not in told
+            }
+            if texts - {value}:
+                return sorted(texts - {value})
+        return []
 
 
 class Tale:
@@ -129,46 +183,18 @@ class Tale:
         """The finished story with one of the endings."""
         ending = self.pick(endings)
         sentence = self.pick(ending.variants)
-        prompt = " ".join(self._sentences)
-        untold = self._untold(ending.right, f"{prompt} {sentence}".lower()) or ending.wrong
-        right, wrong, other = (
-            _capitalized(sentence.replace(GAP, value)) for value in (ending.right, ending.wrong, untold)
+        return Story(
+            facts=tuple(self._facts),
+            prompt=" ".join(self._sentences),
+            ending=_capitalized(sentence.replace(GAP, ending.right)),
+            wrong_ending=_capitalized(sentence.replace(GAP, ending.wrong)),
+            told=Told(tuple(self._pools), ending, sentence, tuple(each for each in endings if each is not ending)),
         )
-        others = tuple(
-            (_capitalized(variant.replace(GAP, each.right)), _capitalized(variant.replace(GAP, each.wrong)))
-            for each in endings
-            if each is not ending
-            for variant in (Random(f"{prompt} {each.right}").choice(each.variants),)
-        )
-        return Story(tuple(self._facts), prompt, right, wrong, other, others)
-
-    def _untold(self, value: str, told: str) -> str | None:
-        """A value of the same kind and form that does not occur in what is told; None where there is none.
-
-        It is drawn by the facts, so that the stories are the same with and without it.
-        """
-        random = Random("|".join(self._facts))
-        parts = [value] if self._alike(value, told) else value.split(" ", 1)  # a thing is a color and a noun
-        alike = [self._alike(part, told) for part in parts]
-        return " ".join(random.choice(values) for values in alike) if all(alike) else None
-
-    def _alike(self, value: str, told: str) -> list[str]:
-        """The values that a fact could have had instead, in the form of this one, without those that are told."""
-        for pool in self._pools:
-            forms = [_forms(option) for option in pool]
-            names = {name for form in forms for name, text in form.items() if text == value}
-            untold = (form for form in forms if form[""].lower() not in told)
-            texts = {
-                text for form in untold for name, text in form.items() if name in names and text.lower() not in told
-            }
-            if texts - {value}:
-                return sorted(texts - {value})
-        return []
 
 
 def _forms(option: object) -> dict[str, str]:
     """How a story may write an option: as it is, or a part of it, such as a place with its preposition."""
-    parts = {field.name: str(getattr(option, field.name)) for field in fields(option)} if is_dataclass(option) else {}
+    parts = {part.name: str(getattr(option, part.name)) for part in fields(option)} if is_dataclass(option) else {}
     return {"": str(option), **parts}
 
 

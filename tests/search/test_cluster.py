@@ -179,6 +179,7 @@ def test_workers_that_die_while_they_prepare_themselves_end_the_search() -> None
         pass
 
 
+@pytest.mark.slow
 def test_a_scheduler_that_goes_fails_no_trial() -> None:
     with local_cluster(1) as started:
         config = ExecutorConfig("dask", address=started.scheduler_address)
