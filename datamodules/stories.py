@@ -26,8 +26,8 @@ class StoriesDataModule(TokenDataModule):
         num_train: number of stories that fit and calibrate, at least 1.
         num_validation: number of stories that choose, at least 1.
         num_test: number of stories that are reported, at least 1.
-        num_choices: number of two-choice endings in test, from its stories, and in validation as many as it has stories
-            for; 0 for none.
+        num_choices: most two-choice endings in validation and in test each, as many as the split has stories for; 0 for
+            none.
         story_seed: seed of the stories; another gives other stories.
         layout: ``packed`` joins the stories with the tokenizer's end-of-text token and cuts them into rows of exactly
             ``max_length`` (the rest is dropped); ``per_document`` gives each a row, cut at ``max_length``.
@@ -36,7 +36,7 @@ class StoriesDataModule(TokenDataModule):
         **kwargs: options of every data module; see `TokenDataModule`.
 
     Raises:
-        UserError: a split without stories, or more choices than test stories.
+        UserError: a split without stories, or a negative number of choices.
     """
 
     def __init__(
@@ -51,9 +51,9 @@ class StoriesDataModule(TokenDataModule):
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
-        if min(num_train, num_validation, num_test) < 1 or not 0 <= num_choices <= num_test:
+        if min(num_train, num_validation, num_test) < 1 or num_choices < 0:
             raise UserError(
-                f"Every split needs a story and num_choices must lie between 0 and the stories of test, "
+                f"Every split needs a story and num_choices must be at least 0, "
                 f"not {num_train}, {num_validation}, {num_test} stories and {num_choices} choices."
             )
         self.num_stories: Mapping[Split, int] = dict(zip(SPLITS, (num_train, num_validation, num_test), strict=True))
