@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from qpruner.errors import UserError, nearest
 from qpruner.plan import DENSE, Precision
 from qpruner.quantization.blockwise4 import Blockwise4
+from qpruner.quantization.grid import Grid
 from qpruner.quantization.int8 import Int8
 from qpruner.quantization.packed import PackedLinear
 
@@ -57,6 +58,19 @@ class Format(Protocol):
         dtype: torch.dtype,
     ) -> PackedLinear:
         """A linear on the tensors of a state, which it takes over without a copy."""
+
+
+class GridFormat(Format, Protocol):
+    """A number format whose values lie on a `Grid`, so that grid and codes may be chosen apart, by calibration."""
+
+    def storable(self, scales: Tensor, minima: Tensor, precision: Precision) -> Grid:
+        """The grid nearest to scales and minima [out, groups] that the format can store.
+
+        A symmetric format takes its minima from the scales and does not look at those that are given.
+        """
+
+    def pack(self, codes: Tensor, grid: Grid) -> dict[str, Tensor]:
+        """The state of codes uint8 [out, in] on a grid of `storable`; ``decode`` gives ``grid.values(codes)``."""
 
 
 FORMATS: tuple[Format, ...] = (
