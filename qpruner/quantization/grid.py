@@ -13,9 +13,12 @@ may be short.
 """
 
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
+
+from qpruner.plan import Precision
 
 
 @dataclass(frozen=True)
@@ -60,3 +63,13 @@ class Grid:
         """The scale and the minimum of each weight in some neighbouring columns, [O, number]."""
         groups = torch.arange(first, first + number, device=self.scales.device) // self.group
         return self.scales.index_select(1, groups), self.minima.index_select(1, groups)
+
+
+class GridStore(Protocol):
+    """What can store a grid; the part of a number format that the choice of a grid depends on."""
+
+    def storable(self, scales: Tensor, minima: Tensor, precision: Precision) -> Grid:
+        """The grid nearest to scales and minima [out, groups] that can be stored.
+
+        Where a symmetric format takes its minima from the scales, it does not look at those that are given.
+        """
