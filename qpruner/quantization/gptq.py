@@ -30,7 +30,9 @@ import torch
 from torch import Tensor
 
 from qpruner.errors import UserError
-from qpruner.quantization.grid_search import Levels
+from qpruner.plan import Precision
+from qpruner.quantization.grid import Grid, GridStore
+from qpruner.quantization.grid_search import GridSearch, Levels, search
 
 BLOCK = 128
 """Most columns that are rounded before the columns behind all of them hear of it."""
@@ -133,6 +135,44 @@ def gptq(weight: Tensor, factor: Factor, levels: Levels, choose: Choose, *, firs
     in_order = torch.empty_like(codes)
     in_order[order] = codes
     return in_order.T.to(torch.uint8).contiguous()
+
+
+class FixedGrid:
+    """Gives the scale and the minimum of each group of a grid, whatever its weights became."""
+
+    def __init__(self, grid: Grid) -> None:
+        self._scales, self._minima = grid.scales.T.contiguous(), grid.minima.T.contiguous()  # [M, rows]
+
+    def choose(self, group: int, weights: Tensor) -> tuple[Tensor, Tensor]:
+        return self._scales[group], self._minima[group]
+
+
+class FreshGrid:
+    """Chooses the grid of each group as its turn comes.
+
+    Args:
+        store: format that the grid is for.
+        precision: precision within the format.
+        how: search for the grid.
+        importance: how much errors count, [I].
+    """
+
+    def __init__(self, store: GridStore, precision: Precision, how: GridSearch, importance: Tensor) -> None:
+        self._store, self._precision, self._how, self._importance = store, precision, how, importance
+        self._levels = Levels.of(store, precision)
+        self._grids: list[Grid] = []
+
+    def choose(self, group: int, weights: Tensor) -> tuple[Tensor, Tensor]:
+        first = group * self._levels.group
+        counts = self._importance[first : first + weights.shape[1]]
+        grid = self._store.storable(*search(weights.contiguous(), self._levels, self._how, counts), self._precision)
+        self._grids.append(grid)
+        return grid.scales[:, 0], grid.minima[:, 0]
+
+    @property
+    def chosen(self) -> tuple[Tensor, Tensor]:
+        """Scales and minima of all groups, [rows, M]."""
+        return torch.cat([grid.scales for grid in self._grids], 1), torch.cat([grid.minima for grid in self._grids], 1)
 
 
 def _blocks(columns: int, group: int) -> Iterator[tuple[int, int]]:

@@ -120,11 +120,13 @@ def search(weight: Tensor, levels: Levels, how: GridSearch, importance: Tensor |
     found = []
     for first in range(0, rows, step := max(1, CHUNK // columns)):
         part = weight[first : first + step].float()
-        part = pad(part, (0, missing), mode="replicate").unflatten(1, (-1, group))  # [n, M, G]
+        part = pad(part, (0, missing), mode="replicate").reshape(len(part), -1, group)  # [n, M, G]
         counts = torch.ones(1, 1, 1, device=weight.device)
         if importance is not None:
             counts = importance.float() if importance.dim() == 1 else importance[first : first + step].float()
-            counts = pad(counts, (0, missing)).unflatten(-1, (-1, group))  # [M, G] or [n, M, G]; 0 beyond the end
+            counts = pad(counts, (0, missing)).reshape(
+                *counts.shape[:-1], -1, group
+            )  # [M, G] or [n, M, G]; 0 beyond the end
             # In units of the group's mean, so that no sum of squares of small ones vanishes.
             mean = counts.mean(-1, keepdim=True)
             counts = torch.where(mean > 0, counts / mean, 1.0)

@@ -98,7 +98,7 @@ def test_a_symmetric_format_too(symmetric: bool) -> None:
 def test_dead_channels_are_rounded_to_nearest_and_change_nothing(act_order: bool) -> None:
     weight, hessian = drawn(16, 64), hessian_of(64)
     hessian[:, 5] = hessian[5] = 0
-    config = RoundingConfig(grid="minmax", act_order=act_order)
+    config = RoundingConfig(grid="minmax", act_order=act_order, refinements=0)
     rounded = round_weight(weight, HalfGrid(), Precision("half", 3, 64), hessian, config)
     assert torch.equal(rounded.codes[:, 5], rounded.grid.round(weight)[:, 5])
     moved = weight.clone()
@@ -165,9 +165,25 @@ def test_what_is_not_finite() -> None:
         ("damping", 0.0, "above 0 and at most 1"),
         ("damping", float("nan"), "above 0 and at most 1"),
         ("alpha", 1.5, "from 0 to 1"),
+        ("refinements", -1, "at least 0"),
         ("first_order", 1.0, "from 0 to below 1"),
     ],
 )
 def test_options_have_ranges(option: str, value: object, allowed: str) -> None:
     with pytest.raises(UserError, match=f"rounding.{option} is {value}; it must be {allowed}."):
         RoundingConfig(**{option: value})  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("act_order", [False, True])
+@pytest.mark.parametrize("shared", [False, True])
+def test_refinement_leaves_less_on_a_grid_that_the_format_stores(act_order: bool, shared: bool) -> None:
+    weight, hessian, store = drawn(24, 96), hessian_of(96), HalfGrid(shared=shared)
+    left = []
+    for refinements in (0, 1, 3):
+        config = RoundingConfig(act_order=act_order, refinements=refinements)
+        rounded = round_weight(weight, store, PRECISION, hessian, config)
+        assert torch.allclose(
+            store.storable(rounded.grid.scales, rounded.grid.minima, PRECISION).scales, rounded.grid.scales, rtol=1e-5
+        )
+        left.append(error(weight, rounded.values, hessian))
+    assert left[1] < 0.97 * left[0] and left[2] < left[1]
