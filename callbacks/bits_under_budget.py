@@ -173,7 +173,8 @@ class Allocator:
         }
 
 
-def drop_bank(folder: RunFolder | None) -> None:
-    """Removes the bank of a run whose compressed base is kept: it is of no more use."""
-    if folder is not None and folder.bank.exists():
-        shutil.rmtree(folder.bank, ignore_errors=True)
+def drop_scaffolding(folder: RunFolder | None) -> None:
+    """Removes what led to a compressed base, once that is kept: the bank, and the layers that were rounded by text."""
+    if folder is not None:
+        for scaffolding in (folder.bank, folder.calibrated):
+            shutil.rmtree(scaffolding, ignore_errors=True)

@@ -1,7 +1,7 @@
 """The number formats of weights, and what every one of them can do; a new format is a new file and a line here."""
 
 from collections.abc import Mapping, Sequence
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -63,6 +63,7 @@ class Format(Protocol):
         """A linear on the tensors of a state, which it takes over without a copy."""
 
 
+@runtime_checkable
 class GridFormat(Format, Protocol):
     """A number format whose values lie on a `Grid`, so that grid and codes may be chosen apart, by calibration."""
 
