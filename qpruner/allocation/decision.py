@@ -61,8 +61,8 @@ class DecidingConfig:
             raise UserError(f"deciding.widths is {list(self.widths)}; name some widths, each once.")
         if type(self.contexts) is not int or self.contexts < 2 or self.contexts % 2:
             raise UserError(
-                f"deciding.contexts is {self.contexts!r}; assignments come in pairs, each with its mirror. Give an even "
-                f"number of at least 2."
+                f"deciding.contexts is {self.contexts!r}; assignments come in pairs, each with its mirror. Give an "
+                f"even number of at least 2."
             )
 
 

@@ -1,13 +1,13 @@
 """What it costs a model when one item goes to fewer bits while all others are at random widths, too.
 
-**Idea.** At few bits what an item costs depends on what the others have: alone in an otherwise dense model it costs less,
-or more, than in the model that a budget buys. So each item is measured inside random assignments around the middle of
-what budgets can buy, and its costs are averaged over these contexts (marginalised). They do not depend on the budget:
-one pass serves all.
+**Idea.** At few bits what an item costs depends on what the others have: alone in an otherwise dense model it costs
+less, or more, than in the model that a budget buys. So each item is measured inside random assignments around the
+middle of what budgets can buy, and its costs are averaged over these contexts (marginalised). They do not depend on the
+budget: one pass serves all.
 
-**Formula.** With x_k, k = 1..K, random assignments of widths to the n items, L(x) the loss (or the KL divergence from the
-dense model) of the model that is assembled as x, x_k[i -> b] the assignment x_k with item i in precision b, and w the
-widest of P precisions,
+**Formula.** With x_k, k = 1..K, random assignments of widths to the n items, L(x) the loss (or the KL divergence from
+the dense model) of the model that is assembled as x, x_k[i -> b] the assignment x_k with item i in precision b, and w
+the widest of P precisions,
 
     cost(i, b) = 1/K sum_k d_k(i, b),    d_k(i, b) = L(x_k[i -> b]) - L(x_k[i -> w]),
     error(i, b) = std_k d_k(i, b) / sqrt(K).
@@ -71,13 +71,14 @@ class MarginalRises(NamedTuple):
     loss_error: Tensor
 
     def __str__(self) -> str:
+        n = len(self.loss)
         values = [
-            f"{name} {float(value[:, 0].mean()):.4f}, standard error of one {float(error[:, 0].square().mean().sqrt()):.4f}"
-            for name, value, error in (("loss", self.loss, self.loss_error), ("KL", self.kl, self.kl_error))
+            f"{name} {float(cost[:, 0].mean()):.4f} (standard error of one {float(error[:, 0].norm()) / n**0.5:.4f})"
+            for name, cost, error in (("loss", self.loss, self.loss_error), ("KL", self.kl, self.kl_error))
         ]
         return (
             f"Going from the widest to the narrowest precision among others of random bits costs each of "
-            f"{len(self.loss)} items on average, in nats per token: {'; '.join(values)}."
+            f"{n} items on average, in nats per token: {'; '.join(values)}."
         )
 
 
