@@ -64,7 +64,8 @@ class MixedPrecisionQuantization(CompressionInSetup):
         head: bits of a weight of the language-model head; 4, 8 or 16, and those of the embedding where both are tied.
         allocation: how bits are shared out under a budget: ``uniform``, all units get the widest that it buys for all;
             ``mutual_information``, by what a layer's output tells about the prediction (QPruner, arXiv 2412.11629);
-            ``sensitivity``, by what it costs to quantize each layer alone.
+            ``sensitivity``, by what it costs to quantize each layer alone; ``marginal``, by what that costs on average
+            while the others have random bits, too.
         budget: what may be stored; with one, the bits are decided here.
         deciding: how bits are decided under a budget.
         calibrated: how weights are rounded by text, in formats that have a grid; by default each to its nearest value.
