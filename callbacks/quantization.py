@@ -19,7 +19,7 @@ from qpruner.errors import UserError
 from qpruner.memory import tensor_bytes
 from qpruner.plan import DENSE, UNITS, CompressionPlan, Precision
 from qpruner.quantization.apply import LoftQSettings, check_rank, linear_precisions
-from qpruner.quantization.calibrated import CalibratedConfig
+from qpruner.quantization.calibrated_inputs import CalibratedConfig
 from qpruner.quantization.calibrated_layers import CalibratedLayers
 from qpruner.quantization.embedding import table_precisions
 from qpruner.quantization.formats import format_for
@@ -244,9 +244,10 @@ class MixedPrecisionQuantization(CompressionInSetup):
     def _quantize_by_text(
         self, job: CompressionJob, plan: CompressionPlan, config: CalibratedConfig, adapters: LoftQSettings | None
     ) -> None:
-        config.check_text(widest_input(job.model.network))
+        network = job.model.network
+        config.check_text(max(network.get_submodule(name).in_features for name in linear_precisions(network, plan)))
         job.keep()  # what is rounded names the base that it is made from
-        calibration = calibration_of(job.model.network, job.data, config.text, job.processes, CALIBRATED)
+        calibration = calibration_of(network, job.data, config.text, job.processes, CALIBRATED)
         made_from = {
             "base": job.model.identity,
             "plan": plan.to_json(),
@@ -254,7 +255,7 @@ class MixedPrecisionQuantization(CompressionInSetup):
             "adapters": None if adapters is None else asdict(adapters),
             "text_sha256": job.data and job.data.fingerprint()["train"]["sha256"],
             "text_seed": job.data and job.data.seed,
-            "dtype": str(job.model.network.dtype),
+            "dtype": str(network.dtype),
             "computed_in": job.processes.precision,
         }
         layers = CalibratedLayers(None if job.folder is None else job.folder.calibrated, made_from)

@@ -29,7 +29,8 @@ from qpruner.pruning.selection import Kept
 from qpruner.pruning.surgery import narrow_, narrow_factors, stated_by_weights
 from qpruner.quantization.apply import Factors, LoftQSettings, quantize_
 from qpruner.quantization.bank import Bank
-from qpruner.quantization.calibrated import Calibrated, CalibratedConfig, calibrate_
+from qpruner.quantization.calibrated import Calibrated, calibrate_
+from qpruner.quantization.calibrated_inputs import CalibratedConfig
 from qpruner.quantization.calibrated_layers import CalibratedLayers
 from qpruner.quantization.embedding import quantize_tables_
 from qpruner.quantization.merging import merge_

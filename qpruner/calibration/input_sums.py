@@ -40,10 +40,6 @@ class InputSums:
 
         return cls(zeros(), *((zeros(), zeros()) if beside_dense else (None, None)))
 
-    @property
-    def tensors(self) -> tuple[Tensor, ...]:
-        return tuple(tensor for tensor in (self.hessian, self.cross, self.dense) if tensor is not None)
-
     def add_(self, inputs: Tensor, dense_inputs: Tensor | None, weights: Tensor) -> None:
         """Adds tokens, whose products are taken in float32, a micro-batch at a time.
 
@@ -63,8 +59,8 @@ class InputSums:
 
     def over(self, processes: Processes) -> "InputSums":
         """The sums over the tokens of all processes."""
-        return InputSums(*(None if tensor is None else processes.reduce(tensor) for tensor in self._all))
-
-    @property
-    def _all(self) -> tuple[Tensor | None, ...]:
-        return self.hessian, self.cross, self.dense
+        hessian, cross, dense = (
+            None if tensor is None else processes.reduce(tensor) for tensor in (self.hessian, self.cross, self.dense)
+        )
+        assert hessian is not None
+        return InputSums(hessian, cross, dense)

@@ -49,8 +49,8 @@ class RoundedLinear:
 
     Args:
         state: codes and scales, on the CPU.
-        factors: factors A [r, in] and B [out, r] that its adapter starts from, on the CPU; None where it starts at zero.
-        outcome: what came of rounding by text; None where the format has no grid, and codes are those of plain rounding.
+        factors: factors A [r, in] and B [out, r] that its adapter starts from, on the CPU; None for a start at zero.
+        outcome: what came of rounding by text; None where the format has no grid, and rounding was plain.
     """
 
     state: dict[str, Tensor]
@@ -87,7 +87,7 @@ class CalibratedLayers:
             return None
         try:
             with safe_open(path, framework="pt") as file:
-                metadata: dict[str, str] = file.metadata() or {}  # type: ignore[no-untyped-call]
+                metadata: dict[str, str] = file.metadata() or {}
                 tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  # no mapping
         except (SafetensorError, OSError) as error:
             warnings.warn(f"{str(path)!r} is no whole file of a calibration: {error}. It is made again.", stacklevel=2)
