@@ -202,4 +202,5 @@ class _Packing:
 def _error(weight: Tensor, values: Tensor, sums: InputSums) -> float:
     """Squared error of a linear with other values on some text, over the square of what it should give."""
     size = sums.hessian if sums.dense is None else sums.dense
-    return error(weight, values, sums.hessian, sums.cross, sums.dense) / error(weight, torch.zeros_like(weight), size)
+    whole = error(weight, torch.zeros_like(weight), size)
+    return error(weight, values, sums.hessian, sums.cross, sums.dense) / whole if whole else 0.0

@@ -103,6 +103,9 @@ class BlockInputs:
         Args:
             dense_states: states that enter the block, which those that leave it take the place of.
             linears: a linear of each unit.
+
+        Raises:
+            UserError: states that leave the block are not finite.
         """
         self._dense_inputs = {unit: [] for unit in linears}
 
@@ -111,7 +114,13 @@ class BlockInputs:
 
         with watching(dict(linears) if self._config.rounding.alpha else {}, see):
             for place, output in enumerate(self._runner.outputs(self._number, dense_states)):
-                self._squares.append(output.float().square().mean(-1).cpu())  # [B, T]
+                squares = output.float().square().mean(-1).cpu()  # [B, T]
+                if not squares.isfinite().all():
+                    raise UserError(
+                        f"What layer {self._number} (from 0) makes of the calibration text is not finite. Load an "
+                        f"undamaged model, or use --model.dtype bfloat16 or float32."
+                    )
+                self._squares.append(squares)
                 dense_states[place] = output.cpu()
 
     def sums(

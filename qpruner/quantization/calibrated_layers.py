@@ -87,19 +87,19 @@ class CalibratedLayers:
             return None
         try:
             with safe_open(path, framework="pt") as file:
-                metadata: dict[str, str] = file.metadata() or {}
+                told: dict[str, Any] = json.loads((file.metadata() or {}).get("layer", "{}"))
                 tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  # no mapping
         except (SafetensorError, OSError) as error:
             warnings.warn(f"{str(path)!r} is no whole file of a calibration: {error}. It is made again.", stacklevel=2)
             return None
-        if metadata.get("origin") != self._origin_of(number):
+        if told.get("origin") != self._origin_of(number):
             warnings.warn(
                 f"{str(path)!r} was made from another base, plan or text, with other options, or after other layers "
                 f"before it. It is made again.",
                 stacklevel=2,
             )
             return None
-        outcomes = json.loads(metadata["outcomes"])
+        outcomes = told["outcomes"]
         parts: dict[str, dict[str, Tensor]] = {}
         for key, tensor in tensors.items():
             name, _, part = key.rpartition("/")
@@ -118,7 +118,8 @@ class CalibratedLayers:
             parts = dict(zip(FACTORS, linear.factors or (), strict=False))
             tensors |= {f"{name}/{part}": tensor.contiguous() for part, tensor in (linear.state | parts).items()}
         outcomes = {name: asdict(linear.outcome) for name, linear in layer.items() if linear.outcome is not None}
-        metadata = {"origin": self._origin_of(number), "outcomes": json.dumps(outcomes)}
+        # In one entry: the order of several is not always the same, and the next layer names this file by its hash.
+        metadata = {"layer": json.dumps({"origin": self._origin_of(number), "outcomes": outcomes})}
         self._folder.mkdir(parents=True, exist_ok=True)
         try:
             with replacing(self._path(number)) as temporary:
