@@ -124,9 +124,11 @@ def round_weight(
     importance = hessians.diagonal(dim1=1, dim2=2).float()  # [g, I]
 
     def grid_of_whole() -> Grid:
-        if config.grid != "neuqi":
-            return choose_grid(weight, number_format, precision, config.grid)
-        counts = importance[0] if len(rows) == 1 else importance.repeat_interleave(weight.new_tensor(rows).long(), 0)
+        counts = (
+            importance[0]
+            if len(rows) == 1
+            else importance.repeat_interleave(torch.tensor(rows, device=weight.device), 0)
+        )
         return choose_grid(weight, number_format, precision, config.grid, counts)
 
     if config.method == "nearest":
@@ -151,7 +153,7 @@ def round_weight(
         return Rounded(codes_on(grid), grid)
     rounded = []
     for part, factor, counts in zip(parts, factors, importance, strict=True):
-        fresh = _FreshGrid(number_format, precision, levels, config.grid, counts if config.grid == "neuqi" else None)
+        fresh = _FreshGrid(number_format, precision, levels, config.grid, counts)
         rounded.append((gptq(part, factor, levels, fresh.choose, first_order=config.first_order), *fresh.chosen))
     codes, scales, minima = (torch.cat(of_parts) for of_parts in zip(*rounded, strict=True))
     grid = number_format.storable(scales, minima, precision)
@@ -178,7 +180,7 @@ class _FreshGrid:
         precision: precision within the format.
         levels: which grids that offers.
         how: search for the grid.
-        importance: how much errors count, [I]; alike where None.
+        importance: how much errors count, [I].
     """
 
     def __init__(
@@ -187,7 +189,7 @@ class _FreshGrid:
         precision: Precision,
         levels: Levels,
         how: GridSearch,
-        importance: Tensor | None,
+        importance: Tensor,
     ) -> None:
         self._format, self._precision, self._levels = number_format, precision, levels
         self._how, self._importance = how, importance
@@ -195,7 +197,7 @@ class _FreshGrid:
 
     def choose(self, group: int, weights: Tensor) -> tuple[Tensor, Tensor]:
         first = group * self._levels.group
-        counts = None if self._importance is None else self._importance[first : first + weights.shape[1]]
+        counts = self._importance[first : first + weights.shape[1]]
         scales, minima = search(weights.contiguous(), self._levels, self._how, counts)
         grid = self._format.storable(scales, minima, self._precision)
         self._grids.append(grid)
