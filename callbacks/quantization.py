@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from typing import Any, Literal, Self
+from typing import Any, Self
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
@@ -10,7 +10,8 @@ from lightning.pytorch.utilities import rank_zero_info
 from qpruner.allocation.budget import Budget
 from qpruner.allocation.decision import DecidingConfig, Method
 from qpruner.anatomy import architecture_of
-from qpruner.callbacks.bits_under_budget import Allocator, drop_bank
+from qpruner.callbacks.bits_under_budget import Allocator, drop_scaffolding
+from qpruner.callbacks.calibration import calibration_of, text_of
 from qpruner.callbacks.compression import CompressionInSetup, CompressionJob, Rehearsal
 from qpruner.compressed import State
 from qpruner.datamodules.base import TokenDataModule
@@ -18,21 +19,23 @@ from qpruner.errors import UserError
 from qpruner.memory import tensor_bytes
 from qpruner.plan import DENSE, UNITS, CompressionPlan, Precision
 from qpruner.quantization.apply import LoftQSettings, check_rank, linear_precisions
+from qpruner.quantization.calibrated_inputs import CalibratedConfig
+from qpruner.quantization.calibrated_layers import CalibratedLayers
 from qpruner.quantization.embedding import table_precisions
-from qpruner.quantization.formats import format_for
+from qpruner.quantization.formats import DEFAULTS, FORMATS, format_for, precision_of
 
 Bits = int | Sequence[int] | Mapping[str, int] | Sequence[Mapping[str, int]]
-FourBits = Literal["nf4", "nf4-double", "fp4", "fp4-double"]
-OFFERED = (4, 8, 16)
-FEWEST = min(OFFERED)
+CALIBRATED = "MixedPrecisionQuantization.calibrated"
 
 
 class MixedPrecisionQuantization(CompressionInSetup):
     """Holds each unit of the base in its number of bits, and initialises the adapters by LoftQ (arXiv 2310.08659).
 
-    4 bits are NF4 or FP4 in blocks that share a scale, 8 bits are integers with a scale a row, 16 bits leave a unit as
-    it is. Units are what serving engines fuse: ``qkv``, ``o``, ``gate_up``, ``down``. The embedding and the head stay
-    as they are unless told; LoftQ does not act on them. Stands behind the callback that prunes.
+    Offered are 1, 2, 3, 4, 5, 6, 8 and 16 bits. 4 bits are NF4 in blocks that share a scale, 8 bits integers with a
+    scale a row, 16 bits leave a unit as it is; the others are values at equal distances, with a scale and a minimum for
+    each group of weights (``affine-double``). Units are what serving engines fuse: ``qkv``, ``o``, ``gate_up``,
+    ``down``. The embedding and the head stay as they are unless told; LoftQ does not act on them. Stands behind the
+    callback that prunes.
 
     ```yaml
     trainer:
@@ -51,23 +54,29 @@ class MixedPrecisionQuantization(CompressionInSetup):
 
     Args:
         bits: one number for all units; or a number for each layer; or one for each unit, as a mapping; or such a
-            mapping for each layer. Each is 4, 8 or 16; default 4. Without a budget only.
-        four_bit: number format of 4 bits; ``-double`` quantizes the scales, too.
-        group: number of weights that share a scale in 4 bits.
+            mapping for each layer. Default 4. Without a budget only.
+        formats: number formats by their bits, such as ``{4: affine}``, where they shall be others: ``nf4``, ``fp4`` (4
+            bits), ``int8`` (8 bits), ``affine`` (1 to 6 and 8 bits), ``symmetric`` (2 to 6 and 8 bits); ``-double``
+            behind a name other than ``int8`` quantizes the scales, too.
+        group: number of weights that share a scale; 32, 64 or 128, in 4 bits by ``nf4`` and ``fp4`` up to 1024, and -1,
+            a whole row, by ``affine`` and ``symmetric``. ``int8`` always has a scale a row.
         loftq_iterations: number of alternating steps of LoftQ, at least 0; with 0 the adapters start from zero, as
             plain LoRA.
-        embedding: bits of a weight of the token embedding; 4, 8 or 16.
-        head: bits of a weight of the language-model head; 4, 8 or 16, and those of the embedding where both are tied.
+        embedding: bits of a weight of the token embedding.
+        head: bits of a weight of the language-model head, those of the embedding where both are tied.
         allocation: how bits are shared out under a budget: ``uniform``, all units get the widest that it buys for all;
             ``mutual_information``, by what a layer's output tells about the prediction (QPruner, arXiv 2412.11629);
-            ``sensitivity``, by what it costs to quantize each layer alone.
+            ``sensitivity``, by what it costs to quantize each layer alone; ``marginal``, by what that costs on average
+            while the others have random bits, too.
         budget: what may be stored; with one, the bits are decided here.
         deciding: how bits are decided under a budget.
+        calibrated: how weights are rounded by text, in formats that have a grid; by default each to its nearest value.
 
     Raises:
-        UserError: bits that are not offered, bits beside a budget or an allocation without one, tied embedding and head
-            of different bits, a list of another length than the layers, a budget below the cheapest plan, too little
-            calibration text, a callback that prunes behind this one, or a LoRA rank above that of a linear.
+        UserError: bits, formats or groups that are not offered, bits beside a budget or an allocation without one, tied
+            embedding and head of different bits, a list of another length than the layers, a budget below the cheapest
+            plan, too little calibration text, a callback that prunes behind this one, or a LoRA rank above that of a
+            linear.
     """
 
     leaves = State.QUANTIZED
@@ -75,7 +84,7 @@ class MixedPrecisionQuantization(CompressionInSetup):
     def __init__(
         self,
         bits: Bits | None = None,
-        four_bit: FourBits = "nf4",
+        formats: Mapping[int, str] | None = None,
         group: int = 64,
         loftq_iterations: int = 1,
         embedding: int = 16,
@@ -83,9 +92,13 @@ class MixedPrecisionQuantization(CompressionInSetup):
         allocation: Method = "uniform",
         budget: Budget | None = None,
         deciding: DecidingConfig = DecidingConfig(),  # noqa: B008  # frozen
+        calibrated: CalibratedConfig | None = None,
     ) -> None:
-        self.four_bit = Precision(four_bit, 4, group)
-        format_for(self.four_bit)
+        self.formats, self.group = dict(formats or {}), group
+        for width in self.formats:
+            if width not in DEFAULTS:
+                raise UserError(f"formats names one for {width} bits; there are {', '.join(map(str, DEFAULTS))}.")
+            self._offered("formats", width)
         if loftq_iterations < 0:
             raise UserError(f"loftq_iterations is {loftq_iterations}; it is at least 0, which leaves LoftQ out.")
         if budget is not None and bits is not None:
@@ -101,23 +114,29 @@ class MixedPrecisionQuantization(CompressionInSetup):
                 f"allocation is {allocation!r} and deciding.widths is {list(deciding.widths)}; there is nothing to "
                 f"decide. Name at least two, or give bits."
             )
-        self.bits: Bits = FEWEST if bits is None else bits
+        fewest = 4 if budget is None else min(deciding.widths)
+        self.bits: Bits = fewest if bits is None else bits
         self.loftq_iterations = loftq_iterations
+        self.calibrated = calibrated
         self.embedding, self.head = embedding, head
         self.plan: CompressionPlan | None = None
         self._offered("embedding", embedding)
         self._offered("head", head)
+        precisions = [] if budget is None else [self._offered("deciding.widths", width) for width in deciding.widths]
         for entry in self.bits if isinstance(self.bits, Sequence) else (self.bits,):
             self._units(entry)
-        precisions = [self._offered("deciding.widths", width) for width in deciding.widths]
+        if group not in (groups := sorted({size for one in FORMATS for size in one.groups if size is not None})):
+            raise UserError(f"group is {group}; number formats offer {', '.join(map(str, groups))} (-1: a whole row).")
         self.allocator = (
             None if budget is None else Allocator(allocation, budget, deciding, precisions, loftq_iterations)
         )
 
     @classmethod
     def of_plan(cls, plan: CompressionPlan, configured: "MixedPrecisionQuantization | None") -> Self:
-        """Quantizes to the precisions of a plan, with the LoftQ of what was configured, if anything was."""
-        callback = cls() if configured is None else cls(loftq_iterations=configured.loftq_iterations)
+        """Quantizes to the precisions of a plan, with the LoftQ and text of what was configured, if anything was."""
+        callback = cls()
+        if configured is not None:
+            callback = cls(loftq_iterations=configured.loftq_iterations, calibrated=configured.calibrated)
         callback.plan = plan
         return callback
 
@@ -142,6 +161,8 @@ class MixedPrecisionQuantization(CompressionInSetup):
             check_rank(rehearsal.model, linear_precisions(rehearsal.model, plan), settings)
 
     def check_text(self, data: TokenDataModule) -> None:
+        if self.calibrated is not None:
+            text_of(data, self.calibrated.text, CALIBRATED)
         if self.allocator is not None and self.allocator.method != "uniform":
             calibration = self.allocator.config.calibration
             if self.allocator.method == "mutual_information":
@@ -171,10 +192,12 @@ class MixedPrecisionQuantization(CompressionInSetup):
 
     def _offered(self, option: str, bits: int) -> Precision:
         """The precision of a number of bits."""
-        precisions = {4: self.four_bit, 8: Precision("int8", 8), 16: DENSE}
-        if bits not in precisions:
-            raise UserError(f"{option} asks for {bits}; choose from {', '.join(map(str, OFFERED))}.")
-        return precisions[bits]
+        if bits == DENSE.bits:
+            return DENSE
+        if bits not in DEFAULTS:
+            offered = ", ".join(map(str, (*DEFAULTS, DENSE.bits)))
+            raise UserError(f"{option} asks for {bits}; choose from {offered}.")
+        return precision_of(bits, self.group, self.formats)
 
     @property
     def tables(self) -> dict[str, Precision]:
@@ -185,8 +208,9 @@ class MixedPrecisionQuantization(CompressionInSetup):
 
     @property
     def options(self) -> dict[str, Any]:
+        calibrated = {} if self.calibrated is None else {"calibrated": asdict(self.calibrated)}
         if self.plan is not None:
-            return {"bits": "as the plan says", "loftq_iterations": self.loftq_iterations}
+            return {"bits": "as the plan says", "loftq_iterations": self.loftq_iterations, **calibrated}
         if self.allocator is None:
             bits: dict[str, Any] = {"bits": list(self.bits) if isinstance(self.bits, Sequence) else self.bits}
         else:
@@ -200,9 +224,10 @@ class MixedPrecisionQuantization(CompressionInSetup):
             **bits,
             "embedding": self.embedding,
             "head": self.head,
-            "four_bit": self.four_bit.format,
-            "group": self.four_bit.group,
+            "formats": self.formats,
+            "group": self.group,
             "loftq_iterations": self.loftq_iterations,
+            **calibrated,
         }
 
     def compress(self, job: CompressionJob) -> None:
@@ -215,7 +240,10 @@ class MixedPrecisionQuantization(CompressionInSetup):
             plan = plan.with_precision([dict.fromkeys(UNITS, DENSE)] * len(plan.layers), **self.tables)
             plan, bank = self.allocator.allocate(job, plan)
         loftq = LoftQSettings.of(job.lora, self.loftq_iterations, job.seed)
-        model.quantize(plan, loftq, device=device, bank=bank)
+        if self.calibrated is None:
+            model.quantize(plan, loftq, device=device, bank=bank)
+        else:
+            self._quantize_by_text(job, plan, self.calibrated, loftq)
         alone = ["norms", *(name for name, precision in self.tables.items() if precision == DENSE)]
         if any(DENSE in layer.precision.values() for layer in plan.layers):
             alone.append("units of 16 bits")
@@ -224,6 +252,26 @@ class MixedPrecisionQuantization(CompressionInSetup):
             f"of the decoder linears with scales. Left alone: {', '.join(alone)}."
         )
 
+    def _quantize_by_text(
+        self, job: CompressionJob, plan: CompressionPlan, config: CalibratedConfig, adapters: LoftQSettings | None
+    ) -> None:
+        network = job.model.network
+        config.check_text(max(network.get_submodule(name).in_features for name in linear_precisions(network, plan)))
+        job.keep()  # what is rounded names the base that it is made from
+        calibration = calibration_of(network, job.data, config.text, job.processes, CALIBRATED)
+        made_from = {
+            "base": job.model.identity,
+            "plan": plan.to_json(),
+            "options": asdict(config),
+            "adapters": None if adapters is None else asdict(adapters),
+            "text_sha256": job.data and job.data.fingerprint()["train"]["sha256"],
+            "text_seed": job.data and job.data.seed,
+            "dtype": str(network.dtype),
+            "computed_in": job.processes.precision,
+        }
+        layers = CalibratedLayers(None if job.folder is None else job.folder.calibrated, made_from)
+        rank_zero_info(str(job.model.quantize_by_text(plan, config, adapters, calibration, layers)))
+
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.is_global_zero:  # the compressed base is kept by now
-            drop_bank(self.folder)
+            drop_scaffolding(self.folder)

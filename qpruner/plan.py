@@ -14,6 +14,8 @@ from qpruner.files import reading, write_text
 KIND, VERSION = "qpruner plan", 1
 # No model has more, and a slip of the pen shall not fill the memory.
 MOST_LAYERS, MOST_UNITS, MOST_IN_ALL, MOST_BYTES = 10_000, 1_000_000, 20_000_000, 2**26
+ROW = -1
+"""The group of a whole row, as the field writes it."""
 UNITS = ("qkv", "o", "gate_up", "down")
 """The quantization units of a layer: what serving engines fuse shares one width."""
 
@@ -25,7 +27,7 @@ class Precision:
     Args:
         format: name of a number format; ``dense`` leaves the weights as they are.
         bits: bits of a weight, scales not counted, from 1 to 16.
-        group: number of weights that share a scale; None where the format itself says.
+        group: number of weights that share a scale; -1 for a whole row, None where the format itself says.
 
     Raises:
         UserError: another number of bits, a group without weights, or a format that is no name.
@@ -40,11 +42,12 @@ class Precision:
             raise UserError(f"A format is a name, not {brief(self.format)}.")
         if type(self.bits) is not int or not 1 <= self.bits <= 16:
             raise UserError(f"A weight has 1 to 16 bits, not {brief(self.bits)}.")
-        if self.group is not None and (type(self.group) is not int or not 1 <= self.group <= MOST_UNITS):
-            raise UserError(f"A group holds at least 1 weight, not {brief(self.group)}.")
+        group = self.group
+        if group is not None and (type(group) is not int or not (group == ROW or 1 <= group <= MOST_UNITS)):
+            raise UserError(f"A group holds at least 1 weight, or a whole row with {ROW}, not {brief(group)}.")
 
     def __str__(self) -> str:
-        return f"{self.format} {self.bits}" + (f"/{self.group}" if self.group else "")
+        return f"{self.format} {self.bits}" + (f"/{'row' if self.group == ROW else self.group}" if self.group else "")
 
 
 DENSE = Precision("dense", 16)

@@ -23,7 +23,7 @@ from qpruner.records.allocation_report import sentence
 from qpruner.records.folder import RunFolder
 from qpruner.records.report import scalars
 
-METHODS = ("uniform", "mutual_information", "sensitivity")
+METHODS = ("uniform", "mutual_information", "sensitivity", "marginal")
 
 
 @pytest.fixture
@@ -76,10 +76,13 @@ def test_a_run_records_what_its_budget_bought(
     assert folder.sensitivities.exists() == (method != "uniform") and not folder.bank.exists()
     if method != "uniform":
         found = Sensitivities.read(folder.sensitivities)
-        assert (found.rises is None, found.mutual_information is None) == (
-            method != "sensitivity",
-            method == "sensitivity",
-        )
+        parts = {
+            "mutual_information": found.mutual_information,
+            "sensitivity": found.rises,
+            "marginal": found.marginals,
+        }
+        assert [name for name, part in parts.items() if part is not None] == [method]
+        assert ("each of 2 items on average" in folder.log.read_text()) == (method == "marginal")
 
 
 @pytest.mark.slow
@@ -150,7 +153,7 @@ def test_two_gloo_ranks_decide_as_one(arguments: list[str], tmp_path: Path, monk
         (["budget", "{share: 0.1, bytes: 5 MB}"], "Give exactly one"),
         (["budget", "null"], "allocation is 'sensitivity' and there is no budget"),
         (["bits", "4"], "the budget decides on the bits"),
-        (["deciding.widths", "[4, 6]"], "deciding.widths asks for 6"),
+        (["deciding.widths", "[4, 7]"], "deciding.widths asks for 7"),
         (["deciding.leave_alone", "[2]"], "deciding.leave_alone names 2; the model has layers 0 to 1"),
         (["deciding.solver", "best"], "exact"),
         (["allocation", "sensitive"], "sensitivity"),

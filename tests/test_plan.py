@@ -28,7 +28,7 @@ PRECISION = {
     "qkv": Precision("int", 4, 128),
     "o": DENSE,
     "gate_up": Precision("nf", 4, 64),
-    "down": Precision("int", 8),
+    "down": Precision("int", 8, -1),
 }
 PLAN = CompressionPlan(
     MODEL,
@@ -52,7 +52,7 @@ TEXT = """\
      "precision": {"qkv": {"format": "int", "bits": 4, "group": 128}, \
 "o": {"format": "dense", "bits": 16, "group": null}, \
 "gate_up": {"format": "nf", "bits": 4, "group": 64}, \
-"down": {"format": "int", "bits": 8, "group": null}}},
+"down": {"format": "int", "bits": 8, "group": -1}}},
     {"kv_groups": "1",
      "ffn_channels": "3-4 9",
      "precision": {"qkv": {"format": "dense", "bits": 16, "group": null}, \
@@ -98,7 +98,7 @@ def test_a_plan_without_fingerprint_reads_as_the_same_plan() -> None:
 
 def test_a_person_can_edit_a_plan() -> None:
     text = TEXT.replace('"ffn_channels": "0-2 5"', '"ffn_channels": "0-3  5 6 11"')
-    text = text.replace('"down": {"format": "int", "bits": 8, "group": null}', '"down": {"format": "int", "bits": 2}')
+    text = text.replace('"down": {"format": "int", "bits": 8, "group": -1}', '"down": {"format": "int", "bits": 2}')
     expected = LayerPlan((0, 2, 3), (0, 1, 2, 3, 5, 6, 11), PRECISION | {"down": Precision("int", 2)})
     assert CompressionPlan.from_json(text) == replace(PLAN, layers=(expected, PLAN.layers[1]))
 
@@ -172,12 +172,13 @@ def test_bits_at_the_ends_are_allowed(bits: int) -> None:
 
 @pytest.mark.parametrize("group", [0, -128])
 def test_a_group_without_weights_is_refused(group: int) -> None:
-    with pytest.raises(UserError, match=f"^A group holds at least 1 weight, not {group}.$"):
+    with pytest.raises(UserError, match=f"^A group holds at least 1 weight, or a whole row with -1, not {group}.$"):
         Precision("int", 4, group)
 
 
 def test_a_precision_is_printed_short() -> None:
-    assert [str(p) for p in (Precision("int", 4, 128), DENSE)] == ["int 4/128", "dense 16"]
+    precisions = Precision("int", 4, 128), Precision("int", 4, -1), DENSE
+    assert [str(precision) for precision in precisions] == ["int 4/128", "int 4/row", "dense 16"]
 
 
 @pytest.mark.parametrize(("kept", "text"), [((), ""), ((1, 1), "1 1"), ((2, 1), "2 1"), ((-1, 0), "-1-0")])

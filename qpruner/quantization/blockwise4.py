@@ -122,7 +122,9 @@ class Blockwise4:
         values = self._values(state["codes"].view(out_features, -1)[rows].flatten()).view(len(rows), per_row, group)
         return (values * self._scales(state, blocks).unsqueeze(2)).view(len(rows), in_features)
 
-    def take(self, state: Mapping[str, Tensor], axis: int, index: Tensor) -> None:
+    def take(
+        self, state: Mapping[str, Tensor], axis: int, index: Tensor, in_features: int, precision: Precision
+    ) -> None:
         return None  # blocks run across columns, and from the end of a row into the next
 
     def build(

@@ -1,17 +1,19 @@
 """The number formats of weights, and what every one of them can do; a new format is a new file and a line here."""
 
 from collections.abc import Mapping, Sequence
-from typing import Protocol
+from dataclasses import replace
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 
 from qpruner.errors import UserError, nearest
-from qpruner.plan import DENSE, Precision
+from qpruner.plan import DENSE, ROW, Precision
 from qpruner.quantization.blockwise4 import Blockwise4
 from qpruner.quantization.grid import Grid
 from qpruner.quantization.int8 import Int8
 from qpruner.quantization.packed import PackedLinear
+from qpruner.quantization.uniform import Uniform
 
 
 class Format(Protocol):
@@ -45,7 +47,9 @@ class Format(Protocol):
     ) -> Tensor:
         """Some rows [n] of what ``decode`` gives; float32 [n, in]."""
 
-    def take(self, state: Mapping[str, Tensor], axis: int, index: Tensor) -> dict[str, Tensor] | None:
+    def take(
+        self, state: Mapping[str, Tensor], axis: int, index: Tensor, in_features: int, precision: Precision
+    ) -> dict[str, Tensor] | None:
         """The state of some rows (``axis`` 0) or columns (1) exactly as they were; None where scales run across."""
 
     def build(
@@ -60,6 +64,7 @@ class Format(Protocol):
         """A linear on the tensors of a state, which it takes over without a copy."""
 
 
+@runtime_checkable
 class GridFormat(Format, Protocol):
     """A number format whose values lie on a `Grid`, so that grid and codes may be chosen apart, by calibration."""
 
@@ -79,7 +84,21 @@ FORMATS: tuple[Format, ...] = (
     Blockwise4("fp4"),
     Blockwise4("fp4", double=True),
     Int8(),
+    Uniform(),
+    Uniform(double=True),
+    Uniform(symmetric=True),
+    Uniform(symmetric=True, double=True),
 )
+DEFAULTS: Mapping[int, str] = {
+    1: "affine-double",
+    2: "affine-double",
+    3: "affine-double",
+    4: "nf4",
+    5: "affine-double",
+    6: "affine-double",
+    8: "int8",
+}
+"""The number format of each number of bits where none is named."""
 
 
 def format_for(precision: Precision) -> Format:
@@ -103,10 +122,31 @@ def format_for(precision: Precision) -> Format:
             f"another format; all of them together offer {', '.join(map(str, others))} bits."
         )
     if precision.group is not None and precision.group not in number_format.groups:
-        allowed = [group for group in number_format.groups if group is not None]
-        remedy = f"Give one of {', '.join(map(str, sorted(allowed)))}, or none" if allowed else "Leave the group out"
-        raise UserError(f"{precision.format} has no groups of {precision.group} weights. {remedy}.")
+        allowed = sorted(group for group in number_format.groups if group not in (None, ROW))
+        row = f", {ROW} for a whole row" if ROW in number_format.groups else ""
+        remedy = f"Give one of {', '.join(map(str, allowed))}{row}, or none" if allowed else "Leave the group out"
+        size = "a whole row" if precision.group == ROW else f"{precision.group} weights"
+        raise UserError(f"{precision.format} has no groups of {size}. {remedy}.")
     return number_format
+
+
+def precision_of(bits: int, group: int, formats: Mapping[int, str]) -> Precision:
+    """The precision of a number of bits.
+
+    Args:
+        bits: bits of a weight, one of those in `DEFAULTS`.
+        group: weights that share a scale, where the number format leaves the choice.
+        formats: names of number formats by their bits, where they shall be others than the `DEFAULTS`.
+
+    Raises:
+        UserError: there is no format of that name, or it does not offer these bits or this group.
+    """
+    precision = Precision(formats.get(bits, DEFAULTS[bits]), bits)
+    if tuple(format_for(precision).groups) == (None,):
+        return precision
+    precision = replace(precision, group=group)
+    format_for(precision)
+    return precision
 
 
 def quantize(linear: nn.Linear, precision: Precision) -> PackedLinear:
@@ -144,7 +184,7 @@ def narrowed(module: PackedLinear, axis: int, index: Tensor) -> PackedLinear:
         index: places of the rows or columns that stay, [n].
     """
     number_format = format_for(module.precision)
-    state = number_format.take(module.packed(), axis, index)
+    state = number_format.take(module.packed(), axis, index, module.in_features, module.precision)
     if state is None:
         state = number_format.encode(dequantize(module).index_select(axis, index), module.precision)
     shape = [module.out_features, module.in_features]

@@ -18,7 +18,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from qpruner.plan import Precision
+from qpruner.plan import ROW, Precision
 
 
 @dataclass(frozen=True)
@@ -26,11 +26,11 @@ class Grid:
     """The values that weights [O, I] may take.
 
     Args:
-        scales: distance of neighbouring values in each group, [O, M] in float32; at least 0, and 0 where all values of
-            a group are one.
-        minima: lowest value in each group, [O, M] in float32.
+        scales: distance from the value of a code to that of the next in each group, [O, M] in float32; below 0 where
+            higher codes have lower values, and 0 where all values of a group are one.
+        minima: value of code 0 in each group, the lowest one unless the scale is below 0; [O, M] in float32.
         bits: number of bits b of a code.
-        group: number G of columns in a group.
+        group: number G of columns in a group; -1 where a group is a whole row.
     """
 
     scales: Tensor
@@ -44,15 +44,15 @@ class Grid:
         return 1 << self.bits
 
     def round(self, weight: Tensor, first: int = 0) -> Tensor:
-        """The codes of the values nearest to weights.
+        """The codes of the values nearest to weights; of two that are as near, the higher code.
 
         Args:
             weight: weights of some neighbouring columns, [O, n].
             first: number of the first of these columns.
         """  # uint8 [O, n]
         scales, minima = self._of_columns(first, weight.shape[1])
-        steps = torch.where(scales > 0, scales, 1.0)
-        return ((weight.float() - minima) / steps).round_().clamp_(0, self.levels - 1).to(torch.uint8)
+        places = (weight.float() - minima).mul_(inverse(scales))
+        return places.add_(0.5).floor_().clamp_(0, self.levels - 1).to(torch.uint8)
 
     def values(self, codes: Tensor, first: int = 0) -> Tensor:
         """What codes [O, n] of some neighbouring columns mean; see `round`."""  # float32 [O, n]
@@ -61,8 +61,20 @@ class Grid:
 
     def _of_columns(self, first: int, number: int) -> tuple[Tensor, Tensor]:
         """The scale and the minimum of each weight in some neighbouring columns, [O, number]."""
-        groups = torch.arange(first, first + number, device=self.scales.device) // self.group
+        groups = groups_of_columns(first, number, self.group, self.scales.device)
         return self.scales.index_select(1, groups), self.minima.index_select(1, groups)
+
+
+def groups_of_columns(first: int, number: int, group: int, device: torch.device) -> Tensor:
+    """The number of the group of each of some neighbouring columns, [number]."""
+    columns = torch.arange(first, first + number, device=device)
+    return torch.zeros_like(columns) if group == ROW else columns // group
+
+
+def inverse(scales: Tensor) -> Tensor:
+    """What a difference is multiplied by to count it in scales; 0 for scales of 0, in which nothing is counted."""
+    tiny = torch.finfo(torch.float32).tiny  # of smaller ones the inverse is infinite
+    return torch.where(scales.abs() >= tiny, 1 / scales, 0.0)
 
 
 class GridStore(Protocol):

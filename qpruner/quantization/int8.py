@@ -58,7 +58,9 @@ class Int8:
         chosen = {name: tensor[rows] for name, tensor in state.items()}
         return self.decode(chosen, len(rows), in_features, precision)
 
-    def take(self, state: Mapping[str, Tensor], axis: int, index: Tensor) -> dict[str, Tensor]:
+    def take(
+        self, state: Mapping[str, Tensor], axis: int, index: Tensor, in_features: int, precision: Precision
+    ) -> dict[str, Tensor]:
         scales = state["scales"]
         return {
             "codes": state["codes"].index_select(axis, index),

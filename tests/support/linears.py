@@ -14,6 +14,13 @@ PRECISIONS = [
     Precision("fp4", 4),
     Precision("fp4-double", 4, group=32),
     Precision("int8", 8),
+    Precision("affine", 1, group=32),
+    Precision("affine", 4),
+    Precision("affine-double", 2),
+    Precision("affine-double", 3, group=-1),
+    Precision("symmetric", 8, group=32),
+    Precision("symmetric", 5, group=128),
+    Precision("symmetric-double", 6),
 ]
 
 
