@@ -31,7 +31,7 @@ from torch import Tensor
 
 from qpruner.errors import UserError
 from qpruner.plan import Precision
-from qpruner.quantization.grid import Grid, GridStore
+from qpruner.quantization.grid import Grid, GridStore, inverse
 from qpruner.quantization.grid_search import GridSearch, Levels, search
 
 BLOCK = 128
@@ -121,9 +121,9 @@ def gptq(weight: Tensor, factor: Factor, levels: Levels, choose: Choose, *, firs
             if numbers[q] != group:
                 group = numbers[q]
                 scale, minimum = choose(group, now[q : q + levels.group].T)
-                steps = torch.where(scale > 0, scale, 1.0)
-            torch.div(now[q] - minimum, steps, out=codes[q])
-            codes[q].round_().clamp_(0, levels.top)
+                per_step = inverse(scale)
+            torch.mul(now[q] - minimum, per_step, out=codes[q])
+            codes[q].add_(0.5).floor_().clamp_(0, levels.top)
             error = (now[q] - torch.addcmul(minimum, scale, codes[q])).div_(pivots[q])
             now[q + 1 : last].addr_(root[q, q + 1 : last], error, alpha=-1)
             errors[q - first] = error

@@ -28,8 +28,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from qpruner.plan import ROW
 from qpruner.quantization.gptq import BLOCK
-from qpruner.quantization.grid import Grid
+from qpruner.quantization.grid import Grid, inverse
 
 CHUNK = 1 << 24
 """Numbers that are held beside the sums while a grid is fitted."""
@@ -73,7 +74,7 @@ def refitted(weight: Tensor, codes: Tensor, hessian: Tensor, grid: Grid, offset:
     ]
     change = torch.cat(parts).float()
     scales = grid.scales + change[:, :groups]
-    scales = torch.where(scales > 0, scales, grid.scales)
+    scales = torch.where(scales * grid.scales > 0, scales, grid.scales)  # codes would run the other way
     return scales, grid.minima + change[:, groups:] if offset is None else offset * scales
 
 
@@ -108,6 +109,7 @@ def swept(weight: Tensor, codes: Tensor, hessian: Tensor, grid: Grid) -> Tensor:
         grid: grid that they stay on.
     """
     columns = weight.shape[1]
+    group = columns if grid.group == ROW else grid.group
     whole, pivots = hessian.float(), hessian.diagonal().tolist()
     scales, minima = grid.scales.T.contiguous(), grid.minima.T.contiguous()  # [M, O]
     # A column is a row of what follows: its weights lie side by side in memory.
@@ -118,11 +120,10 @@ def swept(weight: Tensor, codes: Tensor, hessian: Tensor, grid: Grid) -> Tensor:
         last = min(first + BLOCK, columns)
         changes = torch.empty_like(values[first:last])
         for j in range(first, last):
-            scale, minimum = scales[j // grid.group], minima[j // grid.group]
+            scale, minimum = scales[j // group], minima[j // group]
             wanted = torch.add(values[j], slopes[j], alpha=1 / pivots[j])
-            steps = torch.where(scale > 0, scale, 1.0)
-            torch.div(wanted - minimum, steps, out=now[j])
-            now[j].round_().clamp_(0, grid.levels - 1)
+            torch.mul(wanted - minimum, inverse(scale), out=now[j])
+            now[j].add_(0.5).floor_().clamp_(0, grid.levels - 1)
             torch.sub(torch.addcmul(minimum, scale, now[j]), values[j], out=changes[j - first])
             slopes[first:last].addr_(whole[first:last, j], changes[j - first], alpha=-1)
         slopes[:first].addmm_(whole[:first, first:last], changes, alpha=-1)

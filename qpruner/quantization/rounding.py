@@ -64,8 +64,8 @@ class RoundingConfig:
     method: Method = "gptq"
     grid: GridSearch = "neuqi"
     act_order: bool = False
-    damping: float = 0.01
-    alpha: float = 0.5
+    damping: float = 0.1
+    alpha: float = 1.0
     refinements: int = 3
     first_order: float = 0.0
 

@@ -9,9 +9,10 @@ from support.grids import HalfGrid, correlated
 from torch import Tensor
 
 from qpruner.errors import UserError
-from qpruner.plan import Precision
+from qpruner.plan import ROW, Precision
 from qpruner.quantization.grid_search import GridSearch, choose_grid
 from qpruner.quantization.rounding import RoundingConfig, corrected_weight, error, round_weight
+from qpruner.quantization.uniform import Uniform
 
 PRECISION = Precision("half", 3, 32)
 
@@ -84,14 +85,22 @@ def test_a_format_whose_scales_depend_on_each_other(act_order: bool) -> None:
     assert error(weight, rounded.values, hessian) < 1.1 * error(weight, apart.values, hessian)
 
 
-@pytest.mark.parametrize("symmetric", [False, True])
-def test_a_symmetric_format_too(symmetric: bool) -> None:
-    weight, hessian, store = drawn(24, 96), hessian_of(96), HalfGrid(symmetric)
+FORMATS = [Uniform(symmetric, double) for symmetric in (False, True) for double in (False, True)]
+
+
+@pytest.mark.parametrize("number_format", FORMATS, ids=lambda one: one.name)
+@pytest.mark.parametrize("group", [32, ROW])
+@pytest.mark.parametrize("act_order", [False, True])
+def test_formats_pack_what_was_rounded(number_format: Uniform, group: int, act_order: bool) -> None:
+    weight, hessian, precision = drawn(24, 100), hessian_of(100), Precision(number_format.name, 3, group)
+    config = RoundingConfig(act_order=act_order)
     calibrated, nearest = (
-        round_weight(weight, store, PRECISION, hessian, RoundingConfig(method=method)) for method in ("gptq", "nearest")
+        round_weight(weight, number_format, precision, hessian, one)
+        for one in (config, replace(config, method="nearest"))
     )
     assert error(weight, calibrated.values, hessian) < 0.9 * error(weight, nearest.values, hessian)
-    assert torch.equal(calibrated.grid.minima, -4 * calibrated.grid.scales) is symmetric
+    packed = number_format.pack(calibrated.codes, calibrated.grid)
+    assert torch.equal(number_format.decode(packed, 24, 100, precision), calibrated.values)
 
 
 @pytest.mark.parametrize("act_order", [False, True])
