@@ -1,106 +1,157 @@
-"""How well sensitivities tell which blocks need bits, and what allocations by them miss, against all 64 assignments.
+"""How well sensitivities tell which blocks need bits, and what allocations by them miss, against measured assignments.
 
     python benchmarks/allocation.py --base MODEL --train TRAIN.txt --validation VALID.txt --rows rows.jsonl
+    python benchmarks/allocation.py ... --widths 2 4
 
-reads the rows that `benchmarks/block_bits.py` measured with the same model and text. Two tables: without recovery, and
-with it. The effect of a block is the mean difference of loss between its 4 and its 8 bits, over all assignments of the
-others. The regret of an allocation with k blocks of 8 bits is its loss above that of the best with k. Chance is the
-mean over all allocations with k.
+reads the rows that `benchmarks/block_bits.py` measured with the same options. Two tables: without recovery, and with
+it, the mean over its seeds.
+
+Of up to six blocks all assignments were measured. The effect of a block is the mean difference of loss between its
+fewer and its more bits, over all assignments of the others. The regret of an allocation with k blocks of more bits is
+its loss above that of the best with k. Chance is the mean over all allocations with k.
+
+Of more blocks a random sample of equal bytes was, and, with ``--methods``, what each method chooses at these bytes. The
+place of a choice is the share of the random assignments that are better than it: 0 % is ahead of all, 50 % chance. Its
+regret is its loss above that of the best assignment measured, as a share of what a random one loses on average.
+
+A method's rank correlation over assignments is that of the sum of its sensitivities over the narrow blocks with the
+measured loss, among assignments of equal bytes.
 """
 
 import argparse
 import json
 import warnings
-from itertools import product
-from statistics import mean
+from collections.abc import Sequence
+from statistics import mean, stdev
 
 import numpy as np
-import torch
-from block_bits import PRECISIONS, pruned
-from studies import add_arguments, name_of, study_data
+from block_sensitivities import rank_correlation, sensitivities, with_largest
+from block_study import MOST_BLOCKS, BlockStudy, add_study_arguments, setup_torch
 
-from qpruner.allocation.items import items_of
-from qpruner.allocation.mutual_information import MutualInformationConfig
-from qpruner.allocation.observation import layer_information
-from qpruner.allocation.rises import first_order_rises, measured_rises
-from qpruner.allocation.solving import Choice, exact
-from qpruner.calibration.text import Calibration
-from qpruner.processes import Processes
-from qpruner.quantization.bank import fill
 from qpruner.records.tables import markdown_table
 
-TRIFLE = 1e-9
 Losses = dict[str, float]
 """Of each assignment, such as ``484448``."""
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_arguments(parser, steps=0)
-    parser.add_argument("--ratio", type=float, default=0.2)
-    parser.add_argument("--sequences", type=int, default=64, help="of 64 tokens, on which sensitivities are found")
+    add_study_arguments(parser, steps=0)
+    parser.add_argument("--on", help="one of --texts, in place of the mean over all tokens")
     given = parser.parse_args()
-    rows = [json.loads(line) for line in given.rows.read_text().splitlines()]
-    rows = [row for row in rows if row["base"] == name_of(given.base)]
+    setup_torch(given)
+    study = BlockStudy(given)
+    by_run = measured(study)
+    runs = [losses for (steps, _), losses in by_run.items() if steps]
+    if len(runs) > 1:
+        print(f"{noise(runs)}\n")
+    by_method = sensitivities(study)
+    tables = {
+        "Without recovery": [losses for (steps, _), losses in by_run.items() if not steps],
+        "After recovery": runs,
+    }
+    for name, group in tables.items():
+        if not group:
+            continue
+        common = set.intersection(*map(set, group))
+        losses = {bits: mean(one[bits] for one in group) for bits in group[0] if bits in common}
+        table = of_all if study.num_blocks <= MOST_BLOCKS else of_sample
+        print(f"{name}: {table(study, by_method, losses)}\n")
+
+
+def measured(study: BlockStudy) -> dict[tuple[int, int], Losses]:
+    """The losses of each run, by its steps and seed, of which all assignments are there."""
+    shared = study.key("", 0, 0, 0.0)
+    shared = {name: shared[name] for name in shared if name not in ("steps", "lr", "seed", "bits")}
+    widths = set(map(str, study.given.widths))
     by_run: dict[tuple[int, int], Losses] = {}
-    for row in rows:
-        by_run.setdefault((row["steps"], row["seed"]), {})[row["bits"]] = row["loss"]
-    bare = by_run.pop((0, 0))
-    recovered = {bits: mean(losses[bits] for losses in by_run.values()) for bits in bare}
-    print(f"{noise(list(by_run.values()))}\n")
-    by_method = sensitivities(given)
-    for name, losses in (("Without recovery", bare), ("After recovery", recovered)):
-        true = effects(losses)
-        print(f"{name}: 4 bits cost the blocks {', '.join(f'{effect:.4f}' for effect in true)} nats per token.\n")
-        chance = regrets_of_chance(losses)
-        lines = [["chance", "", *(f"{regret:.4f}" for regret in chance), "100 %"]]
-        for method, values in by_method.items():
-            regrets = regrets_of(values, losses)
-            share = f"{100 * sum(regrets) / sum(chance):.0f} %"
-            correlation = f"{rank_correlation(values, true):.2f}"
-            lines.append([method, correlation, *(f"{regret:.4f}" for regret in regrets), share])
-        numbers = [f"{number} of 8 bits" for number in range(1, len(true))]
-        print(markdown_table(["regret by", "rank correlation", *numbers, "of chance's"], lines), "\n")
+    for row in map(json.loads, study.given.rows.read_text().splitlines()):
+        if shared.items() <= row.items() and set(row["bits"]) <= widths:
+            loss = row["losses"][study.given.on] if study.given.on else row["loss"]
+            by_run.setdefault((row["steps"], row["seed"]), {})[row["bits"]] = loss
+    return {run: losses for run, losses in by_run.items() if losses.keys() >= set(study.vectors)}
 
 
-def effects(losses: Losses) -> list[float]:
-    """What 4 bits cost each block, over all assignments of the others."""
+def of_all(study: BlockStudy, by_method: dict[str, list[float]], losses: Losses) -> str:
+    """What methods miss of all assignments, as a table."""
+    narrow, wide = sorted(study.given.widths)
+    true = effects(losses, study.given.widths)
+    chance = regrets_of_chance(losses, wide)
+    lines = [["chance", "", "", *(f"{regret:.4f}" for regret in chance), "100 %"]]
+    for method, values in by_method.items():
+        regrets = regrets_of(values, losses, study.given.widths)
+        share = f"{100 * sum(regrets) / sum(chance):.0f} %"
+        over = f"{correlation_over(values, losses, study.given.widths):.2f}"
+        correlation = f"{rank_correlation(values, true):.2f}"
+        lines.append([method, correlation, over, *(f"{regret:.4f}" for regret in regrets), share])
+    numbers = [f"{number} of {wide} bits" for number in range(1, len(true))]
+    header = ["regret by", "rank correlation", "over assignments", *numbers, "of chance's"]
+    costs = ", ".join(f"{effect:.4f}" for effect in true)
+    return f"{narrow} bits cost the blocks {costs} nats per token.\n\n{markdown_table(header, lines)}"
+
+
+def of_sample(study: BlockStudy, by_method: dict[str, list[float]], losses: Losses) -> str:
+    """Where among random assignments the choices of methods are, as a table."""
+    random = [losses[bits] for bits in study.vectors]
+    best = min(losses.values())
+    lines = []
+    for method, values in by_method.items():
+        over = f"{correlation_over(values, {bits: losses[bits] for bits in study.vectors}, study.given.widths):.2f}"
+        loss = losses.get(with_largest(values, study.num_blocks // 2, study.given.widths))
+        where = ["", "", ""]
+        if loss is not None:
+            place = 100 * mean(other < loss for other in random)
+            where = [f"{loss:.4f}", f"{place:.0f} %", f"{100 * (loss - best) / (mean(random) - best):.0f} %"]
+        lines.append([method, over, *where])
+    header = ["method", "correlation over assignments", "loss of its choice", "place", "regret, of chance's"]
+    return (
+        f"losses of {len(random)} random assignments {min(random):.4f} to {max(random):.4f}, mean {mean(random):.4f}, "
+        f"standard deviation {stdev(random):.4f}; the best of all measured {best:.4f}.\n\n"
+        f"{markdown_table(header, lines)}"
+    )
+
+
+def effects(losses: Losses, widths: Sequence[int]) -> list[float]:
+    """What the fewer bits cost each block, over all assignments of the others."""
+    narrow, wide = map(str, sorted(widths))
     num_blocks = len(next(iter(losses)))
     return [
-        mean(loss for bits, loss in losses.items() if bits[block] == "4")
-        - mean(loss for bits, loss in losses.items() if bits[block] == "8")
+        mean(loss for bits, loss in losses.items() if bits[block] == narrow)
+        - mean(loss for bits, loss in losses.items() if bits[block] == wide)
         for block in range(num_blocks)
     ]
 
 
-def regrets_of(values: list[float], losses: Losses) -> list[float]:
-    """What the allocations by a sensitivity lose to the best of 1, 2, ... blocks of 8 bits."""
-    regrets = []
-    for number in range(1, len(values)):
-        # As in a fit: no gain below 0, and where nothing is gained more bits are still taken.
-        choices = [[Choice(0, max(value, 0.0) + TRIFLE), Choice(1, 0.0)] for value in values]
-        bits = "".join("48"[wide] for wide in exact(choices, number))
-        regrets.append(losses[bits] - min(_of_number(losses, number)))
-    return regrets
+def correlation_over(values: list[float], losses: Losses, widths: Sequence[int]) -> float:
+    """Rank correlation of predicted and measured losses among assignments of equal bytes, the mean over all bytes."""
+    narrow, wide = map(str, sorted(widths))
+    correlations = []
+    for number in sorted({bits.count(wide) for bits in losses}):
+        equal = [bits for bits in losses if bits.count(wide) == number]
+        predicted = [sum(value for value, held in zip(values, bits, strict=True) if held == narrow) for bits in equal]
+        if len(set(predicted)) > 1:
+            correlations.append(rank_correlation(predicted, [losses[bits] for bits in equal]))
+    return mean(correlations) if correlations else float("nan")
 
 
-def regrets_of_chance(losses: Losses) -> list[float]:
-    """What the allocations of 1, 2, ... blocks of 8 bits lose to the best one on average."""
-    num_blocks = len(next(iter(losses)))
-    return [mean(of_number) - min(of_number) for of_number in (_of_number(losses, n) for n in range(1, num_blocks))]
-
-
-def _of_number(losses: Losses, number: int) -> list[float]:
-    return [loss for bits, loss in losses.items() if bits.count("8") == number]
-
-
-def rank_correlation(a: list[float], b: list[float]) -> float:
-    """Spearman's; equal values share the mean of their ranks."""
-    ranks = [
-        [sum(other < value for other in values) + (values.count(value) - 1) / 2 for value in values]
-        for values in (a, b)
+def regrets_of(values: list[float], losses: Losses, widths: Sequence[int]) -> list[float]:
+    """What the allocations by a sensitivity lose to the best of 1, 2, ... blocks of more bits."""
+    return [
+        losses[with_largest(values, number, list(widths))] - min(_of_number(losses, number, max(widths)))
+        for number in range(1, len(values))
     ]
-    return float(np.corrcoef(*ranks)[0, 1])
+
+
+def regrets_of_chance(losses: Losses, wide: int) -> list[float]:
+    """What the allocations of 1, 2, ... blocks of more bits lose to the best one on average."""
+    num_blocks = len(next(iter(losses)))
+    return [
+        mean(of_number) - min(of_number) for of_number in (_of_number(losses, n, wide) for n in range(1, num_blocks))
+    ]
+
+
+def _of_number(losses: Losses, number: int, wide: int) -> list[float]:
+    return [loss for bits, loss in losses.items() if bits.count(str(wide)) == number]
 
 
 def noise(runs: list[Losses]) -> str:
@@ -117,29 +168,6 @@ def noise(runs: list[Losses]) -> str:
     )
 
 
-def sensitivities(given: argparse.Namespace) -> dict[str, list[float]]:
-    """What each way to find sensitivities gives the blocks of the pruned model."""
-    data = study_data(given, 0)
-    compressed = pruned(given.base, given.ratio, data)
-    model, plan = compressed.network, compressed.known_plan()
-    tokens = data.calibration(given.sequences, 64)
-    calibration = Calibration.share(tokens, Processes.alone(), batch_size=1024)
-    by_method: dict[str, list[float]] = {}
-    options = product(("histogram", "neighbours"), ("argmax", "log_probability"), ("mean", "norm", "max"))
-    for estimator, prediction, summary in options:
-        config = MutualInformationConfig(estimator=estimator, prediction=prediction, summary=summary)  # type: ignore[arg-type]
-        name = f"mutual information: {estimator}, {summary}, {prediction}"
-        by_method[name] = layer_information(model, calibration, config)
-    precisions, items = list(PRECISIONS.values()), items_of(plan.architecture.num_layers, "block", ())
-    bank = fill(model, precisions, None, device=torch.device("cpu"))
-    kl, loss = measured_rises(model, bank, items, precisions, calibration)
-    first_order = first_order_rises(model, bank, items, precisions, calibration)
-    for name, rises in {"KL, measured": kl, "loss, measured": loss, "loss, first order": first_order}.items():
-        by_method[name] = (rises[:, 0] - rises[:, 1]).tolist()
-    return by_method
-
-
 if __name__ == "__main__":
-    torch.set_num_threads(1)
     warnings.filterwarnings("ignore", message=".*mutual information is chance.*")
     main()

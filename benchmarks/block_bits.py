@@ -3,109 +3,53 @@
     python benchmarks/block_bits.py --base MODEL --train TRAIN.txt --validation VALID.txt --rows rows.jsonl
     python benchmarks/block_bits.py --base qpruner/stories --rows rows.jsonl --lr 3e-4
 
-For six blocks these are 64, few enough to measure all. The rows are the truth that `benchmarks/allocation.py` holds
-methods of allocation to. A row that is in the file already is not computed again.
+For six blocks these are 64, few enough to measure all; for more blocks a random sample of equal bytes, half of the
+blocks in each width. The rows are the truth that `benchmarks/allocation.py` holds methods of allocation to. A row that
+is in the file already is not computed again. ``--methods`` measures beside them what each method would choose for
+half of the blocks. With ``--folder`` the bank and the sensitivities are kept for other processes, that share the rows:
+
+    python benchmarks/block_bits.py ... --folder DIR --rows rows.jsonl --methods --prepare
+    for i in 1 2 3 4; do python benchmarks/block_bits.py ... --folder DIR --rows rows.jsonl --methods --part $i/4 & done
+    wait; cat rows.?-of-4.jsonl >> rows.jsonl
 """
 
 import argparse
-from contextlib import nullcontext
-from functools import cache, partial
-from itertools import product
-from typing import Any
+from collections.abc import Iterator
 
-import torch
-from studies import Row, add_arguments, complete, evaluated, name_of, recovery, study_data
-
-from qpruner.calibration.text import Calibration
-from qpruner.compressed import CompressedModel, State
-from qpruner.datamodules.base import TokenDataModule
-from qpruner.plan import UNITS, Precision
-from qpruner.processes import Processes
-from qpruner.pruning.rounds import prune_
-from qpruner.pruning.scores import score_units
-from qpruner.pruning.selection import SelectionConfig
-from qpruner.quantization.apply import LoftQSettings
-from qpruner.quantization.bank import fill
-from qpruner.training.module import LoRAFinetuner
-from qpruner.training.optimization import OptimizerConfig
-
-PRECISIONS = {4: Precision("nf4", 4, 64), 8: Precision("int8", 8)}
+from block_sensitivities import sensitivities, with_largest
+from block_study import BlockStudy, add_study_arguments, setup_torch
+from studies import Row, complete
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_arguments(parser, steps=20)
-    parser.add_argument("--ratio", type=float, default=0.2, help="of all parameters, taken out first")
+    add_study_arguments(parser, steps=20)
     parser.add_argument("--lr", type=float, default=2e-3)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
-    parser.add_argument("--share", type=float, default=0.25, help="of the validation text, from its start")
+    parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1], help="of the recovery; none to leave it out")
+    parser.add_argument("--methods", action="store_true", help="measure the choices of each method, too")
+    parser.add_argument("--prepare", action="store_true", help="only fill --folder")
     given = parser.parse_args()
-    study = Study(given)
-    complete(given, list(study.wanted()), study.measure)
+    setup_torch(given)
+    study = BlockStudy(given)
+    chosen = choices(study) if given.methods else {}
+    if not given.prepare:
+        complete(given, list(wanted(study, list(chosen.values()))), study.measure)
 
 
-class Study:
-    """A pruned model, its bank, and the measurement of one assignment.
-
-    Args:
-        given: options of the command line.
-    """
-
-    def __init__(self, given: argparse.Namespace) -> None:
-        self.given = given
-        self.data = cache(partial(study_data, given))
-        self.model = pruned(given.base, given.ratio, self.data(0))
-        self.plan = self.model.known_plan()
-        self.loftq = LoftQSettings(8, 2.0, LoRAFinetuner(given.base).lora.target_modules, 1, 0)
-        self.bank = fill(self.model.network, list(PRECISIONS.values()), self.loftq, device=torch.device("cpu"))
-
-    def wanted(self) -> Any:
-        """What tells a row from the others: first all without recovery, then all with it, seed by seed."""
-        given = self.given
-        shared = {"base": name_of(given.base), "ratio": given.ratio, "share": given.share}
-        vectors = ["".join(bits) for bits in product("48", repeat=self.plan.architecture.num_layers)]
-        for steps, seed in [(0, 0), *((given.steps, seed) for seed in given.seeds)]:
-            for vector in vectors:
-                yield shared | {"steps": steps, "lr": given.lr if steps else 0, "seed": seed, "bits": vector}
-
-    def measure(self, key: Row) -> Row:
-        plan = self.plan.with_precision([dict.fromkeys(UNITS, PRECISIONS[int(bits)]) for bits in key["bits"]])
-        self.model.quantize(plan, self.loftq, device=torch.device("cpu"), bank=self.bank)
-        loss = short_fit(self.given, self.model, self.data(key["seed"]), key)
-        return {"loss": round(loss, 6)}
+def wanted(study: BlockStudy, chosen: list[str]) -> Iterator[Row]:
+    """First all without recovery, then all with it, seed by seed."""
+    given = study.given
+    vectors = dict.fromkeys([*study.vectors, *chosen])
+    for steps, seed in [(0, 0), *((given.steps, seed) for seed in given.seeds)]:
+        for vector in vectors:
+            yield study.key(vector, steps, seed, given.lr)
 
 
-def short_fit(given: argparse.Namespace, model: CompressedModel, data: TokenDataModule, key: Row) -> float:
-    """The validation loss after some steps from the start that LoftQ gives; without any, of the base alone."""
-    optimizer = OptimizerConfig(lr=given.lr, warmup_steps=max(1, key["steps"] // 4))
-    module = LoRAFinetuner(given.base, optimizer=optimizer, seed=key["seed"]).hold(model)
-    trainer = recovery(key["steps"], [])
-    if key["steps"]:
-        trainer.fit(module, datamodule=data)
-    with nullcontext() if key["steps"] else module.adapters_disabled():
-        loss = evaluated(trainer, module, data, given.share)["loss"]
-    if model.state is State.ADAPTED:
-        model.detach()  # the base is as it was
-    return loss
-
-
-def pruned(base: str, ratio: float, data: TokenDataModule) -> CompressedModel:
-    """A model with a share of its parameters taken out, as `StructuredPruning` does it by default."""
-    model = CompressedModel.load(base, dtype="float32")
-    tokens = data.calibration(10, 64)
-    calibration = Calibration.share(tokens, Processes.alone(), batch_size=4096)
-    prune_(
-        model.network,
-        model.known_plan().architecture,
-        ratio=ratio,
-        rounds=1,
-        selection=SelectionConfig(scope="local"),
-        score=lambda network: score_units(network, "param_first", "sum", calibration, seed=0),
-        narrow=model.prune,
-    )
-    return model
+def choices(study: BlockStudy) -> dict[str, str]:
+    """The assignment that each method chooses with half of the blocks in the wider width."""
+    values = sensitivities(study)
+    return {name: with_largest(value, study.num_blocks // 2, study.given.widths) for name, value in values.items()}
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(1)
     main()

@@ -32,6 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser, *, steps: int) -> None:
     parser.add_argument("--steps", type=int, default=steps, help="optimizer steps of the recovery")
     parser.add_argument("--rows", type=Path, required=True, help="JSON lines; what is there is not computed again")
     parser.add_argument("--table", action="store_true", help="print the rows that are there and stop")
+    parser.add_argument("--part", help="such as 3/8: measure the third eighth of the rows, into rows.3-of-8.jsonl")
 
 
 def name_of(base: str) -> str:
@@ -44,17 +45,24 @@ def name_of(base: str) -> str:
 
 
 def complete(given: argparse.Namespace, keys: Sequence[Row], measure: Callable[[Row], Row]) -> list[Row]:
-    """The rows of the file, after those that it lacks were measured and added, one by one."""
-    rows: list[Row] = []
-    if given.rows.exists():
-        rows = [json.loads(line) for line in given.rows.read_text().splitlines()]
+    """The rows of the file, after those that it lacks were measured and added, one by one.
+
+    With ``--part`` those of a part are measured, and added to a file of its own, for others to work on the rest.
+    """
+    target: Path = given.rows
+    if getattr(given, "part", None):
+        number, count = map(int, given.part.split("/"))
+        target = target.with_suffix(f".{number}-of-{count}{target.suffix}")
+        keys = keys[number - 1 :: count]
+    files = [path for path in dict.fromkeys((given.rows, target)) if path.exists()]
+    rows: list[Row] = [json.loads(line) for path in files for line in path.read_text().splitlines()]
     if given.table:
         return rows
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     for key in keys:
         if not any(key.items() <= row.items() for row in rows):
             rows.append(key | measure(key))
-            with given.rows.open("a") as file:
+            with target.open("a") as file:
                 file.write(json.dumps(rows[-1]) + "\n")
             print(json.dumps(rows[-1]), flush=True)
     return rows
@@ -80,7 +88,7 @@ def text_data(given: argparse.Namespace, seed: int) -> TextDataModule:
         held_out=0.0,
         layout="packed",
         max_length=given.max_length,
-        loader=LoaderConfig(batch_size=16),
+        loader=LoaderConfig(batch_size=getattr(given, "batch_size", 16)),
         seed=seed,
     )
 
@@ -89,7 +97,7 @@ def study_data(given: argparse.Namespace, seed: int) -> TokenDataModule:
     """The text that was given, or the embedded stories."""
     if given.train:
         return text_data(given, seed)
-    loader = LoaderConfig(batch_size=16)
+    loader = LoaderConfig(batch_size=getattr(given, "batch_size", 16))
     return StoriesDataModule(
         tokenizer=given.base, num_train=2400, num_validation=1000, num_choices=0, loader=loader, seed=seed
     )

@@ -8,13 +8,15 @@ from typing import Any
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from qpruner.allocation.budget import Budget
-from qpruner.allocation.decision import DecidingConfig, Method, affordable, decide
+from qpruner.allocation.decision import DecidingConfig, Method, affordable, decide, in_order
 from qpruner.allocation.items import Item, items_of
+from qpruner.allocation.marginal import marginal_rises
 from qpruner.allocation.observation import layer_information
 from qpruner.allocation.rises import first_order_rises, measured_rises
-from qpruner.allocation.sensitivities import Rises, Sensitivities
+from qpruner.allocation.sensitivities import Marginals, Rises, Sensitivities
 from qpruner.callbacks.calibration import calibration_of
 from qpruner.callbacks.compression import CompressionJob, Rehearsal
+from qpruner.errors import UserError
 from qpruner.files import hash_json
 from qpruner.plan import DENSE, UNITS, CompressionPlan, Precision
 from qpruner.pricing import Price, price_narrowed
@@ -33,6 +35,9 @@ class Allocator:
         config: how to decide.
         precisions: precisions to choose from.
         loftq_iterations: LoftQ's iterations with which linears are quantized.
+
+    Raises:
+        UserError: ``marginal`` by first order.
     """
 
     method: Method
@@ -40,6 +45,13 @@ class Allocator:
     config: DecidingConfig
     precisions: Sequence[Precision]
     loftq_iterations: int
+
+    def __post_init__(self) -> None:
+        if self.method == "marginal" and self.config.measure == "first_order":
+            raise UserError(
+                "allocation is 'marginal' and deciding.measure is 'first_order', which estimates each item alone. Set "
+                "deciding.measure to loss or kl, or allocation to sensitivity."
+            )
 
     def check(self, rehearsal: Rehearsal, tables: Mapping[str, Precision]) -> None:
         """Finds, before any work, that the budget is too small or that no layers are left to decide on.
@@ -112,7 +124,7 @@ class Allocator:
         stored = processes.of_first(lambda: Sensitivities.read(path) if path is not None and path.exists() else None)
         if stored is not None and hash_json(stored.made_from) == hash_json(made_from):
             rank_zero_info("The sensitivities that this run has found before are used again.")
-            return stored, self.bank(job, plan) if self.method == "sensitivity" else None
+            return stored, None if self.method == "mutual_information" else self.bank(job, plan)
         bank = None
         calibration = calibration_of(
             network, job.data, self.config.calibration, processes, f"allocation: {self.method}"
@@ -120,6 +132,16 @@ class Allocator:
         if self.method == "mutual_information":
             information = layer_information(network, calibration, self.config.mutual_information)
             measured = Sensitivities(made_from, mutual_information=tuple(information))
+        elif self.method == "marginal":
+            bank = self.bank(job, plan)
+            precisions = in_order(plan, items, self.precisions, network.dtype.itemsize)
+            among = marginal_rises(
+                network, bank, items, precisions, calibration, num_contexts=self.config.contexts, seed=job.seed
+            )
+            table = zip(items, *(values.tolist() for values in among), strict=True)
+            marginals = tuple(Marginals(item, *map(tuple, row)) for item, *row in table)
+            measured = Sensitivities(made_from, precisions=tuple(precisions), marginals=marginals)
+            rank_zero_info(str(among))
         else:
             bank = self.bank(job, plan)
             precisions = [precision for precision in self.precisions if precision != DENSE]
@@ -163,6 +185,7 @@ class Allocator:
             "text_seed": job.data and job.data.seed,
             "calibration": asdict(self.config.calibration),
             "mutual_information": asdict(self.config.mutual_information),
+            **({"contexts": self.config.contexts} if self.method == "marginal" else {}),
             "granularity": self.config.granularity,
             "leave_alone": list(self.config.leave_alone),
             "precisions": [asdict(precision) for precision in self.precisions],
@@ -173,7 +196,8 @@ class Allocator:
         }
 
 
-def drop_bank(folder: RunFolder | None) -> None:
-    """Removes the bank of a run whose compressed base is kept: it is of no more use."""
-    if folder is not None and folder.bank.exists():
-        shutil.rmtree(folder.bank, ignore_errors=True)
+def drop_scaffolding(folder: RunFolder | None) -> None:
+    """Removes what led to a compressed base, once that is kept: the bank, and the layers that were rounded by text."""
+    if folder is not None:
+        for scaffolding in (folder.bank, folder.calibrated):
+            shutil.rmtree(scaffolding, ignore_errors=True)

@@ -10,7 +10,8 @@ from lightning.pytorch.utilities import rank_zero_info
 from qpruner.allocation.budget import Budget
 from qpruner.allocation.decision import DecidingConfig, Method
 from qpruner.anatomy import architecture_of
-from qpruner.callbacks.bits_under_budget import Allocator, drop_bank
+from qpruner.callbacks.bits_under_budget import Allocator, drop_scaffolding
+from qpruner.callbacks.calibration import calibration_of, text_of
 from qpruner.callbacks.compression import CompressionInSetup, CompressionJob, Rehearsal
 from qpruner.compressed import State
 from qpruner.datamodules.base import TokenDataModule
@@ -18,10 +19,13 @@ from qpruner.errors import UserError
 from qpruner.memory import tensor_bytes
 from qpruner.plan import DENSE, UNITS, CompressionPlan, Precision
 from qpruner.quantization.apply import LoftQSettings, check_rank, linear_precisions
+from qpruner.quantization.calibrated_inputs import CalibratedConfig
+from qpruner.quantization.calibrated_layers import CalibratedLayers
 from qpruner.quantization.embedding import table_precisions
 from qpruner.quantization.formats import DEFAULTS, FORMATS, format_for, precision_of
 
 Bits = int | Sequence[int] | Mapping[str, int] | Sequence[Mapping[str, int]]
+CALIBRATED = "MixedPrecisionQuantization.calibrated"
 
 
 class MixedPrecisionQuantization(CompressionInSetup):
@@ -62,9 +66,11 @@ class MixedPrecisionQuantization(CompressionInSetup):
         head: bits of a weight of the language-model head, those of the embedding where both are tied.
         allocation: how bits are shared out under a budget: ``uniform``, all units get the widest that it buys for all;
             ``mutual_information``, by what a layer's output tells about the prediction (QPruner, arXiv 2412.11629);
-            ``sensitivity``, by what it costs to quantize each layer alone.
+            ``sensitivity``, by what it costs to quantize each layer alone; ``marginal``, by what that costs on average
+            while the others have random bits, too.
         budget: what may be stored; with one, the bits are decided here.
         deciding: how bits are decided under a budget.
+        calibrated: how weights are rounded by text, in formats that have a grid; by default each to its nearest value.
 
     Raises:
         UserError: bits, formats or groups that are not offered, bits beside a budget or an allocation without one, tied
@@ -86,6 +92,7 @@ class MixedPrecisionQuantization(CompressionInSetup):
         allocation: Method = "uniform",
         budget: Budget | None = None,
         deciding: DecidingConfig = DecidingConfig(),  # noqa: B008  # frozen
+        calibrated: CalibratedConfig | None = None,
     ) -> None:
         self.formats, self.group = dict(formats or {}), group
         for width in self.formats:
@@ -110,6 +117,7 @@ class MixedPrecisionQuantization(CompressionInSetup):
         fewest = 4 if budget is None else min(deciding.widths)
         self.bits: Bits = fewest if bits is None else bits
         self.loftq_iterations = loftq_iterations
+        self.calibrated = calibrated
         self.embedding, self.head = embedding, head
         self.plan: CompressionPlan | None = None
         self._offered("embedding", embedding)
@@ -125,8 +133,10 @@ class MixedPrecisionQuantization(CompressionInSetup):
 
     @classmethod
     def of_plan(cls, plan: CompressionPlan, configured: "MixedPrecisionQuantization | None") -> Self:
-        """Quantizes to the precisions of a plan, with the LoftQ of what was configured, if anything was."""
-        callback = cls() if configured is None else cls(loftq_iterations=configured.loftq_iterations)
+        """Quantizes to the precisions of a plan, with the LoftQ and text of what was configured, if anything was."""
+        callback = cls()
+        if configured is not None:
+            callback = cls(loftq_iterations=configured.loftq_iterations, calibrated=configured.calibrated)
         callback.plan = plan
         return callback
 
@@ -151,6 +161,8 @@ class MixedPrecisionQuantization(CompressionInSetup):
             check_rank(rehearsal.model, linear_precisions(rehearsal.model, plan), settings)
 
     def check_text(self, data: TokenDataModule) -> None:
+        if self.calibrated is not None:
+            text_of(data, self.calibrated.text, CALIBRATED)
         if self.allocator is not None and self.allocator.method != "uniform":
             calibration = self.allocator.config.calibration
             if self.allocator.method == "mutual_information":
@@ -196,8 +208,9 @@ class MixedPrecisionQuantization(CompressionInSetup):
 
     @property
     def options(self) -> dict[str, Any]:
+        calibrated = {} if self.calibrated is None else {"calibrated": asdict(self.calibrated)}
         if self.plan is not None:
-            return {"bits": "as the plan says", "loftq_iterations": self.loftq_iterations}
+            return {"bits": "as the plan says", "loftq_iterations": self.loftq_iterations, **calibrated}
         if self.allocator is None:
             bits: dict[str, Any] = {"bits": list(self.bits) if isinstance(self.bits, Sequence) else self.bits}
         else:
@@ -214,6 +227,7 @@ class MixedPrecisionQuantization(CompressionInSetup):
             "formats": self.formats,
             "group": self.group,
             "loftq_iterations": self.loftq_iterations,
+            **calibrated,
         }
 
     def compress(self, job: CompressionJob) -> None:
@@ -226,7 +240,10 @@ class MixedPrecisionQuantization(CompressionInSetup):
             plan = plan.with_precision([dict.fromkeys(UNITS, DENSE)] * len(plan.layers), **self.tables)
             plan, bank = self.allocator.allocate(job, plan)
         loftq = LoftQSettings.of(job.lora, self.loftq_iterations, job.seed)
-        model.quantize(plan, loftq, device=device, bank=bank)
+        if self.calibrated is None:
+            model.quantize(plan, loftq, device=device, bank=bank)
+        else:
+            self._quantize_by_text(job, plan, self.calibrated, loftq)
         alone = ["norms", *(name for name, precision in self.tables.items() if precision == DENSE)]
         if any(DENSE in layer.precision.values() for layer in plan.layers):
             alone.append("units of 16 bits")
@@ -235,6 +252,26 @@ class MixedPrecisionQuantization(CompressionInSetup):
             f"of the decoder linears with scales. Left alone: {', '.join(alone)}."
         )
 
+    def _quantize_by_text(
+        self, job: CompressionJob, plan: CompressionPlan, config: CalibratedConfig, adapters: LoftQSettings | None
+    ) -> None:
+        network = job.model.network
+        config.check_text(max(network.get_submodule(name).in_features for name in linear_precisions(network, plan)))
+        job.keep()  # what is rounded names the base that it is made from
+        calibration = calibration_of(network, job.data, config.text, job.processes, CALIBRATED)
+        made_from = {
+            "base": job.model.identity,
+            "plan": plan.to_json(),
+            "options": asdict(config),
+            "adapters": None if adapters is None else asdict(adapters),
+            "text_sha256": job.data and job.data.fingerprint()["train"]["sha256"],
+            "text_seed": job.data and job.data.seed,
+            "dtype": str(network.dtype),
+            "computed_in": job.processes.precision,
+        }
+        layers = CalibratedLayers(None if job.folder is None else job.folder.calibrated, made_from)
+        rank_zero_info(str(job.model.quantize_by_text(plan, config, adapters, calibration, layers)))
+
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.is_global_zero:  # the compressed base is kept by now
-            drop_bank(self.folder)
+            drop_scaffolding(self.folder)

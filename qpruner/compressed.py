@@ -29,6 +29,9 @@ from qpruner.pruning.selection import Kept
 from qpruner.pruning.surgery import narrow_, narrow_factors, stated_by_weights
 from qpruner.quantization.apply import Factors, LoftQSettings, quantize_
 from qpruner.quantization.bank import Bank
+from qpruner.quantization.calibrated import Calibrated, calibrate_
+from qpruner.quantization.calibrated_inputs import CalibratedConfig
+from qpruner.quantization.calibrated_layers import CalibratedLayers
 from qpruner.quantization.embedding import quantize_tables_
 from qpruner.quantization.merging import merge_
 from qpruner.quantization.packed import PackedLinear
@@ -327,6 +330,37 @@ class CompressedModel(nn.Module):
             self.initial_adapters = bank.assemble_(self.network, plan)
         self.plan = plan
         self._changed(State.QUANTIZED)
+
+    def quantize_by_text(
+        self,
+        plan: CompressionPlan,
+        config: CalibratedConfig,
+        adapters: LoftQSettings | None,
+        calibration: Calibration,
+        layers: CalibratedLayers,
+    ) -> Calibrated:
+        """Holds the base as a plan says, with codes that are judged by text; see `calibrate_`.
+
+        Args:
+            plan: plan with the widths that the base has.
+            config: options of the rounding.
+            adapters: how adapters start; None to start them at zero.
+            calibration: this process's share of the text.
+            layers: place that keeps what is rounded already.
+
+        Returns:
+            What came of each linear.
+
+        Raises:
+            UserError: no format offers a precision, the rank of the adapters is above that of a linear, or what reaches
+                a linear is not finite.
+        """
+        self._expect("quantized", PACKABLE)
+        result = calibrate_(self.network, plan, config, adapters, calibration, layers)
+        self.initial_adapters = result.factors
+        self.plan = plan
+        self._changed(State.QUANTIZED)
+        return result
 
     def attach(self, lora: LoRAConfig, *, seed: int, gradient_checkpointing: bool = False) -> None:
         """Puts adapters on the base, the only parameters that train.

@@ -23,7 +23,7 @@ from qpruner.records.allocation_report import sentence
 from qpruner.records.folder import RunFolder
 from qpruner.records.report import scalars
 
-METHODS = ("uniform", "mutual_information", "sensitivity")
+METHODS = ("uniform", "mutual_information", "sensitivity", "marginal")
 
 
 @pytest.fixture
@@ -76,10 +76,13 @@ def test_a_run_records_what_its_budget_bought(
     assert folder.sensitivities.exists() == (method != "uniform") and not folder.bank.exists()
     if method != "uniform":
         found = Sensitivities.read(folder.sensitivities)
-        assert (found.rises is None, found.mutual_information is None) == (
-            method != "sensitivity",
-            method == "sensitivity",
-        )
+        parts = {
+            "mutual_information": found.mutual_information,
+            "sensitivity": found.rises,
+            "marginal": found.marginals,
+        }
+        assert [name for name, part in parts.items() if part is not None] == [method]
+        assert ("each of 2 items on average" in folder.log.read_text()) == (method == "marginal")
 
 
 @pytest.mark.slow

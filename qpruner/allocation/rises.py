@@ -103,8 +103,7 @@ def _rises(
     entering = runner.embed()
     for number in range(len(runner.blocks)):
         entering.extend(runner.outputs(number, entering[-1:]))
-    last = runner.last(entering.pop()).flatten(0, 1)
-    reference = torch.cat([_log_probabilities(runner, last[part]) for part in runner.head.chunks(last)])  # [B T, V]
+    reference = log_probabilities(runner, entering.pop())
     sums = torch.zeros(2, len(items), len(precisions), dtype=torch.float64, device=tokens.device)
     for row, item in enumerate(items):
         names = item.linears(runner.model)
@@ -113,7 +112,7 @@ def _rises(
             hidden = entering[item.layer]
             for number in range(item.layer, len(runner.blocks)):
                 hidden = runner.call(number, 0, hidden)
-            kl, rise = _distances(runner, hidden, reference, tokens)
+            kl, rise = distances(runner, hidden, reference, tokens)
             # Means over each sequence, so that batches of any size add up to the mean over all sequences.
             sums[0, row, column] = kl.mean(1).sum()
             sums[1, row, column] = rise[:, :-1].mean(1).sum()
@@ -121,12 +120,17 @@ def _rises(
     return sums
 
 
-def _log_probabilities(runner: BlockRunner, last: Tensor) -> Tensor:
-    """Log-probabilities of every word at each position, in float32."""  # [N, V]
+def log_probabilities(runner: BlockRunner, hidden: Tensor) -> Tensor:
+    """Log-probabilities of every word behind what the last block gives [B, T, H], in float32."""  # [B T, V]
+    last = runner.last(hidden).flatten(0, 1)
+    return torch.cat([_log_softmax(runner, last[part]) for part in runner.head.chunks(last)])
+
+
+def _log_softmax(runner: BlockRunner, last: Tensor) -> Tensor:
     return F.log_softmax(runner.logits(last).float(), dim=-1)
 
 
-def _distances(runner: BlockRunner, hidden: Tensor, reference: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
+def distances(runner: BlockRunner, hidden: Tensor, reference: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
     """KL to the model before a change at each position, and the rise of the loss of the token after it.
 
     Args:
@@ -141,7 +145,7 @@ def _distances(runner: BlockRunner, hidden: Tensor, reference: Tensor, tokens: T
     last, targets = runner.last(hidden).flatten(0, 1), tokens.roll(-1, 1).flatten()
     kl, rise = (torch.empty(len(targets), dtype=torch.float64, device=tokens.device) for _ in range(2))
     for part in runner.head.chunks(last):
-        after, before, target = _log_probabilities(runner, last[part]), reference[part], targets[part, None]
+        after, before, target = _log_softmax(runner, last[part]), reference[part], targets[part, None]
         kl[part] = F.kl_div(after, before, log_target=True, reduction="none").sum(-1).double()
         rise[part] = (before.gather(1, target) - after.gather(1, target)).squeeze(1).double()
     return kl.view(tokens.shape), rise.view(tokens.shape)

@@ -32,6 +32,26 @@ class Rises:
 
 
 @dataclass(frozen=True)
+class Marginals:
+    """What it costs when one item goes from the widest precision to another, with the others at random, in nats per
+    token; see `qpruner.allocation.marginal`.
+
+    Args:
+        item: item that goes to a precision.
+        kl: rise of the KL divergence from the model without quantization, with the item in each precision.
+        loss: rise of the loss, with the item in each precision.
+        kl_error: standard error of each of ``kl``.
+        loss_error: standard error of each of ``loss``.
+    """
+
+    item: Item
+    kl: tuple[float, ...]
+    loss: tuple[float, ...]
+    kl_error: tuple[float, ...]
+    loss_error: tuple[float, ...]
+
+
+@dataclass(frozen=True)
 class Sensitivities(Record):
     """What was found of a pruned model; JSON in ``sensitivities.json``.
 
@@ -40,8 +60,10 @@ class Sensitivities(Record):
             measured again.
         mutual_information: mutual information of each layer's output and the prediction, in nats; None where it was not
             asked for.
-        precisions: precisions that ``rises`` are of, without dense.
-        rises: rises of each item; None where they were not asked for.
+        precisions: precisions that ``rises`` are of, without dense; or those that ``marginals`` are of, narrowest
+            first.
+        rises: rises of each item alone; None where they were not asked for.
+        marginals: rises of each item among others; None where they were not asked for.
 
     Raises:
         UserError: neither information nor rises, or not as many rises of an item as precisions.
@@ -53,13 +75,18 @@ class Sensitivities(Record):
     mutual_information: tuple[float, ...] | None = None
     precisions: tuple[Precision, ...] = ()
     rises: tuple[Rises, ...] | None = None
+    marginals: tuple[Marginals, ...] | None = None
 
     def __post_init__(self) -> None:
-        if self.mutual_information is None and self.rises is None:
+        if self.mutual_information is None and self.rises is None and self.marginals is None:
             raise UserError("There is neither mutual information nor a rise of anything.")
         for rises in self.rises or ():
             if {len(rises.kl), len(rises.loss), len(rises.first_order)} != {len(self.precisions)}:
                 raise UserError(f"The rises of {rises.item} are not those in {len(self.precisions)} precisions.")
+        for among in self.marginals or ():
+            values = among.kl, among.loss, among.kl_error, among.loss_error
+            if {len(value) for value in values} != {len(self.precisions)}:
+                raise UserError(f"The rises of {among.item} are not those in {len(self.precisions)} precisions.")
 
     def costs(
         self, items: Sequence[Item], order: Sequence[Precision], measure: Measure | Literal["mutual_information"]
@@ -81,11 +108,12 @@ class Sensitivities(Record):
                 tuple(-self.mutual_information[item.layer] * log2(precision.bits) for precision in order)
                 for item in items
             ]
-        assert self.rises is not None
-        rises_of = {rises.item: getattr(rises, measure) for rises in self.rises}
+        measured = self.marginals or self.rises
+        assert measured is not None
+        rises_of = {rises.item: getattr(rises, measure) for rises in measured}
         costs = []
         for item in items:
-            rise = dict(zip(self.precisions, rises_of[item], strict=True)) | {DENSE: 0.0}
+            rise = {DENSE: 0.0} | dict(zip(self.precisions, rises_of[item], strict=True))
             widest_first = accumulate((rise[precision] for precision in reversed(order)), max)
             costs.append(tuple(widest_first)[::-1])
         return costs

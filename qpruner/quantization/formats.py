@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -64,6 +64,7 @@ class Format(Protocol):
         """A linear on the tensors of a state, which it takes over without a copy."""
 
 
+@runtime_checkable
 class GridFormat(Format, Protocol):
     """A number format whose values lie on a `Grid`, so that grid and codes may be chosen apart, by calibration."""
 

@@ -13,11 +13,12 @@ may be short.
 """
 
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from qpruner.plan import ROW
+from qpruner.plan import ROW, Precision
 
 
 @dataclass(frozen=True)
@@ -74,3 +75,13 @@ def inverse(scales: Tensor) -> Tensor:
     """What a difference is multiplied by to count it in scales; 0 for scales of 0, in which nothing is counted."""
     tiny = torch.finfo(torch.float32).tiny  # of smaller ones the inverse is infinite
     return torch.where(scales.abs() >= tiny, 1 / scales, 0.0)
+
+
+class GridStore(Protocol):
+    """What can store a grid; the part of a number format that the choice of a grid depends on."""
+
+    def storable(self, scales: Tensor, minima: Tensor, precision: Precision) -> Grid:
+        """The grid nearest to scales and minima [out, groups] that can be stored.
+
+        Where a symmetric format takes its minima from the scales, it does not look at those that are given.
+        """

@@ -28,7 +28,7 @@ def describe(allocation: Allocation, sensitivities: Sensitivities | None) -> lis
         differing = sum(decision.greedy != decision.exact for decision in allocation.decisions)
         lines += [
             "",
-            f"Counted was {_counted(allocation)}, found alone for each item. The {allocation.solver} solution was "
+            f"Counted was {_counted(allocation)}, found {_among(allocation)}. The {allocation.solver} solution was "
             f"taken. Sum of costs, lower is better: greedy upgrades {reached['greedy']:.6g}, optimum "
             f"{reached['exact']:.6g}; they differ in {differing} of {len(allocation.decisions)} items.",
         ]
@@ -43,6 +43,20 @@ def sensitivities_table(sensitivities: Sensitivities) -> str:
     if sensitivities.mutual_information is not None:
         rows = [[f"layer {number}", f"{nats:.4f}"] for number, nats in enumerate(sensitivities.mutual_information)]
         return markdown_table(["", "mutual information (nats)"], rows)
+    if sensitivities.marginals is not None:
+        header = [f"{name} in {precision}" for precision in sensitivities.precisions for name in ("loss", "KL")]
+        rows = [
+            [
+                str(rises.item),
+                *(
+                    f"{value[place]:.3g} ± {error[place]:.1g}"
+                    for place in range(len(rises.kl))
+                    for value, error in ((rises.loss, rises.loss_error), (rises.kl, rises.kl_error))
+                ),
+            ]
+            for rises in sensitivities.marginals
+        ]
+        return markdown_table(["rise among others, nats per token", *header], rows)
     assert sensitivities.rises is not None
     measures = {"loss": "loss", "kl": "KL", "first_order": "first order"}
     header = [f"{name} in {precision}" for precision in sensitivities.precisions for name in measures.values()]
@@ -114,6 +128,11 @@ def _place(allocation: Allocation, decision: Decision) -> int:
 def _gain_per_byte(decision: Decision) -> float:
     added = decision.sizes[-1] - decision.sizes[0]
     return (decision.costs[0] - decision.costs[-1]) / added if added else 0.0
+
+
+def _among(allocation: Allocation) -> str:
+    """In what company an item's cost was found."""
+    return "for each item among others of random bits" if allocation.method == "marginal" else "alone for each item"
 
 
 def _counted(allocation: Allocation) -> str:

@@ -122,6 +122,8 @@ class RunFolder:
     sensitivities = Part("sensitivities.json", of_phase=True)
     allocation = Part("allocation.json", of_phase=True)
     bank = Part("bank", of_phase=True)
+    calibrated = Part("calibrated", of_phase=True)
+    """Layers that are rounded by text, until the base that they are part of is kept."""
 
     # Of a search.
     reference = Part("reference.safetensors")

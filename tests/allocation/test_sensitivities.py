@@ -1,13 +1,15 @@
 """The costs that follow from what was found, by hand, and their file."""
 
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from qpruner.allocation.items import Item
-from qpruner.allocation.sensitivities import Rises, Sensitivities
+from qpruner.allocation.sensitivities import Marginals, Rises, Sensitivities
+from qpruner.errors import UserError
 from qpruner.plan import DENSE, UNITS, Precision
 
 NF4, INT8 = Precision("nf4", 4, 64), Precision("int8", 8)
@@ -21,6 +23,15 @@ FOUND = Sensitivities(
     ),
 )
 INFORMATION = Sensitivities({}, mutual_information=(0.5, 0.0, 2.0))
+
+AMONG = Sensitivities(
+    {},
+    precisions=(NF4, INT8, DENSE),
+    marginals=(
+        Marginals(FIRST, (0.75, 0.5, 0.0), (0.25, 0.5, 0.0), (0.1, 0.2, 0.0), (0.3, 0.4, 0.0)),
+        Marginals(SECOND, (-0.25, 0.5, 0.0), (1.0, -0.5, 0.0), (0.1, 0.2, 0.0), (0.3, 0.4, 0.0)),
+    ),
+)
 
 
 def test_mutual_information_counts_with_the_logarithm_of_the_bits() -> None:
@@ -49,7 +60,22 @@ def test_rises_count_at_least_as_much_as_those_of_more_bits(measure: Any, order:
     assert FOUND.costs([SECOND, FIRST], order, measure) == expected[::-1]
 
 
-@pytest.mark.parametrize("found", [FOUND, INFORMATION], ids=["rises", "mutual information"])
+@pytest.mark.parametrize(
+    ("measure", "expected"),
+    [("kl", [(0.75, 0.5, 0.0), (0.5, 0.5, 0.0)]), ("loss", [(0.5, 0.5, 0.0), (1.0, 0.0, 0.0)])],
+)
+def test_rises_among_others_count_like_those_alone(measure: Any, expected: Any) -> None:
+    assert AMONG.costs([FIRST, SECOND], (NF4, INT8, DENSE), measure) == expected
+
+
+def test_rises_of_other_precisions_are_refused() -> None:
+    with pytest.raises(UserError, match="The rises of layer 0 are not those in 2 precisions"):
+        replace(AMONG, precisions=(NF4, INT8))
+    with pytest.raises(UserError, match="neither mutual information nor a rise"):
+        Sensitivities({})
+
+
+@pytest.mark.parametrize("found", [FOUND, INFORMATION, AMONG], ids=["rises", "mutual information", "marginals"])
 def test_a_file_gives_back_what_was_written(tmp_path: Path, found: Sensitivities) -> None:
     found.write(tmp_path / "sensitivities.json")
     assert Sensitivities.read(tmp_path / "sensitivities.json") == found

@@ -33,8 +33,8 @@ from qpruner.training.module import LoRAFinetuner
 NF4, INT8 = Precision("nf4", 4, 64), Precision("int8", 8)
 TEXT = CalibrationConfig(num_sequences=6, length=12, batch_size=4)
 SIX_BITS = Budget(average_bits=7.2)
-METHODS = pytest.mark.parametrize("method", ["mutual_information", "sensitivity"])
-MEASURES = ("measured_rises", "first_order_rises", "layer_information")
+METHODS = pytest.mark.parametrize("method", ["mutual_information", "sensitivity", "marginal"])
+MEASURES = ("measured_rises", "marginal_rises", "first_order_rises", "layer_information")
 
 
 def allocating(
@@ -75,7 +75,7 @@ def without_measuring(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_bits_beside_a_budget_and_an_allocation_without_one_are_refused() -> None:
     with pytest.raises(UserError, match=r"bits is 4 and budget is 6 bits per weight; the budget decides on the bits"):
         MixedPrecisionQuantization(bits=4, budget=Budget(average_bits=6))
-    for method in ("mutual_information", "sensitivity"):
+    for method in ("mutual_information", "sensitivity", "marginal"):
         with pytest.raises(UserError, match=f"allocation is '{method}' and there is no budget"):
             MixedPrecisionQuantization(allocation=method)
         with pytest.raises(UserError, match="there is no budget"):
@@ -83,6 +83,14 @@ def test_bits_beside_a_budget_and_an_allocation_without_one_are_refused() -> Non
     with pytest.raises(UserError, match="widths asks for 7; choose from 1, 2, 3, 4, 5, 6, 8, 16"):
         allocating(widths=(4, 7))
     assert MixedPrecisionQuantization().allocator is None and MixedPrecisionQuantization().bits == 4
+
+
+def test_marginal_costs_are_measured_in_pairs_of_contexts() -> None:
+    with pytest.raises(UserError, match="allocation is 'marginal' and deciding.measure is 'first_order'"):
+        allocating("marginal", measure="first_order")
+    for contexts in (0, 3, 2.0):
+        with pytest.raises(UserError, match=rf"deciding.contexts is {contexts}; .* even number of at least 2"):
+            allocating("marginal", contexts=contexts)
 
 
 def test_widths_are_in_the_format_asked_for() -> None:
@@ -93,7 +101,7 @@ def test_widths_are_in_the_format_asked_for() -> None:
     assert "budget='7.2 bits per weight'" in str(callback) and "bits=4" not in str(callback)
 
 
-@pytest.mark.parametrize("method", ["uniform", "mutual_information", "sensitivity"])
+@pytest.mark.parametrize("method", ["uniform", "mutual_information", "sensitivity", "marginal"])
 @pytest.mark.parametrize(
     ("budget", "said"),
     [
@@ -258,7 +266,7 @@ def test_what_was_found_is_not_found_again(
     assert folder.sensitivities.exists()
     # What was measured names the pruned base, which is kept until the quantized one is.
     assert not folder.model.exists() or read_manifest(folder.model)["state"] == "pruned"
-    assert folder.bank.exists() == (method == "sensitivity")
+    assert folder.bank.exists() == (method != "mutual_information")
     written = folder.sensitivities.read_bytes()
     without_measuring(monkeypatch)
     again = fit(in_folder(tiny_llama, tmp_path), stories, allocating(method, folder=tmp_path))
@@ -300,6 +308,18 @@ def test_what_was_found_otherwise_is_found_again(
         fit(finetuner(tiny_llama), stories, changed, PowerCut())
     after = Sensitivities.read(changed.folder.sensitivities)
     assert after.made_from != before.made_from and after != before
+
+
+def test_more_contexts_are_other_costs(tiny_llama: Path, stories: StoriesDataModule, tmp_path: Path) -> None:
+    found = []
+    for contexts in (2, 4):
+        with pytest.raises(InterruptedError):
+            fit(finetuner(tiny_llama), stories, allocating("marginal", folder=tmp_path, contexts=contexts), PowerCut())
+        found.append(Sensitivities.read(RunFolder(tmp_path).sensitivities))
+    first, second = (sensitivities.marginals or () for sensitivities in found)
+    assert found[0].precisions == found[1].precisions == (NF4, INT8) and len(first) == len(second) == 8
+    assert first != second and all(one.loss[1] == one.kl[1] == one.kl_error[1] == 0 for one in (*first, *second))
+    assert all(one.kl[0] > 0 and one.kl_error[0] > 0 for one in second)
 
 
 @pytest.mark.parametrize("other", ["rank", "order of the text"])

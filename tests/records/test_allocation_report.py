@@ -7,7 +7,7 @@ import pytest
 
 from qpruner.allocation.decision import Allocation, Decision
 from qpruner.allocation.items import Item
-from qpruner.allocation.sensitivities import Rises, Sensitivities
+from qpruner.allocation.sensitivities import Marginals, Rises, Sensitivities
 from qpruner.plan import DENSE, UNITS, Precision
 from qpruner.records.allocation_report import allocation_figure, describe, sensitivities_table, sentence
 
@@ -135,3 +135,18 @@ def test_the_table_shows_what_was_found() -> None:
     ]  # fmt: skip
     found = Sensitivities({}, precisions=(NF4, INT8), rises=rises)
     assert table[2] in "\n".join(describe(allocation("loss", decision(Item(4, UNITS), (0.5,), 0)), found))
+
+
+def test_rises_among_others_are_shown_with_their_errors() -> None:
+    marginals = (Marginals(Item(0, UNITS), (0.5, 0.0), (0.25, 0.0), (0.0625, 0.0), (0.03125, 0.0)),)
+    found = Sensitivities({}, precisions=(NF4, INT8), marginals=marginals)
+    table = sensitivities_table(found).splitlines()
+    assert [cell.strip() for cell in table[0].split("|")[1:-1]] == [
+        "rise among others, nats per token", "loss in nf4 4/64", "KL in nf4 4/64", "loss in int8 8", "KL in int8 8"
+    ]  # fmt: skip
+    assert [cell.strip() for cell in table[2].split("|")[1:-1]] == [
+        "layer 0", "0.25 ± 0.03", "0.5 ± 0.06", "0 ± 0", "0 ± 0"
+    ]  # fmt: skip
+    made = allocation("kl", decision(Item(0, UNITS), (0.5, 0.0), 1), method="marginal")
+    described = "\n".join(describe(made, found))
+    assert table[2] in described and "nats per token, found for each item among others of random bits." in described

@@ -24,11 +24,12 @@ def hooks_of(model: nn.Module) -> int:
     return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())
 
 
-def in_processes(count: int, size: int, act: Callable[[Calibration], Any]) -> list[Any]:
+def in_processes(count: int, size: int, act: Callable[[Calibration], Any], tokens: Tensor | None = None) -> list[Any]:
     """What each of some processes finds, here threads that meet to sum."""
 
     def work(processes: Processes) -> Any:
-        return act(Calibration.share(random_tokens(S, T), processes, size * T))
+        text = random_tokens(S, T) if tokens is None else tokens
+        return act(Calibration.share(text, processes, size * text.shape[1]))
 
     answers = together(*[work] * count)
     for answer in answers:

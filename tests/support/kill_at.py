@@ -70,7 +70,7 @@ match moment:
     case "swapping":  # with the old folder gone and the new one not in its place
         os.replace = of_folders(at_call(int(number), os.replace, die))
     case "dropping":
-        quantization.drop_bank = at_call(int(number), quantization.drop_bank, die)
+        quantization.drop_scaffolding = at_call(int(number), quantization.drop_scaffolding, die)
     case "reporting":  # with all that a fit leaves written, and the run not called over
         fitting.write_report = at_call(int(number), fitting.write_report, die)
     case "ending":  # of a phase

@@ -1,0 +1,66 @@
+"""What calibrated rounding needs to know of the inputs of a linear: sums over tokens of their products.
+
+A token may count differently for different rows of the weight, as when the loss at the end of the model depends more on
+some outputs than on others (GuidedQuant, Kim et al. 2025); rows then come in groups, each with sums of its own.
+
+Shapes: N tokens, G groups of rows, I inputs of the linear.
+"""
+
+from dataclasses import dataclass
+from typing import Self
+
+import torch
+from torch import Tensor
+
+from qpruner.processes import Processes
+
+
+@dataclass(frozen=True)
+class InputSums:
+    """Sums over tokens of products of a linear's inputs; float64. Sums over disjoint tokens add.
+
+    With x the inputs that the linear gets and z those that it gets in the dense model, each token weighted:
+
+    Args:
+        hessian: X^T X, [G, I, I].
+        cross: Z^T X, [G, I, I]; None where the dense model's inputs do not matter.
+        dense: Z^T Z, [G, I, I]; None as ``cross``.
+    """
+
+    hessian: Tensor
+    cross: Tensor | None
+    dense: Tensor | None
+
+    @classmethod
+    def none(cls, num_groups: int, num_inputs: int, device: torch.device, *, beside_dense: bool) -> Self:
+        """The sums over no token."""
+
+        def zeros() -> Tensor:
+            return torch.zeros(num_groups, num_inputs, num_inputs, dtype=torch.float64, device=device)
+
+        return cls(zeros(), *((zeros(), zeros()) if beside_dense else (None, None)))
+
+    def add_(self, inputs: Tensor, dense_inputs: Tensor | None, weights: Tensor) -> None:
+        """Adds tokens, whose products are taken in float32, a micro-batch at a time.
+
+        Args:
+            inputs: what the linear gets, [N, I].
+            dense_inputs: what it gets in the dense model, [N, I]; None where that does not matter.
+            weights: how much each token counts for each group of rows, [N, G]; at least 0.
+        """
+        for group, roots in enumerate(weights.float().sqrt().unbind(1)):
+            seen = inputs.float() * roots.unsqueeze(1)
+            self.hessian[group] += seen.T @ seen
+            if self.cross is not None and self.dense is not None:
+                assert dense_inputs is not None
+                true = dense_inputs.float() * roots.unsqueeze(1)
+                self.cross[group] += true.T @ seen
+                self.dense[group] += true.T @ true
+
+    def over(self, processes: Processes) -> "InputSums":
+        """The sums over the tokens of all processes."""
+        hessian, cross, dense = (
+            None if tensor is None else processes.reduce(tensor) for tensor in (self.hessian, self.cross, self.dense)
+        )
+        assert hessian is not None
+        return InputSums(hessian, cross, dense)

@@ -1,0 +1,206 @@
+"""Rounding that is judged by text, block by block, on what the blocks before really give.
+
+In each block the units are rounded in the order in which text passes: ``qkv``, ``o``, ``gate_up``, ``down``. All text
+passes through the block with the units so far packed, and the inputs that reach the next unit are summed up, beside
+those that it gets in the model before quantization. `qpruner.quantization.rounding` makes codes of these sums. So at
+any time the errors of everything before are there, and the target may be the dense model's outputs in spite of them.
+
+One sequence in eight is held out. Where a linear's calibrated codes are worse on it than plainly rounded ones, these
+are taken, and the log says so.
+
+Some tokens, such as the first of a sequence, carry activations hundreds of times larger than the rest (arXiv
+2402.17762). What comes next takes a norm of the hidden states, so that what counts of an error of ``o`` or ``down`` is
+its share of them: see `Tokens`.
+
+What is rounded of a block is on disk before the next one is begun. A calibration that was cut off reads it and lets
+text pass through it; each file names the one before by its hash, so that a prefix that changed is noticed.
+
+Shapes: B sequences of a micro-batch, T tokens, I inputs and O outputs of a linear, G groups of its rows.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qpruner.adapters.calibrated import calibrated_start
+from qpruner.adapters.lora import is_target
+from qpruner.anatomy import unit_linears
+from qpruner.calibration.blocks import block_runner
+from qpruner.calibration.input_sums import InputSums
+from qpruner.calibration.output_gradients import output_weights
+from qpruner.calibration.text import Calibration
+from qpruner.errors import listed
+from qpruner.plan import DENSE, CompressionPlan, Precision
+from qpruner.quantization.apply import Factors, LoftQSettings, check_rank, linear_precisions
+from qpruner.quantization.calibrated_inputs import BlockInputs, CalibratedConfig, SplitSums
+from qpruner.quantization.calibrated_layers import CalibratedLayers, Layer, Outcome, RoundedLinear
+from qpruner.quantization.embedding import quantize_tables_
+from qpruner.quantization.formats import GridFormat, format_for, rebuild
+from qpruner.quantization.rounding import corrected_weight, error, round_weight
+
+
+@dataclass(frozen=True)
+class Calibrated:
+    """What calibration left of a model.
+
+    Args:
+        factors: factors that adapters start from, by the name of their linear.
+        outcomes: what came of each linear that was rounded by text, by name.
+        resumed: numbers of the layers that were read from the disk.
+    """
+
+    factors: dict[str, Factors] = field(default_factory=dict)
+    outcomes: dict[str, Outcome] = field(default_factory=dict)
+    resumed: list[int] = field(default_factory=list)
+
+    def __str__(self) -> str:
+        if not self.outcomes:
+            return "Rounded no linear by text: none is held in a format with a grid."
+        worse = [name for name, outcome in self.outcomes.items() if not outcome.kept]
+        gains = [1 - outcome.calibrated / outcome.plain for outcome in self.outcomes.values() if outcome.kept]
+        gained = f", which takes {sum(gains) / len(gains):.0%} off their error on held-out text" if gains else ""
+        fallen = f"; plain rounding was no worse there for {listed(worse)}" if worse else ""
+        return f"Rounded {len(gains)} of {len(self.outcomes)} linears by text{gained}{fallen}."
+
+
+def calibrate_(
+    model: Any,
+    plan: CompressionPlan,
+    config: CalibratedConfig,
+    adapters: LoftQSettings | None,
+    calibration: Calibration,
+    layers: CalibratedLayers,
+) -> Calibrated:
+    """Packs the linears of a model as a plan says, rounded by text; the same on all processes.
+
+    Beside the model it holds the hidden states of the text twice, and of one block the inputs of its linears and their
+    sums. The text passes through each block six times, and once more through the model and back where the loss counts.
+
+    Args:
+        model: narrowed and dense model, on the device that computes.
+        plan: plan with the widths that the model has.
+        config: options of the rounding.
+        adapters: how adapters start; None to start them at zero.
+        calibration: this process's share of the text.
+        layers: place that keeps what is rounded already.
+
+    Raises:
+        UserError: no format offers a precision, the rank is above that of a linear, or what reaches a linear is not
+            finite.
+    """
+    precisions = {name: each for name, each in linear_precisions(model, plan).items() if each != DENSE}
+    check_rank(model, precisions, adapters)
+    weights: dict[str, list[Tensor]] = {}
+    if config.output_groups:
+        linears = {name: model.get_submodule(name) for name in precisions}
+        weights = output_weights(model, linears, calibration, config.output_groups)
+    packing = _Packing(model, config, adapters)
+    quantize_tables_(model, plan.embedding, plan.head, device=calibration.processes.device)
+    result = Calibrated()
+    with block_runner(model, calibration) as runner:
+        states = runner.embed()
+        dense_states = list(states)
+        for number, units in enumerate(unit_linears(model)):
+            block = BlockInputs(runner, number, calibration, config)
+            block.pass_dense(dense_states, {unit: model.get_submodule(names[0]) for unit, names in units.items()})
+            stored = layers.read(number, calibration.processes)
+            layer: Layer = {} if stored is None else stored
+            if stored is not None:
+                result.resumed.append(number)
+                for name, rounded in layer.items():
+                    packing.place(name, precisions[name], rounded.state)
+            else:
+                for unit, names in units.items():
+                    members = {name: weights.get(name) for name in names if name in precisions}
+                    for name, sums in block.sums(unit, model.get_submodule(names[0]), states, members):
+                        pack = partial(packing.round, name, precisions[name], sums)
+                        layer[name] = calibration.processes.of_first(pack)
+                    for name in members:
+                        packing.place(name, precisions[name], layer[name].state)
+                layers.write(number, layer, calibration.processes)
+            for name, rounded in layer.items():
+                if rounded.factors is not None:
+                    result.factors[name] = rounded.factors
+                if rounded.outcome is not None:
+                    result.outcomes[name] = rounded.outcome
+            for place, output in enumerate(runner.outputs(number, states)):
+                states[place] = output.cpu()
+    return result
+
+
+class _Packing:
+    """Makes codes of what is known of a linear's inputs.
+
+    Args:
+        model: model whose linears are packed, one after the other.
+        config: options of the rounding.
+        adapters: how adapters start; None to start them at zero.
+    """
+
+    def __init__(self, model: Any, config: CalibratedConfig, adapters: LoftQSettings | None) -> None:
+        self._model, self._config, self._adapters = model, config, adapters
+
+    def place(self, name: str, precision: Precision, state: Mapping[str, Tensor]) -> None:
+        """Puts a packed linear into the place of a dense one."""
+        linear: Any = self._model.get_submodule(name)
+        device = linear.weight.device
+        packed = rebuild(
+            {part: tensor.to(device) for part, tensor in state.items()},
+            linear.out_features,
+            linear.in_features,
+            precision=precision,
+            bias=None if linear.bias is None else linear.bias.detach().clone(),
+            dtype=linear.weight.dtype,
+        )
+        self._model.set_submodule(name, packed.train(linear.training))
+
+    def round(self, name: str, precision: Precision, sums: SplitSums) -> RoundedLinear:
+        """A linear's codes, by text where its format has a grid, and what its adapter starts from.
+
+        Raises:
+            UserError: the weight, or what reaches the linear, is not finite.
+        """
+        linear: Any = self._model.get_submodule(name)
+        weight = linear.weight.detach().float().to(sums.decide.hessian.device)
+        number_format, rounding = format_for(precision), self._config.rounding
+        state, outcome, target = number_format.encode(weight, precision), None, weight
+        if isinstance(number_format, GridFormat):
+            decide = sums.decide
+            target = weight
+            if decide.cross is not None:
+                target = corrected_weight(weight, decide.hessian, decide.cross, rounding.alpha, rounding.damping)
+            rounded = round_weight(target, number_format, precision, decide.hessian, rounding, name=name)
+            plain = number_format.decode(state, linear.out_features, linear.in_features, precision)
+            outcome = Outcome.of(_error(weight, plain, sums.held_out), _error(weight, rounded.values, sums.held_out))
+            if outcome.kept:
+                state = number_format.pack(rounded.codes, rounded.grid)
+        factors = None
+        if self._adapters is not None and is_target(name, self._adapters.targets):
+            values = number_format.decode(state, linear.out_features, linear.in_features, precision)
+            factors = self._start(name, target, values, sums.decide.hessian.mean(0), self._adapters)
+        return RoundedLinear({part: tensor.cpu() for part, tensor in state.items()}, factors, outcome)
+
+    def _start(self, name: str, target: Tensor, values: Tensor, hessian: Tensor, adapters: LoftQSettings) -> Factors:
+        """The start of an adapter between what a linear should compute with and what it does, [O, I] both."""
+        start = calibrated_start(
+            target,
+            values,
+            hessian if self._config.adapters == "calibrated" else torch.eye(len(hessian), device=hessian.device),
+            name=name,
+            rank=adapters.rank,
+            scale=adapters.scale,
+            damping=self._config.rounding.damping,
+            seed=adapters.seed,
+        )
+        return start.lora_A.cpu(), start.lora_B.cpu()
+
+
+def _error(weight: Tensor, values: Tensor, sums: InputSums) -> float:
+    """Squared error of a linear with other values on some text, over the square of what it should give."""
+    size = sums.hessian if sums.dense is None else sums.dense
+    whole = error(weight, torch.zeros_like(weight), size)
+    return error(weight, values, sums.hessian, sums.cross, sums.dense) / whole if whole else 0.0

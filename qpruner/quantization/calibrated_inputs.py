@@ -1,0 +1,179 @@
+"""What reaches the linears of a block while its units are rounded, one after the other.
+
+Shapes: B sequences of a micro-batch, T tokens, I inputs of a linear, G groups of its outputs.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from qpruner.calibration.blocks import BlockRunner, watching
+from qpruner.calibration.gram import MASSIVE_POSITIONS
+from qpruner.calibration.input_sums import InputSums
+from qpruner.calibration.text import Calibration, CalibrationConfig
+from qpruner.errors import UserError, check_ranges
+from qpruner.quantization.rounding import RoundingConfig
+
+Tokens = Literal["equal", "skip", "normed"]
+"""How much a token counts: all the same; all but the first four of a sequence; or, in ``o`` and ``down``, one over the
+mean square of the hidden states that leave the dense block, since a norm is taken of these."""
+HELD_OUT = 8
+"""Every eighth sequence is held out."""
+NORMED_UNITS = ("o", "down")
+
+
+@dataclass(frozen=True)
+class CalibratedConfig:
+    """How weights are rounded by text.
+
+    Args:
+        rounding: how codes and grids are chosen from what is known of a linear's inputs.
+        output_groups: number of groups of a linear's outputs that each weigh tokens by the gradient of the loss at the
+            end of the model; 0 leaves the loss out.
+        adapters: what adapters start as: the low-rank matrix nearest to what rounding left of a weight (``weight``), or
+            the one whose outputs on the text are (``calibrated``).
+        tokens: how much each token counts; ``equal``, ``skip`` (the first four of a sequence do not) or ``normed``
+            (in ``o`` and ``down`` by one over the mean square of the hidden states).
+        text: calibration text.
+
+    Raises:
+        UserError: a number of groups below 0.
+    """
+
+    rounding: RoundingConfig = RoundingConfig()
+    output_groups: int = 1
+    tokens: Tokens = "normed"
+    adapters: Literal["weight", "calibrated"] = "calibrated"
+    text: CalibrationConfig = CalibrationConfig(num_sequences=128, length=256)
+
+    def __post_init__(self) -> None:
+        check_ranges(self, "calibrated", output_groups=("at least 0", self.output_groups >= 0))
+
+    def check_text(self, widest: int) -> None:
+        """Makes sure that text is enough for Hessians that are no guess.
+
+        Args:
+            widest: largest number of inputs of a linear.
+
+        Raises:
+            UserError: fewer tokens that decide than a linear has inputs, or no sequence to hold out.
+        """
+        text = self.text
+        deciding = text.num_sequences - text.num_sequences // HELD_OUT
+        if text.num_sequences < HELD_OUT or deciding * text.length < widest:
+            must_decide = -(-widest // text.length)
+            needed = max(HELD_OUT, must_decide + (must_decide - 1) // (HELD_OUT - 1))
+            raise UserError(
+                f"calibrated.text has {text.num_sequences} sequences of {text.length} tokens, of which "
+                f"{deciding * text.length:,} tokens decide, since one sequence in eight is held out; the widest linear "
+                f"has {widest:,} inputs and needs as many. Give at least {needed} sequences."
+            )
+
+
+@dataclass(frozen=True)
+class SplitSums:
+    """The sums over the sequences that decide, and over those that are held out."""
+
+    decide: InputSums
+    held_out: InputSums
+
+
+class BlockInputs:
+    """One block while its units are rounded.
+
+    Args:
+        runner: runner of the model.
+        number: place of the block.
+        calibration: this process's share of the text.
+        config: options of the rounding.
+    """
+
+    def __init__(self, runner: BlockRunner, number: int, calibration: Calibration, config: CalibratedConfig) -> None:
+        self._runner, self._number = runner, number
+        self._calibration, self._config = calibration, config
+        self._dense_inputs: dict[str, list[Tensor]] = {}
+        self._squares: list[Tensor] = []
+
+    def pass_dense(self, dense_states: list[Tensor], linears: Mapping[str, nn.Linear]) -> None:
+        """Lets the dense model's states through the block, and remembers what its units get.
+
+        Args:
+            dense_states: states that enter the block, which those that leave it take the place of.
+            linears: a linear of each unit.
+
+        Raises:
+            UserError: states that leave the block are not finite.
+        """
+        self._dense_inputs = {unit: [] for unit in linears}
+
+        def see(unit: str, inputs: Tensor, output: Tensor) -> None:
+            self._dense_inputs[unit].append(inputs.cpu())
+
+        with watching(dict(linears) if self._config.rounding.alpha else {}, see):
+            for place, output in enumerate(self._runner.outputs(self._number, dense_states)):
+                squares = output.float().square().mean(-1).cpu()  # [B, T]
+                if not squares.isfinite().all():
+                    raise UserError(
+                        f"What layer {self._number} (from 0) makes of the calibration text is not finite. Load an "
+                        f"undamaged model, or use --model.dtype bfloat16 or float32."
+                    )
+                self._squares.append(squares)
+                dense_states[place] = output.cpu()
+
+    def sums(
+        self, unit: str, linear: nn.Linear, states: Sequence[Tensor], weights: Mapping[str, list[Tensor] | None]
+    ) -> Iterator[tuple[str, SplitSums]]:
+        """The sums over all text of what reaches a unit, for each of its linears.
+
+        Args:
+            unit: unit whose turn it is; those before it are packed.
+            linear: a linear of the unit, all of which get the same.
+            states: states that enter the block.
+            weights: how much each token counts for the outputs of each linear; None where all count the same.
+        """
+        if not weights:
+            return
+        seen: list[Tensor] = []
+        with watching({unit: linear}, lambda _, inputs, __: seen.append(inputs.cpu())):
+            for _ in self._runner.outputs(self._number, states):
+                pass  # only what reaches the unit is wanted
+        shared: SplitSums | None = None
+        for name, of_outputs in weights.items():
+            if of_outputs is not None:
+                yield name, self._summed(unit, seen, linear.in_features, of_outputs)
+            else:
+                shared = shared or self._summed(unit, seen, linear.in_features, None)
+                yield name, shared
+
+    def _summed(self, unit: str, seen: list[Tensor], num_inputs: int, of_outputs: list[Tensor] | None) -> SplitSums:
+        processes = self._calibration.processes
+        groups = self._config.output_groups if of_outputs is not None else 1
+        beside_dense = self._config.rounding.alpha > 0
+        parts = [InputSums.none(groups, num_inputs, processes.device, beside_dense=beside_dense) for _ in range(2)]
+        for place, batch in enumerate(self._calibration.batches):
+            weights = self._token_weights(unit, place)  # [B, T, 1]
+            if of_outputs is not None:
+                weights = weights * of_outputs[place]
+            numbers = batch.first + torch.arange(len(batch.tokens))
+            held_out = numbers % HELD_OUT == HELD_OUT - 1
+            for sums, rows in zip(parts, (~held_out, held_out), strict=True):
+                dense = self._dense_inputs[unit][place][rows].flatten(0, 1) if beside_dense else None
+                sums.add_(
+                    seen[place][rows].flatten(0, 1).to(processes.device),
+                    None if dense is None else dense.to(processes.device),
+                    weights[rows].flatten(0, 1).to(processes.device),
+                )
+        return SplitSums(*(sums.over(processes) for sums in parts))
+
+    def _token_weights(self, unit: str, place: int) -> Tensor:
+        """How much each token of a micro-batch counts, [B, T, 1]."""
+        squares = self._squares[place]
+        weights = torch.ones_like(squares)
+        if self._config.tokens == "skip":
+            weights[:, :MASSIVE_POSITIONS] = 0
+        elif self._config.tokens == "normed" and unit in NORMED_UNITS:
+            weights = torch.where(squares > 0, squares.reciprocal(), 0.0)
+        return weights.unsqueeze(-1)

@@ -1,0 +1,144 @@
+"""GPTQ: the columns of a weight are rounded one after the other, and those that are left make up for each (2022).
+
+With W the weight, Q the rounded one, X the inputs of the linear and H = X^T X, what counts is the error at its outputs,
+|X (W - Q)^T|^2 = tr (W - Q) H (W - Q)^T. Once column q is rounded, by e = w_q - round(w_q) in each row, the best that
+the columns F behind it can do is
+
+    W_F <- W_F - e [K]_qF / [K]_qq,    K the inverse of H among q and F,
+
+and what is left of the error is the sum over columns of e^2 / [K]_qq. With H^-1 = U^T U, U upper triangular, row q of K
+is U_qq U_q for every q, so that W_F <- W_F - (e / U_qq) U_qF (arXiv 2210.17323, section 3, step 3). Columns beyond a
+block of them hear of it once a block.
+
+**First-order term.** FOEM (AAAI 2026) adds to the expansion of the error around the weights as they are a gradient in
+proportion to what they have strayed, D = W - W_original. Of the columns left that is the gradient 2 D_F H_FF of
+tr D_F H_FF D_F^T; a share beta of the Newton step on it is -beta D_F, whatever H_FF is, and the whole of the step to
+the least of the expansion with column q rounded is
+
+    D_F <- (1 - beta) D_F - e [K]_qF / [K]_qq,    e = w_q - round(w_q) with w_q after its own share.
+
+Without it each step is the best on the calibration text already: there the gradient above and that of the rounded
+columns, 2 D_Q H_QF, add up to nothing. What the term buys is weights near the original ones, for other text.
+
+Shapes: O rows (outputs), I columns (inputs), G columns in a group.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from qpruner.errors import UserError
+from qpruner.quantization.grid_search import Levels
+
+BLOCK = 128
+"""Most columns that are rounded before the columns behind all of them hear of it."""
+Choose = Callable[[int, Tensor], tuple[Tensor, Tensor]]
+
+
+def damped(hessian: Tensor, damping: float) -> Tensor:
+    """The Hessian with something added to its diagonal; float64, of the same shape.
+
+    A channel that was always 0 then is as one that varies with no other: nothing makes up for it, and it for nothing.
+
+    Args:
+        hessian: X^T X, [..., I, I].
+        damping: what is added, in units of the mean of the diagonal; above 0.
+    """
+    hessian = hessian.double()
+    mean = hessian.diagonal(dim1=-2, dim2=-1).mean(-1)
+    added = torch.where(mean > 0, damping * mean, 1.0)
+    return hessian + added[..., None, None] * torch.eye(hessian.shape[-1], dtype=hessian.dtype, device=hessian.device)
+
+
+@dataclass(frozen=True)
+class Factor:
+    """What the columns of a linear can do for each other.
+
+    Args:
+        order: columns in the order in which they are rounded, [I]; None for that of the weight.
+        root: upper triangular U with U^T U the inverse of the Hessian in that order, [I, I] in float32.
+    """
+
+    order: Tensor | None
+    root: Tensor
+
+    @classmethod
+    def of(cls, hessian: Tensor, *, act_order: bool, name: str) -> "Factor":
+        """The factor of a Hessian [I, I], damped, in float64.
+
+        Args:
+            hessian: Hessian, with what was added to its diagonal.
+            act_order: whether columns are rounded by falling diagonal of the Hessian.
+            name: name of the linear, for errors.
+
+        Raises:
+            UserError: the Hessian is not positive.
+        """
+        order = None
+        if act_order:
+            order = hessian.diagonal().argsort(descending=True, stable=True)
+            hessian = hessian[order][:, order]
+        # Of the columns in reverse order H is L L^T; read backwards L is upper triangular, and so is its inverse U.
+        lower, failed = torch.linalg.cholesky_ex(hessian.flip(0, 1))
+        if failed:
+            raise UserError(
+                f"The Hessian of {name} is not positive, although rounding.damping was added to its diagonal: its "
+                f"text is too short, or its inputs are almost all the same. Give more calibration text, raise "
+                f"rounding.damping, or use rounding.method nearest."
+            )
+        identity = torch.eye(len(lower), dtype=lower.dtype, device=lower.device)
+        inverse = torch.linalg.solve_triangular(lower.flip(0, 1), identity, upper=True)
+        return cls(order, inverse.float())
+
+
+def gptq(weight: Tensor, factor: Factor, levels: Levels, choose: Choose, *, first_order: float) -> Tensor:
+    """The codes of a weight; uint8 [O, I].
+
+    Args:
+        weight: weight, [O, I], in float32.
+        factor: factor of the Hessian of its inputs.
+        levels: which grids it can have.
+        choose: gives the scale and the minimum [O] of a group from its number and, in the order of the weight, its
+            weights [O, G] as they are when the first of its columns comes; asked wherever the group changes.
+        first_order: share beta of what the columns left have strayed that is taken back before each column.
+    """
+    order = torch.arange(weight.shape[1], device=weight.device) if factor.order is None else factor.order
+    numbers = (order // levels.group).tolist()
+    # A column is a row of what follows: its weights lie side by side in memory.
+    original = weight.T[order]
+    now, codes = original.clone(), torch.empty_like(original)
+    root, pivots = factor.root, factor.root.diagonal().tolist()
+    keep, group = 1 - first_order, -1
+    for first, last in _blocks(len(order), levels.group):
+        errors = torch.empty_like(now[first:last])
+        for q in range(first, last):
+            if first_order:
+                now[q:last].lerp_(original[q:last], first_order)
+            if numbers[q] != group:
+                group = numbers[q]
+                scale, minimum = choose(group, now[q : q + levels.group].T)
+                steps = torch.where(scale > 0, scale, 1.0)
+            torch.div(now[q] - minimum, steps, out=codes[q])
+            codes[q].round_().clamp_(0, levels.top)
+            error = (now[q] - torch.addcmul(minimum, scale, codes[q])).div_(pivots[q])
+            now[q + 1 : last].addr_(root[q, q + 1 : last], error, alpha=-1)
+            errors[q - first] = error
+        if first_order:  # as if each column behind the block had been taken back in each turn
+            shares = keep ** torch.arange(last - first - 1, -1, -1, device=now.device, dtype=now.dtype)
+            errors *= shares.unsqueeze(1)
+            now[last:].lerp_(original[last:], 1 - keep ** (last - first))
+        now[last:].addmm_(root[first:last, last:].T, errors, alpha=-1)
+    in_order = torch.empty_like(codes)
+    in_order[order] = codes
+    return in_order.T.to(torch.uint8).contiguous()
+
+
+def _blocks(columns: int, group: int) -> Iterator[tuple[int, int]]:
+    """Blocks of at most `BLOCK` columns, such that where a group begins all its columns are up to date."""
+    together = max(1, BLOCK // group) * group
+    for start in range(0, columns, together):
+        end = min(start + together, columns)
+        for first in range(start, end, BLOCK):
+            yield first, min(first + BLOCK, end)

@@ -1,0 +1,274 @@
+"""Calibrated rounding: the weights of a linear on a grid, judged by what the linear gives for real inputs.
+
+With W the weight, Q the rounded one, X the inputs of the linear over tokens and H = X^T X, rounding leaves
+
+    |X (W - Q)^T|^2 = tr (W - Q) H (W - Q)^T.
+
+- ``nearest`` takes for each weight the nearest value of the grid: the least of |W - Q|^2, without a look at H.
+- ``gptq`` rounds column after column, and those that are left make up for it; see `qpruner.quantization.gptq`. In the
+  plain order the grid of a group is that of its weights as they are when its turn comes. A format that stores a scale
+  by what others are (one that quantizes scales again) is asked for the whole grid in the end, and all columns are
+  rounded once more on that. With ``act_order`` columns come by falling H_qq, what matters most while most columns are
+  left, and the grid is that of the original weight throughout.
+
+**Upstream error** (QEP, NeurIPS 2025; GPTAQ, ICML 2025; see `corrected_weight`). With inputs Xq from a quantized prefix
+and X from the dense model, what gives X W^T on Xq is the weight W C (Xq^T Xq)^-1, C = X^T Xq. Rounding that instead of
+W by H = Xq^T Xq lets each linear make up for what those before it got wrong.
+
+**Output gradients** (GuidedQuant, ICML 2025). With g row groups, each of which has its own H_k = X^T diag(d_k) X, d_k
+the mean over the group's rows of the squared gradient of the loss at the output, errors count as they reach the loss.
+Each group of rows is rounded by its own matrix, as a linear of its own.
+
+Shapes: O rows (outputs), I columns (inputs), M groups in a row, g row groups, as `torch.Tensor.tensor_split` cuts rows.
+"""
+
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+from qpruner.errors import UserError, check_ranges
+from qpruner.plan import Precision
+from qpruner.quantization.gptq import Factor, damped, gptq
+from qpruner.quantization.grid import Grid, GridStore
+from qpruner.quantization.grid_search import GridSearch, Levels, choose_grid, search
+
+Method = Literal["nearest", "gptq"]
+
+
+@dataclass(frozen=True)
+class RoundingConfig:
+    """How weights are rounded to their grid.
+
+    Args:
+        method: ``nearest`` rounds each weight by itself; ``gptq`` lets the columns that are left make up for each
+            column that is rounded, as far as the calibration text tells.
+        grid: search for the scale and minimum of each group of weights: ``minmax``, ``mse`` or ``neuqi``.
+        act_order: whether gptq rounds the columns with the largest inputs first.
+        damping: what is added to the diagonal of the Hessian, in units of its mean; above 0, at most 1.
+        alpha: strength at which errors of earlier linears are made up for, from 0 (each linear keeps to its weight)
+            to 1 (each linear aims at the outputs of the dense model).
+        first_order: share of what columns have strayed from the weight that gptq takes back before each column, from 0
+            to below 1.
+
+    Raises:
+        UserError: an option outside its range.
+    """
+
+    method: Method = "gptq"
+    grid: GridSearch = "neuqi"
+    act_order: bool = False
+    damping: float = 0.01
+    alpha: float = 0.5
+    first_order: float = 0.0
+
+    def __post_init__(self) -> None:
+        methods, grids = get_args(Method), get_args(GridSearch)
+        check_ranges(
+            self,
+            "rounding",
+            method=(f"one of {', '.join(methods)}", self.method in methods),
+            grid=(f"one of {', '.join(grids)}", self.grid in grids),
+            damping=("above 0 and at most 1", 0 < self.damping <= 1),
+            alpha=("from 0 to 1", 0 <= self.alpha <= 1),
+            first_order=("from 0 to below 1", 0 <= self.first_order < 1),
+        )
+
+
+@dataclass(frozen=True)
+class Rounded:
+    """A rounded weight.
+
+    Args:
+        codes: codes on the grid, uint8 [O, I].
+        grid: grid, as the format stores it.
+    """
+
+    codes: Tensor
+    grid: Grid
+
+    @property
+    def values(self) -> Tensor:
+        """What the linear computes with; float32 [O, I]."""
+        return self.grid.values(self.codes)
+
+
+def round_weight(
+    weight: Tensor,
+    number_format: GridStore,
+    precision: Precision,
+    hessian: Tensor,
+    config: RoundingConfig,
+    *,
+    name: str = "a linear",
+) -> Rounded:
+    """Rounds a weight, on its device; see above.
+
+    Args:
+        weight: weight, [O, I], of any float dtype.
+        number_format: format that the weight is for.
+        precision: precision within the format.
+        hessian: X^T X, [I, I], or that of each row group, [g, I, I]; best in float64.
+        config: how to round; its ``alpha`` is the matter of `corrected_weight`.
+        name: name of the linear, for errors.
+
+    Raises:
+        UserError: the weight or the Hessian is not finite, or the Hessian is not positive although it is damped.
+    """
+    weight = weight.detach().float()
+    _check_finite(name, weight, hessian)
+    hessians = damped(hessian, config.damping).view(-1, *hessian.shape[-2:])  # [g, I, I]
+    parts = weight.tensor_split(len(hessians))
+    rows = [len(part) for part in parts]
+    importance = hessians.diagonal(dim1=1, dim2=2).float()  # [g, I]
+
+    def grid_of_whole() -> Grid:
+        counts = (
+            importance[0]
+            if len(rows) == 1
+            else importance.repeat_interleave(torch.tensor(rows, device=weight.device), 0)
+        )
+        return choose_grid(weight, number_format, precision, config.grid, counts)
+
+    if config.method == "nearest":
+        grid = grid_of_whole()
+        return Rounded(grid.round(weight), grid)
+
+    levels = Levels.of(number_format, precision)
+    factors = [Factor.of(one, act_order=config.act_order, name=name) for one in hessians]
+
+    def codes_on(grid: Grid) -> Tensor:
+        scales, minima = grid.scales.split(rows), grid.minima.split(rows)
+        fixed = [_FixedGrid(*columns).choose for columns in zip(scales, minima, strict=True)]
+        return torch.cat(
+            [
+                gptq(part, factor, levels, choose, first_order=config.first_order)
+                for part, factor, choose in zip(parts, factors, fixed, strict=True)
+            ]
+        )
+
+    if config.act_order:
+        grid = grid_of_whole()
+        return Rounded(codes_on(grid), grid)
+    rounded = []
+    for part, factor, counts in zip(parts, factors, importance, strict=True):
+        fresh = _FreshGrid(number_format, precision, levels, config.grid, counts)
+        rounded.append((gptq(part, factor, levels, fresh.choose, first_order=config.first_order), *fresh.chosen))
+    codes, scales, minima = (torch.cat(of_parts) for of_parts in zip(*rounded, strict=True))
+    grid = number_format.storable(scales, minima, precision)
+    if not (torch.equal(grid.scales, scales) and torch.equal(grid.minima, minima)):
+        codes = codes_on(grid)
+    return Rounded(codes, grid)
+
+
+class _FixedGrid:
+    """Gives the scale and the minimum of each group of a grid [rows, M], whatever its weights became."""
+
+    def __init__(self, scales: Tensor, minima: Tensor) -> None:
+        self._scales, self._minima = scales.T.contiguous(), minima.T.contiguous()  # [M, rows]
+
+    def choose(self, group: int, weights: Tensor) -> tuple[Tensor, Tensor]:
+        return self._scales[group], self._minima[group]
+
+
+class _FreshGrid:
+    """Chooses the grid of each group as its turn comes.
+
+    Args:
+        number_format: format that the grid is for.
+        precision: precision within the format.
+        levels: which grids that offers.
+        how: search for the grid.
+        importance: how much errors count, [I].
+    """
+
+    def __init__(
+        self,
+        number_format: GridStore,
+        precision: Precision,
+        levels: Levels,
+        how: GridSearch,
+        importance: Tensor,
+    ) -> None:
+        self._format, self._precision, self._levels = number_format, precision, levels
+        self._how, self._importance = how, importance
+        self._grids: list[Grid] = []
+
+    def choose(self, group: int, weights: Tensor) -> tuple[Tensor, Tensor]:
+        first = group * self._levels.group
+        counts = self._importance[first : first + weights.shape[1]]
+        scales, minima = search(weights.contiguous(), self._levels, self._how, counts)
+        grid = self._format.storable(scales, minima, self._precision)
+        self._grids.append(grid)
+        return grid.scales[:, 0], grid.minima[:, 0]
+
+    @property
+    def chosen(self) -> tuple[Tensor, Tensor]:
+        """Scales and minima of all groups, [rows, M]."""
+        return torch.cat([grid.scales for grid in self._grids], 1), torch.cat([grid.minima for grid in self._grids], 1)
+
+
+def corrected_weight(weight: Tensor, hessian: Tensor, cross: Tensor, alpha: float, damping: float) -> Tensor:
+    """The weight that makes up, on inputs Xq of a quantized prefix, for what they lack of the dense inputs X.
+
+        W' = W + alpha W (C - H) (H + damping mean(diag H) I)^-1,    H = Xq^T Xq,  C = X^T Xq.
+
+    At alpha = 1 and without damping W' is the least of |X W^T - Xq W'^T|^2; at alpha = 0 it is W.
+
+    Args:
+        weight: weight W, [O, I].
+        hessian: H, [I, I], or that of each row group, [g, I, I].
+        cross: C, of the same shape; rows are the dense inputs.
+        alpha: strength of the correction, from 0 to 1.
+        damping: what is added to the diagonal of H, in units of its mean; above 0.
+    """  # [O, I], float32
+    if alpha == 0:
+        return weight.detach().float()
+    hessians, crosses = (sums.double().view(-1, *sums.shape[-2:]) for sums in (hessian, cross))
+    parts = []
+    for part, one, other in zip(weight.detach().double().tensor_split(len(hessians)), hessians, crosses, strict=True):
+        change = torch.linalg.solve(damped(one, damping), (part @ (other - one)).T).T
+        parts.append(part + alpha * change)
+    return torch.cat(parts).float()
+
+
+def error(
+    weight: Tensor, values: Tensor, hessian: Tensor, cross: Tensor | None = None, dense_gram: Tensor | None = None
+) -> float:
+    """What a linear with other values gives wrong on the calibration text, from sums alone.
+
+    With ``cross`` and ``dense_gram`` that is |X W^T - Xq Q^T|^2 = tr W G W^T - 2 tr W C Q^T + tr Q H Q^T, X being the
+    dense inputs; without them |Xq (W - Q)^T|^2 = tr (W - Q) H (W - Q)^T.
+
+    Args:
+        weight: weight W of the dense linear, [O, I].
+        values: values Q that take its place, [O, I].
+        hessian: H = Xq^T Xq, [I, I], or that of each row group, [g, I, I]; so the two below.
+        cross: C = X^T Xq.
+        dense_gram: G = X^T X.
+    """
+    assert (cross is None) == (dense_gram is None)
+    rows = 1 if hessian.dim() == 2 else len(hessian)
+    dense, rounded = (tensor.detach().double().tensor_split(rows) for tensor in (weight, values))
+
+    def products(left: tuple[Tensor, ...], sums: Tensor, right: tuple[Tensor, ...]) -> float:
+        matrices = sums.double().view(-1, *sums.shape[-2:])
+        return float(sum(((a @ one) * b).sum() for a, one, b in zip(left, matrices, right, strict=True)))
+
+    if cross is None or dense_gram is None:
+        change = tuple(a - b for a, b in zip(dense, rounded, strict=True))
+        return products(change, hessian, change)
+    return (
+        products(dense, dense_gram, dense) - 2 * products(dense, cross, rounded) + products(rounded, hessian, rounded)
+    )
+
+
+def _check_finite(name: str, weight: Tensor, hessian: Tensor) -> None:
+    if not weight.isfinite().all():
+        raise UserError(f"The weight of {name} holds values that are not finite. Load an undamaged model.")
+    if not hessian.isfinite().all():
+        raise UserError(
+            f"What reaches {name} from the calibration text is not finite. Use --model.dtype bfloat16 or float32, "
+            f"another base model, or rounding.method nearest."
+        )

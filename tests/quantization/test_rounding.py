@@ -1,0 +1,173 @@
+"""Calibrated rounding: what its options have to do with each other, and what it is judged by."""
+
+from dataclasses import replace
+from typing import get_args
+
+import pytest
+import torch
+from support.grids import HalfGrid, correlated
+from torch import Tensor
+
+from qpruner.errors import UserError
+from qpruner.plan import Precision
+from qpruner.quantization.grid_search import GridSearch, choose_grid
+from qpruner.quantization.rounding import RoundingConfig, corrected_weight, error, round_weight
+
+PRECISION = Precision("half", 3, 32)
+
+
+def drawn(rows: int, columns: int, seed: int = 1) -> Tensor:
+    return torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed)) * 0.1
+
+
+def hessian_of(columns: int, seed: int = 0) -> Tensor:
+    inputs = correlated(3 * columns, columns, seed)
+    return inputs.T @ inputs
+
+
+def test_nearest_is_plain_rounding() -> None:
+    weight = drawn(9, 70)
+    config = RoundingConfig(method="nearest", grid="minmax")
+    rounded = round_weight(weight, HalfGrid(), PRECISION, hessian_of(70), config)
+    grid = choose_grid(weight, HalfGrid(), PRECISION, "minmax")
+    assert torch.equal(rounded.codes, grid.round(weight))
+    assert torch.equal(rounded.values, grid.values(grid.round(weight)))
+
+
+@pytest.mark.parametrize("act_order", [False, True])
+@pytest.mark.parametrize("grid", ["mse", "neuqi"])
+@pytest.mark.parametrize("bits", [1, 2, 3, 4])
+def test_gptq_is_never_worse_than_nearest_on_the_calibration_text(grid: GridSearch, bits: int, act_order: bool) -> None:
+    precision = Precision("half", bits, 32)
+    for seed in range(5):
+        weight, hessian = drawn(24, 96, seed), hessian_of(96, seed)
+        config = RoundingConfig(grid=grid, act_order=act_order)
+        calibrated, nearest = (
+            error(weight, round_weight(weight, HalfGrid(), precision, hessian, one).values, hessian)
+            for one in (config, replace(config, method="nearest"))
+        )
+        assert calibrated < nearest
+
+
+@pytest.mark.parametrize("grid", ["mse", "neuqi"])
+def test_searches_are_weighted_by_what_inputs_are(grid: GridSearch) -> None:
+    weight, hessian = drawn(9, 64), hessian_of(64)
+    config = RoundingConfig(method="nearest", grid=grid, damping=1e-6)
+    rounded = round_weight(weight, HalfGrid(), PRECISION, hessian, config)
+    weighted = choose_grid(weight, HalfGrid(), PRECISION, grid, hessian.diagonal())
+    assert torch.allclose(rounded.grid.scales, weighted.scales, rtol=1e-2)
+    assert not torch.allclose(rounded.grid.scales, choose_grid(weight, HalfGrid(), PRECISION, grid).scales, rtol=1e-2)
+
+
+@pytest.mark.parametrize("method", ["nearest", "gptq"])
+@pytest.mark.parametrize("act_order", [False, True])
+def test_each_group_of_rows_is_as_if_it_were_alone(method: str, act_order: bool) -> None:
+    weight, hessians = drawn(11, 70), torch.stack([hessian_of(70, seed) for seed in range(3)])
+    config = RoundingConfig(method=method, act_order=act_order)  # type: ignore[arg-type]
+    whole = round_weight(weight, HalfGrid(), PRECISION, hessians, config)
+    left = 0.0
+    for part, hessian, values in zip(weight.tensor_split(3), hessians, whole.values.tensor_split(3), strict=True):
+        assert torch.equal(round_weight(part, HalfGrid(), PRECISION, hessian, config).values, values)
+        left += error(part, values, hessian)
+    assert error(weight, whole.values, hessians) == pytest.approx(left)
+
+
+@pytest.mark.parametrize("act_order", [False, True])
+def test_a_format_whose_scales_depend_on_each_other(act_order: bool) -> None:
+    """The grid is one that it stores, and codes were made for that one."""
+    weight, hessian, store = drawn(16, 96), hessian_of(96), HalfGrid(shared=True)
+    config = RoundingConfig(act_order=act_order)
+    rounded = round_weight(weight, store, PRECISION, hessian, config)
+    again = store.storable(rounded.grid.scales, rounded.grid.minima, PRECISION)
+    assert torch.allclose(again.scales, rounded.grid.scales, rtol=1e-5)
+    apart = round_weight(weight, HalfGrid(), PRECISION, hessian, config)
+    assert error(weight, rounded.values, hessian) < 1.1 * error(weight, apart.values, hessian)
+
+
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_a_symmetric_format_too(symmetric: bool) -> None:
+    weight, hessian, store = drawn(24, 96), hessian_of(96), HalfGrid(symmetric)
+    calibrated, nearest = (
+        round_weight(weight, store, PRECISION, hessian, RoundingConfig(method=method)) for method in ("gptq", "nearest")
+    )
+    assert error(weight, calibrated.values, hessian) < 0.9 * error(weight, nearest.values, hessian)
+    assert torch.equal(calibrated.grid.minima, -4 * calibrated.grid.scales) is symmetric
+
+
+@pytest.mark.parametrize("act_order", [False, True])
+def test_dead_channels_are_rounded_to_nearest_and_change_nothing(act_order: bool) -> None:
+    weight, hessian = drawn(16, 64), hessian_of(64)
+    hessian[:, 5] = hessian[5] = 0
+    config = RoundingConfig(grid="minmax", act_order=act_order)
+    rounded = round_weight(weight, HalfGrid(), Precision("half", 3, 64), hessian, config)
+    assert torch.equal(rounded.codes[:, 5], rounded.grid.round(weight)[:, 5])
+    moved = weight.clone()
+    moved[:, 5] *= 0.5  # within the range, so that the grid stays
+    other = round_weight(moved, HalfGrid(), Precision("half", 3, 64), hessian, config)
+    others = [column for column in range(64) if column != 5]
+    assert torch.equal(other.codes[:, others], rounded.codes[:, others])
+    none = round_weight(weight, HalfGrid(), PRECISION, torch.zeros(64, 64), config)
+    assert torch.equal(none.codes, none.grid.round(weight))
+
+
+def test_rounding_aims_at_dense_outputs_by_least_squares() -> None:
+    """At alpha 1 the weight that brute force fits to X W^T on Xq; below, as far on the straight way there."""
+    weight = drawn(8, 20).double()
+    dense, seen = correlated(300, 20), correlated(300, 20)
+    seen = seen + 0.3 * seen.roll(1, 1) + 0.05 * torch.randn(300, 20, generator=torch.Generator().manual_seed(3))
+    hessian, cross = seen.T @ seen, dense.T @ seen
+    fitted = torch.linalg.lstsq(seen, dense @ weight.T).solution.T
+    whole = corrected_weight(weight, hessian, cross, 1.0, 1e-9)
+    assert torch.allclose(whole.double(), fitted, atol=1e-5)
+    assert torch.equal(corrected_weight(weight, hessian, cross, 0.0, 0.01), weight.float())
+    half = corrected_weight(weight, hessian, cross, 0.5, 1e-9)
+    assert torch.allclose(half.double(), (weight + fitted) / 2, atol=1e-5)
+    assert torch.allclose(corrected_weight(weight, hessian, hessian, 1.0, 0.01).double(), weight, atol=1e-6)
+    rows = corrected_weight(weight, torch.stack([hessian, 4 * hessian]), torch.stack([cross, cross]), 1.0, 1e-9)
+    assert torch.allclose(rows[:4].double(), fitted[:4], atol=1e-5)
+    assert torch.allclose(rows[4:].double(), fitted[4:] / 4, atol=1e-5)
+
+
+def test_correction_pays_at_the_outputs() -> None:
+    weight, dense = drawn(24, 64), correlated(400, 64)
+    seen = dense + 0.2 * dense.roll(1, 1)
+    hessian, cross, gram = seen.T @ seen, dense.T @ seen, dense.T @ dense
+    left = []
+    for alpha in (0.0, 0.5, 1.0):
+        target = corrected_weight(weight, hessian, cross, alpha, 0.01)
+        values = round_weight(target, HalfGrid(), PRECISION, hessian, RoundingConfig()).values
+        left.append(error(weight, values, hessian, cross, gram))
+    assert left[2] < left[1] < left[0]
+
+
+def test_the_error_is_that_of_outputs() -> None:
+    weight, values = drawn(8, 20).double(), drawn(8, 20, seed=2).double()
+    dense, seen = correlated(300, 20), correlated(300, 20, seed=1)
+    plain = error(weight, values, seen.T @ seen)
+    assert plain == pytest.approx(float((seen @ (weight - values).T).square().sum()), rel=1e-6)
+    whole = error(weight, values, seen.T @ seen, dense.T @ seen, dense.T @ dense)
+    assert whole == pytest.approx(float((dense @ weight.T - seen @ values.T).square().sum()), rel=1e-6)
+
+
+def test_what_is_not_finite() -> None:
+    weight, hessian = drawn(4, 32), hessian_of(32)
+    with pytest.raises(UserError, match="weight of layers.3.q holds values that are not finite"):
+        round_weight(weight / 0, HalfGrid(), PRECISION, hessian, RoundingConfig(), name="layers.3.q")
+    with pytest.raises(UserError, match="What reaches layers.3.q .* Use --model.dtype bfloat16 or float32"):
+        round_weight(weight, HalfGrid(), PRECISION, hessian * torch.nan, RoundingConfig(), name="layers.3.q")
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "allowed"),
+    [
+        ("method", "rtn", "one of nearest, gptq"),
+        ("grid", "max", f"one of {', '.join(get_args(GridSearch))}"),
+        ("damping", 0.0, "above 0 and at most 1"),
+        ("damping", float("nan"), "above 0 and at most 1"),
+        ("alpha", 1.5, "from 0 to 1"),
+        ("first_order", 1.0, "from 0 to below 1"),
+    ],
+)
+def test_options_have_ranges(option: str, value: object, allowed: str) -> None:
+    with pytest.raises(UserError, match=f"rounding.{option} is {value}; it must be {allowed}."):
+        RoundingConfig(**{option: value})  # type: ignore[arg-type]
