@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from typing import Any, Literal, Self
+from typing import Any, Self
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
@@ -19,20 +19,19 @@ from qpruner.memory import tensor_bytes
 from qpruner.plan import DENSE, UNITS, CompressionPlan, Precision
 from qpruner.quantization.apply import LoftQSettings, check_rank, linear_precisions
 from qpruner.quantization.embedding import table_precisions
-from qpruner.quantization.formats import format_for
+from qpruner.quantization.formats import DEFAULTS, FORMATS, format_for, precision_of
 
 Bits = int | Sequence[int] | Mapping[str, int] | Sequence[Mapping[str, int]]
-FourBits = Literal["nf4", "nf4-double", "fp4", "fp4-double"]
-OFFERED = (4, 8, 16)
-FEWEST = min(OFFERED)
 
 
 class MixedPrecisionQuantization(CompressionInSetup):
     """Holds each unit of the base in its number of bits, and initialises the adapters by LoftQ (arXiv 2310.08659).
 
-    4 bits are NF4 or FP4 in blocks that share a scale, 8 bits are integers with a scale a row, 16 bits leave a unit as
-    it is. Units are what serving engines fuse: ``qkv``, ``o``, ``gate_up``, ``down``. The embedding and the head stay
-    as they are unless told; LoftQ does not act on them. Stands behind the callback that prunes.
+    Offered are 1, 2, 3, 4, 5, 6, 8 and 16 bits. 4 bits are NF4 in blocks that share a scale, 8 bits integers with a
+    scale a row, 16 bits leave a unit as it is; the others are values at equal distances, with a scale and a minimum for
+    each group of weights (``affine-double``). Units are what serving engines fuse: ``qkv``, ``o``, ``gate_up``,
+    ``down``. The embedding and the head stay as they are unless told; LoftQ does not act on them. Stands behind the
+    callback that prunes.
 
     ```yaml
     trainer:
@@ -51,13 +50,16 @@ class MixedPrecisionQuantization(CompressionInSetup):
 
     Args:
         bits: one number for all units; or a number for each layer; or one for each unit, as a mapping; or such a
-            mapping for each layer. Each is 4, 8 or 16; default 4. Without a budget only.
-        four_bit: number format of 4 bits; ``-double`` quantizes the scales, too.
-        group: number of weights that share a scale in 4 bits.
+            mapping for each layer. Default 4. Without a budget only.
+        formats: number formats by their bits, such as ``{4: affine}``, where they shall be others: ``nf4``, ``fp4`` (4
+            bits), ``int8`` (8 bits), ``affine`` (1 to 6 and 8 bits), ``symmetric`` (2 to 6 and 8 bits); ``-double``
+            behind a name other than ``int8`` quantizes the scales, too.
+        group: number of weights that share a scale; 32, 64 or 128, in 4 bits by ``nf4`` and ``fp4`` up to 1024, and -1,
+            a whole row, by ``affine`` and ``symmetric``. ``int8`` always has a scale a row.
         loftq_iterations: number of alternating steps of LoftQ, at least 0; with 0 the adapters start from zero, as
             plain LoRA.
-        embedding: bits of a weight of the token embedding; 4, 8 or 16.
-        head: bits of a weight of the language-model head; 4, 8 or 16, and those of the embedding where both are tied.
+        embedding: bits of a weight of the token embedding.
+        head: bits of a weight of the language-model head, those of the embedding where both are tied.
         allocation: how bits are shared out under a budget: ``uniform``, all units get the widest that it buys for all;
             ``mutual_information``, by what a layer's output tells about the prediction (QPruner, arXiv 2412.11629);
             ``sensitivity``, by what it costs to quantize each layer alone; ``marginal``, by what that costs on average
@@ -66,9 +68,10 @@ class MixedPrecisionQuantization(CompressionInSetup):
         deciding: how bits are decided under a budget.
 
     Raises:
-        UserError: bits that are not offered, bits beside a budget or an allocation without one, tied embedding and head
-            of different bits, a list of another length than the layers, a budget below the cheapest plan, too little
-            calibration text, a callback that prunes behind this one, or a LoRA rank above that of a linear.
+        UserError: bits, formats or groups that are not offered, bits beside a budget or an allocation without one, tied
+            embedding and head of different bits, a list of another length than the layers, a budget below the cheapest
+            plan, too little calibration text, a callback that prunes behind this one, or a LoRA rank above that of a
+            linear.
     """
 
     leaves = State.QUANTIZED
@@ -76,7 +79,7 @@ class MixedPrecisionQuantization(CompressionInSetup):
     def __init__(
         self,
         bits: Bits | None = None,
-        four_bit: FourBits = "nf4",
+        formats: Mapping[int, str] | None = None,
         group: int = 64,
         loftq_iterations: int = 1,
         embedding: int = 16,
@@ -85,8 +88,11 @@ class MixedPrecisionQuantization(CompressionInSetup):
         budget: Budget | None = None,
         deciding: DecidingConfig = DecidingConfig(),  # noqa: B008  # frozen
     ) -> None:
-        self.four_bit = Precision(four_bit, 4, group)
-        format_for(self.four_bit)
+        self.formats, self.group = dict(formats or {}), group
+        for width in self.formats:
+            if width not in DEFAULTS:
+                raise UserError(f"formats names one for {width} bits; there are {', '.join(map(str, DEFAULTS))}.")
+            self._offered("formats", width)
         if loftq_iterations < 0:
             raise UserError(f"loftq_iterations is {loftq_iterations}; it is at least 0, which leaves LoftQ out.")
         if budget is not None and bits is not None:
@@ -102,15 +108,18 @@ class MixedPrecisionQuantization(CompressionInSetup):
                 f"allocation is {allocation!r} and deciding.widths is {list(deciding.widths)}; there is nothing to "
                 f"decide. Name at least two, or give bits."
             )
-        self.bits: Bits = FEWEST if bits is None else bits
+        fewest = 4 if budget is None else min(deciding.widths)
+        self.bits: Bits = fewest if bits is None else bits
         self.loftq_iterations = loftq_iterations
         self.embedding, self.head = embedding, head
         self.plan: CompressionPlan | None = None
         self._offered("embedding", embedding)
         self._offered("head", head)
+        precisions = [] if budget is None else [self._offered("deciding.widths", width) for width in deciding.widths]
         for entry in self.bits if isinstance(self.bits, Sequence) else (self.bits,):
             self._units(entry)
-        precisions = [self._offered("deciding.widths", width) for width in deciding.widths]
+        if group not in (groups := sorted({size for one in FORMATS for size in one.groups if size is not None})):
+            raise UserError(f"group is {group}; number formats offer {', '.join(map(str, groups))} (-1: a whole row).")
         self.allocator = (
             None if budget is None else Allocator(allocation, budget, deciding, precisions, loftq_iterations)
         )
@@ -172,10 +181,12 @@ class MixedPrecisionQuantization(CompressionInSetup):
 
     def _offered(self, option: str, bits: int) -> Precision:
         """The precision of a number of bits."""
-        precisions = {4: self.four_bit, 8: Precision("int8", 8), 16: DENSE}
-        if bits not in precisions:
-            raise UserError(f"{option} asks for {bits}; choose from {', '.join(map(str, OFFERED))}.")
-        return precisions[bits]
+        if bits == DENSE.bits:
+            return DENSE
+        if bits not in DEFAULTS:
+            offered = ", ".join(map(str, (*DEFAULTS, DENSE.bits)))
+            raise UserError(f"{option} asks for {bits}; choose from {offered}.")
+        return precision_of(bits, self.group, self.formats)
 
     @property
     def tables(self) -> dict[str, Precision]:
@@ -201,8 +212,8 @@ class MixedPrecisionQuantization(CompressionInSetup):
             **bits,
             "embedding": self.embedding,
             "head": self.head,
-            "four_bit": self.four_bit.format,
-            "group": self.four_bit.group,
+            "formats": self.formats,
+            "group": self.group,
             "loftq_iterations": self.loftq_iterations,
         }
 

@@ -153,7 +153,7 @@ def test_two_gloo_ranks_decide_as_one(arguments: list[str], tmp_path: Path, monk
         (["budget", "{share: 0.1, bytes: 5 MB}"], "Give exactly one"),
         (["budget", "null"], "allocation is 'sensitivity' and there is no budget"),
         (["bits", "4"], "the budget decides on the bits"),
-        (["deciding.widths", "[4, 6]"], "deciding.widths asks for 6"),
+        (["deciding.widths", "[4, 7]"], "deciding.widths asks for 7"),
         (["deciding.leave_alone", "[2]"], "deciding.leave_alone names 2; the model has layers 0 to 1"),
         (["deciding.solver", "best"], "exact"),
         (["allocation", "sensitive"], "sensitivity"),

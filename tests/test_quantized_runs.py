@@ -187,18 +187,18 @@ def test_changed_bits_are_refused_by_name(arguments: list[str]) -> None:
     run(["fit", *arguments])
     with pytest.raises(UserError, match=r"init_args.bits: was \[8, 4\], is now \[4, 4\]") as caught:
         run(["fit", *arguments, "--trainer.callbacks.bits", "[4,4]"])
-    assert "four_bit" not in str(caught.value) and "ratio" not in str(caught.value)
+    assert "formats" not in str(caught.value) and "ratio" not in str(caught.value)
 
 
 @pytest.mark.parametrize(
     ("wrong", "said"),
     [
-        (["bits", "5"], "bits asks for 5; choose from 4, 8, 16"),
+        (["bits", "7"], "bits asks for 7; choose from 1, 2, 3, 4, 5, 6, 8, 16"),
         (["bits", "[8,4,4]"], "bits has 3 entries; the model has 2 layers"),
         (["bits", "[8,7]"], "bits asks for 7"),
         (["bits", "{qkv: 4, o: 4}"], "bits names the units qkv, o; a layer has qkv, o, gate_up, down"),
         (["bits", "four"], "bits"),
-        (["four_bit", "nf5"], "nf4"),
+        (["formats", "{4: nf5}"], "nf4"),
         (["group", "48"], "nf4 has no groups of 48"),
         (["loftq_iterations", "-1"], "loftq_iterations is -1"),
         (["loftq_iteration", "2"], "Did you mean 'trainer.callbacks.loftq_iterations'?"),

@@ -30,7 +30,7 @@ class DecidingConfig:
     """How bits are decided under a budget.
 
     Args:
-        widths: bits to choose from; each is 4, 8 or 16.
+        widths: bits to choose from, of those that `MixedPrecisionQuantization` offers.
         granularity: whether each ``block`` gets a width, or each ``unit`` of a block.
         leave_alone: numbers of layers, from 0, that stay in 16 bits; negative ones count from the last.
         solver: ``exact``, the optimum of the knapsack problem, or ``greedy``, the upgrades of QPruner.

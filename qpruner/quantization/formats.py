@@ -1,6 +1,7 @@
 """The number formats of weights, and what every one of them can do; a new format is a new file and a line here."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Protocol
 
 import torch
@@ -126,6 +127,25 @@ def format_for(precision: Precision) -> Format:
         size = "a whole row" if precision.group == ROW else f"{precision.group} weights"
         raise UserError(f"{precision.format} has no groups of {size}. {remedy}.")
     return number_format
+
+
+def precision_of(bits: int, group: int, formats: Mapping[int, str]) -> Precision:
+    """The precision of a number of bits.
+
+    Args:
+        bits: bits of a weight, one of those in `DEFAULTS`.
+        group: weights that share a scale, where the number format leaves the choice.
+        formats: names of number formats by their bits, where they shall be others than the `DEFAULTS`.
+
+    Raises:
+        UserError: there is no format of that name, or it does not offer these bits or this group.
+    """
+    precision = Precision(formats.get(bits, DEFAULTS[bits]), bits)
+    if tuple(format_for(precision).groups) == (None,):
+        return precision
+    precision = replace(precision, group=group)
+    format_for(precision)
+    return precision
 
 
 def quantize(linear: nn.Linear, precision: Precision) -> PackedLinear:

@@ -8,14 +8,14 @@ import torch
 from torch import Tensor, nn
 
 from qpruner.plan import ROW, Precision
-from qpruner.quantization.bit_packing import bytes_of_row, pack, unpack, unpack_to_floats
+from qpruner.quantization.bit_packing import bytes_of_row, pack, unpack
 from qpruner.quantization.grid import Grid, groups_of_columns, inverse
 from qpruner.quantization.packed import PackedLinear
 
 LARGEST = torch.finfo(torch.float16).max
 LAST = 255
 """The last code of eight bits."""
-CHUNK = 2**18
+CHUNK = 2**20
 """Weights that are unpacked at a time: few enough that one step finds in the cache what the one before left there."""
 
 
@@ -132,7 +132,7 @@ class Uniform:
         weight = torch.empty(len(scales), in_features, dtype=dtype, device=scales.device)
         size = max(1, CHUNK // in_features)
         for rows in (slice(first, first + size) for first in range(0, len(scales), size)):
-            values = unpack_to_floats(state["codes"][rows], in_features, precision.bits)
+            values = unpack(state["codes"][rows], in_features, precision.bits).float()
             groups = values[:, : whole * group].unflatten(1, (whole, group))
             groups.mul_(scales[rows, :whole]).add_(minima[rows, :whole])
             if whole * group < in_features:

@@ -80,8 +80,8 @@ def test_bits_beside_a_budget_and_an_allocation_without_one_are_refused() -> Non
             MixedPrecisionQuantization(allocation=method)
         with pytest.raises(UserError, match="there is no budget"):
             MixedPrecisionQuantization(bits=8, allocation=method)
-    with pytest.raises(UserError, match="widths asks for 5; choose from 4, 8, 16"):
-        allocating(widths=(4, 5))
+    with pytest.raises(UserError, match="widths asks for 7; choose from 1, 2, 3, 4, 5, 6, 8, 16"):
+        allocating(widths=(4, 7))
     assert MixedPrecisionQuantization().allocator is None and MixedPrecisionQuantization().bits == 4
 
 
@@ -95,7 +95,7 @@ def test_marginal_costs_are_measured_in_pairs_of_contexts() -> None:
 
 def test_widths_are_in_the_format_asked_for() -> None:
     callback = MixedPrecisionQuantization(
-        budget=SIX_BITS, four_bit="fp4", group=32, deciding=DecidingConfig(widths=(16, 4))
+        budget=SIX_BITS, formats={4: "fp4"}, group=32, deciding=DecidingConfig(widths=(16, 4))
     )
     assert callback.allocator is not None and callback.allocator.precisions == [DENSE, Precision("fp4", 4, 32)]
     assert "budget='7.2 bits per weight'" in str(callback) and "bits=4" not in str(callback)

@@ -47,26 +47,39 @@ def test_bits_in_every_form(bits: Any, expected: list[list[Precision]]) -> None:
 
 
 def test_four_bits_in_the_format_and_group_asked_for() -> None:
-    (layer,) = MixedPrecisionQuantization([4], four_bit="fp4-double", group=128).precision(1)
+    (layer,) = MixedPrecisionQuantization([4], formats={4: "fp4-double"}, group=128).precision(1)
     assert set(layer.values()) == {Precision("fp4-double", 4, 128)}
+
+
+@pytest.mark.parametrize("bits", [1, 2, 3, 5, 6])
+def test_other_bits_are_in_values_at_equal_distances_unless_told(bits: int) -> None:
+    (layer,) = MixedPrecisionQuantization([bits], group=-1, embedding=8).precision(1)
+    assert set(layer.values()) == {Precision("affine-double", bits, -1)}
+    told = MixedPrecisionQuantization([bits, 8], formats={bits: "affine", 8: "symmetric"}, group=32).precision(2)
+    assert [layer["o"] for layer in told] == [Precision("affine", bits, 32), Precision("symmetric", 8, 32)]
 
 
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"bits": 5}, "bits asks for 5; choose from 4, 8, 16"),
-        ({"bits": [8, 3]}, "bits asks for 3"),
-        ({"bits": {**MIXED[0], "o": 2}}, "bits asks for 2"),
+        ({"bits": 7}, "bits asks for 7; choose from 1, 2, 3, 4, 5, 6, 8, 16"),
+        ({"bits": [8, 0]}, "bits asks for 0"),
+        ({"bits": {**MIXED[0], "o": 12}}, "bits asks for 12"),
         (
             {"bits": {"qkv": 4, "o": 4, "mlp": 4, "down": 4}},
             "names the units qkv, o, mlp, down; a layer has qkv, o, gate_up",
         ),
         ({"bits": [MIXED[0], {"qkv": 4}]}, "names the units qkv; a layer has"),
         ({"loftq_iterations": -1}, "loftq_iterations is -1; it is at least 0"),
-        ({"four_bit": "nf5"}, "no number format 'nf5'.* Did you mean 'nf4'"),
-        ({"four_bit": "int8"}, "int8 has no 4 bits"),
+        ({"formats": {4: "nf5"}}, "no number format 'nf5'.* Did you mean 'nf4'"),
+        ({"formats": {4: "int8"}}, "int8 has no 4 bits. Give 8 bits"),
+        ({"formats": {1: "symmetric"}}, "symmetric has no 1 bits. Give 2 bits"),
+        ({"formats": {7: "affine"}}, "formats names one for 7 bits; there are 1, 2, 3, 4, 5, 6, 8"),
+        ({"group": -1}, "nf4 has no groups of a whole row. Give one of 32, 64, 128"),
+        ({"bits": 2, "group": 256}, "affine-double has no groups of 256 weights. Give one of 32, 64, 128, -1 for"),
         ({"group": 48}, "nf4 has no groups of 48 weights. Give one of 32, 64, 128"),
-        ({"group": 0}, "at least 1 weight, not 0"),
+        ({"group": 0}, "at least 1 weight, or a whole row with -1, not 0"),
+        ({"bits": 8, "group": 48}, "group is 48; number formats offer -1, 32, 64, 128, 256, 512, 1024"),
     ],
 )
 def test_impossible_options_are_refused_when_they_are_made(options: dict[str, Any], said: str) -> None:

@@ -246,7 +246,7 @@ def test_a_folder_of_another_precision_is_refused(tmp_path: Path) -> None:
 
 def test_the_callback_offers_bits_of_the_tables() -> None:
     assert MixedPrecisionQuantization().tables == {"embedding": DENSE, "head": DENSE}
-    callback = MixedPrecisionQuantization(bits=4, four_bit="fp4", group=32, embedding=4, head=8)
+    callback = MixedPrecisionQuantization(bits=4, formats={4: "fp4"}, group=32, embedding=4, head=8)
     assert callback.tables == {"embedding": Precision("fp4", 4, 32), "head": INT8}
     assert "embedding=4, head=8" in str(callback)
     untied, tied = (
@@ -257,8 +257,8 @@ def test_the_callback_offers_bits_of_the_tables() -> None:
     with pytest.raises(UserError, match=r"embedding in fp4 4/32 and the head in int8 8\. Give both the same"):
         callback.check(tied)
     for option in ("embedding", "head"):
-        with pytest.raises(UserError, match=f"^{option} asks for 5; choose from 4, 8, 16"):
-            MixedPrecisionQuantization(**{option: 5})
+        with pytest.raises(UserError, match=f"^{option} asks for 7; choose from 1, 2, 3, 4, 5, 6, 8, 16"):
+            MixedPrecisionQuantization(**{option: 7})
     plan = planned(tiny_model("llama"), NF4, INT8)
     assert MixedPrecisionQuantization.of_plan(plan, None).tables == {"embedding": NF4, "head": INT8}
 
