@@ -12,10 +12,11 @@ linears, whatever was pruned before.
     gptq        columns make up for each other's errors, on such text as ``--text`` says
 
 ``+mse``, ``+neuqi`` search the grid, ``+order`` takes the columns with the largest inputs first, ``+first`` adds the
-first-order term, ``+refine`` fits scales and codes in turns afterwards, ``+half`` and ``+dense`` aim at the dense model's outputs by half or in full, ``+loss`` weighs tokens
-by the gradient of the loss at the end of the model, ``+loss4`` by that of each of four groups of outputs, ``+skip``
-and ``+normed`` leave out the first tokens of a sequence, or count errors as shares of the hidden states. ``default`` is
-what `MixedPrecisionQuantization` does with ``calibrated: {}``.
+first-order term, ``+refine`` fits scales and codes in turns afterwards, ``+half`` and ``+dense`` aim at the dense
+model's outputs by half or in full, ``+loss`` weighs tokens by the gradient of the loss at the end of the model,
+``+loss4`` by that of each of four groups of outputs, ``+skip`` and ``+normed`` leave out the first tokens of a
+sequence, or count errors as shares of the hidden states. ``default`` is what `MixedPrecisionQuantization` does with
+``calibrated: {}``.
 
 A start is what adapters begin with before the recovery: ``zero``, ``weight`` (nearest to the weight, as LoftQ) or
 ``calibrated`` (nearest in the outputs); ``none`` recovers nothing. Perplexities are of the packed model without
@@ -67,6 +68,7 @@ def main() -> None:
     )
     parser.add_argument("--allocation", default="sensitivity", choices=("uniform", "sensitivity", "marginal"))
     parser.add_argument("--text", type=int, nargs=2, default=[128, 256], metavar=("SEQUENCES", "LENGTH"))
+    parser.add_argument("--deciding-text", type=int, nargs=2, default=[16, 128], metavar=("SEQUENCES", "LENGTH"))
     parser.add_argument("--lr", type=float, default=3e-4)
     parser.add_argument("--batch-size", type=int, default=4)
     given = parser.parse_args()
@@ -80,7 +82,7 @@ def wanted(given: argparse.Namespace) -> list[Row]:
         "report": {report.name: report.rows for report in given.report},
     }  # fmt: skip
     training = {"steps": given.steps, "batch": [given.batch_size, given.max_length], "lr": given.lr}
-    sharing = {"allocation": given.allocation, "widths": given.widths}
+    sharing = {"allocation": given.allocation, "widths": given.widths, "deciding_text": given.deciding_text}
     return [
         shared
         | {"ratio": ratio, "size": size, "method": method, "start": start, "seed": seed}
@@ -150,7 +152,11 @@ def quantization(given: argparse.Namespace, key: Row) -> MixedPrecisionQuantizat
         options = {"bits": int(size)}
     else:
         budget = Budget(share=float(size[:-1])) if size.endswith("x") else Budget(average_bits=float(size))
-        deciding = DecidingConfig(widths=given.widths, granularity="unit")
+        deciding = DecidingConfig(
+            widths=given.widths,
+            granularity="unit",
+            calibration=CalibrationConfig(*given.deciding_text),
+        )
         options = {"allocation": given.allocation, "budget": budget, "deciding": deciding}
     return MixedPrecisionQuantization(
         formats=dict.fromkeys(given.widths, given.format),

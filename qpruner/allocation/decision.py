@@ -52,7 +52,7 @@ class DecidingConfig:
     measure: Measure = "loss"
     contexts: int = 4
     mutual_information: MutualInformationConfig = MutualInformationConfig()
-    calibration: CalibrationConfig = CalibrationConfig(num_sequences=64, length=64, batch_size=16)
+    calibration: CalibrationConfig = CalibrationConfig(num_sequences=64, length=64)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "widths", tuple(self.widths))  # a list from YAML compares as a tuple
