@@ -18,7 +18,9 @@ the least of the expansion with column q rounded is
     D_F <- (1 - beta) D_F - e [K]_qF / [K]_qq,    e = w_q - round(w_q) with w_q after its own share.
 
 Without it each step is the best on the calibration text already: there the gradient above and that of the rounded
-columns, 2 D_Q H_QF, add up to nothing. What the term buys is weights near the original ones, for other text.
+columns, 2 D_Q H_QF, add up to nothing. What the term buys is weights near the original ones, for other text, much as
+damping does. (The authors' code takes beta D_F for the gradient itself, so that its step is -beta D_F H_FF^-1; the form
+here needs no inverse of what is left.)
 
 Shapes: O rows (outputs), I columns (inputs), G columns in a group.
 """

@@ -181,6 +181,7 @@ class _Linear:
         return self.store.storable(scales, minima, self.precision)
 
     def rounded_by_gptq(self, factors: Sequence[Factor]) -> Rounded:
+        """What GPTQ makes of each row group, on one grid."""
         if self.config.act_order:
             grid = self.grid_of_all()
             return Rounded(self.codes_on(grid, factors), grid)
@@ -190,10 +191,12 @@ class _Linear:
         grid = self.stored(chosen)
         scales, minima = (torch.cat(parts) for parts in zip(*chosen, strict=True))
         if not (torch.equal(grid.scales, scales) and torch.equal(grid.minima, minima)):
+            # The format stores a scale by what the others are, which no group knew when its turn came.
             codes = self.codes_on(grid, factors)
         return Rounded(codes, grid)
 
     def codes_on(self, grid: Grid, factors: Sequence[Factor]) -> Tensor:
+        """The codes of GPTQ on a grid that is given."""
         return self._codes([FixedGrid(part).choose for part in self.cut_grid(grid)], factors)
 
     def _codes(self, chosen: Sequence[Choose], factors: Sequence[Factor]) -> Tensor:
