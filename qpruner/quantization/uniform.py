@@ -136,7 +136,7 @@ class Uniform:
         size = max(1, CHUNK // in_features)
         for rows in (slice(first, first + size) for first in range(0, len(scales), size)):
             values = unpack(state["codes"][rows], in_features, precision.bits).float()
-            groups = values[:, : whole * group].unflatten(1, (whole, group))
+            groups = values[:, : whole * group].view(len(values), whole, group)
             groups.mul_(scales[rows, :whole]).add_(minima[rows, :whole])
             if whole * group < in_features:
                 values[:, whole * group :].mul_(scales[rows, whole]).add_(minima[rows, whole])
@@ -178,7 +178,7 @@ class Uniform:
         size = weight.shape[1] if group == ROW else group
         missing = -weight.shape[1] % size
         # The last weight once more, for as many as a short group lacks, changes nothing.
-        groups = torch.cat([weight, weight[:, -1:].expand(-1, missing)], dim=1).unflatten(1, (-1, size))
+        groups = torch.cat([weight, weight[:, -1:].expand(-1, missing)], dim=1).view(len(weight), -1, size)
         if not self.symmetric:
             minima, maxima = groups.aminmax(dim=2) if precision.bits > 1 else _means_of_halves(weight, size)
             if self.double:
@@ -267,7 +267,8 @@ class UniformLinear(PackedLinear):
 def _means_of_halves(weight: Tensor, size: int) -> tuple[Tensor, Tensor]:
     """The means [out, m] of the weights below the mean of their group, and of the others."""
     nothing = torch.tensor(torch.nan, device=weight.device)
-    groups = functional.pad(weight, (0, -weight.shape[1] % size), value=torch.nan).unflatten(1, (-1, size))
+    groups = functional.pad(weight, (0, -weight.shape[1] % size), value=torch.nan)
+    groups = groups.view(len(weight), -1, size)
     means = groups.nanmean(dim=2, keepdim=True)
     upper = torch.where(groups >= means, groups, nothing).nanmean(dim=2)
     lower = torch.where(groups < means, groups, nothing).nanmean(dim=2)
