@@ -154,7 +154,7 @@ def quantization(given: argparse.Namespace, key: Row) -> MixedPrecisionQuantizat
         budget = Budget(share=float(size[:-1])) if size.endswith("x") else Budget(average_bits=float(size))
         deciding = DecidingConfig(
             widths=given.widths,
-            granularity="unit",
+            granularity="block",
             calibration=CalibrationConfig(*given.deciding_text),
         )
         options = {"allocation": given.allocation, "budget": budget, "deciding": deciding}
