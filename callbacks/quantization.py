@@ -1,6 +1,6 @@
 """Quantizes the base before the fit that recovers it, and starts the adapters from what rounding left."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import asdict
 from typing import Any, Self
 
@@ -22,7 +22,7 @@ from qpruner.quantization.apply import LoftQSettings, check_rank, linear_precisi
 from qpruner.quantization.calibrated_inputs import CalibratedConfig
 from qpruner.quantization.calibrated_layers import CalibratedLayers
 from qpruner.quantization.embedding import table_precisions
-from qpruner.quantization.formats import DEFAULTS, FORMATS, format_for, precision_of
+from qpruner.quantization.formats import DEFAULTS, FORMATS, GridFormat, format_for, precision_of
 
 Bits = int | Sequence[int] | Mapping[str, int] | Sequence[Mapping[str, int]]
 CALIBRATED = "MixedPrecisionQuantization.calibrated"
@@ -70,13 +70,14 @@ class MixedPrecisionQuantization(CompressionInSetup):
             while the others have random bits, too.
         budget: what may be stored; with one, the bits are decided here.
         deciding: how bits are decided under a budget.
-        calibrated: how weights are rounded by text, in formats that have a grid; by default each to its nearest value.
+        calibrated: how weights are rounded by text, in formats that have a grid; by default each to its nearest value,
+            as in the trials of a search.
 
     Raises:
         UserError: bits, formats or groups that are not offered, bits beside a budget or an allocation without one, tied
             embedding and head of different bits, a list of another length than the layers, a budget below the cheapest
-            plan, too little calibration text, a callback that prunes behind this one, or a LoRA rank above that of a
-            linear.
+            plan, rounding by text in formats without a grid alone, too little calibration text, a callback that prunes
+            behind this one, or a LoRA rank above that of a linear.
     """
 
     leaves = State.QUANTIZED
@@ -145,8 +146,8 @@ class MixedPrecisionQuantization(CompressionInSetup):
 
         Raises:
             UserError: as many bits as the model has no layers, tied embedding and head of different bits, a budget
-                below the cheapest plan, a LoRA rank above that of a linear, or a precision of a plan that no format
-                offers.
+                below the cheapest plan, a LoRA rank above that of a linear, a precision of a plan that no format
+                offers, rounding by text to no format with a grid, or by less of it than the widest linear needs.
         """
         config = rehearsal.model.config
         table_precisions(config, **self.tables)
@@ -159,6 +160,10 @@ class MixedPrecisionQuantization(CompressionInSetup):
         elif rehearsal.exact:
             settings = LoftQSettings.of(rehearsal.lora, self.loftq_iterations, seed=0)  # nothing is drawn
             check_rank(rehearsal.model, linear_precisions(rehearsal.model, plan), settings)
+        if self.calibrated is not None:
+            if self.plan is None:  # which says the formats; some have what others lack
+                _check_grids({*units} if self.allocator is None else {*self.allocator.precisions})
+            self.calibrated.check_text(_widest_input(rehearsal.model, plan))
 
     def check_text(self, data: TokenDataModule) -> None:
         if self.calibrated is not None:
@@ -261,7 +266,7 @@ class MixedPrecisionQuantization(CompressionInSetup):
         self, job: CompressionJob, plan: CompressionPlan, config: CalibratedConfig, adapters: LoftQSettings | None
     ) -> None:
         network = job.model.network
-        config.check_text(max(network.get_submodule(name).in_features for name in linear_precisions(network, plan)))
+        config.check_text(_widest_input(network, plan))
         job.keep()  # what is rounded names the base that it is made from
         calibration = calibration_of(network, job.data, config.text, job.processes, CALIBRATED)
         made_from = {
@@ -280,3 +285,25 @@ class MixedPrecisionQuantization(CompressionInSetup):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.is_global_zero:  # the compressed base is kept by now
             drop_scaffolding(self.folder)
+
+
+def _check_grids(precisions: Set[Precision]) -> None:
+    """Makes sure that there is something to round by text.
+
+    Raises:
+        UserError: no format of these has a grid.
+    """
+    formats = {precision.format: format_for(precision) for precision in precisions if precision != DENSE}
+    if not any(isinstance(number_format, GridFormat) for number_format in formats.values()):
+        grids = ", ".join(number_format.name for number_format in FORMATS if isinstance(number_format, GridFormat))
+        raise UserError(
+            f"calibrated rounds by text what is held in a format with a grid, and units are held in "
+            f"{' and '.join(sorted(formats)) or DENSE.format} alone. Give formats of {grids}, such as formats: "
+            f"{{4: affine-double}}, or leave calibrated out."
+        )
+
+
+def _widest_input(model: Any, plan: CompressionPlan) -> int:
+    """The largest number of inputs of the linears that a plan packs; 0 where it packs none."""
+    packed = [name for name, precision in linear_precisions(model, plan).items() if precision != DENSE]
+    return max((model.get_submodule(name).in_features for name in packed), default=0)

@@ -113,6 +113,11 @@ class Search:
             rank_zero_warn(
                 "search.max_seconds makes trials depend on how fast they run: this search cannot be repeated."
             )
+        if self.quantization.calibrated is not None:
+            rank_zero_warn(
+                "MixedPrecisionQuantization.calibrated is left out of a search, whose trials round each weight to its "
+                "nearest value. `qpruner fit --plan` rounds the plan that is chosen by text."
+            )
         self.prepare()
         if self.space.is_single:
             rank_zero_warn(

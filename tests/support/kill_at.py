@@ -12,6 +12,7 @@ import lightning.fabric.plugins.io.torch_io as torch_io
 from qpruner import __main__ as command_line
 from qpruner import adapter_files, model_folder
 from qpruner.callbacks import bits_under_budget, checkpoint, pruning, quantization
+from qpruner.quantization.calibrated_layers import CalibratedLayers
 from qpruner.runs import fitting
 from qpruner.runs.phases import Phase
 from qpruner.search import trial
@@ -59,6 +60,8 @@ match moment:
         pruning.score_units = at_call(int(number), pruning.score_units, die)
     case "measuring":
         bits_under_budget.measured_rises = at_call(int(number), bits_under_budget.measured_rises, die)
+    case "rounding":  # with the layers before written
+        CalibratedLayers.write = at_call(int(number), CalibratedLayers.write, die)  # type: ignore[method-assign]
     case "answering":  # of questions
         Measures.option_log_likelihoods = at_call(int(number), Measures.option_log_likelihoods, die)  # type: ignore[method-assign]
     case "trial":
