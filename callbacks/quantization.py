@@ -50,7 +50,8 @@ class MixedPrecisionQuantization(CompressionInSetup):
         Decides on the bits where there is a budget, quantizes the base and leaves what adapters start from, once: a
         base that comes quantized from the folder that it is kept in stays as it is.
     on_fit_start
-        Removes the bank that sensitivities were measured with; the quantized base is kept by now.
+        Removes the bank that sensitivities were measured with and the layers that were rounded by text; the quantized
+        base is kept by now.
 
     Args:
         bits: one number for all units; or a number for each layer; or one for each unit, as a mapping; or such a
@@ -61,7 +62,7 @@ class MixedPrecisionQuantization(CompressionInSetup):
         group: number of weights that share a scale; 32, 64 or 128, in 4 bits by ``nf4`` and ``fp4`` up to 1024, and -1,
             a whole row, by ``affine`` and ``symmetric``. ``int8`` always has a scale a row.
         loftq_iterations: number of alternating steps of LoftQ, at least 0; with 0 the adapters start from zero, as
-            plain LoRA.
+            plain LoRA. Beside ``calibrated``, whose ``adapters`` say how they start, only whether it is 0 counts.
         embedding: bits of a weight of the token embedding.
         head: bits of a weight of the language-model head, those of the embedding where both are tied.
         allocation: how bits are shared out under a budget: ``uniform``, all units get the widest that it buys for all;
@@ -95,7 +96,9 @@ class MixedPrecisionQuantization(CompressionInSetup):
         deciding: DecidingConfig = DecidingConfig(),  # noqa: B008  # frozen
         calibrated: CalibratedConfig | None = None,
     ) -> None:
-        self.formats, self.group = dict(formats or {}), group
+        # NF4 has no grid, by which text could round.
+        self.formats = ({} if calibrated is None else {4: "affine-double"}) | dict(formats or {})
+        self.group = group
         for width in self.formats:
             if width not in DEFAULTS:
                 raise UserError(f"formats names one for {width} bits; there are {', '.join(map(str, DEFAULTS))}.")

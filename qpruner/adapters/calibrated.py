@@ -53,7 +53,7 @@ class CalibratedStart:
 def calibrated_start(
     weight: Tensor,
     quantized: Tensor,
-    hessian: Tensor,
+    hessian: Tensor | None,
     *,
     name: str,
     rank: int,
@@ -66,7 +66,8 @@ def calibrated_start(
     Args:
         weight: weight W to approximate, [out, in], of any float dtype.
         quantized: values Q of the quantized weight, [out, in].
-        hessian: X^T X, the sum over tokens of the products of the linear's inputs, [in, in]; best in float64.
+        hessian: X^T X, the sum over tokens of the products of the linear's inputs, [in, in]; best in float64. None for
+            the identity: the start that is nearest to the weight.
         name: name of the layer; its random draws depend on it and on ``seed`` only, so that all ranks agree.
         rank: r of the adapters.
         scale: what the forward pass multiplies ``B A`` by, ``alpha / r``, above 0.
@@ -84,23 +85,27 @@ def calibrated_start(
         )
     if not (weight.isfinite().all() and quantized.isfinite().all()):
         raise UserError(f"The weight of {name} holds values that are not finite. Load an undamaged model.")
-    if not hessian.isfinite().all():
+    if hessian is not None and not hessian.isfinite().all():
         raise UserError(
             f"What reaches {name} from the calibration text is not finite. Use --model.dtype bfloat16 or float32, "
             f"another base model, or a start of the adapters without calibration."
         )
     weight = weight.detach().float()
     residual = weight - quantized.detach().float()
-    root, inverse = roots(hessian, damping)
-    wanted = residual @ root  # [out, in], what outputs lack
+    root, inverse = (None, None) if hessian is None else roots(hessian, damping)
+
+    def at_outputs(change: Tensor) -> Tensor:
+        return change if root is None else change @ root
+
+    wanted = at_outputs(residual)  # [out, in], what outputs lack
     generator = torch.Generator().manual_seed(derive_seed(seed, "calibrated", name))
-    size = torch.linalg.vector_norm(weight @ root).clamp_min(torch.finfo(torch.float32).tiny)
+    size = torch.linalg.vector_norm(at_outputs(weight)).clamp_min(torch.finfo(torch.float32).tiny)
     u, s, vh = truncated_svd(wanted, rank, generator=generator)
-    rows = vh @ inverse  # [r, in]
+    rows = vh if inverse is None else vh @ inverse  # [r, in]
     lengths = torch.linalg.vector_norm(rows, dim=1).clamp_min(torch.finfo(torch.float32).tiny)
     negligible = torch.finfo(torch.float32).eps * size * lengths / scale
     lora_A, lora_B = split(u, s * lengths / scale, rows / lengths[:, None], negligible=negligible, generator=generator)
-    left = torch.addmm(residual, lora_B, lora_A, alpha=-scale) @ root
+    left = at_outputs(torch.addmm(residual, lora_B, lora_A, alpha=-scale))
     error, before = (float(torch.linalg.vector_norm(lack) / size) for lack in (left, wanted))
     return CalibratedStart(lora_A, lora_B, before, error)
 

@@ -23,8 +23,8 @@ class InputSums:
 
     Args:
         hessian: X^T X, [G, I, I].
-        cross: Z^T X, [G, I, I]; None where the dense model's inputs do not matter.
-        dense: Z^T Z, [G, I, I]; None as ``cross``.
+        cross: Z^T X, [G, I, I]; None where it is not wanted.
+        dense: Z^T Z, [G, I, I]; None where it is not wanted.
     """
 
     hessian: Tensor
@@ -32,13 +32,13 @@ class InputSums:
     dense: Tensor | None
 
     @classmethod
-    def none(cls, num_groups: int, num_inputs: int, device: torch.device, *, beside_dense: bool) -> Self:
-        """The sums over no token."""
+    def none(cls, num_groups: int, num_inputs: int, device: torch.device, *, cross: bool, dense: bool) -> Self:
+        """The sums over no token; ``cross`` and ``dense`` say whether these are wanted."""
 
         def zeros() -> Tensor:
             return torch.zeros(num_groups, num_inputs, num_inputs, dtype=torch.float64, device=device)
 
-        return cls(zeros(), *((zeros(), zeros()) if beside_dense else (None, None)))
+        return cls(zeros(), zeros() if cross else None, zeros() if dense else None)
 
     def add_(self, inputs: Tensor, dense_inputs: Tensor | None, weights: Tensor) -> None:
         """Adds tokens, whose products are taken in float32, a micro-batch at a time.
@@ -51,10 +51,12 @@ class InputSums:
         for group, roots in enumerate(weights.float().sqrt().unbind(1)):
             seen = inputs.float() * roots.unsqueeze(1)
             self.hessian[group] += seen.T @ seen
-            if self.cross is not None and self.dense is not None:
-                assert dense_inputs is not None
-                true = dense_inputs.float() * roots.unsqueeze(1)
+            if dense_inputs is None:
+                continue
+            true = dense_inputs.float() * roots.unsqueeze(1)
+            if self.cross is not None:
                 self.cross[group] += true.T @ seen
+            if self.dense is not None:
                 self.dense[group] += true.T @ true
 
     def over(self, processes: Processes) -> "InputSums":

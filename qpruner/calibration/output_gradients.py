@@ -51,12 +51,6 @@ def output_weights(
     return {name: _normalized(name, batches, num_groups, calibration) for name, batches in weights.items()}
 
 
-def row_groups(num_rows: int, num_groups: int) -> list[slice]:
-    """The rows of a weight in each group; the same cut as that of the outputs in `output_weights`."""
-    parts = torch.arange(num_rows).tensor_split(num_groups)
-    return [slice(int(part[0]), int(part[-1]) + 1) for part in parts]
-
-
 def _normalized(name: str, batches: list[Tensor], num_groups: int, calibration: Calibration) -> list[Tensor]:
     processes = calibration.processes
     sums = torch.zeros(num_groups + 1, dtype=torch.float64, device=processes.device)

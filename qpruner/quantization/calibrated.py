@@ -78,7 +78,8 @@ def calibrate_(
     """Packs the linears of a model as a plan says, rounded by text; the same on all processes.
 
     Beside the model it holds the hidden states of the text twice, and of one block the inputs of its linears and their
-    sums. The text passes through each block six times, and once more through the model and back where the loss counts.
+    sums: in float64 four matrices [I, I] for each group of outputs. The text passes through each block six times. Where
+    the loss counts it passes once more through the model and back, with the states before every block in host memory.
 
     Args:
         model: narrowed and dense model, on the device that computes.
@@ -99,14 +100,15 @@ def calibrate_(
         linears = {name: model.get_submodule(name) for name in precisions}
         weights = output_weights(model, linears, calibration, config.output_groups)
     packing = _Packing(model, config, adapters)
-    quantize_tables_(model, plan.embedding, plan.head, device=calibration.processes.device)
     result = Calibrated()
     with block_runner(model, calibration) as runner:
+        dense_states = runner.embed()
+        quantize_tables_(model, plan.embedding, plan.head, device=calibration.processes.device)
         states = runner.embed()
-        dense_states = list(states)
         for number, units in enumerate(unit_linears(model)):
             block = BlockInputs(runner, number, calibration, config)
-            block.pass_dense(dense_states, {unit: model.get_submodule(names[0]) for unit, names in units.items()})
+            firsts = {unit: model.get_submodule(names[0]) for unit, names in units.items()}
+            calibration.processes.of_each(partial(block.pass_dense, dense_states, firsts))
             stored = layers.read(number, calibration.processes)
             layer: Layer = {} if stored is None else stored
             if stored is not None:
@@ -166,30 +168,36 @@ class _Packing:
         """
         linear: Any = self._model.get_submodule(name)
         weight = linear.weight.detach().float().to(sums.decide.hessian.device)
-        number_format, rounding = format_for(precision), self._config.rounding
-        state, outcome, target = number_format.encode(weight, precision), None, weight
+        number_format, rounding, decide = format_for(precision), self._config.rounding, sums.decide
+        target, outcome = weight, None
+        if decide.cross is not None:
+            target = corrected_weight(weight, decide.hessian, decide.cross, rounding.alpha, rounding.damping)
+        shape = linear.out_features, linear.in_features
+        state = number_format.encode(weight, precision)
         if isinstance(number_format, GridFormat):
-            decide = sums.decide
-            target = weight
-            if decide.cross is not None:
-                target = corrected_weight(weight, decide.hessian, decide.cross, rounding.alpha, rounding.damping)
-            rounded = round_weight(target, number_format, precision, decide.hessian, rounding, name=name)
-            plain = number_format.decode(state, linear.out_features, linear.in_features, precision)
-            outcome = Outcome.of(_error(weight, plain, sums.held_out), _error(weight, rounded.values, sums.held_out))
-            if outcome.kept:
-                state = number_format.pack(rounded.codes, rounded.grid)
+            if rounding.is_plain:
+                by_text = number_format.encode(target, precision)  # as the format itself rounds
+            else:
+                rounded = round_weight(target, number_format, precision, decide.hessian, rounding, name=name)
+                by_text = number_format.pack(rounded.codes, rounded.grid)
+            plain, calibrated = (number_format.decode(each, *shape, precision) for each in (state, by_text))
+            outcome = Outcome.of(*(_error(weight, values, sums.held_out) for values in (plain, calibrated)))
+            state = by_text if outcome.kept else state
         factors = None
         if self._adapters is not None and is_target(name, self._adapters.targets):
-            values = number_format.decode(state, linear.out_features, linear.in_features, precision)
-            factors = self._start(name, target, values, sums.decide.hessian.mean(0), self._adapters)
+            values = number_format.decode(state, *shape, precision)
+            hessian = decide.hessian.mean(0) if self._config.adapters == "calibrated" else None
+            factors = self._start(name, target, values, hessian, self._adapters)
         return RoundedLinear({part: tensor.cpu() for part, tensor in state.items()}, factors, outcome)
 
-    def _start(self, name: str, target: Tensor, values: Tensor, hessian: Tensor, adapters: LoftQSettings) -> Factors:
+    def _start(
+        self, name: str, target: Tensor, values: Tensor, hessian: Tensor | None, adapters: LoftQSettings
+    ) -> Factors:
         """The start of an adapter between what a linear should compute with and what it does, [O, I] both."""
         start = calibrated_start(
             target,
             values,
-            hessian if self._config.adapters == "calibrated" else torch.eye(len(hessian), device=hessian.device),
+            hessian,
             name=name,
             rank=adapters.rank,
             scale=adapters.scale,

@@ -19,7 +19,8 @@ from qpruner.quantization.rounding import RoundingConfig
 
 Tokens = Literal["equal", "skip", "normed"]
 """How much a token counts: all the same; all but the first four of a sequence; or, in ``o`` and ``down``, one over the
-mean square of the hidden states that leave the dense block, since a norm is taken of these."""
+mean square of the hidden states that leave the dense block, since a norm is taken of these; the gradient of the loss,
+where it weighs tokens, has that in it."""
 HELD_OUT = 8
 """Every eighth sequence is held out."""
 NORMED_UNITS = ("o", "down")
@@ -44,7 +45,7 @@ class CalibratedConfig:
     """
 
     rounding: RoundingConfig = RoundingConfig()
-    output_groups: int = 1
+    output_groups: int = 0
     tokens: Tokens = "normed"
     adapters: Literal["weight", "calibrated"] = "calibrated"
     text: CalibrationConfig = CalibrationConfig(num_sequences=128, length=256)
@@ -59,16 +60,23 @@ class CalibratedConfig:
             widest: largest number of inputs of a linear.
 
         Raises:
-            UserError: fewer tokens that decide than a linear has inputs, or no sequence to hold out.
+            UserError: fewer tokens that decide than a linear has inputs, no token that counts, or no sequence to hold
+                out.
         """
         text = self.text
         deciding = text.num_sequences - text.num_sequences // HELD_OUT
-        if text.num_sequences < HELD_OUT or deciding * text.length < widest:
-            must_decide = -(-widest // text.length)
+        counted = text.length - (MASSIVE_POSITIONS if self.tokens == "skip" else 0)
+        if counted < 1:
+            raise UserError(
+                f"calibrated.text has sequences of {text.length} tokens, of which tokens: skip leaves the first "
+                f"{MASSIVE_POSITIONS} out. Give a length above that."
+            )
+        if text.num_sequences < HELD_OUT or deciding * counted < widest:
+            must_decide = -(-widest // counted)
             needed = max(HELD_OUT, must_decide + (must_decide - 1) // (HELD_OUT - 1))
             raise UserError(
                 f"calibrated.text has {text.num_sequences} sequences of {text.length} tokens, of which "
-                f"{deciding * text.length:,} tokens decide, since one sequence in eight is held out; the widest linear "
+                f"{deciding * counted:,} tokens decide, since one sequence in eight is held out; the widest linear "
                 f"has {widest:,} inputs and needs as many. Give at least {needed} sequences."
             )
 
@@ -152,9 +160,12 @@ class BlockInputs:
         processes = self._calibration.processes
         groups = self._config.output_groups if of_outputs is not None else 1
         beside_dense = self._config.rounding.alpha > 0
-        parts = [InputSums.none(groups, num_inputs, processes.device, beside_dense=beside_dense) for _ in range(2)]
+        parts = [  # the dense model's own products are only wanted to tell an error on held-out text
+            InputSums.none(groups, num_inputs, processes.device, cross=beside_dense, dense=dense)
+            for dense in (False, beside_dense)
+        ]
         for place, batch in enumerate(self._calibration.batches):
-            weights = self._token_weights(unit, place)  # [B, T, 1]
+            weights = self._token_weights(unit, place, by_loss=of_outputs is not None)  # [B, T, 1]
             if of_outputs is not None:
                 weights = weights * of_outputs[place]
             numbers = batch.first + torch.arange(len(batch.tokens))
@@ -168,12 +179,12 @@ class BlockInputs:
                 )
         return SplitSums(*(sums.over(processes) for sums in parts))
 
-    def _token_weights(self, unit: str, place: int) -> Tensor:
-        """How much each token of a micro-batch counts, [B, T, 1]."""
+    def _token_weights(self, unit: str, place: int, *, by_loss: bool) -> Tensor:
+        """How much each token of a micro-batch counts beside what the loss says of it, [B, T, 1]."""
         squares = self._squares[place]
         weights = torch.ones_like(squares)
         if self._config.tokens == "skip":
             weights[:, :MASSIVE_POSITIONS] = 0
-        elif self._config.tokens == "normed" and unit in NORMED_UNITS:
+        elif self._config.tokens == "normed" and unit in NORMED_UNITS and not by_loss:  # a gradient knows of the norm
             weights = torch.where(squares > 0, squares.reciprocal(), 0.0)
         return weights.unsqueeze(-1)

@@ -82,6 +82,11 @@ class RoundingConfig:
             first_order=("from 0 to below 1", 0 <= self.first_order < 1),
         )
 
+    @property
+    def is_plain(self) -> bool:
+        """Whether each weight goes to the nearest value of the grid that its format takes by itself."""
+        return self.method == "nearest" and self.grid == "minmax"
+
 
 @dataclass(frozen=True)
 class Rounded:

@@ -9,7 +9,7 @@ from qpruner.processes import Processes
 def test_they_are_weighted_products_for_each_group_of_rows() -> None:
     x, z = torch.randn(2, 50, 6, generator=torch.Generator().manual_seed(0)).double()
     weights = torch.rand(50, 2, generator=torch.Generator().manual_seed(1)).double()
-    sums = InputSums.none(2, 6, torch.device("cpu"), beside_dense=True)
+    sums = InputSums.none(2, 6, torch.device("cpu"), cross=True, dense=True)
     sums.add_(x[:20], z[:20], weights[:20])
     sums.add_(x[20:], z[20:], weights[20:])
     assert sums.cross is not None and sums.dense is not None
@@ -23,7 +23,7 @@ def test_they_are_weighted_products_for_each_group_of_rows() -> None:
 
 
 def test_without_the_dense_model_only_the_inputs_count() -> None:
-    sums = InputSums.none(1, 3, torch.device("cpu"), beside_dense=False)
+    sums = InputSums.none(1, 3, torch.device("cpu"), cross=False, dense=False)
     sums.add_(torch.eye(3), None, torch.tensor([[1.0], [2.0], [0.0]]))
     assert sums.cross is None and sums.dense is None and sums.over(Processes.alone()).dense is None
     torch.testing.assert_close(sums.hessian[0], torch.diag(torch.tensor([1.0, 2.0, 0.0])).double())

@@ -284,3 +284,39 @@ def test_a_channel_that_is_always_zero_changes_nothing() -> None:
     assert Outcome.of(outcome.plain, outcome.calibrated) == outcome
     column = dequantize(model.get_submodule("model.layers.1.mlp.down_proj"))[:, 3]
     assert column.isfinite().all() and (column - before[:, 3]).abs().max() < 2 * before.abs().max()
+
+
+@pytest.mark.parametrize(
+    "precision", [Precision("affine", 1, 32), Precision("symmetric-double", 8, 64), TWO_BITS], ids=str
+)
+def test_nearest_on_the_grid_of_the_format_is_plain_encoding(precision: Precision) -> None:
+    dense, model = (tiny_model("llama").requires_grad_(False) for _ in range(2))
+    config = CalibratedConfig(rounding=RoundingConfig(method="nearest", grid="minmax", alpha=0.0))
+    rounded(model, config, plan=plan_of(model, precision))
+    for name, module in model.named_modules():
+        if isinstance(module, PackedLinear):
+            expected = quantize(dense.get_submodule(name), precision).packed()
+            assert all(torch.equal(tensor, expected[part]) for part, tensor in module.packed().items())
+
+
+def test_the_target_is_that_of_the_model_before_its_tables_were_packed() -> None:
+    """With an embedding in 2 bits, what reaches the first linear differs from what reaches it in the dense model."""
+    dense, model = (tiny_model("llama").requires_grad_(False) for _ in range(2))
+    plan = plan_of(model, TWO_BITS).with_precision([dict.fromkeys(UNITS, TWO_BITS)] * 3, embedding=TWO_BITS)
+    result = rounded(model, CalibratedConfig(rounding=GPTQ), plan=plan)
+    name = unit_linears(dense)[0]["qkv"][0]
+    x, z = inputs_of(model, name), inputs_of(dense, name)
+    held_out = torch.arange(S) % HELD_OUT == HELD_OUT - 1
+    x, z = (side[held_out].flatten(0, 1) for side in (x, z))
+    weight, values = dense.get_submodule(name).weight.double(), dequantize(model.get_submodule(name)).double()
+    expected = ((z @ weight.T - x @ values.T).square().sum() / (z @ weight.T).square().sum()).item()
+    outcome = result.outcomes[name]
+    assert expected == pytest.approx(outcome.calibrated if outcome.kept else outcome.plain, rel=1e-3)
+
+
+def test_skipped_tokens_do_not_count() -> None:
+    with pytest.raises(UserError, match="Give a length above"):
+        CalibratedConfig(tokens="skip", text=CalibrationConfig(64, 4)).check_text(8)
+    with pytest.raises(UserError, match=r"224 tokens decide.*at least"):
+        CalibratedConfig(tokens="skip", text=CalibrationConfig(64, 8)).check_text(230)
+    CalibratedConfig(text=CalibrationConfig(64, 8)).check_text(230)
