@@ -40,8 +40,8 @@ def test_each_phase_has_its_folder_and_begins_with_what_the_last_left(tmp_path: 
 
 def test_a_base_that_is_pruned_in_training_is_kept_beside_the_result(tmp_path: Path) -> None:
     first, last = phases_of(RunFolder(tmp_path), [LoRAGuidedPruning(0.1)], [QUANTIZING])
-    assert (first.prunes_in_training, first.kept_in) == (True, tmp_path / "phases/1/base")
-    assert (last.prunes_in_training, last.kept_in) == (False, tmp_path / "model")
+    assert (first.compresses_in_training, first.kept_in) == (True, tmp_path / "phases/1/base")
+    assert (last.compresses_in_training, last.kept_in) == (False, tmp_path / "model")
 
 
 def test_later_modules_differ_in_their_optimizer_alone(tmp_path: Path) -> None:
