@@ -60,8 +60,9 @@ ADAPTED = frozenset({State.ADAPTED})
 
 
 NO_GRIDS = (
-    "no linear in a number format whose scales and minima can be trained while its codes stay, as affine and symmetric, "
-    "-double or not. Quantize before polishing, at 4 and 8 bits with formats such as {4: affine}, or leave polishing out."
+    "no linear in a number format whose scales and minima can be trained while its codes stay, as affine and "
+    "symmetric, -double or not. Quantize before polishing, at 4 and 8 bits with formats such as {4: affine}, or leave "
+    "polishing out."
 )
 
 

@@ -390,8 +390,8 @@ class CompressibleModule(LightningModule):
         if grids != self.trains_grids and self._trainer is not None and self.trainer.state.fn == TrainerFn.FITTING:
             there, here = ("base's scales and minima", "adapters")[:: 1 if grids else -1]
             raise UserError(
-                f"The checkpoint is of a fit that trains the {there}, and this fit trains the {here}. Give both the same "
-                f"callbacks, or begin a new fit."
+                f"The checkpoint is of a fit that trains the {there}, and this fit trains the {here}. Give both the "
+                f"same callbacks, or begin a new fit."
             )
         self.trains_grids = grids
 

@@ -1,12 +1,16 @@
 """The gradients of scales and minima against finite differences, and what becomes of them when they are stored."""
 
+from copy import deepcopy
 from typing import Any
 
 import pytest
 import torch
+from support.families import logits_of, tiny_model
 from torch import Tensor, nn
 
-from qpruner.plan import ROW, Precision
+from qpruner.anatomy import architecture_of
+from qpruner.plan import ROW, UNITS, CompressionPlan, Precision
+from qpruner.quantization.apply import quantize_
 from qpruner.quantization.formats import GridFormat, dequantize, format_for, quantize
 from qpruner.quantization.grid import Grid
 from qpruner.quantization.packed import PackedLinear
@@ -77,41 +81,34 @@ def test_it_begins_with_exactly_what_the_packed_one_computes(precision: Precisio
 
 @pytest.mark.parametrize("precision", PRECISIONS, ids=str)
 def test_gradients_are_those_of_finite_differences(precision: Precision) -> None:
-    """In float64, through a dense weight made by other means for the function, and by steps for its slopes."""
+    """Of a dense layer in float64, whose weight is made of the moves as the formulas have it."""
     linear = polished(precision)
     x, direction = torch.randn(2, 5, 72), torch.randn(2, 5, 6)
     x.requires_grad_()
     (linear(x) * direction).sum().backward()
-    number_format, state = linear.number_format, linear.packed()
-    codes = number_format.codes(state, 72, precision)
-    group = 72 if precision.group == ROW else precision.group or 0
+    codes = linear.number_format.codes(linear.packed(), 72, precision)
+    columns = torch.arange(72) // (72 if precision.group == ROW else 32)
+    start, steps = linear.start, 2**precision.bits - 1
 
-    def loss(parameter: nn.Parameter, place: tuple[int, int], step: float) -> float:
-        moves = {"growths": linear.growths.detach().double(), "ways": linear.ways}
-        if linear.ways is not None:
-            moves["ways"] = linear.ways.detach().double()
-        name = "growths" if parameter is linear.growths else "ways"
-        changed = moves[name].clone()
-        changed[place] += step
-        moves[name] = changed
-        a, b, start = moves["growths"], moves["ways"], linear.start
-        scales = start.scales.double() * a.exp()
-        if b is None:
-            minima = scales * -(2 ** (precision.bits - 1))
+    def loss(name: str, place: tuple[int, int], step: float) -> float:
+        moves = {name: one.detach().double() for name, one in linear.named_parameters() if one.requires_grad}
+        moves[name][place] += step
+        scales = start.scales.double() * moves["growths"].exp()
+        if "ways" in moves:
+            middles = start.minima + start.scales.double() * steps / 2 + start.scales.abs() * steps * moves["ways"]
+            minima = middles - scales * steps / 2
         else:
-            span = (start.scales.double() * (2**precision.bits - 1)).abs()
-            middles = start.minima.double() + start.scales.double() * (2**precision.bits - 1) / 2 + span * b
-            minima = middles - scales * (2**precision.bits - 1) / 2
-        columns = torch.arange(72) // group
+            minima = scales * -(2 ** (precision.bits - 1))
         weight = scales[:, columns] * codes + minima[:, columns]
+        assert linear.bias is not None
         outputs = nn.functional.linear(x.detach().double(), weight, linear.bias.double())
-        return float((outputs * direction.double()).sum())
+        return float((outputs * direction).sum())
 
-    for parameter in (linear.growths, linear.ways):
-        if parameter is not None:
+    for name, parameter in linear.named_parameters():
+        if parameter.requires_grad:
             assert parameter.grad is not None
             for place in ((0, 0), (3, parameter.shape[1] - 1), (5, 0)):
-                slope = (loss(parameter, place, 1e-5) - loss(parameter, place, -1e-5)) / 2e-5
+                slope = (loss(name, place, 1e-5) - loss(name, place, -1e-5)) / 2e-5
                 assert float(parameter.grad[place]) == pytest.approx(slope, rel=1e-3, abs=1e-4)
     torch.testing.assert_close(x.grad, direction @ dequantize(linear))
 
@@ -165,3 +162,32 @@ def test_its_state_dict_is_loaded_again_whatever_the_number_format_of_what_was_t
     assert torch.equal(other.growths, linear.growths) and torch.equal(other.ways, linear.ways)
     with pytest.raises(RuntimeError, match="scales is torch.float32"):
         other.load_state_dict({**state, "scales": state["scales"].float()})
+
+
+def test_linears_of_layers_are_loosened_and_no_table() -> None:
+    """Embedding and tied head are packed on a grid, too, and stay as they are; so does what is in NF4."""
+    model = tiny_model("llama", tie_word_embeddings=True)
+    two, nf4 = Precision("affine", 2, 32), Precision("nf4", 4, 64)
+    plan = CompressionPlan.dense(architecture_of(model.config), None)
+    units = [dict.fromkeys(UNITS, two) | {"down": nf4}] * len(plan.layers)
+    quantize_(model, plan.with_precision(units, embedding=two, head=two), None, device=torch.device("cpu"))
+    model.requires_grad_(False)
+    expected, names = logits_of(model), linears_with_grids(model)
+    loosen_(model)
+    assert len(names) == 6 * len(plan.layers) and not any("down_proj" in name for name in names)
+    assert {name for name, one in model.named_modules() if isinstance(one, PolishedLinear)} == names.keys()
+    assert {name.rpartition(".")[0] for name, one in model.named_parameters() if one.requires_grad} == names.keys()
+    assert torch.equal(logits_of(model), expected)
+    with torch.no_grad():
+        for name in names:
+            model.get_parameter(f"{name}.growths").fill_(0.1)
+    changed = deepcopy(model)
+    settle_(model, polished=False)
+    assert torch.equal(logits_of(model), expected)
+    settle_(changed, polished=True)
+    assert linears_with_grids(changed).keys() == linears_with_grids(model).keys() == names.keys()
+    for name in names:
+        before, after = (dequantize(one.get_submodule(name)) for one in (model, changed))
+        # The middle of each group stays while the rest grows from it by exp(0.1).
+        span = after.amax(1) - after.amin(1)
+        assert (span / (before.amax(1) - before.amin(1)) - 1.105).abs().max() < 0.1
