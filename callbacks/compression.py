@@ -241,8 +241,8 @@ def check_order(callbacks: Sequence[Callback]) -> None:
         raise UserError(
             f"The callbacks leave the base {', then '.join(callback.leaves for callback in compressing)}; a fit prunes "
             f"at most once, then quantizes at most once, since packed weights cannot be scored, then prunes or "
-            f"polishes at most once while it trains. Reorder or drop callbacks; to quantize what was pruned in training, "
-            f"add a phase to the run (see phases)."
+            f"polishes at most once while it trains. Reorder or drop callbacks; to quantize what was pruned in "
+            f"training, add a phase to the run (see phases)."
         )
     changing = [one for one in callbacks if isinstance(one, CompressionInTraining) and one.needs_dense_base]
     if changing and any(callback.leaves is State.QUANTIZED for callback in compressing):

@@ -67,7 +67,7 @@ def gradients_of_grid(gradient: Tensor, inputs: Tensor, codes: Tensor, group: in
 def sums_of_groups(values: Tensor, group: int) -> Tensor:
     """The sums [O, M] of values [O, I] over each group; the last of a row may be short."""
     size = values.shape[1] if group == ROW else group
-    return functional.pad(values, (0, -values.shape[1] % size)).unflatten(1, (-1, size)).sum(2)
+    return functional.pad(values, (0, -values.shape[1] % size)).view(len(values), -1, size).sum(2)
 
 
 def stored(number_format: GridFormat, codes: Tensor, scales: Tensor, minima: Tensor, precision: Precision) -> Grid:
