@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from qpruner.plan import ROW, Precision
+from qpruner.plan import ROW
 from qpruner.quantization.formats import GridFormat, format_for, rebuild
 from qpruner.quantization.grid import Grid
 from qpruner.quantization.packed import PackedLinear
@@ -68,24 +68,6 @@ def sums_of_groups(values: Tensor, group: int) -> Tensor:
     """The sums [O, M] of values [O, I] over each group; the last of a row may be short."""
     size = values.shape[1] if group == ROW else group
     return functional.pad(values, (0, -values.shape[1] % size)).view(len(values), -1, size).sum(2)
-
-
-def stored(number_format: GridFormat, codes: Tensor, scales: Tensor, minima: Tensor, precision: Precision) -> Grid:
-    """The grid that a format stores in the place of any other, for codes that stay.
-
-    What rounding a scale does to the weights of a group is made up for in their mean by the minimum, as far as that is
-    free.
-
-    Args:
-        number_format: format that stores the grid.
-        codes: codes of the weight, uint8 [O, I].
-        scales: scales of any size, [O, M].
-        minima: minima of any size, [O, M].
-        precision: precision of the weight.
-    """
-    grid = number_format.storable(scales, minima, precision)
-    means = sums_of_groups(codes.float(), grid.group) / sums_of_groups(torch.ones_like(codes[:1]).float(), grid.group)
-    return number_format.storable(grid.scales, minima + (scales - grid.scales) * means, precision)
 
 
 class PolishedLinear(PackedLinear):
@@ -140,8 +122,7 @@ class PolishedLinear(PackedLinear):
     def as_polished(self) -> PackedLinear:
         """A packed linear with the codes that it has, and with its grid as near as the format can store it."""
         codes = self.number_format.codes(self.packed(), self.in_features, self.precision)
-        scales, minima = moved(self.start, self.growths, self.ways)
-        grid = stored(self.number_format, codes, scales, minima, self.precision)
+        grid = self.number_format.storable(*moved(self.start, self.growths, self.ways), self.precision)
         return self._rebuilt(self.number_format.pack(codes, grid))
 
     def _rebuilt(self, state: dict[str, Tensor]) -> PackedLinear:

@@ -141,6 +141,18 @@ def test_cut_off_and_repeated_equals_uninterrupted(
     assert any(bool(one.growths.any()) for one in loaded.model.modules() if isinstance(one, PolishedLinear))
 
 
+@pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true"])
+def test_it_learns_in_sixteen_bits(
+    tiny_llama: Path, stories: StoriesDataModule, tmp_path: Path, precision: str
+) -> None:
+    module, losses = finetuner(tiny_llama, optimizer=OptimizerConfig(lr=0.05, schedule="constant")), Losses()
+    compressing = [quantization(), GridPolishing()]
+    keeping = KeepModel(tmp_path / "base", tmp_path / "model")
+    trainer(*compressing, keeping, losses, steps=25, precision=precision).fit(module, datamodule=stories)
+    assert sum(losses.values[-5:]) < sum(losses.values[:5]) - 0.1
+    assert CompressedModel.open(tmp_path / "model").identity == module.compressed.identity
+
+
 def test_an_error_leaves_the_module_as_it_was(tiny_llama: Path, stories: StoriesDataModule, tmp_path: Path) -> None:
     class Cut(Callback):
         def on_train_batch_end(self, trainer: Any, *_: Any) -> None:

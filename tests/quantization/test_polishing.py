@@ -21,7 +21,6 @@ from qpruner.quantization.polishing import (
     loosen_,
     moved,
     settle_,
-    stored,
     sums_of_groups,
 )
 
@@ -141,17 +140,6 @@ def test_polished_it_is_packed_with_the_codes_that_it_had_and_near_where_it_came
         torch.testing.assert_close(after, trained, rtol=1e-3, atol=1e-3)
     assert type(result) is type(packed(precision)) and result.bias is not None
     assert torch.equal(dequantize(linear.as_packed()), dequantize(packed(precision)))
-
-
-def test_the_minimum_makes_up_for_a_rounded_scale_in_the_mean() -> None:
-    precision = Precision("affine-double", 2, 32)
-    linear = polished(precision)
-    codes = linear.number_format.codes(linear.packed(), 72, precision)
-    scales, minima = (one.detach() for one in moved(linear.start, linear.growths, linear.ways))
-    aimed = Grid(scales, minima, 2, 32).values(codes)
-    plain = linear.number_format.storable(scales, minima, precision).values(codes)
-    grid = stored(linear.number_format, codes, scales, minima, precision)
-    assert (grid.values(codes) - aimed).norm() < 0.8 * (plain - aimed).norm()
 
 
 def test_its_state_dict_is_loaded_again_whatever_the_number_format_of_what_was_trained() -> None:
