@@ -28,7 +28,6 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_study_arguments(parser, steps=0)
     parser.add_argument("--draws", type=int, default=100)
-    parser.add_argument("--contexts", type=int, nargs="+", default=[2, 4, 8])
     given = parser.parse_args()
     study = BlockStudy(given)
     losses = losses_of_all(study)

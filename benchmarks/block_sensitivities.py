@@ -18,7 +18,6 @@ from qpruner.files import replacing
 from qpruner.processes import Processes
 
 TRIFLE = 1e-9
-CONTEXTS = (2, 4, 8)
 
 
 def sensitivities(study: BlockStudy) -> dict[str, list[float]]:
@@ -36,7 +35,7 @@ def sensitivities(study: BlockStudy) -> dict[str, list[float]]:
 
 
 def _sensitivities(study: BlockStudy) -> dict[str, list[float]]:
-    model = study.model.network.to(study.device)
+    given, model = study.given, study.model.network.to(study.device)
     items, precisions = items_of(study.num_blocks, "block", ()), study.precisions
     calibration = Calibration.share(calibration_text(study), Processes.alone(study.device), batch_size=1024)
     by_method: dict[str, list[float]] = {}
@@ -49,7 +48,7 @@ def _sensitivities(study: BlockStudy) -> dict[str, list[float]]:
     first_order = first_order_rises(model, study.bank, items, precisions, calibration)
     for name, rises in {"KL, measured": kl, "loss, measured": loss, "loss, first order": first_order}.items():
         by_method[name] = (rises[:, 0] - rises[:, 1]).tolist()
-    for contexts in CONTEXTS:
+    for contexts in given.contexts:
         among = marginal_rises(model, study.bank, items, precisions, calibration, num_contexts=contexts, seed=0)
         by_method[f"KL among others, {contexts} contexts"] = among.kl[:, 0].tolist()
         by_method[f"loss among others, {contexts} contexts"] = among.loss[:, 0].tolist()

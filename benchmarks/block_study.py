@@ -52,6 +52,7 @@ def add_study_arguments(parser: argparse.ArgumentParser, *, steps: int) -> None:
     parser.add_argument("--folder", type=Path, help="keeps the bank and the sensitivities for other processes")
     parser.add_argument("--sequences", type=int, default=64, help="on which sensitivities are found")
     parser.add_argument("--sequence-length", type=int, default=64)
+    parser.add_argument("--contexts", type=int, nargs="+", default=[2, 4], help="random assignments of the others")
 
 
 class BlockStudy:

@@ -12,10 +12,11 @@ linears, whatever was pruned before.
     gptq        columns make up for each other's errors, on such text as ``--text`` says
 
 ``+mse``, ``+neuqi`` search the grid, ``+order`` takes the columns with the largest inputs first, ``+first`` adds the
-first-order term, ``+half`` and ``+dense`` aim at the dense model's outputs by half or in full, ``+loss`` weighs tokens
-by the gradient of the loss at the end of the model, ``+loss4`` by that of each of four groups of outputs, ``+skip``
-and ``+normed`` leave out the first tokens of a sequence, or count errors as shares of the hidden states. ``default`` is
-what `MixedPrecisionQuantization` does with ``calibrated: {}``.
+first-order term, ``+refine`` fits scales and codes in turns afterwards, ``+half`` and ``+dense`` aim at the dense
+model's outputs by half or in full, ``+loss`` weighs tokens by the gradient of the loss at the end of the model,
+``+loss4`` by that of each of four groups of outputs, ``+skip`` and ``+normed`` leave out the first tokens of a
+sequence, or count errors as shares of the hidden states. ``default`` is what `MixedPrecisionQuantization` does with
+``calibrated: {}``.
 
 A start is what adapters begin with before the recovery: ``zero``, ``weight`` (nearest to the weight, as LoftQ) or
 ``calibrated`` (nearest in the outputs); ``none`` recovers nothing. Perplexities are of the packed model without
@@ -67,6 +68,7 @@ def main() -> None:
     )
     parser.add_argument("--allocation", default="sensitivity", choices=("uniform", "sensitivity", "marginal"))
     parser.add_argument("--text", type=int, nargs=2, default=[128, 256], metavar=("SEQUENCES", "LENGTH"))
+    parser.add_argument("--deciding-text", type=int, nargs=2, default=[16, 128], metavar=("SEQUENCES", "LENGTH"))
     parser.add_argument("--lr", type=float, default=3e-4)
     parser.add_argument("--batch-size", type=int, default=4)
     given = parser.parse_args()
@@ -80,7 +82,7 @@ def wanted(given: argparse.Namespace) -> list[Row]:
         "report": {report.name: report.rows for report in given.report},
     }  # fmt: skip
     training = {"steps": given.steps, "batch": [given.batch_size, given.max_length], "lr": given.lr}
-    sharing = {"allocation": given.allocation, "widths": given.widths}
+    sharing = {"allocation": given.allocation, "widths": given.widths, "deciding_text": given.deciding_text}
     return [
         shared
         | {"ratio": ratio, "size": size, "method": method, "start": start, "seed": seed}
@@ -144,16 +146,23 @@ def measure(given: argparse.Namespace, key: Row) -> Row:
 def quantization(given: argparse.Namespace, key: Row) -> MixedPrecisionQuantization:
     """The callback that a row asks for."""
     size, method, start = key["size"], key["method"], key["start"]
-    options: dict[str, Any] = {"bits": int(size)}
-    if is_shared(size):
+    plain = method == "nearest" and start != "calibrated"
+    options: dict[str, Any] = {}
+    if not is_shared(size):
+        options = {"bits": int(size)}
+    else:
         budget = Budget(share=float(size[:-1])) if size.endswith("x") else Budget(average_bits=float(size))
-        deciding = DecidingConfig(widths=given.widths, granularity="unit")
+        deciding = DecidingConfig(
+            widths=given.widths,
+            granularity="block",
+            calibration=CalibrationConfig(*given.deciding_text),
+        )
         options = {"allocation": given.allocation, "budget": budget, "deciding": deciding}
     return MixedPrecisionQuantization(
         formats=dict.fromkeys(given.widths, given.format),
         group=given.group,
         loftq_iterations=0 if start in ("none", "zero") else 1,
-        calibrated=None if method == "nearest" else calibrated(method, start, CalibrationConfig(*given.text)),
+        calibrated=None if plain else calibrated(method, start, CalibrationConfig(*given.text)),
         **options,
     )
 
@@ -170,6 +179,7 @@ def calibrated(method: str, start: str, text: CalibrationConfig) -> CalibratedCo
             grid=next((grid for grid in ("mse", "neuqi") if grid in (name, *parts)), "minmax"),  # type: ignore[arg-type]
             act_order="order" in parts,
             first_order=0.1 if "first" in parts else 0.0,
+            refinements=3 if "refine" in parts else 0,
             alpha=1.0 if "dense" in parts else 0.5 if "half" in parts else 0.0,
         ),
         output_groups=4 if "loss4" in parts else int("loss" in parts),

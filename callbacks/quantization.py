@@ -208,6 +208,11 @@ class MixedPrecisionQuantization(CompressionInSetup):
         return {name: self._offered(name, getattr(self, name)) for name in ("embedding", "head")}
 
     @property
+    def start_of_adapters(self) -> str:
+        """What adapters start from, where not from zero."""
+        return "LoftQ" if self.calibrated is None else "adapters"
+
+    @property
     def options(self) -> dict[str, Any]:
         calibrated = {} if self.calibrated is None else {"calibrated": asdict(self.calibrated)}
         if self.plan is not None:

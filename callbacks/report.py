@@ -38,7 +38,7 @@ class RunReport(Callback):
     setup
         Of a fit: records the manifest and measures the dense model, unless an earlier session of the run did.
     on_fit_start
-        Measures the base with the adapters that LoftQ starts, and writes ``plan.json``.
+        Measures the base with adapters that start from what rounding left, and writes ``plan.json``.
     on_train_start, on_train_end
         Seconds and peak memory of training.
     on_save_checkpoint, on_load_checkpoint
@@ -96,9 +96,9 @@ class RunReport(Callback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         module, _ = _expect(trainer, pl_module)
-        quantizes = any(isinstance(callback, MixedPrecisionQuantization) for callback in compressing(trainer))
-        if module.compressed.starts_from_loftq and quantizes:
-            self.measure(trainer, "quantized + LoftQ")
+        for callback in compressing(trainer):
+            if isinstance(callback, MixedPrecisionQuantization) and module.compressed.starts_from_loftq:
+                self.measure(trainer, f"quantized + {callback.start_of_adapters}")
         plan = module.compressed.plan
         if plan is not None and module.compressed.base_state is not State.DENSE and trainer.is_global_zero:
             plan.write(self.folder.plan)

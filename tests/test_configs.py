@@ -21,7 +21,7 @@ CONFIGS = sorted((Path(__file__).parents[1] / "configs").rglob("*.yaml"))
 SEARCHES = [path for path in CONFIGS if "\nsearch:\n" in path.read_text()]
 
 
-LAYERS = {"quickstart": 6, "budget": 6, "loraprune": 6, "search": 6, "llama32_1b": 16, "qwen3_06b": 28}
+LAYERS = {"quickstart": 6, "budget": 6, "low_bits": 6, "loraprune": 6, "search": 6, "llama32_1b": 16, "qwen3_06b": 28}
 """Of the models that configurations are for; 32 where nothing is said."""
 
 
@@ -51,6 +51,7 @@ def local_data(tmp_path: Path) -> dict[str, list[str]]:
         "budget": ["--data.num_train=350", "--data.num_validation=4", "--data.num_test=4", "--data.num_choices=2"],
         "search": ["--data.num_train=350", "--data.num_validation=4", "--data.num_test=4"],
         "loraprune": ["--data.num_train=40", "--data.num_validation=4", "--data.num_test=4", "--data.num_choices=2"],
+        "low_bits": ["--data.num_train=350", "--data.num_validation=4", "--data.num_test=4", "--data.num_choices=2"],
         "quickstart": ["--data.num_train=350", "--data.num_validation=4", "--data.num_test=4", "--data.num_choices=2"],
     }
 
@@ -116,7 +117,8 @@ def test_config_runs_on_a_tiny_stand_in(path: Path, tmp_path: Path, local_data: 
     summary = read_json(folder / "summary.json")
     pruned = ["pruned"] if "StructuredPruning" in path.read_text() else []
     quantizes = "class_path: MixedPrecisionQuantization" in path.read_text()
-    quantized = ["quantized", "quantized + LoftQ"] if quantizes else []
+    start = "adapters" if "calibrated:" in path.read_text() else "LoftQ"
+    quantized = ["quantized", f"quantized + {start}"] if quantizes else []
     expected = ["dense", *pruned, *quantized, "recovered"]
     if prunes_in_training:
         pruned = ["pruned in training"]

@@ -95,7 +95,7 @@ ALLOWED: dict[str, set[str]] = {
         "adapters", "anatomy", "calibration", "errors", "likelihood", "memory", "plan", "processes", "quantization",
         "seeds",
     },
-    "quantization": {"adapters", "anatomy", "errors", "files", "plan", "pretrained", "processes"},
+    "quantization": {"adapters", "anatomy", "calibration", "errors", "files", "plan", "pretrained", "processes"},
     "records": {"allocation", "errors", "files", "folder_manifest", "plan", "schema"},
     "report_command": {"errors", "options", "records"},
     "runs": {

@@ -183,6 +183,23 @@ def test_a_plan_with_a_precision_that_is_not_offered_is_told_before_any_model_is
         run(["fit", *arguments, "--plan", str(tmp_path / "plan.json")])
 
 
+def test_fewer_bits_in_formats_of_ones_own_choice(arguments: list[str], tmp_path: Path) -> None:
+    options = {"bits": "[2, 3]", "formats": "{3: affine}", "group": "32"}
+    given = [part for name, value in options.items() for part in (f"--trainer.callbacks.{name}", value)]
+    run(["fit", *arguments, *given])
+    folder = tmp_path / "runs" / "x"
+    expected = Precision("affine-double", 2, 32), Precision("affine", 3, 32)
+    plan = CompressionPlan.read(folder / "model" / "plan.json")
+    assert [layer.precision for layer in plan.layers] == [dict.fromkeys(UNITS, one) for one in expected]
+    layers = qpruner.load_compressed(folder / "model").get_base_model().model.layers
+    assert tuple(layer.mlp.up_proj.base_layer.precision for layer in layers) == expected
+    loftq, recovered = stages(folder)[3:]
+    assert recovered["results"]["perplexity"] < loftq["results"]["perplexity"]
+    run(["fit", *arguments, *given])  # goes on, as nothing has changed
+    with pytest.raises(UserError, match=r"init_args.formats.3: was affine, is now symmetric"):
+        run(["fit", *arguments, *given, "--trainer.callbacks.formats", "{3: symmetric}"])
+
+
 def test_changed_bits_are_refused_by_name(arguments: list[str]) -> None:
     run(["fit", *arguments])
     with pytest.raises(UserError, match=r"init_args.bits: was \[8, 4\], is now \[4, 4\]") as caught:

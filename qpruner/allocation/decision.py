@@ -36,8 +36,8 @@ class DecidingConfig:
         solver: ``exact``, the optimum of the knapsack problem, or ``greedy``, the upgrades of QPruner.
         measure: the sensitivity that counts: the rise of ``loss`` or ``kl``, measured, or of loss by ``first_order``,
             which there is of each item alone only.
-        contexts: number of random assignments that ``marginal`` measures each item in, even and at least 2. It takes
-            about half as many times the work of ``sensitivity``.
+        contexts: number of random assignments that ``marginal`` measures each item in, even and at least 2. With two
+            widths, the work of ``sensitivity`` is done half as many times.
         mutual_information: how mutual information is estimated.
         calibration: calibration text on which mutual information or sensitivities are measured.
 
@@ -52,7 +52,7 @@ class DecidingConfig:
     measure: Measure = "loss"
     contexts: int = 4
     mutual_information: MutualInformationConfig = MutualInformationConfig()
-    calibration: CalibrationConfig = CalibrationConfig(num_sequences=64, length=64, batch_size=16)
+    calibration: CalibrationConfig = CalibrationConfig(num_sequences=64, length=64)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "widths", tuple(self.widths))  # a list from YAML compares as a tuple

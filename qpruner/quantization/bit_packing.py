@@ -32,7 +32,7 @@ def pack(codes: Tensor, bits: int) -> Tensor:
     for width in PLANES[bits]:
         per_byte = 8 // width
         plane = (codes >> shift) & ((1 << width) - 1)
-        plane = functional.pad(plane, (0, -codes.shape[1] % per_byte)).unflatten(1, (-1, per_byte))
+        plane = functional.pad(plane, (0, -codes.shape[1] % per_byte)).view(len(codes), -1, per_byte)
         places = torch.arange(0, 8, width, dtype=torch.uint8, device=codes.device)
         planes.append((plane << places).sum(2, dtype=torch.uint8))
         shift += width

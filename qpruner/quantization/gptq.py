@@ -18,7 +18,9 @@ the least of the expansion with column q rounded is
     D_F <- (1 - beta) D_F - e [K]_qF / [K]_qq,    e = w_q - round(w_q) with w_q after its own share.
 
 Without it each step is the best on the calibration text already: there the gradient above and that of the rounded
-columns, 2 D_Q H_QF, add up to nothing. What the term buys is weights near the original ones, for other text.
+columns, 2 D_Q H_QF, add up to nothing. What the term buys is weights near the original ones, for other text, much as
+damping does. (The authors' code takes beta D_F for the gradient itself, so that its step is -beta D_F H_FF^-1; the form
+here needs no inverse of what is left.)
 
 Shapes: O rows (outputs), I columns (inputs), G columns in a group.
 """
@@ -30,7 +32,9 @@ import torch
 from torch import Tensor
 
 from qpruner.errors import UserError
-from qpruner.quantization.grid_search import Levels
+from qpruner.plan import Precision
+from qpruner.quantization.grid import Grid, GridStore, inverse
+from qpruner.quantization.grid_search import GridSearch, Levels, search
 
 BLOCK = 128
 """Most columns that are rounded before the columns behind all of them hear of it."""
@@ -119,9 +123,9 @@ def gptq(weight: Tensor, factor: Factor, levels: Levels, choose: Choose, *, firs
             if numbers[q] != group:
                 group = numbers[q]
                 scale, minimum = choose(group, now[q : q + levels.group].T)
-                steps = torch.where(scale > 0, scale, 1.0)
-            torch.div(now[q] - minimum, steps, out=codes[q])
-            codes[q].round_().clamp_(0, levels.top)
+                per_step = inverse(scale)
+            torch.mul(now[q] - minimum, per_step, out=codes[q])
+            codes[q].add_(0.5).floor_().clamp_(0, levels.top)
             error = (now[q] - torch.addcmul(minimum, scale, codes[q])).div_(pivots[q])
             now[q + 1 : last].addr_(root[q, q + 1 : last], error, alpha=-1)
             errors[q - first] = error
@@ -133,6 +137,44 @@ def gptq(weight: Tensor, factor: Factor, levels: Levels, choose: Choose, *, firs
     in_order = torch.empty_like(codes)
     in_order[order] = codes
     return in_order.T.to(torch.uint8).contiguous()
+
+
+class FixedGrid:
+    """Gives the scale and the minimum of each group of a grid, whatever its weights became."""
+
+    def __init__(self, grid: Grid) -> None:
+        self._scales, self._minima = grid.scales.T.contiguous(), grid.minima.T.contiguous()  # [M, rows]
+
+    def choose(self, group: int, weights: Tensor) -> tuple[Tensor, Tensor]:
+        return self._scales[group], self._minima[group]
+
+
+class FreshGrid:
+    """Chooses the grid of each group as its turn comes.
+
+    Args:
+        store: format that the grid is for.
+        precision: precision within the format.
+        how: search for the grid.
+        importance: how much errors count, [I].
+    """
+
+    def __init__(self, store: GridStore, precision: Precision, how: GridSearch, importance: Tensor) -> None:
+        self._store, self._precision, self._how, self._importance = store, precision, how, importance
+        self._levels = Levels.of(store, precision)
+        self._grids: list[Grid] = []
+
+    def choose(self, group: int, weights: Tensor) -> tuple[Tensor, Tensor]:
+        first = group * self._levels.group
+        counts = self._importance[first : first + weights.shape[1]]
+        grid = self._store.storable(*search(weights.contiguous(), self._levels, self._how, counts), self._precision)
+        self._grids.append(grid)
+        return grid.scales[:, 0], grid.minima[:, 0]
+
+    @property
+    def chosen(self) -> tuple[Tensor, Tensor]:
+        """Scales and minima of all groups, [rows, M]."""
+        return torch.cat([grid.scales for grid in self._grids], 1), torch.cat([grid.minima for grid in self._grids], 1)
 
 
 def _blocks(columns: int, group: int) -> Iterator[tuple[int, int]]:

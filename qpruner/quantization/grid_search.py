@@ -24,11 +24,14 @@ minimum of the group, codes are c_i = clamp(round((x_i - m) / s), 0, L), L = 2^b
 The importance is the diagonal of the Hessian X^T X: how large the squares of each input are.
 
 A symmetric format takes the minimum from the scale, m = a s with the a of the format (-2^(bits - 1) where zero is a
-value): only s is searched; the line then goes through the origin, s = sum h_i u_i x_i / sum h_i u_i^2 with u = c + a.
+value): only s is searched, of either sign, since one side of zero has a value more than the other; the line then goes
+through the origin, s = sum h_i u_i x_i / sum h_i u_i^2 with u = c + a. ``minmax`` puts the weight farthest from zero at
+the end of the longer side.
 
 Shapes: O rows, I columns, G columns in a group, M groups in a row.
 """
 
+import sys
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -37,8 +40,8 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from qpruner.errors import UserError, nearest
-from qpruner.plan import Precision
-from qpruner.quantization.grid import Grid, GridStore
+from qpruner.plan import ROW, Precision
+from qpruner.quantization.grid import Grid, GridStore, inverse
 
 GridSearch = Literal["minmax", "mse", "neuqi"]
 SHRINKS = tuple(1 - 0.02 * step for step in range(31))
@@ -61,7 +64,7 @@ class Levels:
 
     Args:
         bits: number of bits of a code.
-        group: number of columns in a group.
+        group: number of columns in a group; more than any row has where that is a group.
         offset: minimum in units of the scale; None where the minimum is free.
     """
 
@@ -74,7 +77,7 @@ class Levels:
         """As the format itself shows them: the minimum that it gives back is 0, as asked, or that of the scale."""
         grid = number_format.storable(torch.ones(1, 1), torch.zeros(1, 1), precision)
         minimum = float(grid.minima / grid.scales)
-        return cls(grid.bits, grid.group, minimum or None)
+        return cls(grid.bits, sys.maxsize if grid.group == ROW else grid.group, minimum or None)
 
     @property
     def top(self) -> int:
@@ -120,11 +123,13 @@ def search(weight: Tensor, levels: Levels, how: GridSearch, importance: Tensor |
     found = []
     for first in range(0, rows, step := max(1, CHUNK // columns)):
         part = weight[first : first + step].float()
-        part = pad(part, (0, missing), mode="replicate").unflatten(1, (-1, group))  # [n, M, G]
+        part = pad(part, (0, missing), mode="replicate").reshape(len(part), -1, group)  # [n, M, G]
         counts = torch.ones(1, 1, 1, device=weight.device)
         if importance is not None:
             counts = importance.float() if importance.dim() == 1 else importance[first : first + step].float()
-            counts = pad(counts, (0, missing)).unflatten(-1, (-1, group))  # [M, G] or [n, M, G]; 0 beyond the end
+            counts = pad(counts, (0, missing)).reshape(
+                *counts.shape[:-1], -1, group
+            )  # [M, G] or [n, M, G]; 0 beyond the end
             # In units of the group's mean, so that no sum of squares of small ones vanishes.
             mean = counts.mean(-1, keepdim=True)
             counts = torch.where(mean > 0, counts / mean, 1.0)
@@ -149,27 +154,37 @@ class _Groups:
     def search(self, how: GridSearch) -> tuple[Tensor, Tensor]:
         low, high = self.weights.aminmax(dim=-1, keepdim=True)
         if how == "minmax":
-            return self.range(low, high)
+            return self.spanning(low, high)
         if how == "mse":
-            return self.best([self.range(low * factor, high * factor) for factor in SHRINKS])
+            return self.best([grid for shrink in SHRINKS for grid in self.reaching(low * shrink, high * shrink)])
         starts = []
         for shrink in SHRINKS_OF_NEUQI:
             beyond = (high - low) * (1 - shrink)
-            starts += [self.range(low + beyond * place, high - beyond * (1 - place)) for place in PLACES]
+            for place in PLACES:
+                starts += self.reaching(low + beyond * place, high - beyond * (1 - place))
         line = self.best([self.turned(start, FIRST_TURNS) for start in starts])
         for change in FINER:
             narrow, wide = (self.turned(self.stretched(line, 1 + by), FIRST_TURNS) for by in (-change, change))
             line = self.best([line, narrow, wide])
         return self.best([line, self.turned(line, LAST_TURNS)])
 
-    def range(self, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
-        """The grid from one value to another; of a symmetric format the finest that reaches both."""
+    def spanning(self, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
+        """The grid from the lowest to the highest weight; a symmetric one ends at the weight farthest from zero."""
+        if self.levels.offset is None:
+            return (high - low) / self.levels.top, low
+        scale = torch.where(-low >= high, low, high) / self.levels.offset
+        return scale, self.levels.offset * scale
+
+    def reaching(self, low: Tensor, high: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """The grids from one value to another; of a symmetric format the finest of either sign that reach both."""
         top, offset = self.levels.top, self.levels.offset
         if offset is None:
-            return (high - low) / top, low
-        reach = [low / offset] + ([high / (top + offset)] if top + offset > 0 else [])
-        scale = torch.stack(reach).amax(0).clamp_min(0)
-        return scale, offset * scale
+            return [((high - low) / top, low)]
+        scales = []
+        for sign, down, up in ((1, low, high), (-1, -high, -low)):
+            scale = torch.maximum(down / offset, up / (top + offset) if top + offset > 0 else down / offset)
+            scales.append(sign * scale.clamp_min(0))
+        return [(scale, offset * scale) for scale in scales]
 
     def stretched(self, grid: tuple[Tensor, Tensor], factor: float) -> tuple[Tensor, Tensor]:
         """The grid with another scale and the same middle."""
@@ -179,9 +194,8 @@ class _Groups:
         return scale * factor, minimum + scale * (1 - factor) * self.levels.top / 2
 
     def codes(self, grid: tuple[Tensor, Tensor]) -> Tensor:
-        scale, minimum = grid
-        steps = torch.where(scale > 0, scale, 1.0).reciprocal()
-        return ((self.weights - minimum) * steps).round_().clamp_(0, self.levels.top)
+        places = (self.weights - grid[1]).mul_(inverse(grid[0]))
+        return places.add_(0.5).floor_().clamp_(0, self.levels.top)
 
     def error(self, grid: tuple[Tensor, Tensor]) -> Tensor:
         left = torch.addcmul(grid[1], grid[0], self.codes(grid)).sub_(self.weights)
@@ -215,7 +229,7 @@ class _Groups:
         weighted = codes * self.counts
         squares = (weighted * codes).sum(-1, keepdim=True)
         scale = (weighted * self.weights).sum(-1, keepdim=True) / squares
-        scale = torch.where((squares > 0) & (scale > 0), scale, grid[0])
+        scale = torch.where((squares > 0) & (scale * grid[0] > 0), scale, grid[0])
         if offset is not None:
             return scale, offset * scale
         return scale, (self.weights * self.counts).sum(-1, keepdim=True) / self.total - scale * middle

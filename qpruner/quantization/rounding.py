@@ -9,7 +9,8 @@ With W the weight, Q the rounded one, X the inputs of the linear over tokens and
   plain order the grid of a group is that of its weights as they are when its turn comes. A format that stores a scale
   by what others are (one that quantizes scales again) is asked for the whole grid in the end, and all columns are
   rounded once more on that. With ``act_order`` columns come by falling H_qq, what matters most while most columns are
-  left, and the grid is that of the original weight throughout.
+  left, and the grid is that of the original weight throughout. Then grid and codes get better in turn
+  (`qpruner.quantization.refinement`).
 
 **Upstream error** (QEP, NeurIPS 2025; GPTAQ, ICML 2025; see `corrected_weight`). With inputs Xq from a quantized prefix
 and X from the dense model, what gives X W^T on Xq is the weight W C (Xq^T Xq)^-1, C = X^T Xq. Rounding that instead of
@@ -22,6 +23,7 @@ Each group of rows is rounded by its own matrix, as a linear of its own.
 Shapes: O rows (outputs), I columns (inputs), M groups in a row, g row groups, as `torch.Tensor.tensor_split` cuts rows.
 """
 
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -30,9 +32,10 @@ from torch import Tensor
 
 from qpruner.errors import UserError, check_ranges
 from qpruner.plan import Precision
-from qpruner.quantization.gptq import Factor, damped, gptq
+from qpruner.quantization.gptq import Choose, Factor, FixedGrid, FreshGrid, damped, gptq
 from qpruner.quantization.grid import Grid, GridStore
-from qpruner.quantization.grid_search import GridSearch, Levels, choose_grid, search
+from qpruner.quantization.grid_search import GridSearch, Levels, search
+from qpruner.quantization.refinement import losses, refitted, swept
 
 Method = Literal["nearest", "gptq"]
 
@@ -49,6 +52,8 @@ class RoundingConfig:
         damping: what is added to the diagonal of the Hessian, in units of its mean; above 0, at most 1.
         alpha: strength at which errors of earlier linears are made up for, from 0 (each linear keeps to its weight)
             to 1 (each linear aims at the outputs of the dense model).
+        refinements: most rounds in which, after gptq, scales and minima are fitted to the codes and then codes are
+            chosen once more, from 0; no more than leave less error on the calibration text.
         first_order: share of what columns have strayed from the weight that gptq takes back before each column, from 0
             to below 1.
 
@@ -59,8 +64,9 @@ class RoundingConfig:
     method: Method = "gptq"
     grid: GridSearch = "neuqi"
     act_order: bool = False
-    damping: float = 0.01
-    alpha: float = 0.5
+    damping: float = 0.1
+    alpha: float = 1.0
+    refinements: int = 3
     first_order: float = 0.0
 
     def __post_init__(self) -> None:
@@ -72,6 +78,7 @@ class RoundingConfig:
             grid=(f"one of {', '.join(grids)}", self.grid in grids),
             damping=("above 0 and at most 1", 0 < self.damping <= 1),
             alpha=("from 0 to 1", 0 <= self.alpha <= 1),
+            refinements=("at least 0", self.refinements >= 0),
             first_order=("from 0 to below 1", 0 <= self.first_order < 1),
         )
 
@@ -118,95 +125,107 @@ def round_weight(
     """
     weight = weight.detach().float()
     _check_finite(name, weight, hessian)
-    hessians = damped(hessian, config.damping).view(-1, *hessian.shape[-2:])  # [g, I, I]
-    parts = weight.tensor_split(len(hessians))
-    rows = [len(part) for part in parts]
-    importance = hessians.diagonal(dim1=1, dim2=2).float()  # [g, I]
-
-    def grid_of_whole() -> Grid:
-        counts = (
-            importance[0]
-            if len(rows) == 1
-            else importance.repeat_interleave(torch.tensor(rows, device=weight.device), 0)
-        )
-        return choose_grid(weight, number_format, precision, config.grid, counts)
-
+    hessians = damped(hessian, config.damping).view(-1, *hessian.shape[-2:])
+    linear = _Linear(weight, hessians, number_format, precision, config)
     if config.method == "nearest":
-        grid = grid_of_whole()
+        grid = linear.grid_of_all()
         return Rounded(grid.round(weight), grid)
+    rounded = linear.rounded_by_gptq([Factor.of(one, act_order=config.act_order, name=name) for one in hessians])
+    return linear.refined(rounded)
 
-    levels = Levels.of(number_format, precision)
-    factors = [Factor.of(one, act_order=config.act_order, name=name) for one in hessians]
 
-    def codes_on(grid: Grid) -> Tensor:
-        scales, minima = grid.scales.split(rows), grid.minima.split(rows)
-        fixed = [_FixedGrid(*columns).choose for columns in zip(scales, minima, strict=True)]
+@dataclass(frozen=True)
+class _Linear:
+    """What is rounded, and by what.
+
+    Args:
+        weight: weight, [O, I], in float32.
+        hessians: Hessian of each row group, damped, [g, I, I].
+        store: format that the weight is for.
+        precision: precision within the format.
+        config: how to round.
+    """
+
+    weight: Tensor
+    hessians: Tensor
+    store: GridStore
+    precision: Precision
+    config: RoundingConfig
+
+    @property
+    def levels(self) -> Levels:
+        return Levels.of(self.store, self.precision)
+
+    @property
+    def importance(self) -> Tensor:
+        """How much an error of a weight counts, [g, I]."""
+        return self.hessians.diagonal(dim1=1, dim2=2).float()
+
+    def cut(self, tensor: Tensor) -> tuple[Tensor, ...]:
+        """The rows of each row group."""
+        return tensor.tensor_split(len(self.hessians))
+
+    def cut_grid(self, grid: Grid) -> list[Grid]:
+        both = zip(self.cut(grid.scales), self.cut(grid.minima), strict=True)
+        return [Grid(scales, minima, grid.bits, grid.group) for scales, minima in both]
+
+    def grid_of_all(self) -> Grid:
+        """The grid of the weight as it is."""
+        grouped = zip(self.cut(self.weight), self.importance, strict=True)
+        found = [search(part, self.levels, self.config.grid, counts) for part, counts in grouped]
+        return self.stored(found)
+
+    def stored(self, found: Iterable[tuple[Tensor, Tensor]]) -> Grid:
+        """The grid that the format stores of the scales and minima of each row group."""
+        scales, minima = (torch.cat(parts) for parts in zip(*found, strict=True))
+        return self.store.storable(scales, minima, self.precision)
+
+    def rounded_by_gptq(self, factors: Sequence[Factor]) -> Rounded:
+        """What GPTQ makes of each row group, on one grid."""
+        if self.config.act_order:
+            grid = self.grid_of_all()
+            return Rounded(self.codes_on(grid, factors), grid)
+        fresh = [FreshGrid(self.store, self.precision, self.config.grid, counts) for counts in self.importance]
+        codes = self._codes([one.choose for one in fresh], factors)
+        chosen = [one.chosen for one in fresh]
+        grid = self.stored(chosen)
+        scales, minima = (torch.cat(parts) for parts in zip(*chosen, strict=True))
+        if not (torch.equal(grid.scales, scales) and torch.equal(grid.minima, minima)):
+            # The format stores a scale by what the others are, which no group knew when its turn came.
+            codes = self.codes_on(grid, factors)
+        return Rounded(codes, grid)
+
+    def codes_on(self, grid: Grid, factors: Sequence[Factor]) -> Tensor:
+        """The codes of GPTQ on a grid that is given."""
+        return self._codes([FixedGrid(part).choose for part in self.cut_grid(grid)], factors)
+
+    def _codes(self, chosen: Sequence[Choose], factors: Sequence[Factor]) -> Tensor:
+        grouped = zip(self.cut(self.weight), factors, chosen, strict=True)
         return torch.cat(
             [
-                gptq(part, factor, levels, choose, first_order=config.first_order)
-                for part, factor, choose in zip(parts, factors, fixed, strict=True)
+                gptq(part, factor, self.levels, choose, first_order=self.config.first_order)
+                for part, factor, choose in grouped
             ]
         )
 
-    if config.act_order:
-        grid = grid_of_whole()
-        return Rounded(codes_on(grid), grid)
-    rounded = []
-    for part, factor, counts in zip(parts, factors, importance, strict=True):
-        fresh = _FreshGrid(number_format, precision, levels, config.grid, counts)
-        rounded.append((gptq(part, factor, levels, fresh.choose, first_order=config.first_order), *fresh.chosen))
-    codes, scales, minima = (torch.cat(of_parts) for of_parts in zip(*rounded, strict=True))
-    grid = number_format.storable(scales, minima, precision)
-    if not (torch.equal(grid.scales, scales) and torch.equal(grid.minima, minima)):
-        codes = codes_on(grid)
-    return Rounded(codes, grid)
+    def refined(self, rounded: Rounded) -> Rounded:
+        """The last of some rounds of refinement that left less error than the one before."""
+        least = self.loss(rounded)
+        for _ in range(self.config.refinements):
+            parts = list(zip(self.cut(self.weight), self.cut(rounded.codes), self.hessians, strict=True))
+            grids = zip(parts, self.cut_grid(rounded.grid), strict=True)
+            grid = self.stored(refitted(*part, grid, self.levels.offset) for part, grid in grids)
+            grids = zip(parts, self.cut_grid(grid), strict=True)
+            better = Rounded(torch.cat([swept(*part, grid) for part, grid in grids]), grid)
+            loss = self.loss(better)
+            if not loss < least:
+                break
+            rounded, least = better, loss
+        return rounded
 
-
-class _FixedGrid:
-    """Gives the scale and the minimum of each group of a grid [rows, M], whatever its weights became."""
-
-    def __init__(self, scales: Tensor, minima: Tensor) -> None:
-        self._scales, self._minima = scales.T.contiguous(), minima.T.contiguous()  # [M, rows]
-
-    def choose(self, group: int, weights: Tensor) -> tuple[Tensor, Tensor]:
-        return self._scales[group], self._minima[group]
-
-
-class _FreshGrid:
-    """Chooses the grid of each group as its turn comes.
-
-    Args:
-        number_format: format that the grid is for.
-        precision: precision within the format.
-        levels: which grids that offers.
-        how: search for the grid.
-        importance: how much errors count, [I].
-    """
-
-    def __init__(
-        self,
-        number_format: GridStore,
-        precision: Precision,
-        levels: Levels,
-        how: GridSearch,
-        importance: Tensor,
-    ) -> None:
-        self._format, self._precision, self._levels = number_format, precision, levels
-        self._how, self._importance = how, importance
-        self._grids: list[Grid] = []
-
-    def choose(self, group: int, weights: Tensor) -> tuple[Tensor, Tensor]:
-        first = group * self._levels.group
-        counts = self._importance[first : first + weights.shape[1]]
-        scales, minima = search(weights.contiguous(), self._levels, self._how, counts)
-        grid = self._format.storable(scales, minima, self._precision)
-        self._grids.append(grid)
-        return grid.scales[:, 0], grid.minima[:, 0]
-
-    @property
-    def chosen(self) -> tuple[Tensor, Tensor]:
-        """Scales and minima of all groups, [rows, M]."""
-        return torch.cat([grid.scales for grid in self._grids], 1), torch.cat([grid.minima for grid in self._grids], 1)
+    def loss(self, rounded: Rounded) -> float:
+        grouped = zip(self.cut(self.weight), self.cut(rounded.values), self.hessians, strict=True)
+        return sum(float(losses(*group).sum()) for group in grouped)
 
 
 def corrected_weight(weight: Tensor, hessian: Tensor, cross: Tensor, alpha: float, damping: float) -> Tensor:

@@ -14,6 +14,7 @@ from qpruner.quantization.formats import dequantize, quantize
 from qpruner.quantization.packed import PackedLinear
 
 INT8, NF4, DOUBLE = Precision("int8", 8), Precision("nf4", 4), Precision("nf4-double", 4)
+ROWS = Precision("affine-double", 3, -1)
 BIASED: dict[str, Any] = {"attention_bias": True, "mlp_bias": True}
 PRUNED = [f"{layer}.{name}" for layer in (0, 1, 2) for name in ("q", "k", "v", "o", "gate", "up", "down")]
 PRUNED = [name for name in PRUNED if name not in ("2.q", "2.k", "2.v", "2.o")]
@@ -42,13 +43,16 @@ def rounded_anew(weight: torch.Tensor, precision: Precision) -> torch.Tensor:
     return dequantize(quantize(linear, precision))
 
 
+@pytest.mark.parametrize("precision", [INT8, ROWS], ids=str)
 @pytest.mark.parametrize(("family", "changes"), [*((family, {}) for family in FAMILIES), ("llama", BIASED)])
-def test_int8_keeps_exactly_what_it_had(family: str, changes: dict[str, Any]) -> None:
-    model = packed(tiny_model(family, **changes), INT8)
+def test_scales_of_whole_rows_keep_exactly_what_they_had(
+    family: str, changes: dict[str, Any], precision: Precision
+) -> None:
+    model = packed(tiny_model(family, **changes), precision)
     expected = slices(model)
     assert narrow_(model, KEPT) == {}
     for name, linear in linears(model).items():
-        assert isinstance(linear, PackedLinear) and linear.precision == INT8
+        assert isinstance(linear, PackedLinear) and linear.precision == precision
         assert (linear.out_features, linear.in_features) == tuple(expected[name].shape)
         assert torch.equal(dequantize(linear), expected[name])
     assert stated_by_weights(model) == architecture_of(model.config)

@@ -9,9 +9,10 @@ from support.grids import HalfGrid
 from torch import Tensor
 
 from qpruner.errors import UserError
-from qpruner.plan import Precision
+from qpruner.plan import ROW, Precision
 from qpruner.quantization import grid_search
 from qpruner.quantization.grid_search import GridSearch, Levels, choose_grid, search
+from qpruner.quantization.uniform import Uniform
 
 
 def drawn(rows: int, columns: int) -> Tensor:
@@ -38,10 +39,26 @@ def test_minmax_by_hand() -> None:
 
 
 def test_minmax_of_a_symmetric_format_by_hand() -> None:
-    """At 3 bits values run from -4 to 3 scales: both ends must be reached."""
-    weight = torch.tensor([[-2.0, 1.0, -2.0, 3.0]])
+    """At 3 bits values run from -4 to 3 scales: the weight farthest from zero is at -4, by the sign of the scale."""
+    weight = torch.tensor([[-2.0, 1.0, -2.0, 4.0]])
     grid = choose_grid(weight, HalfGrid(symmetric=True), Precision("half", 3, 2), "minmax")
-    assert (grid.scales.tolist(), grid.minima.tolist()) == ([[0.5, 1.0]], [[-2.0, -4.0]])
+    assert (grid.scales.tolist(), grid.minima.tolist()) == ([[0.5, -1.0]], [[-2.0, 4.0]])
+
+
+FORMATS = [Uniform(symmetric, double) for symmetric in (False, True) for double in (False, True)]
+
+
+@pytest.mark.parametrize("number_format", FORMATS, ids=lambda one: one.name)
+@pytest.mark.parametrize("group", [32, ROW])
+def test_minmax_is_what_formats_encode(number_format: Uniform, group: int) -> None:
+    """But for codes of weights in the middle of two values, where a format rounds by scales not yet stored."""
+    weight, precision = drawn(20, 70), Precision(number_format.name, 4, group)
+    grid = choose_grid(weight, number_format, precision, "minmax")
+    values = number_format.decode(number_format.encode(weight, precision), *weight.shape, precision)
+    same = grid.values(grid.round(weight)) == values
+    assert same.float().mean() > 0.98
+    packed = number_format.pack(grid.round(weight), grid)
+    assert torch.equal(number_format.decode(packed, *weight.shape, precision), grid.values(grid.round(weight)))
 
 
 @pytest.mark.parametrize("importance", [None, counts(32)])
@@ -96,7 +113,8 @@ def test_neuqi_of_a_symmetric_format_is_the_best_scale() -> None:
     scales, minima = search(weight, Levels(3, 16, -4.0), "neuqi", importance)
     assert torch.allclose(minima, -4 * scales)
     widest = weight.abs().amax(1, keepdim=True) / 3
-    tried = [lost(weight, f * widest, -4 * f * widest, 7, importance) for f in torch.linspace(0.05, 1.2, 2000)]
+    factors = torch.cat([torch.linspace(0.05, 1.2, 2000), -torch.linspace(0.05, 1.2, 2000)])
+    tried = [lost(weight, f * widest, -4 * f * widest, 7, importance) for f in factors]
     ratios = lost(weight, scales, minima, 7, importance) / torch.stack(tried).amin(0)
     assert ratios.median() < 1.001 and ratios.mean() < 1.03
 

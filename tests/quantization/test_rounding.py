@@ -9,9 +9,10 @@ from support.grids import HalfGrid, correlated
 from torch import Tensor
 
 from qpruner.errors import UserError
-from qpruner.plan import Precision
+from qpruner.plan import ROW, Precision
 from qpruner.quantization.grid_search import GridSearch, choose_grid
 from qpruner.quantization.rounding import RoundingConfig, corrected_weight, error, round_weight
+from qpruner.quantization.uniform import Uniform
 
 PRECISION = Precision("half", 3, 32)
 
@@ -84,21 +85,29 @@ def test_a_format_whose_scales_depend_on_each_other(act_order: bool) -> None:
     assert error(weight, rounded.values, hessian) < 1.1 * error(weight, apart.values, hessian)
 
 
-@pytest.mark.parametrize("symmetric", [False, True])
-def test_a_symmetric_format_too(symmetric: bool) -> None:
-    weight, hessian, store = drawn(24, 96), hessian_of(96), HalfGrid(symmetric)
+FORMATS = [Uniform(symmetric, double) for symmetric in (False, True) for double in (False, True)]
+
+
+@pytest.mark.parametrize("number_format", FORMATS, ids=lambda one: one.name)
+@pytest.mark.parametrize("group", [32, ROW])
+@pytest.mark.parametrize("act_order", [False, True])
+def test_formats_pack_what_was_rounded(number_format: Uniform, group: int, act_order: bool) -> None:
+    weight, hessian, precision = drawn(24, 100), hessian_of(100), Precision(number_format.name, 3, group)
+    config = RoundingConfig(act_order=act_order)
     calibrated, nearest = (
-        round_weight(weight, store, PRECISION, hessian, RoundingConfig(method=method)) for method in ("gptq", "nearest")
+        round_weight(weight, number_format, precision, hessian, one)
+        for one in (config, replace(config, method="nearest"))
     )
     assert error(weight, calibrated.values, hessian) < 0.9 * error(weight, nearest.values, hessian)
-    assert torch.equal(calibrated.grid.minima, -4 * calibrated.grid.scales) is symmetric
+    packed = number_format.pack(calibrated.codes, calibrated.grid)
+    assert torch.equal(number_format.decode(packed, 24, 100, precision), calibrated.values)
 
 
 @pytest.mark.parametrize("act_order", [False, True])
 def test_dead_channels_are_rounded_to_nearest_and_change_nothing(act_order: bool) -> None:
     weight, hessian = drawn(16, 64), hessian_of(64)
     hessian[:, 5] = hessian[5] = 0
-    config = RoundingConfig(grid="minmax", act_order=act_order)
+    config = RoundingConfig(grid="minmax", act_order=act_order, refinements=0)
     rounded = round_weight(weight, HalfGrid(), Precision("half", 3, 64), hessian, config)
     assert torch.equal(rounded.codes[:, 5], rounded.grid.round(weight)[:, 5])
     moved = weight.clone()
@@ -165,9 +174,25 @@ def test_what_is_not_finite() -> None:
         ("damping", 0.0, "above 0 and at most 1"),
         ("damping", float("nan"), "above 0 and at most 1"),
         ("alpha", 1.5, "from 0 to 1"),
+        ("refinements", -1, "at least 0"),
         ("first_order", 1.0, "from 0 to below 1"),
     ],
 )
 def test_options_have_ranges(option: str, value: object, allowed: str) -> None:
     with pytest.raises(UserError, match=f"rounding.{option} is {value}; it must be {allowed}."):
         RoundingConfig(**{option: value})  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("act_order", [False, True])
+@pytest.mark.parametrize("shared", [False, True])
+def test_refinement_leaves_less_on_a_grid_that_the_format_stores(act_order: bool, shared: bool) -> None:
+    weight, hessian, store = drawn(24, 96), hessian_of(96), HalfGrid(shared=shared)
+    left = []
+    for refinements in (0, 1, 3):
+        config = RoundingConfig(act_order=act_order, refinements=refinements)
+        rounded = round_weight(weight, store, PRECISION, hessian, config)
+        assert torch.allclose(
+            store.storable(rounded.grid.scales, rounded.grid.minima, PRECISION).scales, rounded.grid.scales, rtol=1e-5
+        )
+        left.append(error(weight, rounded.values, hessian))
+    assert left[1] < 0.97 * left[0] and left[2] < left[1]

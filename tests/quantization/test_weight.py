@@ -20,7 +20,8 @@ from qpruner.quantization.formats import dequantize, quantize
 from qpruner.quantization.packed import PackedLinear
 
 NF4, DOUBLE, INT8 = Precision("nf4", 4), Precision("nf4-double", 4, 32), Precision("int8", 8)
-MIXED = {"qkv": NF4, "o": INT8, "gate_up": INT8, "down": DOUBLE}
+UNIFORM = Precision("affine-double", 3, 32)
+MIXED = {"qkv": NF4, "o": INT8, "gate_up": UNIFORM, "down": DOUBLE}
 TARGETS = {"target_modules": ["q_proj", "o_proj", "up_proj", "down_proj"], "task_type": "CAUSAL_LM"}
 CONFIGS: dict[str, Callable[[], peft.PeftConfig]] = {
     "lora": lambda: peft.LoraConfig(r=4, use_rslora=True, rank_pattern={"q_proj": 2}, **TARGETS),
