@@ -8,6 +8,7 @@ from qpruner.callbacks.compression import Compression
 from qpruner.callbacks.keep_model import KeepModel
 from qpruner.callbacks.log_interval import LogInterval
 from qpruner.callbacks.lora_guided import LoRAGuidedPruning
+from qpruner.callbacks.polishing import GridPolishing
 from qpruner.callbacks.predictions import PredictionsWriter
 from qpruner.callbacks.pruning import PlannedPruning, StructuredPruning
 from qpruner.callbacks.quantization import MixedPrecisionQuantization
@@ -16,6 +17,7 @@ from qpruner.callbacks.throughput import Throughput
 
 __all__ = [
     "Compression",
+    "GridPolishing",
     "KeepModel",
     "LoRAGuidedPruning",
     "LogInterval",

@@ -15,7 +15,7 @@ from qpruner.datamodules.base import TokenDataModule
 from qpruner.errors import UserError
 from qpruner.folder_manifest import Step
 from qpruner.memory import num_parameters
-from qpruner.plan import CompressionPlan
+from qpruner.plan import CompressionPlan, Precision
 from qpruner.processes import Processes
 from qpruner.pruning.rounds import check_ratio, round_to, supplies
 from qpruner.pruning.selection import SelectionConfig, local_widths
@@ -33,6 +33,7 @@ class Rehearsal:
         model: model on the meta device, as the callbacks so far would leave it.
         lora: the adapters that it is going to have.
         exact: whether its widths are those of the fit; they are not where they depend on scores.
+        precisions: precisions that its linears may get; none as long as nothing quantizes.
 
     Attributes:
         plan: plan of the model, all of it dense; which units are kept is made up.
@@ -44,6 +45,7 @@ class Rehearsal:
     model: Any
     lora: LoRAConfig
     exact: bool = True
+    precisions: frozenset[Precision] = frozenset()
 
     def __post_init__(self) -> None:
         target_linears(self.model, self.lora.target_modules)
@@ -214,7 +216,10 @@ ORDER = [State.DENSE, State.MERGED, State.PRUNED, State.QUANTIZED]
 
 
 class CompressionInTraining(Compression):
-    """Compresses the base while its adapters train, and changes its shapes at the end of the fit."""
+    """Compresses the base in the course of a fit, at whose end the base is another one."""
+
+    leaves: ClassVar[str]
+    """What the base is at the end of the fit, as its stage is named."""
 
     @property
     def needs_dense_base(self) -> bool:
@@ -223,21 +228,24 @@ class CompressionInTraining(Compression):
 
 
 def check_order(callbacks: Sequence[Callback]) -> None:
-    """Makes sure that a fit prunes, then quantizes, then prunes in training, each at most once.
+    """Makes sure that a fit prunes, then quantizes, then prunes or polishes in training, each at most once.
 
     Raises:
         UserError: it does not, or it packs weights that are to be changed at its end.
     """
-    stages = [_stage(callback) for callback in callbacks if isinstance(callback, Compression)]
-    order = [State.PRUNED.value, State.QUANTIZED.value, "pruned in training"]
-    if stages != [stage for stage in order if stage in stages]:
+    compressing = [
+        callback for callback in callbacks if isinstance(callback, CompressionInSetup | CompressionInTraining)
+    ]
+    places = [_place(callback) for callback in compressing]
+    if places != sorted(set(places)):
         raise UserError(
-            f"The callbacks leave the base {', then '.join(stages)}; a fit prunes at most once, then quantizes at most "
-            f"once, since packed weights cannot be scored, then prunes at most once while it trains. Reorder or drop "
-            f"callbacks; to quantize what was pruned in training, add a phase to the run (see phases)."
+            f"The callbacks leave the base {', then '.join(callback.leaves for callback in compressing)}; a fit prunes "
+            f"at most once, then quantizes at most once, since packed weights cannot be scored, then prunes or "
+            f"polishes at most once while it trains. Reorder or drop callbacks; to quantize what was pruned in "
+            f"training, add a phase to the run (see phases)."
         )
     changing = [one for one in callbacks if isinstance(one, CompressionInTraining) and one.needs_dense_base]
-    if changing and State.QUANTIZED.value in stages:
+    if changing and any(callback.leaves is State.QUANTIZED for callback in compressing):
         raise UserError(
             f"The callbacks quantize the base, and {type(changing[0]).__name__} is to compensate its weights at the "
             f"end of the fit, which packed ones cannot be. Quantize in a phase after this one (see phases), or use "
@@ -245,8 +253,9 @@ def check_order(callbacks: Sequence[Callback]) -> None:
         )
 
 
-def _stage(callback: Compression) -> str:
-    return callback.leaves.value if isinstance(callback, CompressionInSetup) else "pruned in training"
+def _place(callback: CompressionInSetup | CompressionInTraining) -> int:
+    """The place of a callback among those of a fit."""
+    return 2 if isinstance(callback, CompressionInTraining) else [State.PRUNED, State.QUANTIZED].index(callback.leaves)
 
 
 def data_of(trainer: Trainer) -> TokenDataModule | None:

@@ -82,6 +82,8 @@ class LoRAGuidedPruning(CompressionInTraining):
             unit, a schedule longer than the fit, or no step before an event whose gradients are finite.
     """
 
+    leaves = "pruned in training"
+
     def __init__(
         self,
         ratio: float,

@@ -158,6 +158,7 @@ class MixedPrecisionQuantization(CompressionInSetup):
         units = [precision for layer in plan.layers for precision in layer.precision.values()]
         for precision in {*units, *self.tables.values()} - {DENSE}:
             format_for(precision)
+        rehearsal.precisions = frozenset(units if self.allocator is None else self.allocator.precisions)
         if self.allocator is not None:
             self.allocator.check(rehearsal, self.tables)
         elif rehearsal.exact:

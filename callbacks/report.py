@@ -134,8 +134,8 @@ class RunReport(Callback):
             ResultNotFinite: its loss or accuracy is not finite; on all ranks.
         """
         module, _ = _expect(trainer, trainer.lightning_module)
-        in_training = any(isinstance(callback, CompressionInTraining) for callback in compressing(trainer))
-        name = self._titled("pruned in training" if in_training else "recovered")
+        in_training = [callback for callback in compressing(trainer) if isinstance(callback, CompressionInTraining)]
+        name = self._titled(in_training[0].leaves if in_training else "recovered")
         try:
             stage = self._measure(trainer, name, seconds=self._seconds, peak_training=self._peak)
         except NotFinite as error:

@@ -35,6 +35,7 @@ from qpruner.quantization.calibrated_layers import CalibratedLayers
 from qpruner.quantization.embedding import quantize_tables_
 from qpruner.quantization.merging import merge_
 from qpruner.quantization.packed import PackedLinear
+from qpruner.quantization.polishing import linears_with_grids, loosen_, settle_
 
 
 class State(StrEnum):
@@ -56,6 +57,13 @@ NARROWABLE = frozenset({State.DENSE, State.PRUNED, State.MERGED, State.ADAPTED})
 PACKABLE = frozenset({State.DENSE, State.PRUNED, State.MERGED})
 BARE = frozenset({State.DENSE, State.PRUNED, State.QUANTIZED, State.MERGED})
 ADAPTED = frozenset({State.ADAPTED})
+
+
+NO_GRIDS = (
+    "no linear in a number format whose scales and minima can be trained while its codes stay, as affine and "
+    "symmetric, -double or not. Quantize before polishing, at 4 and 8 bits with formats such as {4: affine}, or leave "
+    "polishing out."
+)
 
 
 @dataclass(frozen=True)
@@ -123,6 +131,7 @@ class CompressedModel(nn.Module):
         self.initial_adapters: dict[str, Factors] = {}
         self._adapter_files: Path | None = None
         self._lora: tuple[LoRAConfig, int] | None = None  # of the adapters that are on it, and their seed
+        self._resting: list[nn.Parameter] = []  # factors of adapters, while the grids of the base train
 
     # Where it comes from.
 
@@ -236,6 +245,15 @@ class CompressedModel(nn.Module):
                 f"Packed weights cannot be {what}: the base {self.base!r} is quantized. Prune the dense base and "
                 f"quantize it afterwards, or use compensation none."
             )
+
+    def check_grids(self) -> None:
+        """Makes sure that there are scales and minima that can be trained while codes stay.
+
+        Raises:
+            UserError: no linear of the layers is packed in a number format that has a grid.
+        """
+        if not linears_with_grids(self.network):
+            raise UserError(f"The base {self.base!r} has {NO_GRIDS}")
 
     def known_plan(self) -> CompressionPlan:
         """The plan.
@@ -392,6 +410,34 @@ class CompressedModel(nn.Module):
         self.network, _ = detach_adapters(self.network)
         self._lora, self.initial_adapters = None, {}
 
+    def loosen(self) -> None:
+        """Lets the scales and minima of packed linears train in place of the adapters, which act and stay as they are.
+
+        Codes stay. Until `settle` nothing else is to be done to the model. Where they train already, nothing happens.
+
+        Raises:
+            UserError: no linear of the layers is packed in a format that has scales and minima to train.
+        """
+        self._expect("polished", ADAPTED)
+        self.check_grids()
+        if not self._resting:
+            self._resting = [parameter for parameter in self.network.parameters() if parameter.requires_grad]
+            self.network.requires_grad_(False)
+            loosen_(self.network)
+
+    def settle(self, *, polished: bool = True) -> None:
+        """Holds the scales and minima that `loosen` let train as their formats store them, and lets adapters train.
+
+        Args:
+            polished: whether the base gets them as trained; otherwise it is what it was before.
+        """
+        settle_(self.network, polished=polished)
+        for factor in self._resting:
+            factor.requires_grad_(True)
+        self._resting = []
+        if polished:
+            self._changed(State.QUANTIZED)
+
     def mask(self, kept: Kept) -> None:
         """Lets all units but some act as if they were gone, while every weight stays.
 
@@ -436,6 +482,7 @@ class CompressedModel(nn.Module):
             UserError: a family that cannot be compressed, or the disk has no room.
         """
         plan = self.known_plan()
+        assert not self._resting, "grids that train are settled before they are kept"
         with replacing_folder(folder) as temporary:
             with self._without_adapters():
                 model_folder.write_base(

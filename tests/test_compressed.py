@@ -317,3 +317,50 @@ def test_a_folder_with_adapters_is_a_base_without_them(tiny_llama: Path, tmp_pat
     assert taken.known_plan().architecture == model.known_plan().widths  # narrow is what it came as
     model.detach()
     assert torch.equal(logits(taken), logits(model))
+
+
+def test_scales_and_minima_train_in_place_of_adapters_until_they_are_settled(tiny_llama: Path, tmp_path: Path) -> None:
+    model = dense(tiny_llama)
+    two = quantized_plan(model, dict.fromkeys(UNITS, Precision("affine", 2, 32)))
+    model.quantize(two, loftq(), device=CPU)
+    attach(model)
+    model.keep(tmp_path / "before", tokenizer=None)
+    identity, begun = model.identity, logits(model)
+    adapters = trained(model)
+    model.loosen()
+    grids = trained(model)
+    model.loosen()
+    assert trained(model) == grids and len(grids) == 2 * 14 and not set(grids) & set(adapters)
+    nudge(model)
+    moved = logits(model)
+    assert (moved - begun).abs().max() > 0.05
+    # Given up, it is what it was, and known as that.
+    model.settle(polished=False)
+    assert torch.equal(logits(model), begun) and model.identity == identity and trained(model) == adapters
+    model.loosen()
+    nudge(model)
+    with pytest.raises(AssertionError, match="settled before they are kept"):
+        model.keep(tmp_path / "after", tokenizer=None)
+    model.settle()
+    assert model.identity is None and model.base_state is State.QUANTIZED and trained(model) == adapters
+    assert (logits(model) - moved).abs().max() < 0.01  # float16
+    model.keep(tmp_path / "after", tokenizer=None, trained=True)
+    again = CompressedModel.open(tmp_path / "after", trained_adapters=True)
+    attach(again)
+    assert torch.equal(logits(again), logits(model))
+
+
+def test_what_has_no_grid_cannot_be_loosened(tiny_llama: Path) -> None:
+    model = dense(tiny_llama)
+    with pytest.raises(UserError, match="A model that is dense cannot be polished"):
+        model.loosen()
+    model.quantize(quantized_plan(model, FOUR), None, device=CPU)
+    attach(model)
+    before = trained(model)
+    with pytest.raises(UserError, match=r"tiny_llama' has no linear in a number format .* such as \{4: affine\}"):
+        model.loosen()
+    assert trained(model) == before != []
+
+
+def trained(model: CompressedModel) -> list[str]:
+    return [name for name, parameter in model.named_parameters() if parameter.requires_grad]

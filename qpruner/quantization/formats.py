@@ -68,6 +68,10 @@ class Format(Protocol):
 class GridFormat(Format, Protocol):
     """A number format whose values lie on a `Grid`, so that grid and codes may be chosen apart, by calibration."""
 
+    @property
+    def symmetric(self) -> bool:
+        """Whether minima follow from scales: each is the scale times -2^(b - 1)."""
+
     def storable(self, scales: Tensor, minima: Tensor, precision: Precision) -> Grid:
         """The grid nearest to scales and minima [out, groups] that the format can store.
 
@@ -76,6 +80,15 @@ class GridFormat(Format, Protocol):
 
     def pack(self, codes: Tensor, grid: Grid) -> dict[str, Tensor]:
         """The state of codes uint8 [out, in] on a grid of `storable`; ``decode`` gives ``grid.values(codes)``."""
+
+    def grid(self, state: Mapping[str, Tensor], precision: Precision) -> Grid:
+        """The grid of a state."""
+
+    def codes(self, state: Mapping[str, Tensor], in_features: int, precision: Precision) -> Tensor:
+        """The codes of a state, uint8 [out, in]; `pack` gives them back bit for bit."""
+
+    def values(self, state: Mapping[str, Tensor], grid: Grid, in_features: int, dtype: torch.dtype) -> Tensor:
+        """What the codes of a state mean on any grid; [out, in], rounded once from float32."""
 
 
 FORMATS: tuple[Format, ...] = (

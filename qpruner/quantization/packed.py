@@ -131,7 +131,9 @@ class PackedLinear(nn.Linear):
             given = state_dict.get(prefix + name)
             if given is None:
                 missing_keys.append(prefix + name)
-            elif given.shape != tensor.shape or (given.dtype != tensor.dtype and name != "bias"):  # casts alter codes
+            elif given.shape != tensor.shape or (
+                given.dtype != tensor.dtype and name in self._packed
+            ):  # casts alter codes
                 error_msgs.append(
                     f"{prefix}{name} is {given.dtype} {list(given.shape)}, but {self.precision} of "
                     f"{self.out_features} x {self.in_features} weights needs {tensor.dtype} {list(tensor.shape)}."

@@ -109,8 +109,7 @@ class Uniform:
         return self.pack(codes.clamp_(0, grid.levels - 1).to(torch.uint8), grid)
 
     def storable(self, scales: Tensor, minima: Tensor, precision: Precision) -> Grid:
-        state = self._stored(scales.float(), minima.float(), precision.bits)
-        return Grid(*self._scales_and_minima(state, precision.bits), precision.bits, self.group(precision))
+        return self.grid(self._stored(scales.float(), minima.float(), precision.bits), precision)
 
     def pack(self, codes: Tensor, grid: Grid) -> dict[str, Tensor]:
         return {"codes": pack(codes, grid.bits), **self._stored(grid.scales, grid.minima, grid.bits)}
@@ -128,14 +127,22 @@ class Uniform:
         self, state: Mapping[str, Tensor], in_features: int, precision: Precision, dtype: torch.dtype
     ) -> Tensor:
         """The weight of a state, rounded once from float32."""
-        scales, minima = (one.unsqueeze(2) for one in self._scales_and_minima(state, precision.bits))  # [out, m, 1]
-        group = self.group(precision)
-        group = in_features if group == ROW else group
+        return self.values(state, self.grid(state, precision), in_features, dtype)
+
+    def grid(self, state: Mapping[str, Tensor], precision: Precision) -> Grid:
+        return Grid(*self._scales_and_minima(state, precision.bits), precision.bits, self.group(precision))
+
+    def codes(self, state: Mapping[str, Tensor], in_features: int, precision: Precision) -> Tensor:
+        return unpack(state["codes"], in_features, precision.bits)
+
+    def values(self, state: Mapping[str, Tensor], grid: Grid, in_features: int, dtype: torch.dtype) -> Tensor:
+        scales, minima = grid.scales.unsqueeze(2), grid.minima.unsqueeze(2)  # [out, m, 1]
+        group = in_features if grid.group == ROW else grid.group
         whole = in_features // group  # groups; a short one may come behind them
         weight = torch.empty(len(scales), in_features, dtype=dtype, device=scales.device)
         size = max(1, CHUNK // in_features)
         for rows in (slice(first, first + size) for first in range(0, len(scales), size)):
-            values = unpack(state["codes"][rows], in_features, precision.bits).float()
+            values = unpack(state["codes"][rows], in_features, grid.bits).float()
             groups = values[:, : whole * group].view(len(values), whole, group)
             groups.mul_(scales[rows, :whole]).add_(minima[rows, :whole])
             if whole * group < in_features:

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from qpruner.callbacks import Compression, LoRAGuidedPruning
+from qpruner.callbacks import Compression, GridPolishing, LoRAGuidedPruning
 from qpruner.callbacks.compression import Rehearsal
 from qpruner.datamodules.base import TokenDataModule
 from qpruner.errors import UserError
@@ -48,6 +48,11 @@ def check_search(callbacks: Sequence[Callback], phases: Sequence[PhaseConfig], p
         raise UserError(
             "LoRAGuidedPruning prunes in the course of a fit, and a search prunes before its trials. Search with "
             "StructuredPruning, or `qpruner merge` a run that pruned in training and search on its result."
+        )
+    if any(isinstance(callback, GridPolishing) for callback in callbacks):
+        raise UserError(
+            "GridPolishing trains the base of a fit, and the trials of a search train adapters. Leave it out, and "
+            "polish when the plan that is found has been carried out."
         )
     if phases:
         raise UserError("A search has no phases; they are for `qpruner fit`. Leave --phases out.")

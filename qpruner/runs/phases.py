@@ -10,6 +10,7 @@ from lightning.pytorch import Callback
 
 from qpruner.callbacks import (
     Compression,
+    GridPolishing,
     LoRAGuidedPruning,
     MixedPrecisionQuantization,
     PlannedPruning,
@@ -76,8 +77,8 @@ class Phase:
         return [callback for callback in self.callbacks if isinstance(callback, Compression)]
 
     @property
-    def prunes_in_training(self) -> bool:
-        """Whether what it leaves has other shapes than what it trains."""
+    def compresses_in_training(self) -> bool:
+        """Whether the base that it leaves is another one than it trains on."""
         return any(isinstance(callback, CompressionInTraining) for callback in self.compressing)
 
     @property
@@ -88,7 +89,7 @@ class Phase:
     @property
     def kept_in(self) -> Path:
         """Where the base that it trains on is kept."""
-        return self.folder.base if self.prunes_in_training else self.folder.model
+        return self.folder.base if self.compresses_in_training else self.folder.model
 
     def module(self, described: LoRAFinetuner) -> LoRAFinetuner:
         """The module that it trains: the one described in the first phase, else one like it that goes on from there.
@@ -106,7 +107,7 @@ class Phase:
         """Records that it is over, and drops what only its training needed."""
         if self.folder.phase is not None:
             self.folder.record_finished()
-        if self.folder.phase is not None or self.prunes_in_training:
+        if self.folder.phase is not None or self.compresses_in_training:
             self.folder.drop_training_state()
 
 
@@ -121,8 +122,13 @@ def carrying_out(callbacks: Sequence[Callback], plan: CompressionPlan) -> list[C
     quantization = [MixedPrecisionQuantization.of_plan(plan, configured)] if plan.quantized else []
     pruning = (one for one in callbacks if isinstance(one, StructuredPruning | LoRAGuidedPruning))
     compensating = next((callback.compensating for callback in pruning), None)
-    others = [callback for callback in callbacks if not isinstance(callback, Compression)]
+    others = [callback for callback in callbacks if not decides(callback)]
     return [PlannedPruning.of_plan(plan, compensating), *quantization, *others]
+
+
+def decides(callback: Callback) -> bool:
+    """Whether a callback decides on what a plan holds: which units stay, and in how many bits."""
+    return isinstance(callback, Compression) and not isinstance(callback, GridPolishing)
 
 
 def phases_of(folder: RunFolder, first: Sequence[Callback], further: Sequence[PhaseConfig]) -> list[Phase]:
@@ -154,12 +160,12 @@ def phases_of(folder: RunFolder, first: Sequence[Callback], further: Sequence[Ph
     for phase in phases:
         check_order(phase.callbacks)
         if phase.number > 1 and not all(
-            isinstance(callback, MixedPrecisionQuantization) for callback in phase.compressing
+            isinstance(callback, MixedPrecisionQuantization | GridPolishing) for callback in phase.compressing
         ):
             names = ", ".join(type(callback).__name__ for callback in phase.compressing)
             raise UserError(
                 f"Phase {phase.number} has {names}; a run prunes in its first phase, and the others may "
-                f"quantize. Move the callback to trainer.callbacks."
+                f"quantize and polish. Move the callback to trainer.callbacks."
             )
     if further and not phases[0].compressing:
         raise UserError(

@@ -9,7 +9,7 @@ from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 
 from qpruner.adapter_files import has_trained_adapters
-from qpruner.callbacks import Compression, PredictionsWriter
+from qpruner.callbacks import PredictionsWriter
 from qpruner.datamodules.base import TokenDataModule
 from qpruner.errors import UserError
 from qpruner.folder_manifest import is_compressed
@@ -24,7 +24,7 @@ from qpruner.runs.checks import check_fit, check_search, rehearse
 from qpruner.runs.claim import claim_folder, lock_folder
 from qpruner.runs.evaluation import Measured, measure_stages
 from qpruner.runs.fitting import PhasedFit
-from qpruner.runs.phases import Phase, PhaseConfig, carrying_out, phases_of, renewed
+from qpruner.runs.phases import Phase, PhaseConfig, carrying_out, decides, phases_of, renewed
 from qpruner.runs.trainers import TrainerOptions, make_trainer, options_of_trainer
 from qpruner.search.config import SearchConfig
 from qpruner.training.checkpoint_file import read_checkpoint
@@ -218,7 +218,7 @@ class Run:
             return self.callbacks, []
         kept = not restart and is_compressed(self.folder.model)  # then the run needs the file no more
         plan = read_plan(self.folder.model) if kept else CompressionPlan.read(Path(self.plan).expanduser())
-        replaced = [callback for callback in self.callbacks if isinstance(callback, Compression)]
+        replaced = [callback for callback in self.callbacks if decides(callback)]
         notes = [f"The plan {self.plan} replaces {callback}; nothing is scored." for callback in replaced]
         return carrying_out(self.callbacks, plan), notes
 

@@ -367,9 +367,9 @@ def compressing(callbacks: Sequence[Callback]) -> tuple[list[CompressionInSetup]
             pruning.append(callback)
         elif isinstance(callback, Compression):
             raise UserError(
-                f"{type(callback).__name__} prunes in the course of a fit, and a search prunes before its trials. "
-                f"Search with StructuredPruning, or `qpruner merge` a run that pruned in training and search on its "
-                f"result."
+                f"{type(callback).__name__} changes the base in the course of a fit, and a search does so before its "
+                f"trials. Search with StructuredPruning, or `qpruner merge` a run that did so in training and search "
+                f"on its result."
             )
     if len(quantizations) != 1:
         raise UserError(

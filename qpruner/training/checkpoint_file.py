@@ -59,6 +59,7 @@ FitCheckpoint = TypedDict(
         "hyper_parameters": Options,
         "base": BaseOfCheckpoint,
         "masks": NotRequired[list[tuple[Tensor, ...]] | None],
+        "trains_grids": NotRequired[bool],
         "lora": AdapterKind,
     },
 )

@@ -7,6 +7,7 @@ from typing import Any, Self, TypeVar
 
 import torch
 from lightning.pytorch import LightningModule
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
 
 from qpruner.adapters.lora import LoRAConfig
@@ -48,6 +49,9 @@ class CompressibleModule(LightningModule):
         gradient_checkpointing: whether activations are computed again in the backward pass.
         lora: options of the adapters.
         seed: seed of the adapters' start.
+
+    Attributes:
+        trains_grids: whether scales and minima of the packed base are trained in place of the adapters.
     """
 
     def __init__(
@@ -69,6 +73,7 @@ class CompressibleModule(LightningModule):
         self.held: CompressedModel | None = None
         self.kept_in: Path | None = None
         self.continues_from: Path | None = None
+        self.trains_grids = False
         self._keeps_base = True
         self.strict_loading = False  # checkpoints leave the base out; see `on_load_checkpoint`
 
@@ -197,6 +202,8 @@ class CompressibleModule(LightningModule):
     def configure_model(self) -> None:
         self.load_base()
         self.attach_adapters()
+        if self.trains_grids:
+            self.compressed.loosen()
         self.model.train()
 
     @contextmanager
@@ -276,6 +283,7 @@ class CompressibleModule(LightningModule):
             "sha256": compressed.identity,
             "folder": None if dense or compressed.kept is None else str(compressed.kept.path.absolute()),
         }
+        checkpoint["trains_grids"] = self.trains_grids
         checkpoint["masks"] = compressed.masks and [
             tuple(torch.tensor(places) for places in layer) for layer in compressed.masks.kept
         ]
@@ -286,10 +294,12 @@ class CompressibleModule(LightningModule):
         """Finds the base that a checkpoint's adapters were trained on, and makes sure that they fit.
 
         Raises:
-            UserError: another base, a base that is not there any more, or adapters of another kind or shape.
+            UserError: another base, a base that is not there any more, adapters of another kind or shape, or scales and
+                minima of the base in place of adapters, or adapters in place of these.
         """
         self._find_base(checkpoint)
         self.check_adapters(checkpoint)
+        self._check_trained_parts(bool(checkpoint.get("trains_grids")))
         self.configure_model()
         self._check_state(checkpoint["state_dict"])
         if masks := checkpoint.get("masks"):
@@ -367,6 +377,23 @@ class CompressibleModule(LightningModule):
             raise UserError(
                 f"The checkpoint's adapters are of another kind: {differences}. Use the --model.lora of its run."
             )
+
+    def _check_trained_parts(self, grids: bool) -> None:
+        """Makes sure that a fit trains what the fit of a checkpoint did; outside of a fit, whatever that was is taken.
+
+        Args:
+            grids: whether that was scales and minima of the base rather than adapters.
+
+        Raises:
+            UserError: it does not.
+        """
+        if grids != self.trains_grids and self._trainer is not None and self.trainer.state.fn == TrainerFn.FITTING:
+            there, here = ("base's scales and minima", "adapters")[:: 1 if grids else -1]
+            raise UserError(
+                f"The checkpoint is of a fit that trains the {there}, and this fit trains the {here}. Give both the "
+                f"same callbacks, or begin a new fit."
+            )
+        self.trains_grids = grids
 
     def _check_state(self, state: dict[str, torch.Tensor]) -> None:
         """Makes sure that a checkpoint holds each adapter of the model, in its shape, and nothing else.

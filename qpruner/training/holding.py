@@ -15,6 +15,7 @@ class HoldsModel(Protocol):
         lora: the adapters that the model has or is going to have.
         seed: seed of all random draws of the fit.
         kept_in: folder that is going to keep the base; None where nobody named one.
+        trains_grids: whether scales and minima of the packed base are trained in place of the adapters.
         after_clipping: what to call once the gradients of an optimizer step are unscaled and clipped, before the step,
             with whether they were finite: no hook of a callback lies there.
     """
@@ -22,6 +23,7 @@ class HoldsModel(Protocol):
     lora: LoRAConfig
     seed: int
     kept_in: Path | None
+    trains_grids: bool
     after_clipping: list[Callable[[bool], None]]
 
     @property

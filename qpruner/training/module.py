@@ -47,6 +47,8 @@ OVERFLOW = re.compile(
 class LoRAFinetuner(CompressibleModule):
     """Recovers a causal language model by training LoRA adapters; the base never changes.
 
+    Where `GridPolishing` asks for it, a fit trains the scales and minima of the packed base in place of the adapters.
+
     Every random draw of training depends on (seed, epoch, batch, rank) alone, so a resumed fit repeats the numbers of
     an uninterrupted one. ``after_clipping`` holds what is called once the gradients of an optimizer step are unscaled
     and clipped, before the step, with whether they were finite: no hook of a callback lies there.

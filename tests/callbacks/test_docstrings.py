@@ -10,7 +10,13 @@ from jsonargparse import ArgumentParser
 from lightning.pytorch import Callback
 
 import qpruner.callbacks
-from qpruner.callbacks import KeepModel, LoRAGuidedPruning, MixedPrecisionQuantization, StructuredPruning
+from qpruner.callbacks import (
+    GridPolishing,
+    KeepModel,
+    LoRAGuidedPruning,
+    MixedPrecisionQuantization,
+    StructuredPruning,
+)
 
 CLASSES = [getattr(qpruner.callbacks, name) for name in qpruner.callbacks.__all__ if name != "Compression"]
 
@@ -30,7 +36,9 @@ def test_each_hook_that_acts_is_told(callback: type[Callback]) -> None:
     assert acting and acting <= told
 
 
-@pytest.mark.parametrize("callback", [StructuredPruning, MixedPrecisionQuantization, LoRAGuidedPruning, KeepModel])
+@pytest.mark.parametrize(
+    "callback", [StructuredPruning, MixedPrecisionQuantization, LoRAGuidedPruning, GridPolishing, KeepModel]
+)
 def test_the_example_makes_the_callback(callback: type[Callback]) -> None:
     (example,) = re.findall(r"```yaml\n(.*?)```", getdoc(callback) or "", re.S)
     parser = ArgumentParser(exit_on_error=False)

@@ -4,10 +4,17 @@ import pytest
 from lightning.pytorch import Callback
 
 from qpruner.adapters.lora import LoRAConfig
-from qpruner.callbacks import LoRAGuidedPruning, MixedPrecisionQuantization, StructuredPruning
+from qpruner.callbacks import (
+    GridPolishing,
+    LoRAGuidedPruning,
+    MixedPrecisionQuantization,
+    PlannedPruning,
+    StructuredPruning,
+)
 from qpruner.errors import UserError
+from qpruner.plan import UNITS, Architecture, CompressionPlan, Precision
 from qpruner.records.folder import RunFolder
-from qpruner.runs.phases import PhaseConfig, phases_of, renewed
+from qpruner.runs.phases import PhaseConfig, carrying_out, phases_of, renewed
 from qpruner.training.module import LoRAFinetuner
 from qpruner.training.optimization import OptimizerConfig
 
@@ -40,8 +47,25 @@ def test_each_phase_has_its_folder_and_begins_with_what_the_last_left(tmp_path: 
 
 def test_a_base_that_is_pruned_in_training_is_kept_beside_the_result(tmp_path: Path) -> None:
     first, last = phases_of(RunFolder(tmp_path), [LoRAGuidedPruning(0.1)], [QUANTIZING])
-    assert (first.prunes_in_training, first.kept_in) == (True, tmp_path / "phases/1/base")
-    assert (last.prunes_in_training, last.kept_in) == (False, tmp_path / "model")
+    assert (first.compresses_in_training, first.kept_in) == (True, tmp_path / "phases/1/base")
+    assert (last.compresses_in_training, last.kept_in) == (False, tmp_path / "model")
+
+
+def test_any_phase_may_polish_what_is_quantized(tmp_path: Path) -> None:
+    polishing = PhaseConfig(1, callbacks=[MixedPrecisionQuantization(2), GridPolishing()])
+    first, second, last = phases_of(
+        RunFolder(tmp_path), [StructuredPruning(0.1)], [polishing, PhaseConfig(1, callbacks=[GridPolishing()])]
+    )
+    assert [phase.compresses_in_training for phase in (first, second, last)] == [False, True, True]
+    assert last.kept_in == tmp_path / "base" and last.continues_from == second.folder.model
+
+
+def test_a_plan_that_is_carried_out_is_polished_all_the_same() -> None:
+    plan = CompressionPlan.dense(Architecture("llama", 32, 8, 2, (2,), (48,)), None)
+    plan = plan.with_precision([dict.fromkeys(UNITS, Precision("affine", 2, 32))])
+    given = [StructuredPruning(0.1), MixedPrecisionQuantization(8), GridPolishing(), Shared()]
+    kinds = [PlannedPruning, MixedPrecisionQuantization, GridPolishing, Shared]
+    assert [type(callback) for callback in carrying_out(given, plan)] == kinds
 
 
 def test_later_modules_differ_in_their_optimizer_alone(tmp_path: Path) -> None:

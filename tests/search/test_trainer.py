@@ -220,7 +220,7 @@ def test_the_budget_has_one_callback_and_others_prune() -> None:
     for callbacks, said in (
         ([prunes], "0 callbacks quantize: add MixedPrecisionQuantization"),
         ([budget, quantization()], "2 callbacks quantize"),
-        ([budget, LoRAGuidedPruning(ratio=0.2)], "LoRAGuidedPruning prunes in the course of a fit"),
+        ([budget, LoRAGuidedPruning(ratio=0.2)], "LoRAGuidedPruning changes the base in the course of a fit"),
     ):
         with pytest.raises(UserError, match=said):
             compressing(callbacks)

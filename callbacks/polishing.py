@@ -1,0 +1,78 @@
+"""Trains scales and minima of the quantized base, before adapters recover what is left to win back."""
+
+from typing import Any
+
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_info
+
+from qpruner.callbacks.compression import CompressionInTraining, Rehearsal
+from qpruner.compressed import NO_GRIDS
+from qpruner.errors import UserError
+from qpruner.plan import DENSE
+from qpruner.quantization.formats import GridFormat, format_for
+from qpruner.training.holding import expect_holder
+
+
+class GridPolishing(CompressionInTraining):
+    """Lets a fit train scales and minima of the packed linears, in place of the adapters, while codes stay.
+
+    The model gets no larger and no slower by it. Adapters stay as they start and act all the same: with
+    ``loftq_iterations: 0`` they are zero, and a further phase trains them. Loss, learning rate and length are those of
+    the fit; a rate of 1e-3 moves the outermost values of a group by about a thousandth of their distance in a step.
+    Linears in formats without a grid, the embedding and the head stay as they are. Stands behind
+    `MixedPrecisionQuantization`, or alone where the base comes quantized.
+
+    ```yaml
+    trainer:
+      callbacks:
+        - class_path: MixedPrecisionQuantization
+          init_args: {bits: 2, group: 32, loftq_iterations: 0, calibrated: {}}
+        - class_path: GridPolishing
+    ```
+
+    With ``model.distillation: {logits: 0, hidden: 1, cross_entropy: 1}`` the loss is the error of the last hidden state
+    beside the labels. See `qpruner.quantization.polishing` for what is trained.
+
+    setup
+        Makes sure that there are scales and minima to train, and asks the module to train them.
+    on_fit_end
+        Rounds them to what their formats store, so that they are a part of the base, which is then kept anew.
+    on_exception
+        Lets go of what was trained: the module may be fitted again.
+
+    Raises:
+        UserError: no linear of the base is in a number format that has a grid.
+    """
+
+    leaves = "polished"
+
+    @property
+    def options(self) -> dict[str, Any]:
+        return {}
+
+    def check(self, rehearsal: Rehearsal) -> None:
+        formats = [format_for(precision) for precision in rehearsal.precisions - {DENSE}]
+        if formats and not any(isinstance(number_format, GridFormat) for number_format in formats):
+            names = ", ".join(sorted({number_format.name for number_format in formats}))
+            raise UserError(f"GridPolishing stands behind a quantization to {names}, which leaves {NO_GRIDS}")
+
+    # In the order of a fit.
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if stage == "fit":
+            module = self.begin(trainer, pl_module)
+            module.compressed.check_grids()
+            module.trains_grids = True
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        module = expect_holder(pl_module)
+        module.compressed.settle()
+        module.compressed.record(self.step)
+        module.trains_grids = False
+        rank_zero_info("Polished: scales and minima are rounded to what their number formats store.")
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        module = expect_holder(pl_module)
+        if module.trains_grids:
+            module.compressed.settle(polished=False)
+            module.trains_grids = False

@@ -1,0 +1,192 @@
+"""Polishing: the grids of packed linears are trained by gradients while their codes stay.
+
+A weight is ``scale * code + minimum``, so that a loss L falls on the scale and the minimum of a group by
+
+    dL/dscale = sum over the group of dL/dweight * code,    dL/dminimum = sum over the group of dL/dweight.
+
+What is trained says how far a grid has moved from where it began, in numbers of one size for all groups, so that one
+learning rate serves all: the logarithm a of the factor by which the distance of values has grown, and the way b that
+the middle of the values has gone, counted in the distance of the outermost values. With L = 2^bits values,
+
+    scale = scale_0 exp(a),    minimum = minimum_0 + (L - 1) (|scale_0| b + (scale_0 - scale) / 2).
+
+A symmetric format has a alone, and its minimum grows as its scale does. A group whose scale is 0 stays as it is.
+
+Source: EfficientQAT, Chen et al., 2024 (arXiv:2407.11062), section 3.3, trains scales alone, end to end; the error of
+the last hidden state beside the cross entropy is the loss of RILQ (arXiv:2412.01129). Minima and a and b are ours.
+
+Shapes: O rows (outputs), I columns (inputs), M groups in a row, N positions of a batch.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from qpruner.plan import ROW
+from qpruner.quantization.formats import GridFormat, format_for, rebuild
+from qpruner.quantization.grid import Grid
+from qpruner.quantization.packed import PackedLinear
+from qpruner.quantization.uniform import CHUNK
+
+
+def moved(grid: Grid, growths: Tensor, ways: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Scales and minima [O, M] of a grid that has moved; exactly those that it began with where all moves are 0.
+
+    Args:
+        grid: grid where it began.
+        growths: logarithms a [O, M] of the factors by which scales have grown.
+        ways: ways b [O, M] that the middles have gone; None for a symmetric format.
+    """
+    factors = growths.float().exp()
+    scales = grid.scales * factors
+    if ways is None:
+        return scales, grid.minima * factors
+    return scales, grid.minima + (grid.levels - 1) * (grid.scales.abs() * ways.float() + (grid.scales - scales) / 2)
+
+
+def gradients_of_grid(gradient: Tensor, inputs: Tensor, codes: Tensor, group: int) -> tuple[Tensor, Tensor]:
+    """What a loss changes by with the scales and with the minima of a linear, float32 [O, M] each.
+
+    Args:
+        gradient: gradient of the loss by the outputs of the linear, [N, O].
+        inputs: inputs of the linear, [N, I] in the same dtype.
+        codes: codes of the weight, [O, I].
+        group: number of columns in a group; -1 for a whole row.
+    """
+    of_scales, of_minima = [], []
+    size = max(1, CHUNK // codes.shape[1])  # the gradient of no more weights than that is there at a time
+    for rows in (slice(first, first + size) for first in range(0, len(codes), size)):
+        of_weight = (gradient[:, rows].T @ inputs).float()
+        of_minima.append(sums_of_groups(of_weight, group))
+        of_scales.append(sums_of_groups(of_weight.mul_(codes[rows]), group))
+    return torch.cat(of_scales), torch.cat(of_minima)
+
+
+def sums_of_groups(values: Tensor, group: int) -> Tensor:
+    """The sums [O, M] of values [O, I] over each group; the last of a row may be short."""
+    size = values.shape[1] if group == ROW else group
+    return functional.pad(values, (0, -values.shape[1] % size)).view(len(values), -1, size).sum(2)
+
+
+class PolishedLinear(PackedLinear):
+    """A packed linear whose grid is trained while its codes stay.
+
+    It shares the tensors of the packed one, which stay as they are, and has two more parameters, float32 [O, M]:
+    ``growths`` and, unless the format is symmetric, ``ways``; they begin at 0, where it computes what the packed one
+    does. No dense weight is kept between the forward and the backward pass.
+
+    Args:
+        packed: packed linear.
+        number_format: format of the packed linear.
+    """
+
+    ways: nn.Parameter | None
+
+    def __init__(self, packed: PackedLinear, number_format: GridFormat) -> None:
+        shape = packed.out_features, packed.in_features
+        super().__init__(packed.packed(), *shape, packed.precision, packed.bias, packed.like.dtype)
+        self.number_format = number_format
+        self.group = self.start.group
+        zeros = torch.zeros_like(self.start.scales)
+        self.growths = nn.Parameter(zeros)
+        self.register_parameter("ways", None if number_format.symmetric else nn.Parameter(zeros.clone()))
+        self.train(packed.training)
+
+    @property
+    def start(self) -> Grid:
+        """The grid where it began."""
+        return self.number_format.grid(self.packed(), self.precision)
+
+    def on(self, scales: Tensor, minima: Tensor, dtype: torch.dtype) -> Tensor:
+        """The weight [O, I] that the codes mean by scales and minima [O, M]."""
+        grid = Grid(scales, minima, self.precision.bits, self.group)
+        return self.number_format.values(self.packed(), grid, self.in_features, dtype)
+
+    @torch.no_grad()
+    def unpack(self, dtype: torch.dtype) -> Tensor:
+        return self.on(*moved(self.start, self.growths, self.ways), dtype)
+
+    def forward(self, x: Tensor) -> Tensor:  # [.., I] -> [.., O]
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        scales, minima = moved(self.start, self.growths, self.ways)
+        product: Tensor = _MovedProduct.apply(x, bias, scales, minima, self)  # type: ignore[no-untyped-call]
+        return product
+
+    def as_packed(self) -> PackedLinear:
+        """The packed linear that it was made of."""
+        return self._rebuilt(self.packed())
+
+    @torch.no_grad()
+    def as_polished(self) -> PackedLinear:
+        """A packed linear with the codes that it has, and with its grid as near as the format can store it."""
+        codes = self.number_format.codes(self.packed(), self.in_features, self.precision)
+        grid = self.number_format.storable(*moved(self.start, self.growths, self.ways), self.precision)
+        return self._rebuilt(self.number_format.pack(codes, grid))
+
+    def _rebuilt(self, state: dict[str, Tensor]) -> PackedLinear:
+        shape = self.out_features, self.in_features
+        linear = rebuild(state, *shape, precision=self.precision, bias=self.bias, dtype=self.like.dtype)
+        return linear.train(self.training)
+
+    def _stored(self) -> dict[str, Tensor]:
+        trained = {"growths": self.growths} if self.ways is None else {"growths": self.growths, "ways": self.ways}
+        return {**super()._stored(), **trained}
+
+
+class _MovedProduct(torch.autograd.Function):
+    """A linear whose weight is unpacked again for the backward pass, and whose scales and minima get gradients."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, bias: Tensor | None, scales: Tensor, minima: Tensor, linear: PolishedLinear
+    ) -> Tensor:
+        ctx.save_for_backward(x, scales, minima)
+        ctx.linear = linear
+        return functional.linear(x, linear.on(scales, minima, x.dtype), bias)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor, Tensor, None]:
+        x, scales, minima = ctx.saved_tensors
+        linear = ctx.linear
+        of_bias = gradient.flatten(0, -2).sum(0) if ctx.needs_input_grad[1] else None
+        of_x = gradient @ linear.on(scales, minima, gradient.dtype) if ctx.needs_input_grad[0] else None
+        codes = linear.number_format.codes(linear.packed(), linear.in_features, linear.precision)
+        inputs = x.flatten(0, -2).to(gradient.dtype)
+        return of_x, of_bias, *gradients_of_grid(gradient.flatten(0, -2), inputs, codes, linear.group), None
+
+
+def linears_with_grids(model: Any) -> dict[str, tuple[PackedLinear, GridFormat]]:
+    """The packed linears of a model whose format has a grid, by name, with that format; embedding and head apart.
+
+    Args:
+        model: causal language model, perhaps with adapters.
+    """
+    tables = (model.get_input_embeddings(), model.get_output_embeddings())
+    apart = {id(module) for table in tables if table is not None for module in table.modules()}
+    linears: dict[str, tuple[PackedLinear, GridFormat]] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, PackedLinear) and id(module) not in apart:
+            number_format = format_for(module.precision)
+            if isinstance(number_format, GridFormat):
+                linears[name] = module, number_format
+    return linears
+
+
+def loosen_(model: Any) -> None:
+    """Puts linears whose grids are trained in the place of packed ones; see `linears_with_grids`."""
+    for name, (linear, number_format) in linears_with_grids(model).items():
+        model.set_submodule(name, PolishedLinear(linear, number_format))
+
+
+def settle_(model: Any, *, polished: bool) -> None:
+    """Puts packed linears in the place of those whose grids were trained.
+
+    Args:
+        model: causal language model, perhaps with adapters, changed in place.
+        polished: whether they get the grids as trained; otherwise those that they began with.
+    """
+    trained = {name: module for name, module in model.named_modules() if isinstance(module, PolishedLinear)}
+    for name, linear in trained.items():
+        model.set_submodule(name, linear.as_polished() if polished else linear.as_packed())
