@@ -1,4 +1,5 @@
-"""The loss of every assignment of 4 and 8 bits to the blocks of a pruned model, as it is and after a short recovery.
+"""The loss of every assignment of two widths to the blocks of a model, pruned or not, as it is and after a short
+recovery.
 
     python benchmarks/block_bits.py --base MODEL --train TRAIN.txt --validation VALID.txt --rows rows.jsonl
     python benchmarks/block_bits.py --base qpruner/stories --rows rows.jsonl --lr 3e-4

@@ -97,7 +97,7 @@ class RunReport(Callback):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         module, _ = _expect(trainer, pl_module)
         for callback in compressing(trainer):
-            if isinstance(callback, MixedPrecisionQuantization) and module.compressed.starts_from_loftq:
+            if isinstance(callback, MixedPrecisionQuantization) and module.compressed.has_initial_adapters:
                 self.measure(trainer, f"quantized + {callback.start_of_adapters}")
         plan = module.compressed.plan
         if plan is not None and module.compressed.base_state is not State.DENSE and trainer.is_global_zero:

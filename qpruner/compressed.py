@@ -216,7 +216,7 @@ class CompressedModel(nn.Module):
         return average_bits(self.plan, self.network.dtype.itemsize)
 
     @property
-    def starts_from_loftq(self) -> bool:
+    def has_initial_adapters(self) -> bool:
         """Whether adapters start from what quantization left, rather than from zero."""
         return bool(self.initial_adapters) or (
             self._adapter_files is not None and adapter_files.has_initial_adapters(self._adapter_files)

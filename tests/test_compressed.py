@@ -226,7 +226,7 @@ def test_a_folder_gives_back_state_recipe_plan_and_the_start_of_adapters(tiny_ll
     assert again.kept == model.kept and again.identity == model.identity is not None
     assert (again.state, again.recipe, again.plan) == (State.QUANTIZED, model.recipe, model.plan)
     assert (again.base, again.base_sha256) == (str(tiny_llama), model.base_sha256)
-    assert again.starts_from_loftq
+    assert again.has_initial_adapters
     attach(again)
     assert torch.equal(logits(again), expected)
 

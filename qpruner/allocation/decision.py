@@ -36,8 +36,8 @@ class DecidingConfig:
         solver: ``exact``, the optimum of the knapsack problem, or ``greedy``, the upgrades of QPruner.
         measure: the sensitivity that counts: the rise of ``loss`` or ``kl``, measured, or of loss by ``first_order``,
             which there is of each item alone only.
-        contexts: number of random assignments that ``marginal`` measures each item in, even and at least 2. With two
-            widths, the work of ``sensitivity`` is done half as many times.
+        contexts: number of random assignments of bits to all items among which ``marginal`` measures each item, even
+            and at least 2; its work grows with them.
         mutual_information: how mutual information is estimated.
         calibration: calibration text on which mutual information or sensitivities are measured.
 

@@ -138,7 +138,7 @@ def test_without_loftq_the_adapters_start_from_zero(tiny_llama: Path, stories: S
     start = AtStart(look)
     module = fit(finetuner(tiny_llama), stories, *mixed(loftq_iterations=0), start)
     assert start.seen == 0 and look(module) > 0 and module.compressed.initial_adapters == {}
-    assert not module.compressed.starts_from_loftq
+    assert not module.compressed.has_initial_adapters
 
 
 def test_sixteen_bits_change_nothing_and_fewer_start_near(tiny_llama: Path, stories: StoriesDataModule) -> None:
