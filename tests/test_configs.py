@@ -51,7 +51,10 @@ def local_data(tmp_path: Path) -> dict[str, list[str]]:
         "budget": ["--data.num_train=350", "--data.num_validation=4", "--data.num_test=4", "--data.num_choices=2"],
         "search": ["--data.num_train=350", "--data.num_validation=4", "--data.num_test=4"],
         "loraprune": ["--data.num_train=40", "--data.num_validation=4", "--data.num_test=4", "--data.num_choices=2"],
-        "low_bits": ["--data.num_train=350", "--data.num_validation=4", "--data.num_test=4", "--data.num_choices=2"],
+        "low_bits": [
+            *("--data.num_train=90", "--data.num_validation=4", "--data.num_test=4", "--data.num_choices=2"),
+            "--trainer.callbacks.calibrated.text.num_sequences=16",
+        ],
         "quickstart": ["--data.num_train=350", "--data.num_validation=4", "--data.num_test=4", "--data.num_choices=2"],
     }
 
