@@ -80,8 +80,10 @@ def wanted(given: argparse.Namespace) -> list[Row]:
     shared = {
         "base": name_of(given.base), "format": given.format, "group": given.group, "text": given.text,
         "report": {report.name: report.rows for report in given.report},
+        "length": given.length or given.max_length, "dtype": given.dtype,
     }  # fmt: skip
     training = {"steps": given.steps, "batch": [given.batch_size, given.max_length], "lr": given.lr}
+    training["precision"] = given.precision
     sharing = {"allocation": given.allocation, "widths": given.widths, "deciding_text": given.deciding_text}
     return [
         shared
