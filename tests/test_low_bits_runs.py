@@ -156,17 +156,20 @@ def test_a_plan_is_carried_out_with_the_calibration_that_is_configured_and_chang
     ("wrong", "said"),
     [
         ({"bits": "7"}, ["bits asks for 7; choose from 1, 2, 3, 4, 5, 6, 8, 16"]),
-        ({"group": "48"}, ["affine has no groups of 48", "32, 64, 128"]),
+        ({"group": "48"}, ["has no groups of 48", "32, 64, 128"]),
         ({"formats": "{2: nf4}"}, ["nf4 has no 2 bits. Give 4 bits", "another format"]),
         ({"calibrated.rounding.grid": "minmx"}, ["minmx", "minmax"]),
         ({"calibrated.rounding.damping": "-1"}, ["damping is -1"]),
         ({"calibrated.text.num_sequences": "4"}, ["has 4 sequences of 12 tokens", "Give at least 8 sequences"]),
         ({"calibrated.text.length": "4"}, ["28 tokens decide", "has 43 inputs", "Give at least 12 sequences"]),
         ({"calibrated.text.num_sequences": "49"}, ["Calibration asks for 49 sequences of 12 tokens", "enough for 48"]),
-        ({"bits": "[4, 8]"}, ["held in int8 and nf4 alone", "formats of affine, affine-double, symmetric"]),
+        (
+            {"bits": "[4, 8]", "formats": "{4: nf4}"},
+            ["held in int8 and nf4 alone", "formats of affine, affine-double, symmetric"],
+        ),
         ({"bits": "16"}, ["held in dense alone", "leave calibrated out"]),
         (
-            {"bits": "null", "budget": "{average_bits: 6.5}", "deciding.widths": "[4, 8]"},
+            {"bits": "null", "budget": "{average_bits: 6.5}", "deciding.widths": "[4, 8]", "formats": "{4: nf4}"},
             ["held in int8 and nf4 alone"],
         ),
     ],

@@ -105,8 +105,8 @@ def test_what_cannot_be_polished_is_told_before_any_work(config: dict[str, Any],
     path.write_text(yaml.safe_dump(config | {"phases": []}))
     with pytest.raises(UserError, match="^GridPolishing trains the base of a fit, and the trials of a search"):
         run(["search", "--config", str(path)])
-    config["trainer"]["callbacks"][0]["init_args"]["bits"] = 4
+    config["trainer"]["callbacks"][0]["init_args"] = {"bits": 8}
     path.write_text(yaml.safe_dump(config))
-    with pytest.raises(UserError, match="^GridPolishing stands behind a quantization to nf4"):
+    with pytest.raises(UserError, match="^GridPolishing stands behind a quantization to int8"):
         run(["fit", "--config", str(path)])
     assert not (tmp_path / "runs" / "x" / "summary.json").exists()

@@ -132,7 +132,7 @@ def test_classes_by_their_names() -> None:
 
 def test_people_are_offered_what_they_can_choose() -> None:
     names = {known.__name__ for known in offered_classes(Callback)}
-    assert names == {"LoRAGuidedPruning", "MixedPrecisionQuantization", "StructuredPruning"}
+    assert names == {"GridPolishing", "LoRAGuidedPruning", "MixedPrecisionQuantization", "StructuredPruning"}
     assert KeepModel not in offered_classes(Callback) and Compression not in offered_classes(Callback)
     assert {known.__name__ for known in offered_classes(TokenDataModule)} == {
         "InstructionDataModule", "StoriesDataModule", "TextDataModule"
@@ -140,7 +140,7 @@ def test_people_are_offered_what_they_can_choose() -> None:
     assert offered_classes(Unfinished) == [Square]  # ours has none: any that can be made
     # What a word may mean is more: libraries have others, none of which is unfinished.
     suggested = suggested_classes(Callback)
-    assert suggested[:3] == offered_classes(Callback) and EarlyStopping in suggested
+    assert suggested[:4] == offered_classes(Callback) and EarlyStopping in suggested
     assert Compression not in suggested and len(set(suggested)) == len(suggested)
 
 

@@ -99,7 +99,7 @@ def tell(monkeypatch: pytest.MonkeyPatch) -> Tell:
         (["--data", "nowhere.Trainer"], "There is no class 'nowhere.Trainer'. data must be "),
         (["--trainer.callbacks", "StructuredPrunning"], "There is no class 'StructuredPrunning'. Did you mean 'Struct"),
         (["--trainer.callbacks", "EarlyStoping"], "There is no class 'EarlyStoping'. Did you mean 'EarlyStopping'?"),
-        (["--trainer.callbacks", "X"], "must be one of LoRAGuidedPruning, MixedPrecisionQuantization, StructuredPruni"),
+        (["--trainer.callbacks", "X"], "must be one of GridPolishing, LoRAGuidedPruning, MixedPrecisionQuantization"),
         (["--trainer.callbacks+=Compression"], "'Compression' is what others are made from, and cannot be had itself."),
         (["--trainer.callbacks", "[StoriesDataModule]"], "'StoriesDataModule' is no Callback. trainer.callbacks must"),
         (["--trainer.logger", "X"], "There is no class 'X'. trainer.logger must be one of "),
@@ -151,7 +151,7 @@ def callbacks(**entry: Any) -> dict[str, Any]:
         ({"trainer": {"accelerator": None}}, "trainer.accelerator is null; it must be one of auto, cpu, gpu, cuda, mp"),
         ({"trainer": {"strategy": 3}}, "trainer.strategy is 3; it must be one of auto, ddp."),
         # Nulls and wrong values inside lists, classes and dataclasses.
-        ({"phases": [{"max_steps": 1, "callbacks": None}]}, "phases.callbacks is null; it must be one of LoRAGuided"),
+        ({"phases": [{"max_steps": 1, "callbacks": None}]}, "phases.callbacks is null; it must be one of GridPolish"),
         ({"phases": [{"max_steps": None, "max_epochs": 1}]}, "phases.max_steps is null; it must be a whole number."),
         ({"phases": [{"max_steps": 1, "optimizer": {"lr": None}}]}, "phases.optimizer.lr is null; it must be a number"),
         ({"phases": [{"max_steps": 1, "callbacks": [{"class_path": "MixedPrecisionQuantization", "init_args": None}]}]},
