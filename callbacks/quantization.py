@@ -71,8 +71,9 @@ class MixedPrecisionQuantization(CompressionInSetup):
             while the others have random bits, too.
         budget: what may be stored; with one, the bits are decided here.
         deciding: how bits are decided under a budget.
-        calibrated: how weights are rounded by text, in formats that have a grid; by default each to its nearest value,
-            as in the trials of a search.
+        calibrated: how weights are rounded by text, in formats that have a grid, which 4 bits then have by default;
+            left out, each weight goes to its nearest value. Bits under a budget are decided before, and trials of a
+            search are made, with weights at their nearest values.
 
     Raises:
         UserError: bits, formats or groups that are not offered, bits beside a budget or an allocation without one, tied

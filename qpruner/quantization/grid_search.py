@@ -41,7 +41,7 @@ from torch.nn.functional import pad
 
 from qpruner.errors import UserError, nearest
 from qpruner.plan import ROW, Precision
-from qpruner.quantization.grid import Grid, GridStore, inverse
+from qpruner.quantization.grid import GridStore, inverse
 
 GridSearch = Literal["minmax", "mse", "neuqi"]
 SHRINKS = tuple(1 - 0.02 * step for step in range(31))
@@ -85,19 +85,12 @@ class Levels:
         return (1 << self.bits) - 1
 
 
-def choose_grid(
-    weight: Tensor,
-    number_format: GridStore,
-    precision: Precision,
-    how: GridSearch,
-    importance: Tensor | None = None,
-) -> Grid:
-    """The grid of a weight, as the format stores it.
+def search(weight: Tensor, levels: Levels, how: GridSearch, importance: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Scales and minima [O, M] in float32, before a format stores them.
 
     Args:
         weight: weight, [O, I], of any float dtype.
-        number_format: format that the grid is for.
-        precision: precision within the format.
+        levels: which grids the format can have.
         how: the search; see above.
         importance: how much the square of an error counts, [I] or [O, I], at least 0; alike where None, and within a
             group where it is 0 throughout. ``minmax`` does not look at it.
@@ -105,11 +98,6 @@ def choose_grid(
     Raises:
         UserError: a search of another name.
     """
-    return number_format.storable(*search(weight, Levels.of(number_format, precision), how, importance), precision)
-
-
-def search(weight: Tensor, levels: Levels, how: GridSearch, importance: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Scales and minima [O, M] in float32, before a format stores them; see `choose_grid`."""
     if how not in get_args(GridSearch):
         raise UserError(
             f"There is no search for grids {how!r}.{nearest(str(how), get_args(GridSearch))} "

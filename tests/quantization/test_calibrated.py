@@ -11,6 +11,7 @@ from support.families import random_tokens, tiny_model
 from torch import Tensor
 
 from qpruner.anatomy import architecture_of, unit_linears
+from qpruner.calibration.output_gradients import output_weights
 from qpruner.calibration.text import Calibration, CalibrationConfig
 from qpruner.errors import UserError
 from qpruner.plan import DENSE, UNITS, CompressionPlan, Precision
@@ -73,11 +74,24 @@ def leaving(model: Any, number: int) -> Tensor:
     return seen[0].double()
 
 
-@pytest.mark.parametrize("tokens", ["equal", "skip", "normed"])
-@pytest.mark.parametrize("family", ["llama", "phi3"])
-def test_each_linear_is_rounded_on_what_reaches_it_behind_the_packed_ones_before(family: str, tokens: Any) -> None:
+@pytest.mark.parametrize(
+    ("family", "tokens", "groups"),
+    [
+        ("llama", "equal", 0),
+        ("llama", "skip", 0),
+        ("llama", "normed", 0),
+        ("llama", "normed", 2),
+        ("phi3", "normed", 0),
+    ],
+)
+def test_each_linear_is_rounded_on_what_reaches_it_behind_the_packed_ones_before(
+    family: str, tokens: Any, groups: int
+) -> None:
     dense, model = (tiny_model(family).requires_grad_(False) for _ in range(2))
-    result = rounded(model, CalibratedConfig(rounding=GPTQ, output_groups=0, tokens=tokens))
+    names = [name for units in unit_linears(dense) for names in units.values() for name in names]
+    linears = {name: dense.get_submodule(name) for name in names}
+    by_loss = output_weights(dense, linears, calibration(5, TEXT), groups) if groups else {}
+    result = rounded(model, CalibratedConfig(rounding=GPTQ, output_groups=groups, tokens=tokens))
     decides = torch.arange(S) % HELD_OUT != HELD_OUT - 1
     for number, units in enumerate(unit_linears(dense)):
         weights = torch.ones(S, T, dtype=torch.float64)
@@ -85,15 +99,17 @@ def test_each_linear_is_rounded_on_what_reaches_it_behind_the_packed_ones_before
             weights[:, :4] = 0
         for unit, names in units.items():
             if tokens == "normed":
-                normed = unit in ("o", "down")
+                normed = unit in ("o", "down") and not groups  # the gradient of the loss has the norm in it
                 weights = 1 / leaving(dense, number).square().mean(-1) if normed else torch.ones_like(weights)
             x, z = inputs_of(model, names[0]), inputs_of(dense, names[0])
 
-            def product(a: Tensor, b: Tensor, rows: Tensor, weights: Tensor = weights) -> Tensor:
-                return torch.einsum("sti,st,stj->ij", a[rows], weights[rows], b[rows])
-
-            hessian, cross = product(x, x, decides), product(z, x, decides)
             for name in names:
+                counts = weights.unsqueeze(-1) * (torch.cat(by_loss[name]) if groups else 1)
+
+                def product(a: Tensor, b: Tensor, rows: Tensor, counts: Tensor = counts) -> Tensor:
+                    return torch.einsum("sti,stg,stj->gij", a[rows], counts[rows].double(), b[rows])
+
+                hessian, cross = product(x, x, decides), product(z, x, decides)
                 weight = dense.get_submodule(name).weight
                 target = corrected_weight(weight, hessian, cross, 1.0, GPTQ.damping)
                 expected = round_weight(target, format_for(TWO_BITS), TWO_BITS, hessian, GPTQ)  # type: ignore[arg-type]

@@ -2,14 +2,14 @@
 
 import pytest
 import torch
-from support.grids import HalfGrid, correlated
+from support.grids import HalfGrid, choose_grid, correlated
 from torch import Tensor
 
 from qpruner.errors import UserError
 from qpruner.plan import Precision
 from qpruner.quantization.gptq import Factor, damped, gptq
 from qpruner.quantization.grid import Grid
-from qpruner.quantization.grid_search import Levels, choose_grid, search
+from qpruner.quantization.grid_search import Levels, search
 
 
 def drawn(rows: int, columns: int, seed: int = 1) -> Tensor:

@@ -5,13 +5,13 @@ from typing import get_args
 
 import pytest
 import torch
-from support.grids import HalfGrid
+from support.grids import HalfGrid, choose_grid
 from torch import Tensor
 
 from qpruner.errors import UserError
 from qpruner.plan import ROW, Precision
 from qpruner.quantization import grid_search
-from qpruner.quantization.grid_search import GridSearch, Levels, choose_grid, search
+from qpruner.quantization.grid_search import GridSearch, Levels, search
 from qpruner.quantization.uniform import Uniform
 
 

@@ -2,14 +2,13 @@
 
 import pytest
 import torch
-from support.grids import HalfGrid, correlated
+from support.grids import HalfGrid, choose_grid, correlated
 from torch import Tensor
 
 from qpruner.plan import Precision
 from qpruner.quantization import refinement
 from qpruner.quantization.gptq import damped
 from qpruner.quantization.grid import Grid
-from qpruner.quantization.grid_search import choose_grid
 from qpruner.quantization.refinement import losses, refitted, swept
 
 

@@ -5,12 +5,12 @@ from typing import get_args
 
 import pytest
 import torch
-from support.grids import HalfGrid, correlated
+from support.grids import HalfGrid, choose_grid, correlated
 from torch import Tensor
 
 from qpruner.errors import UserError
 from qpruner.plan import ROW, Precision
-from qpruner.quantization.grid_search import GridSearch, choose_grid
+from qpruner.quantization.grid_search import GridSearch
 from qpruner.quantization.rounding import RoundingConfig, corrected_weight, error, round_weight
 from qpruner.quantization.uniform import Uniform
 

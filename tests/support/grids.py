@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from qpruner.plan import Precision
-from qpruner.quantization.grid import Grid
+from qpruner.quantization.grid import Grid, GridStore
+from qpruner.quantization.grid_search import GridSearch, Levels, search
 
 
 @dataclass(frozen=True)
@@ -37,3 +38,10 @@ def correlated(tokens: int, columns: int, seed: int = 0) -> Tensor:
     mixing = torch.randn(columns, columns, generator=generator, dtype=torch.float64)
     sizes = torch.rand(columns, 1, generator=generator, dtype=torch.float64) ** 3
     return torch.randn(tokens, columns, generator=generator, dtype=torch.float64) @ (sizes * mixing)
+
+
+def choose_grid(
+    weight: Tensor, store: GridStore, precision: Precision, how: GridSearch, importance: Tensor | None = None
+) -> Grid:
+    """The grid that a search finds for a weight, as a format stores it."""
+    return store.storable(*search(weight, Levels.of(store, precision), how, importance), precision)
