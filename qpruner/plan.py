@@ -10,47 +10,28 @@ from typing import Any
 
 from qpruner.errors import UserError, brief, cut
 from qpruner.files import reading, write_text
+from qpruner.precision import DENSE, ROW, Leading, Precision
+from qpruner.ranges import MOST_UNITS, format_ranges, parse_ranges
 
-KIND, VERSION = "qpruner plan", 1
+__all__ = [
+    "DENSE",
+    "ROW",
+    "UNITS",
+    "Architecture",
+    "CompressionPlan",
+    "LayerPlan",
+    "Leading",
+    "Precision",
+    "describe_differences",
+    "format_ranges",
+    "parse_ranges",
+]
+
+KIND, VERSION = "qpruner plan", 2
 # No model has more, and a slip of the pen shall not fill the memory.
-MOST_LAYERS, MOST_UNITS, MOST_IN_ALL, MOST_BYTES = 10_000, 1_000_000, 20_000_000, 2**26
-ROW = -1
-"""The group of a whole row, as the field writes it."""
+MOST_LAYERS, MOST_IN_ALL, MOST_BYTES = 10_000, 20_000_000, 2**26
 UNITS = ("qkv", "o", "gate_up", "down")
 """The quantization units of a layer: what serving engines fuse shares one width."""
-
-
-@dataclass(frozen=True)
-class Precision:
-    """How the weights of a quantization unit are held.
-
-    Args:
-        format: name of a number format; ``dense`` leaves the weights as they are.
-        bits: bits of a weight, scales not counted, from 1 to 16.
-        group: number of weights that share a scale; -1 for a whole row, None where the format itself says.
-
-    Raises:
-        UserError: another number of bits, a group without weights, or a format that is no name.
-    """
-
-    format: str
-    bits: int
-    group: int | None = None
-
-    def __post_init__(self) -> None:
-        if not isinstance(self.format, str) or not re.fullmatch(r"[\w-]{1,40}", self.format):
-            raise UserError(f"A format is a name, not {brief(self.format)}.")
-        if type(self.bits) is not int or not 1 <= self.bits <= 16:
-            raise UserError(f"A weight has 1 to 16 bits, not {brief(self.bits)}.")
-        group = self.group
-        if group is not None and (type(group) is not int or not (group == ROW or 1 <= group <= MOST_UNITS)):
-            raise UserError(f"A group holds at least 1 weight, or a whole row with {ROW}, not {brief(group)}.")
-
-    def __str__(self) -> str:
-        return f"{self.format} {self.bits}" + (f"/{'row' if self.group == ROW else self.group}" if self.group else "")
-
-
-DENSE = Precision("dense", 16)
 
 
 @dataclass(frozen=True)
@@ -98,12 +79,16 @@ class Architecture:
 
 @dataclass(frozen=True)
 class LayerPlan:
-    """What one decoder layer keeps.
+    """What one decoder layer keeps, and in which order.
 
     Args:
-        kv_groups: kept key-value heads, each with its query heads; ascending, at least one.
-        ffn_channels: kept intermediate channels; ascending, at least one.
+        kv_groups: kept key-value heads, each with its query heads, in the order that they have in the narrowed layer;
+            at least one, none twice.
+        ffn_channels: kept intermediate channels, likewise.
         precision: precision of each of the `UNITS`.
+
+    Raises:
+        UserError: no unit, a unit twice, what is no number of a unit, or units without a precision.
     """
 
     kv_groups: tuple[int, ...]
@@ -115,9 +100,9 @@ class LayerPlan:
             kept = getattr(self, name)
             if any(type(unit) is not int for unit in kept):
                 raise UserError(f"{name} are whole numbers, not {brief(kept)}.")
-            if not kept or kept[0] < 0 or any(a >= b for a, b in zip(kept, kept[1:], strict=False)):
+            if not kept or min(kept) < 0 or len(set(kept)) < len(kept):
                 raise UserError(
-                    f"{name} must be ascending numbers from 0, at least one, not {brief(format_ranges(kept))}."
+                    f"{name} must be numbers from 0, at least one and none twice, not {brief(format_ranges(kept))}."
                 )
         if self.precision.keys() != set(UNITS):
             raise UserError(
@@ -135,9 +120,12 @@ class CompressionPlan:
         layers: [layers], what each layer keeps.
         embedding: how the token embedding is held.
         head: how the language-model head is held; with tied embeddings the same as the embedding.
+        hidden: order of the channels of the residual stream, by which every linear, norm and table that reads or writes
+            them goes: a permutation of ``range(hidden_size)``; None where they stand as they did.
 
     Raises:
-        UserError: a layer is missing, or a unit is kept that the architecture does not have.
+        UserError: a layer is missing, a unit is kept that the architecture does not have, columns lead where a linear
+            has no more, or an order of channels that is no permutation.
     """
 
     architecture: Architecture
@@ -145,6 +133,7 @@ class CompressionPlan:
     layers: tuple[LayerPlan, ...]
     embedding: Precision = DENSE
     head: Precision = DENSE
+    hidden: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
         model = self.architecture
@@ -154,6 +143,18 @@ class CompressionPlan:
             raise _other_layers(len(self.layers), model)
         for number, layer in enumerate(self.layers):
             _expect_units(model, number, layer)
+        _expect_columns("The token embedding", self.embedding, model.hidden_size)
+        _expect_columns("The head", self.head, model.hidden_size)
+        hidden = self.hidden
+        if hidden is None:
+            return
+        if any(type(channel) is not int for channel in hidden):
+            raise UserError(f"hidden holds whole numbers, not {brief(hidden)}.")
+        if sorted(hidden) != list(range(model.hidden_size)):
+            raise UserError(
+                f"hidden is an order of all channels from 0 to {model.hidden_size - 1}, each of them once, not "
+                f"{brief(format_ranges(hidden))}. Leave hidden null to keep the order that the model has."
+            )
 
     @classmethod
     def dense(cls, architecture: Architecture, base_sha256: str | None) -> "CompressionPlan":
@@ -165,22 +166,30 @@ class CompressionPlan:
         return cls(architecture, base_sha256, tuple(layers))
 
     def keeping(self, kept: Iterable[tuple[Sequence[int], Sequence[int]]]) -> "CompressionPlan":
-        """The plan that keeps, of what this one keeps, the KV groups and FFN channels at these places.
+        """The plan that keeps, of what this one keeps, the KV groups and FFN channels at these places, in their order.
+
+        Of ``o`` and ``down`` as many columns lead as are left of the leading ones; see `Precision.of_columns`.
 
         Args:
             kept: [layers], places counted from 0 among the units that this plan keeps.
         """
-        return replace(
-            self,
-            layers=tuple(
-                replace(
-                    layer,
-                    kv_groups=tuple(layer.kv_groups[i] for i in groups),
-                    ffn_channels=tuple(layer.ffn_channels[i] for i in channels),
-                )
-                for layer, (groups, channels) in zip(self.layers, kept, strict=True)
-            ),
-        )
+        heads = self.architecture.queries_per_group * self.architecture.head_dim
+        layers = []
+        for layer, (groups, channels) in zip(self.layers, kept, strict=True):
+            o, down = (layer.precision[unit] for unit in ("o", "down"))
+            precision = {**layer.precision, "o": o.of_columns(groups, heads), "down": down.of_columns(channels)}
+            kv_groups = tuple(layer.kv_groups[place] for place in groups)
+            layers.append(LayerPlan(kv_groups, tuple(layer.ffn_channels[place] for place in channels), precision))
+        return replace(self, layers=tuple(layers))
+
+    def reordered(self, places: Sequence[int]) -> "CompressionPlan":
+        """The plan whose residual stream has, of this one's channels, those at these places, in their order.
+
+        Args:
+            places: [hidden_size], places counted from 0 in the order that this plan gives them.
+        """
+        before = range(self.architecture.hidden_size) if self.hidden is None else self.hidden
+        return replace(self, hidden=tuple(before[place] for place in places))
 
     def with_precision(
         self, precision: Sequence[Mapping[str, Precision]], *, embedding: Precision = DENSE, head: Precision = DENSE
@@ -240,21 +249,22 @@ class CompressionPlan:
             "version": VERSION,
             "architecture": asdict(self.architecture),
             "base_sha256": self.base_sha256,
-            "embedding": asdict(self.embedding),
-            "head": asdict(self.head),
+            "embedding": self.embedding.to_data(),
+            "head": self.head.to_data(),
+            "hidden": None if self.hidden is None else format_ranges(self.hidden),
         }
         lines = [f"  {json.dumps(name)}: {json.dumps(value)}" for name, value in header.items()]
         layers = ",\n".join(
             f'    {{"kv_groups": {json.dumps(format_ranges(layer.kv_groups))},\n'
             f'     "ffn_channels": {json.dumps(format_ranges(layer.ffn_channels))},\n'
-            f'     "precision": {json.dumps({unit: asdict(layer.precision[unit]) for unit in UNITS})}}}'
+            f'     "precision": {json.dumps({unit: layer.precision[unit].to_data() for unit in UNITS})}}}'
             for layer in self.layers
         )
         return "{\n" + ",\n".join([*lines, f'  "layers": [\n{layers}\n  ]']) + "\n}\n"
 
     @classmethod
     def from_json(cls, text: str) -> "CompressionPlan":
-        """Reads what `to_json` wrote.
+        """Reads what `to_json` wrote, in version 1 too, which had no ``hidden`` and only ascending units.
 
         Raises:
             UserError: not a plan, of another version, or with a missing, unknown or impossible entry.
@@ -265,12 +275,13 @@ class CompressionPlan:
             raise UserError(f"This is no plan: not valid JSON ({cut(error)}).") from error
         if not isinstance(content, dict) or content.get("kind") != KIND:
             raise UserError(f'This is no plan: it does not say "kind": "{KIND}".')
-        if content.get("version") != VERSION:
-            raise UserError(
-                f"The plan has version {brief(content.get('version'))}; this qpruner reads version {VERSION}."
-            )
+        version = content.get("version")
+        if type(version) is not int or not 1 <= version <= VERSION:
+            raise UserError(f"The plan has version {brief(version)}; this qpruner reads versions 1 and {VERSION}.")
+        first = version == 1
         try:
-            _expect_keys(content, {"kind", "version", "architecture", "base_sha256", "embedding", "head", "layers"})
+            keys = {"kind", "version", "architecture", "base_sha256", "embedding", "head", "layers"}
+            _expect_keys(content, keys if first else keys | {"hidden"})
             _expect_keys(content["architecture"], {field.name for field in fields(Architecture)})
             widths: dict[str, Any] = {
                 name: tuple(value) if isinstance(value, list) else value
@@ -280,9 +291,10 @@ class CompressionPlan:
             return cls(
                 architecture,
                 content["base_sha256"],
-                tuple(_read_layers(content["layers"], architecture)),
-                embedding=Precision(**content["embedding"]),
-                head=Precision(**content["head"]),
+                tuple(_read_layers(content["layers"], architecture, ascending=first)),
+                embedding=Precision.of_data(content["embedding"]),
+                head=Precision.of_data(content["head"]),
+                hidden=None if content.get("hidden") is None else parse_ranges(content["hidden"]),
             )
         except (TypeError, AttributeError) as error:
             raise UserError(f"The plan has an entry of a wrong kind: {cut(error)}.") from error
@@ -312,40 +324,11 @@ def describe_differences(there: Architecture, here: Architecture) -> str:
     )
 
 
-def format_ranges(numbers: Sequence[int]) -> str:
-    """Ascending numbers as ranges: ``0-3 5 7-8``."""
-    runs: list[list[int]] = []
-    for number in numbers:
-        if runs and number == runs[-1][1] + 1:
-            runs[-1][1] = number
-        else:
-            runs.append([number, number])
-    return " ".join(str(first) if first == last else f"{first}-{last}" for first, last in runs)
-
-
-def parse_ranges(text: str) -> tuple[int, ...]:
-    """The numbers that `format_ranges` wrote.
-
-    Raises:
-        UserError: anything else than numbers and ranges, or not ascending.
-    """
-    numbers: list[int] = []
-    for part in text.split():
-        bounds = re.fullmatch(r"(\d+)(?:-(\d+))?", part)
-        run = range(int(bounds[1]), int(bounds[2] or bounds[1]) + 1) if bounds else range(0)
-        if not run or run[-1] > MOST_UNITS or (numbers and run[0] <= numbers[-1]):
-            raise UserError(
-                f"{brief(part)} in {brief(text)} must be a number or a range such as 4-7, above those before it."
-            )
-        numbers += run
-    return tuple(numbers)
-
-
-def _read_layers(contents: list[Any], architecture: Architecture) -> Iterator[LayerPlan]:
+def _read_layers(contents: list[Any], architecture: Architecture, *, ascending: bool) -> Iterator[LayerPlan]:
     if isinstance(contents, list) and len(contents) != architecture.num_layers:
         raise _other_layers(len(contents), architecture)
     for number, content in enumerate(contents):
-        layer = _read_layer(content)
+        layer = _read_layer(content, ascending=ascending)
         _expect_units(architecture, number, layer)  # before the next one is spelt out
         yield layer
 
@@ -359,16 +342,34 @@ def _expect_units(architecture: Architecture, number: int, layer: LayerPlan) -> 
         ("KV groups", layer.kv_groups, architecture.kv_groups[number]),
         ("FFN channels", layer.ffn_channels, architecture.ffn_channels[number]),
     ):
-        if kept[-1] >= count:
-            raise UserError(f"Layer {number} keeps {name} up to {kept[-1]}; it has 0 to {count - 1}.")
+        if max(kept) >= count:
+            raise UserError(f"Layer {number} keeps {name} up to {max(kept)}; it has 0 to {count - 1}.")
+    columns = input_columns(architecture, len(layer.kv_groups), len(layer.ffn_channels))
+    for unit, precision in layer.precision.items():
+        _expect_columns(f"{unit} of layer {number}", precision, columns[unit])
 
 
-def _read_layer(content: dict[str, Any]) -> LayerPlan:
+def _expect_columns(what: str, precision: Precision, columns: int) -> None:
+    leading = precision.leading
+    if leading is not None and leading.columns >= columns:
+        raise UserError(
+            f"{what} has {columns} input columns, of which {leading.columns} cannot lead. Give at most {columns - 1}, "
+            f"or hold all of them in {leading.precision}."
+        )
+
+
+def input_columns(architecture: Architecture, kv_groups: int, ffn_channels: int) -> dict[str, int]:
+    """The input columns of the linears of each of the `UNITS`, in a layer that keeps so many KV groups and channels."""
+    hidden, heads = architecture.hidden_size, architecture.queries_per_group * architecture.head_dim
+    return {"qkv": hidden, "o": kv_groups * heads, "gate_up": hidden, "down": ffn_channels}
+
+
+def _read_layer(content: dict[str, Any], *, ascending: bool) -> LayerPlan:
     _expect_keys(content, {"kv_groups", "ffn_channels", "precision"})
     return LayerPlan(
-        parse_ranges(content["kv_groups"]),
-        parse_ranges(content["ffn_channels"]),
-        {unit: Precision(**precision) for unit, precision in content["precision"].items()},
+        parse_ranges(content["kv_groups"], ascending=ascending),
+        parse_ranges(content["ffn_channels"], ascending=ascending),
+        {unit: Precision.of_data(precision) for unit, precision in content["precision"].items()},
     )
 
 

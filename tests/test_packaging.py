@@ -82,11 +82,12 @@ ALLOWED: dict[str, set[str]] = {
     },
     "options": {"callbacks", "datamodules", "errors"},
     "outline": {"anatomy"},
-    "plan": {"errors", "files"},
+    "plan": {"errors", "files", "precision", "ranges"},
     "plan_command": {
         "anatomy", "errors", "files", "memory", "model_folder", "options", "outline", "plan", "pretrained", "pricing",
         "pruning", "records",
     },
+    "precision": {"errors", "ranges"},
     "prequantized": {"errors"},
     "pretrained": {"conv1d", "errors", "files", "loading_info", "model_files", "prequantized"},
     "pricing": {"adapters", "anatomy", "memory", "plan", "pruning", "quantization"},
@@ -97,6 +98,7 @@ ALLOWED: dict[str, set[str]] = {
     },
     "quantization": {"adapters", "anatomy", "calibration", "errors", "files", "plan", "pretrained", "processes"},
     "records": {"allocation", "errors", "files", "folder_manifest", "plan", "schema"},
+    "ranges": {"errors"},
     "report_command": {"errors", "options", "records"},
     "runs": {
         "adapter_files", "callbacks", "compressed", "datamodules", "errors", "files", "folder_manifest", "memory",

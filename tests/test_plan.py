@@ -17,6 +17,7 @@ from qpruner.plan import (
     Architecture,
     CompressionPlan,
     LayerPlan,
+    Leading,
     Precision,
     describe_differences,
     format_ranges,
@@ -40,12 +41,13 @@ PLAN = CompressionPlan(
 TEXT = """\
 {
   "kind": "qpruner plan",
-  "version": 1,
+  "version": 2,
   "architecture": {"model_type": "llama", "hidden_size": 64, "head_dim": 16, "queries_per_group": 2, \
 "kv_groups": [4, 4], "ffn_channels": [12, 10]},
   "base_sha256": "ab12",
   "embedding": {"format": "nf", "bits": 4, "group": 64},
   "head": {"format": "int", "bits": 8, "group": null},
+  "hidden": null,
   "layers": [
     {"kv_groups": "0 2-3",
      "ffn_channels": "0-2 5",
@@ -108,6 +110,110 @@ def test_a_plan_is_frozen() -> None:
         PLAN.base_sha256 = "cd34"  # type: ignore[misc]
 
 
+# Two segments and orders.
+
+INT8 = Precision("int", 8)
+LED = Precision("int", 4, 64, Leading(20, INT8))
+LED_2 = Precision("int", 4, 64, Leading(2, INT8))
+
+
+def test_orders_and_leading_columns_are_written_and_read() -> None:
+    order = tuple(range(32, 64)) + tuple(range(32))
+    first = LayerPlan((3, 0, 2), (5, 8, 9, 0, 1), PRECISION | {"qkv": LED})
+    plan = replace(PLAN, layers=(first, PLAN.layers[1]), hidden=order)
+    text = plan.to_json()
+    assert '"hidden": "32-63 0-31"' in text
+    assert '{"kv_groups": "3 0 2"' in text and '"ffn_channels": "5 8-9 0-1"' in text
+    assert (
+        '"qkv": {"format": "int", "bits": 4, "group": 64, '
+        '"leading": {"columns": 20, "precision": {"format": "int", "bits": 8, "group": null}}}' in text
+    )
+    assert CompressionPlan.from_json(text) == plan
+
+
+def test_a_plan_of_version_1_reads_as_what_it_meant() -> None:
+    assert CompressionPlan.from_json(altered(lambda c: (c.pop("hidden"), c.update(version=1)))) == PLAN
+
+
+def test_a_precision_of_two_segments_is_printed_short() -> None:
+    assert str(LED) == "20 columns int 8, then int 4/64"
+
+
+def test_mean_bits_weigh_both_segments_by_their_columns() -> None:
+    assert LED.mean_bits(80) == 5  # 20 of 8 and 60 of 4 bits
+    assert LED.rest.mean_bits(80) == 4
+
+
+@pytest.mark.parametrize(
+    ("make", "said"),
+    [
+        (lambda: Leading(0, DENSE), "at least 1 column, not 0"),
+        (lambda: Leading(2.0, LED.rest), "at least 1 column, not 2.0"),  # type: ignore[arg-type]
+        (lambda: Leading(2, LED), "at most two segments"),
+        (lambda: Leading(2, DENSE), "cannot be dense"),
+        (lambda: Leading(2, 8), "has a precision, not 8"),  # type: ignore[arg-type]
+        (lambda: replace(DENSE, leading=Leading(2, LED.rest)), "apart from dense ones"),
+        (lambda: replace(LED.rest, leading=Leading(2, LED.rest)), "as the rest is, in int 4/64"),
+        (lambda: replace(LED, leading=20), "how many columns are held in which precision, not 20"),  # type: ignore[arg-type]
+    ],
+)
+def test_segments_that_cannot_be_are_refused(make: Callable[[], Any], said: str) -> None:
+    with pytest.raises(UserError, match=re.escape(said)):
+        make()
+
+
+@pytest.mark.parametrize(("unit", "columns"), [("qkv", 64), ("o", 96), ("gate_up", 64), ("down", 4)])
+def test_fewer_columns_lead_than_a_linear_has(unit: str, columns: int) -> None:
+    def leading(number: int) -> CompressionPlan:
+        led = replace(LED, leading=replace(LED.leading, columns=number))  # type: ignore[type-var]
+        first = replace(PLAN.layers[0], precision={**PRECISION, unit: led})
+        return replace(PLAN, layers=(first, PLAN.layers[1]))
+
+    leading(columns - 1)
+    message = (
+        f"^{unit} of layer 0 has {columns} input columns, of which {columns} cannot lead. Give at most {columns - 1},"
+    )
+    with pytest.raises(UserError, match=message):
+        leading(columns)
+
+
+def test_fewer_columns_of_tables_lead_than_the_hidden_size() -> None:
+    replace(PLAN, head=replace(LED, leading=Leading(63, INT8)))
+    for table, name in (("embedding", "The token embedding"), ("head", "The head")):
+        with pytest.raises(UserError, match=f"^{name} has 64 input columns, of which 64 cannot lead"):
+            replace(PLAN, **{table: replace(LED, leading=Leading(64, INT8))})
+
+
+def test_as_many_columns_lead_as_are_left_of_the_leading_ones() -> None:
+    assert LED.of_columns([19, 20, 0, 5]) == replace(LED, leading=Leading(3, INT8))
+    assert LED.of_columns([19, 0]) == INT8
+    assert LED.of_columns([20, 40]) == LED.rest
+    assert LED.rest.of_columns([0]) == LED.rest
+    # In units of 8 columns the third has 4 of the 20.
+    assert LED.of_columns([2, 7], 8) == replace(LED, leading=Leading(4, INT8))
+    assert LED.of_columns([0, 1], 8) == INT8
+
+
+def test_keeping_units_follows_with_what_leads() -> None:
+    led = {**PRECISION, "qkv": LED, "o": replace(LED, leading=Leading(40, INT8)), "down": LED_2}
+    plan = replace(PLAN, layers=(replace(PLAN.layers[0], precision=led), PLAN.layers[1]))
+    layer = plan.keeping([((2, 1), (3, 0, 1)), ((0,), (0,))]).layers[0]
+    assert (layer.kv_groups, layer.ffn_channels) == ((3, 2), (5, 0, 1))
+    # Group 1 has columns 32 to 63 of o, of which 8 lead; of the channels kept, two are among the first two.
+    assert layer.precision["qkv"] == LED
+    assert layer.precision["o"] == replace(LED, leading=Leading(8, INT8))
+    assert layer.precision["down"] == LED_2
+
+
+def test_an_order_of_the_hidden_channels_composes() -> None:
+    turned = PLAN.reordered([*range(1, 64), 0])
+    assert turned.hidden == (*range(1, 64), 0)
+    assert turned.reordered([*range(1, 64), 0]).hidden == (*range(2, 64), 0, 1)
+    assert turned.widths == PLAN.widths and turned.layers == PLAN.layers
+    with pytest.raises(UserError, match="^hidden holds whole numbers"):
+        replace(PLAN, hidden=(0.0, *range(1, 64)))
+
+
 # Ranges.
 
 
@@ -120,6 +226,8 @@ def test_a_plan_is_frozen() -> None:
         ((0, 1), "0-1"),
         ((1, 2, 10, 11, 12), "1-2 10-12"),
         ((), ""),
+        ((5, 8, 9, 0, 1, 2, 3, 4), "5 8-9 0-4"),
+        ((3, 2, 1), "3 2 1"),
     ],
 )
 def test_ranges_by_hand(numbers: tuple[int, ...], text: str) -> None:
@@ -128,12 +236,18 @@ def test_ranges_by_hand(numbers: tuple[int, ...], text: str) -> None:
 
 
 @given(st.sets(st.integers(0, 60)))
-def test_ranges_read_back(numbers: set[int]) -> None:
-    assert parse_ranges(format_ranges(sorted(numbers))) == tuple(sorted(numbers))
+def test_ascending_ranges_read_back(numbers: set[int]) -> None:
+    assert parse_ranges(format_ranges(sorted(numbers)), ascending=True) == tuple(sorted(numbers))
+
+
+@given(st.lists(st.integers(0, 60), unique=True))
+def test_ranges_in_any_order_read_back(numbers: list[int]) -> None:
+    assert parse_ranges(format_ranges(numbers)) == tuple(numbers)
 
 
 def test_ranges_that_touch_are_read() -> None:
-    assert parse_ranges("0-1 2-2 3") == (0, 1, 2, 3)
+    assert parse_ranges("0-1 2-2 3") == parse_ranges("0-1 2-2 3", ascending=True) == (0, 1, 2, 3)
+    assert parse_ranges("5 2") == (5, 2)
 
 
 @pytest.mark.parametrize(
@@ -152,6 +266,16 @@ def test_ranges_that_touch_are_read() -> None:
 )
 def test_anything_but_ascending_ranges_is_refused(text: str, part: str) -> None:
     message = f"{part!r} in {text!r} must be a number or a range such as 4-7, above those before it."
+    with pytest.raises(UserError, match=f"^{re.escape(message)}$"):
+        parse_ranges(text, ascending=True)
+
+
+@pytest.mark.parametrize(
+    ("text", "part"), [("3-1", "3-1"), ("0 0", "0"), ("4 0-4", "0-4"), ("0-9 7-8", "7-8"), ("a", "a")]
+)
+def test_a_number_twice_in_an_order_is_refused(text: str, part: str) -> None:
+    others = "of numbers that do not stand before it"
+    message = f"{part!r} in {text!r} must be a number or a range such as 4-7, {others}."
     with pytest.raises(UserError, match=f"^{re.escape(message)}$"):
         parse_ranges(text)
 
@@ -181,10 +305,10 @@ def test_a_precision_is_printed_short() -> None:
     assert [str(precision) for precision in precisions] == ["int 4/128", "int 4/row", "dense 16"]
 
 
-@pytest.mark.parametrize(("kept", "text"), [((), ""), ((1, 1), "1 1"), ((2, 1), "2 1"), ((-1, 0), "-1-0")])
-def test_kept_units_must_ascend_from_0_and_be_some(kept: tuple[int, ...], text: str) -> None:
+@pytest.mark.parametrize(("kept", "text"), [((), ""), ((1, 1), "1 1"), ((2, 0, 2), "2 0 2"), ((-1, 0), "-1-0")])
+def test_kept_units_are_some_from_0_and_none_twice(kept: tuple[int, ...], text: str) -> None:
     for name, groups, channels in (("kv_groups", kept, (0,)), ("ffn_channels", (0,), kept)):
-        message = f"{name} must be ascending numbers from 0, at least one, not {text!r}."
+        message = f"{name} must be numbers from 0, at least one and none twice, not {text!r}."
         with pytest.raises(UserError, match=f"^{re.escape(message)}$"):
             LayerPlan(groups, channels, dict.fromkeys(UNITS, DENSE))
 
@@ -215,20 +339,32 @@ def test_every_quantization_unit_needs_its_precision() -> None:
             "The plan is not as it should be: kv_groups, precision missing.",
         ),
         (lambda c: c["layers"][0].update(heads="0"), "The plan is not as it should be: heads unknown."),
-        (lambda c: c.update(version=2), "The plan has version 2; this qpruner reads version 1."),
-        (lambda c: c.pop("version"), "The plan has version None; this qpruner reads version 1."),
+        (lambda c: c.update(version=3), "The plan has version 3; this qpruner reads versions 1 and 2."),
+        (lambda c: c.update(version=True), "The plan has version True; this qpruner reads versions 1 and 2."),
+        (lambda c: c.pop("version"), "The plan has version None; this qpruner reads versions 1 and 2."),
+        (lambda c: c.pop("hidden"), "The plan is not as it should be: hidden missing."),
+        (lambda c: c.update(version=1), "The plan is not as it should be: hidden unknown."),
+        (
+            lambda c: c.update(hidden="1-63"),
+            "hidden is an order of all channels from 0 to 63, each of them once, not '1-63'. Leave hidden null to keep "
+            "the order that the model has.",
+        ),
         (lambda c: c.update(kind="qpruner model"), 'This is no plan: it does not say "kind": "qpruner plan".'),
         (lambda c: c["layers"].pop(), "The plan has 1 layers; its model has 2."),
         (lambda c: c["layers"].append(c["layers"][0]), "The plan has 3 layers; its model has 2."),
         (lambda c: c["layers"][0].update(kv_groups="0-4"), "Layer 0 keeps KV groups up to 4; it has 0 to 3."),
         (lambda c: c["layers"][1].update(ffn_channels="0 10"), "Layer 1 keeps FFN channels up to 10; it has 0 to 9."),
         (
-            lambda c: c["layers"][0].update(kv_groups="2 1"),
+            lambda c: c["layers"][0].update(kv_groups="2 2"),
+            "'2' in '2 2' must be a number or a range such as 4-7, of numbers that do not stand before it.",
+        ),
+        (
+            lambda c: (c.pop("hidden"), c.update(version=1), c["layers"][0].update(kv_groups="2 1")),
             "'1' in '2 1' must be a number or a range such as 4-7, above those before it.",
         ),
         (
             lambda c: c["layers"][0].update(ffn_channels=" "),
-            "ffn_channels must be ascending numbers from 0, at least one, not ''.",
+            "ffn_channels must be numbers from 0, at least one and none twice, not ''.",
         ),
         (lambda c: c["layers"][0]["precision"]["o"].update(bits=0), "A weight has 1 to 16 bits, not 0."),
         (lambda c: c["layers"][0]["precision"]["o"].update(bits=17), "A weight has 1 to 16 bits, not 17."),
@@ -262,6 +398,11 @@ def test_an_altered_plan_is_refused(change: Callable[[Any], Any], message: str) 
         lambda c: c.update(architecture=None),
         lambda c: c["architecture"].update(kv_groups=4),
         lambda c: c["architecture"].update(ffn_channels=["12", "10"]),
+        lambda c: c.update(hidden=[1, 0]),
+        lambda c: c["layers"][0]["precision"]["qkv"].update(leading=4),
+        lambda c: c["layers"][0]["precision"]["qkv"].update(leading={"columns": 4}),
+        lambda c: c["layers"][0]["precision"]["qkv"].update(leading={"columns": 4, "precision": 8}),
+        lambda c: c["layers"][0]["precision"]["qkv"].update(leading={"columns": 4, "bits": 8}),
     ],
 )
 def test_an_entry_of_a_wrong_kind_is_refused(change: Callable[[Any], Any]) -> None:
@@ -352,7 +493,7 @@ def test_keeping_everything_changes_nothing() -> None:
 
 
 def test_keeping_nothing_of_a_layer_is_refused() -> None:
-    with pytest.raises(UserError, match="^kv_groups must be ascending numbers from 0, at least one, not ''.$"):
+    with pytest.raises(UserError, match="^kv_groups must be numbers from 0, at least one and none twice, not ''.$"):
         PLAN.keeping([((), (0,)), ((0,), (0,))])
 
 
