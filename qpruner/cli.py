@@ -11,6 +11,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from qpruner.commands import COMMANDS
 from qpruner.datamodules.base import TokenDataModule
 from qpruner.errors import UserError, user_error
+from qpruner.joint.config import JointConfig
 from qpruner.options.classes import Options
 from qpruner.options.given import config_files, read_arguments, read_file
 from qpruner.options.mistakes import Mistakes, holds_empty_section
@@ -100,6 +101,12 @@ class QPrunerCLI(LightningCLI):
             help="Further fits, each of which begins with what the one before left (fit only).",
         )
         parser.add_argument(
+            "--joint",
+            type=JointConfig | None,
+            default=None,
+            help="Learn structure and precision together, before a fit that carries them out (fit only).",
+        )
+        parser.add_argument(
             "--restart",
             action="store_true",
             help="Throw away what the run folder holds and begin anew (fit and search).",
@@ -138,6 +145,7 @@ class QPrunerCLI(LightningCLI):
             self.trainer_options,
             phases=options.phases,
             plan=options.plan,
+            joint=options.joint,
             checkpoint_every_n_steps=options.run.checkpoint_every_n_steps,
             options=yaml.safe_load(self._parser(self.subcommand).dump(self.config[self.subcommand], skip_none=False)),
         )

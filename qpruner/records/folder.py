@@ -109,6 +109,11 @@ class RunFolder:
     tasks_picture = Part("tasks.png")
     allocation_picture = Part("allocation.png")
     phases = Part("phases")
+    learning = Part("learning")
+    """Where gates over structure and precision are learned, before the first phase."""
+    learned_plan = Part("learned.json")
+    """The plan that they said, which the phases carry out."""
+    learning_picture = Part("learning.png")
     teacher = Part("teacher")
     """What the dense model says of training rows, where that is recorded for all phases."""
 
@@ -175,10 +180,14 @@ class RunFolder:
     @property
     def begun(self) -> bool:
         """Whether the run has compressed or trained anything."""
-        return self.finished or any(
-            part.exists()
-            for phase in self.all_phases
-            for part in (phase.checkpoint, phase.model, phase.base, phase.ledger)
+        return (
+            self.finished
+            or self.learned_plan.exists()
+            or any(
+                part.exists()
+                for phase in (*self.all_phases, RunFolder(self.learning))
+                for part in (phase.checkpoint, phase.model, phase.base, phase.ledger)
+            )
         )
 
     def read_config(self) -> dict[str, Any]:

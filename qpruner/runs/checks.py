@@ -8,6 +8,7 @@ from qpruner.callbacks import Compression, GridPolishing, LoRAGuidedPruning
 from qpruner.callbacks.compression import Rehearsal
 from qpruner.datamodules.base import TokenDataModule
 from qpruner.errors import UserError
+from qpruner.joint.config import JointConfig
 from qpruner.model_folder import build_skeleton, rehearse_saving
 from qpruner.pretrained import held_in
 from qpruner.runs.phases import Phase, PhaseConfig
@@ -15,33 +16,48 @@ from qpruner.training.module import LoRAFinetuner
 from qpruner.training.preflight import check_lengths, check_monitored
 
 
-def check_fit(phases: Sequence[PhaseConfig], plan: str | None) -> None:
+def check_fit(phases: Sequence[PhaseConfig], plan: str | None, joint: JointConfig | None) -> None:
     """Finds options of a fit that do not go together.
 
     Args:
         phases: further phases, after the first.
         plan: file of the plan to carry out; None for none.
+        joint: how a plan is learned; None where none is.
 
     Raises:
         UserError: some do not.
     """
+    if joint is not None and plan is not None:
+        raise UserError(f"--plan names {plan!r}, and joint learns a plan of its own. Leave one of both out.")
+    if joint is not None and phases:
+        raise UserError(
+            "joint learns a plan, which is carried out in one fit, and the run has phases. Leave --phases out."
+        )
     if phases and plan is not None:
         raise UserError(
             "--plan carries out a plan in one fit, and the run has phases. Leave --phases out to recover the plan."
         )
 
 
-def check_search(callbacks: Sequence[Callback], phases: Sequence[PhaseConfig], plan: str | None) -> None:
+def check_search(
+    callbacks: Sequence[Callback], phases: Sequence[PhaseConfig], plan: str | None, joint: JointConfig | None
+) -> None:
     """Finds options that a search does not go with.
 
     Args:
         callbacks: callbacks that the search begins with.
         phases: further phases, after the first.
         plan: file of a plan to carry out; None for none.
+        joint: how a plan is learned; None where none is.
 
     Raises:
         UserError: there are some.
     """
+    if joint is not None:
+        raise UserError(
+            "joint learns a plan in `qpruner fit`, and a search tries plans. Leave it out; a search can start from a "
+            "plan that was learned."
+        )
     if plan is not None:
         raise UserError("A search makes plans; --plan is for `qpruner fit`, which carries one out.")
     if any(isinstance(callback, LoRAGuidedPruning) for callback in callbacks):

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from qpruner.callbacks import PredictionsWriter
 from qpruner.datamodules.base import TokenDataModule
 from qpruner.errors import UserError
 from qpruner.folder_manifest import is_compressed
+from qpruner.joint.config import JointConfig
 from qpruner.model_folder import read_plan
 from qpruner.plan import CompressionPlan
 from qpruner.records.folder import RunFolder
@@ -24,6 +26,7 @@ from qpruner.runs.checks import check_fit, check_search, rehearse
 from qpruner.runs.claim import claim_folder, lock_folder
 from qpruner.runs.evaluation import Measured, measure_stages
 from qpruner.runs.fitting import PhasedFit
+from qpruner.runs.learning import Learning
 from qpruner.runs.phases import Phase, PhaseConfig, carrying_out, decides, phases_of, renewed
 from qpruner.runs.trainers import TrainerOptions, make_trainer, options_of_trainer
 from qpruner.search.config import SearchConfig
@@ -61,6 +64,8 @@ class Run:
             Trainer, to which loggers and strategies belong, so that options given as they are will be copied for it.
         phases: further fits, each of which begins with what the fit before left.
         plan: file of a plan to carry out in place of the callbacks that compress.
+        joint: how a plan is learned from what the callbacks ask for, which is then carried out in their place; None
+            to let them decide.
         checkpoint_every_n_steps: optimizer steps between two checkpoints, at least 1.
         options: plain data that the folder is bound to; by default all that is given here.
 
@@ -78,6 +83,7 @@ class Run:
         *,
         phases: Sequence[PhaseConfig] = (),
         plan: str | Path | None = None,
+        joint: JointConfig | None = None,
         checkpoint_every_n_steps: int = 50,
         options: Mapping[str, Any] | None = None,
     ) -> None:
@@ -87,6 +93,7 @@ class Run:
         self.callbacks = list(callbacks)
         self.phases = list(phases)
         self.plan = None if plan is None else str(plan)
+        self.joint = joint
         self.checkpoint_every_n_steps = checkpoint_every_n_steps
         self.trainer = trainer or {}
         self.options = options
@@ -107,9 +114,12 @@ class Run:
             ckpt_path: checkpoint of another run, whose adapters the first phase begins with.
             restart: whether to throw away what the folder holds and begin anew.
         """
-        check_fit(self.phases, self.plan)
+        check_fit(self.phases, self.plan, self.joint)
         trainer_options = options_of_trainer(self.trainer)
         rehearses = bool(trainer_options.get("fast_dev_run"))
+        if self.joint is not None and not rehearses and (restart or not self.folder.learned_plan.exists()):
+            self._learn(self.joint, trainer_options, restart)
+            restart = False
         callbacks, notes = self._planned(restart)
         phases = phases_of(self.folder, callbacks, self.phases)
         self._check_base(phases, restart)
@@ -171,7 +181,7 @@ class Run:
             config: options of the search.
             restart: whether to throw away what the folder holds and begin anew.
         """
-        check_search(self.callbacks, self.phases, self.plan)
+        check_search(self.callbacks, self.phases, self.plan, self.joint)
         phases = phases_of(self.folder, self.callbacks, [])
         self._check_base(phases, restart)
         with self._locked():
@@ -208,18 +218,31 @@ class Run:
             "data": plain(self.data),
             "trainer": plain({**options_of_trainer(self.trainer), "callbacks": self.callbacks}),
             "plan": self.plan,
+            "joint": self.joint and plain(asdict(self.joint)),
             "phases": [plain(vars(phase)) for phase in self.phases],
             **plain(sections),
         }
 
+    def _learn(self, joint: JointConfig, trainer_options: Mapping[str, Any], restart: bool) -> None:
+        """Learns the plan that the phases carry out, or goes on with that."""
+        learning = Learning.of(self.folder, self.model, self.data, self.callbacks, joint)
+        learning.check()
+        with self._locked():
+            self._claim(restart)
+            learning.run(trainer_options, self.checkpoint_every_n_steps)
+
     def _planned(self, restart: bool) -> tuple[list[Callback], list[str]]:
         """The callbacks of the first phase, where a plan is carried out in place of some, and what to say of that."""
-        if self.plan is None:
+        if self.plan is not None:
+            path = Path(self.plan).expanduser()
+        elif self.joint is not None and self.folder.learned_plan.exists():
+            path = self.folder.learned_plan
+        else:
             return self.callbacks, []
         kept = not restart and is_compressed(self.folder.model)  # then the run needs the file no more
-        plan = read_plan(self.folder.model) if kept else CompressionPlan.read(Path(self.plan).expanduser())
+        plan = read_plan(self.folder.model) if kept else CompressionPlan.read(path)
         replaced = [callback for callback in self.callbacks if decides(callback)]
-        notes = [f"The plan {self.plan} replaces {callback}; nothing is scored." for callback in replaced]
+        notes = [f"The plan {path} replaces {callback}; nothing is scored." for callback in replaced]
         return carrying_out(self.callbacks, plan), notes
 
     def _check_base(self, phases: Sequence[Phase], restart: bool) -> None:

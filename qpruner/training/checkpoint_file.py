@@ -66,8 +66,18 @@ FitCheckpoint = TypedDict(
 """What the module keeps in a checkpoint, beside what Lightning does."""
 
 
-def read_checkpoint(path: Path) -> dict[str, Any]:
+class GatesCheckpoint(TypedDict):
+    """What a fit keeps in a checkpoint that learns gates."""
+
+    state_dict: dict[str, Tensor]
+
+
+def read_checkpoint(path: Path, kind: Any = FitCheckpoint) -> dict[str, Any]:
     """What the checkpoint of a fit holds, on the CPU.
+
+    Args:
+        path: path of the checkpoint.
+        kind: what it must hold.
 
     Raises:
         UserError: there is no such file, it is damaged, or it lacks something.
@@ -76,5 +86,5 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     with reading(path, REMEDY, (Exception,)):
         content: Any = torch.load(path, map_location="cpu", weights_only=True)
     with reading(path, REMEDY):
-        checked: dict[str, Any] = conform(content, FitCheckpoint)
+        checked: dict[str, Any] = conform(content, kind)
     return checked

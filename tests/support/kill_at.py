@@ -12,6 +12,7 @@ import lightning.fabric.plugins.io.torch_io as torch_io
 from qpruner import __main__ as command_line
 from qpruner import adapter_files, model_folder
 from qpruner.callbacks import bits_under_budget, checkpoint, pruning, quantization
+from qpruner.joint.learner import PlanLearner
 from qpruner.quantization.calibrated_layers import CalibratedLayers
 from qpruner.runs import fitting
 from qpruner.runs.phases import Phase
@@ -54,6 +55,8 @@ moment, number, *arguments = sys.argv[1:]
 match moment:
     case "training":
         LoRAFinetuner.training_step = at_call(int(number), LoRAFinetuner.training_step, die)  # type: ignore[method-assign]
+    case "learning":
+        PlanLearner.training_step = at_call(int(number), PlanLearner.training_step, die)  # type: ignore[method-assign]
     case "validation":
         LoRAFinetuner.validation_step = at_call(int(number), LoRAFinetuner.validation_step, die)  # type: ignore[method-assign]
     case "scoring":

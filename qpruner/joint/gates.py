@@ -1,0 +1,138 @@
+"""The gates that are learned: what emits their logits, and how logits become gates that are open or closed.
+
+A logit says how much a gate is worth for the bytes that it costs, as a logarithm; a threshold, the same for all gates,
+says from which worth on gates are open. So the threshold is what a byte costs: the dual of the budget, and moving it
+leads from the cheapest plan to the dearest.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from qpruner.joint.space import Gates
+
+INPUT, HIDDEN = 32, 64
+"""Numbers of each input of the hypernetwork, and of the state of its recurrent network in each direction."""
+
+
+class PlainGates(nn.Module):
+    """A parameter for each gate.
+
+    Args:
+        shapes: shape of each kind of gates.
+    """
+
+    def __init__(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
+        super().__init__()
+        self.shifts = nn.ParameterDict({kind: nn.Parameter(torch.zeros(shape)) for kind, shape in shapes.items()})
+
+    def forward(self, budget: float) -> Gates:
+        """What is added to the start of the logits; the same for every budget."""
+        return dict(self.shifts.items())
+
+
+class Hypernetwork(nn.Module):
+    """Emits all gates from a recurrent network over the layers, so that what one gate learns reaches the others.
+
+    Frozen random inputs [L, 1, 32] and the logarithm of the budget go through a bidirectional GRU of 64 numbers a
+    direction, a layer norm, GELU, and a linear without bias for each layer.
+
+    Source: Gao et al., DISP-LLM, 2024 (arXiv:2410.11988), its code; one step of the recurrent network is a layer here
+    and a mask there, and the budget as an input is ours.
+
+    Args:
+        shapes: shape of each kind of gates.
+        sizes: numbers of gates of each layer, by the kind; kinds that are missing belong to no layer, and their gates
+            are parameters.
+        seed: seed of the frozen inputs and of the start.
+    """
+
+    inputs: Tensor
+
+    def __init__(self, shapes: Mapping[str, tuple[int, ...]], sizes: Mapping[str, Sequence[int]], seed: int) -> None:
+        super().__init__()
+        self.sizes = {kind: list(of_layers) for kind, of_layers in sizes.items()}
+        self.shapes = {kind: shapes[kind] for kind in self.sizes}
+        self.whole = PlainGates({kind: shape for kind, shape in shapes.items() if kind not in self.sizes})
+        per_layer = [sum(of_layers) for of_layers in zip(*self.sizes.values(), strict=True)]
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            self.register_buffer("inputs", torch.randn(len(per_layer), 1, INPUT))
+            self.of_budget = nn.Linear(1, INPUT, bias=False)
+            self.recurrent = nn.GRU(INPUT, HIDDEN, bidirectional=True)
+            self.norm = nn.LayerNorm(2 * HIDDEN)
+            self.heads = nn.ModuleList(nn.Linear(2 * HIDDEN, number, bias=False) for number in per_layer)
+        for parameter in self.heads.parameters():
+            nn.init.zeros_(parameter)  # begins where the start of the logits is
+
+    def forward(self, budget: float) -> Gates:
+        """What is added to the start of the logits, for the logarithm of a budget."""
+        inputs = self.inputs + self.of_budget(self.inputs.new_tensor([[[budget]]]))
+        states = nn.functional.gelu(self.norm(self.recurrent(inputs)[0][:, 0]))  # [L, 128]
+        layers = [
+            head(state).split([self.sizes[kind][number] for kind in self.shapes])
+            for number, (head, state) in enumerate(zip(self.heads, states, strict=True))
+        ]
+        by_kind = zip(self.shapes, zip(*layers, strict=True), strict=True)
+        of_layers = {kind: torch.cat(parts).view(self.shapes[kind]) for kind, parts in by_kind}
+        return {**of_layers, **self.whole(budget)}
+
+
+Estimator = Literal["reinmax", "straight_through"]
+
+
+def sampled(logits: Gates, temperature: float, generator: torch.Generator) -> Gates:
+    """Logits with logistic noise of a temperature; the same on all processes whose generator is."""
+    return {kind: values + temperature * _logistic(values, generator) for kind, values in logits.items()}
+
+
+def opened(logits: Gates, noisy: Gates, temperature: float, estimator: Estimator) -> Gates:
+    """Gates of 0 and 1, with a slope through which their logits learn.
+
+    An open gate is a sample of a Bernoulli variable with p = sigmoid(logit / temperature). ``straight_through`` takes
+    the slope of the sigmoid at the noisy logit (Gumbel-sigmoid). ``reinmax`` takes that of the expected loss, to second
+    order: with g the slope of the loss in the gate, known at the sample alone, g(0) and g(1) each have half the weight
+    by the trapezoidal rule, over the probability to be sampled:
+
+        d E[L] / d logit = p (1 - p) / temperature * (g(0) + g(1)) / 2,  so  (1 - p) / 2 where open, p / 2 where closed.
+
+    Weights in a width are far from those in another, and the loss is curved between them: the slope of either end alone
+    misses the difference by as much as the difference itself.
+
+    Source: Liu et al. 2023, "Bridging Discrete and Backpropagation: Straight-Through and Beyond" (arXiv:2304.08612),
+    theorem 3.1, of which this is the case of two values.
+
+    Args:
+        logits: logits above the threshold.
+        noisy: the same with noise; gates above 0 are open.
+        temperature: temperature of the noise.
+        estimator: which slope gates have.
+    """  # float32
+    return {kind: _opened(values, noisy[kind], temperature, estimator) for kind, values in logits.items()}
+
+
+def _opened(logits: Tensor, noisy: Tensor, temperature: float, estimator: Estimator) -> Tensor:
+    is_open = (noisy > 0).float()
+    if estimator == "straight_through":
+        through = torch.sigmoid(noisy.float() / temperature)
+    else:
+        probability = torch.sigmoid(logits.detach().float() / temperature)
+        slope = torch.where(noisy > 0, 1 - probability, probability) / (2 * temperature)
+        through = slope * logits.float()
+    return through + (is_open - through).detach()
+
+
+def entropy(logits: Gates, temperature: float) -> float:
+    """Mean entropy of gates in bits, from logits above the threshold: 1 while nothing is decided, 0 when all is."""
+    probabilities = torch.cat([torch.sigmoid(values / temperature).flatten() for values in logits.values()])
+    undecided = torch.special.entr(probabilities) + torch.special.entr(1 - probabilities)
+    return float(undecided.mean() / torch.log(torch.tensor(2.0)))
+
+
+def _logistic(like: Tensor, generator: torch.Generator) -> Tensor:
+    """Logistic noise, drawn on the CPU, so that it is the same on every device."""
+    tiny = torch.finfo(torch.float32).eps
+    uniform = torch.rand(like.shape, generator=generator).clamp(tiny, 1 - tiny)
+    return torch.logit(uniform).to(like.device)

@@ -1,0 +1,211 @@
+"""The LightningModule that learns gates over structure and precision; the language model under them is frozen."""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
+
+from qpruner.datamodules.rows import Batch
+from qpruner.errors import UserError
+from qpruner.joint.config import JointConfig
+from qpruner.joint.gates import Hypernetwork, PlainGates, opened, sampled
+from qpruner.joint.network import GatedNetwork
+from qpruner.joint.prior import fisher_logits
+from qpruner.joint.projection import differentiable_bytes, plan_within, relative, thresholds_within
+from qpruner.joint.space import Gates, JointSpace, Logits, acting
+from qpruner.likelihood import Head, Scored, losses_in_chunks, nll_of_logits
+from qpruner.plan import CompressionPlan
+from qpruner.processes import Processes
+from qpruner.seeds import derive_seed
+from qpruner.training.distillation import forward_kl
+from qpruner.training.finite import LossWatch
+
+
+@dataclass(frozen=True)
+class Ground:
+    """What gates are learned on.
+
+    Args:
+        gated: frozen dense model with gates in it, on the device of the fit.
+        sequences: this process's share of the text that gates begin with, [sequences, tokens].
+        processes: processes that learn together.
+    """
+
+    gated: GatedNetwork
+    sequences: Tensor
+    processes: Processes
+
+
+class PlanLearner(L.LightningModule):
+    """Learns which units stay and which width each has, by gradients of the loss at the end of the compressed model.
+
+    At every step logits become gates of 0 and 1 within the budget; the model computes as the compressed one would, but
+    for compensation, for rounding in the groups that are left, and for adapters; and the loss moves the logits. Nothing
+    of the model itself is trained, and checkpoints hold gates alone.
+
+    ``train/loss`` and, with the divergence as the loss, ``train/kl`` are those of the compressed model at the step;
+    ``joint/bytes`` is what its units take, ``joint/entropy`` how undecided gates are, in bits.
+
+    setup
+        Lays the ground: loads the model, fills the bank, and puts gates in; and makes the parameters.
+    on_fit_start
+        Begins at the Fisher information of the dense model, unless a checkpoint says how far it came.
+
+    Args:
+        config: how gates are learned.
+        lay_ground: function that loads what gates are learned on, called in ``setup`` of the fit; it gives that, and
+            the bytes of each budget, the main one first.
+        seed: seed of the noise, and of a hypernetwork.
+    """
+
+    def __init__(
+        self,
+        config: JointConfig,
+        lay_ground: Callable[["PlanLearner"], tuple[Ground, Sequence[int]]],
+        seed: int,
+    ) -> None:
+        super().__init__()
+        self.config = config
+        self.lay_ground = lay_ground
+        self.seed = seed
+        self._losses = LossWatch()
+        self._ground: list[Ground] = []  # in a list: no module of this one's
+
+    # What it learns on.
+
+    @property
+    def ground(self) -> Ground:
+        return self._ground[0]
+
+    @property
+    def space(self) -> JointSpace:
+        return self.ground.gated.space
+
+    def setup(self, stage: str) -> None:
+        if self._ground:
+            return
+        ground, self.limits = self.lay_ground(self)
+        self._ground.append(ground)
+        space = self.space
+        self.gates = make_gates(self.config, space, derive_seed(self.seed, "gates"))
+        for kind, shape in space.shapes.items():
+            self.register_buffer(f"start_{kind}", torch.full(shape, math.nan))
+        self.register_buffer("threshold", torch.zeros(()))
+
+    def on_fit_start(self) -> None:
+        if self.start_is_known:
+            return
+        ground = self.ground
+        start = fisher_logits(ground.gated, ground.sequences, self.config.start.num_sequences, ground.processes)
+        for kind, values in start.items():
+            getattr(self, f"start_{kind}").copy_(values)
+
+    @property
+    def start_is_known(self) -> bool:
+        return not any(bool(getattr(self, f"start_{kind}").isnan().any()) for kind in self.space.shapes)
+
+    def logits(self, limit: int) -> Logits:
+        """What was learned for a budget."""
+        shifts = self.gates(math.log(limit / self.limits[0]))
+        return {kind: getattr(self, f"start_{kind}") + shift for kind, shift in shifts.items()}
+
+    # Learning.
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        limit = self.limits[self.global_step % len(self.limits)]
+        gates = self.gates_of_step(limit, batch_idx)
+        self.ground.gated.open(gates)
+        loss, parts = self.loss(batch)
+        stored = differentiable_bytes(self.space, gates)
+        if self.config.constraint == "penalty":
+            loss = loss + self.config.penalty * (stored / limit).log().abs().float()
+        self._losses.see(loss, self.global_step + 1)
+        size = len(batch["input_ids"])
+        self.log_dict({f"train/{name}": value for name, value in parts.items()}, prog_bar=True, batch_size=size)
+        self.log("joint/bytes", stored.detach().float(), batch_size=size)
+        return loss
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Lets no checkpoint hold gates that are not finite.
+
+        Raises:
+            UserError: a loss so far was not.
+        """
+        strategy = self.trainer.strategy
+        step = self._losses.first_broken(self.device, lambda number: strategy.reduce(number, reduce_op="min"))
+        if step is not None:
+            raise UserError(
+                f"The loss at step {step} of the gates is not finite. Lower joint.lr, which is "
+                f"{self.config.learning_rate:g}, or compute in another --trainer.precision."
+            )
+
+    def gates_of_step(self, limit: int, batch_idx: int) -> Gates:
+        """Gates of 0 and 1, with slopes; the same on all processes."""
+        logits = acting(self.logits(limit))
+        generator = torch.Generator().manual_seed(derive_seed(self.seed, "noise", self.current_epoch, batch_idx))
+        noisy = sampled(logits, self.temperature, generator)
+        if self.config.constraint == "projection":
+            thresholds = thresholds_within(self.space, noisy, limit)
+        else:
+            thresholds = self.start_thresholds(limit)
+        above, noisy_above = relative(logits, thresholds), relative(noisy, thresholds)
+        return opened(above, noisy_above, self.temperature, self.config.estimator)
+
+    @property
+    def temperature(self) -> float:
+        """The temperature of the step, which falls to a tenth."""
+        return self.config.temperature * (1 - 0.9 * self.global_step / self.config.steps)
+
+    def start_thresholds(self, limit: int) -> dict[str, float]:
+        """The thresholds at which gates began within a budget."""
+        start = {kind: getattr(self, f"start_{kind}") for kind in self.space.shapes}
+        return thresholds_within(self.space, acting(start), limit)
+
+    def loss(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        """Mean loss of the scored tokens of a batch under the gates, and what it is made of, without a gradient."""
+        network = self.ground.gated.network
+        scored = Scored.of(network, batch["input_ids"], batch["labels"], batch["attention_mask"])
+        head = Head.of(network)
+        if self.config.loss == "cross_entropy":
+            nll, _ = losses_in_chunks(
+                head, scored.hidden, lambda logits, part: (nll_of_logits(logits, scored.targets[part]),)
+            )
+            return nll.mean(), {"loss": nll.mean().detach()}
+        with torch.no_grad(), self.ground.gated.unchanged():
+            taught = Scored.of(network, batch["input_ids"], batch["labels"], batch["attention_mask"]).hidden
+
+        def losses(logits: Tensor, part: slice) -> tuple[Tensor, ...]:
+            with torch.no_grad():
+                of_dense = head(taught[part])
+            return nll_of_logits(logits, scored.targets[part]), forward_kl(logits, of_dense, 1.0)
+
+        total, values = losses_in_chunks(head, scored.hidden, losses, (0.0, 1.0), heads=2)
+        return total.mean(), dict(zip(("loss", "kl"), values.mean(0).unbind(), strict=True))
+
+    def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
+        decay = 0.05 if self.config.gates == "hypernetwork" else 0.0  # DISP-LLM's
+        optimizer = torch.optim.AdamW(self.gates.parameters(), lr=self.config.learning_rate, weight_decay=decay)
+        schedule = LambdaLR(optimizer, lambda step: 1 - step / self.config.steps)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    # What comes out.
+
+    def above_threshold(self, limit: int) -> Gates:
+        """Logits of gates for a budget, above the threshold; without noise, those above 0 are of open gates."""
+        logits = acting(self.logits(limit))
+        return relative(logits, thresholds_within(self.space, logits, limit))
+
+    def plans(self) -> list[CompressionPlan]:
+        """The plan for each budget, within it to the byte."""
+        return [plan_within(self.space, self.logits(limit), limit) for limit in self.limits]
+
+
+def make_gates(config: JointConfig, space: JointSpace, seed: int) -> nn.Module:
+    """What emits the logits."""
+    return PlainGates(space.shapes) if config.gates == "plain" else Hypernetwork(space.shapes, space.sizes, seed)

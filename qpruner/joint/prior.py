@@ -1,0 +1,99 @@
+"""Where the logits of gates begin: what each gate is worth for its bytes, by the Fisher information of the dense model.
+
+The loss L of a sequence has the slope g = dL/dz in a gate z at the dense model. For gates that close, or weights that
+move, by one, the expected rise of the loss to second order is half the mean of g^2 over sequences, with the Fisher
+information in place of the Hessian. So
+
+    rise of a closed unit         1/2 E[(dL/dz)^2]
+    rise of a width, Q for W      1/2 E[<dL/dW, Q - W>^2]
+
+and a logit is the logarithm of the rise that an open gate spares, over the bytes that it costs.
+
+Source of the expansion: Molchanov et al. 2019, "Importance Estimation for Neural Network Pruning" (arXiv:1906.10771),
+for units; its use for widths, and by the byte, is ours.
+"""
+
+import torch
+from torch import Tensor
+
+from qpruner.joint.network import GatedNetwork
+from qpruner.joint.space import Gates, JointSpace, Logits
+from qpruner.likelihood import token_nll
+from qpruner.plan import UNITS
+from qpruner.processes import Processes
+
+LEAST = 1e-6
+"""Of a rise, as a share of the mean of its kind: no logit lies farther below than its logarithm."""
+
+
+def fisher_logits(gated: GatedNetwork, sequences: Tensor, total: int, processes: Processes) -> Logits:
+    """The logits that the Fisher information of the dense model suggests.
+
+    Args:
+        gated: dense model with its gates.
+        sequences: this process's share of the text, [sequences, tokens].
+        total: number of sequences of all processes.
+        processes: processes that share the text.
+    """
+    gates = _at_dense(gated.space, processes.device)
+    sums = {kind: torch.zeros_like(gate, dtype=torch.float64) for kind, gate in gates.items()}
+    gated.open(gates)
+    with gated.dense():
+        for tokens in sequences.to(processes.device).unsqueeze(1):  # [1, T]
+            with processes.forward_context():
+                loss = token_nll(gated.network, tokens, tokens).sum()
+            for kind, slope in zip(gates, torch.autograd.grad(loss, [*gates.values()]), strict=True):
+                sums[kind] += slope.double().square()
+    return _logits(gated.space, {kind: 0.5 * processes.reduce(values).cpu() / total for kind, values in sums.items()})
+
+
+def _at_dense(space: JointSpace, device: torch.device) -> Gates:
+    """Gates at which slopes are taken: all units stay, and weights may move to each of the widths."""
+    groups, channels = sum(space.widths.kv_groups), sum(space.widths.ffn_channels)
+    gates: dict[str, Tensor] = {}
+    if space.prunes:
+        gates |= {"groups": torch.ones(groups), "channels": torch.ones(channels)}
+    if len(space.offered) > 1:
+        gates["mixture"] = torch.eye(len(space.offered))[0].repeat(space.num_layers, len(UNITS), 1)
+    if space.lifts:
+        gates |= {"lifted_groups": torch.zeros(groups), "lifted_channels": torch.zeros(channels)}
+        gates["lifted_hidden"] = torch.zeros(space.num_layers, 2, space.widths.hidden_size)
+    return {kind: gate.to(device).requires_grad_() for kind, gate in gates.items()}
+
+
+def _logits(space: JointSpace, rises: Gates) -> Logits:
+    weights, table = space.weights, space.bytes_per_weight  # [L, 4], [L, 4, K]
+    widths = space.widths
+    counts = torch.tensor(
+        [
+            [groups, groups, channels, channels]
+            for groups, channels in zip(widths.kv_groups, widths.ffn_channels, strict=True)
+        ]
+    )
+    mean = float(table.mean())  # bytes of a weight
+    spread = table[:, :, -1] - table[:, :, 0]
+    logits: dict[str, Tensor] = {}
+
+    def of_units(kind: str, costs: Tensor) -> Tensor:
+        """Logits of a kind whose gates of a layer cost the same bytes [L]."""
+        sizes = widths.kv_groups if kind.endswith("groups") else widths.ffn_channels
+        return _worth(rises[kind], costs.repeat_interleave(torch.tensor(sizes)))
+
+    if space.prunes:
+        logits["groups"] = of_units("groups", mean * weights[:, :2].sum(1))
+        logits["channels"] = of_units("channels", mean * weights[:, 2:].sum(1))
+    if len(space.offered) > 1:
+        logits["upgrades"] = _worth(-rises["mixture"].diff(dim=-1), (weights * counts)[:, :, None] * table.diff(dim=-1))
+    if space.lifts:
+        logits["lifted_groups"] = of_units("lifted_groups", weights[:, 1] * spread[:, 1])
+        logits["lifted_channels"] = of_units("lifted_channels", weights[:, 3] * spread[:, 3])
+        costs = (weights * counts * spread)[:, [0, 2], None] / widths.hidden_size
+        hidden = _worth(rises["lifted_hidden"], costs)
+        logits["hidden_share"] = hidden.mean(-1)
+        logits["hidden_order"] = (hidden - hidden.mean(-1, keepdim=True)).mean((0, 1))
+    return {kind: logits[kind].float() for kind in space.shapes}
+
+
+def _worth(rises: Tensor, costs: Tensor) -> Tensor:
+    """Logarithm of what gates spare for each of their bytes."""
+    return torch.log(rises.clamp(min=LEAST * float(rises.clamp(min=0).mean()) + 1e-30) / costs)

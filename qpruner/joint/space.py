@@ -1,0 +1,208 @@
+"""What may be decided about a model: the gates there are, and the bytes that each of them stands for.
+
+Every decision is a binary gate. A unit stays while its gate is open. A quantization unit has the narrowest width plus
+one for each of its upgrades that is open, counted until the first that is closed. A lifted input channel is held in the
+widest precision, whatever its unit has.
+
+Shapes: L layers, G KV groups and C FFN channels of all layers together, K widths, H hidden size.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from qpruner.anatomy import unit_shapes
+from qpruner.errors import UserError
+from qpruner.plan import UNITS, Architecture, CompressionPlan, Precision
+from qpruner.pricing import weight_bytes
+
+Gates = Mapping[str, Tensor]
+"""Gates or their logits by kind: ``groups`` [G], ``channels`` [C], ``upgrades`` [L, 4, K - 1] by the order of `UNITS`,
+``lifted_groups`` [G] (input channels of ``o``), ``lifted_channels`` [C] (of ``down``) and ``lifted_hidden`` [L, 2, H]
+(of ``qkv`` and ``gate_up``). A kind that is not decided on is missing."""
+
+Logits = Mapping[str, Tensor]
+"""What is learned, by kind: as gates, but for ``hidden_order`` [H] and ``hidden_share`` [L, 2], whose sums are the
+logits of ``lifted_hidden``: which hidden channels are worth most is the same for all layers, as they are reordered
+once, and how many of them each unit lifts is its own."""
+
+BY_GROUPS = ("qkv", "o")
+"""The units whose size goes with the KV groups; that of the others goes with the FFN channels."""
+
+
+@dataclass(frozen=True)
+class JointSpace:
+    """The gates of a model and what they cost.
+
+    Args:
+        dense: plan that keeps all of the model, with the precisions of embedding and head.
+        offered: precisions to choose from, the one of fewest bytes first.
+        most_weights: most weights that the decoder's units may keep, which are multiply-adds per token; None for all.
+        pins_weights: whether that many are kept, rather than at most that many.
+        dense_size: bytes of a weight that stays dense.
+        prunes: whether KV groups and FFN channels may go.
+        lifts: whether input channels may be held in the last of the offered precisions, whatever their unit has.
+        multiple: number that the FFN channels of a layer, and lifted channels, are a multiple of.
+        alone: numbers of the layers that keep all units.
+
+    Raises:
+        UserError: lifted channels with a single precision.
+    """
+
+    dense: CompressionPlan
+    offered: tuple[Precision, ...]
+    dense_size: int
+    most_weights: int | None = None
+    pins_weights: bool = False
+    prunes: bool = True
+    lifts: bool = False
+    multiple: int = 1
+    alone: frozenset[int] = frozenset()
+
+    def __post_init__(self) -> None:
+        if self.lifts and len(self.offered) < 2:
+            raise UserError(
+                f"joint.lifts is true, and deciding.widths offers {self.offered[0]} alone. Offer at least two widths."
+            )
+
+    def check(self, limit: int) -> None:
+        """Makes sure that there are plans within a budget, and that it leaves something to decide.
+
+        Args:
+            limit: most bytes that the weights of the decoder's units may take, scales included.
+
+        Raises:
+            UserError: it is below the cheapest plan or above the dearest.
+        """
+        if not self.cheapest <= limit <= self.dearest:
+            raise UserError(
+                f"The budget leaves {limit:,} bytes for the weights of the decoder's units; the cheapest plan takes "
+                f"{self.cheapest:,} and the dearest {self.dearest:,}. Give a budget between these, or other "
+                f"deciding.widths."
+            )
+
+    @property
+    def widths(self) -> Architecture:
+        return self.dense.architecture
+
+    @property
+    def num_layers(self) -> int:
+        return self.widths.num_layers
+
+    @cached_property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """The shape of each kind of logits that is learned; `acting` makes those of all gates of them."""
+        groups, channels = sum(self.widths.kv_groups), sum(self.widths.ffn_channels)
+        shapes: dict[str, tuple[int, ...]] = {}
+        if self.prunes:
+            shapes |= {"groups": (groups,), "channels": (channels,)}
+        if len(self.offered) > 1:
+            shapes["upgrades"] = (self.num_layers, len(UNITS), len(self.offered) - 1)
+        if self.lifts:
+            shapes |= {"lifted_groups": (groups,), "lifted_channels": (channels,)}
+            shapes |= {"hidden_order": (self.widths.hidden_size,), "hidden_share": (self.num_layers, 2)}
+        return shapes
+
+    @cached_property
+    def weights(self) -> Tensor:
+        """Weights of each unit that go with one KV group or one FFN channel; [L, 4] float64."""
+        return torch.tensor(
+            [
+                [
+                    sum(rows * columns for rows, columns in unit_shapes(self.widths, layer)[unit])
+                    / (self.widths.kv_groups if unit in BY_GROUPS else self.widths.ffn_channels)[layer]
+                    for unit in UNITS
+                ]
+                for layer in range(self.num_layers)
+            ],
+            dtype=torch.float64,
+        )
+
+    @cached_property
+    def bytes_per_weight(self) -> Tensor:
+        """Bytes of a weight in each offered precision, scales included, in the unpruned unit; [L, 4, K] float64."""
+        table = [
+            [
+                [
+                    sum(weight_bytes(shape, precision, self.dense_size) for shape in shapes)
+                    / sum(rows * columns for rows, columns in shapes)
+                    for precision in self.offered
+                ]
+                for shapes in map(unit_shapes(self.widths, layer).__getitem__, UNITS)
+            ]
+            for layer in range(self.num_layers)
+        ]
+        return torch.tensor(table, dtype=torch.float64)
+
+    @property
+    def cheapest(self) -> int:
+        """Bytes of the narrowest layers in the fewest bits."""
+        groups, channels = self.fewest
+        return self._bytes(groups, channels, self.offered[0])
+
+    @property
+    def dearest(self) -> int:
+        """Bytes of all units in the most bits."""
+        return self._bytes(self.widths.kv_groups, self.widths.ffn_channels, self.offered[-1])
+
+    @property
+    def fewest(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """The fewest KV groups and FFN channels that each layer may keep, [L] each."""
+        all_groups, all_channels = self.widths.kv_groups, self.widths.ffn_channels
+        free = [self.prunes and layer not in self.alone for layer in range(self.num_layers)]
+        groups = tuple(1 if may else all_groups[layer] for layer, may in enumerate(free))
+        channels = tuple(
+            min(self.multiple, all_channels[layer]) if may else all_channels[layer] for layer, may in enumerate(free)
+        )
+        return groups, channels
+
+    @cached_property
+    def sizes(self) -> dict[str, tuple[int, ...]]:
+        """Numbers of logits that each layer has of each kind; of kinds that layers have, [L] each."""
+        of_shape = {kind: (math.prod(shape[1:]),) * self.num_layers for kind, shape in self.shapes.items()}
+        groups, channels = self.widths.kv_groups, self.widths.ffn_channels
+        of_units = {"groups": groups, "lifted_groups": groups, "channels": channels, "lifted_channels": channels}
+        sizes = {kind: of_units.get(kind, of_shape[kind]) for kind in self.shapes}
+        sizes.pop("hidden_order", None)  # of the whole model
+        return sizes
+
+    def by_layer(self, values: Tensor, kind: str) -> tuple[Tensor, ...]:
+        """Values of KV groups [G] or FFN channels [C] of all layers, layer by layer."""
+        sizes = self.widths.kv_groups if kind.endswith("groups") else self.widths.ffn_channels
+        parts: tuple[Tensor, ...] = values.split(list(sizes))  # type: ignore[no-untyped-call]
+        return parts
+
+    def _bytes(self, groups: tuple[int, ...], channels: tuple[int, ...], precision: Precision) -> int:
+        plan = self.dense.keeping(
+            (range(kept_groups), range(kept_channels))
+            for kept_groups, kept_channels in zip(groups, channels, strict=True)
+        ).with_precision([dict.fromkeys(UNITS, precision)] * self.num_layers)
+        return unit_bytes(plan, self.dense_size)
+
+
+def unit_bytes(plan: CompressionPlan, dense_size: int) -> int:
+    """Bytes of the weights in the decoder's units of a plan, scales included.
+
+    Args:
+        plan: plan with the widths that are left.
+        dense_size: bytes of a weight that stays dense.
+    """
+    widths = plan.widths
+    return sum(
+        weight_bytes(shape, layer.precision[unit], dense_size)
+        for number, layer in enumerate(plan.layers)
+        for unit, shapes in unit_shapes(widths, number).items()
+        for shape in shapes
+    )
+
+
+def acting(logits: Logits) -> Gates:
+    """The logits of all gates, of those that are learned."""
+    gates = dict(logits)
+    if "hidden_order" in gates:
+        gates["lifted_hidden"] = gates.pop("hidden_share")[:, :, None] + gates.pop("hidden_order")
+    return gates

@@ -1,0 +1,219 @@
+"""Learns the plan of a run, in a fit of its own before the phases, from what the run's callbacks ask for."""
+
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from lightning.pytorch import Callback
+from lightning.pytorch.utilities import rank_zero_info
+
+from qpruner.allocation.budget import Budget
+from qpruner.anatomy import architecture_of, unit_shapes
+from qpruner.callbacks import MixedPrecisionQuantization, RunCheckpoint, StructuredPruning, Throughput
+from qpruner.callbacks.compression import Compression, CompressionJob, Rehearsal
+from qpruner.compressed import CompressedModel
+from qpruner.datamodules.base import TokenDataModule
+from qpruner.errors import UserError
+from qpruner.joint.config import JointConfig
+from qpruner.joint.learner import Ground, PlanLearner
+from qpruner.joint.network import GatedNetwork
+from qpruner.joint.space import JointSpace
+from qpruner.memory import num_parameters
+from qpruner.model_folder import build_skeleton, rehearse_saving
+from qpruner.plan import DENSE, UNITS, CompressionPlan
+from qpruner.pretrained import held_in
+from qpruner.pricing import price_narrowed
+from qpruner.pruning.rounds import round_to
+from qpruner.quantization.embedding import table_precisions
+from qpruner.records.folder import RunFolder
+from qpruner.runs.learned_plan import LearnedPlan
+from qpruner.runs.trainers import make_trainer
+from qpruner.training.checkpoint_file import GatesCheckpoint, read_checkpoint
+from qpruner.training.module import LoRAFinetuner
+from qpruner.training.preflight import check_trainer
+from qpruner.training.processes import processes_of
+
+
+@dataclass(frozen=True)
+class Learning:
+    """Gates that are learned for a run.
+
+    Args:
+        folder: folder of the run.
+        model: module of the run, which says what the base is, and which adapters it is going to have.
+        data: data module of the run.
+        config: how gates are learned.
+        quantization: callback that has the budget and the widths.
+        pruning: callback that says that units may go, and how; None where they may not.
+    """
+
+    folder: RunFolder
+    model: LoRAFinetuner
+    data: TokenDataModule
+    config: JointConfig
+    quantization: MixedPrecisionQuantization
+    pruning: StructuredPruning | None
+
+    @classmethod
+    def of(
+        cls,
+        folder: RunFolder,
+        model: LoRAFinetuner,
+        data: TokenDataModule,
+        callbacks: Sequence[Callback],
+        config: JointConfig,
+    ) -> "Learning":
+        """What the callbacks of a run leave to be learned.
+
+        Raises:
+            UserError: a callback that decides otherwise, no budget, or a fixed ratio without one.
+        """
+        compressing = [callback for callback in callbacks if isinstance(callback, Compression)]
+        quantizations = [one for one in compressing if isinstance(one, MixedPrecisionQuantization)]
+        pruning = [one for one in compressing if isinstance(one, StructuredPruning)]
+        if others := {*compressing} - {*quantizations, *pruning}:
+            names = ", ".join(sorted(type(callback).__name__ for callback in others))
+            raise UserError(
+                f"joint learns a plan before the fit, and {names} would change what it says. Leave it out, or carry "
+                f"the plan out in a run of its own by --plan."
+            )
+        if not quantizations or quantizations[0].allocator is None:
+            raise UserError(
+                "joint learns a plan within a budget, and there is none. Add MixedPrecisionQuantization with a budget, "
+                "such as {share: 0.15}, to trainer.callbacks."
+            )
+        allocator = quantizations[0].allocator
+        if allocator.budget.average_bits is not None:
+            raise UserError(
+                f"The budget of joint is {allocator.budget}, whatever is pruned, so that pruning would gain nothing. "
+                f"Give a share of the dense bytes, or bytes."
+            )
+        if allocator.config.leave_alone:
+            raise UserError(
+                f"deciding.leave_alone is {list(allocator.config.leave_alone)}, and joint decides on all layers. Leave "
+                f"it out; selection.leave_alone of StructuredPruning keeps layers from being pruned."
+            )
+        if config.fixed_ratio and not pruning:
+            raise UserError(
+                "joint.fixed_ratio is true, and nothing says a ratio. Add StructuredPruning with one, or drop it."
+            )
+        return cls(folder, model, data, config, quantizations[0], pruning[0] if pruning else None)
+
+    @property
+    def part(self) -> RunFolder:
+        """Where it works."""
+        return RunFolder(self.folder.learning)
+
+    @property
+    def is_done(self) -> bool:
+        return self.folder.learned_plan.exists()
+
+    def run(self, options: Mapping[str, Any], checkpoint_every_n_steps: int) -> None:
+        """Learns the plan, or goes on with that, and writes it.
+
+        Args:
+            options: options of the run's Trainer, of which the length of the fit and validation are left out.
+            checkpoint_every_n_steps: optimizer steps between two checkpoints.
+        """
+        of_fit = {"max_steps": self.config.steps, "max_epochs": -1, "max_time": None, "limit_val_batches": 0}
+        callbacks = [
+            LearnedPlan(self.folder),
+            Throughput(),
+            RunCheckpoint(self.part.checkpoint, checkpoint_every_n_steps),
+        ]
+        trainer = make_trainer({**options, **of_fit}, self.part, callbacks, keeps_checkpoint=True)
+        check_trainer(trainer)
+        learner = PlanLearner(self.config, self.lay_ground, self.model.seed)
+        begins_with = None
+        if self.part.checkpoint.exists():
+            read_checkpoint(self.part.checkpoint, GatesCheckpoint)  # so that damage is told
+            begins_with = str(self.part.checkpoint)
+            rank_zero_info(f"Going on from {begins_with}.")
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "You passed in a `val_dataloader`")  # which gates do not look at
+            trainer.fit(learner, datamodule=self.data.for_another_trainer(), ckpt_path=begins_with, weights_only=True)
+
+    def check(self) -> None:
+        """Finds, without weights, what is wrong with the base, the budgets, or what was asked for.
+
+        Raises:
+            UserError: something.
+        """
+        config = self.model.check_base()
+        self.data.check_model(config)
+        skeleton = build_skeleton(config).to(held_in(config, self.model.dtype_of_base))
+        plan = Rehearsal(skeleton, self.model.lora).plan.with_precision(
+            [dict.fromkeys(UNITS, DENSE)] * architecture_of(config).num_layers, **self.quantization.tables
+        )
+        table_precisions(config, plan.embedding, plan.head)
+        self._space(skeleton, plan)
+        if self.pruning is not None:
+            self.pruning.compensating.check(skeleton)
+        if self.quantization.calibrated is not None:
+            self.quantization.calibrated.check_text(max(columns for _, columns in _shapes(plan)))
+        rehearse_saving(self.model.base, config, self.data.tokenizer, trust_remote_code=self.model.trust_remote_code)
+
+    def lay_ground(self, learner: PlanLearner) -> tuple[Ground, list[int]]:
+        """Loads the dense model, fills the bank and puts gates in; and the bytes of each budget."""
+        trainer = learner.trainer
+        processes = processes_of(trainer)
+        described = self.model
+        model = CompressedModel.load(
+            described.base,
+            dtype=described.dtype_of_base,
+            trust_remote_code=described.trust_remote_code,
+            say=rank_zero_info,
+        )
+        self.data.check_model(model.network.config)
+        allocator = self.quantization.allocator
+        assert allocator is not None
+        plan = model.known_plan()
+        plan = plan.with_precision([dict.fromkeys(UNITS, DENSE)] * len(plan.layers), **self.quantization.tables)
+        space, limits = self._space(model.network, plan)
+        job = CompressionJob(model, self.data, processes, described.lora, described.seed, folder=self.part)
+        bank = replace(allocator, loftq_iterations=0).bank(job, plan)
+        model.network.to(processes.device)
+        gated = GatedNetwork(model.network, bank, space)
+        text = self.config.start
+        share = self.data.calibration(text.num_sequences, text.length, processes.rank, processes.world_size)
+        return Ground(gated, share, processes), limits
+
+    def _space(self, network: Any, plan: CompressionPlan) -> tuple[JointSpace, list[int]]:
+        """The gates, and the bytes of each budget."""
+        allocator, pruning = self.quantization.allocator, self.pruning
+        assert allocator is not None
+        dense_size = network.dtype.itemsize
+        lora = self.model.lora
+        price = price_narrowed(network, plan, rank=lora.r, targets=lora.target_modules)
+        budgets: list[Budget] = [allocator.budget, *self.config.further_budgets]
+        limits = [budget.limit(price, plan) for budget in budgets]
+        selection = None if pruning is None else pruning.selection
+        space = JointSpace(
+            dense=plan,
+            offered=tuple(sorted(allocator.precisions, key=lambda precision: precision.bits)),
+            dense_size=dense_size,
+            most_weights=self._most_weights(price.weights, num_parameters(network)),
+            pins_weights=self.config.fixed_ratio,
+            prunes=selection is not None,
+            lifts=self.config.lifts,
+            multiple=1 if selection is None else round_to(network, selection),
+            alone=frozenset(() if selection is None else (one % len(plan.layers) for one in selection.leave_alone)),
+        )
+        for limit in limits:
+            space.check(limit)
+        return space, limits
+
+    def _most_weights(self, weights: int, parameters: int) -> int | None:
+        """The most weights that the units may keep."""
+        if self.config.fixed_ratio:
+            assert self.pruning is not None
+            return weights - round(self.pruning.ratio * parameters)
+        return None
+
+
+def _shapes(plan: CompressionPlan) -> Iterator[tuple[int, int]]:
+    """Shapes [out, in] of all linears of the decoder's units."""
+    for layer in range(plan.widths.num_layers):
+        for shapes in unit_shapes(plan.widths, layer).values():
+            yield from shapes

@@ -1,0 +1,66 @@
+"""Where gates begin, against slopes taken by hand."""
+
+import pytest
+import torch
+from support.families import VOCAB
+from support.joint import CPU, gated
+
+from qpruner.joint.prior import fisher_logits
+from qpruner.likelihood import token_nll
+from qpruner.processes import Processes
+from qpruner.quantization.formats import dequantize
+
+TEXT = torch.randint(0, VOCAB, (3, 9), generator=torch.Generator().manual_seed(7))
+
+
+def test_a_width_is_worth_what_it_spares_by_the_byte() -> None:
+    network, bank = gated()
+    logits = fisher_logits(network, TEXT, len(TEXT), Processes.alone())
+    name = "model.layers.1.mlp.down_proj"
+    linear = network.linears[1]["down"][0]
+    dense = linear.dense.weight
+    dense.requires_grad_()
+    differences = [dequantize(bank.linear(name, one)) - dense.detach() for one in network.space.offered]  # type: ignore[arg-type]
+    network.remove()
+    rises = torch.zeros(3, dtype=torch.float64)
+    for tokens in TEXT:
+        (slope,) = torch.autograd.grad(token_nll(network.network, tokens[None], tokens[None]).sum(), dense)
+        rises += torch.stack([(slope * difference).sum().double().square() for difference in differences]) / 6
+    sizes = [sum(part.nbytes for part in bank.linear(name, one).packed().values()) for one in network.space.offered]  # type: ignore[union-attr]
+    for step in range(2):
+        rate = (rises[step] - rises[step + 1]) / (sizes[step + 1] - sizes[step])
+        if rate > 1e-9:
+            assert float(logits["upgrades"][1, 3, step]) == pytest.approx(float(torch.log(rate)), abs=1e-3)
+
+
+def test_a_dead_unit_is_worth_least_and_ranks_share_the_text() -> None:
+    network, _ = gated()
+    with torch.no_grad():
+        network.linears[0]["down"][0].dense.weight[:, 5] = 0
+    logits = fisher_logits(network, TEXT, len(TEXT), Processes.alone())
+    assert int(logits["channels"][:48].argmin()) == 5
+    assert set(logits) == set(network.space.shapes)
+
+    sums: list[torch.Tensor] = []
+
+    def of_rank(rank: int) -> Processes:
+        def reduce(values: torch.Tensor) -> torch.Tensor:
+            sums.append(values)
+            return values
+
+        alone = Processes.alone()
+        return Processes(CPU, rank, 2, alone.forward_context, reduce, alone.broadcast)
+
+    for rank in range(2):
+        fisher_logits(network, TEXT[rank::2], len(TEXT), of_rank(rank))
+    half = len(sums) // 2
+    whole: list[torch.Tensor] = []
+    alone = Processes.alone()
+    fisher_logits(
+        network,
+        TEXT,
+        len(TEXT),
+        Processes(CPU, 0, 1, alone.forward_context, lambda values: whole.append(values) or values, alone.broadcast),
+    )
+    for first, second, both in zip(sums[:half], sums[half:], whole, strict=True):
+        assert torch.allclose(first + second, both, rtol=1e-4)

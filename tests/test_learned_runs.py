@@ -1,0 +1,211 @@
+"""Runs that learn their plan, from the command line."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from support.families import logits_of
+from support.forks import in_fork
+from support.runs import KILL_AT, adapters, in_own_process, payload, stages
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from qpruner.commands import run
+from qpruner.errors import UserError
+from qpruner.joint.learner import PlanLearner
+from qpruner.joint.space import unit_bytes
+from qpruner.model_folder import build_skeleton, load_compressed, read_base_config
+from qpruner.plan import DENSE, UNITS, CompressionPlan
+from qpruner.pricing import price
+from qpruner.records.folder import RunFolder
+
+TEXT = {"num_sequences": 8, "length": 12, "batch_size": 24}
+STEPS = 6
+QUANTIZATION = "--trainer.callbacks."
+TOKENS = torch.arange(20).view(2, 10)
+
+
+@pytest.fixture
+def config(config_that_prunes: dict[str, Any]) -> dict[str, Any]:
+    """Gates over units and two widths, then pruning with compensation, rounding by text and a fit of six steps."""
+    pruning = config_that_prunes["trainer"]["callbacks"][0]["init_args"]
+    pruning |= {"compensation": "sequential", "compensation_text": TEXT}
+    options = {
+        "budget": {"share": 0.2},
+        "deciding": {"widths": [2, 4]},
+        "group": 32,
+        "calibrated": {"text": TEXT},
+    }
+    quantization = {"class_path": "MixedPrecisionQuantization", "init_args": options}
+    config_that_prunes["trainer"]["callbacks"].append(quantization)
+    config_that_prunes["joint"] = {"steps": STEPS, "start": {"num_sequences": 4, "length": 12}}
+    return config_that_prunes
+
+
+@pytest.fixture
+def arguments(config: dict[str, Any], tmp_path: Path) -> list[str]:
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(config))
+    return ["--config", str(path)]
+
+
+def test_a_run_learns_a_plan_within_the_budget_and_carries_it_out(
+    arguments: list[str], tiny_llama: Path, tmp_path: Path
+) -> None:
+    run(["fit", *arguments])
+    folder = RunFolder(tmp_path / "runs" / "x")
+    plan = CompressionPlan.read(folder.learned_plan)
+    dense = CompressionPlan.dense(plan.architecture, plan.base_sha256)
+    limit = int(0.2 * unit_bytes(dense, 2))
+    assert 0.9 * limit < unit_bytes(plan, 4) <= limit
+    assert CompressionPlan.read(folder.model / "plan.json") == plan
+    told = price(build_skeleton(read_base_config(str(tiny_llama))), plan)
+    assert payload(folder.model / "model.safetensors") == told.units + told.rest
+    assert [row["name"] for row in stages(folder.path)] == [
+        "dense", "pruned", "quantized", "quantized + adapters", "recovered",
+    ]  # fmt: skip
+    assert torch.isfinite(logits_of(load_compressed(folder.model), TOKENS)).all()
+    log = folder.log.read_text()
+    assert f"Learned a plan of {unit_bytes(plan, 4):,} bytes for the decoder's units, within {limit:,}." in log
+    assert folder.learning_picture.stat().st_size > 10_000
+    events = EventAccumulator(str(RunFolder(folder.learning).tensorboard)).Reload()
+    assert {"train/loss", "train/kl", "joint/bytes", "joint/entropy"} <= {*events.Tags()["scalars"]}
+    assert events.Tags()["images"] == ["joint/layers"]
+    run(["fit", *arguments])  # again, and nothing is left to do
+    assert folder.log.read_text().count("Learned a plan") == 1
+
+
+@pytest.mark.parametrize(
+    ("changes", "without_pruning"),
+    [
+        ({"joint.lifts": "true", "joint.loss": "cross_entropy"}, True),
+        ({"joint.fixed_ratio": "true", "joint.gates": "hypernetwork"}, False),
+        ({"joint.constraint": "penalty", "joint.estimator": "straight_through"}, False),
+        ({"joint.lifts": "true", "joint.gates": "hypernetwork"}, False),
+    ],
+    ids=["precision alone", "fixed ratio", "penalty", "all"],
+)
+def test_variants_end_within_the_budget(
+    config: dict[str, Any], tmp_path: Path, changes: dict[str, str], without_pruning: bool
+) -> None:
+    if without_pruning:
+        del config["trainer"]["callbacks"][0]
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(config))
+    run(["fit", "--config", str(path), *(part for name, value in changes.items() for part in (f"--{name}", value))])
+    folder = RunFolder(tmp_path / "runs" / "x")
+    plan = CompressionPlan.read(folder.learned_plan)
+    dense = CompressionPlan.dense(plan.architecture, None)
+    assert unit_bytes(plan, 4) <= 0.2 * unit_bytes(dense, 2)
+    assert (plan.widths == plan.architecture) == without_pruning
+    if "joint.fixed_ratio" in changes:  # 5 % of all parameters, but for the rounding to legal widths
+        skeleton = build_skeleton(read_base_config(config["model"]["base"]))
+        in_16_bits = plan.with_precision([dict.fromkeys(UNITS, DENSE)] * len(plan.layers))
+        gone = (unit_bytes(dense, 2) - unit_bytes(in_16_bits, 2)) / 2
+        assert gone / sum(parameter.numel() for parameter in skeleton.parameters()) == pytest.approx(0.05, abs=0.02)
+    assert stages(folder.path)[-1]["name"] == "recovered"
+
+
+def test_a_hypernetwork_learns_for_several_budgets(arguments: list[str], tmp_path: Path) -> None:
+    run(
+        [
+            "fit",
+            *arguments,
+            "--joint.gates",
+            "hypernetwork",
+            "--joint.further_budgets",
+            "[{share: 0.15}, {share: 0.18}]",
+        ]
+    )
+    folder = RunFolder(tmp_path / "runs" / "x")
+    plans = [CompressionPlan.read(folder.plans / f"budget-{number}.json") for number in (1, 2)]
+    whole = unit_bytes(CompressionPlan.dense(plans[0].architecture, None), 2)
+    for plan, share in zip((CompressionPlan.read(folder.learned_plan), *plans), (0.2, 0.15, 0.18), strict=True):
+        assert 0.9 * share * whole < unit_bytes(plan, 4) <= share * whole
+
+
+def test_killed_while_it_learns_and_repeated_equals_uninterrupted(
+    config: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(config))
+    killed = in_fork(KILL_AT, "learning", "4", "fit", "--config", str(path))
+    assert killed.returncode == -9, killed.stderr
+    pieces, whole = (RunFolder(tmp_path / "runs" / name) for name in ("x", "whole"))
+    assert RunFolder(pieces.learning).checkpoint.exists() and not pieces.learned_plan.exists()
+    for name in ("x", "whole"):
+        last = in_fork("-m", "qpruner", "fit", "--config", str(path), "--run.name", name)
+        assert last.returncode == 0, last.stderr
+    assert "Going on from" in pieces.log.read_text() and "Going on from" not in whole.log.read_text()
+    of_gates = [
+        torch.load(RunFolder(folder.learning).checkpoint, weights_only=True)["state_dict"] for folder in (pieces, whole)
+    ]
+    assert of_gates[0].keys() == of_gates[1].keys()
+    assert all(torch.equal(of_gates[0][name], tensor) for name, tensor in of_gates[1].items())
+    assert pieces.learned_plan.read_text() == whole.learned_plan.read_text()
+    trained, expected = adapters(pieces.path), adapters(whole.path)
+    assert all(torch.equal(trained[name], tensor) for name, tensor in expected.items())
+
+
+@pytest.mark.slow
+def test_two_gloo_ranks_learn_as_one(arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    run(["fit", *arguments, "--run.name", "1", "--data.init_args.loader.batch_size", "4"])
+    ranks = ["--trainer.strategy", "ddp", "--trainer.devices", "2", "--run.name", "2"]
+    done = in_own_process("-m", "qpruner", "fit", *arguments, *ranks, "--data.init_args.loader.batch_size", "2")
+    assert done.returncode == 0, done.stderr
+    one, two = (RunFolder(tmp_path / "runs" / name) for name in ("1", "2"))
+    states = [torch.load(RunFolder(run.learning).checkpoint, weights_only=True)["state_dict"] for run in (one, two)]
+    for name, values in states[0].items():
+        assert torch.allclose(values, states[1][name], atol=2e-2), name
+    first, second = (CompressionPlan.read(folder.learned_plan) for folder in (one, two))
+    assert unit_bytes(first, 4) == pytest.approx(unit_bytes(second, 4), rel=0.05)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        ({QUANTIZATION + "budget.share": "0.001"}, ["the cheapest plan takes", "the dearest"]),
+        ({QUANTIZATION + "budget.share": "0.9"}, ["the cheapest plan takes", "the dearest"]),
+        ({QUANTIZATION + "budget": "null"}, ["within a budget, and there is none", "share: 0.15"]),
+        ({QUANTIZATION + "budget": "{average_bits: 3}"}, ["3 bits per weight", "Give a share"]),
+        ({QUANTIZATION + "deciding.widths": "[2, 7]"}, ["7; choose from"]),
+        ({QUANTIZATION + "deciding.leave_alone": "[0]"}, ["deciding.leave_alone is [0]", "selection.leave_alone"]),
+        ({"--joint.steps": "0"}, ["joint.steps is 0"]),
+        ({"--joint.lr": "-1"}, ["joint.lr is -1"]),
+        ({"--joint.gates": "simple"}, ["simple", "hypernetwork"]),
+        ({"--joint.further_budgets": "[{share: 0.1}]"}, ["plain gates are not told the budget"]),
+        ({"--plan": "plan.json"}, ["--plan names 'plan.json'", "joint learns a plan"]),
+        ({"--phases": "[{max_steps: 2}]"}, ["Leave --phases out"]),
+    ],
+    ids=lambda value: (
+        " ".join(f"{name[-20:]}={given}" for name, given in value.items()) if isinstance(value, dict) else ""
+    ),
+)
+def test_mistakes_are_told_before_any_model_is_loaded(
+    arguments: list[str], wrong: dict[str, str], said: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("qpruner.dense_base.load_model", None)
+    with pytest.raises(UserError) as caught:
+        run(["fit", *arguments, *(part for name, value in wrong.items() for part in (name, value))])
+    assert all(text in str(caught.value) for text in said), str(caught.value)
+
+
+def test_a_search_learns_nothing(arguments: list[str]) -> None:
+    with pytest.raises(UserError, match="joint learns a plan in `qpruner fit`"):
+        run(["search", *arguments])
+
+
+def test_numbers_that_are_not_finite_end_it(arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    loss = PlanLearner.loss
+
+    def broken(learner: PlanLearner, batch: Any) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        total, parts = loss(learner, batch)
+        return total * (float("nan") if learner.global_step == 2 else 1.0), parts
+
+    monkeypatch.setattr(PlanLearner, "loss", broken)
+    said = r"loss at step 3 of the gates is not finite. Lower joint.lr, which is 0.0"
+    with pytest.raises(UserError, match=said):
+        run(["fit", *arguments])
