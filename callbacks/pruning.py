@@ -153,8 +153,8 @@ class PlannedPruning(CompressionInSetup):
         Narrows the base, once; one that comes from the folder that it is kept in is narrow already.
 
     Args:
-        plan: plan that is carried out, as far as it says which units stay and in which order, those of the hidden states
-            among them.
+        plan: plan that is carried out, as far as it says which units stay and in which order, and in which order the
+            channels of the hidden states come.
         compensation: what the weights that stay make up for; see `StructuredPruning`.
         compensation_text: calibration text of the compensation.
 

@@ -28,7 +28,8 @@ VARIANTS = [
 ]
 ORDER = random.Random(5).sample(range(HIDDEN), HIDDEN)
 SHUFFLED = [
-    tuple(tuple(random.Random(number).sample(units, len(units))) for units in layer) for number, layer in enumerate(KEPT)
+    tuple(tuple(random.Random(number).sample(units, len(units))) for units in layer)
+    for number, layer in enumerate(KEPT)
 ]
 """What `KEPT` keeps, in another order."""
 
@@ -120,7 +121,9 @@ def test_what_the_anatomy_does_not_know_is_refused_by_name() -> None:
     model = tiny_model("llama")
     model.model.layers[1].mlp.memory = nn.Parameter(torch.ones(HIDDEN))
     before = logits_of(model)
-    with pytest.raises(UserError, match=r"this llama cannot be .* whether model.layers.1.mlp.memory would have to follow"):
+    with pytest.raises(
+        UserError, match=r"this llama cannot be .* whether model.layers.1.mlp.memory would have to follow"
+    ):
         reorder_hidden_(model, ORDER)
     assert torch.equal(logits_of(model), before)
 
