@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -10,10 +10,10 @@ from torch import Tensor, nn
 from qpruner.errors import UserError, nearest
 from qpruner.plan import DENSE, ROW, Precision
 from qpruner.quantization.blockwise4 import Blockwise4
-from qpruner.quantization.grid import Grid
+from qpruner.quantization.grid import AnyGrid
 from qpruner.quantization.int8 import Int8
 from qpruner.quantization.packed import PackedLinear
-from qpruner.quantization.segments import Segments
+from qpruner.quantization.segments import GridSegments, Segments
 from qpruner.quantization.uniform import Uniform
 
 
@@ -76,22 +76,22 @@ class GridFormat(Format, Protocol):
     def symmetric(self) -> bool:
         """Whether minima follow from scales: each is the scale times -2^(b - 1)."""
 
-    def storable(self, scales: Tensor, minima: Tensor, precision: Precision) -> Grid:
+    def storable(self, scales: Tensor, minima: Tensor, precision: Precision) -> AnyGrid:
         """The grid nearest to scales and minima [out, groups] that the format can store.
 
         A symmetric format takes its minima from the scales and does not look at those that are given.
         """
 
-    def pack(self, codes: Tensor, grid: Grid) -> dict[str, Tensor]:
+    def pack(self, codes: Tensor, grid: Any) -> dict[str, Tensor]:
         """The state of codes uint8 [out, in] on a grid of `storable`; ``decode`` gives ``grid.values(codes)``."""
 
-    def grid(self, state: Mapping[str, Tensor], precision: Precision) -> Grid:
+    def grid(self, state: Mapping[str, Tensor], precision: Precision) -> AnyGrid:
         """The grid of a state."""
 
     def codes(self, state: Mapping[str, Tensor], in_features: int, precision: Precision) -> Tensor:
         """The codes of a state, uint8 [out, in]; `pack` gives them back bit for bit."""
 
-    def values(self, state: Mapping[str, Tensor], grid: Grid, in_features: int, dtype: torch.dtype) -> Tensor:
+    def values(self, state: Mapping[str, Tensor], grid: Any, in_features: int, dtype: torch.dtype) -> Tensor:
         """What the codes of a state mean on any grid; [out, in], rounded once from float32."""
 
 
@@ -125,7 +125,10 @@ def format_for(precision: Precision) -> Format:
         UserError: there is no format of that name, or it does not offer these bits or this group.
     """
     if precision.leading is not None:
-        return Segments(format_for(precision.leading.precision), format_for(precision.rest))
+        leading, rest = format_for(precision.leading.precision), format_for(precision.rest)
+        if isinstance(leading, GridFormat) and isinstance(rest, GridFormat):
+            return GridSegments(leading, rest)
+        return Segments(leading, rest)
     formats = {number_format.name: number_format for number_format in FORMATS}
     if precision.format not in formats:
         raise UserError(

@@ -13,10 +13,12 @@ from torch import Tensor, nn
 
 from qpruner.errors import UserError
 from qpruner.plan import Leading, Precision
+from qpruner.quantization.grid import AnyGrid, Grid, GridOfTwo
+from qpruner.quantization.grid_search import Levels
 from qpruner.quantization.packed import PackedLinear
 
 if TYPE_CHECKING:
-    from qpruner.quantization.formats import Format
+    from qpruner.quantization.formats import Format, GridFormat
 
 PREFIX = "leading_"
 """What the names of the leading segment's tensors begin with; those of the other one are as its format has them."""
@@ -103,6 +105,51 @@ class Segments:
         dtype: torch.dtype,
     ) -> PackedLinear:
         return SegmentedLinear(state, out_features, in_features, precision, bias, dtype, self)
+
+
+@dataclass(frozen=True)
+class GridSegments(Segments):
+    """Two segments whose formats both have a grid, so that theirs are chosen together, by calibration."""
+
+    leading: "GridFormat"
+    rest: "GridFormat"
+
+    @property
+    def symmetric(self) -> bool:
+        return self.leading.symmetric and self.rest.symmetric
+
+    def storable(self, scales: Tensor, minima: Tensor, precision: Precision) -> GridOfTwo:
+        leading = precision.leading
+        assert leading is not None
+        groups = len(Levels.of(self.leading, leading.precision).spans(0, leading.columns))
+        first = self.leading.storable(scales[:, :groups], minima[:, :groups], leading.precision)
+        rest = self.rest.storable(scales[:, groups:], minima[:, groups:], precision.rest)
+        return _side_by_side(first, leading.columns, rest)
+
+    def pack(self, codes: Tensor, grid: GridOfTwo) -> dict[str, Tensor]:
+        first = self.leading.pack(codes[:, : grid.columns], grid.leading)
+        return joined(first, self.rest.pack(codes[:, grid.columns :], grid.rest))
+
+    def grid(self, state: Mapping[str, Tensor], precision: Precision) -> GridOfTwo:
+        leading, (first, rest) = precision.leading, parted(state)
+        assert leading is not None
+        grids = self.leading.grid(first, leading.precision), self.rest.grid(rest, precision.rest)
+        return _side_by_side(grids[0], leading.columns, grids[1])
+
+    def codes(self, state: Mapping[str, Tensor], in_features: int, precision: Precision) -> Tensor:
+        leading, (first, rest) = leading_of(precision, in_features), parted(state)
+        codes = self.leading.codes(first, leading.columns, leading.precision)
+        return torch.cat([codes, self.rest.codes(rest, in_features - leading.columns, precision.rest)], 1)
+
+    def values(self, state: Mapping[str, Tensor], grid: GridOfTwo, in_features: int, dtype: torch.dtype) -> Tensor:
+        first, rest = parted(state)
+        values = self.leading.values(first, grid.leading, grid.columns, dtype)
+        return torch.cat([values, self.rest.values(rest, grid.rest, in_features - grid.columns, dtype)], 1)
+
+
+def _side_by_side(leading: AnyGrid, columns: int, rest: AnyGrid) -> GridOfTwo:
+    assert isinstance(leading, Grid) and isinstance(rest, Grid), "a segment has no segments"
+    return GridOfTwo(leading, columns, rest)
 
 
 class SegmentedLinear(PackedLinear):
