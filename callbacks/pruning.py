@@ -143,7 +143,7 @@ class StructuredPruning(CompressionInSetup):
 
 
 class PlannedPruning(CompressionInSetup):
-    """Narrows the base as a plan says, instead of making one: no scores.
+    """Narrows the base and orders what stays as a plan says, instead of making one: no scores.
 
     From Python, or by ``qpruner fit --plan plan.json``, which puts it in the place of what decides on a compression::
 
@@ -153,12 +153,13 @@ class PlannedPruning(CompressionInSetup):
         Narrows the base, once; one that comes from the folder that it is kept in is narrow already.
 
     Args:
-        plan: plan that is carried out, as far as it says which units stay.
+        plan: plan that is carried out, as far as it says which units stay and in which order, and in which order the
+            channels of the hidden states come.
         compensation: what the weights that stay make up for; see `StructuredPruning`.
         compensation_text: calibration text of the compensation.
 
     Raises:
-        UserError: the plan is for a model of another shape, or too little text.
+        UserError: the plan is for a model of another shape or orders what cannot be ordered, or too little text.
     """
 
     leaves = State.PRUNED
@@ -207,6 +208,8 @@ class PlannedPruning(CompressionInSetup):
         self.plan.check(architecture_of(model.network.config), model.base_sha256)
         if self._prunes:
             self.compensating.begin(model, job.data)
+        if self.plan.hidden is not None:
+            model.reorder(self.plan.hidden)  # before the dense model is remembered, which it is compared with
         dense = self.compensating.remember(model) if self._prunes else None
         model.prune([(list(layer.kv_groups), list(layer.ffn_channels)) for layer in self.plan.layers])
         self.compensating.apply(model, dense, job.data, job.processes)

@@ -1,6 +1,6 @@
 """A language model under compression: what it is now, what was done to it, and the folder that keeps it."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from enum import StrEnum
@@ -24,6 +24,7 @@ from qpruner.pretrained import DType, model_fingerprint
 from qpruner.pricing import average_bits
 from qpruner.pruning.compensation import How, compensate_, places_among
 from qpruner.pruning.masks import UnitMasks
+from qpruner.pruning.order import reorder_hidden_
 from qpruner.pruning.rounds import Size
 from qpruner.pruning.selection import Kept
 from qpruner.pruning.surgery import narrow_, narrow_factors, stated_by_weights
@@ -276,7 +277,8 @@ class CompressedModel(nn.Module):
         """Takes all units but some out of the base, and out of the adapters, which stay as they are in what is left.
 
         Args:
-            kept: [layers], places of the KV groups and FFN channels that stay, counted among those that are there.
+            kept: [layers], places of the KV groups and FFN channels that stay, in the order that they get, counted
+                among those that are there.
 
         Returns:
             The size of the base, without adapters, and the relative change of each packed linear that had to be
@@ -298,6 +300,21 @@ class CompressedModel(nn.Module):
         self._changed(self.base_state if self.base_state is State.QUANTIZED else State.PRUNED)
         return size, rounded
 
+    def reorder(self, places: Sequence[int]) -> None:
+        """Puts the channels of the residual stream into another order, in which the model computes the same.
+
+        Args:
+            places: [hidden_size], places of the channels among those that there are, in the order that they get.
+
+        Raises:
+            UserError: packed weights, adapters, or a family without such an order.
+        """
+        self._expect("reordered", PACKABLE)
+        plan = self.known_plan().reordered(places)
+        reorder_hidden_(self.network, places)
+        self.plan, self.initial_adapters = plan, {}
+        self._changed(State.PRUNED)
+
     def compensate(self, dense: Any, before: CompressionPlan, calibration: Calibration, how: How) -> dict[str, Fit]:
         """Changes the weights that are left so that they make up for those that are gone; see `compensate_`.
 
@@ -315,6 +332,7 @@ class CompressedModel(nn.Module):
         """
         self._expect("compensated", NARROWABLE)
         self.check_unpacked("compensated")
+        assert before.hidden == self.known_plan().hidden, "hidden states are compared channel by channel"
         fits = compensate_(self.network, dense, places_among(before, self.known_plan()), calibration, how)
         self._changed(self.base_state)
         return fits

@@ -143,6 +143,8 @@ class CompressionPlan:
             raise _other_layers(len(self.layers), model)
         for number, layer in enumerate(self.layers):
             _expect_units(model, number, layer)
+            for unit, columns in self.columns(number).items():
+                _expect_columns(f"{unit} of layer {number}", layer.precision[unit], columns)
         _expect_columns("The token embedding", self.embedding, model.hidden_size)
         _expect_columns("The head", self.head, model.hidden_size)
         hidden = self.hidden
@@ -224,6 +226,12 @@ class CompressionPlan:
             kv_groups=tuple(len(layer.kv_groups) for layer in self.layers),
             ffn_channels=tuple(len(layer.ffn_channels) for layer in self.layers),
         )
+
+    def columns(self, number: int) -> dict[str, int]:
+        """The input columns of the linears of each of the `UNITS` of a layer, once the plan is carried out."""
+        layer, hidden = self.layers[number], self.architecture.hidden_size
+        heads = len(layer.kv_groups) * self.architecture.queries_per_group * self.architecture.head_dim
+        return dict(zip(UNITS, (hidden, heads, hidden, len(layer.ffn_channels)), strict=True))
 
     def check(self, architecture: Architecture, base_sha256: str | None) -> None:
         """Makes sure that the plan is for a model; warns when it was made from other weights of the same shape.
@@ -344,9 +352,6 @@ def _expect_units(architecture: Architecture, number: int, layer: LayerPlan) -> 
     ):
         if max(kept) >= count:
             raise UserError(f"Layer {number} keeps {name} up to {max(kept)}; it has 0 to {count - 1}.")
-    columns = input_columns(architecture, len(layer.kv_groups), len(layer.ffn_channels))
-    for unit, precision in layer.precision.items():
-        _expect_columns(f"{unit} of layer {number}", precision, columns[unit])
 
 
 def _expect_columns(what: str, precision: Precision, columns: int) -> None:
@@ -356,12 +361,6 @@ def _expect_columns(what: str, precision: Precision, columns: int) -> None:
             f"{what} has {columns} input columns, of which {leading.columns} cannot lead. Give at most {columns - 1}, "
             f"or hold all of them in {leading.precision}."
         )
-
-
-def input_columns(architecture: Architecture, kv_groups: int, ffn_channels: int) -> dict[str, int]:
-    """The input columns of the linears of each of the `UNITS`, in a layer that keeps so many KV groups and channels."""
-    hidden, heads = architecture.hidden_size, architecture.queries_per_group * architecture.head_dim
-    return {"qkv": hidden, "o": kv_groups * heads, "gate_up": hidden, "down": ffn_channels}
 
 
 def _read_layer(content: dict[str, Any], *, ascending: bool) -> LayerPlan:

@@ -1,10 +1,11 @@
 """`qpruner plan`: shows, compares and checks plans, and lists the ratios that a model can be pruned to."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from qpruner.errors import UserError
+from qpruner.errors import UserError, cut
 from qpruner.files import reading
 from qpruner.options.functions import Function, run_one_of
 from qpruner.plan import UNITS, CompressionPlan, LayerPlan, describe_differences, format_ranges
@@ -34,15 +35,23 @@ def show_plan(plan: CompressionPlan) -> None:
     rows = [
         [
             str(number),
-            f"{len(layer.kv_groups)} of {dense.kv_groups[number]}",
-            f"{len(layer.ffn_channels)} of {dense.ffn_channels[number]}",
+            f"{len(layer.kv_groups)} of {dense.kv_groups[number]}{_order(layer.kv_groups)}",
+            f"{len(layer.ffn_channels)} of {dense.ffn_channels[number]}{_order(layer.ffn_channels)}",
             *(str(layer.precision[unit]) for unit in UNITS),
         ]
         for number, layer in enumerate(plan.layers)
     ]
     print(f"A plan for a {dense.model_type} of {dense.num_layers} layers, hidden size {dense.hidden_size}.")
-    print(f"Embedding {plan.embedding}, head {plan.head}.\n")
+    print(f"Embedding {plan.embedding}, head {plan.head}." + _order_of_hidden(plan) + "\n")
     print(markdown_table(["layer", "KV groups", "FFN channels", *UNITS], rows))
+
+
+def _order(units: Sequence[int]) -> str:
+    return "" if list(units) == sorted(units) else ", reordered"
+
+
+def _order_of_hidden(plan: CompressionPlan) -> str:
+    return "" if plan.hidden is None else f" Hidden channels are reordered: {_told(plan.hidden)}."
 
 
 def diff_plans(before: Path, after: Path) -> None:
@@ -66,6 +75,8 @@ def diff_plans(before: Path, after: Path) -> None:
         )
         if first != second
     ]
+    if old.hidden != new.hidden:
+        lines.append(f"order of the hidden channels {_told(old.hidden)} becomes {_told(new.hidden)}")
     lines += [
         f"layer {number}: {change}"
         for number, layers in enumerate(zip(old.layers, new.layers, strict=True))
@@ -79,17 +90,25 @@ def diff_plans(before: Path, after: Path) -> None:
 def _changes(before: LayerPlan, after: LayerPlan) -> list[str]:
     changes = []
     for name, kept in (("KV groups", "kv_groups"), ("FFN channels", "ffn_channels")):
-        old, new = set(getattr(before, kept)), set(getattr(after, kept))
-        if gone := format_ranges(sorted(old - new)):
+        old, new = getattr(before, kept), getattr(after, kept)
+        if gone := format_ranges(sorted({*old} - {*new})):
             changes.append(f"{name} {gone} no longer kept")
-        if added := format_ranges(sorted(new - old)):
+        if added := format_ranges(sorted({*new} - {*old})):
             changes.append(f"{name} {added} kept")
+        staying = {*old} & {*new}
+        if [unit for unit in old if unit in staying] != [unit for unit in new if unit in staying]:
+            changes.append(f"{name} stand in another order, {_told(new)}")
     changes += [
         f"{unit} {before.precision[unit]} becomes {after.precision[unit]}"
         for unit in UNITS
         if before.precision[unit] != after.precision[unit]
     ]
     return changes
+
+
+def _told(order: Sequence[int] | None) -> str:
+    """An order as a person writes it, no longer than a line."""
+    return "as in the model" if order is None else cut(format_ranges(order), 80)
 
 
 def check_plan(plan: Path, *, base: str, trust_remote_code: bool = False) -> None:

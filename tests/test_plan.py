@@ -7,8 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from qpruner.errors import UserError
 from qpruner.plan import (
@@ -20,8 +18,6 @@ from qpruner.plan import (
     Leading,
     Precision,
     describe_differences,
-    format_ranges,
-    parse_ranges,
 )
 
 MODEL = Architecture("llama", 64, 16, 2, (4, 4), (12, 10))
@@ -135,33 +131,6 @@ def test_a_plan_of_version_1_reads_as_what_it_meant() -> None:
     assert CompressionPlan.from_json(altered(lambda c: (c.pop("hidden"), c.update(version=1)))) == PLAN
 
 
-def test_a_precision_of_two_segments_is_printed_short() -> None:
-    assert str(LED) == "20 columns int 8, then int 4/64"
-
-
-def test_mean_bits_weigh_both_segments_by_their_columns() -> None:
-    assert LED.mean_bits(80) == 5  # 20 of 8 and 60 of 4 bits
-    assert LED.rest.mean_bits(80) == 4
-
-
-@pytest.mark.parametrize(
-    ("make", "said"),
-    [
-        (lambda: Leading(0, DENSE), "at least 1 column, not 0"),
-        (lambda: Leading(2.0, LED.rest), "at least 1 column, not 2.0"),  # type: ignore[arg-type]
-        (lambda: Leading(2, LED), "at most two segments"),
-        (lambda: Leading(2, DENSE), "cannot be dense"),
-        (lambda: Leading(2, 8), "has a precision, not 8"),  # type: ignore[arg-type]
-        (lambda: replace(DENSE, leading=Leading(2, LED.rest)), "apart from dense ones"),
-        (lambda: replace(LED.rest, leading=Leading(2, LED.rest)), "as the rest is, in int 4/64"),
-        (lambda: replace(LED, leading=20), "how many columns are held in which precision, not 20"),  # type: ignore[arg-type]
-    ],
-)
-def test_segments_that_cannot_be_are_refused(make: Callable[[], Any], said: str) -> None:
-    with pytest.raises(UserError, match=re.escape(said)):
-        make()
-
-
 @pytest.mark.parametrize(("unit", "columns"), [("qkv", 64), ("o", 96), ("gate_up", 64), ("down", 4)])
 def test_fewer_columns_lead_than_a_linear_has(unit: str, columns: int) -> None:
     def leading(number: int) -> CompressionPlan:
@@ -184,16 +153,6 @@ def test_fewer_columns_of_tables_lead_than_the_hidden_size() -> None:
             replace(PLAN, **{table: replace(LED, leading=Leading(64, INT8))})
 
 
-def test_as_many_columns_lead_as_are_left_of_the_leading_ones() -> None:
-    assert LED.of_columns([19, 20, 0, 5]) == replace(LED, leading=Leading(3, INT8))
-    assert LED.of_columns([19, 0]) == INT8
-    assert LED.of_columns([20, 40]) == LED.rest
-    assert LED.rest.of_columns([0]) == LED.rest
-    # In units of 8 columns the third has 4 of the 20.
-    assert LED.of_columns([2, 7], 8) == replace(LED, leading=Leading(4, INT8))
-    assert LED.of_columns([0, 1], 8) == INT8
-
-
 def test_keeping_units_follows_with_what_leads() -> None:
     led = {**PRECISION, "qkv": LED, "o": replace(LED, leading=Leading(40, INT8)), "down": LED_2}
     plan = replace(PLAN, layers=(replace(PLAN.layers[0], precision=led), PLAN.layers[1]))
@@ -214,95 +173,7 @@ def test_an_order_of_the_hidden_channels_composes() -> None:
         replace(PLAN, hidden=(0.0, *range(1, 64)))
 
 
-# Ranges.
-
-
-@pytest.mark.parametrize(
-    ("numbers", "text"),
-    [
-        ((0, 1, 2, 5), "0-2 5"),
-        ((3,), "3"),
-        ((0, 2, 4), "0 2 4"),
-        ((0, 1), "0-1"),
-        ((1, 2, 10, 11, 12), "1-2 10-12"),
-        ((), ""),
-        ((5, 8, 9, 0, 1, 2, 3, 4), "5 8-9 0-4"),
-        ((3, 2, 1), "3 2 1"),
-    ],
-)
-def test_ranges_by_hand(numbers: tuple[int, ...], text: str) -> None:
-    assert format_ranges(numbers) == text
-    assert parse_ranges(text) == numbers
-
-
-@given(st.sets(st.integers(0, 60)))
-def test_ascending_ranges_read_back(numbers: set[int]) -> None:
-    assert parse_ranges(format_ranges(sorted(numbers)), ascending=True) == tuple(sorted(numbers))
-
-
-@given(st.lists(st.integers(0, 60), unique=True))
-def test_ranges_in_any_order_read_back(numbers: list[int]) -> None:
-    assert parse_ranges(format_ranges(numbers)) == tuple(numbers)
-
-
-def test_ranges_that_touch_are_read() -> None:
-    assert parse_ranges("0-1 2-2 3") == parse_ranges("0-1 2-2 3", ascending=True) == (0, 1, 2, 3)
-    assert parse_ranges("5 2") == (5, 2)
-
-
-@pytest.mark.parametrize(
-    ("text", "part"),
-    [
-        ("3-1", "3-1"),
-        ("0 0", "0"),
-        ("0-4 4", "4"),
-        ("5 2", "2"),
-        ("0,1", "0,1"),
-        ("-1", "-1"),
-        ("1-", "1-"),
-        ("a", "a"),
-        ("1.5", "1.5"),
-    ],
-)
-def test_anything_but_ascending_ranges_is_refused(text: str, part: str) -> None:
-    message = f"{part!r} in {text!r} must be a number or a range such as 4-7, above those before it."
-    with pytest.raises(UserError, match=f"^{re.escape(message)}$"):
-        parse_ranges(text, ascending=True)
-
-
-@pytest.mark.parametrize(
-    ("text", "part"), [("3-1", "3-1"), ("0 0", "0"), ("4 0-4", "0-4"), ("0-9 7-8", "7-8"), ("a", "a")]
-)
-def test_a_number_twice_in_an_order_is_refused(text: str, part: str) -> None:
-    others = "of numbers that do not stand before it"
-    message = f"{part!r} in {text!r} must be a number or a range such as 4-7, {others}."
-    with pytest.raises(UserError, match=f"^{re.escape(message)}$"):
-        parse_ranges(text)
-
-
 # What is refused.
-
-
-@pytest.mark.parametrize("bits", [0, 17, -1, 4.0, "4"])
-def test_bits_out_of_range_are_refused(bits: Any) -> None:
-    with pytest.raises(UserError, match=f"^A weight has 1 to 16 bits, not {bits!r}.$"):
-        Precision("int", bits)
-
-
-@pytest.mark.parametrize("bits", [1, 16])
-def test_bits_at_the_ends_are_allowed(bits: int) -> None:
-    assert Precision("int", bits).bits == bits
-
-
-@pytest.mark.parametrize("group", [0, -128])
-def test_a_group_without_weights_is_refused(group: int) -> None:
-    with pytest.raises(UserError, match=f"^A group holds at least 1 weight, or a whole row with -1, not {group}.$"):
-        Precision("int", 4, group)
-
-
-def test_a_precision_is_printed_short() -> None:
-    precisions = Precision("int", 4, 128), Precision("int", 4, -1), DENSE
-    assert [str(precision) for precision in precisions] == ["int 4/128", "int 4/row", "dense 16"]
 
 
 @pytest.mark.parametrize(("kept", "text"), [((), ""), ((1, 1), "1 1"), ((2, 0, 2), "2 0 2"), ((-1, 0), "-1-0")])

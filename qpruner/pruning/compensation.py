@@ -114,7 +114,8 @@ def compensate_(model: Any, dense: Any, kept: Kept, calibration: Calibration, ho
     Args:
         model: narrowed model, perhaps with adapters, whose linears are not packed.
         dense: model before it was narrowed, on the same device.
-        kept: [layers], places of the KV groups and FFN channels of ``dense`` that ``model`` has.
+        kept: [layers], places of the KV groups and FFN channels of ``dense`` that ``model`` has, in its order. The
+            hidden channels of both stand in the same order.
         calibration: this process's share of the text.
         how: whether what earlier layers got wrong counts.
 
@@ -157,7 +158,7 @@ def shared_copy(model: nn.Module) -> Any:
 
 
 def places_among(before: CompressionPlan, after: CompressionPlan) -> Kept:
-    """The places of what a plan keeps among what an earlier plan of the same model keeps."""
+    """The places of what a plan keeps, in its order, among what an earlier plan of the same model keeps."""
     return [
         (_places_of(later.kv_groups, earlier.kv_groups), _places_of(later.ffn_channels, earlier.ffn_channels))
         for earlier, later in zip(before.layers, after.layers, strict=True)
@@ -165,8 +166,8 @@ def places_among(before: CompressionPlan, after: CompressionPlan) -> Kept:
 
 
 def _places_of(units: Sequence[int], among: Sequence[int]) -> list[int]:
-    kept = set(units)
-    return [place for place, unit in enumerate(among) if unit in kept]
+    places = {unit: place for place, unit in enumerate(among)}
+    return [places[unit] for unit in units]
 
 
 def check_text(config: CalibrationConfig, widest: int) -> None:

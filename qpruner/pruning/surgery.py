@@ -1,4 +1,4 @@
-"""Takes units out of a model: the weights become smaller, nothing is masked."""
+"""Takes units out of a model and puts those that stay in order: weights become smaller, nothing is masked."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -20,25 +20,29 @@ from qpruner.anatomy.coupled import within
 from qpruner.anatomy.layers import widths_of
 from qpruner.errors import UserError
 from qpruner.plan import Architecture, CompressionPlan, describe_differences
+from qpruner.pruning.order import reorder_hidden_
 from qpruner.pruning.widths import layer_config, set_config, with_widths
 from qpruner.quantization.formats import dequantize, narrowed
 from qpruner.quantization.packed import PackedLinear
 
 
 def apply_pruning_(model: Any, plan: CompressionPlan) -> None:
-    """Takes out of a dense model, in place, what its plan does not keep.
+    """Takes out of a dense model, in place, what its plan does not keep, and orders the rest as it says.
 
     Raises:
-        UserError: the model has not the shape that the plan was made for, by its configuration or by its weights.
+        UserError: the model has not the shape that the plan was made for, by its configuration or by its weights, or
+            its hidden channels cannot be ordered.
     """
     for actual in (architecture_of(model.config), stated_by_weights(model)):
         if differences := describe_differences(plan.architecture, actual):
             raise UserError(f"The plan does not fit the model: {differences}.")
+    if plan.hidden is not None:
+        reorder_hidden_(model, plan.hidden)
     narrow_(model, [(layer.kv_groups, layer.ffn_channels) for layer in plan.layers])
 
 
 def narrow_(model: Any, kept: Sequence[tuple[Sequence[int], Sequence[int]]]) -> dict[str, float]:
-    """Keeps only some of the units of each layer, in place; configuration and weights follow.
+    """Keeps only some of the units of each layer, in the order given, in place; configuration and weights follow.
 
     Rows of q, k, v, gate and up go with their biases; o and down lose columns, so their biases stay. Norms over one
     head (Qwen3) belong to every head alike and stay; those over all heads (OLMo2) narrow, see `norm_scale`. Packed
@@ -46,7 +50,7 @@ def narrow_(model: Any, kept: Sequence[tuple[Sequence[int], Sequence[int]]]) -> 
 
     Args:
         model: causal language model of a supported family, without adapters, on any device, also meta.
-        kept: [layers], places of the kept KV groups and FFN channels.
+        kept: [layers], places of the kept KV groups and FFN channels, in the order that they are to have.
 
     Returns:
         Relative change of each linear that was rounded anew, by ``layer.projection``: norm of the change over norm of
@@ -57,11 +61,11 @@ def narrow_(model: Any, kept: Sequence[tuple[Sequence[int], Sequence[int]]]) -> 
     for number, (block, layer) in enumerate(zip(decoder_blocks(model), decoder_layers(model), strict=True)):
         groups = kept[number][0]
         for norm in layer.wide_norms:
-            if len(groups) < norm.of.num_units:
+            if _changes(groups, norm.of.num_units):
                 narrow_norm_(norm, groups)
         for stack, units in _stacks(layer, kept[number]):
             first = stack[0]
-            if len(units) == first.num_units:
+            if not _changes(units, first.num_units):
                 continue
             if not isinstance(first.linear, PackedLinear):
                 keep_units_(stack, units)
@@ -83,6 +87,11 @@ def narrow_(model: Any, kept: Sequence[tuple[Sequence[int], Sequence[int]]]) -> 
     if family.rotary is not None and family.rotary in dict(model.named_modules()):
         model.get_submodule(family.rotary).config = layer_config(model.config, 0)
     return rounded
+
+
+def _changes(units: Sequence[int], number: int) -> bool:
+    """Whether some of so many units go or change their places."""
+    return tuple(units) != tuple(range(number))
 
 
 def _stacks(

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -10,9 +10,10 @@ from torch import Tensor, nn
 from qpruner.errors import UserError, nearest
 from qpruner.plan import DENSE, ROW, Precision
 from qpruner.quantization.blockwise4 import Blockwise4
-from qpruner.quantization.grid import Grid
+from qpruner.quantization.grid import AnyGrid
 from qpruner.quantization.int8 import Int8
 from qpruner.quantization.packed import PackedLinear
+from qpruner.quantization.segments import GridSegments, Segments
 from qpruner.quantization.uniform import Uniform
 
 
@@ -50,7 +51,10 @@ class Format(Protocol):
     def take(
         self, state: Mapping[str, Tensor], axis: int, index: Tensor, in_features: int, precision: Precision
     ) -> dict[str, Tensor] | None:
-        """The state of some rows (``axis`` 0) or columns (1) exactly as they were; None where scales run across."""
+        """The state of some rows (``axis`` 0) or columns (1) exactly as they were; None where scales run across.
+
+        Of columns it is in the precision that `Precision.of_columns` gives.
+        """
 
     def build(
         self,
@@ -72,22 +76,22 @@ class GridFormat(Format, Protocol):
     def symmetric(self) -> bool:
         """Whether minima follow from scales: each is the scale times -2^(b - 1)."""
 
-    def storable(self, scales: Tensor, minima: Tensor, precision: Precision) -> Grid:
+    def storable(self, scales: Tensor, minima: Tensor, precision: Precision) -> AnyGrid:
         """The grid nearest to scales and minima [out, groups] that the format can store.
 
         A symmetric format takes its minima from the scales and does not look at those that are given.
         """
 
-    def pack(self, codes: Tensor, grid: Grid) -> dict[str, Tensor]:
+    def pack(self, codes: Tensor, grid: Any) -> dict[str, Tensor]:
         """The state of codes uint8 [out, in] on a grid of `storable`; ``decode`` gives ``grid.values(codes)``."""
 
-    def grid(self, state: Mapping[str, Tensor], precision: Precision) -> Grid:
+    def grid(self, state: Mapping[str, Tensor], precision: Precision) -> AnyGrid:
         """The grid of a state."""
 
     def codes(self, state: Mapping[str, Tensor], in_features: int, precision: Precision) -> Tensor:
         """The codes of a state, uint8 [out, in]; `pack` gives them back bit for bit."""
 
-    def values(self, state: Mapping[str, Tensor], grid: Grid, in_features: int, dtype: torch.dtype) -> Tensor:
+    def values(self, state: Mapping[str, Tensor], grid: Any, in_features: int, dtype: torch.dtype) -> Tensor:
         """What the codes of a state mean on any grid; [out, in], rounded once from float32."""
 
 
@@ -115,11 +119,16 @@ DEFAULTS: Mapping[int, str] = {
 
 
 def format_for(precision: Precision) -> Format:
-    """The format that offers a precision.
+    """The format that offers a precision, of two segments where columns lead.
 
     Raises:
         UserError: there is no format of that name, or it does not offer these bits or this group.
     """
+    if precision.leading is not None:
+        leading, rest = format_for(precision.leading.precision), format_for(precision.rest)
+        if isinstance(leading, GridFormat) and isinstance(rest, GridFormat):
+            return GridSegments(leading, rest)
+        return Segments(leading, rest)
     formats = {number_format.name: number_format for number_format in FORMATS}
     if precision.format not in formats:
         raise UserError(
@@ -189,24 +198,27 @@ def dequantize_rows(module: PackedLinear, rows: Tensor) -> Tensor:
 def narrowed(module: PackedLinear, axis: int, index: Tensor) -> PackedLinear:
     """Some rows or columns of a packed linear, packed likewise, with the bias that goes with them.
 
-    Formats whose scales run across what goes round the rest anew: `dequantize` of the result then differs a little.
+    Formats whose scales run across what goes round the rest anew: `dequantize` of the result then differs a little. So
+    do two segments of which leading columns come to stand behind others.
 
     Args:
         module: packed linear to narrow, which stays as it is.
         axis: axis of the weight that narrows: 0 for rows, 1 for columns.
         index: places of the rows or columns that stay, [n].
     """
-    number_format = format_for(module.precision)
-    state = number_format.take(module.packed(), axis, index, module.in_features, module.precision)
+    before, precision = module.precision, module.precision
+    if axis == 1:
+        precision = precision.of_columns(index.tolist())
+    state = format_for(before).take(module.packed(), axis, index, module.in_features, before)
     if state is None:
-        state = number_format.encode(dequantize(module).index_select(axis, index), module.precision)
+        state = format_for(precision).encode(dequantize(module).index_select(axis, index), precision)
     shape = [module.out_features, module.in_features]
     shape[axis] = len(index)
     bias = None if module.bias is None else module.bias.detach()
     if bias is not None:
         bias = bias[index] if axis == 0 else bias.clone()
     dtype = module.like.dtype
-    return rebuild(state, *shape, precision=module.precision, bias=bias, dtype=dtype).train(module.training)
+    return rebuild(state, *shape, precision=precision, bias=bias, dtype=dtype).train(module.training)
 
 
 def num_bytes(out_features: int, in_features: int, precision: Precision) -> int:

@@ -25,16 +25,15 @@ here needs no inverse of what is left.)
 Shapes: O rows (outputs), I columns (inputs), G columns in a group.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from qpruner.errors import UserError
-from qpruner.plan import Precision
-from qpruner.quantization.grid import Grid, GridStore, inverse
-from qpruner.quantization.grid_search import GridSearch, Levels, search
+from qpruner.quantization.grid import AnyGrid, Span, inverse
+from qpruner.quantization.grid_search import GridSearch, Segment, search
 
 BLOCK = 128
 """Most columns that are rounded before the columns behind all of them hear of it."""
@@ -97,35 +96,35 @@ class Factor:
         return cls(order, inverse.float())
 
 
-def gptq(weight: Tensor, factor: Factor, levels: Levels, choose: Choose, *, first_order: float) -> Tensor:
+def gptq(weight: Tensor, factor: Factor, spans: Sequence[Span], choose: Choose, *, first_order: float) -> Tensor:
     """The codes of a weight; uint8 [O, I].
 
     Args:
         weight: weight, [O, I], in float32.
         factor: factor of the Hessian of its inputs.
-        levels: which grids it can have.
+        spans: groups of all columns, in their order.
         choose: gives the scale and the minimum [O] of a group from its number and, in the order of the weight, its
             weights [O, G] as they are when the first of its columns comes; asked wherever the group changes.
         first_order: share beta of what the columns left have strayed that is taken back before each column.
     """
     order = torch.arange(weight.shape[1], device=weight.device) if factor.order is None else factor.order
-    numbers = (order // levels.group).tolist()
+    numbers = numbers_of(spans, weight.device)[order].tolist()
     # A column is a row of what follows: its weights lie side by side in memory.
     original = weight.T[order]
     now, codes = original.clone(), torch.empty_like(original)
     root, pivots = factor.root, factor.root.diagonal().tolist()
     keep, group = 1 - first_order, -1
-    for first, last in _blocks(len(order), levels.group):
+    for first, last in _blocks(spans):
         errors = torch.empty_like(now[first:last])
         for q in range(first, last):
             if first_order:
                 now[q:last].lerp_(original[q:last], first_order)
             if numbers[q] != group:
                 group = numbers[q]
-                scale, minimum = choose(group, now[q : q + levels.group].T)
+                scale, minimum = choose(group, now[q : q + spans[group].size].T)
                 per_step = inverse(scale)
             torch.mul(now[q] - minimum, per_step, out=codes[q])
-            codes[q].add_(0.5).floor_().clamp_(0, levels.top)
+            codes[q].add_(0.5).floor_().clamp_(0, spans[group].top)
             error = (now[q] - torch.addcmul(minimum, scale, codes[q])).div_(pivots[q])
             now[q + 1 : last].addr_(root[q, q + 1 : last], error, alpha=-1)
             errors[q - first] = error
@@ -139,10 +138,16 @@ def gptq(weight: Tensor, factor: Factor, levels: Levels, choose: Choose, *, firs
     return in_order.T.to(torch.uint8).contiguous()
 
 
+def numbers_of(spans: Sequence[Span], device: torch.device) -> Tensor:
+    """The number of the group of each column, [I]."""
+    sizes = torch.tensor([span.size for span in spans], device=device)
+    return torch.arange(len(spans), device=device).repeat_interleave(sizes)
+
+
 class FixedGrid:
     """Gives the scale and the minimum of each group of a grid, whatever its weights became."""
 
-    def __init__(self, grid: Grid) -> None:
+    def __init__(self, grid: AnyGrid) -> None:
         self._scales, self._minima = grid.scales.T.contiguous(), grid.minima.T.contiguous()  # [M, rows]
 
     def choose(self, group: int, weights: Tensor) -> tuple[Tensor, Tensor]:
@@ -153,21 +158,20 @@ class FreshGrid:
     """Chooses the grid of each group as its turn comes.
 
     Args:
-        store: format that the grid is for.
-        precision: precision within the format.
+        segments: segments of the linear that the grid is for.
         how: search for the grid.
         importance: how much errors count, [I].
     """
 
-    def __init__(self, store: GridStore, precision: Precision, how: GridSearch, importance: Tensor) -> None:
-        self._store, self._precision, self._how, self._importance = store, precision, how, importance
-        self._levels = Levels.of(store, precision)
-        self._grids: list[Grid] = []
+    def __init__(self, segments: Sequence[Segment], how: GridSearch, importance: Tensor) -> None:
+        self._how, self._importance = how, importance
+        self._groups = [(segment, segment.levels, span) for segment in segments for span in segment.spans]
+        self._grids: list[AnyGrid] = []
 
     def choose(self, group: int, weights: Tensor) -> tuple[Tensor, Tensor]:
-        first = group * self._levels.group
-        counts = self._importance[first : first + weights.shape[1]]
-        grid = self._store.storable(*search(weights.contiguous(), self._levels, self._how, counts), self._precision)
+        segment, levels, span = self._groups[group]
+        counts = self._importance[span.first : span.last]
+        grid = segment.store.storable(*search(weights.contiguous(), levels, self._how, counts), segment.precision)
         self._grids.append(grid)
         return grid.scales[:, 0], grid.minima[:, 0]
 
@@ -177,10 +181,14 @@ class FreshGrid:
         return torch.cat([grid.scales for grid in self._grids], 1), torch.cat([grid.minima for grid in self._grids], 1)
 
 
-def _blocks(columns: int, group: int) -> Iterator[tuple[int, int]]:
+def _blocks(spans: Sequence[Span]) -> Iterator[tuple[int, int]]:
     """Blocks of at most `BLOCK` columns, such that where a group begins all its columns are up to date."""
-    together = max(1, BLOCK // group) * group
-    for start in range(0, columns, together):
-        end = min(start + together, columns)
+    together: list[tuple[int, int]] = []  # whole groups, as many as a block holds, or one that is longer
+    for span in spans:
+        if together and span.last - together[-1][0] <= BLOCK:
+            together[-1] = (together[-1][0], span.last)
+        else:
+            together.append((span.first, span.last))
+    for start, end in together:
         for first in range(start, end, BLOCK):
             yield first, min(first + BLOCK, end)

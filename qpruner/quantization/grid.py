@@ -4,6 +4,8 @@ In a group of G consecutive weights of a row, a grid of b bits has the 2^b value
 
     scale * code + minimum,    code = 0, 1, ..., 2^b - 1.
 
+A linear of two segments has a grid for each, side by side (`GridOfTwo`).
+
 A grid holds its scales and minima exactly as a number format stores them, so that what is rounded to it loses nothing
 more when it is packed. Who chooses them is `qpruner.quantization.grid_search`; who stores them are the formats that
 have a grid.
@@ -12,11 +14,12 @@ Shapes: O rows (outputs), I columns (inputs), G columns in a group, M = ceil(I /
 may be short.
 """
 
-from dataclasses import dataclass
-from typing import Protocol
+from dataclasses import dataclass, replace
+from typing import Protocol, Self
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from qpruner.plan import ROW, Precision
 
@@ -59,10 +62,105 @@ class Grid:
         scales, minima = self._of_columns(first, codes.shape[1])
         return torch.addcmul(minima, scales, codes.float())
 
+    def cut(self, parts: int) -> list[Self]:
+        """The grids of some row groups, as `torch.Tensor.tensor_split` cuts rows."""
+        rows = zip(self.scales.tensor_split(parts), self.minima.tensor_split(parts), strict=True)
+        return [self.on(*both) for both in rows]
+
+    def on(self, scales: Tensor, minima: Tensor) -> Self:
+        """The grid with other scales and minima."""
+        return replace(self, scales=scales, minima=minima)
+
+    def sums(self, values: Tensor) -> Tensor:
+        """The sums [O, M] of values [O, I] over each group."""
+        size = values.shape[1] if self.group == ROW else self.group
+        return functional.pad(values, (0, -values.shape[1] % size)).view(len(values), -1, size).sum(2)
+
     def _of_columns(self, first: int, number: int) -> tuple[Tensor, Tensor]:
         """The scale and the minimum of each weight in some neighbouring columns, [O, number]."""
         groups = groups_of_columns(first, number, self.group, self.scales.device)
         return self.scales.index_select(1, groups), self.minima.index_select(1, groups)
+
+
+@dataclass(frozen=True)
+class GridOfTwo:
+    """The grids of two segments of columns, as one grid with the groups of both.
+
+    Args:
+        leading: grid of the leading columns.
+        columns: number of the leading columns.
+        rest: grid of the columns behind them.
+    """
+
+    leading: Grid
+    columns: int
+    rest: Grid
+
+    @property
+    def scales(self) -> Tensor:
+        return torch.cat([self.leading.scales, self.rest.scales], 1)
+
+    @property
+    def minima(self) -> Tensor:
+        return torch.cat([self.leading.minima, self.rest.minima], 1)
+
+    @property
+    def levels(self) -> Tensor:
+        """Number of values in each group, [M]."""
+        device = self.leading.scales.device
+        return torch.cat(
+            [torch.full(grid.scales.shape[1:], grid.levels, device=device) for grid in (self.leading, self.rest)]
+        )
+
+    def round(self, weight: Tensor) -> Tensor:
+        """The codes of the values nearest to weights [O, I]."""  # uint8 [O, I]
+        first, behind = weight[:, : self.columns], weight[:, self.columns :]
+        return torch.cat([self.leading.round(first), self.rest.round(behind)], 1)
+
+    def values(self, codes: Tensor) -> Tensor:
+        """What codes [O, I] mean."""  # float32 [O, I]
+        first, behind = codes[:, : self.columns], codes[:, self.columns :]
+        return torch.cat([self.leading.values(first), self.rest.values(behind)], 1)
+
+    def cut(self, parts: int) -> list[Self]:
+        """As `Grid.cut`."""
+        both = zip(self.leading.cut(parts), self.rest.cut(parts), strict=True)
+        return [replace(self, leading=leading, rest=rest) for leading, rest in both]
+
+    def on(self, scales: Tensor, minima: Tensor) -> Self:
+        """As `Grid.on`."""
+        groups = self.leading.scales.shape[1]
+        leading = self.leading.on(scales[:, :groups], minima[:, :groups])
+        return replace(self, leading=leading, rest=self.rest.on(scales[:, groups:], minima[:, groups:]))
+
+    def sums(self, values: Tensor) -> Tensor:
+        """As `Grid.sums`."""
+        first, behind = values[:, : self.columns], values[:, self.columns :]
+        return torch.cat([self.leading.sums(first), self.rest.sums(behind)], 1)
+
+
+AnyGrid = Grid | GridOfTwo
+
+
+@dataclass(frozen=True)
+class Span:
+    """The columns of a group, and which codes and minima it can have.
+
+    Args:
+        first: number of its first column.
+        last: number of the column behind its last one.
+        top: largest code.
+        offset: minimum in units of the scale, of a symmetric format; None where the minimum is free.
+    """
+
+    first: int
+    last: int
+    top: int
+    offset: float | None
+
+    @property
+    def size(self) -> int:
+        return self.last - self.first
 
 
 def groups_of_columns(first: int, number: int, group: int, device: torch.device) -> Tensor:
@@ -80,7 +178,7 @@ def inverse(scales: Tensor) -> Tensor:
 class GridStore(Protocol):
     """What can store a grid; the part of a number format that the choice of a grid depends on."""
 
-    def storable(self, scales: Tensor, minima: Tensor, precision: Precision) -> Grid:
+    def storable(self, scales: Tensor, minima: Tensor, precision: Precision) -> AnyGrid:
         """The grid nearest to scales and minima [out, groups] that can be stored.
 
         Where a symmetric format takes its minima from the scales, it does not look at those that are given.

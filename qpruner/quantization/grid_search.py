@@ -32,6 +32,7 @@ Shapes: O rows, I columns, G columns in a group, M groups in a row.
 """
 
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -41,7 +42,7 @@ from torch.nn.functional import pad
 
 from qpruner.errors import UserError, nearest
 from qpruner.plan import ROW, Precision
-from qpruner.quantization.grid import GridStore, inverse
+from qpruner.quantization.grid import Grid, GridStore, Span, inverse
 
 GridSearch = Literal["minmax", "mse", "neuqi"]
 SHRINKS = tuple(1 - 0.02 * step for step in range(31))
@@ -76,6 +77,7 @@ class Levels:
     def of(cls, number_format: GridStore, precision: Precision) -> "Levels":
         """As the format itself shows them: the minimum that it gives back is 0, as asked, or that of the scale."""
         grid = number_format.storable(torch.ones(1, 1), torch.zeros(1, 1), precision)
+        assert isinstance(grid, Grid), "each of two segments has levels of its own"
         minimum = float(grid.minima / grid.scales)
         return cls(grid.bits, sys.maxsize if grid.group == ROW else grid.group, minimum or None)
 
@@ -83,6 +85,52 @@ class Levels:
     def top(self) -> int:
         """The largest code."""
         return (1 << self.bits) - 1
+
+    def spans(self, first: int, last: int) -> list[Span]:
+        """The groups of neighbouring columns, from one to before another; the last group may be short."""
+        starts = range(first, last, min(self.group, last - first))
+        return [Span(start, min(start + self.group, last), self.top, self.offset) for start in starts]
+
+
+@dataclass(frozen=True)
+class Segment:
+    """Neighbouring columns of a linear that are held alike.
+
+    Args:
+        store: format that holds them.
+        precision: precision within the format.
+        first: number of the first column.
+        last: number of the column behind the last one.
+    """
+
+    store: GridStore
+    precision: Precision
+    first: int
+    last: int
+
+    @property
+    def columns(self) -> slice:
+        return slice(self.first, self.last)
+
+    @property
+    def levels(self) -> Levels:
+        return Levels.of(self.store, self.precision)
+
+    @property
+    def spans(self) -> list[Span]:
+        """The groups of its columns, in the numbers of the linear's columns."""
+        return self.levels.spans(self.first, self.last)
+
+
+def search_segments(
+    weight: Tensor, segments: Sequence[Segment], how: GridSearch, importance: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Scales and minima [O, M] of the groups of all segments; see `search`, with importance [I]."""
+    each = [
+        search(weight[:, segment.columns], segment.levels, how, importance[segment.columns]) for segment in segments
+    ]
+    scales, minima = (torch.cat(parts, 1) for parts in zip(*each, strict=True))
+    return scales, minima
 
 
 def search(weight: Tensor, levels: Levels, how: GridSearch, importance: Tensor | None = None) -> tuple[Tensor, Tensor]:

@@ -24,14 +24,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from qpruner.plan import ROW
 from qpruner.quantization.formats import GridFormat, format_for, rebuild
-from qpruner.quantization.grid import Grid
+from qpruner.quantization.grid import AnyGrid
 from qpruner.quantization.packed import PackedLinear
+from qpruner.quantization.segments import GridSegments
 from qpruner.quantization.uniform import CHUNK
 
 
-def moved(grid: Grid, growths: Tensor, ways: Tensor | None) -> tuple[Tensor, Tensor]:
+def moved(grid: AnyGrid, growths: Tensor, ways: Tensor | None) -> tuple[Tensor, Tensor]:
     """Scales and minima [O, M] of a grid that has moved; exactly those that it began with where all moves are 0.
 
     Args:
@@ -46,28 +46,22 @@ def moved(grid: Grid, growths: Tensor, ways: Tensor | None) -> tuple[Tensor, Ten
     return scales, grid.minima + (grid.levels - 1) * (grid.scales.abs() * ways.float() + (grid.scales - scales) / 2)
 
 
-def gradients_of_grid(gradient: Tensor, inputs: Tensor, codes: Tensor, group: int) -> tuple[Tensor, Tensor]:
+def gradients_of_grid(gradient: Tensor, inputs: Tensor, codes: Tensor, grid: AnyGrid) -> tuple[Tensor, Tensor]:
     """What a loss changes by with the scales and with the minima of a linear, float32 [O, M] each.
 
     Args:
         gradient: gradient of the loss by the outputs of the linear, [N, O].
         inputs: inputs of the linear, [N, I] in the same dtype.
         codes: codes of the weight, [O, I].
-        group: number of columns in a group; -1 for a whole row.
+        grid: grid of the codes, whose groups are summed over.
     """
     of_scales, of_minima = [], []
     size = max(1, CHUNK // codes.shape[1])  # the gradient of no more weights than that is there at a time
     for rows in (slice(first, first + size) for first in range(0, len(codes), size)):
         of_weight = (gradient[:, rows].T @ inputs).float()
-        of_minima.append(sums_of_groups(of_weight, group))
-        of_scales.append(sums_of_groups(of_weight.mul_(codes[rows]), group))
+        of_minima.append(grid.sums(of_weight))
+        of_scales.append(grid.sums(of_weight.mul_(codes[rows])))
     return torch.cat(of_scales), torch.cat(of_minima)
-
-
-def sums_of_groups(values: Tensor, group: int) -> Tensor:
-    """The sums [O, M] of values [O, I] over each group; the last of a row may be short."""
-    size = values.shape[1] if group == ROW else group
-    return functional.pad(values, (0, -values.shape[1] % size)).view(len(values), -1, size).sum(2)
 
 
 class PolishedLinear(PackedLinear):
@@ -88,21 +82,19 @@ class PolishedLinear(PackedLinear):
         shape = packed.out_features, packed.in_features
         super().__init__(packed.packed(), *shape, packed.precision, packed.bias, packed.like.dtype)
         self.number_format = number_format
-        self.group = self.start.group
         zeros = torch.zeros_like(self.start.scales)
         self.growths = nn.Parameter(zeros)
         self.register_parameter("ways", None if number_format.symmetric else nn.Parameter(zeros.clone()))
         self.train(packed.training)
 
     @property
-    def start(self) -> Grid:
+    def start(self) -> AnyGrid:
         """The grid where it began."""
         return self.number_format.grid(self.packed(), self.precision)
 
     def on(self, scales: Tensor, minima: Tensor, dtype: torch.dtype) -> Tensor:
         """The weight [O, I] that the codes mean by scales and minima [O, M]."""
-        grid = Grid(scales, minima, self.precision.bits, self.group)
-        return self.number_format.values(self.packed(), grid, self.in_features, dtype)
+        return self.number_format.values(self.packed(), self.start.on(scales, minima), self.in_features, dtype)
 
     @torch.no_grad()
     def unpack(self, dtype: torch.dtype) -> Tensor:
@@ -154,11 +146,13 @@ class _MovedProduct(torch.autograd.Function):
         of_x = gradient @ linear.on(scales, minima, gradient.dtype) if ctx.needs_input_grad[0] else None
         codes = linear.number_format.codes(linear.packed(), linear.in_features, linear.precision)
         inputs = x.flatten(0, -2).to(gradient.dtype)
-        return of_x, of_bias, *gradients_of_grid(gradient.flatten(0, -2), inputs, codes, linear.group), None
+        return of_x, of_bias, *gradients_of_grid(gradient.flatten(0, -2), inputs, codes, linear.start), None
 
 
 def linears_with_grids(model: Any) -> dict[str, tuple[PackedLinear, GridFormat]]:
     """The packed linears of a model whose format has a grid, by name, with that format; embedding and head apart.
+
+    Linears of two segments are among them where minima are free in both or in neither.
 
     Args:
         model: causal language model, perhaps with adapters.
@@ -169,9 +163,16 @@ def linears_with_grids(model: Any) -> dict[str, tuple[PackedLinear, GridFormat]]
     for name, module in model.named_modules():
         if isinstance(module, PackedLinear) and id(module) not in apart:
             number_format = format_for(module.precision)
-            if isinstance(number_format, GridFormat):
+            if isinstance(number_format, GridFormat) and not _is_mixed(number_format):
                 linears[name] = module, number_format
     return linears
+
+
+def _is_mixed(number_format: GridFormat) -> bool:
+    """Whether minima are free in one of two segments alone, so that they have no parameter for both."""
+    if not isinstance(number_format, GridSegments):
+        return False
+    return number_format.leading.symmetric != number_format.rest.symmetric
 
 
 def loosen_(model: Any) -> None:

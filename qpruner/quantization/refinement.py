@@ -24,13 +24,13 @@ Neither raises E, but for how the format stores the grid.
 Shapes: O rows (outputs), I columns (inputs), G columns in a group, M groups in a row.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
-from qpruner.plan import ROW
-from qpruner.quantization.gptq import BLOCK
-from qpruner.quantization.grid import Grid, inverse
+from qpruner.quantization.gptq import BLOCK, numbers_of
+from qpruner.quantization.grid import AnyGrid, Span, inverse
 
 CHUNK = 1 << 24
 """Numbers that are held beside the sums while a grid is fitted."""
@@ -50,7 +50,9 @@ def losses(weight: Tensor, values: Tensor, hessian: Tensor) -> Tensor:
     return ((away @ hessian.float()) * away).sum(1)
 
 
-def refitted(weight: Tensor, codes: Tensor, hessian: Tensor, grid: Grid, offset: float | None) -> tuple[Tensor, Tensor]:
+def refitted(
+    weight: Tensor, codes: Tensor, hessian: Tensor, grid: AnyGrid, spans: Sequence[Span]
+) -> tuple[Tensor, Tensor]:
     """The scales and minima [O, M] that leave the least error with the codes as they are.
 
     Args:
@@ -58,48 +60,56 @@ def refitted(weight: Tensor, codes: Tensor, hessian: Tensor, grid: Grid, offset:
         codes: codes, [O, I].
         hessian: X^T X, damped, [I, I].
         grid: grid of the codes.
-        offset: minimum in units of the scale, of a symmetric format; None where it is free.
+        spans: groups of all columns, in their order.
     """
-    rows, groups = grid.scales.shape
-    group = grid.group if groups > 1 else weight.shape[1]
-    missing = groups * group - weight.shape[1]
-    whole = pad(hessian.float(), (0, missing, 0, missing)).view(groups, group, groups, group)
-    # Zeros beyond the last column: what is there has no part in any product.
-    away = pad((weight - grid.values(codes)) @ hessian.float(), (0, missing)).view(rows, groups, group)
-    steps = pad(codes.float() + (offset or 0.0), (0, missing)).view(rows, groups, group)
-    together = max(1, CHUNK // (groups * weight.shape[1]))
+    whole = hessian.float()
+    away = (weight - grid.values(codes)) @ whole
+    offsets = torch.tensor([span.offset or 0.0 for span in spans], device=weight.device)  # [M]
+    steps = codes.float() + offsets[numbers_of(spans, weight.device)]
+    together = max(1, CHUNK // (len(spans) * weight.shape[1]))
     parts = [
-        _fit(*chunk, whole, free=offset is None)
+        _fit(*chunk, whole, spans)
         for chunk in zip(torch.split(away, together), torch.split(steps, together), strict=True)
     ]
     change = torch.cat(parts).float()
-    scales = grid.scales + change[:, :groups]
-    scales = torch.where(scales * grid.scales > 0, scales, grid.scales)  # codes would run the other way
-    return scales, grid.minima + change[:, groups:] if offset is None else offset * scales
+    scales, minima = grid.scales, grid.minima
+    changed = scales + change[:, : len(spans)]
+    scales = torch.where(changed * scales > 0, changed, scales)  # codes would run the other way
+    free = torch.tensor([span.offset is None for span in spans], device=weight.device)
+    minima = torch.where(free, minima, offsets * scales)
+    minima[:, free] += change[:, len(spans) :]
+    return scales, minima
 
 
-def _fit(away: Tensor, steps: Tensor, hessian: Tensor, *, free: bool) -> Tensor:
-    """How scales, and minima where they are free, change in some rows.
+def _fit(away: Tensor, steps: Tensor, hessian: Tensor, spans: Sequence[Span]) -> Tensor:
+    """How the scales of all groups in some rows change, and behind them the minima of those where they are free.
 
     Args:
-        away: (w - q) H, [n, M, G].
-        steps: codes, less those of zero, [n, M, G].
-        hessian: H, [M, G, M, G].
-        free: whether minima are free.
-    """  # [n, 2 M] or [n, M], float64
-    products = torch.einsum("nag,agbk->nabk", steps, hessian)  # [n, M, M, G]
-    normal = torch.einsum("nabk,nbk->nab", products, steps)
-    slope = (away * steps).sum(-1)
+        away: (w - q) H, [n, I].
+        steps: codes, less those of zero where minima are not free, [n, I].
+        hessian: H, [I, I].
+        spans: groups of all columns, of which F have free minima.
+    """  # [n, M + F], float64
+    every = [slice(span.first, span.last) for span in spans]
+    free = [slice(span.first, span.last) for span in spans if span.offset is None]
+    products = torch.stack([steps[:, group] @ hessian[group] for group in every], 1)  # [n, M, I]
+    normal = torch.cat([products[..., group] @ steps[:, group, None] for group in every], 2)
+    slope = _sums(away * steps, every)
     if free:
-        mixed, ones = products.sum(-1), hessian.sum((1, 3)).expand(len(steps), -1, -1)
+        mixed, ones = _sums(products, free), _sums(_sums(hessian, free).T, free).expand(len(steps), -1, -1)
         normal = torch.cat([torch.cat([normal, mixed], 2), torch.cat([mixed.transpose(1, 2), ones], 2)], 1)
-        slope = torch.cat([slope, away.sum(-1)], 1)
+        slope = torch.cat([slope, _sums(away, free)], 1)
     normal = normal.double()
     held = (normal.diagonal(dim1=1, dim2=2) * RIDGE).clamp_min(torch.finfo(torch.float32).tiny)
     return torch.linalg.solve(normal + torch.diag_embed(held), slope.double())
 
 
-def swept(weight: Tensor, codes: Tensor, hessian: Tensor, grid: Grid) -> Tensor:
+def _sums(values: Tensor, groups: Sequence[slice]) -> Tensor:
+    """The sums [..., M] of values [..., I] over groups of columns."""
+    return torch.stack([values[..., group].sum(-1) for group in groups], -1)
+
+
+def swept(weight: Tensor, codes: Tensor, hessian: Tensor, grid: AnyGrid, spans: Sequence[Span]) -> Tensor:
     """The codes after one sweep of coordinate descent; uint8 [O, I].
 
     Args:
@@ -107,9 +117,9 @@ def swept(weight: Tensor, codes: Tensor, hessian: Tensor, grid: Grid) -> Tensor:
         codes: codes, [O, I].
         hessian: X^T X, damped, [I, I].
         grid: grid that they stay on.
+        spans: groups of all columns, in their order.
     """
-    columns = weight.shape[1]
-    group = columns if grid.group == ROW else grid.group
+    columns, numbers = weight.shape[1], numbers_of(spans, weight.device).tolist()
     whole, pivots = hessian.float(), hessian.diagonal().tolist()
     scales, minima = grid.scales.T.contiguous(), grid.minima.T.contiguous()  # [M, O]
     # A column is a row of what follows: its weights lie side by side in memory.
@@ -120,10 +130,10 @@ def swept(weight: Tensor, codes: Tensor, hessian: Tensor, grid: Grid) -> Tensor:
         last = min(first + BLOCK, columns)
         changes = torch.empty_like(values[first:last])
         for j in range(first, last):
-            scale, minimum = scales[j // group], minima[j // group]
+            scale, minimum = scales[numbers[j]], minima[numbers[j]]
             wanted = torch.add(values[j], slopes[j], alpha=1 / pivots[j])
             torch.mul(wanted - minimum, inverse(scale), out=now[j])
-            now[j].add_(0.5).floor_().clamp_(0, grid.levels - 1)
+            now[j].add_(0.5).floor_().clamp_(0, spans[numbers[j]].top)
             torch.sub(torch.addcmul(minimum, scale, now[j]), values[j], out=changes[j - first])
             slopes[first:last].addr_(whole[first:last, j], changes[j - first], alpha=-1)
         slopes[:first].addmm_(whole[:first, first:last], changes, alpha=-1)

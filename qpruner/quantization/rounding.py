@@ -20,11 +20,15 @@ W by H = Xq^T Xq lets each linear make up for what those before it got wrong.
 the mean over the group's rows of the squared gradient of the loss at the output, errors count as they reach the loss.
 Each group of rows is rounded by its own matrix, as a linear of its own.
 
+**Two segments.** Where leading columns are held in another precision, each segment has its own grids, and all columns
+are rounded in one go: those behind the border make up for those before it.
+
 Shapes: O rows (outputs), I columns (inputs), M groups in a row, g row groups, as `torch.Tensor.tensor_split` cuts rows.
 """
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal, get_args
 
 import torch
@@ -33,9 +37,10 @@ from torch import Tensor
 from qpruner.errors import UserError, check_ranges
 from qpruner.plan import Precision
 from qpruner.quantization.gptq import Choose, Factor, FixedGrid, FreshGrid, damped, gptq
-from qpruner.quantization.grid import Grid, GridStore
-from qpruner.quantization.grid_search import GridSearch, Levels, search
+from qpruner.quantization.grid import AnyGrid, GridStore, Span
+from qpruner.quantization.grid_search import GridSearch, Segment, search_segments
 from qpruner.quantization.refinement import losses, refitted, swept
+from qpruner.quantization.segments import GridSegments, leading_of
 
 Method = Literal["nearest", "gptq"]
 
@@ -98,7 +103,7 @@ class Rounded:
     """
 
     codes: Tensor
-    grid: Grid
+    grid: AnyGrid
 
     @property
     def values(self) -> Tensor:
@@ -131,12 +136,24 @@ def round_weight(
     weight = weight.detach().float()
     _check_finite(name, weight, hessian)
     hessians = damped(hessian, config.damping).view(-1, *hessian.shape[-2:])
-    linear = _Linear(weight, hessians, number_format, precision, config)
+    segments = segments_of(number_format, precision, weight.shape[1])
+    linear = _Linear(weight, hessians, number_format, precision, segments, config)
     if config.method == "nearest":
         grid = linear.grid_of_all()
         return Rounded(grid.round(weight), grid)
     rounded = linear.rounded_by_gptq([Factor.of(one, act_order=config.act_order, name=name) for one in hessians])
     return linear.refined(rounded)
+
+
+def segments_of(number_format: GridStore, precision: Precision, columns: int) -> tuple[Segment, ...]:
+    """The segments of a linear of so many input columns."""
+    if not isinstance(number_format, GridSegments):
+        return (Segment(number_format, precision, 0, columns),)
+    leading = leading_of(precision, columns)
+    return (
+        Segment(number_format.leading, leading.precision, 0, leading.columns),
+        Segment(number_format.rest, precision.rest, leading.columns, columns),
+    )
 
 
 @dataclass(frozen=True)
@@ -148,6 +165,7 @@ class _Linear:
         hessians: Hessian of each row group, damped, [g, I, I].
         store: format that the weight is for.
         precision: precision within the format.
+        segments: segments of the columns.
         config: how to round.
     """
 
@@ -155,11 +173,13 @@ class _Linear:
     hessians: Tensor
     store: GridStore
     precision: Precision
+    segments: tuple[Segment, ...]
     config: RoundingConfig
 
-    @property
-    def levels(self) -> Levels:
-        return Levels.of(self.store, self.precision)
+    @cached_property
+    def spans(self) -> list[Span]:
+        """The groups of all columns."""
+        return [span for segment in self.segments for span in segment.spans]
 
     @property
     def importance(self) -> Tensor:
@@ -170,17 +190,15 @@ class _Linear:
         """The rows of each row group."""
         return tensor.tensor_split(len(self.hessians))
 
-    def cut_grid(self, grid: Grid) -> list[Grid]:
-        both = zip(self.cut(grid.scales), self.cut(grid.minima), strict=True)
-        return [Grid(scales, minima, grid.bits, grid.group) for scales, minima in both]
+    def cut_grid(self, grid: AnyGrid) -> Sequence[AnyGrid]:
+        return grid.cut(len(self.hessians))
 
-    def grid_of_all(self) -> Grid:
+    def grid_of_all(self) -> AnyGrid:
         """The grid of the weight as it is."""
         grouped = zip(self.cut(self.weight), self.importance, strict=True)
-        found = [search(part, self.levels, self.config.grid, counts) for part, counts in grouped]
-        return self.stored(found)
+        return self.stored(search_segments(part, self.segments, self.config.grid, counts) for part, counts in grouped)
 
-    def stored(self, found: Iterable[tuple[Tensor, Tensor]]) -> Grid:
+    def stored(self, found: Iterable[tuple[Tensor, Tensor]]) -> AnyGrid:
         """The grid that the format stores of the scales and minima of each row group."""
         scales, minima = (torch.cat(parts) for parts in zip(*found, strict=True))
         return self.store.storable(scales, minima, self.precision)
@@ -190,7 +208,7 @@ class _Linear:
         if self.config.act_order:
             grid = self.grid_of_all()
             return Rounded(self.codes_on(grid, factors), grid)
-        fresh = [FreshGrid(self.store, self.precision, self.config.grid, counts) for counts in self.importance]
+        fresh = [FreshGrid(self.segments, self.config.grid, counts) for counts in self.importance]
         codes = self._codes([one.choose for one in fresh], factors)
         chosen = [one.chosen for one in fresh]
         grid = self.stored(chosen)
@@ -200,7 +218,7 @@ class _Linear:
             codes = self.codes_on(grid, factors)
         return Rounded(codes, grid)
 
-    def codes_on(self, grid: Grid, factors: Sequence[Factor]) -> Tensor:
+    def codes_on(self, grid: AnyGrid, factors: Sequence[Factor]) -> Tensor:
         """The codes of GPTQ on a grid that is given."""
         return self._codes([FixedGrid(part).choose for part in self.cut_grid(grid)], factors)
 
@@ -208,7 +226,7 @@ class _Linear:
         grouped = zip(self.cut(self.weight), factors, chosen, strict=True)
         return torch.cat(
             [
-                gptq(part, factor, self.levels, choose, first_order=self.config.first_order)
+                gptq(part, factor, self.spans, choose, first_order=self.config.first_order)
                 for part, factor, choose in grouped
             ]
         )
@@ -219,9 +237,9 @@ class _Linear:
         for _ in range(self.config.refinements):
             parts = list(zip(self.cut(self.weight), self.cut(rounded.codes), self.hessians, strict=True))
             grids = zip(parts, self.cut_grid(rounded.grid), strict=True)
-            grid = self.stored(refitted(*part, grid, self.levels.offset) for part, grid in grids)
+            grid = self.stored(refitted(*part, grid, self.spans) for part, grid in grids)
             grids = zip(parts, self.cut_grid(grid), strict=True)
-            better = Rounded(torch.cat([swept(*part, grid) for part, grid in grids]), grid)
+            better = Rounded(torch.cat([swept(*part, grid, self.spans) for part, grid in grids]), grid)
             loss = self.loss(better)
             if not loss < least:
                 break

@@ -80,14 +80,18 @@ def plan_figure(plan: CompressionPlan) -> "Figure":
 
 
 def _draw_bits(axes: Any, plan: CompressionPlan) -> None:
-    """The bits of every unit, units across."""
-    bits = [[layer.precision[unit].bits for unit in UNITS] for layer in plan.layers]
+    """The bits of every unit, in the mean over its columns, units across."""
+    bits = [
+        [layer.precision[unit].mean_bits(columns) for unit, columns in plan.columns(number).items()]
+        for number, layer in enumerate(plan.layers)
+    ]
     axes.imshow(bits, aspect="auto", cmap="YlOrBr", vmin=0, vmax=20)
     for row, layer in enumerate(bits):
         for column, value in enumerate(layer):
-            axes.text(column, row, str(value), ha="center", va="center", fontsize=8)
+            axes.text(column, row, f"{value:.3g}", ha="center", va="center", fontsize=8)
     axes.set_xticks(range(len(UNITS)), UNITS)
-    axes.set_xlabel(f"embedding {plan.embedding.bits}, head {plan.head.bits}")
+    hidden = plan.architecture.hidden_size
+    axes.set_xlabel(f"embedding {plan.embedding.mean_bits(hidden):.3g}, head {plan.head.mean_bits(hidden):.3g}")
     axes.set_title("bits")
 
 

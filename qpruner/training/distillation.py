@@ -4,9 +4,9 @@ Shapes: N scored positions of a batch, n of a chunk of them, V words, H hidden s
 """
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal, Self
 
 import torch
 import torch.nn.functional as F
@@ -112,6 +112,10 @@ class Lesson:
 
     kl: Callable[[Tensor, slice], Tensor]
     hidden: Tensor | None
+
+    def ordered(self, channels: Sequence[int]) -> Self:
+        """The lesson for a student whose hidden states have their channels in another order, [H]."""
+        return self if self.hidden is None else replace(self, hidden=self.hidden[:, list(channels)])
 
 
 @dataclass(frozen=True)

@@ -180,6 +180,8 @@ class LoRAFinetuner(CompressibleModule):
         """Losses of the scored tokens of a batch against labels and teacher."""
         assert self.distillation is not None
         lesson = teacher.lesson(batch)
+        if self.plan is not None and self.plan.hidden is not None:
+            lesson = lesson.ordered(self.plan.hidden)
         scored = Scored.of(self.model, batch["input_ids"], batch["labels"], batch["attention_mask"])
         return distillation_losses(self.distillation, Head.of(self.model), scored, lesson)
 

@@ -38,7 +38,7 @@ from qpruner.datamodules.questions import TASKS
 from qpruner.datamodules.rows import Row, TextExamples, TokenRows
 from qpruner.files import hash_file
 from qpruner.model_folder import load_compressed, read_base_config, save_base
-from qpruner.plan import DENSE, UNITS, CompressionPlan, Precision
+from qpruner.plan import DENSE, UNITS, CompressionPlan, Leading, Precision
 from qpruner.pretrained import EMBEDDED, load_tokenizer
 from qpruner.pruning.surgery import apply_pruning_
 from qpruner.quantization.apply import quantize_
@@ -53,6 +53,7 @@ from qpruner.training.module import LoRAFinetuner
 from qpruner.training.recording import Form, Recording
 
 NF4, INT8 = Precision("nf4", 4, 64), Precision("int8", 8)
+LED = Precision("affine-double", 3, 32, Leading(9, INT8))
 MIXED = [{"qkv": NF4, "o": INT8, "gate_up": DENSE, "down": NF4}] * 3
 WORDS = ("Tom", "has", "a", "red", "ball", "and", "Lily", "found", "the", "blue", "kite", "in", "the", "park")
 
@@ -102,7 +103,10 @@ def pruned(family: str = "llama", kept: Any = KEPT) -> tuple[Any, CompressionPla
 
 def make_plans(folder: Path) -> None:
     plan = CompressionPlan.dense(architecture_of(tiny_config("llama")), None).keeping(KEPT)
-    plan.with_precision(MIXED, embedding=INT8, head=NF4).write(folder / "plan.json")
+    ordered = plan.reordered([*range(9, plan.architecture.hidden_size), *range(9)]).keeping(
+        [(range(len(groups))[::-1], [*range(1, len(channels)), 0]) for groups, channels in KEPT]
+    )
+    ordered.with_precision([{**MIXED[0], "gate_up": LED}] * 3, embedding=INT8, head=LED).write(folder / "plan.json")
     plan.write(folder / "other.json")
     (folder / "base").mkdir()
     tiny_model("llama").save_pretrained(folder / "base")

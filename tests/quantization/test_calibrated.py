@@ -14,7 +14,7 @@ from qpruner.anatomy import architecture_of, unit_linears
 from qpruner.calibration.output_gradients import output_weights
 from qpruner.calibration.text import Calibration, CalibrationConfig
 from qpruner.errors import UserError
-from qpruner.plan import DENSE, UNITS, CompressionPlan, Precision
+from qpruner.plan import DENSE, UNITS, CompressionPlan, Leading, Precision
 from qpruner.quantization import calibrated
 from qpruner.quantization.apply import LoftQSettings
 from qpruner.quantization.calibrated import Calibrated, calibrate_
@@ -27,6 +27,7 @@ from qpruner.quantization.rounding import RoundingConfig, corrected_weight, erro
 S, T = 24, 20
 TEXT = random_tokens(S, T)
 TWO_BITS = Precision("affine", 2, 32)
+TWO_SEGMENTS = Precision("affine", 2, 32, Leading(20, Precision("symmetric", 3, 64)))
 GPTQ = RoundingConfig(method="gptq", grid="minmax", alpha=1.0, damping=0.01)
 NOWHERE = CalibratedLayers(None, {})
 
@@ -145,16 +146,17 @@ def test_what_is_worse_on_held_out_text_is_rounded_plainly_and_told(monkeypatch:
     assert f"plain rounding was no worse there for {fallen[0]}" in str(result)
 
 
-def test_the_model_gets_nearer_to_the_dense_one() -> None:
+@pytest.mark.parametrize("precision", [TWO_BITS, TWO_SEGMENTS], ids=str)
+def test_the_model_gets_nearer_to_the_dense_one(precision: Precision) -> None:
     dense = tiny_model("llama").requires_grad_(False)
 
     def distance(config: CalibratedConfig | None) -> float:
         model = tiny_model("llama").requires_grad_(False)
         if config is None:
             for name in [name for units in unit_linears(model) for names in units.values() for name in names]:
-                model.set_submodule(name, quantize(model.get_submodule(name), TWO_BITS))
+                model.set_submodule(name, quantize(model.get_submodule(name), precision))
         else:
-            rounded(model, config)
+            rounded(model, config, plan=plan_of(model, precision))
         with torch.no_grad():
             return float((model(input_ids=TEXT).logits - dense(input_ids=TEXT).logits).square().mean())
 
@@ -174,6 +176,19 @@ def test_formats_without_a_grid_and_dense_units_stay_as_they_are() -> None:
             assert torch.equal(tensor, expected[part])
     assert all(torch.equal(model.get_submodule(name).weight, dense.get_submodule(name).weight) for name in by_layer[1])
     assert list(result.outcomes) == by_layer[2]
+
+
+def test_two_segments_are_read_again_as_they_were_rounded(tmp_path: Path) -> None:
+    first, again = (tiny_model("llama").requires_grad_(False) for _ in range(2))
+    results = [
+        rounded(model, CalibratedConfig(), plan=plan_of(model, TWO_SEGMENTS), layers=CalibratedLayers(tmp_path, {}))
+        for model in (first, again)
+    ]
+    assert [result.resumed for result in results] == [[], [0, 1, 2]]
+    assert all(outcome.calibrated < outcome.plain for outcome in results[0].outcomes.values() if outcome.kept)
+    assert sum(outcome.kept for outcome in results[0].outcomes.values()) >= 18  # of 21
+    expected = first.state_dict()
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in again.state_dict().items())
 
 
 def test_adapters_start_from_what_rounding_left_of_the_outputs() -> None:
@@ -303,7 +318,7 @@ def test_a_channel_that_is_always_zero_changes_nothing() -> None:
 
 
 @pytest.mark.parametrize(
-    "precision", [Precision("affine", 1, 32), Precision("symmetric-double", 8, 64), TWO_BITS], ids=str
+    "precision", [Precision("affine", 1, 32), Precision("symmetric-double", 8, 64), TWO_BITS, TWO_SEGMENTS], ids=str
 )
 def test_nearest_on_the_grid_of_the_format_is_plain_encoding(precision: Precision) -> None:
     dense, model = (tiny_model("llama").requires_grad_(False) for _ in range(2))

@@ -72,12 +72,14 @@ def test_some_rows_are_those_of_the_whole_weight(precision: Precision, hidden: i
 def test_whole_rows_are_read_without_the_rest_of_the_table(
     precision: Precision, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    packed = quantize(nn.Linear(1024, 50, bias=False), precision)
+    leading = precision.leading
+    behind = 0 if leading is None else leading.columns
+    packed = quantize(nn.Linear(behind + 1024, 50, bias=False), precision)
     decoded: list[int] = []
     for name in ("qpruner.quantization.int8.Int8.decode", "qpruner.quantization.blockwise4.Blockwise4.decode"):
-        monkeypatch.setattr(name, lambda self, state, *shape: decoded.append(len(state["codes"])) or torch.zeros(1))
+        monkeypatch.setattr(name, lambda self, state, *shape: decoded.append(len(state["codes"])) or torch.zeros(2, 1))
     dequantize_rows(packed, torch.tensor([3, 4]))
-    assert decoded == ([2] if precision == INT8 else [])
+    assert decoded == ([2] if INT8 in (precision, leading and leading.precision) else [])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -56,7 +56,7 @@ def test_is_optimal_brain_quantization(act_order: bool, first_order: float, colu
     weight, hessian = drawn(20, columns), hessian_of(columns)
     grid = choose_grid(weight, HalfGrid(), Precision("half", 3, 32), "mse")
     factor = Factor.of(hessian, act_order=act_order, name="layer")
-    codes = gptq(weight, factor, Levels(3, 32, None), on(grid), first_order=first_order)
+    codes = gptq(weight, factor, Levels(3, 32, None).spans(0, weight.shape[1]), on(grid), first_order=first_order)
     order = hessian.diagonal().argsort(descending=True).tolist() if act_order else list(range(columns))
     assert codes.dtype == torch.uint8
     assert share_of_equal_rows(codes, by_hand(weight, hessian, grid, order, first_order)) >= 0.9
@@ -95,7 +95,9 @@ def test_a_fresh_grid_is_of_the_weights_as_they_are_when_their_turn_comes(group:
         given.append((scales, minima))
         return scales[:, 0], minima[:, 0]
 
-    codes = gptq(weight, Factor.of(hessian, act_order=False, name="layer"), levels, choose, first_order=0.0)
+    codes = gptq(
+        weight, Factor.of(hessian, act_order=False, name="layer"), levels.spans(0, 250), choose, first_order=0.0
+    )
     scales, minima = (torch.cat(parts, 1) for parts in zip(*given, strict=True))
     values = Grid(scales, minima, 3, group).values(codes)
     assert [part.shape[1] for part in seen] == [min(group, 250 - first) for first in range(0, 250, group)]

@@ -1,6 +1,6 @@
 import torch
 
-from qpruner.quantization.grid import Grid
+from qpruner.quantization.grid import Grid, GridOfTwo
 
 
 def grid(scales: list[float], minima: list[float], bits: int, group: int) -> Grid:
@@ -43,3 +43,26 @@ def test_a_group_of_one_value_and_scales_too_small_to_divide_by() -> None:
 
 def test_of_two_values_as_near_the_higher_code_is_taken() -> None:
     assert grid([1.0], [0.0], 2, -1).round(torch.tensor([[0.5, 1.5, 2.5]])).tolist() == [[1, 2, 3]]
+
+
+def test_grids_side_by_side_are_one() -> None:
+    torch.manual_seed(0)
+    leading, rest = Grid(torch.rand(4, 2), torch.randn(4, 2), 3, 4), Grid(torch.rand(4, 3), torch.randn(4, 3), 2, 5)
+    two = GridOfTwo(leading, 6, rest)
+    weight = torch.randn(4, 18)
+    codes = two.round(weight)
+    assert torch.equal(codes, torch.cat([leading.round(weight[:, :6]), rest.round(weight[:, 6:])], 1))
+    assert torch.equal(two.values(codes), torch.cat([leading.values(codes[:, :6]), rest.values(codes[:, 6:])], 1))
+    assert two.scales.shape == two.minima.shape == (4, 5) and two.levels.tolist() == [8, 8, 4, 4, 4]
+    for part, rows in zip(two.cut(3), ([0, 1], [2], [3]), strict=True):
+        assert torch.equal(part.values(codes[rows]), two.values(codes)[rows])
+    other = two.on(2 * two.scales, two.minima + 1)
+    assert torch.equal(other.scales, 2 * two.scales) and torch.equal(other.minima, two.minima + 1)
+    groups = [slice(0, 4), slice(4, 6), slice(6, 11), slice(11, 16), slice(16, 18)]
+    torch.testing.assert_close(two.sums(weight), torch.stack([weight[:, group].sum(1) for group in groups], 1))
+
+
+def test_sums_over_whole_rows_and_short_groups_by_hand() -> None:
+    values = torch.tensor([[1.0, 2.0, 3.0], [0.0, 1.0, 0.0]])
+    assert grid([1.0], [0.0], 2, -1).sums(values).tolist() == [[6.0], [1.0]]
+    assert grid([1.0], [0.0], 2, 2).sums(values).tolist() == [[3.0, 3.0], [1.0, 0.0]]

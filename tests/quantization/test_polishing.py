@@ -9,7 +9,7 @@ from support.families import logits_of, tiny_model
 from torch import Tensor, nn
 
 from qpruner.anatomy import architecture_of
-from qpruner.plan import ROW, UNITS, CompressionPlan, Precision
+from qpruner.plan import ROW, UNITS, CompressionPlan, Leading, Precision
 from qpruner.quantization.apply import quantize_
 from qpruner.quantization.formats import GridFormat, dequantize, format_for, quantize
 from qpruner.quantization.grid import Grid
@@ -21,7 +21,6 @@ from qpruner.quantization.polishing import (
     loosen_,
     moved,
     settle_,
-    sums_of_groups,
 )
 
 PRECISIONS = [
@@ -30,6 +29,8 @@ PRECISIONS = [
     Precision("symmetric", 3, 32),
     Precision("symmetric-double", 4, ROW),
     Precision("affine", 1, ROW),
+    Precision("affine", 2, 32, Leading(20, Precision("affine", 4, ROW))),
+    Precision("symmetric", 3, 32, Leading(40, Precision("symmetric", 8, 32))),
 ]
 
 
@@ -78,6 +79,17 @@ def test_it_begins_with_exactly_what_the_packed_one_computes(precision: Precisio
     )
 
 
+def columns_and_steps(precision: Precision) -> tuple[Tensor, Tensor]:
+    """The group of each of 72 columns, and the largest code of each group."""
+    leading, columns, steps = precision.leading, [], []
+    parts = [(precision.rest, 72)] if leading is None else [(leading.precision, leading.columns), (precision.rest, 72)]
+    for part, end in parts:
+        inside = torch.arange(end - sum(map(len, columns))) // (72 if part.group == ROW else 32)
+        columns.append(inside + len(steps))
+        steps += [2**part.bits - 1] * (int(inside[-1]) + 1)
+    return torch.cat(columns), torch.tensor(steps)
+
+
 @pytest.mark.parametrize("precision", PRECISIONS, ids=str)
 def test_gradients_are_those_of_finite_differences(precision: Precision) -> None:
     """Of a dense layer in float64, whose weight is made of the moves as the formulas have it."""
@@ -86,8 +98,8 @@ def test_gradients_are_those_of_finite_differences(precision: Precision) -> None
     x.requires_grad_()
     (linear(x) * direction).sum().backward()
     codes = linear.number_format.codes(linear.packed(), 72, precision)
-    columns = torch.arange(72) // (72 if precision.group == ROW else 32)
-    start, steps = linear.start, 2**precision.bits - 1
+    columns, steps = columns_and_steps(precision)
+    start = linear.start
 
     def loss(name: str, place: tuple[int, int], step: float) -> float:
         moves = {name: one.detach().double() for name, one in linear.named_parameters() if one.requires_grad}
@@ -97,7 +109,7 @@ def test_gradients_are_those_of_finite_differences(precision: Precision) -> None
             middles = start.minima + start.scales.double() * steps / 2 + start.scales.abs() * steps * moves["ways"]
             minima = middles - scales * steps / 2
         else:
-            minima = scales * -(2 ** (precision.bits - 1))
+            minima = scales * -(steps + 1) / 2
         weight = scales[:, columns] * codes + minima[:, columns]
         assert linear.bias is not None
         outputs = nn.functional.linear(x.detach().double(), weight, linear.bias.double())
@@ -115,10 +127,10 @@ def test_gradients_are_those_of_finite_differences(precision: Precision) -> None
 def test_gradients_of_scales_and_minima_are_sums_over_groups() -> None:
     gradient, inputs = torch.tensor([[1.0, 2.0]]), torch.tensor([[1.0, 10.0, 100.0]])
     codes = torch.tensor([[1, 2, 3], [0, 1, 0]], dtype=torch.uint8)
-    of_scales, of_minima = gradients_of_grid(gradient, inputs, codes, 2)
+    grid = Grid(torch.ones(2, 2), torch.zeros(2, 2), bits=2, group=2)
+    of_scales, of_minima = gradients_of_grid(gradient, inputs, codes, grid)
     assert of_scales.tolist() == [[21.0, 300.0], [20.0, 0.0]]
     assert of_minima.tolist() == [[11.0, 100.0], [22.0, 200.0]]
-    assert sums_of_groups(codes.float(), ROW).tolist() == [[6.0], [1.0]]
 
 
 def test_nothing_as_large_as_the_weight_is_kept_for_the_backward_pass() -> None:
@@ -179,3 +191,11 @@ def test_linears_of_layers_are_loosened_and_no_table() -> None:
         # The middle of each group stays while the rest grows from it by exp(0.1).
         span = after.amax(1) - after.amin(1)
         assert (span / (before.amax(1) - before.amin(1)) - 1.105).abs().max() < 0.1
+
+
+def test_segments_of_which_one_alone_is_symmetric_are_left_as_they_are() -> None:
+    mixed = Precision("affine", 2, 32, Leading(20, Precision("symmetric", 4, 32)))
+    alike = PRECISIONS[-1]
+    model = nn.Sequential(packed(mixed), packed(alike))
+    model.get_input_embeddings = model.get_output_embeddings = lambda: None  # type: ignore[assignment]
+    assert list(linears_with_grids(model)) == ["1"]

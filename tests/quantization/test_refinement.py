@@ -9,6 +9,7 @@ from qpruner.plan import Precision
 from qpruner.quantization import refinement
 from qpruner.quantization.gptq import damped
 from qpruner.quantization.grid import Grid
+from qpruner.quantization.grid_search import Levels
 from qpruner.quantization.refinement import losses, refitted, swept
 
 
@@ -35,7 +36,8 @@ def test_the_grid_for_given_codes_is_that_of_least_squares(
     """Of outputs on inputs that have the Hessian: rows of L^T with L L^T = H."""
     weight, codes, hessian, grid = layer(5, columns, group, symmetric=symmetric)
     monkeypatch.setattr(refinement, "CHUNK", 2 * columns * grid.scales.shape[1])  # two rows at a time
-    scales, minima = refitted(weight, codes, hessian, grid, -4.0 if symmetric else None)
+    spans = Levels(3, group, -4.0 if symmetric else None).spans(0, columns)
+    scales, minima = refitted(weight, codes, hessian, grid, spans)
     inputs = torch.linalg.cholesky(hessian).T
     belongs = torch.nn.functional.one_hot(torch.arange(columns) // group).double()  # [I, M]
     for row in range(5):
@@ -54,7 +56,7 @@ def test_where_codes_do_not_tell_the_grid_is_a_grid_still() -> None:
     weight, codes, hessian, grid = layer(5, 24, 8)
     codes[:, :8] = 0
     codes[0] = 3
-    scales, minima = refitted(weight, codes, hessian, grid, None)
+    scales, minima = refitted(weight, codes, hessian, grid, Levels(3, 8, None).spans(0, 24))
     assert scales.isfinite().all() and minima.isfinite().all() and (scales > 0).all()
     assert torch.allclose(scales[1:, 0], grid.scales[1:, 0], rtol=1e-3)
 
@@ -73,6 +75,6 @@ def test_a_sweep_takes_the_best_value_for_each_column_in_turn(columns: int) -> N
             tried.append((away @ hessian * away).sum(1))
         expected[:, column] = torch.stack(tried).argmin(0).to(torch.uint8)
         now[:, column] = grid.values(expected[:, column : column + 1], first=column)[:, 0].double()
-    reached = swept(weight, codes, hessian, grid)
+    reached = swept(weight, codes, hessian, grid, Levels(3, 32, None).spans(0, columns))
     assert (reached == expected).all(1).float().mean() >= 0.8  # float32 beside float64: a tie, and the row behind it
     assert (losses(weight, grid.values(reached), hessian) < losses(weight, grid.values(codes), hessian)).all()

@@ -9,7 +9,8 @@ from support.grids import HalfGrid, choose_grid, correlated
 from torch import Tensor
 
 from qpruner.errors import UserError
-from qpruner.plan import ROW, Precision
+from qpruner.plan import ROW, Leading, Precision
+from qpruner.quantization.formats import GridFormat, format_for
 from qpruner.quantization.grid_search import GridSearch
 from qpruner.quantization.rounding import RoundingConfig, corrected_weight, error, round_weight
 from qpruner.quantization.uniform import Uniform
@@ -196,3 +197,69 @@ def test_refinement_leaves_less_on_a_grid_that_the_format_stores(act_order: bool
         )
         left.append(error(weight, rounded.values, hessian))
     assert left[1] < 0.97 * left[0] and left[2] < left[1]
+
+
+# Two segments.
+
+TWO = [
+    Precision("affine", 2, 32, Leading(20, Precision("affine", 4, 64))),
+    Precision("affine-double", 2, 32, Leading(20, Precision("symmetric", 6, 32))),
+    Precision("symmetric", 3, 64, Leading(70, Precision("affine-double", 4, ROW))),
+]
+
+
+def grid_format(precision: Precision) -> GridFormat:
+    number_format = format_for(precision)
+    assert isinstance(number_format, GridFormat)
+    return number_format
+
+
+@pytest.mark.parametrize("act_order", [False, True])
+@pytest.mark.parametrize("name", ["affine", "symmetric"])
+def test_two_segments_of_one_precision_give_the_codes_of_one_segment(name: str, act_order: bool) -> None:
+    """64 weights a group is what the format takes where none is said."""
+    one = Precision(name, 3, 64)
+    two = Precision(name, 3, None, Leading(128, one))
+    weight, hessians = drawn(24, 300), torch.stack([hessian_of(300, 0), hessian_of(300, 1)])
+    config = RoundingConfig(act_order=act_order, first_order=0.01)
+    whole, parts = (round_weight(weight, grid_format(each), each, hessians, config) for each in (one, two))
+    assert torch.equal(parts.codes, whole.codes)
+    assert torch.equal(parts.grid.scales, whole.grid.scales) and torch.equal(parts.grid.minima, whole.grid.minima)
+
+
+@pytest.mark.parametrize("act_order", [False, True])
+@pytest.mark.parametrize("precision", TWO, ids=str)
+def test_two_segments_are_never_worse_than_nearest_and_stored_as_rounded(precision: Precision, act_order: bool) -> None:
+    number_format = grid_format(precision)
+    for seed in range(3):
+        weight, hessian = drawn(24, 150, seed), hessian_of(150, seed)
+        config = RoundingConfig(act_order=act_order)
+        rounded = round_weight(weight, number_format, precision, hessian, config)
+        plain = number_format.decode(number_format.encode(weight, precision), 24, 150, precision)
+        nearest = round_weight(weight, number_format, precision, hessian, replace(config, method="nearest"))
+        assert error(weight, rounded.values, hessian) < error(weight, nearest.values, hessian)
+        assert error(weight, nearest.values, hessian) < error(weight, plain, hessian)
+        state = number_format.pack(rounded.codes, rounded.grid)
+        assert torch.equal(number_format.decode(state, 24, 150, precision), rounded.values)
+        assert torch.equal(number_format.codes(state, 150, precision), rounded.codes)
+
+
+def test_the_rest_makes_up_for_the_leading_segment() -> None:
+    """Rounding each segment by its own part of the Hessian leaves more."""
+    precision = TWO[0]
+    weight, hessian = drawn(24, 150), hessian_of(150)
+    whole = round_weight(weight, grid_format(precision), precision, hessian, RoundingConfig())
+    parts = []
+    for columns, each in ((slice(0, 20), Precision("affine", 4, 64)), (slice(20, 150), precision.rest)):
+        alone = hessian[columns, columns]
+        parts.append(round_weight(weight[:, columns], grid_format(each), each, alone, RoundingConfig()).values)
+    assert error(weight, whole.values, hessian) < 0.9 * error(weight, torch.cat(parts, 1), hessian)
+
+
+def test_more_bits_for_the_leading_columns_leave_less() -> None:
+    weight, hessian = drawn(24, 150), hessian_of(150)
+    left = [
+        error(weight, round_weight(weight, grid_format(each), each, hessian, RoundingConfig()).values, hessian)
+        for each in (TWO[0].rest, TWO[0])
+    ]
+    assert left[1] < 0.95 * left[0]

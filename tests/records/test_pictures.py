@@ -9,7 +9,7 @@ from support.families import KEPT, tiny_config
 from support.figures import cells, curves, texts, tick_labels, widths
 
 from qpruner.anatomy import architecture_of
-from qpruner.plan import DENSE, UNITS, CompressionPlan, Precision
+from qpruner.plan import DENSE, UNITS, CompressionPlan, Leading, Precision
 from qpruner.records.pictures import loss_figure, plan_figure, ratio_figure, save_figure
 
 TRAIN, VALIDATION = [(0, 3.0), (1, 2.5), (2, 2.25)], [(1, 2.75)]
@@ -68,6 +68,16 @@ def test_a_quantized_plan_shows_the_bits_of_every_unit_too() -> None:
     assert cells(bits) == [[4] * 4, [8, 4, 16, 8], [16] * 4]
     assert texts(bits) == ["4"] * 4 + ["8", "4", "16", "8"] + ["16"] * 4
     assert tick_labels(bits.xaxis) == list(UNITS) and bits.get_xlabel() == "embedding 16, head 16"
+
+
+def test_bits_of_two_segments_are_their_mean() -> None:
+    led = Precision("affine", 3, leading=Leading(16, Precision("int8", 8)))
+    shown = plan().with_precision([dict.fromkeys(UNITS, led)] + [dict.fromkeys(UNITS, DENSE)] * 2, embedding=led)
+    _, _, bits = plan_figure(shown).axes
+    # 16 columns of 8 bits, of 64 of the hidden states, of three KV groups of 32 each and of 37 FFN channels.
+    assert cells(bits)[0] == pytest.approx([3 + 5 * 16 / columns for columns in (64, 96, 64, 37)])
+    assert texts(bits)[:4] == ["4.25", "3.83", "4.25", "5.16"]
+    assert bits.get_xlabel() == "embedding 4.25, head 16"
 
 
 def test_a_picture_is_whole_or_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

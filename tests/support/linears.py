@@ -4,7 +4,7 @@ import peft
 import torch
 from torch import Tensor, nn
 
-from qpruner.plan import Precision
+from qpruner.plan import Leading, Precision
 from qpruner.quantization.formats import format_for
 
 PRECISIONS = [
@@ -21,6 +21,8 @@ PRECISIONS = [
     Precision("symmetric", 8, group=32),
     Precision("symmetric", 5, group=128),
     Precision("symmetric-double", 6),
+    Precision("nf4", 4, leading=Leading(20, Precision("int8", 8))),
+    Precision("affine-double", 3, 32, Leading(20, Precision("symmetric", 6))),
 ]
 
 

@@ -1,0 +1,83 @@
+"""The order of the residual stream's channels: a model whose channels are permuted computes the same.
+
+What reads a token's hidden states takes a norm of them, which no order changes but by its own weight, or a product with
+each of them; what writes them writes each channel by a row. So one permutation of all tables, norms, input columns and
+output rows changes no logit, and channels that matter may be put first, where a packed linear holds them in more bits.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qpruner.anatomy import decoder_blocks, decoder_layers, family_of
+from qpruner.errors import UserError, listed
+from qpruner.quantization.packed import PackedLinear
+
+
+def reorder_hidden_(model: Any, places: Sequence[int]) -> None:
+    """Puts the channels of the residual stream into an order, in place; each parameter that changes is a new one.
+
+    Args:
+        model: causal language model of a supported family, dense and without adapters, on any device, also meta.
+        places: [hidden_size], place of each channel among those that there are, in the new order.
+
+    Raises:
+        UserError: packed weights, whose columns share scales, or parameters of which the family's anatomy says nothing.
+    """
+    _, family = family_of(model.config)
+    if any(isinstance(module, PackedLinear) for module in model.modules()):
+        raise UserError(
+            "The hidden channels of packed weights cannot be put into another order: columns share scales. Reorder the "
+            "dense base and quantize it afterwards, or leave hidden null in the plan."
+        )
+    holders = list(_holders(model))
+    known = {id(parameter) for module, _ in holders for parameter in module.parameters(recurse=False)}
+    known |= {id(parameter) for parameter in _of_heads(model)}
+    if others := [name for name, parameter in model.named_parameters() if id(parameter) not in known]:
+        raise UserError(
+            f"The hidden channels of this {model.config.model_type} cannot be put into another order: whether "
+            f"{listed(others)} would have to follow is not known. Leave hidden null in the plan."
+        )
+    index = torch.tensor(places)
+    again: dict[int, nn.Parameter] = {}  # tables that are one stay one
+
+    def permuted(parameter: nn.Parameter, axis: int) -> nn.Parameter:
+        if id(parameter) not in again:
+            taken = parameter.detach().index_select(axis, index.to(parameter.device))
+            again[id(parameter)] = nn.Parameter(taken, requires_grad=parameter.requires_grad)
+        return again[id(parameter)]
+
+    for module, axis in holders:
+        _permute_(module, axis, permuted)
+
+
+def _permute_(module: nn.Module, axis: int, permuted: Callable[[nn.Parameter, int], nn.Parameter]) -> None:
+    weight, bias = (module._parameters.get(name) for name in ("weight", "bias"))
+    if weight is not None:
+        module.weight = permuted(weight, axis)
+    if bias is not None and axis == 0:  # of what writes the hidden states, or of a norm
+        module.bias = permuted(bias, 0)
+
+
+def _holders(model: Any) -> Iterator[tuple[nn.Module, int]]:
+    """The modules whose weights have an axis of hidden channels, and that axis; rows take their biases with them."""
+    _, family = family_of(model.config)
+    for path in (family.embedding, family.positions, family.head):
+        if path is not None:
+            yield model.get_submodule(path), 1
+    yield model.get_submodule(family.last_norm), 0
+    for block, layer in zip(decoder_blocks(model), decoder_layers(model), strict=True):
+        for path in family.layer_norms:
+            yield block.get_submodule(path), 0
+        for name, linear in layer.linears.items():
+            yield linear, 0 if name in ("o", "down") else 1
+
+
+def _of_heads(model: Any) -> Iterator[Tensor]:
+    """The parameters of norms over heads, which have no part in the order of hidden channels."""
+    _, family = family_of(model.config)
+    for block in decoder_blocks(model):
+        for path in (*family.head_norms, *family.wide_norms.values()):
+            yield from block.get_submodule(path).parameters()

@@ -1,0 +1,210 @@
+"""A weight of two segments: its first columns in one number format, the rest in another, both packed.
+
+So a linear holds the inputs that count most in more bits. Which columns these are is a matter of their order (see
+`CompressionPlan`): a segment is contiguous, and needs no index of its columns.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from qpruner.errors import UserError
+from qpruner.plan import Leading, Precision
+from qpruner.quantization.grid import AnyGrid, Grid, GridOfTwo
+from qpruner.quantization.grid_search import Levels
+from qpruner.quantization.packed import PackedLinear
+
+if TYPE_CHECKING:
+    from qpruner.quantization.formats import Format, GridFormat
+
+PREFIX = "leading_"
+"""What the names of the leading segment's tensors begin with; those of the other one are as its format has them."""
+
+
+@dataclass(frozen=True)
+class Segments:
+    """The format of a precision whose ``leading`` is set: the first columns in one format, those behind in another.
+
+    Each segment is laid out as a weight of its own in its format, whose groups begin anew with it and of which the last
+    may be short. The tensors of the leading one have names that begin with ``leading_``.
+
+    Args:
+        leading: format of the leading columns.
+        rest: format of the columns behind them.
+    """
+
+    leading: "Format"
+    rest: "Format"
+
+    @property
+    def name(self) -> str:
+        return self.rest.name
+
+    @property
+    def bits(self) -> tuple[int, ...]:
+        return self.rest.bits
+
+    @property
+    def groups(self) -> tuple[int | None, ...]:
+        return tuple(self.rest.groups)
+
+    def layout(self, out_features: int, in_features: int, precision: Precision) -> dict[str, Tensor]:
+        leading = leading_of(precision, in_features)
+        first = self.leading.layout(out_features, leading.columns, leading.precision)
+        return joined(first, self.rest.layout(out_features, in_features - leading.columns, precision.rest))
+
+    def encode(self, weight: Tensor, precision: Precision) -> dict[str, Tensor]:
+        leading = leading_of(precision, weight.shape[1])
+        first = self.leading.encode(weight[:, : leading.columns], leading.precision)
+        return joined(first, self.rest.encode(weight[:, leading.columns :], precision.rest))
+
+    def decode(self, state: Mapping[str, Tensor], out_features: int, in_features: int, precision: Precision) -> Tensor:
+        leading, (first, rest) = leading_of(precision, in_features), parted(state)
+        behind = in_features - leading.columns
+        values = self.leading.decode(first, out_features, leading.columns, leading.precision)
+        return torch.cat([values, self.rest.decode(rest, out_features, behind, precision.rest)], 1)
+
+    def decode_rows(
+        self, state: Mapping[str, Tensor], rows: Tensor, out_features: int, in_features: int, precision: Precision
+    ) -> Tensor:
+        leading, (first, rest) = leading_of(precision, in_features), parted(state)
+        behind = in_features - leading.columns
+        values = self.leading.decode_rows(first, rows, out_features, leading.columns, leading.precision)
+        return torch.cat([values, self.rest.decode_rows(rest, rows, out_features, behind, precision.rest)], 1)
+
+    def take(
+        self, state: Mapping[str, Tensor], axis: int, index: Tensor, in_features: int, precision: Precision
+    ) -> dict[str, Tensor] | None:
+        leading, (first, rest) = leading_of(precision, in_features), parted(state)
+        behind = in_features - leading.columns
+        indices = index, index
+        if axis == 1:
+            leads = index < leading.columns
+            number = int(leads.sum())
+            if not leads[:number].all():
+                return None  # one that leads comes behind one that does not
+            indices = index[:number], index[number:] - leading.columns
+            if number == 0:
+                return self.rest.take(rest, axis, indices[1], behind, precision.rest)
+            if number == len(index):
+                return self.leading.take(first, axis, indices[0], leading.columns, leading.precision)
+        taken = self.leading.take(first, axis, indices[0], leading.columns, leading.precision)
+        others = self.rest.take(rest, axis, indices[1], behind, precision.rest)
+        return None if taken is None or others is None else joined(taken, others)
+
+    def build(
+        self,
+        state: Mapping[str, Tensor],
+        out_features: int,
+        in_features: int,
+        precision: Precision,
+        bias: nn.Parameter | None,
+        dtype: torch.dtype,
+    ) -> PackedLinear:
+        return SegmentedLinear(state, out_features, in_features, precision, bias, dtype, self)
+
+
+@dataclass(frozen=True)
+class GridSegments(Segments):
+    """Two segments whose formats both have a grid, so that theirs are chosen together, by calibration."""
+
+    leading: "GridFormat"
+    rest: "GridFormat"
+
+    @property
+    def symmetric(self) -> bool:
+        return self.leading.symmetric and self.rest.symmetric
+
+    def storable(self, scales: Tensor, minima: Tensor, precision: Precision) -> GridOfTwo:
+        leading = precision.leading
+        assert leading is not None
+        groups = len(Levels.of(self.leading, leading.precision).spans(0, leading.columns))
+        first = self.leading.storable(scales[:, :groups], minima[:, :groups], leading.precision)
+        rest = self.rest.storable(scales[:, groups:], minima[:, groups:], precision.rest)
+        return _side_by_side(first, leading.columns, rest)
+
+    def pack(self, codes: Tensor, grid: GridOfTwo) -> dict[str, Tensor]:
+        first = self.leading.pack(codes[:, : grid.columns], grid.leading)
+        return joined(first, self.rest.pack(codes[:, grid.columns :], grid.rest))
+
+    def grid(self, state: Mapping[str, Tensor], precision: Precision) -> GridOfTwo:
+        leading, (first, rest) = precision.leading, parted(state)
+        assert leading is not None
+        grids = self.leading.grid(first, leading.precision), self.rest.grid(rest, precision.rest)
+        return _side_by_side(grids[0], leading.columns, grids[1])
+
+    def codes(self, state: Mapping[str, Tensor], in_features: int, precision: Precision) -> Tensor:
+        leading, (first, rest) = leading_of(precision, in_features), parted(state)
+        codes = self.leading.codes(first, leading.columns, leading.precision)
+        return torch.cat([codes, self.rest.codes(rest, in_features - leading.columns, precision.rest)], 1)
+
+    def values(self, state: Mapping[str, Tensor], grid: GridOfTwo, in_features: int, dtype: torch.dtype) -> Tensor:
+        first, rest = parted(state)
+        values = self.leading.values(first, grid.leading, grid.columns, dtype)
+        return torch.cat([values, self.rest.values(rest, grid.rest, in_features - grid.columns, dtype)], 1)
+
+
+def _side_by_side(leading: AnyGrid, columns: int, rest: AnyGrid) -> GridOfTwo:
+    assert isinstance(leading, Grid) and isinstance(rest, Grid), "a segment has no segments"
+    return GridOfTwo(leading, columns, rest)
+
+
+class SegmentedLinear(PackedLinear):
+    """A linear whose first columns are packed in another precision than the rest; one product with both.
+
+    Args:
+        number_format: number format of the state; the other arguments are those of `PackedLinear`.
+    """
+
+    def __init__(
+        self,
+        state: Mapping[str, Tensor],
+        out_features: int,
+        in_features: int,
+        precision: Precision,
+        bias: nn.Parameter | None,
+        dtype: torch.dtype,
+        number_format: Segments,
+    ) -> None:
+        super().__init__(state, out_features, in_features, precision, bias, dtype)
+        self.number_format = number_format
+
+    def unpack(self, dtype: torch.dtype) -> Tensor:
+        leading, (first, rest) = leading_of(self.precision, self.in_features), parted(self.packed())
+        formats, behind = self.number_format, self.in_features - leading.columns
+        # Linears for the moment, on the same tensors, since formats may unpack faster than they decode.
+        segments = (
+            formats.leading.build(first, self.out_features, leading.columns, leading.precision, None, dtype),
+            formats.rest.build(rest, self.out_features, behind, self.precision.rest, None, dtype),
+        )
+        return torch.cat([segment.unpack(dtype) for segment in segments], 1)
+
+
+def leading_of(precision: Precision, in_features: int) -> Leading:
+    """The leading segment of a precision that has one.
+
+    Raises:
+        UserError: a linear has no more input columns than are to lead.
+    """
+    leading = precision.leading
+    assert leading is not None
+    if leading.columns >= in_features:
+        raise UserError(
+            f"{leading.columns} columns cannot lead in a linear that has {in_features}. Give at most "
+            f"{in_features - 1}, or hold all of them in {leading.precision}."
+        )
+    return leading
+
+
+def joined(leading: Mapping[str, Tensor], rest: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """One state of those of both segments."""
+    return {**{PREFIX + name: tensor for name, tensor in leading.items()}, **rest}
+
+
+def parted(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """The states of the leading segment and of the rest."""
+    leading = {name.removeprefix(PREFIX): tensor for name, tensor in state.items() if name.startswith(PREFIX)}
+    return leading, {name: tensor for name, tensor in state.items() if not name.startswith(PREFIX)}
