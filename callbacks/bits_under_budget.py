@@ -26,6 +26,8 @@ from qpruner.quantization.calibrated_bank import BankText
 from qpruner.quantization.calibrated_inputs import CalibratedConfig
 from qpruner.records.folder import RunFolder
 
+CALIBRATED = "MixedPrecisionQuantization.calibrated"
+
 
 @dataclass(frozen=True)
 class Allocator:
@@ -128,7 +130,8 @@ class Allocator:
         stored = processes.of_first(lambda: Sensitivities.read(path) if path is not None and path.exists() else None)
         if stored is not None and hash_json(stored.made_from) == hash_json(made_from):
             rank_zero_info("The sensitivities that this run has found before are used again.")
-            return stored, None if self.method == "mutual_information" else self.bank(job, plan)
+            serves_the_plan = self.method != "mutual_information" and self.calibrated is None
+            return stored, self.bank(job, plan) if serves_the_plan else None
         bank = None
         calibration = calibration_of(
             network, job.data, self.config.calibration, processes, f"allocation: {self.method}"
@@ -191,9 +194,7 @@ class Allocator:
         """What rounds the linears of the bank."""
         if self.calibrated is None:
             return None
-        calibration = calibration_of(
-            job.model.network, job.data, self.calibrated.text, job.processes, "MixedPrecisionQuantization.calibrated"
-        )
+        calibration = calibration_of(job.model.network, job.data, self.calibrated.text, job.processes, CALIBRATED)
         made_from = {
             "text_sha256": job.data and job.data.fingerprint()["train"]["sha256"],
             "text_seed": job.data and job.data.seed,

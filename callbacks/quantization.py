@@ -10,7 +10,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from qpruner.allocation.budget import Budget
 from qpruner.allocation.decision import DecidingConfig, Method
 from qpruner.anatomy import architecture_of
-from qpruner.callbacks.bits_under_budget import Allocator, drop_scaffolding
+from qpruner.callbacks.bits_under_budget import CALIBRATED, Allocator, drop_scaffolding
 from qpruner.callbacks.calibration import calibration_of, text_of
 from qpruner.callbacks.compression import CompressionInSetup, CompressionJob, Rehearsal
 from qpruner.compressed import State
@@ -25,7 +25,6 @@ from qpruner.quantization.embedding import table_precisions
 from qpruner.quantization.formats import DEFAULTS, FORMATS, GridFormat, format_for, precision_of
 
 Bits = int | Sequence[int] | Mapping[str, int] | Sequence[Mapping[str, int]]
-CALIBRATED = "MixedPrecisionQuantization.calibrated"
 
 
 class MixedPrecisionQuantization(CompressionInSetup):

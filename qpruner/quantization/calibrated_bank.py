@@ -63,13 +63,13 @@ def rounded_layers(
         adapters: how adapters start; None to start them at zero.
         layers: numbers of the layers to round.
 
-    Returns:
+    Yields:
         The number of each layer, lowest first, and its linears by name and precision.
 
     Raises:
         UserError: fewer tokens that decide than a linear has inputs, or what reaches a linear is not finite.
     """
-    if not layers or not precisions:
+    if not layers:
         return
     config = replace(text.config, rounding=replace(text.config.rounding, alpha=0.0))
     units_of, calibration = unit_linears(model), text.calibration
