@@ -67,6 +67,8 @@ def main() -> None:
         "--widths", type=int, nargs="+", default=[1, 2, 3, 4, 6, 8], help="of sizes that are shared out"
     )
     parser.add_argument("--allocation", default="sensitivity", choices=("uniform", "sensitivity", "marginal"))
+    parser.add_argument("--granularity", default="block", choices=("block", "unit"), help="what gets bits of its own")
+    parser.add_argument("--measure", default="loss", choices=("loss", "kl"), help="cost of a width")
     parser.add_argument("--text", type=int, nargs=2, default=[128, 256], metavar=("SEQUENCES", "LENGTH"))
     parser.add_argument("--deciding-text", type=int, nargs=2, default=[16, 128], metavar=("SEQUENCES", "LENGTH"))
     parser.add_argument("--lr", type=float, default=3e-4)
@@ -85,6 +87,7 @@ def wanted(given: argparse.Namespace) -> list[Row]:
     training = {"steps": given.steps, "batch": [given.batch_size, given.max_length], "lr": given.lr}
     training["precision"] = given.precision
     sharing = {"allocation": given.allocation, "widths": given.widths, "deciding_text": given.deciding_text}
+    sharing |= {"granularity": given.granularity, "measure": given.measure}
     return [
         shared
         | {"ratio": ratio, "size": size, "method": method, "start": start, "seed": seed}
@@ -156,7 +159,8 @@ def quantization(given: argparse.Namespace, key: Row) -> MixedPrecisionQuantizat
         budget = Budget(share=float(size[:-1])) if size.endswith("x") else Budget(average_bits=float(size))
         deciding = DecidingConfig(
             widths=given.widths,
-            granularity="block",
+            granularity=given.granularity,
+            measure=given.measure,
             calibration=CalibrationConfig(*given.deciding_text),
         )
         options = {"allocation": given.allocation, "budget": budget, "deciding": deciding}

@@ -22,7 +22,11 @@ from qpruner.plan import DENSE, UNITS, CompressionPlan, Precision
 from qpruner.pricing import Price, price_narrowed
 from qpruner.quantization.apply import LoftQSettings
 from qpruner.quantization.bank import Bank, fill, fill_folder
+from qpruner.quantization.calibrated_bank import BankText
+from qpruner.quantization.calibrated_inputs import CalibratedConfig
 from qpruner.records.folder import RunFolder
+
+CALIBRATED = "MixedPrecisionQuantization.calibrated"
 
 
 @dataclass(frozen=True)
@@ -35,6 +39,7 @@ class Allocator:
         config: how to decide.
         precisions: precisions to choose from.
         loftq_iterations: LoftQ's iterations with which linears are quantized.
+        calibrated: how the linears whose costs are measured are rounded by text; None to the nearest values.
 
     Raises:
         UserError: ``marginal`` by first order.
@@ -45,6 +50,7 @@ class Allocator:
     config: DecidingConfig
     precisions: Sequence[Precision]
     loftq_iterations: int
+    calibrated: CalibratedConfig | None = None
 
     def __post_init__(self) -> None:
         if self.method == "marginal" and self.config.measure == "first_order":
@@ -124,7 +130,8 @@ class Allocator:
         stored = processes.of_first(lambda: Sensitivities.read(path) if path is not None and path.exists() else None)
         if stored is not None and hash_json(stored.made_from) == hash_json(made_from):
             rank_zero_info("The sensitivities that this run has found before are used again.")
-            return stored, None if self.method == "mutual_information" else self.bank(job, plan)
+            serves_the_plan = self.method != "mutual_information" and self.calibrated is None
+            return stored, self.bank(job, plan) if serves_the_plan else None
         bank = None
         calibration = calibration_of(
             network, job.data, self.config.calibration, processes, f"allocation: {self.method}"
@@ -156,24 +163,44 @@ class Allocator:
         return measured, bank
 
     def bank(self, job: CompressionJob, plan: CompressionPlan) -> Bank:
-        """Every unit that is decided on, in every width; in the folder of the run if there is one."""
-        settings = self._loftq(job)
+        """Every unit that is decided on, in every width; in the folder of the run if there is one.
+
+        Raises:
+            UserError: too little calibration text.
+        """
+        settings, network, processes = self._loftq(job), job.model.network, job.processes
         layers = sorted({item.layer for item in self._items(plan)})
+        text = self._text(job)
         if job.folder is None:
-            return fill(job.model.network, self.precisions, settings, layers=layers, device=job.processes.device)
+            return fill(network, self.precisions, settings, layers=layers, device=processes.device, text=text)
         job.keep()
         return fill_folder(
             job.folder.bank,
-            job.model.network,
+            network,
             self.precisions,
             settings,
             base=job.model.identity,
             layers=layers,
-            processes=job.processes,
+            processes=processes,
+            text=text,
         )
 
     def _loftq(self, job: CompressionJob) -> LoftQSettings | None:
+        if self.calibrated is not None:
+            return None  # the plan that is decided on is rounded afresh, and its adapters start from that
         return LoftQSettings.of(job.lora, self.loftq_iterations, job.seed)
+
+    def _text(self, job: CompressionJob) -> BankText | None:
+        """What rounds the linears of the bank."""
+        if self.calibrated is None:
+            return None
+        calibration = calibration_of(job.model.network, job.data, self.calibrated.text, job.processes, CALIBRATED)
+        made_from = {
+            "text_sha256": job.data and job.data.fingerprint()["train"]["sha256"],
+            "text_seed": job.data and job.data.seed,
+            "computed_in": job.processes.precision,
+        }
+        return BankText(self.calibrated, calibration, made_from)
 
     def _origin(self, job: CompressionJob) -> dict[str, Any]:
         """What sensitivities are measured on: the base, by the hash of the folder that keeps it, text, and options."""
@@ -190,10 +217,18 @@ class Allocator:
             "leave_alone": list(self.config.leave_alone),
             "precisions": [asdict(precision) for precision in self.precisions],
             "loftq": None if loftq is None else asdict(loftq),
+            **self._rounding,
             "dtype": str(job.model.network.dtype),
             "computed_in": job.processes.precision,
             "seed": job.seed,
         }
+
+    @property
+    def _rounding(self) -> dict[str, Any]:
+        """How the linears whose costs are measured are rounded, if any are and not to the nearest values."""
+        if self.calibrated is None or self.method == "mutual_information":
+            return {}
+        return {"calibrated": asdict(self.calibrated)}
 
 
 def drop_scaffolding(folder: RunFolder | None) -> None:

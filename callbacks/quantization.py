@@ -1,7 +1,7 @@
 """Quantizes the base before the fit that recovers it, and starts the adapters from what rounding left."""
 
 from collections.abc import Mapping, Sequence, Set
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any, Self
 
 from lightning.pytorch import LightningModule, Trainer
@@ -10,7 +10,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from qpruner.allocation.budget import Budget
 from qpruner.allocation.decision import DecidingConfig, Method
 from qpruner.anatomy import architecture_of
-from qpruner.callbacks.bits_under_budget import Allocator, drop_scaffolding
+from qpruner.callbacks.bits_under_budget import CALIBRATED, Allocator, drop_scaffolding
 from qpruner.callbacks.calibration import calibration_of, text_of
 from qpruner.callbacks.compression import CompressionInSetup, CompressionJob, Rehearsal
 from qpruner.compressed import State
@@ -25,7 +25,6 @@ from qpruner.quantization.embedding import table_precisions
 from qpruner.quantization.formats import DEFAULTS, FORMATS, GridFormat, format_for, precision_of
 
 Bits = int | Sequence[int] | Mapping[str, int] | Sequence[Mapping[str, int]]
-CALIBRATED = "MixedPrecisionQuantization.calibrated"
 
 
 class MixedPrecisionQuantization(CompressionInSetup):
@@ -72,8 +71,8 @@ class MixedPrecisionQuantization(CompressionInSetup):
         budget: what may be stored; with one, the bits are decided here.
         deciding: how bits are decided under a budget.
         calibrated: how weights are rounded by text, in formats that have a grid, which 4 bits then have by default;
-            left out, each weight goes to its nearest value. Bits under a budget are decided before, and trials of a
-            search are made, with weights at their nearest values.
+            left out, each weight goes to its nearest value. ``sensitivity`` and ``marginal`` measure what linears cost
+            that are rounded by text, too. Trials of a search are made with weights at their nearest values.
 
     Raises:
         UserError: bits, formats or groups that are not offered, bits beside a budget or an allocation without one, tied
@@ -253,7 +252,8 @@ class MixedPrecisionQuantization(CompressionInSetup):
             plan = plan.with_precision(self.precision(plan.architecture.num_layers), **self.tables)
         else:
             plan = plan.with_precision([dict.fromkeys(UNITS, DENSE)] * len(plan.layers), **self.tables)
-            plan, bank = self.allocator.allocate(job, plan)
+            # A search, which takes the allocator as it is, rounds plainly.
+            plan, bank = replace(self.allocator, calibrated=self.calibrated).allocate(job, plan)
         loftq = LoftQSettings.of(job.lora, self.loftq_iterations, job.seed)
         if self.calibrated is None:
             model.quantize(plan, loftq, device=device, bank=bank)

@@ -2,6 +2,8 @@
 
 A candidate plan is then assembled from it in place, bit for bit as if it had been quantized afresh, at the cost of
 putting modules in their places. The dense linears are the model's own; only packed ones take memory beside them.
+Codes that are rounded by text are those on the dense model's inputs (`qpruner.quantization.calibrated_bank`): a plan
+that is carried out by `qpruner.quantization.calibrated` rounds again, on what its linears really get.
 
 In a folder the bank is one safetensors file for each layer, whole or not there, so that filling it goes on where it was
 cut off and processes can share the work; tensors are mapped into memory and read when they are used. The name of a
@@ -10,8 +12,9 @@ tensor is ``linear/precision/part``, where a part is one that the format documen
 
 import shutil
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +29,7 @@ from qpruner.files import hash_json, replacing
 from qpruner.plan import DENSE, CompressionPlan, Precision
 from qpruner.processes import Processes
 from qpruner.quantization.apply import Factors, LoftQSettings, check_rank, linear_precisions, quantize_linear
+from qpruner.quantization.calibrated_bank import BankText, rounded_layers
 from qpruner.quantization.formats import dequantize, num_bytes, rebuild
 from qpruner.quantization.packed import PackedLinear
 
@@ -125,23 +129,31 @@ def fill(
     *,
     layers: Iterable[int] | None = None,
     device: torch.device,
+    text: BankText | None = None,
 ) -> Bank:
     """A bank in memory.
 
     Args:
-        model: narrowed and dense model.
+        model: narrowed and dense model; where text rounds, on the device that computes.
         precisions: precisions to quantize to; dense linears are there anyway.
-        settings: settings of LoftQ; None where adapters start from zero.
+        settings: settings of LoftQ, or of the start that ``text`` asks for; None where adapters start from zero.
         layers: numbers of the layers to quantize, default all; the others can only be dense.
         device: device on which each linear is computed; the bank is on the CPU.
+        text: how codes are rounded by text, by all processes that share it together; None to the nearest values.
 
     Raises:
-        UserError: as `qpruner.quantization.apply.quantize_`.
+        UserError: as `qpruner.quantization.apply.quantize_`, or what reaches a linear is not finite.
     """
     names = _linears(model)
+    numbers = list(range(len(names)) if layers is None else layers)
+    wanted = [precision for precision in precisions if precision != DENSE]
     tensors: dict[str, Tensor] = {}
-    for number in range(len(names)) if layers is None else layers:
-        tensors |= _quantized(model, names[number], precisions, settings, device)
+    if text is not None:
+        for _, layer in _rounded(model, names, wanted, settings, numbers, text):
+            tensors |= layer
+    else:
+        for number in numbers:
+            tensors |= _quantized(model, names[number], wanted, settings, device)
     return Bank(model, tensors)
 
 
@@ -154,22 +166,26 @@ def fill_folder(
     base: str | None,
     layers: Iterable[int] | None = None,
     processes: Processes,
+    text: BankText | None = None,
 ) -> Bank:
-    """A bank in a folder; what is there of it is not made again, unless it is of another model or cut off.
+    """A bank in a folder; what is there of it is not made again, unless it is of another model or text, or cut off.
 
     Args:
         folder: folder of the bank, which all processes see.
-        model: narrowed and dense model.
+        model: narrowed and dense model; where text rounds, on the device that computes.
         precisions: precisions to quantize to.
-        settings: settings of LoftQ; None where adapters start from zero.
+        settings: settings of LoftQ, or of the start that ``text`` asks for; None where adapters start from zero.
         base: hash by which the model is known, which tells whose bank this is.
         layers: numbers of the layers to quantize, default all.
-        processes: processes that share the work, each with the files of every ``world_size``-th layer.
+        processes: processes that share the work, each with the files of every ``world_size``-th layer, or with its part
+            of the text.
+        text: how codes are rounded by text, which all layers before one that is missing pass on to it; None to the
+            nearest values.
 
     Raises:
         UserError: as `fill`, or the disk has no room; on all processes, whichever met it.
     """
-    origin = _origin(base, settings, next(model.parameters()).dtype)
+    origin = _origin(base, settings, next(model.parameters()).dtype, text)
     names = _linears(model)
     layers = list(range(len(names)) if layers is None else layers)
     wanted = [precision for precision in precisions if precision != DENSE]
@@ -180,13 +196,18 @@ def fill_folder(
             check_rank(model, dict.fromkeys(names[number], wanted[0]) if wanted else {}, settings)
         return [number for number in layers if not _holds(_path(folder, number), names[number], wanted, origin)]
 
-    def quantize(missing: Sequence[int]) -> None:
+    def check_disk(missing: Sequence[int]) -> None:
         _check_disk(folder, model, [name for number in missing for name in names[number]], wanted)
+
+    def write(number: int, tensors: dict[str, Tensor]) -> None:
+        with replacing(_path(folder, number)) as temporary:
+            save_file(tensors, temporary, {"origin": origin})
+
+    def quantize(missing: Sequence[int]) -> None:
+        check_disk(missing)
         for number in missing:
             if number % processes.world_size == processes.rank:
-                tensors = _quantized(model, names[number], wanted, settings, processes.device)
-                with replacing(_path(folder, number)) as temporary:
-                    save_file(tensors, temporary, {"origin": origin})
+                write(number, _quantized(model, names[number], wanted, settings, processes.device))
 
     def read() -> Bank:
         if unseen := [str(_path(folder, number)) for number in layers if not _path(folder, number).exists()]:
@@ -194,20 +215,28 @@ def fill_folder(
                 f"{unseen[0]!r} was to be made by another process and is not there. Name a --run.dir on a disk that "
                 f"all machines share."
             )
-        return open_folder(folder, model, settings, base=base)
+        return open_folder(folder, model, settings, base=base, text=text)
 
     missing = processes.of_each(look)  # before any makes a file
-    processes.of_each(lambda: quantize(missing))
+    if text is None:
+        processes.of_each(lambda: quantize(missing))
+    else:
+        missing = processes.broadcast(missing)  # on which text passes, of all processes at once
+        processes.of_each(lambda: check_disk(missing))
+        for number, tensors in _rounded(model, names, wanted, settings, missing, text):
+            processes.of_first(partial(write, number, tensors))
     return processes.of_each(read)
 
 
-def open_folder(folder: Path, model: nn.Module, settings: LoftQSettings | None, *, base: str | None) -> Bank:
+def open_folder(
+    folder: Path, model: nn.Module, settings: LoftQSettings | None, *, base: str | None, text: BankText | None = None
+) -> Bank:
     """The bank that `fill_folder` left; arguments as there.
 
     Raises:
-        UserError: the folder holds a bank of another model or of other settings, or a file was cut off.
+        UserError: the folder holds a bank of another model, other settings or another text, or a file was cut off.
     """
-    origin = _origin(base, settings, next(model.parameters()).dtype)
+    origin = _origin(base, settings, next(model.parameters()).dtype, text)
     tensors: dict[str, Tensor] = {}
     for path in sorted(folder.glob("layer-*.safetensors")):
         with _opened(path, origin) as file:
@@ -229,20 +258,40 @@ def _quantized(
 ) -> dict[str, Tensor]:
     """The tensors of some linears in all precisions."""
     tensors: dict[str, Tensor] = {}
-    wanted = [precision for precision in precisions if precision != DENSE]
     for name in names:
-        check_rank(model, dict.fromkeys([name], wanted[0]) if wanted else {}, settings)
+        check_rank(model, dict.fromkeys([name], precisions[0]) if precisions else {}, settings)
         linear: Any = model.get_submodule(name)
-        for precision in wanted:
+        for precision in precisions:
             quantized = quantize_linear(linear, precision, name, settings, device)
-            parts = quantized.packed.packed()
-            if quantized.factors is not None:
-                parts |= dict(zip(("lora_A", "lora_B"), quantized.factors, strict=True))
-            tensors |= {
-                f"{_key(name, precision)}/{part}": tensor.detach().cpu().contiguous() for part, tensor in parts.items()
-            }
+            tensors |= _tensors(name, precision, quantized.packed.packed(), quantized.factors)
         linear.to(_device(model))  # on which device it was quantized is no matter of the model's
     return tensors
+
+
+def _rounded(
+    model: nn.Module,
+    names: Sequence[Sequence[str]],
+    precisions: Sequence[Precision],
+    settings: LoftQSettings | None,
+    layers: Collection[int],
+    text: BankText,
+) -> Iterator[tuple[int, dict[str, Tensor]]]:
+    """The tensors of some layers in all precisions, rounded by text, layer by layer; the same on all processes."""
+    for number in layers:
+        check_rank(model, dict.fromkeys(names[number], precisions[0]) if precisions else {}, settings)
+    for number, layer in rounded_layers(model, precisions, text, settings, layers):
+        tensors: dict[str, Tensor] = {}
+        for (name, precision), linear in layer.items():
+            tensors |= _tensors(name, precision, linear.state, linear.factors)
+        yield number, tensors
+
+
+def _tensors(
+    name: str, precision: Precision, state: Mapping[str, Tensor], factors: Factors | None
+) -> dict[str, Tensor]:
+    """The tensors of a linear in a precision, as the bank names them."""
+    parts = {**state, **({} if factors is None else dict(zip(("lora_A", "lora_B"), factors, strict=True)))}
+    return {f"{_key(name, precision)}/{part}": tensor.detach().cpu().contiguous() for part, tensor in parts.items()}
 
 
 def _key(name: str, precision: Precision) -> str:
@@ -253,10 +302,11 @@ def _path(folder: Path, number: int) -> Path:
     return folder / f"layer-{number:03d}.safetensors"
 
 
-def _origin(base: str | None, settings: LoftQSettings | None, dtype: torch.dtype) -> str:
-    """What tells a bank from those of other models and settings."""
+def _origin(base: str | None, settings: LoftQSettings | None, dtype: torch.dtype, text: BankText | None) -> str:
+    """What tells a bank from those of other models, settings and texts."""
     start = None if settings is None else asdict(settings)
-    return hash_json([base, start, str(dtype)])
+    by_text = [] if text is None else [asdict(text.config), text.made_from]
+    return hash_json([base, start, str(dtype), *by_text])
 
 
 def _holds(path: Path, names: Iterable[str], precisions: Sequence[Precision], origin: str) -> bool:
@@ -295,7 +345,7 @@ def _opened(path: Path, origin: str) -> Any:
         raise UserError(f"{str(path)!r} is no whole file of a bank: {error}.") from error
     metadata: dict[str, str] = file.metadata() or {}  # type: ignore[no-untyped-call]
     if metadata.get("origin") != origin:
-        raise UserError(f"{str(path)!r} is of a bank of another model, another pruning or another LoftQ.")
+        raise UserError(f"{str(path)!r} is of a bank of another model, pruning, LoftQ or calibration.")
     return file
 
 

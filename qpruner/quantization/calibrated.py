@@ -99,7 +99,7 @@ def calibrate_(
     if config.output_groups:
         linears = {name: model.get_submodule(name) for name in precisions}
         weights = output_weights(model, linears, calibration, config.output_groups)
-    packing = _Packing(model, config, adapters)
+    packing = Packing(model, config, adapters)
     result = Calibrated()
     with block_runner(model, calibration) as runner:
         dense_states = runner.embed()
@@ -107,7 +107,8 @@ def calibrate_(
         states = runner.embed()
         for number, units in enumerate(unit_linears(model)):
             block = BlockInputs(runner, number, calibration, config)
-            firsts = {unit: model.get_submodule(names[0]) for unit, names in units.items()}
+            beside_dense = units if config.rounding.alpha else {}
+            firsts = {unit: model.get_submodule(names[0]) for unit, names in beside_dense.items()}
             calibration.processes.of_each(partial(block.pass_dense, dense_states, firsts))
             stored = layers.read(number, calibration.processes)
             layer: Layer = {} if stored is None else stored
@@ -134,7 +135,7 @@ def calibrate_(
     return result
 
 
-class _Packing:
+class Packing:
     """Makes codes of what is known of a linear's inputs.
 
     Args:

@@ -110,7 +110,7 @@ class BlockInputs:
 
         Args:
             dense_states: states that enter the block, which those that leave it take the place of.
-            linears: a linear of each unit.
+            linears: a linear of each unit whose inputs are wanted.
 
         Raises:
             UserError: states that leave the block are not finite.
@@ -120,7 +120,7 @@ class BlockInputs:
         def see(unit: str, inputs: Tensor, output: Tensor) -> None:
             self._dense_inputs[unit].append(inputs.cpu())
 
-        with watching(dict(linears) if self._config.rounding.alpha else {}, see):
+        with watching(dict(linears), see):
             for place, output in enumerate(self._runner.outputs(self._number, dense_states)):
                 squares = output.float().square().mean(-1).cpu()  # [B, T]
                 if not squares.isfinite().all():
@@ -148,6 +148,18 @@ class BlockInputs:
         with watching({unit: linear}, lambda _, inputs, __: seen.append(inputs.cpu())):
             for _ in self._runner.outputs(self._number, states):
                 pass  # only what reaches the unit is wanted
+        yield from self._of_linears(unit, linear, seen, weights)
+
+    def dense_sums(
+        self, unit: str, linear: nn.Linear, weights: Mapping[str, list[Tensor] | None]
+    ) -> Iterator[tuple[str, SplitSums]]:
+        """As `sums`, of what reached the unit when the dense model's states passed, without another pass."""
+        yield from self._of_linears(unit, linear, self._dense_inputs[unit], weights)
+
+    def _of_linears(
+        self, unit: str, linear: nn.Linear, seen: list[Tensor], weights: Mapping[str, list[Tensor] | None]
+    ) -> Iterator[tuple[str, SplitSums]]:
+        """The sums for each linear of a unit; those that the loss does not weigh share theirs."""
         shared: SplitSums | None = None
         for name, of_outputs in weights.items():
             if of_outputs is not None:

@@ -2,6 +2,7 @@
 
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,20 +14,28 @@ from support.fits import PRUNING, AtStart, adapters, finetuner, fit, logits
 from qpruner.adapters.lora import LoRAConfig
 from qpruner.allocation.budget import Budget
 from qpruner.allocation.decision import Allocation, DecidingConfig
+from qpruner.allocation.items import items_of
 from qpruner.allocation.mutual_information import MutualInformationConfig
+from qpruner.allocation.rises import measured_rises
 from qpruner.allocation.sensitivities import Sensitivities
 from qpruner.anatomy import architecture_of
-from qpruner.calibration.text import CalibrationConfig
+from qpruner.calibration.text import Calibration, CalibrationConfig
 from qpruner.callbacks import MixedPrecisionQuantization, PlannedPruning, StructuredPruning
 from qpruner.callbacks.compression import Compression, Rehearsal
+from qpruner.compressed import CompressedModel
 from qpruner.datamodules import StoriesDataModule
 from qpruner.errors import UserError
 from qpruner.folder_manifest import read_manifest
 from qpruner.memory import tensor_bytes
 from qpruner.model_folder import build_skeleton, load_compressed, read_base_config
 from qpruner.plan import DENSE, CompressionPlan, Precision
+from qpruner.processes import Processes
 from qpruner.pruning.selection import SelectionConfig
+from qpruner.quantization.bank import fill
+from qpruner.quantization.calibrated_bank import BankText
+from qpruner.quantization.calibrated_inputs import CalibratedConfig
 from qpruner.quantization.formats import dequantize
+from qpruner.quantization.rounding import RoundingConfig
 from qpruner.records.folder import RunFolder
 from qpruner.training.module import LoRAFinetuner
 
@@ -360,3 +369,80 @@ def test_a_budget_above_the_dearest_is_told(tiny_llama: Path, stories: StoriesDa
         module = fit(finetuner(tiny_llama), stories, allocating("uniform", Budget(share=4.0)))
     assert module.plan is not None
     assert {one for layer in module.plan.layers for one in layer.precision.values()} == {INT8}
+
+
+# Rounded by text.
+
+BY_TEXT = CalibratedConfig(
+    rounding=RoundingConfig(grid="minmax", refinements=0), text=CalibrationConfig(num_sequences=8, length=12)
+)
+
+
+def calibrated(
+    folder: Path, method: Any = "sensitivity", config: CalibratedConfig | None = BY_TEXT
+) -> MixedPrecisionQuantization:
+    """Units of their own, two or four bits on a grid."""
+    callback = MixedPrecisionQuantization(
+        formats={2: "affine", 4: "affine"},
+        group=32,
+        allocation=method,
+        budget=Budget(average_bits=4),
+        deciding=DecidingConfig(widths=(2, 4), granularity="unit", calibration=TEXT),
+        calibrated=config,
+    )
+    callback.folder = RunFolder(folder)
+    return callback
+
+
+def test_costs_are_those_of_linears_that_text_has_rounded(
+    tiny_llama: Path, stories: StoriesDataModule, tmp_path: Path
+) -> None:
+    callback = calibrated(tmp_path)
+    module = fit(in_folder(tiny_llama, tmp_path), stories, callback)
+    measured = Sensitivities.read(RunFolder(tmp_path).sensitivities)
+    alone, network = Processes.alone(), CompressedModel.load(str(tiny_llama), dtype="auto").network
+    text = BankText(BY_TEXT, Calibration.share(stories.calibration(8, 12), alone, 4096), {})
+    bank = fill(network, measured.precisions, None, device=alone.device, text=text)
+    items = items_of(2, "unit", ())
+    deciding = Calibration.share(stories.calibration(6, 12), alone, 4)
+    kl, loss = measured_rises(network, bank, items, measured.precisions, deciding)
+    assert [one.item for one in measured.rises or ()] == items
+    torch.testing.assert_close(torch.tensor([one.kl for one in measured.rises or ()], dtype=torch.float64), kl)
+    torch.testing.assert_close(torch.tensor([one.loss for one in measured.rises or ()], dtype=torch.float64), loss)
+    plain = fill(network, measured.precisions, None, device=alone.device)
+    at_nearest, _ = measured_rises(network, plain, items, measured.precisions, deciding)
+    assert kl[:, 0].sum() < 0.8 * at_nearest[:, 0].sum()
+    # The plan is carried out by text as ever, and what led to it is gone; a search rounds plainly.
+    assert not RunFolder(tmp_path).bank.exists() and not RunFolder(tmp_path).calibrated.exists()
+    assert module.compressed.average_bits is not None and module.compressed.average_bits <= 4
+    assert callback.allocator is not None and callback.allocator.calibrated is None
+
+
+def test_other_rounding_is_measured_anew_and_the_same_is_not(
+    tiny_llama: Path, stories: StoriesDataModule, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, found = RunFolder(tmp_path), []
+    for config in (BY_TEXT, replace(BY_TEXT, tokens="equal"), None):
+        with pytest.raises(InterruptedError):
+            fit(finetuner(tiny_llama), stories, calibrated(tmp_path, config=config), PowerCut())
+        found.append(Sensitivities.read(folder.sensitivities))
+        shutil.rmtree(folder.bank)
+        with monkeypatch.context() as patch:
+            without_measuring(patch)
+            with pytest.raises(InterruptedError):
+                fit(finetuner(tiny_llama), stories, calibrated(tmp_path, config=config), PowerCut())
+        assert folder.bank.exists() == (config is None)  # what text rounds is rounded anew as the plan says
+        shutil.rmtree(folder.bank, ignore_errors=True)
+    assert len({str(one.rises) for one in found}) == 3
+
+
+def test_information_does_not_depend_on_rounding(
+    tiny_llama: Path, stories: StoriesDataModule, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(InterruptedError):
+        fit(finetuner(tiny_llama), stories, calibrated(tmp_path, "mutual_information"), PowerCut())
+    without_measuring(monkeypatch)
+    other = calibrated(tmp_path, "mutual_information", replace(BY_TEXT, tokens="equal"))
+    with pytest.raises(InterruptedError):
+        fit(finetuner(tiny_llama), stories, other, PowerCut())
+    assert not RunFolder(tmp_path).bank.exists()

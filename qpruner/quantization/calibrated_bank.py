@@ -1,0 +1,100 @@
+"""The linears of a model in many precisions, rounded by text that passes through the dense model once.
+
+A bank serves plans that are not known yet, so that there is no quantized prefix: each linear is rounded by what reaches
+it in the dense model, whatever the others are held in. Of each linear the inputs are summed up once, and each precision
+is rounded by the same sums (`qpruner.quantization.rounding`), with the same held-out text to fall back by, as where a
+plan is carried out (`qpruner.quantization.calibrated`). Only the target at the dense model's outputs
+(``rounding.alpha``) falls away, since the inputs are the dense ones.
+
+**Why.** At few bits plain rounding costs many times what rounding by text does, and not by the same factor for all: a
+budget that is shared out by the costs of plain codes buys too much for what text rounds well. **Cost.** For each linear
+one rounding for each precision; the text passes through the model once, and once more and back where the loss weighs
+tokens.
+"""
+
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+from torch import Tensor
+
+from qpruner.anatomy import unit_linears
+from qpruner.calibration.blocks import block_runner
+from qpruner.calibration.output_gradients import output_weights
+from qpruner.calibration.text import Calibration
+from qpruner.plan import Precision
+from qpruner.quantization.apply import LoftQSettings
+from qpruner.quantization.calibrated import Packing
+from qpruner.quantization.calibrated_inputs import BlockInputs, CalibratedConfig, SplitSums
+from qpruner.quantization.calibrated_layers import RoundedLinear
+
+
+@dataclass(frozen=True)
+class BankText:
+    """How the codes of a bank are rounded by text.
+
+    Args:
+        config: options of the rounding, of which ``rounding.alpha`` does not count.
+        calibration: this process's share of the text.
+        made_from: plain data that tells the text and how the model computes on it, for a bank that is kept.
+    """
+
+    config: CalibratedConfig
+    calibration: Calibration
+    made_from: Mapping[str, Any]
+
+
+def rounded_layers(
+    model: Any,
+    precisions: Sequence[Precision],
+    text: BankText,
+    adapters: LoftQSettings | None,
+    layers: Collection[int],
+) -> Iterator[tuple[int, dict[tuple[str, Precision], RoundedLinear]]]:
+    """The linears of some layers in all precisions, layer by layer, the same on all processes.
+
+    Beside the model it holds the hidden states of the text, and of one block the inputs of its linears and their sums.
+
+    Args:
+        model: narrowed and dense model, on the device that computes; it is left as it was.
+        precisions: precisions to round to, without dense. To a format that has no grid rounding is plain.
+        text: how to round.
+        adapters: how adapters start; None to start them at zero.
+        layers: numbers of the layers to round.
+
+    Yields:
+        The number of each layer, lowest first, and its linears by name and precision.
+
+    Raises:
+        UserError: fewer tokens that decide than a linear has inputs, or what reaches a linear is not finite.
+    """
+    if not layers:
+        return
+    config = replace(text.config, rounding=replace(text.config.rounding, alpha=0.0))
+    units_of, calibration = unit_linears(model), text.calibration
+    linears = {
+        name: model.get_submodule(name) for layer in layers for names in units_of[layer].values() for name in names
+    }
+    config.check_text(max(linear.in_features for linear in linears.values()))
+    weights: dict[str, list[Tensor]] = {}
+    if config.output_groups:
+        weights = output_weights(model, linears, calibration, config.output_groups)
+    packing = Packing(model, config, adapters)
+
+    def in_each(name: str, sums: SplitSums) -> dict[tuple[str, Precision], RoundedLinear]:
+        return {(name, precision): packing.round(name, precision, sums) for precision in precisions}
+
+    with block_runner(model, calibration) as runner:
+        states = runner.embed()
+        for number in range(max(layers) + 1):
+            units = units_of[number] if number in layers else {}
+            firsts = {unit: linears[names[0]] for unit, names in units.items()}
+            block = BlockInputs(runner, number, calibration, config)
+            calibration.processes.of_each(partial(block.pass_dense, states, firsts))
+            layer: dict[tuple[str, Precision], RoundedLinear] = {}
+            for unit, names in units.items():
+                for name, sums in block.dense_sums(unit, firsts[unit], {name: weights.get(name) for name in names}):
+                    layer |= calibration.processes.of_first(partial(in_each, name, sums))
+            if units:
+                yield number, layer
