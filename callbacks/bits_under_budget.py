@@ -112,7 +112,7 @@ class Allocator:
         return decided, bank
 
     def measure(self, job: CompressionJob, plan: CompressionPlan) -> tuple[Sensitivities | None, Bank | None]:
-        """What the costs of the method are made of, None for ``uniform``; and the bank that it was measured with, if any.
+        """What the costs of the method are made of, None for ``uniform``; and the bank that it was measured with.
 
         Args:
             job: the model, pruned or not, and dense, and what may be used for it.

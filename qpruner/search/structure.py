@@ -23,6 +23,7 @@ from qpruner.errors import UserError
 
 Floats = npt.NDArray[np.float64]
 Integers = npt.NDArray[np.int64]
+Booleans = npt.NDArray[np.bool_]
 Kind = Literal["kv_groups", "ffn_channels"]
 
 SWAY = 0.25
@@ -116,7 +117,7 @@ class Structure:
     def num_coordinates(self) -> int:
         return 1 + len(self.parts)
 
-    def decode(self, points: Floats, fits: Callable[[Integers], npt.NDArray[np.bool_]]) -> Integers:
+    def decode(self, points: Floats, fits: Callable[[Integers], Booleans]) -> Integers:
         """The structures of points.
 
         Args:
@@ -138,8 +139,10 @@ class Structure:
 
     def encode(self, structure: Integers) -> Floats:
         """Coordinates of a structure [parts] that is allowed."""  # [1 + parts]
-        moved = [part.shares[place] - part.shares[part.start] for part, place in zip(self.parts, structure, strict=True)]
-        return np.array([0.0, *(move / (SWAY * (1 - self.least)) for move in moved)])
+        moved = [
+            part.shares[place] - part.shares[part.start] for part, place in zip(self.parts, structure, strict=True)
+        ]
+        return np.array([0.0, *moved]) / (SWAY * (1 - self.least))
 
     def multiply_adds(self, structures: Integers) -> Integers:
         """[points], multiply-adds of a token in the linears of the parts."""
@@ -166,7 +169,7 @@ class Structure:
         """How many units of each part stay."""
         return [part.counts[place] for part, place in zip(self.parts, structure, strict=True)]
 
-    def _allowed(self, structures: Integers, fits: Callable[[Integers], npt.NDArray[np.bool_]]) -> npt.NDArray[np.bool_]:
+    def _allowed(self, structures: Integers, fits: Callable[[Integers], Booleans]) -> Booleans:
         if self.most_multiply_adds is None:
             return fits(structures)
         return fits(structures) & (self.multiply_adds(structures) <= self.most_multiply_adds)
