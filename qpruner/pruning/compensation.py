@@ -209,9 +209,7 @@ def _lost(
 ) -> dict[str, "SplitSums"]:
     """What each linear lost of the outputs that it gave; the states pass on to the next dense layer."""
     device = calibration.processes.device
-    sums = {
-        name: SplitSums(linear.in_features, linear.out_features, device) for name, linear in narrow.linears.items()
-    }
+    sums = {name: SplitSums(linear.in_features, linear.out_features, device) for name, linear in narrow.linears.items()}
     for place, (output, seen) in enumerate(dense.work(states)):
         for name, linear in narrow.linears.items():
             inputs = seen[name].inputs[..., places[name].to(seen[name].inputs.device)]

@@ -58,9 +58,7 @@ def gather_sums(model: Any, calibration: Calibration, consume: Callable[[int, di
             )
 
 
-def fit_without(
-    tensors: Mapping[str, Tensor], projection: str, weight: Tensor, stay: Tensor, *, bias: bool
-) -> Fit:
+def fit_without(tensors: Mapping[str, Tensor], projection: str, weight: Tensor, stay: Tensor, *, bias: bool) -> Fit:
     """The best change of a linear once some of its inputs are gone; as `compensate_` by ``local``.
 
     Args:

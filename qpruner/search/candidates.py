@@ -14,7 +14,7 @@ from qpruner.plan import CompressionPlan, Precision
 from qpruner.pruning.scores import LayerScores
 from qpruner.pruning.selection import Kept, keep_highest
 from qpruner.search.ledger import Key
-from qpruner.search.structure import Kind
+from qpruner.search.structure import Kind, Structure
 
 
 @dataclass(frozen=True)
@@ -60,6 +60,23 @@ class Candidates:
         """The plan of a key's ``choices``, and of its ``units`` where widths are searched."""
         plan = self.base if self.ranking is None else self.base.keeping(self.ranking.kept(key["units"]))
         return with_choices(plan, self.items, [self.precisions[choice] for choice in key["choices"]])
+
+    def row(self, plan: CompressionPlan, structure: Structure) -> list[int]:
+        """The row of a plan: its numbers of units and its bits, or the nearest to these that a search has.
+
+        Args:
+            plan: plan for the model that the base was made of.
+            structure: how wide layers may be.
+        """
+        row = []
+        for part in structure.parts:
+            units = len(getattr(plan.layers[part.layer], part.kind))
+            row.append(min(range(len(part.counts)), key=lambda place: abs(part.counts[place] - units)))
+        for item in self.items:
+            bits = [plan.layers[item.layer].precision[unit].bits for unit in item.units]
+            mean = sum(bits) / len(bits)
+            row.append(min(range(len(self.precisions)), key=lambda place: abs(self.precisions[place].bits - mean)))
+        return row
 
 
 def write_scores(path: Path, scores: Sequence[LayerScores], made_from: str) -> None:

@@ -42,6 +42,7 @@ class OptimizerSettings:
         num_trials: number of trials that will be told, at least 1; many of Nevergrad's optimizers plan for them.
         num_workers: number of trials that are out at once, at least 1.
         seed: seed of the random draws.
+        starts: points that are proposed before others.
     """
 
     name: str
@@ -49,6 +50,7 @@ class OptimizerSettings:
     num_trials: int
     num_workers: int
     seed: int
+    starts: tuple[list[float], ...] = ()
 
 
 def make_optimizer(settings: OptimizerSettings) -> Optimizer:
@@ -64,9 +66,14 @@ def make_optimizer(settings: OptimizerSettings) -> Optimizer:
     check_optimizer(name, num_workers)
     array = ng.p.Array(init=np.zeros(settings.space.dimension))
     array.random_state = np.random.RandomState(derive_seed(settings.seed, "search", name) % 2**32)
+    optimizer: Optimizer
     if name in OURS:
-        return OURS[name](array, budget, num_workers, space=settings.space, seed=settings.seed)
-    return ng.optimizers.registry[name](array, budget, num_workers)
+        optimizer = OURS[name](array, budget, num_workers, space=settings.space, seed=settings.seed)
+    else:
+        optimizer = ng.optimizers.registry[name](array, budget, num_workers)
+    for start in reversed(settings.starts):  # the last one suggested is the first one asked about
+        optimizer.suggest(np.array(start))
+    return optimizer
 
 
 def check_optimizer(name: str, num_workers: int) -> None:

@@ -157,6 +157,21 @@ class SearchSpace:
             stopped[rows, item] |= ~fits
         return np.concatenate([structures, taken], axis=1)
 
+    def origin(self, *, alike: bool = False) -> list[int]:
+        """The plan of the origin, which is the prior's.
+
+        Args:
+            alike: whether all items are to have the same choice, the widest that fits.
+        """  # [parts + items]
+        (plan,) = self.decode(np.zeros((1, self.dimension)))
+        if alike:
+            most = min(len(item) for item in self.choices)
+            rows = np.tile(plan, (most, 1))
+            rows[:, self.num_parts :] = np.arange(most)[:, None]
+            plan = rows[np.flatnonzero(self.sizes(rows) <= self.limit)[-1]]
+        row: list[int] = plan.tolist()
+        return row
+
     def encode(self, plan: Sequence[int]) -> Floats:
         """A point whose plan this is, if it fits and no upgrade can be added to it; else one whose plan is near.
 

@@ -74,10 +74,7 @@ class Searched:
         )
         self.space = SearchSpace(
             [
-                [
-                    Choice(item.num_bytes(widths, precision, 2), cost / 2**precision.bits)
-                    for precision in PRECISIONS
-                ]
+                [Choice(item.num_bytes(widths, precision, 2), cost / 2**precision.bits) for precision in PRECISIONS]
                 for item, cost in zip(self.items, costs, strict=True)
             ],
             [[2, 4, 8]] * len(self.items),
@@ -191,8 +188,14 @@ def test_a_plan_is_found_again_from_its_point() -> None:
 @pytest.mark.parametrize(
     ("budget", "said"),
     [
-        (Budget(share=0.001), r"share|cheapest plan, with search\.structure\.least 0\.25 .* in affine-double 2/32, has"),
-        (Budget(share=0.5, multiply_adds=0.1), r"narrowest structure with search\.structure\.least 0\.25 has [\d,]+ \("),
+        (
+            Budget(share=0.001),
+            r"share|cheapest plan, with search\.structure\.least 0\.25 .* in affine-double 2/32, has",
+        ),
+        (
+            Budget(share=0.5, multiply_adds=0.1),
+            r"narrowest structure with search\.structure\.least 0\.25 has [\d,]+ \(",
+        ),
         (Budget(average_bits=3), "bits per weight say nothing of size. Give share or bytes"),
     ],
 )
