@@ -84,7 +84,7 @@ ALLOWED: dict[str, set[str]] = {
     "outline": {"anatomy"},
     "plan": {"errors", "files"},
     "plan_command": {
-        "anatomy", "errors", "files", "memory", "model_folder", "options", "outline", "plan", "pretrained", "pricing",
+        "allocation", "anatomy", "errors", "files", "memory", "model_folder", "options", "outline", "plan", "pretrained", "pricing",
         "pruning", "records",
     },
     "prequantized": {"errors"},
@@ -104,9 +104,9 @@ ALLOWED: dict[str, set[str]] = {
     },
     "schema": {"errors", "files"},
     "search": {
-        "allocation", "callbacks", "compressed", "datamodules", "errors", "files", "folder_manifest", "likelihood",
-        "memory", "model_folder", "plan", "pretrained", "pricing", "processes", "quantization", "records", "seeds",
-        "training",
+        "adapters", "allocation", "anatomy", "calibration", "callbacks", "compressed", "datamodules", "errors", "files",
+        "folder_manifest", "likelihood", "memory", "outline", "plan", "pretrained", "pricing", "processes", "pruning",
+        "quantization", "records", "seeds", "training",
     },
     "tensor_files": {"errors", "files", "folder_manifest"},
     "training": {

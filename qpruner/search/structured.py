@@ -10,16 +10,19 @@ from dataclasses import asdict, dataclass, replace
 from lightning.pytorch.utilities import rank_zero_info
 
 from qpruner.allocation.budget import Budget
-from qpruner.allocation.decision import Allocation, Method, decide, in_order
+from qpruner.allocation.decision import Allocation, Method, decide, in_order, with_choices
 from qpruner.callbacks import StructuredPruning
 from qpruner.callbacks.bits_under_budget import Allocator
 from qpruner.callbacks.calibration import calibration_of
 from qpruner.callbacks.compression import CompressionInSetup, CompressionJob
 from qpruner.errors import UserError
 from qpruner.files import hash_json
+from qpruner.outline import outline_of
 from qpruner.plan import CompressionPlan
 from qpruner.pruning.rounds import asked_for
 from qpruner.pruning.scores import LayerScores, needs_text, score_units
+from qpruner.pruning.widths import with_widths
+from qpruner.quantization.apply import LoftQSettings, check_rank, linear_precisions
 from qpruner.records.folder import RunFolder
 from qpruner.search.assembly import has_sums, keep_sums
 from qpruner.search.candidates import Ranking, read_scores, write_scores
@@ -86,14 +89,19 @@ def prepare_structures(
         config: how wide layers may be.
 
     Raises:
-        UserError: a budget that no structure meets, or what scoring and allocation refuse.
+        UserError: a budget that no structure meets, adapters of a rank above that of the narrowest linear, or what
+            scoring and allocation refuse.
     """
     folder, network = job.folder, job.model.network
     assert folder is not None
     items = allocator.items(plan)
     structures = Structures(network, plan, config, scoring.selection, job.lora)
     precisions = in_order(plan, items, allocator.precisions, network.dtype.itemsize)
-    limit = structures.limit(items, precisions, allocator.budget)  # before what takes long
+    limit = structures.limit(items, precisions, allocator.budget)  # before what takes long, as is the next
+    narrowest = outline_of(with_widths(network.config, structures.least))
+    packed = with_choices(plan, items, [precisions[0]] * len(items))
+    loftq = LoftQSettings.of(job.lora, allocator.loftq_iterations, job.seed)
+    check_rank(narrowest, linear_precisions(narrowest, packed), loftq)
     scores = _scores(job, scoring)
     if scoring.compensating.how != "none":
         _sums(job, scoring)
