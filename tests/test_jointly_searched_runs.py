@@ -1,4 +1,4 @@
-"""Searches of widths and bits together, from the command line: their record, a kill, warm starts, and what is refused."""
+"""Searches of widths and bits together, from the command line: record, kill, warm start, and what is refused."""
 
 import json
 from collections.abc import Callable

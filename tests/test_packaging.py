@@ -84,8 +84,8 @@ ALLOWED: dict[str, set[str]] = {
     "outline": {"anatomy"},
     "plan": {"errors", "files"},
     "plan_command": {
-        "allocation", "anatomy", "errors", "files", "memory", "model_folder", "options", "outline", "plan", "pretrained", "pricing",
-        "pruning", "records",
+        "allocation", "anatomy", "errors", "files", "memory", "model_folder", "options", "outline", "plan",
+        "pretrained", "pricing", "pruning", "records",
     },
     "prequantized": {"errors"},
     "pretrained": {"conv1d", "errors", "files", "loading_info", "model_files", "prequantized"},

@@ -25,7 +25,8 @@ from nevergrad.optimization.base import Optimizer
 
 from qpruner.errors import UserError, nearest
 from qpruner.search.gaussian import expected_improvement, fit, posterior
-from qpruner.search.space import Floats, Integers, SearchSpace
+from qpruner.search.space import SearchSpace
+from qpruner.search.structure import Floats, Integers
 from qpruner.seeds import derive_seed
 
 POOL = 1024  # plans that a proposal is picked from

@@ -212,9 +212,12 @@ class Structures:
 
     def _with(self, number: int, kind: Kind, count: int) -> Architecture:
         """The widths of the dense model, but for one part."""
-        widths = list(getattr(self.plan.widths, kind))
-        widths[number] = count
-        return replace(self.plan.widths, **{kind: tuple(widths)})
+        whole = self.plan.widths
+        counts = list(getattr(whole, kind))
+        counts[number] = count
+        if kind == "kv_groups":
+            return replace(whole, kv_groups=tuple(counts))
+        return replace(whole, ffn_channels=tuple(counts))
 
     def _multiply_adds(self, number: int, kind: Kind, count: int) -> int:
         shapes = unit_shapes(self._with(number, kind, count), number)

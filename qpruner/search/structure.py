@@ -162,7 +162,9 @@ class Structure:
 
     def change(self, item: int, structures: Integers) -> Integers:
         """[points, choices], bytes of an item above those that it has where all units stay."""
-        total: Integers = sum((table[structures[:, part]] for part, table in self.changes[item]), start=np.int64(0))  # type: ignore[assignment]
+        total = np.zeros((len(structures), 1), dtype=np.int64)
+        for part, table in self.changes[item]:
+            total = total + table[structures[:, part]]
         return total
 
     def counts(self, structure: Sequence[int]) -> list[int]:

@@ -30,11 +30,12 @@ from qpruner.search.config import SearchConfig
 from qpruner.search.executors import check_executor, make_executor
 from qpruner.search.ledger import Key, Ledger, Scores, TrialRecord
 from qpruner.search.loop import Judge, finish_started, run_listed, run_trials
-from qpruner.search.preparation import part_of, prepare
+from qpruner.search.preparation import prepare
 from qpruner.search.proposals import OptimizerFailed, Point, Score, open_proposals
 from qpruner.search.rehearsal import check_runs
 from qpruner.search.results import named, proposers, tried
 from qpruner.search.space import SearchSpace
+from qpruner.search.structured import part_of
 from qpruner.search.succession import settings_of, succeed
 from qpruner.search.trial import TrialWork
 from qpruner.search.trial_trainer import TrialTrainer, check_options
