@@ -22,7 +22,7 @@ from qpruner.allocation.decision import Allocation, DecidingConfig
 from qpruner.callbacks import MixedPrecisionQuantization
 from qpruner.records.tables import markdown_table
 from qpruner.search.config import SearchConfig
-from qpruner.search.preparation import part_of
+from qpruner.search.structured import part_of
 from qpruner.search.trainer import Search, SearchTrainer
 from qpruner.search.trial_trainer import TrialTrainer
 from qpruner.training.module import LoRAFinetuner

@@ -63,10 +63,12 @@ class Allocator:
         """Finds, before any work, that the budget is too small or that no layers are left to decide on.
 
         Raises:
-            UserError: it is, or there are none.
+            UserError: it is, or there are none; or the budget bounds multiply-adds, which bits do not change.
         """
+        if not rehearsal.decides_on_widths:
+            self._check_multiply_adds()
         plan = rehearsal.plan
-        items = self._items(plan)
+        items = self.items(plan)
         if rehearsal.exact:
             plan = plan.with_precision([dict.fromkeys(UNITS, DENSE)] * len(plan.layers), **tables)
             targets = rehearsal.lora.target_modules
@@ -85,9 +87,10 @@ class Allocator:
             plan: plan of the pruned model; its tables have their precision.
 
         Raises:
-            UserError: the budget is below the cheapest plan, or too little calibration text.
+            UserError: the budget is below the cheapest plan or bounds multiply-adds, or too little calibration text.
         """
-        items = self._items(plan)
+        self._check_multiply_adds()
+        items = self.items(plan)
         network = job.model.network
 
         def price_of(plan: CompressionPlan) -> Price:
@@ -95,7 +98,7 @@ class Allocator:
 
         dense_size = network.dtype.itemsize
         affordable(plan, items, self.precisions, self.budget, dense_size=dense_size, price_of=price_of)
-        sensitivities, bank = self._sensitivities(job, plan, items)
+        sensitivities, bank = self.measure(job, plan)
         decided, allocation = decide(
             plan,
             items,
@@ -114,8 +117,38 @@ class Allocator:
             allocation.write(job.folder.allocation)
         return decided, bank
 
-    def _items(self, plan: CompressionPlan) -> list[Item]:
+    def measure(self, job: CompressionJob, plan: CompressionPlan) -> tuple[Sensitivities | None, Bank | None]:
+        """What the costs of the method are made of, None for ``uniform``; and the bank that it was measured with.
+
+        Args:
+            job: the model, pruned or not, and dense, and what may be used for it.
+            plan: plan of the model; its tables have their precision.
+
+        Raises:
+            UserError: too little calibration text.
+        """
+        return self._sensitivities(job, plan, self.items(plan))
+
+    def items(self, plan: CompressionPlan) -> list[Item]:
+        """What gets bits of its own.
+
+        Raises:
+            UserError: a layer to leave alone that is not there, or none but such layers.
+        """
         return items_of(plan.architecture.num_layers, self.config.granularity, self.config.leave_alone)
+
+    def _check_multiply_adds(self) -> None:
+        """Makes sure that nothing is asked of bits that they cannot give.
+
+        Raises:
+            UserError: the budget bounds multiply-adds.
+        """
+        if self.budget.multiply_adds is not None:
+            raise UserError(
+                f"budget.multiply_adds is {self.budget.multiply_adds:g}, and MixedPrecisionQuantization decides on "
+                f"bits alone, which change no multiply-adds. Leave it out and prune with StructuredPruning, or have "
+                f"`qpruner search` decide on the widths of layers, too, with --search.structure.least 0.5."
+            )
 
     def _sensitivities(
         self, job: CompressionJob, plan: CompressionPlan, items: Sequence[Item]
@@ -169,7 +202,7 @@ class Allocator:
             UserError: too little calibration text.
         """
         settings, network, processes = self._loftq(job), job.model.network, job.processes
-        layers = sorted({item.layer for item in self._items(plan)})
+        layers = sorted({item.layer for item in self.items(plan)})
         text = self._text(job)
         if job.folder is None:
             return fill(network, self.precisions, settings, layers=layers, device=processes.device, text=text)

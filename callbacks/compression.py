@@ -34,6 +34,7 @@ class Rehearsal:
         lora: the adapters that it is going to have.
         exact: whether its widths are those of the fit; they are not where they depend on scores.
         precisions: precisions that its linears may get; none as long as nothing quantizes.
+        decides_on_widths: whether the widths of layers are decided later, together with bits.
 
     Attributes:
         plan: plan of the model, all of it dense; which units are kept is made up.
@@ -46,9 +47,11 @@ class Rehearsal:
     lora: LoRAConfig
     exact: bool = True
     precisions: frozenset[Precision] = frozenset()
+    decides_on_widths: bool = False
 
     def __post_init__(self) -> None:
         target_linears(self.model, self.lora.target_modules)
+        self.exact = self.exact and not self.decides_on_widths
         self._dense = CompressionPlan.dense(architecture_of(self.model.config), None)
 
     @property

@@ -45,6 +45,11 @@ class Price:
         """All bits that hold the weights of units, scales included, over the number of these weights."""
         return 8 * self.unit_weight_bytes / self.weights
 
+    @property
+    def multiply_adds(self) -> int:
+        """Multiply-adds of the decoder linears for a token: one for each weight, whatever its precision."""
+        return self.weights
+
 
 def price(model: torch.nn.Module, plan: CompressionPlan, *, rank: int = 0, targets: Sequence[str] | str = ()) -> Price:
     """Prices a plan.

@@ -21,7 +21,10 @@ CONFIGS = sorted((Path(__file__).parents[1] / "configs").rglob("*.yaml"))
 SEARCHES = [path for path in CONFIGS if "\nsearch:\n" in path.read_text()]
 
 
-LAYERS = {"quickstart": 6, "budget": 6, "low_bits": 6, "loraprune": 6, "search": 6, "llama32_1b": 16, "qwen3_06b": 28}
+LAYERS = {
+    **dict.fromkeys(("quickstart", "budget", "low_bits", "loraprune", "search", "joint_search"), 6),
+    **{"llama32_1b": 16, "qwen3_06b": 28},
+}
 """Of the models that configurations are for; 32 where nothing is said."""
 
 
@@ -50,6 +53,7 @@ def local_data(tmp_path: Path) -> dict[str, list[str]]:
         "text": [*text, "--data.init_args.max_length=64"],
         "budget": ["--data.num_train=350", "--data.num_validation=4", "--data.num_test=4", "--data.num_choices=2"],
         "search": ["--data.num_train=350", "--data.num_validation=4", "--data.num_test=4"],
+        "joint_search": ["--data.num_train=350", "--data.num_validation=4", "--data.num_test=4"],
         "loraprune": ["--data.num_train=40", "--data.num_validation=4", "--data.num_test=4", "--data.num_choices=2"],
         "low_bits": [
             *("--data.num_train=90", "--data.num_validation=4", "--data.num_test=4", "--data.num_choices=2"),
@@ -140,7 +144,10 @@ def test_config_runs_on_a_tiny_stand_in(path: Path, tmp_path: Path, local_data: 
 
 @pytest.mark.parametrize(
     "path",
-    [pytest.param(path, marks=[pytest.mark.slow] if path.stem != "search" else []) for path in SEARCHES],
+    [
+        pytest.param(path, marks=[] if path.stem in ("search", "joint_search") else [pytest.mark.slow])
+        for path in SEARCHES
+    ],
     ids=lambda path: path.stem,
 )
 def test_search_runs_on_a_tiny_stand_in(path: Path, tmp_path: Path, local_data: dict[str, list[str]]) -> None:
@@ -167,7 +174,9 @@ def test_search_runs_on_a_tiny_stand_in(path: Path, tmp_path: Path, local_data: 
     folder = tmp_path / "runs" / path.stem
     results = SearchResults.read(folder / "search.json")
     assert {"boolq/accuracy", "winogrande/accuracy"} <= results.trials[0].scores.keys() or "tasks" not in path.stem
-    assert len(results.trials) == 2 and len(results.items) >= layers - 6 and results.bits == (4, 8)
+    assert len(results.trials) == 2 and len(results.items) >= layers - 6
+    assert results.bits == ((2, 3, 4) if path.stem == "joint_search" else (4, 8))
+    assert bool(results.parts) == (path.stem == "joint_search")
     assert CompressionPlan.read(folder / "plan.json").architecture.num_layers == layers
 
 
@@ -175,7 +184,7 @@ def test_configs_name_what_they_are_for() -> None:
     assert {path.stem for path in CONFIGS} >= {
         "alpaca", "budget", "llama32_1b", "llm_pruner", "loraprune", "loraprune_llama2_7b", "quickstart",
         "qpruner2_llama2_7b_20", "qpruner3_llama2_7b_20", "qpruner3_llama2_7b_tasks",
-        "qwen3_06b", "search", "text",
+        "joint_search", "qwen3_06b", "search", "text",
         *(f"qpruner_llama2_7b_{share}" for share in (20, 30, 50)),
     }  # fmt: skip
     assert all(path.read_text().startswith("# ") for path in CONFIGS)

@@ -84,8 +84,8 @@ ALLOWED: dict[str, set[str]] = {
     "outline": {"anatomy"},
     "plan": {"errors", "files", "precision", "ranges"},
     "plan_command": {
-        "anatomy", "errors", "files", "memory", "model_folder", "options", "outline", "plan", "pretrained", "pricing",
-        "pruning", "records",
+        "allocation", "anatomy", "errors", "files", "memory", "model_folder", "options", "outline", "plan",
+        "pretrained", "pricing", "pruning", "records",
     },
     "precision": {"errors", "ranges"},
     "prequantized": {"errors"},
@@ -106,9 +106,9 @@ ALLOWED: dict[str, set[str]] = {
     },
     "schema": {"errors", "files"},
     "search": {
-        "allocation", "callbacks", "compressed", "datamodules", "errors", "files", "folder_manifest", "likelihood",
-        "memory", "model_folder", "plan", "pretrained", "pricing", "processes", "quantization", "records", "seeds",
-        "training",
+        "adapters", "allocation", "anatomy", "calibration", "callbacks", "compressed", "datamodules", "errors", "files",
+        "folder_manifest", "likelihood", "memory", "outline", "plan", "pretrained", "pricing", "processes", "pruning",
+        "quantization", "records", "seeds", "training",
     },
     "tensor_files": {"errors", "files", "folder_manifest"},
     "training": {

@@ -1,8 +1,8 @@
-"""How many bytes a model may take, said in one of three ways."""
+"""How many bytes a model may take, said in one of three ways, and how many multiply-adds a token may cost."""
 
 import math
 import re
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from fractions import Fraction
 
 from qpruner.anatomy import unit_shapes
@@ -24,7 +24,7 @@ AMOUNT = re.compile(r"\s*(?P<number>[\d._]+(?:e\+?\d{1,2})?)\s*(?P<unit>[a-z]*)\
 
 @dataclass(frozen=True)
 class Budget:
-    """What a model may take; exactly one of three.
+    """What a model may take: bytes, said in exactly one of three ways, and multiply-adds besides where these count.
 
     Args:
         bytes: bytes of all that is stored: decoder linears, embedding, head, norms and adapters. A whole number, or one
@@ -32,17 +32,22 @@ class Budget:
         average_bits: bits per weight of the decoder linears, scales included.
         share: share of the bytes that the decoder linears of the dense, unpruned model take in 16 bits. Above 1 where
             that is to be no limit.
+        multiply_adds: share, in (0, 1], of the multiply-adds that a token costs in the decoder linears of the dense,
+            unpruned model. Only narrower layers save any, so that it takes something that decides on widths of layers.
 
     Raises:
-        UserError: none or several given, an amount that is not above 0, or an unknown unit.
+        UserError: none or several of the three given, an amount that is not above 0, an unknown unit, or a share of
+            multiply-adds above 1.
     """
 
     bytes: int | str | None = None
     average_bits: float | None = None
     share: float | None = None
+    multiply_adds: float | None = None
 
     def __post_init__(self) -> None:
         given = {name: value for name, value in asdict(self).items() if value is not None}
+        given.pop("multiply_adds", None)
         if len(given) != 1:
             amounts = ", ".join(f"{name} {value!r}" for name, value in given.items()) or "none of them"
             raise UserError(f"A budget has one of bytes, average_bits and share, and here {amounts}. Give exactly one.")
@@ -50,6 +55,12 @@ class Budget:
             parse_bytes(self.bytes)
         _check("average_bits", self.average_bits, "bits per weight, scales included, such as 4.5")
         _check("share", self.share, "the share of the 16-bit bytes of the dense decoder linears, such as 0.3")
+        _check("multiply_adds", self.multiply_adds, "the share of those of the dense decoder linears, such as 0.7")
+        if self.multiply_adds is not None and self.multiply_adds > 1:
+            raise UserError(
+                f"budget.multiply_adds is {self.multiply_adds!r}; it is a share in (0, 1] of the multiply-adds of the "
+                f"dense decoder linears. Give a smaller one, such as 0.7, or leave it out."
+            )
 
     def limit(self, price: Price, plan: CompressionPlan) -> int:
         """The most bytes that the weights in the decoder's units may take, scales included and biases not.
@@ -70,7 +81,18 @@ class Budget:
         assert self.share is not None
         return _most(self.share, 1, 2 * dense_weights(plan))
 
+    def most_multiply_adds(self, plan: CompressionPlan) -> int | None:
+        """The most multiply-adds that a token may cost in the decoder linears; None for any number of them.
+
+        Args:
+            plan: plan of the model, pruned or not.
+        """
+        return None if self.multiply_adds is None else _most(self.multiply_adds, 1, dense_weights(plan))
+
     def __str__(self) -> str:
+        if self.multiply_adds is not None:
+            of_bytes = replace(self, multiply_adds=None)
+            return f"{of_bytes} and {100 * self.multiply_adds:.1f} % of the multiply-adds of the dense decoder linears"
         if self.bytes is not None:
             return f"{parse_bytes(self.bytes):,} bytes in all"
         if self.average_bits is not None:

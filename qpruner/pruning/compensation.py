@@ -61,7 +61,7 @@ class Stream:
         causal = causal_model(model)
         return cls(getattr(causal.config, "residual_multiplier", 1.0), family_of(causal.config)[1].normed_outputs)
 
-    def behind(self, entering: Tensor, seen: Mapping[str, "_Seen"]) -> dict[str, Tensor]:
+    def behind(self, entering: Tensor, seen: Mapping[str, "Seen"]) -> dict[str, Tensor]:
         """The hidden states behind each linear of a layer, in units of its outputs; under a norm its outputs alone.
 
         Args:
@@ -76,14 +76,14 @@ class Stream:
 
 
 @dataclass(frozen=True)
-class _Seen:
+class Seen:
     """What a linear got and gave for a micro-batch: [B, T, I] and [B, T, H]."""
 
     inputs: Tensor
     outputs: Tensor
 
 
-class _Layer:
+class OutputLinears:
     """The two linears of one layer, of the dense model or of the narrowed one, seen at work.
 
     Args:
@@ -96,12 +96,12 @@ class _Layer:
         self.linears: dict[str, nn.Linear] = {"o": layer.o, "down": layer.down}
         self._runner, self._number = runner, number
 
-    def work(self, states: Sequence[Tensor]) -> Iterator[tuple[Tensor, dict[str, _Seen]]]:
+    def work(self, states: Sequence[Tensor]) -> Iterator[tuple[Tensor, dict[str, Seen]]]:
         """For each micro-batch what the layer gives, and what its linears got and gave."""
-        seen: dict[str, _Seen] = {}
+        seen: dict[str, Seen] = {}
 
         def see(name: str, inputs: Tensor, outputs: Tensor) -> None:
-            seen[name] = _Seen(inputs, outputs)
+            seen[name] = Seen(inputs, outputs)
 
         with watching(self.linears, see):
             for output in self._runner.outputs(self._number, states):
@@ -129,7 +129,7 @@ def compensate_(model: Any, dense: Any, kept: Kept, calibration: Calibration, ho
         dense_states = before.embed()
         states = after.embed() if how == "sequential" else []
         for number, (whole, layer, units) in enumerate(layers):
-            dense_layer, narrow = _Layer(before, number, whole), _Layer(after, number, layer)
+            dense_layer, narrow = OutputLinears(before, number, whole), OutputLinears(after, number, layer)
             if how == "local":
                 missing = _lost(dense_layer, narrow, dense_states, _places(whole, units), calibration, stream)
                 for projection, sums in missing.items():
@@ -141,7 +141,7 @@ def compensate_(model: Any, dense: Any, kept: Kept, calibration: Calibration, ho
                 targets.append({name: t.cpu() for name, t in stream.behind(dense_states[place], seen).items()})
                 dense_states[place] = output.cpu()
             for name, linear in narrow.linears.items():
-                sums = _SplitSums(linear, calibration.processes.device)
+                sums = SplitSums(linear.in_features, linear.out_features, calibration.processes.device)
                 for place, (_, seen) in enumerate(narrow.work(states)):
                     reached = stream.behind(states[place], seen)[name]
                     target = targets[place][name].to(reached)
@@ -201,15 +201,16 @@ def describe(fits: Mapping[str, Fit], num_tokens: int) -> str:
 
 
 def _lost(
-    dense: _Layer,
-    narrow: _Layer,
+    dense: OutputLinears,
+    narrow: OutputLinears,
     states: list[Tensor],
     places: Mapping[str, Tensor],
     calibration: Calibration,
     stream: Stream,
-) -> dict[str, "_SplitSums"]:
+) -> dict[str, "SplitSums"]:
     """What each linear lost of the outputs that it gave; the states pass on to the next dense layer."""
-    sums = {name: _SplitSums(linear, calibration.processes.device) for name, linear in narrow.linears.items()}
+    device = calibration.processes.device
+    sums = {name: SplitSums(linear.in_features, linear.out_features, device) for name, linear in narrow.linears.items()}
     for place, (output, seen) in enumerate(dense.work(states)):
         for name, linear in narrow.linears.items():
             inputs = seen[name].inputs[..., places[name].to(seen[name].inputs.device)]
@@ -228,11 +229,11 @@ def _places(layer: DecoderLayer, units: tuple[Sequence[int], Sequence[int]]) -> 
     return {"o": parts["o"].places(groups), "down": parts["down"].places(channels)}
 
 
-class _SplitSums:
+class SplitSums:
     """Sums over the sequences that decide on a linear's change, and over those that are held out."""
 
-    def __init__(self, linear: nn.Linear, device: torch.device) -> None:
-        self.sums, self.held_out = (Sums.none(linear.in_features, linear.out_features, device) for _ in range(2))
+    def __init__(self, num_inputs: int, num_outputs: int, device: torch.device) -> None:
+        self.sums, self.held_out = (Sums.none(num_inputs, num_outputs, device) for _ in range(2))
 
     def add(self, batch: MicroBatch, inputs: Tensor, missing: Tensor, behind: Tensor) -> None:
         """Adds a micro-batch.
@@ -250,22 +251,31 @@ class _SplitSums:
         for sums, rows in ((self.sums, ~held_out), (self.held_out, held_out)):
             sums.add_(inputs[rows].flatten(0, 1), missing[rows].flatten(0, 1), weights[rows].flatten())
 
+    def over(self, processes: Processes) -> dict[str, Sums]:
+        """The sums over the tokens of all processes: of the sequences that ``decide``, and of those ``held_out``."""
+        return {"decide": self.sums.over(processes), "held_out": self.held_out.over(processes)}
 
-def _change_(name: str, linear: nn.Linear, sums: _SplitSums, processes: Processes) -> Fit:
+
+def _change_(name: str, linear: nn.Linear, sums: SplitSums, processes: Processes) -> Fit:
     """Changes a linear, or what an adapter lies on, by what all processes saw."""
     base: nn.Linear = getattr(linear, "base_layer", linear)
-    decides, held_out = sums.sums.over(processes), sums.held_out.over(processes)
+    decides, held_out = sums.over(processes).values()
     if not all(bool(tensor.isfinite().all()) for tensor in (*decides.tensors, *held_out.tensors)):
         raise UserError(
             f"What reaches {name} (layer.projection) in compensation is not finite, or what it should give is not. "
             f"Use --model.dtype bfloat16 or float32, another base model, or compensation none."
         )
     best = processes.of_first(lambda: fit(decides, held_out, bias=base.bias is not None).cpu())
-    if best.change is not None:
-        base.weight = _added(base.weight, best.change.weight)
-        if best.change.bias is not None:
-            base.bias = _added(base.bias, best.change.bias)
+    add_(base, best)
     return best
+
+
+def add_(linear: nn.Linear, best: Fit) -> None:
+    """Adds the best change to a linear; a dense model that shares its tensors stays as it is."""
+    if best.change is not None:
+        linear.weight = _added(linear.weight, best.change.weight)
+        if best.change.bias is not None:
+            linear.bias = _added(linear.bias, best.change.bias)
 
 
 def _added(parameter: Tensor, change: Tensor) -> nn.Parameter:

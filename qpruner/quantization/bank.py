@@ -28,7 +28,14 @@ from qpruner.errors import UserError
 from qpruner.files import hash_json, replacing
 from qpruner.plan import DENSE, CompressionPlan, Precision
 from qpruner.processes import Processes
-from qpruner.quantization.apply import Factors, LoftQSettings, check_rank, linear_precisions, quantize_linear
+from qpruner.quantization.apply import (
+    Factors,
+    LoftQSettings,
+    Quantized,
+    check_rank,
+    linear_precisions,
+    quantize_linear,
+)
 from qpruner.quantization.calibrated_bank import BankText, rounded_layers
 from qpruner.quantization.formats import dequantize, num_bytes, rebuild
 from qpruner.quantization.packed import PackedLinear
@@ -75,6 +82,14 @@ class Bank:
         if precision == DENSE or "lora_A" not in (entry := self._entry(name, precision)):
             return None
         return entry["lora_A"], entry["lora_B"]
+
+    def entry(self, name: str, precision: Precision) -> dict[str, Tensor]:
+        """The tensors of a linear in a precision, by the names that a bank has for them.
+
+        Raises:
+            UserError: the bank does not hold it.
+        """
+        return {f"{_key(name, precision)}/{part}": tensor for part, tensor in self._entry(name, precision).items()}
 
     def weight(self, name: str, precision: Precision, device: torch.device) -> Tensor:
         """What a linear's weight is in a precision, on a device; float32 [out, in]."""
@@ -262,8 +277,7 @@ def _quantized(
         check_rank(model, dict.fromkeys([name], precisions[0]) if precisions else {}, settings)
         linear: Any = model.get_submodule(name)
         for precision in precisions:
-            quantized = quantize_linear(linear, precision, name, settings, device)
-            tensors |= _tensors(name, precision, quantized.packed.packed(), quantized.factors)
+            tensors |= entry_of(name, quantize_linear(linear, precision, name, settings, device))
         linear.to(_device(model))  # on which device it was quantized is no matter of the model's
     return tensors
 
@@ -284,6 +298,11 @@ def _rounded(
         for (name, precision), linear in layer.items():
             tensors |= _tensors(name, precision, linear.state, linear.factors)
         yield number, tensors
+
+
+def entry_of(name: str, quantized: Quantized) -> dict[str, Tensor]:
+    """The tensors of a linear that was quantized, by the names that a bank has for them."""
+    return _tensors(name, quantized.packed.precision, quantized.packed.packed(), quantized.factors)
 
 
 def _tensors(

@@ -138,6 +138,8 @@ class RunFolder:
     pareto = Part("pareto.json")
     plans = Part("plans")
     prior = Part("prior")
+    structure = Part("structure")
+    """Scores of units, and the sums that say what makes up for those that go."""
     trials_picture = Part("trials.png")
     pareto_picture = Part("pareto.png")
 

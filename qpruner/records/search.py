@@ -32,6 +32,7 @@ class Tried:
         scores: all that the trial of the first seed measured.
         accuracies: weighted accuracy of each seed, where the search looks at tasks.
         value: what the search minimizes, from the means over seeds; None for the loss.
+        units: how many units of each part of layers stay, where widths are searched.
 
     Raises:
         UserError: no losses, or a score ``kl`` or an accuracy that is no number.
@@ -45,6 +46,7 @@ class Tried:
     scores: dict[str, Any]
     accuracies: tuple[float, ...] = ()
     value: float | None = None
+    units: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         if not self.losses:
@@ -104,9 +106,12 @@ class SearchResults(Record):
             some seeds last.
         front: names of the trials that no other beats in both loss and bytes, fewest bytes first.
         proposers: optimizers that proposed the trials, in order.
+        parts: KV groups or FFN channels of layers, where widths are searched.
+        units: how many units each part has before any go.
 
     Raises:
-        UserError: no variants, no proposers, or a plan that does not have one of the bits for each item.
+        UserError: no variants, no proposers, or a plan that does not have one of the bits for each item and at least
+            one unit of each part.
     """
 
     remedy = "Restore the file, or delete it and continue the search: it is made anew."
@@ -121,6 +126,8 @@ class SearchResults(Record):
     variants: tuple[Tried, ...]
     front: tuple[str, ...]
     proposers: tuple[Proposer, ...]
+    parts: tuple[str, ...] = ()
+    units: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         if not self.variants or not self.proposers:
@@ -131,6 +138,14 @@ class SearchResults(Record):
                     f"{plan.name!r} has the choices {brief(plan.choices)}; it must have one for each of "
                     f"{len(self.items)} items, from 0 to {len(self.bits) - 1}."
                 )
+            counts = list(zip(plan.units, self.units, strict=False))
+            if len(plan.units) != len(self.units) or not all(1 <= kept <= whole for kept, whole in counts):
+                raise UserError(
+                    f"{plan.name!r} keeps {brief(plan.units)} units; it must keep at least one of each part, and at "
+                    f"most all: {brief(self.units)}."
+                )
+        if len(self.parts) != len(self.units):
+            raise UserError(f"There are {len(self.parts)} parts of layers, and numbers of units of {len(self.units)}.")
 
     @property
     def winner(self) -> Tried:
@@ -191,11 +206,14 @@ def variants_table(results: SearchResults) -> str:
             f"{variant.loss:.4f}" + ("" if variant.spread is None else f" ± {variant.spread:.4f}"),
             _number(variant.scores.get("kl")),
             "".join(str(results.bits[choice]) + " " for choice in variant.choices).strip(),
+            *([f"{variant.scores['multiply_adds']:,}", " ".join(map(str, variant.units))] if results.parts else []),
         ]
         for variant in results.variants
     ]
     accuracy = ["validation accuracy"] if looks_at_tasks else []
-    return markdown_table(["plan", "bytes", "average bits", *accuracy, "validation loss", "KL to dense", "bits"], rows)
+    structure = ["multiply-adds", "units kept"] if results.parts else []
+    columns = ["plan", "bytes", "average bits", *accuracy, "validation loss", "KL to dense", "bits", *structure]
+    return markdown_table(columns, rows)
 
 
 def proposed_by(results: SearchResults) -> str:
@@ -212,7 +230,7 @@ def write_search_report(folder: RunFolder, results: SearchResults) -> None:
     save_figure(trials_figure(results), folder.trials_picture)
     save_figure(front_figure(results), folder.pareto_picture)
     seeds = len(results.winner.losses)
-    plans = len({trial.choices for trial in results.trials})
+    plans = len({(trial.choices, trial.units) for trial in results.trials})
     compared = " Plans are compared by accuracy in steps of its standard error, and within a step by loss."
     lines = [
         f"# Search {folder.path.name}",
@@ -253,9 +271,11 @@ def trials_figure(results: SearchResults) -> "Figure":
     from matplotlib.figure import Figure
 
     figure = Figure(
-        figsize=(max(6, 1.5 + 0.3 * len(results.trials)), 3 + 0.25 * len(results.items)), layout="constrained"
+        figsize=(max(6, 1.5 + 0.3 * len(results.trials)), 3 + 0.25 * (len(results.items) + len(results.parts))),
+        layout="constrained",
     )
-    above, below = figure.subplots(2, 1, sharex=True, height_ratios=[1, max(1, len(results.items) / 8)])
+    heights = [1, max(1, len(results.items) / 8), *([max(1, len(results.parts) / 8)] if results.parts else [])]
+    above, below, *others = figure.subplots(len(heights), 1, sharex=True, height_ratios=heights)
     numbers = range(len(results.trials))
     losses = [trial.loss for trial in results.trials]
     above.plot(numbers, losses, "o-", markersize=3)
@@ -267,6 +287,13 @@ def trials_figure(results: SearchResults) -> "Figure":
     below.set_yticks(range(len(results.items)), results.items, fontsize=7)
     below.set_xticks(numbers, [trial.name.removeprefix("trial ") for trial in results.trials], fontsize=7)
     below.set_xlabel(f"trial; dark is more of {', '.join(map(str, results.bits))} bits")
+    for axes in others:
+        shares = [
+            [kept / whole for kept, whole in zip(trial.units, results.units, strict=True)] for trial in results.trials
+        ]
+        axes.imshow(list(zip(*shares, strict=True)), aspect="auto", cmap="YlGn", vmin=0, vmax=1)
+        axes.set_yticks(range(len(results.parts)), results.parts, fontsize=7)
+        axes.set_xlabel("trial; dark is more units kept")
     return figure
 
 

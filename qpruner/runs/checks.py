@@ -74,13 +74,16 @@ def check_search(
         raise UserError("A search has no phases; they are for `qpruner fit`. Leave --phases out.")
 
 
-def rehearse(model: LoRAFinetuner, data: TokenDataModule, phases: Sequence[Phase]) -> None:
+def rehearse(
+    model: LoRAFinetuner, data: TokenDataModule, phases: Sequence[Phase], *, decides_on_widths: bool = False
+) -> None:
     """Finds what is wrong with the base, what of it cannot be saved, and what callbacks ask for and it cannot give.
 
     Args:
         model: module whose base is looked at and not loaded.
         data: data module whose tokens the base must know.
         phases: all phases of the run.
+        decides_on_widths: whether a search decides on the widths of layers.
 
     Raises:
         UserError: something.
@@ -90,7 +93,8 @@ def rehearse(model: LoRAFinetuner, data: TokenDataModule, phases: Sequence[Phase
     data.check_model(config)
     if compressing:
         skeleton = build_skeleton(config)
-        rehearsal = Rehearsal(skeleton.to(held_in(config, model.dtype_of_base)), model.lora)
+        dense = skeleton.to(held_in(config, model.dtype_of_base))
+        rehearsal = Rehearsal(dense, model.lora, decides_on_widths=decides_on_widths)
         for callback in compressing:
             callback.check(rehearsal)
         rehearse_saving(model.base, config, data.tokenizer, trust_remote_code=model.trust_remote_code)

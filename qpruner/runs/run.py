@@ -183,7 +183,7 @@ class Run:
         """
         check_search(self.callbacks, self.phases, self.plan, self.joint)
         phases = phases_of(self.folder, self.callbacks, [])
-        self._check_base(phases, restart)
+        self._check_base(phases, restart, decides_on_widths=config.structure is not None)
         with self._locked():
             for callback in phases[0].compressing:
                 callback.folder = self.folder
@@ -245,7 +245,7 @@ class Run:
         notes = [f"The plan {path} replaces {callback}; nothing is scored." for callback in replaced]
         return carrying_out(self.callbacks, plan), notes
 
-    def _check_base(self, phases: Sequence[Phase], restart: bool) -> None:
+    def _check_base(self, phases: Sequence[Phase], restart: bool, *, decides_on_widths: bool = False) -> None:
         """Finds what is wrong with the base, unless the run keeps what it has made of it."""
         if restart and Path(self.model.base).absolute().is_relative_to(self.folder.path.absolute()):
             raise UserError(
@@ -253,7 +253,7 @@ class Run:
                 f"Give the run another --run.name."
             )
         if restart or self.folder.kept_base is None:
-            rehearse(self.model, self.data, phases)
+            rehearse(self.model, self.data, phases, decides_on_widths=decides_on_widths)
 
     @contextmanager
     def _locked(self) -> Iterator[None]:

@@ -5,11 +5,13 @@ from dataclasses import dataclass
 from qpruner.errors import UserError
 from qpruner.search.aim import ScoreOption, check_score
 from qpruner.search.executors import ExecutorConfig
+from qpruner.search.structure import StructureConfig
 
 
 @dataclass(frozen=True)
 class SearchConfig:
-    """How bits are searched for; budget, widths and prior are those of `MixedPrecisionQuantization`.
+    """How bits are searched for, and how wide layers are; budget, bits and prior are those of
+    `MixedPrecisionQuantization`.
 
     Args:
         optimizer: name of the optimizer: ``bayesian``, ``random``, or one of Nevergrad's, which is rehearsed before the
@@ -27,6 +29,8 @@ class SearchConfig:
         finalist_steps: optimizer steps of the finalists' fits; default ``steps``. With more, a trial is a rung: all but
             the finalists stop there. Fewer steps than recovery takes may choose the wrong ones: see the README.
         executor: how and where trials run.
+        structure: how wide layers may be, where that is searched together with bits; null to prune the base once and
+            search bits alone.
 
     Raises:
         UserError: a number out of its range.
@@ -42,6 +46,7 @@ class SearchConfig:
     finalist_seeds: int = 3
     finalist_steps: int | None = None
     executor: ExecutorConfig = ExecutorConfig()
+    structure: StructureConfig | None = None
 
     def __post_init__(self) -> None:
         for name, least in (("trials", 1), ("steps", 0), ("finalists", 1), ("finalist_seeds", 1)):

@@ -25,7 +25,8 @@ from nevergrad.optimization.base import Optimizer
 
 from qpruner.errors import UserError, nearest
 from qpruner.search.gaussian import expected_improvement, fit, posterior
-from qpruner.search.space import Floats, Integers, SearchSpace
+from qpruner.search.space import SearchSpace
+from qpruner.search.structure import Floats, Integers
 from qpruner.seeds import derive_seed
 
 POOL = 1024  # plans that a proposal is picked from
@@ -42,6 +43,7 @@ class OptimizerSettings:
         num_trials: number of trials that will be told, at least 1; many of Nevergrad's optimizers plan for them.
         num_workers: number of trials that are out at once, at least 1.
         seed: seed of the random draws.
+        starts: points that are proposed before others.
     """
 
     name: str
@@ -49,6 +51,7 @@ class OptimizerSettings:
     num_trials: int
     num_workers: int
     seed: int
+    starts: tuple[list[float], ...] = ()
 
 
 def make_optimizer(settings: OptimizerSettings) -> Optimizer:
@@ -64,9 +67,14 @@ def make_optimizer(settings: OptimizerSettings) -> Optimizer:
     check_optimizer(name, num_workers)
     array = ng.p.Array(init=np.zeros(settings.space.dimension))
     array.random_state = np.random.RandomState(derive_seed(settings.seed, "search", name) % 2**32)
+    optimizer: Optimizer
     if name in OURS:
-        return OURS[name](array, budget, num_workers, space=settings.space, seed=settings.seed)
-    return ng.optimizers.registry[name](array, budget, num_workers)
+        optimizer = OURS[name](array, budget, num_workers, space=settings.space, seed=settings.seed)
+    else:
+        optimizer = ng.optimizers.registry[name](array, budget, num_workers)
+    for start in reversed(settings.starts):  # the last one suggested is the first one asked about
+        optimizer.suggest(np.array(start))
+    return optimizer
 
 
 def check_optimizer(name: str, num_workers: int) -> None:

@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 
 from lightning.pytorch.utilities import rank_zero_info
 
-from qpruner.allocation.decision import Allocation, Method
+from qpruner.allocation.decision import Allocation
 from qpruner.callbacks.bits_under_budget import Allocator
 from qpruner.callbacks.compression import CompressionInSetup, CompressionJob, check_dense, check_order, told
 from qpruner.callbacks.quantization import MixedPrecisionQuantization
@@ -18,7 +18,10 @@ from qpruner.plan import DENSE, UNITS, CompressionPlan, Precision
 from qpruner.pretrained import is_reachable, model_fingerprint
 from qpruner.processes import Processes
 from qpruner.records.folder import RunFolder
+from qpruner.search.candidates import Candidates, Ranking
 from qpruner.search.reference import Reference
+from qpruner.search.structure import StructureConfig
+from qpruner.search.structured import Structured, part_of, prepare_structures, scoring_callback
 from qpruner.training.module import LoRAFinetuner
 
 
@@ -32,6 +35,7 @@ class Preparation:
         base: plan of the pruned base, dense but for its tables.
         prior: allocation that the search starts from: its plan, and what it costs to depart from it.
         loftq_iterations: LoftQ's iterations with which the bank was filled.
+        structured: what a search of widths needs; None where layers are as wide as the base has them.
     """
 
     base_sha256: str | None
@@ -39,6 +43,23 @@ class Preparation:
     base: CompressionPlan
     prior: Allocation
     loftq_iterations: int
+    structured: Structured | None = None
+
+    @property
+    def limit(self) -> int:
+        """The most bytes that items may take, in layers as wide as the base has them."""
+        return self.prior.for_items if self.structured is None else self.structured.limit
+
+    @property
+    def candidates(self) -> Candidates:
+        """The plans that a search tries."""
+        items = tuple(decision.item for decision in self.prior.decisions)
+        return Candidates(self.base, items, self.precisions, self.ranking)
+
+    @property
+    def ranking(self) -> Ranking | None:
+        """Which units stay where widths are searched; None where they are not."""
+        return None if self.structured is None else self.structured.ranking
 
     @property
     def precisions(self) -> tuple[Precision, ...]:
@@ -53,6 +74,7 @@ def prepare(
     quantization: MixedPrecisionQuantization,
     processes: Processes,
     folder: RunFolder,
+    structure: StructureConfig | None = None,
 ) -> Preparation:
     """Prunes the base, decides as those do that do not search, and fills the bank, unless an earlier session did.
 
@@ -63,19 +85,26 @@ def prepare(
         quantization: callback that has the budget; it quantizes nothing here.
         processes: processes that compute.
         folder: folder of the search.
+        structure: how wide layers may be, where that is searched; the base is not pruned then.
 
     Raises:
         UserError: no budget, too little text, or what pruning and allocation refuse.
     """
     allocator = allocator_of(quantization)
     check_order([*pruning, quantization])
+    scoring = None if structure is None else scoring_callback(pruning)
     for callback in pruning:
         callback.check_text(data)
     check_text(allocator, data)
-    model = _prepared_base(module, data, pruning, processes, folder)
+    model = _prepared_base(module, data, pruning if scoring is None else [], processes, folder)
     plan = model.known_plan()
     plan = plan.with_precision([dict.fromkeys(UNITS, DENSE)] * len(plan.layers), **quantization.tables)
     job = CompressionJob(model, data, processes, module.lora, module.seed, keep_in=folder.base)
+    if structure is not None and scoring is not None:
+        structured = prepare_structures(replace(job, folder=folder), plan, scoring, allocator, structure)
+        prior = structured.priors[allocator.method]
+        iterations = allocator.loftq_iterations
+        return Preparation(model.base_sha256, model.identity, plan, prior, iterations, structured)
     for method in dict.fromkeys(("uniform", "mutual_information", allocator.method)):
         part = part_of(folder, method)
         part.path.mkdir(parents=True, exist_ok=True)
@@ -109,11 +138,6 @@ def check_text(allocator: Allocator, data: TokenDataModule) -> None:
     config = allocator.config  # mutual information is measured whatever the method
     config.mutual_information.check_samples(config.calibration.num_sequences * config.calibration.length)
     data.calibration(config.calibration.num_sequences, config.calibration.length)
-
-
-def part_of(folder: RunFolder, method: Method) -> RunFolder:
-    """Where a search keeps what one method of allocation decided."""
-    return RunFolder(folder.prior / method)
 
 
 def _prepared_base(

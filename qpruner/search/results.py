@@ -5,7 +5,7 @@ from statistics import mean
 
 from qpruner.records.search import Proposer, Tried
 from qpruner.search.aim import Aim
-from qpruner.search.ledger import Ledger, TrialRecord
+from qpruner.search.ledger import Key, Ledger, TrialRecord
 
 
 def tried(name: str, records: Sequence[TrialRecord], aim: Aim) -> Tried:
@@ -22,6 +22,7 @@ def tried(name: str, records: Sequence[TrialRecord], aim: Aim) -> Tried:
     return Tried(
         name=name,
         choices=tuple(records[0].key["choices"]),
+        units=tuple(records[0].key.get("units", ())),
         num_bytes=scores[0]["bytes"],
         average_bits=scores[0]["average_bits"],
         losses=losses,
@@ -29,6 +30,11 @@ def tried(name: str, records: Sequence[TrialRecord], aim: Aim) -> Tried:
         accuracies=accuracies,
         value=aim.value(mean(losses), mean(accuracies) if accuracies else None),
     )
+
+
+def named(key: Key) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """What tells the plan of a key from others: its choices, and its units where widths are searched."""
+    return tuple(key["choices"]), tuple(key.get("units", ()))
 
 
 def proposers(ledger: Ledger) -> list[Proposer]:

@@ -22,28 +22,29 @@ rates, none of which changes what x = 0 gives where the prior sees a gain in eve
 As rates then fall within each item, greedy takes single steps in the order of their rates, and so one pass over all of
 them, sorted, decodes a thousand points at once. Every plan to which no upgrade can be added is some point's.
 
-**Further dimensions.** A coordinate is a multiplier of gains, so whatever has a size and a cost can join: the kept
-share of a layer or its LoRA rank as one more item with choices of its own, a further format as one more choice. What
-changes the sizes of other items, as a kept share does, has to be decoded before them.
+**Structure.** Where widths of layers are searched, too, coordinates of theirs come first, and what they mean is decided
+before bits are, since it changes the sizes of all choices; see `qpruner.search.structure`. Rates stay what they are: an
+item that lost a tenth of its weights has a tenth less to save, in a tenth less bytes.
+
+**Further dimensions.** A coordinate is a multiplier of gains, so whatever has a size and a cost can join: the LoRA rank
+of a layer as one more item with choices of its own, a further format as one more choice.
 
 **Sources.** Majorant: Barlow, Bartholomew, Bremner and Brunk 1972, "Statistical inference under order restrictions",
 the min-max formula. Greedy: Zhou et al. 2024, QPruner (arXiv 2412.11629).
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
-import numpy.typing as npt
 
 from qpruner.allocation.solving import Choice, Choices
-
-Floats = npt.NDArray[np.float64]
-Integers = npt.NDArray[np.int64]
+from qpruner.search.structure import Floats, Integers, Structure
 
 FLOOR = 0.01  # of the mean rate
 BEND = 0.99
+BEYOND = 1.5  # how far, as a logarithm, `SearchSpace.encode` goes beyond the first rate of an item or its last
 FARTHEST = 50.0  # of a coordinate; beyond it nothing changes, and exp stays far from what a float holds
 STRETCH = 1.5  # of the sigmoid of the share, so that a twentieth of all normal draws spends nothing, another one all
 
@@ -52,20 +53,26 @@ STRETCH = 1.5  # of the sigmoid of the share, so that a twentieth of all normal 
 class SearchSpace:
     """The plans for some items that fit a number of bytes.
 
+    A plan is a row of whole numbers: for each part of the structure the place of its number of units, then for each
+    item the number of its choice.
+
     Args:
-        choices: choices that each item has, fewest bytes first, [items]; costs are those of the prior.
+        choices: choices that each item has, fewest bytes first, [items]; costs are those of the prior, and both are
+            those of layers in which all units stay.
         levels: widths of these choices as numbers above 0, such as bits, [items]; more is wider.
-        limit: bytes that a plan may take; the smallest choices fit.
+        limit: bytes that a plan may take; the smallest choices fit, in the least structure.
         spends: whether the share of the bytes that are spent is one more coordinate, the last one. A search with two
             objectives needs it: without it all plans have nearly the same bytes. 0 spends half of the bytes between the
             smallest choices and the limit, so that both ends of a front are equally near; they are reached at -1.6
             and 1.6.
+        structure: how wide layers may be, whose coordinates come first; None where they are as they are.
     """
 
     choices: Choices
     levels: Sequence[Sequence[float]]
     limit: int
     spends: bool = False
+    structure: Structure | None = None
 
     def __post_init__(self) -> None:
         assert [len(item) for item in self.choices] == [len(item) for item in self.levels]
@@ -77,17 +84,29 @@ class SearchSpace:
         return len(self.choices)
 
     @property
+    def num_parts(self) -> int:
+        return 0 if self.structure is None else len(self.structure.parts)
+
+    @property
     def dimension(self) -> int:
-        return self.num_items + self.spends
+        return self.widths_from + self.num_items + self.spends
+
+    @property
+    def widths_from(self) -> int:
+        """Place of the first item's coordinate."""
+        return 0 if self.structure is None else self.structure.num_coordinates
 
     @cached_property
     def smallest(self) -> int:
-        """Bytes of the smallest choices."""
-        return sum(item[0].size for item in self.choices)
+        """Bytes of the smallest choices, in the least structure."""
+        least = np.zeros((1, self.num_parts), dtype=np.int64)
+        return int(self._least_sizes(least)[0])
 
     @property
     def is_single(self) -> bool:
         """Whether all points have one plan: the smallest choices, or the largest."""
+        if self.structure is not None:
+            return False
         largest = sum(item[-1].size for item in self.choices)
         steps = [item[1].size - item[0].size for item in self.choices if len(item) > 1]
         too_small = not steps or self.limit < self.smallest + min(steps)
@@ -112,25 +131,70 @@ class SearchSpace:
 
         Args:
             points: points to decode, [points, dimension], of any size.
-        """  # [points, items], numbers of choices
+        """  # [points, parts + items]
         points = np.asarray(points, dtype=np.float64)
+        budgets = self.budgets(points)
+        structures = np.zeros((len(points), 0), dtype=np.int64)
+        if self.structure is not None:
+            of_structure = points[:, : self.structure.num_coordinates]
+            structures = self.structure.decode(of_structure, lambda tried: self._least_sizes(tried) <= budgets)
         owner = np.repeat(np.arange(self.num_items), [len(item) - 1 for item in self.choices])  # [steps]
-        added = np.concatenate([np.diff([choice.size for choice in item]) for item in self.choices]).astype(np.int64)
-        factors = np.exp(np.clip(points[:, : self.num_items], -FARTHEST, FARTHEST))
+        added = np.concatenate([np.diff(sizes, axis=1) for sizes in self._choice_sizes(structures)], axis=1)
+        coordinates = points[:, self.widths_from : self.widths_from + self.num_items]
+        factors = np.exp(np.clip(coordinates, -FARTHEST, FARTHEST))
         order = np.argsort(-np.concatenate(self.rates) * factors[:, owner], axis=1, kind="stable")  # [points, steps]
         taken = np.zeros((len(points), self.num_items), dtype=np.int64)
-        left = self.budgets(points) - self.smallest  # [points], bytes
+        left = budgets - self._least_sizes(structures)  # [points], bytes
         stopped = np.zeros(
             taken.shape, dtype=bool
         )  # a step that does not fit ends its item, as the next one builds on it
         rows = np.arange(len(points))
         for step in order.T:
-            item, size = owner[step], added[step]
+            item, size = owner[step], added[rows, step]
             fits = (size <= left) & ~stopped[rows, item]
             taken[rows, item] += fits
             left -= np.where(fits, size, 0)
             stopped[rows, item] |= ~fits
-        return taken
+        return np.concatenate([structures, taken], axis=1)
+
+    def origin(self, *, alike: bool = False) -> list[int]:
+        """The plan of the origin, which is the prior's.
+
+        Args:
+            alike: whether all items are to have the same choice, the widest that fits.
+        """  # [parts + items]
+        (plan,) = self.decode(np.zeros((1, self.dimension)))
+        if alike:
+            most = min(len(item) for item in self.choices)
+            rows = np.tile(plan, (most, 1))
+            rows[:, self.num_parts :] = np.arange(most)[:, None]
+            plan = rows[np.flatnonzero(self.sizes(rows) <= self.limit)[-1]]
+        row: list[int] = plan.tolist()
+        return row
+
+    def encode(self, plan: Sequence[int]) -> Floats:
+        """A point whose plan this is, if it fits and no upgrade can be added to it; else one whose plan is near.
+
+        Each item is multiplied so that 1 lies between the rates of the last step that it takes and of the next.
+
+        Args:
+            plan: plan to reach, [parts + items].
+        """  # [dimension]
+        point = np.zeros(self.dimension)
+        if self.structure is not None:
+            structure = np.array(plan[: self.num_parts], dtype=np.int64)
+            point[: self.widths_from] = self.structure.encode(structure)
+        for item, (rates, taken) in enumerate(zip(self.rates, plan[self.num_parts :], strict=True)):
+            if len(rates):
+                logs = np.log(rates)
+                before = logs[taken - 1] if taken else logs[0] + 2 * BEYOND
+                after = logs[taken] if taken < len(logs) else logs[-1] - 2 * BEYOND
+                point[self.widths_from + item] = -(before + after) / 2
+        of_items = point[self.widths_from : self.widths_from + self.num_items]
+        of_items -= of_items.mean()  # which changes no order
+        if self.spends:
+            point[-1] = FARTHEST
+        return point
 
     def budgets(self, points: Floats) -> Integers:
         """[points], bytes that the plan of each may have."""
@@ -148,30 +212,61 @@ class SearchSpace:
         """  # [points, dimension]
         first = np.array([np.log(rates[0]) if len(rates) else 0.0 for rates in self.rates])
         points = np.exp(generator.uniform(-1, 1.5, (count, 1))) * generator.standard_normal((count, self.dimension))
-        points[:, : self.num_items] -= first - first.mean()
+        points[:, self.widths_from : self.widths_from + self.num_items] -= first - first.mean()
         if self.spends:
             points[:, -1] = generator.standard_normal(count)
         return points
 
     def features(self, plans: Integers) -> Floats:
-        """[plans, items], log2 of the widths, scaled so that an item goes from 0 to 1."""
-        columns = []
-        for item, taken in zip(self.levels, plans.T, strict=True):
+        """[plans, parts + items], what stays of parts, and log2 of the widths; each goes from 0 to 1."""
+        structures, choices = self._split(plans)
+        columns = [] if self.structure is None else [*self.structure.features(structures).T]
+        for item, taken in zip(self.levels, choices.T, strict=True):
             logs = np.log2(np.asarray(item, dtype=np.float64))
             columns.append(((logs - logs.min()) / (np.ptp(logs) or 1.0))[taken])
         return np.stack(columns, axis=1)
 
     def costs(self, plans: Integers) -> Floats:
-        """[plans], cost of the prior."""
-        return self._sum(plans, [[choice.cost for choice in item] for item in self.choices])
+        """[plans], cost of the prior; of an item that lost units as much less as it has fewer bytes in its width."""
+        structures, choices = self._split(plans)
+        total = np.zeros(len(plans)) if self.structure is None else self.structure.costs(structures)
+        for item, sizes, taken in zip(self.choices, self._choice_sizes(structures), choices.T, strict=True):
+            costs = np.array([choice.cost for choice in item])
+            if self.structure is None:
+                total = total + costs[taken]
+            else:
+                whole = np.array([choice.size for choice in item])
+                left = sizes[np.arange(len(plans)), taken] / whole[taken]
+                total = total + costs.min() + (costs[taken] - costs.min()) * left
+        return total
 
     def sizes(self, plans: Integers) -> Floats:
-        """[plans], bytes."""
-        return self._sum(plans, [[float(choice.size) for choice in item] for item in self.choices])
+        """[plans], bytes that count against the limit."""
+        structures, choices = self._split(plans)
+        rows = np.arange(len(plans))
+        items = zip(self._choice_sizes(structures), choices.T, strict=True)
+        total = sum((sizes[rows, taken] for sizes, taken in items), start=self._rest(structures))
+        return total.astype(np.float64)
 
-    def _sum(self, plans: Integers, table: Sequence[Sequence[float]]) -> Floats:
-        columns = [np.asarray(item)[taken] for item, taken in zip(table, plans.T, strict=True)]
-        return np.sum(columns, axis=0)
+    def _split(self, plans: Integers) -> tuple[Integers, Integers]:
+        """Structures [plans, parts] and choices [plans, items]."""
+        return plans[:, : self.num_parts], plans[:, self.num_parts :]
+
+    def _choice_sizes(self, structures: Integers) -> Iterator[Integers]:
+        """For each item the bytes of its choices, [points, choices]."""
+        for number, item in enumerate(self.choices):
+            whole = np.array([choice.size for choice in item], dtype=np.int64)
+            change = 0 if self.structure is None else self.structure.change(number, structures)
+            yield np.broadcast_to(whole + change, (len(structures), len(item)))
+
+    def _rest(self, structures: Integers) -> Integers:
+        """[points], bytes that count and are no item's, above those where all units stay."""
+        none = np.zeros(len(structures), dtype=np.int64)
+        return none if self.structure is None else self.structure.rest(structures)
+
+    def _least_sizes(self, structures: Integers) -> Integers:
+        """[points], bytes with the smallest choices."""
+        return sum((sizes[:, 0] for sizes in self._choice_sizes(structures)), start=self._rest(structures))
 
 
 def _majorant(item: Sequence[Choice]) -> Floats:

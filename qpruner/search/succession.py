@@ -9,13 +9,22 @@ from lightning.pytorch.utilities import rank_zero_info
 from qpruner.search.ledger import Ledger, OptimizerRecord
 from qpruner.search.loop import Judge
 from qpruner.search.optimizers import OURS, OptimizerSettings
+from qpruner.search.proposals import Point
 from qpruner.search.rehearsal import rehearse
 from qpruner.search.space import SearchSpace
 from qpruner.seeds import derive_seed
 
 
 def succeed(
-    ledger: Ledger, name: str, space: SearchSpace, judge: Judge, *, num_trials: int, workers: int, seed: int
+    ledger: Ledger,
+    name: str,
+    space: SearchSpace,
+    judge: Judge,
+    *,
+    num_trials: int,
+    workers: int,
+    seed: int,
+    starts: tuple[Point, ...] = (),
 ) -> None:
     """Has an optimizer propose the trials that are left, once it was rehearsed, unless it does so already.
 
@@ -29,6 +38,7 @@ def succeed(
         num_trials: number of trials of the whole search.
         workers: number of trials proposed at a time.
         seed: seed of the search.
+        starts: points that are proposed before others.
 
     Raises:
         UserError: the rehearsal failed; the ledger is as it was.
@@ -43,19 +53,22 @@ def succeed(
         return
     record = OptimizerRecord(name, first, num_trials, workers)
     known = [(trial.point, judge(trial)) for trial in ledger.records if trial.done]
-    rehearse(settings_of(record, space, seed), known)
+    rehearse(settings_of(record, space, seed, starts), known)
     ledger.begin(record)
     if before is not None:
         rank_zero_info(f"{name} proposes from trial {first + 1} on; {before.name} proposed the last one before.")
 
 
-def settings_of(record: OptimizerRecord, space: SearchSpace, seed: int) -> OptimizerSettings:
+def settings_of(
+    record: OptimizerRecord, space: SearchSpace, seed: int, starts: tuple[Point, ...] = ()
+) -> OptimizerSettings:
     """What an optimizer is made from, so that it makes the same proposals each time.
 
     Args:
         record: record of the optimizer.
         space: space of the plans.
         seed: seed of the search; an optimizer that follows another has one of its own, lest it proposes the same again.
+        starts: points that the first optimizer proposes before others.
     """
     return OptimizerSettings(
         record.name,
@@ -63,4 +76,5 @@ def settings_of(record: OptimizerRecord, space: SearchSpace, seed: int) -> Optim
         num_trials=record.trials - record.first,
         num_workers=record.workers,
         seed=derive_seed(seed, "optimizer", record.first) if record.first else seed,
+        starts=() if record.first else starts,
     )

@@ -4,6 +4,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from functools import cached_property
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
-from qpruner.allocation.decision import Allocation, with_choices
+from qpruner.allocation.decision import Allocation, Method
 from qpruner.allocation.solving import Choice
 from qpruner.callbacks.compression import Compression, CompressionInSetup
 from qpruner.callbacks.quantization import MixedPrecisionQuantization
@@ -29,11 +30,12 @@ from qpruner.search.config import SearchConfig
 from qpruner.search.executors import check_executor, make_executor
 from qpruner.search.ledger import Key, Ledger, Scores, TrialRecord
 from qpruner.search.loop import Judge, finish_started, run_listed, run_trials
-from qpruner.search.preparation import part_of, prepare
-from qpruner.search.proposals import OptimizerFailed, Score, open_proposals
+from qpruner.search.preparation import prepare
+from qpruner.search.proposals import OptimizerFailed, Point, Score, open_proposals
 from qpruner.search.rehearsal import check_runs
-from qpruner.search.results import proposers, tried
+from qpruner.search.results import named, proposers, tried
 from qpruner.search.space import SearchSpace
+from qpruner.search.structured import part_of
 from qpruner.search.succession import settings_of, succeed
 from qpruner.search.trial import TrialWork
 from qpruner.search.trial_trainer import TrialTrainer, check_options
@@ -63,9 +65,10 @@ class SearchTrainer(Trainer):
         datamodule: TokenDataModule,
         search: SearchConfig = SearchConfig(),  # noqa: B008  # frozen
     ) -> SearchResults:
-        """Finds the bits of each layer under the budget of `MixedPrecisionQuantization`.
+        """Finds the bits of each layer under the budget of `MixedPrecisionQuantization`, and their widths if asked.
 
-        The base is pruned by the Trainer's callbacks once; no plan is scored on the test split.
+        The base is pruned by the Trainer's callbacks once, or by each trial where widths are searched; no plan is
+        scored on the test split.
 
         Args:
             model: module as for a fit; it is given no model.
@@ -126,7 +129,7 @@ class Search:
         self.ledger = Ledger.open(self.folder.ledger, self.identity("trials"))
         succeed(
             self.ledger, config.optimizer, self.space, self.judge(),
-            num_trials=config.trials, workers=config.executor.workers, seed=self.module.seed,
+            num_trials=config.trials, workers=config.executor.workers, seed=self.module.seed, starts=self.starts,
         )  # fmt: skip
         self.already = sum(record.done for record in self.ledger.records)
         self.since = time.perf_counter()
@@ -157,20 +160,43 @@ class Search:
         """
         alone = Processes.alone(self.trainer.strategy.root_device, self.trainer.precision_plugin.forward_context)
         processes = replace(alone, precision=str(self.trainer.precision))
-        self.prepared = prepare(self.module, self.data, self.pruning, self.quantization, processes, self.folder)
+        self.prepared = prepare(
+            self.module, self.data, self.pruning, self.quantization, processes, self.folder, self.config.structure
+        )
         self.prior = self.prepared.prior
-        self.space = SearchSpace(
+        self.space = self.space_of(self.prior)
+        self.starts = self.read_starts()
+
+    def space_of(self, prior: Allocation) -> SearchSpace:
+        """The plans within the budget, whose origin is what a method of allocation decides."""
+        structured = self.prepared.structured
+        return SearchSpace(
             choices=[
                 [Choice(*pair) for pair in zip(decision.sizes, decision.costs, strict=True)]
-                for decision in self.prior.decisions
+                for decision in prior.decisions
             ],
-            levels=[[precision.bits for precision in decision.choices] for decision in self.prior.decisions],
-            limit=self.prior.for_items,
+            levels=[[precision.bits for precision in decision.choices] for decision in prior.decisions],
+            limit=self.prepared.limit,
             spends=self.config.front,
+            structure=None if structured is None else structured.structure,
         )
+
+    def read_starts(self) -> tuple[Point, ...]:
+        """Points to try among the first: that of the plan in ``search.structure.start``, if there is one.
+
+        Raises:
+            UserError: no plan, one for another model, or one with bits that the search does not have.
+        """
+        config, structure = self.config.structure, self.space.structure
+        if config is None or structure is None or config.start is None:
+            return ()
+        plan = CompressionPlan.read(Path(config.start).expanduser())
+        plan.check(self.prepared.base.architecture, self.prepared.base_sha256)
+        return (self.space.encode(self.prepared.candidates.row(plan, structure)).tolist(),)
 
     def work(self) -> TrialWork:
         """What workers get; the rows of the data each reads from the cache."""
+        structured = self.prepared.structured
         return TrialWork(
             base=self.folder.base,
             bank=part_of(self.folder, self.prior.method).bank,
@@ -184,6 +210,8 @@ class Search:
             trainer=self.settings,
             max_seconds=self.config.max_seconds,
             recorded_in=self.folder.teacher,
+            ranking=self.prepared.ranking,
+            sums=self.folder.structure if structured is not None and structured.compensates else None,
         )
 
     def try_plans(self, executor: Executor) -> None:
@@ -194,7 +222,7 @@ class Search:
                 self.ledger, executor, num_trials=config.trials, score_of=self.score, on_trial=self.report_trial
             )
             return
-        settings = settings_of(self.ledger.optimizers[-1], self.space, self.module.seed)
+        settings = settings_of(self.ledger.optimizers[-1], self.space, self.module.seed, self.starts)
         try:
             with open_proposals(settings) as proposals:
                 run_trials(
@@ -214,9 +242,17 @@ class Search:
                 f"another --search.optimizer, such as bayesian, goes on with them."
             ) from error
 
-    def key(self, choices: Sequence[int], repetition: int, steps: int) -> Key:
-        """What a trial evaluates; the same data order and draws for all plans of one repetition."""
-        return {"choices": list(choices), "steps": steps, "seed": self.module.seed + repetition}
+    def key(self, plan: Sequence[int], repetition: int, steps: int) -> Key:
+        """What a trial evaluates; the same data order and draws for all plans of one repetition.
+
+        Args:
+            plan: row of a plan, as `SearchSpace.decode` has it.
+            repetition: number of the seed, from 0.
+            steps: optimizer steps of the trial.
+        """
+        parts, structure = self.space.num_parts, self.space.structure
+        key: Key = {"choices": list(plan[parts:]), "steps": steps, "seed": self.module.seed + repetition}
+        return key if structure is None else {"units": structure.counts(plan[:parts]), **key}
 
     def judge(self) -> Judge:
         return Judge(self.score, first_penalty=[1e6, float(self.space.limit)] if self.config.front else 1e6)
@@ -232,6 +268,8 @@ class Search:
         options = asdict(self.config)
         if self.config.score == "loss":  # as when there was no other
             del options["score"]
+        if self.config.structure is None:
+            del options["structure"]
         return {
             "part": part,
             "search": {name: value for name, value in options.items() if name not in free},
@@ -284,7 +322,7 @@ class Search:
     def compare(self, executor: Executor) -> list[Tried]:
         """The finalists and the plans that were not searched for, each with all seeds."""
         trials = [trial for trial in self.ledger.records if trial.scores is not None]
-        succeeded = {tuple(trial.key["choices"]): trial for trial in reversed(trials)}
+        succeeded = {named(trial.key): trial for trial in reversed(trials)}
         if not succeeded:
             why = (self.ledger.records[0].why or "").rstrip(".")
             raise UserError(f"Every trial failed. Of the first one: {why}. See the log of the run.")
@@ -293,12 +331,16 @@ class Search:
             key=lambda trial: (self.aim.of_scores(trial.scores), trial.number),  # type: ignore[arg-type]
         )
         finalists = best_first[: self.config.finalists]
-        plans = {f"trial {trial.number + 1}": list(trial.key["choices"]) for trial in finalists}
-        for method in ("uniform", "mutual_information", self.prior.method):
-            allocation = Allocation.read(part_of(self.folder, method).allocation)
-            plans.setdefault(method.replace("_", " "), [decision.chosen for decision in allocation.decisions])
         steps, seeds = self.config.finalist_steps or self.config.steps, self.config.finalist_seeds
-        keys = [self.key(plan, number, steps) for plan in plans.values() for number in range(seeds)]
+        plans = {
+            f"trial {trial.number + 1}": [
+                trial.key | {"steps": steps, "seed": self.module.seed + number} for number in range(seeds)
+            ]
+            for trial in finalists
+        }
+        for name, row in self.unsearched().items():
+            plans.setdefault(name, [self.key(row, number, steps) for number in range(seeds)])
+        keys = list(chain.from_iterable(plans.values()))
         ledger = Ledger.open(self.folder.variants, self.identity("variants"))
         outcomes = run_listed(keys, ledger, executor, known=self.ledger)
         variants = []
@@ -308,6 +350,22 @@ class Search:
                 variants.append(tried(name, records, self.aim))
         return variants
 
+    def unsearched(self) -> dict[str, list[int]]:
+        """Rows of the plans that nobody searched for, by the method that decided on their bits.
+
+        Where widths are searched these are in the widths that the search starts from.
+        """
+        rows: dict[str, list[int]] = {}
+        methods: tuple[Method, ...] = ("uniform", "mutual_information", self.prior.method)
+        for method in methods:
+            name, structured = method.replace("_", " "), self.prepared.structured
+            if structured is None:
+                allocation = Allocation.read(part_of(self.folder, method).allocation)
+                rows[name] = [decision.chosen for decision in allocation.decisions]
+            else:
+                rows[name] = self.space_of(structured.priors[method]).origin(alike=method == "uniform")
+        return rows
+
     def finish(self, variants: Sequence[Tried]) -> SearchResults:
         """Writes the results, the winner's plan, the front and the report."""
         records = self.ledger.records
@@ -315,6 +373,7 @@ class Search:
             tried(f"trial {trial.number + 1}", [trial], self.aim) for trial in records if trial.scores is not None
         ]
         front = pareto_front(trials)
+        parts = () if self.space.structure is None else self.space.structure.parts
         results = SearchResults(
             protocol=self.data.protocol,
             prior=self.prior.method,
@@ -326,6 +385,8 @@ class Search:
             variants=tuple(ranked(variants)),
             front=tuple(point.name for point in front),
             proposers=tuple(proposers(self.ledger)),
+            parts=tuple(map(str, parts)),
+            units=tuple(part.counts[-1] for part in parts),
         )
         self.folder.plans.mkdir(exist_ok=True)
         for point in front:
@@ -347,9 +408,8 @@ class Search:
         return results
 
     def plan(self, chosen: Tried) -> CompressionPlan:
-        """The plan of choices."""
-        precisions = [self.prepared.precisions[choice] for choice in chosen.choices]
-        return with_choices(self.prepared.base, [decision.item for decision in self.prior.decisions], precisions)
+        """The plan of choices, and of units where widths are searched."""
+        return self.prepared.candidates.plan({"choices": chosen.choices, "units": chosen.units})
 
 
 def compressing(callbacks: Sequence[Callback]) -> tuple[list[CompressionInSetup], MixedPrecisionQuantization]:

@@ -2,7 +2,7 @@
 
 import logging
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,18 +11,18 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from qpruner.allocation.decision import with_choices
 from qpruner.allocation.items import Item
 from qpruner.compressed import CompressedModel, State
 from qpruner.datamodules.base import TokenDataModule
 from qpruner.datamodules.splits import Split
 from qpruner.errors import UserError
-from qpruner.model_folder import build_skeleton
 from qpruner.plan import CompressionPlan, Precision
-from qpruner.pricing import price_narrowed
 from qpruner.quantization.apply import LoftQSettings
 from qpruner.quantization.bank import open_folder
+from qpruner.search.assembly import Assembly
+from qpruner.search.candidates import Candidates, Ranking
 from qpruner.search.ledger import Key, Scores
+from qpruner.search.parts import price_of_plan
 from qpruner.search.reference import Reference
 from qpruner.search.trial_trainer import TrialTrainer
 from qpruner.training.evaluation import evaluate
@@ -49,6 +49,8 @@ class TrialWork:
         trainer: how trials train.
         max_seconds: seconds after which a fit ends, whatever its steps; None for steps alone.
         recorded_in: folder of what a teacher says of training rows, where trials learn from one.
+        ranking: which units stay where widths are searched; None where they are those of the base.
+        sums: folder of what makes up for units that go; None where nothing does.
         split: split that scores; a search never changes it.
     """
 
@@ -64,6 +66,8 @@ class TrialWork:
     trainer: TrialTrainer
     max_seconds: float | None = None
     recorded_in: Path | None = None
+    ranking: Ranking | None = None
+    sums: Path | None = None
     split: Split = "validation"
 
     def prepare(self) -> "TrialRunner":
@@ -82,7 +86,8 @@ class TrialRunner:
         self.base = CompressedModel.open(work.base, check_hashes=False)
         network, plan = self.base.network, self.base.known_plan()
         self.plan = plan.with_precision([layer.precision for layer in plan.layers], **work.tables)
-        self.skeleton = build_skeleton(network.config).to(network.dtype)  # stays dense
+        self.candidates = Candidates(self.plan, work.items, work.precisions, work.ranking)
+        self.config, self.dtype = network.config, network.dtype
         module = LoRAFinetuner(**work.options)  # with the seed of the search, which the bank has, too
         self.loftq = LoftQSettings.of(module.lora, work.loftq_iterations, module.seed)
         self.bank = open_folder(work.bank, network, self.loftq, base=self.base.identity)
@@ -91,34 +96,50 @@ class TrialRunner:
         self.data.check_model(network.config)
         self.data.choices(work.split)  # with the rows, what all trials share
         self.teacher: OnlineTeacher | None = None
+        # Where widths are searched each trial has a model of its own; else they all have one, whose linears change.
+        self.assembly = None
+        if work.ranking is not None:
+            self.assembly = Assembly(self.base, self.plan, self.bank, self.loftq, work.sums)
 
     def __call__(self, key: Key) -> Scores:
         """Evaluates one plan.
 
         Args:
-            key: ``choices`` (for each item, the place of its precision), ``steps`` and ``seed``.
+            key: ``choices`` (for each item, the place of its precision), ``steps`` and ``seed``; where widths are
+                searched ``units``, too: how many of each part stay.
 
         Returns:
             Loss, perplexity and kl (to the dense model) in nats per token, accuracy where there is a choice task,
-            bytes, average_bits, steps, and the seconds of assembling, training, evaluating, and of all together.
+            bytes, average_bits, multiply_adds, steps, and the seconds of assembling, training, evaluating, and of all
+            together.
         """
-        module = LoRAFinetuner(**{**self.work.options, "seed": key["seed"]}).hold(self.base)
+        since = time.perf_counter()
+        plan = self.plan_of(key)
+        model = self._assembled(plan)
+        module = LoRAFinetuner(**{**self.work.options, "seed": key["seed"]}).hold(model)
         module.teacher, module.recorded_in = self.teacher, self.work.recorded_in
         try:
-            return self._evaluate(module, key)
+            return self._evaluate(module, plan, key, since)
         finally:  # also after an error, such as one of memory, the next trial finds the base without adapters
             module.to("cpu")
             if isinstance(module.teacher, OnlineTeacher):
                 self.teacher = module.teacher
-            if self.base.state is State.ADAPTED:
-                self.base.detach()
+            if model.state is State.ADAPTED:
+                model.detach()
 
-    def _evaluate(self, module: LoRAFinetuner, key: Key) -> Scores:
-        work, since = self.work, time.perf_counter()
-        plan = self.plan_of(key["choices"])
+    def plan_of(self, key: Key) -> CompressionPlan:
+        return self.candidates.plan(key)
+
+    def _assembled(self, plan: CompressionPlan) -> CompressedModel:
+        """The model of a plan, without adapters."""
+        if self.assembly is not None:
+            return self.assembly(plan)
         self.base.quantize(plan, self.loftq, device=torch.device("cpu"), bank=self.bank)
-        price = price_narrowed(self.skeleton, plan, rank=module.lora.r, targets=module.lora.target_modules)
-        assembled = time.perf_counter()
+        return self.base
+
+    def _evaluate(self, module: LoRAFinetuner, plan: CompressionPlan, key: Key, since: float) -> Scores:
+        work, assembled = self.work, time.perf_counter()
+        price = price_of_plan(self.config, self.dtype, plan, module.lora)
         data = self.data.for_another_trainer(seed=key["seed"])
         training = TrainingTime()
         with quiet():
@@ -139,7 +160,7 @@ class TrialRunner:
             progress=False,
         )
         scores: Scores = {name: value for name, value in results.items() if name not in ("tokens", "bits_per_byte")}
-        scores["kl"] = self.reference.kl(self.base.network, processes)
+        scores["kl"] = self.reference.kl(module.compressed.network, processes)
         ended = time.perf_counter()
         seconds = {
             "assemble": assembled - since,
@@ -151,12 +172,10 @@ class TrialRunner:
             **scores,
             "bytes": price.total,
             "average_bits": price.average_bits,
+            "multiply_adds": price.multiply_adds,
             "steps": trainer.global_step,
             "seconds": seconds,
         }
-
-    def plan_of(self, choices: Sequence[int]) -> CompressionPlan:
-        return with_choices(self.plan, self.work.items, [self.work.precisions[choice] for choice in choices])
 
 
 class TrainingTime(Callback):

@@ -152,6 +152,26 @@ def test_exactly_one(options: dict[str, Any], found: str) -> None:
         Budget(**options)
 
 
+def test_multiply_adds_stand_beside_bytes_and_are_those_of_the_dense_linears() -> None:
+    whole, plan = priced(NF4)
+    assert whole.multiply_adds == sum(
+        groups * (2 * 32 * 64 + 2 * 16 * 64) + channels * 3 * 64
+        for groups, channels in zip(plan.widths.kv_groups, plan.widths.ffn_channels, strict=True)
+    )
+    assert Budget(share=0.3, multiply_adds=0.5).most_multiply_adds(plan) == DENSE_WEIGHTS // 2
+    share = whole.multiply_adds / DENSE_WEIGHTS
+    assert Budget(share=0.3, multiply_adds=share).most_multiply_adds(plan) == whole.multiply_adds
+    assert Budget(share=0.3).most_multiply_adds(plan) is None
+    for budget in ({"bytes": whole.total}, {"share": 0.21}, {"average_bits": 5.3}):
+        assert Budget(**budget, multiply_adds=0.5).limit(whole, plan) == Budget(**budget).limit(whole, plan)
+    with pytest.raises(UserError, match=r"multiply_adds is 1\.2; it is a share in \(0, 1\]"):
+        Budget(share=0.3, multiply_adds=1.2)
+    with pytest.raises(UserError, match=r"multiply_adds is 0; it is a finite number above 0"):
+        Budget(share=0.3, multiply_adds=0)
+    with pytest.raises(UserError, match=r"one of bytes, average_bits and share, and here none of them"):
+        Budget(multiply_adds=0.5)
+
+
 @pytest.mark.parametrize(
     ("budget", "text"),
     [
@@ -159,6 +179,10 @@ def test_exactly_one(options: dict[str, Any], found: str) -> None:
         (Budget(average_bits=4.25), "4.25 bits per weight"),
         (Budget(bytes="1.5 GB"), "1,500,000,000 bytes in all"),
         (Budget(share=0.3), "30.0 % of the 16-bit bytes of the dense decoder linears"),
+        (
+            Budget(average_bits=5, multiply_adds=0.7),
+            "5 bits per weight and 70.0 % of the multiply-adds of the dense decoder linears",
+        ),
     ],
 )
 def test_how_a_person_reads_it(budget: Budget, text: str) -> None:
@@ -177,6 +201,7 @@ class Holder:
         ("{bytes: 1.5 GB}", Budget(bytes="1.5 GB")),
         ("{bytes: 7_000_000}", Budget(bytes=7_000_000)),
         ("{share: 0.3}", Budget(share=0.3)),
+        ("{share: 0.3, multiply_adds: 0.7}", Budget(share=0.3, multiply_adds=0.7)),
     ],
 )
 def test_from_yaml(written: str, expected: Budget) -> None:

@@ -27,8 +27,9 @@ from qpruner.processes import Processes
 from qpruner.quantization.bank import Bank
 from qpruner.quantization.formats import dequantize, quantize
 from qpruner.records.folder import RunFolder
-from qpruner.search.preparation import Preparation, part_of, prepare
+from qpruner.search.preparation import Preparation, prepare
 from qpruner.search.reference import Reference
+from qpruner.search.structured import part_of
 
 METHODS = ("uniform", "mutual_information", "sensitivity")
 

@@ -136,7 +136,7 @@ def test_scores_are_those_of_a_fit_by_hand(work: TrialWork, runner: TrialRunner,
 
 
 def test_bytes_and_bits_are_those_of_the_plan(work: TrialWork, runner: TrialRunner, tiny_llama: Path) -> None:
-    plan = runner.plan_of(PLAIN)
+    plan = runner.plan_of(key(PLAIN))
     skeleton = build_skeleton(read_base_config(str(tiny_llama)))
     expected = price(skeleton, plan, rank=2, targets=LoRAConfig().target_modules)
     scores = runner(key(PLAIN, steps=0))
@@ -160,7 +160,7 @@ def test_time_that_is_up_ends_a_fit(work: TrialWork) -> None:
 def test_tables_are_quantized_as_asked(tiny_llama: Path, tmp_path: Path, runner: TrialRunner) -> None:
     work = prepared(tiny_llama, tmp_path, embedding=8, head=8)
     here = work.prepare()
-    plan = here.plan_of(PLAIN)
+    plan = here.plan_of(key(PLAIN))
     assert plan.embedding.bits == 8
     scores = here(key(PLAIN))
     skeleton = build_skeleton(read_base_config(str(tiny_llama)))

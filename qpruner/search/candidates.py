@@ -1,0 +1,115 @@
+"""Plans from what a trial's key says: how many units stay, and which choice each item has."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from qpruner.allocation.decision import with_choices
+from qpruner.allocation.items import Item
+from qpruner.files import replacing
+from qpruner.plan import CompressionPlan, Precision
+from qpruner.pruning.scores import LayerScores
+from qpruner.pruning.selection import Kept, keep_highest
+from qpruner.search.ledger import Key
+from qpruner.search.structure import Kind, Structure
+
+
+@dataclass(frozen=True)
+class Ranking:
+    """Which units stay when some of them do: those of the highest scores, computed once.
+
+    Args:
+        parts: layer and kind of the units of each part.
+        scores: [layers], scores of all units.
+    """
+
+    parts: tuple[tuple[int, Kind], ...]
+    scores: Sequence[LayerScores]
+
+    def kept(self, counts: Sequence[int]) -> Kept:
+        """The units that stay when so many of each part do; all of those that are no part."""
+        whole = [(len(layer.kv_groups), len(layer.ffn_channels)) for layer in self.scores]
+        numbers = {(number, kind): count for (number, kind), count in zip(self.parts, counts, strict=True)}
+        widths = [
+            (numbers.get((number, "kv_groups"), groups), numbers.get((number, "ffn_channels"), channels))
+            for number, (groups, channels) in enumerate(whole)
+        ]
+        return keep_highest(self.scores, widths)
+
+
+@dataclass(frozen=True)
+class Candidates:
+    """The plans that a search tries.
+
+    Args:
+        base: plan of the model that trials start from, with the precisions of its tables.
+        items: items that get bits.
+        precisions: precision that each choice of an item stands for.
+        ranking: which units stay where widths are searched; None where they are not.
+    """
+
+    base: CompressionPlan
+    items: tuple[Item, ...]
+    precisions: tuple[Precision, ...]
+    ranking: Ranking | None = None
+
+    def plan(self, key: Key) -> CompressionPlan:
+        """The plan of a key's ``choices``, and of its ``units`` where widths are searched."""
+        plan = self.base if self.ranking is None else self.base.keeping(self.ranking.kept(key["units"]))
+        return with_choices(plan, self.items, [self.precisions[choice] for choice in key["choices"]])
+
+    def row(self, plan: CompressionPlan, structure: Structure) -> list[int]:
+        """The row of a plan: its numbers of units and its bits, or the nearest to these that a search has.
+
+        Args:
+            plan: plan for the model that the base was made of.
+            structure: how wide layers may be.
+        """
+        row = []
+        for part in structure.parts:
+            units = len(getattr(plan.layers[part.layer], part.kind))
+            row.append(min(range(len(part.counts)), key=lambda place: abs(part.counts[place] - units)))
+        for item in self.items:
+            bits = [plan.layers[item.layer].precision[unit].bits for unit in item.units]
+            mean = sum(bits) / len(bits)
+            row.append(min(range(len(self.precisions)), key=lambda place: abs(self.precisions[place].bits - mean)))
+        return row
+
+
+def write_scores(path: Path, scores: Sequence[LayerScores], made_from: str) -> None:
+    """Keeps scores in a file.
+
+    Args:
+        path: path of the file.
+        scores: [layers], scores of all units.
+        made_from: hash of what they were made from.
+    """
+    tensors = {
+        f"{number:05d}.{kind}": getattr(layer, kind)
+        for number, layer in enumerate(scores)
+        for kind in ("kv_groups", "ffn_channels")
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(path) as temporary:
+        save_file(tensors, temporary, {"made_from": made_from})
+
+
+def read_scores(path: Path, made_from: str | None = None) -> list[LayerScores] | None:
+    """The scores of a file; None where there is none, or one of other scores.
+
+    Args:
+        path: path of the file.
+        made_from: hash of what they are to be made from; None for whatever is there.
+    """
+    if not path.exists():
+        return None
+    with safe_open(path, framework="pt") as file:
+        if made_from is not None and (file.metadata() or {}).get("made_from") != made_from:
+            return None
+        names = sorted(file.keys())
+        tensors = {name: file.get_tensor(name) for name in names}
+    layers = dict.fromkeys(name.partition(".")[0] for name in names)
+    return [LayerScores(tensors[f"{layer}.kv_groups"], tensors[f"{layer}.ffn_channels"]) for layer in layers]

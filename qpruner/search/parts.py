@@ -1,0 +1,286 @@
+"""The structures that a model may have in a search, and what each costs: bytes and multiply-adds, from shapes alone.
+
+Each unit of quantization has the units of one kind, KV groups or FFN channels, so that bytes and multiply-adds of a
+model are sums over the parts of its layers, and tables of each part say them for every structure.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from qpruner.adapters.lora import LoRAConfig, is_target
+from qpruner.allocation.budget import Budget
+from qpruner.allocation.decision import describe_price, with_choices
+from qpruner.allocation.items import Item
+from qpruner.anatomy import decoder_layers, unit_linears, unit_shapes
+from qpruner.errors import UserError
+from qpruner.memory import num_parameters
+from qpruner.outline import outline_of
+from qpruner.plan import Architecture, CompressionPlan, Precision
+from qpruner.pricing import ADAPTER_BYTES, Price, price_narrowed, weight_bytes
+from qpruner.pruning.rounds import round_to, supplies
+from qpruner.pruning.scores import LayerScores
+from qpruner.pruning.selection import SelectionConfig, Supply, Widths, competing_widths, local_widths
+from qpruner.pruning.widths import with_widths
+from qpruner.search.structure import Integers, Kind, Part, Structure, StructureConfig
+
+UNITS_OF: dict[Kind, tuple[str, ...]] = {"kv_groups": ("qkv", "o"), "ffn_channels": ("gate_up", "down")}
+"""The units of quantization that have the units of a kind."""
+
+
+@dataclass(frozen=True)
+class Structures:
+    """What a search may do to the widths of a model's layers.
+
+    Args:
+        model: dense model; shapes alone are looked at.
+        plan: plan of the dense model, with the precisions of its tables.
+        config: how wide layers may be.
+        selection: layers that are left alone, and what FFN widths are multiples of.
+        lora: adapters that the model is going to have.
+
+    Raises:
+        UserError: layers that must end equal, or no part of which anything can go.
+    """
+
+    model: Any
+    plan: CompressionPlan
+    config: StructureConfig
+    selection: SelectionConfig
+    lora: LoRAConfig
+
+    def __post_init__(self) -> None:
+        if self.selection.uniform:
+            raise UserError(
+                "selection.uniform is true, and search.structure gives each layer widths of its own. Drop one of both."
+            )
+        assert self.supplies
+
+    @cached_property
+    def supplies(self) -> list[Supply]:
+        """[layers], what each may give."""
+        offers = supplies(self.model, replace(self.selection, floor=self.config.least))
+        if not self.config.groups:
+            offers = [replace(offer, least_groups=offer.kv_groups) for offer in offers]
+        if not self.config.channels:
+            offers = [replace(offer, least_channels=offer.ffn_channels) for offer in offers]
+        if not any(offer.parameters for offer in offers):
+            raise UserError(
+                f"With search.structure.least {self.config.least} no layer can lose anything. Lower it, or leave fewer "
+                f"layers alone."
+            )
+        return offers
+
+    @property
+    def multiple(self) -> int:
+        """What FFN widths are multiples of."""
+        return round_to(self.model, self.selection)
+
+    def start(self, ratio: float, scores: Sequence[LayerScores]) -> Widths:
+        """[layers], numbers of KV groups and FFN channels that pruning by a share of all parameters keeps, or near."""
+        most = sum(offer.parameters for offer in self.supplies)
+        remove = min(round(ratio * num_parameters(self.model)), most)
+        if self.selection.scope == "local":
+            return local_widths(self.supplies, remove, self.multiple)
+        return competing_widths(scores, self.supplies, remove, self.multiple, uniform=False)
+
+    def structure(
+        self,
+        items: Sequence[Item],
+        precisions: Sequence[Precision],
+        budget: Budget,
+        *,
+        start: Widths,
+        scores: Sequence[LayerScores],
+        price_of_all: float,
+    ) -> Structure:
+        """The parts, with all that a space needs of them.
+
+        Args:
+            items: items that get bits.
+            precisions: precisions to choose from, fewest bytes first.
+            budget: what may be stored.
+            start: [layers], widths that the origin has.
+            scores: [layers], scores of all units.
+            price_of_all: cost of the prior of all that may go; each part's share of it is that of its scores.
+        """
+        numbered = {
+            (number, kind): counts
+            for number, offer in enumerate(self.supplies)
+            for kind, counts in self._counts(offer).items()
+            if len(counts) > 1
+        }
+        gone = {
+            (number, kind): _scores_gone(getattr(scores[number], kind), counts)
+            for (number, kind), counts in numbered.items()
+        }
+        whole = sum(of_part[0] for of_part in gone.values()) or 1.0
+        parts = tuple(
+            Part(
+                number,
+                kind,
+                counts,
+                tuple(self._multiply_adds(number, kind, count) for count in counts),
+                self._rest(number, kind, counts, items, budget),
+                tuple(price_of_all * score / whole for score in gone[number, kind]),
+                counts.index(start[number][kind == "ffn_channels"]),
+            )
+            for (number, kind), counts in numbered.items()
+        )
+        changes = [
+            [
+                (place, self._changes(item, part, precisions))
+                for place, part in enumerate(parts)
+                if part.layer == item.layer and set(item.units) & set(UNITS_OF[part.kind])
+            ]
+            for item in items
+        ]
+        allowed = budget.most_multiply_adds(self.plan)
+        if allowed is not None:
+            allowed -= _multiply_adds_of(self.plan.widths) - sum(part.multiply_adds[-1] for part in parts)
+        return Structure(parts, changes, self.config.least, allowed)
+
+    def limit(self, items: Sequence[Item], precisions: Sequence[Precision], budget: Budget) -> int:
+        """The most bytes that items may take in a model that is not pruned; what else is gone of it counts as less.
+
+        Args:
+            items: items that get bits.
+            precisions: precisions to choose from, fewest bytes first.
+            budget: what may be stored.
+
+        Raises:
+            UserError: bits per weight, which say nothing of size where weights go; or a budget below the cheapest
+                plan of the least structure, which is named.
+        """
+        if budget.average_bits is not None:
+            raise UserError(
+                f"The budget is {budget}, and search.structure takes weights away, so that bits per weight say nothing "
+                f"of size. Give share or bytes."
+            )
+        cheapest, whole, dearest = (
+            self._price(widths, items, precision)
+            for widths, precision in (
+                (self.least, precisions[0]),
+                (self.plan.widths, precisions[0]),
+                (self.plan.widths, precisions[-1]),
+            )
+        )
+        allowed = budget.most_multiply_adds(self.plan)
+        if allowed is not None and cheapest.multiply_adds > allowed:
+            raise UserError(
+                f"The budget is {budget}, which is {allowed:,} multiply-adds for a token; the narrowest structure with "
+                f"search.structure.least {self.config.least} has {cheapest.multiply_adds:,} "
+                f"({cheapest.multiply_adds / dearest.multiply_adds:.1%}), the dense model {dearest.multiply_adds:,}. "
+                f"Raise budget.multiply_adds, lower search.structure.least, or leave fewer layers alone."
+            )
+        if cheapest.unit_weight_bytes > budget.limit(cheapest, self.plan):
+            raise UserError(
+                f"The budget is {budget}. The cheapest plan, with search.structure.least {self.config.least} and every "
+                f"unit that is not left alone in {precisions[0]}, has {describe_price(cheapest)}; the dearest has "
+                f"{describe_price(dearest)}. Raise the budget, lower search.structure.least, add fewer bits to "
+                f"deciding.widths, or leave fewer layers alone."
+            )
+        of_items = sum(item.num_bytes(self.plan.widths, precisions[0], self.model.dtype.itemsize) for item in items)
+        return budget.limit(whole, self.plan) - (whole.unit_weight_bytes - of_items)
+
+    @property
+    def least(self) -> Architecture:
+        """The widths of the least structure."""
+        return replace(
+            self.plan.widths,
+            kv_groups=tuple(offer.least_groups for offer in self.supplies),
+            ffn_channels=tuple(offer.least_channels for offer in self.supplies),
+        )
+
+    def _counts(self, offer: Supply) -> dict[Kind, tuple[int, ...]]:
+        return {
+            "kv_groups": tuple(range(offer.least_groups, offer.kv_groups + 1)),
+            "ffn_channels": tuple(reversed(offer.ffn_widths(self.multiple))),
+        }
+
+    def _price(self, widths: Architecture, items: Sequence[Item], precision: Precision) -> Price:
+        """The price of a plan of some widths that holds all items in a precision."""
+        kept = zip(widths.kv_groups, widths.ffn_channels, strict=True)
+        plan = self.plan.keeping([(range(groups), range(channels)) for groups, channels in kept])
+        plan = with_choices(plan, items, [precision] * len(items))
+        return price_of_plan(self.model.config, self.model.dtype, plan, self.lora)
+
+    def _with(self, number: int, kind: Kind, count: int) -> Architecture:
+        """The widths of the dense model, but for one part."""
+        whole = self.plan.widths
+        counts = list(getattr(whole, kind))
+        counts[number] = count
+        if kind == "kv_groups":
+            return replace(whole, kv_groups=tuple(counts))
+        return replace(whole, ffn_channels=tuple(counts))
+
+    def _multiply_adds(self, number: int, kind: Kind, count: int) -> int:
+        shapes = unit_shapes(self._with(number, kind, count), number)
+        return sum(rows * columns for unit in UNITS_OF[kind] for rows, columns in shapes[unit])
+
+    def _changes(self, item: Item, part: Part, precisions: Sequence[Precision]) -> Integers:
+        """[counts, choices], bytes of an item less those that it has where all units of the part stay."""
+        dense_size = self.model.dtype.itemsize
+        table = np.array(
+            [
+                [
+                    item.num_bytes(self._with(part.layer, part.kind, count), precision, dense_size)
+                    for precision in precisions
+                ]
+                for count in part.counts
+            ],
+            dtype=np.int64,
+        )
+        return table - table[-1]
+
+    def _rest(
+        self, number: int, kind: Kind, counts: Sequence[int], items: Sequence[Item], budget: Budget
+    ) -> tuple[int, ...]:
+        """[counts], bytes that are none of an item's, less those that all units have: of units that stay as they are;
+        and where a budget is of all bytes, of adapters, biases and norms.
+        """
+        with_bits = {unit for item in items if item.layer == number for unit in item.units}
+        names = unit_linears(self.model)[number]
+        layer, dense_size = decoder_layers(self.model)[number], self.model.dtype.itemsize
+        weights = layer.group_weights if kind == "kv_groups" else layer.channel_weights
+        of_unit = sum(part.width for part in weights if part.axis == 0 and part.linear.bias is not None)
+        of_unit += sum(norm.of.width for norm in layer.wide_norms) if kind == "kv_groups" else 0
+        totals = []
+        for count in counts:
+            shapes = unit_shapes(self._with(number, kind, count), number)
+            total = 0
+            for unit in UNITS_OF[kind]:
+                for name, shape in zip(names[unit], shapes[unit], strict=True):
+                    if unit not in with_bits:
+                        total += weight_bytes(shape, self.plan.layers[number].precision[unit], dense_size)
+                    if budget.bytes is not None and is_target(name, self.lora.target_modules):
+                        total += self.lora.r * sum(shape) * ADAPTER_BYTES
+            totals.append(total + (of_unit * count * dense_size if budget.bytes is not None else 0))
+        return tuple(total - totals[-1] for total in totals)
+
+
+def price_of_plan(config: Any, dtype: torch.dtype, plan: CompressionPlan, lora: LoRAConfig) -> Price:
+    """The price of a plan, by the configuration of the model before it is narrowed."""
+    outline = outline_of(with_widths(config, plan.widths)).to(dtype)
+    return price_narrowed(outline, plan, rank=lora.r, targets=lora.target_modules)
+
+
+def _multiply_adds_of(widths: Architecture) -> int:
+    """Multiply-adds of a token in all decoder linears."""
+    return sum(
+        rows * columns
+        for number in range(widths.num_layers)
+        for shapes in unit_shapes(widths, number).values()
+        for rows, columns in shapes
+    )
+
+
+def _scores_gone(scores: Tensor, counts: Sequence[int]) -> list[float]:
+    """[counts], sum of the scores of the units that go."""
+    ascending = torch.cat([torch.zeros(1, dtype=torch.float64), scores.double().sort().values.cumsum(0)])
+    return [float(ascending[counts[-1] - count]) for count in counts]

@@ -1,0 +1,185 @@
+"""What a search of widths needs before its first trial: scores of units, sums of the dense model, priors, a bank.
+
+The dense model is the base of every trial. What is measured on it, sensitivities and the bank of its linears, holds for
+narrowed layers as far as a part of a layer costs its part; how wide layers may be, and what that costs, `parts` says.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+
+from lightning.pytorch.utilities import rank_zero_info
+
+from qpruner.allocation.budget import Budget
+from qpruner.allocation.decision import Allocation, Method, decide, in_order, with_choices
+from qpruner.callbacks import StructuredPruning
+from qpruner.callbacks.bits_under_budget import Allocator
+from qpruner.callbacks.calibration import calibration_of
+from qpruner.callbacks.compression import CompressionInSetup, CompressionJob
+from qpruner.errors import UserError
+from qpruner.files import hash_json
+from qpruner.outline import outline_of
+from qpruner.plan import CompressionPlan
+from qpruner.pruning.rounds import asked_for
+from qpruner.pruning.scores import LayerScores, needs_text, score_units
+from qpruner.pruning.widths import with_widths
+from qpruner.quantization.apply import LoftQSettings, check_rank, linear_precisions
+from qpruner.records.folder import RunFolder
+from qpruner.search.assembly import has_sums, keep_sums
+from qpruner.search.candidates import Ranking, read_scores, write_scores
+from qpruner.search.parts import Structures, price_of_plan
+from qpruner.search.structure import Structure, StructureConfig
+
+NO_LIMIT = Budget(share=1e6)
+"""For costs and sizes of all choices, none of which is taken."""
+
+
+@dataclass(frozen=True)
+class Structured:
+    """What was prepared for a search of widths.
+
+    Args:
+        structure: how wide layers may be.
+        ranking: which units stay.
+        limit: most bytes that items may take, where all units stay.
+        priors: costs of bits by each method, and bytes where all units stay; what was decided counts for nothing.
+        compensates: whether weights that stay make up for those that go.
+    """
+
+    structure: Structure
+    ranking: Ranking
+    limit: int
+    priors: Mapping[Method, Allocation]
+    compensates: bool
+
+
+def scoring_callback(pruning: Sequence[CompressionInSetup]) -> StructuredPruning:
+    """The callback that says which units stay.
+
+    Raises:
+        UserError: there is none, or another one that prunes.
+    """
+    if len(pruning) == 1 and isinstance(pruning[0], StructuredPruning):
+        return pruning[0]
+    given = " and ".join(type(callback).__name__ for callback in pruning) or "no callback that prunes"
+    raise UserError(
+        f"search.structure asks which units stay, and trainer.callbacks has {given}. Add StructuredPruning, whose "
+        f"criterion and selection say so; its ratio is where the search starts."
+    )
+
+
+def part_of(folder: RunFolder, method: Method) -> RunFolder:
+    """Where a search keeps what one method of allocation decided."""
+    return RunFolder(folder.prior / method)
+
+
+def prepare_structures(
+    job: CompressionJob,
+    plan: CompressionPlan,
+    scoring: StructuredPruning,
+    allocator: Allocator,
+    config: StructureConfig,
+) -> Structured:
+    """Scores units, gathers sums, measures what bits cost and fills the bank, unless an earlier session did.
+
+    Args:
+        job: dense model, and what may be used for it; with the folder of the search.
+        plan: plan of the dense model, with the precisions of its tables.
+        scoring: callback that says which units stay, and where the search starts.
+        allocator: what spends the budget.
+        config: how wide layers may be.
+
+    Raises:
+        UserError: a budget that no structure meets, adapters of a rank above that of the narrowest linear, or what
+            scoring and allocation refuse.
+    """
+    folder, network = job.folder, job.model.network
+    assert folder is not None
+    items = allocator.items(plan)
+    structures = Structures(network, plan, config, scoring.selection, job.lora)
+    precisions = in_order(plan, items, allocator.precisions, network.dtype.itemsize)
+    limit = structures.limit(items, precisions, allocator.budget)  # before what takes long, as is the next
+    narrowest = outline_of(with_widths(network.config, structures.least))
+    packed = with_choices(plan, items, [precisions[0]] * len(items))
+    loftq = LoftQSettings.of(job.lora, allocator.loftq_iterations, job.seed)
+    check_rank(narrowest, linear_precisions(narrowest, packed), loftq)
+    scores = _scores(job, scoring)
+    if scoring.compensating.how != "none":
+        _sums(job, scoring)
+    priors: dict[Method, Allocation] = {}
+    methods: list[Method] = ["uniform", "mutual_information", allocator.method]
+    for method in dict.fromkeys(methods):
+        part = part_of(folder, method)
+        part.path.mkdir(parents=True, exist_ok=True)
+        of_method = replace(allocator, method=method, budget=replace(allocator.budget, multiply_adds=None))
+        sensitivities, _ = of_method.measure(replace(job, folder=part), plan)
+        _, allocation = decide(
+            plan,
+            items,
+            allocator.precisions,
+            NO_LIMIT,
+            method=method,
+            config=allocator.config,
+            sensitivities=sensitivities,
+            dense_size=network.dtype.itemsize,
+            price_of=lambda plan: price_of_plan(network.config, network.dtype, plan, job.lora),
+        )
+        priors[method] = replace(allocation, budget=str(allocator.budget))
+    allocator.bank(replace(job, folder=part_of(folder, allocator.method)), plan)
+    costs = [decision.costs for decision in priors[allocator.method].decisions]
+    start = structures.start(scoring.ratio, scores)
+    structure = structures.structure(
+        items,
+        precisions,
+        allocator.budget,
+        start=start,
+        scores=scores,
+        price_of_all=sum(max(item) - min(item) for item in costs) or 1.0,
+    )
+    parts = tuple((part.layer, part.kind) for part in structure.parts)
+    rank_zero_info(
+        f"Widths of {len(parts)} parts of layers are searched, from all units down to {config.least:.0%} of them; the "
+        f"search starts from what StructuredPruning keeps ({asked_for(scoring.ratio, network, scoring.selection)})."
+    )
+    compensates = scoring.compensating.how != "none"
+    return Structured(structure, Ranking(parts, scores), limit, priors, compensates)
+
+
+def _scores(job: CompressionJob, scoring: StructuredPruning) -> list[LayerScores]:
+    assert job.folder is not None
+    path = job.folder.structure / "scores.safetensors"
+    asked = {name: scoring.options[name] for name in ("criterion", "aggregate", "calibration")}
+    made_from = _made_from(job, asked | {"seed": job.seed})
+    if (known := read_scores(path, made_from)) is not None:
+        rank_zero_info("The scores of units that this search has computed before are used again.")
+        return known
+    calibration = None
+    if needs_text(scoring.criterion):
+        whose = f"The criterion {scoring.criterion!r}"
+        calibration = calibration_of(job.model.network, job.data, scoring.calibration, job.processes, whose)
+    scores = score_units(job.model.network, scoring.criterion, scoring.aggregate, calibration, seed=job.seed)
+    write_scores(path, scores, made_from)
+    return scores
+
+
+def _sums(job: CompressionJob, scoring: StructuredPruning) -> None:
+    assert job.folder is not None
+    text = scoring.compensating.text
+    made_from = _made_from(job, {"compensation_text": asdict(text)})
+    scoring.compensating.check(job.model.network)
+    if not has_sums(job.folder.structure, range(len(job.model.known_plan().layers)), made_from):
+        calibration = calibration_of(job.model.network, job.data, text, job.processes, "Compensation in trials")
+        keep_sums(job.folder.structure, job.model.network, calibration, made_from)
+
+
+def _made_from(job: CompressionJob, asked: dict[str, object]) -> str:
+    """What tells scores and sums from those of other models, texts and options."""
+    return hash_json(
+        {
+            **asked,
+            "base": job.model.identity,
+            "text_sha256": job.data and job.data.fingerprint()["train"]["sha256"],
+            "text_seed": job.data and job.data.seed,
+            "dtype": str(job.model.network.dtype),
+            "computed_in": job.processes.precision,
+        }
+    )

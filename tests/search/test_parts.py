@@ -1,0 +1,209 @@
+"""What structures cost, against the price of the plans that they are part of, to the byte."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from support.families import LAYERS, tiny_config
+
+from qpruner.adapters.lora import LoRAConfig
+from qpruner.allocation.budget import Budget, dense_weights
+from qpruner.allocation.items import Granularity, items_of
+from qpruner.allocation.solving import Choice
+from qpruner.anatomy import architecture_of
+from qpruner.errors import UserError
+from qpruner.model_folder import build_skeleton
+from qpruner.plan import CompressionPlan
+from qpruner.pricing import Price, price
+from qpruner.pruning.scores import LayerScores
+from qpruner.pruning.selection import SelectionConfig
+from qpruner.quantization.formats import precision_of
+from qpruner.search.candidates import Candidates, Ranking
+from qpruner.search.parts import Structures, price_of_plan
+from qpruner.search.space import SearchSpace
+from qpruner.search.structure import StructureConfig
+
+LORA = LoRAConfig(r=2)
+PRECISIONS = tuple(precision_of(bits, 32, {}) for bits in (2, 4, 8))
+SELECTION = SelectionConfig(scope="local", round_to=4)
+
+
+class Searched:
+    """A tiny model whose widths and bits are searched.
+
+    Args:
+        budget: what may be stored.
+        family: family of the model.
+        granularity: what gets bits of its own.
+        alone: layers that stay in 16 bits.
+        config: how wide layers may be.
+        selection: layers that stay whole, and what FFN widths are multiples of.
+        spends: whether a share of the bytes is a coordinate.
+    """
+
+    def __init__(
+        self,
+        budget: Budget,
+        *,
+        family: str = "llama",
+        granularity: Granularity = "unit",
+        alone: Sequence[int] = (),
+        config: StructureConfig = StructureConfig(least=0.25),  # noqa: B008
+        selection: SelectionConfig = SELECTION,
+        spends: bool = False,
+    ) -> None:
+        changes = {"attention_bias": True, "mlp_bias": True} if family == "llama" else {}
+        self.config = tiny_config(family, **changes)
+        model = build_skeleton(self.config).bfloat16()
+        self.budget, self.base = budget, CompressionPlan.dense(architecture_of(self.config), None)
+        self.items = tuple(items_of(LAYERS, granularity, alone))
+        generator = torch.Generator().manual_seed(0)
+        widths = self.base.widths
+        self.scores = [
+            LayerScores(*(torch.rand(count, generator=generator).double() for count in counts))
+            for counts in zip(widths.kv_groups, widths.ffn_channels, strict=True)
+        ]
+        self.structures = Structures(model, self.base, config, selection, LORA)
+        limit = self.structures.limit(self.items, PRECISIONS, budget)
+        self.start = self.structures.start(0.2, self.scores)
+        costs = np.random.default_rng(0).uniform(0.5, 1, len(self.items))
+        structure = self.structures.structure(
+            self.items, PRECISIONS, budget, start=self.start, scores=self.scores, price_of_all=1.0
+        )
+        self.space = SearchSpace(
+            [
+                [Choice(item.num_bytes(widths, precision, 2), cost / 2**precision.bits) for precision in PRECISIONS]
+                for item, cost in zip(self.items, costs, strict=True)
+            ],
+            [[2, 4, 8]] * len(self.items),
+            limit,
+            spends,
+            structure,
+        )
+        parts = tuple((part.layer, part.kind) for part in structure.parts)
+        self.candidates = Candidates(self.base, self.items, PRECISIONS, Ranking(parts, self.scores))
+
+    def plan(self, decoded: Any) -> CompressionPlan:
+        assert self.space.structure is not None
+        parts = self.space.num_parts
+        units = self.space.structure.counts(decoded[:parts])
+        return self.candidates.plan({"units": units, "choices": list(decoded[parts:])})
+
+    def price(self, plan: CompressionPlan) -> Price:
+        return price_of_plan(self.config, torch.bfloat16, plan, LORA)
+
+
+@pytest.mark.parametrize("multiply_adds", [None, 0.85])
+@pytest.mark.parametrize("of_all", [False, True], ids=["share", "bytes"])
+@pytest.mark.parametrize(
+    ("share", "options"),
+    [
+        (0.2, {}),
+        (0.45, {"granularity": "block", "alone": (0,), "family": "olmo2"}),
+        (0.22, {"config": StructureConfig(least=0.3, groups=False), "family": "gpt2"}),
+        (0.2, {"selection": SelectionConfig(leave_alone=(1,), round_to=5), "spends": True}),
+    ],
+    ids=["units", "blocks", "channels", "alone"],
+)
+def test_every_point_is_a_plan_within_the_budget_whose_bytes_are_known(
+    share: float, options: Any, of_all: bool, multiply_adds: float | None
+) -> None:
+    """Bytes of the decoder linears alone, and of all with biases, norms and adapters."""
+    searched = Searched(budget := Budget(share=share, multiply_adds=multiply_adds), **options)
+    if of_all:
+        whole = searched.price(searched.base)
+        most = whole.total - whole.unit_weight_bytes + budget.limit(whole, searched.base)
+        searched = Searched(budget := Budget(bytes=most, multiply_adds=multiply_adds), **options)
+    space = searched.space
+    points = 3 * np.random.default_rng(1).standard_normal((3000, space.dimension))
+    points[0], points[1, :], points[2, :] = 0, 1e300, -1e300
+    decoded = np.unique(space.decode(points), axis=0)
+    assert len(decoded) > 100
+    sizes = space.sizes(decoded)
+    assert (sizes <= space.limit).all()
+    most = budget.most_multiply_adds(searched.base)
+    widths = set()
+    for row, size in zip(decoded[:: max(1, len(decoded) // 60)], sizes[:: max(1, len(decoded) // 60)], strict=True):
+        plan = searched.plan(row)
+        cost = searched.price(plan)
+        assert budget.limit(cost, plan) - cost.unit_weight_bytes == space.limit - size
+        assert most is None or cost.multiply_adds <= most
+        widths.add(plan.widths)
+        for number, layer in enumerate(plan.layers):
+            assert len(layer.ffn_channels) == searched.base.widths.ffn_channels[number] or not (
+                len(layer.ffn_channels) % searched.structures.multiple
+            )
+    assert len(widths) > 10
+
+
+def test_the_price_from_shapes_is_that_of_the_model() -> None:
+    searched = Searched(Budget(share=0.2))
+    plan = searched.plan(searched.space.decode(np.ones((1, searched.space.dimension)))[0])
+    model = build_skeleton(searched.config).bfloat16()
+    assert price(model, plan, rank=2, targets=LORA.target_modules) == searched.price(plan)
+
+
+def test_the_origin_is_what_pruning_keeps_and_less_where_that_does_not_fit() -> None:
+    def widths_of(budget: Budget) -> list[tuple[int, int]]:
+        searched = Searched(budget)
+        plan = searched.plan(searched.space.decode(np.zeros((1, searched.space.dimension)))[0])
+        assert searched.price(plan).unit_weight_bytes <= budget.limit(searched.price(plan), plan)
+        return list(zip(plan.widths.kv_groups, plan.widths.ffn_channels, strict=True))
+
+    searched = Searched(Budget(share=0.3))
+    assert searched.start != [(4, 48)] * LAYERS
+    assert widths_of(Budget(share=0.3)) == searched.start
+    narrow = widths_of(Budget(share=0.3, multiply_adds=0.5))
+    assert all(new <= old for new, old in zip(narrow, searched.start, strict=True)) and narrow != searched.start
+    plan = searched.base.keeping([(range(groups), range(channels)) for groups, channels in narrow])
+    assert searched.price(plan).multiply_adds <= 0.5 * dense_weights(plan)
+
+
+def test_fewer_units_leave_bytes_for_bits() -> None:
+    searched = Searched(Budget(share=0.2))
+    points = np.zeros((2, searched.space.dimension))
+    points[:, 0] = 10, -10
+    wide, narrow = (searched.plan(row) for row in searched.space.decode(points))
+    assert searched.price(narrow).average_bits > searched.price(wide).average_bits
+    assert narrow.widths == searched.structures.least
+
+
+def test_a_plan_is_found_again_from_its_point() -> None:
+    """Of plans that are full; others come back with what still fits."""
+    searched = Searched(Budget(share=0.2, multiply_adds=0.8))
+    points = 2 * np.random.default_rng(2).standard_normal((200, searched.space.dimension))
+    for row in searched.space.decode(points):
+        again = searched.space.decode(searched.space.encode(row)[None])[0]
+        assert again.tolist() == row.tolist()
+    spare = searched.space.decode(searched.space.encode([0] * len(row))[None])[0]
+    assert spare[: searched.space.num_parts].tolist() == [0] * searched.space.num_parts and sum(spare) > 0
+
+
+@pytest.mark.parametrize(
+    ("budget", "said"),
+    [
+        (
+            Budget(share=0.001),
+            r"share|cheapest plan, with search\.structure\.least 0\.25 .* in affine-double 2/32, has",
+        ),
+        (
+            Budget(share=0.5, multiply_adds=0.1),
+            r"narrowest structure with search\.structure\.least 0\.25 has [\d,]+ \(",
+        ),
+        (Budget(average_bits=3), "bits per weight say nothing of size. Give share or bytes"),
+    ],
+)
+def test_budgets_that_no_structure_meets(budget: Budget, said: str) -> None:
+    with pytest.raises(UserError, match=said):
+        Searched(budget)
+
+
+def test_structures_that_cannot_be() -> None:
+    with pytest.raises(UserError, match="selection.uniform is true"):
+        Searched(Budget(share=0.3), selection=SelectionConfig(uniform=True))
+    with pytest.raises(UserError, match=r"search\.structure\.least is 1\.0; it is the share"):
+        StructureConfig(least=1.0)
+    with pytest.raises(UserError, match="groups false and channels false"):
+        StructureConfig(groups=False, channels=False)
