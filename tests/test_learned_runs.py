@@ -170,7 +170,10 @@ def test_two_gloo_ranks_learn_as_one(arguments: list[str], tmp_path: Path, monke
         ({QUANTIZATION + "budget.share": "0.001"}, ["the cheapest plan takes", "the dearest"]),
         ({QUANTIZATION + "budget.share": "0.9"}, ["the cheapest plan takes", "the dearest"]),
         ({QUANTIZATION + "budget": "null"}, ["within a budget, and there is none", "share: 0.15"]),
-        ({QUANTIZATION + "budget": "{average_bits: 3}"}, ["3 bits per weight", "Give a share"]),
+        (
+            {QUANTIZATION + "budget.average_bits": "3", QUANTIZATION + "budget.share": "null"},
+            ["3 bits", "Give a share"],
+        ),
         ({QUANTIZATION + "deciding.widths": "[2, 7]"}, ["7; choose from"]),
         ({QUANTIZATION + "deciding.leave_alone": "[0]"}, ["deciding.leave_alone is [0]", "selection.leave_alone"]),
         ({"--joint.steps": "0"}, ["joint.steps is 0"]),

@@ -71,6 +71,10 @@ ALLOWED: dict[str, set[str]] = {
     },
     "files": {"errors"},
     "folder_manifest": {"errors", "files", "schema"},
+    "joint": {
+        "allocation", "anatomy", "calibration", "datamodules", "errors", "likelihood", "plan", "pricing", "processes",
+        "quantization", "seeds", "training",
+    },
     "likelihood": {"errors"},
     "loading_info": {"errors"},
     "memory": {"errors", "quantization"},

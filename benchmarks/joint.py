@@ -1,0 +1,259 @@
+"""Structure and precision under one budget of bytes: one after the other, learned or searched together; resumable.
+
+    python benchmarks/joint.py --base MODEL --train TRAIN.jsonl --report wikitext2=TEST.txt:20 --rows rows.jsonl
+    python benchmarks/joint.py ... --shares 0.15 0.1 --methods unpruned-mixed joint
+
+Every method ends in a plan, which is carried out in the same way: compensation, rounding by text, adapters that start
+from what rounding left, and a recovery of equal length. Shares are of the 16-bit bytes of the dense decoder linears.
+
+    unpruned-uniform       nothing pruned, the widest bits that fit for all
+    unpruned-mixed         nothing pruned, bits by unit, by the rise of the loss
+    pruned-uniform:R       R of all parameters pruned by the default criterion, then the widest bits that fit for all
+    pruned-mixed:R         the same, then bits by unit, by the rise of the loss
+    pruned-searched:R      the same, then bits by a search of short fits (``--trials``)
+    gates-mixed:R          units chosen by gates in 16 bits, projected to 1 - R of the bytes as GRASPrune has it, then
+                           bits by the rise of the loss
+    start                  the plan that gates begin with, by Fisher information: nothing learned
+    joint, joint+lifts ..  gates over both; ``+hyper``, ``+penalty``, ``+lifts``, ``+kl``, ``+text`` and ``+straight``
+                           change how they learn
+    searched               widths of layers and bits by a search of short fits
+    searched-from-joint    the same, begun at the plan that gates have learned
+
+Perplexities are of the packed model without adapters, and of the recovered one with them. ``seconds`` and ``megabytes``
+are those of deciding; ``kept`` is the share of the decoder's weights that stays.
+"""
+
+import argparse
+from functools import partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from time import perf_counter
+from typing import Any
+
+import lightning as L
+import torch
+from measured import AfterCompression, Report, perplexities
+from studies import Row, add_arguments, complete, name_of, recovery, text_data
+
+from qpruner.allocation.budget import Budget, dense_weights
+from qpruner.allocation.decision import DecidingConfig
+from qpruner.calibration.text import CalibrationConfig
+from qpruner.callbacks import MixedPrecisionQuantization, PlannedPruning, StructuredPruning
+from qpruner.datamodules.base import TokenDataModule
+from qpruner.joint.config import JointConfig
+from qpruner.joint.space import unit_bytes
+from qpruner.memory import tensor_bytes
+from qpruner.plan import DENSE, UNITS, CompressionPlan
+from qpruner.quantization.calibrated_inputs import CalibratedConfig
+from qpruner.records.folder import RunFolder
+from qpruner.records.tables import markdown_table
+from qpruner.runs.learning import Learning
+from qpruner.search.config import SearchConfig
+from qpruner.search.structure import StructureConfig
+from qpruner.search.trainer import SearchTrainer
+from qpruner.training.module import LoRAFinetuner
+from qpruner.training.optimization import OptimizerConfig
+
+CHANGES: dict[str, dict[str, Any]] = {
+    "hyper": {"gates": "hypernetwork"},
+    "penalty": {"constraint": "penalty"},
+    "lifts": {"lifts": True},
+    "kl": {"loss": "kl"},
+    "text": {"loss": "cross_entropy"},
+    "straight": {"estimator": "straight_through"},
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_arguments(parser, steps=40)
+    parser.add_argument("--dtype", default="auto", help="number format of the base")
+    parser.add_argument("--report", type=Report.read, action="append", help="NAME=FILE or NAME=FILE:ROWS", default=[])
+    parser.add_argument("--length", type=int, help="tokens in a reported row; by default those of a training row")
+    parser.add_argument("--shares", type=float, nargs="+", default=[0.25, 0.15, 0.1])
+    parser.add_argument("--methods", nargs="+", default=["unpruned-mixed", "pruned-mixed:0.2", "joint"])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--widths", type=int, nargs="+", default=[2, 3, 4], help="bits to choose from")
+    parser.add_argument("--group", type=int, default=64)
+    parser.add_argument("--text", type=int, nargs=2, default=[128, 256], metavar=("SEQUENCES", "LENGTH"))
+    parser.add_argument("--deciding-text", type=int, nargs=2, default=[16, 128], metavar=("SEQUENCES", "LENGTH"))
+    parser.add_argument("--learning", type=int, default=200, help="steps in which gates learn")
+    parser.add_argument("--trials", type=int, default=24, help="of searches, of 20 steps each")
+    parser.add_argument("--lr", type=float, default=3e-4)
+    parser.add_argument("--batch-size", type=int, default=4)
+    given = parser.parse_args()
+    print(table(complete(given, wanted(given), partial(measure, given))))
+
+
+def wanted(given: argparse.Namespace) -> list[Row]:
+    """What tells a row from the others; what a row does not depend on is not part of its key."""
+    shared = {
+        "base": name_of(given.base), "group": given.group, "text": given.text, "widths": given.widths,
+        "report": {report.name: report.rows for report in given.report},
+        "length": given.length or given.max_length, "dtype": given.dtype,
+        "steps": given.steps, "batch": [given.batch_size, given.max_length], "lr": given.lr,
+    }  # fmt: skip
+    return [
+        shared
+        | {"share": share, "method": method, "seed": seed}
+        | ({"learning": given.learning} if "joint" in method or "gates" in method else {})
+        | ({"trials": given.trials} if "searched" in method else {})
+        for seed in given.seeds
+        for share in given.shares
+        for method in given.methods
+    ]
+
+
+def measure(given: argparse.Namespace, key: Row) -> Row:
+    """Decides, carries the plan out, measures, recovers and measures again."""
+    with TemporaryDirectory() as folder:
+        since = perf_counter()
+        plan = plan_of(given, key, Path(folder))
+        seconds = perf_counter() - since
+        reports = partial(perplexities, given)
+        after = AfterCompression(None, reports)
+        callbacks = [*carried_out(given, plan, key), after]
+        module, data = described(given, key["seed"]), text_data(given, key["seed"])
+        trainer = recovery(given.steps, callbacks, folder)
+        trainer.fit(module, datamodule=data)
+        done = module.compressed.known_plan()
+        in_16_bits = done.with_precision([dict.fromkeys(UNITS, DENSE)] * len(done.layers))
+        return {
+            "bits": round(module.compressed.average_bits or 0, 3),
+            "kept": round(unit_bytes(in_16_bits, 2) / (2 * dense_weights(done)), 3),
+            "of_budget": round(unit_bytes(done, 2) / (key["share"] * 2 * dense_weights(done)), 4),
+            "bytes": tensor_bytes(module.compressed.network),
+            "quantized": after.perplexities,
+            "recovered": reports(trainer, module),
+            "seconds": round(seconds, 1),
+        }
+
+
+def described(given: argparse.Namespace, seed: int) -> LoRAFinetuner:
+    optimizer = OptimizerConfig(lr=given.lr, warmup_steps=min(10, given.steps // 2))
+    return LoRAFinetuner(given.base, dtype=given.dtype, optimizer=optimizer, seed=seed)
+
+
+def quantization(given: argparse.Namespace, share: float, **options: Any) -> MixedPrecisionQuantization:
+    """What shares out a budget among units, by codes that text rounds."""
+    deciding = DecidingConfig(
+        widths=given.widths, granularity="unit", calibration=CalibrationConfig(*given.deciding_text)
+    )
+    return MixedPrecisionQuantization(
+        **{"allocation": "sensitivity", "budget": Budget(share=share), "deciding": deciding, **options},
+        formats=dict.fromkeys(given.widths, "affine-double"),
+        group=given.group,
+        calibrated=CalibratedConfig(text=CalibrationConfig(*given.text)),
+    )
+
+
+def carried_out(given: argparse.Namespace, plan: CompressionPlan | list[L.Callback], key: Row) -> list[L.Callback]:
+    """The callbacks that carry a plan out; those that decide as they go come as they are."""
+    if isinstance(plan, list):
+        return plan
+    return [PlannedPruning(plan), MixedPrecisionQuantization.of_plan(plan, quantization(given, key["share"]))]
+
+
+def plan_of(given: argparse.Namespace, key: Row, folder: Path) -> CompressionPlan | list[L.Callback]:
+    """The plan of a method, or the callbacks that make it."""
+    share, (method, _, ratio), seed = key["share"], key["method"].partition(":"), key["seed"]
+    uniform, mixed = quantization(given, share, allocation="uniform"), quantization(given, share)
+    pruning = StructuredPruning(float(ratio or 0.2))
+    match method:
+        case "unpruned-uniform":
+            return [uniform]
+        case "unpruned-mixed":
+            return [mixed]
+        case "pruned-uniform":
+            return [pruning, uniform]
+        case "pruned-mixed":
+            return [pruning, mixed]
+        case "pruned-searched":
+            return searched(given, seed, folder, [pruning, mixed])
+        case "gates-mixed":
+            in_16_bits = quantization(
+                given, 1 - float(ratio), allocation="uniform", deciding=DecidingConfig(widths=(16,))
+            )
+            learnt = learned(given, seed, folder, [pruning, replaced(in_16_bits)], JointConfig(steps=given.learning))
+            return [PlannedPruning(learnt), mixed]
+        case "searched":
+            return searched(given, seed, folder, [pruning, mixed], StructureConfig())
+        case "searched-from-joint":
+            start = learned(given, seed, folder / "learned", [pruning, mixed], JointConfig(steps=given.learning))
+            start.write(folder / "start.json")
+            config = StructureConfig(start=str(folder / "start.json"))
+            return searched(given, seed, folder, [pruning, mixed], config)
+        case "start":
+            return learned(given, seed, folder, [pruning, mixed], JointConfig(steps=1, lr=1e-9))
+    name, *changes = method.split("+")
+    assert name == "joint", f"There is no method {method!r}."
+    options = {option: value for change in changes for option, value in CHANGES[change].items()}
+    return learned(given, seed, folder, [pruning, mixed], JointConfig(steps=given.learning, **options))
+
+
+def replaced(quantization: MixedPrecisionQuantization) -> MixedPrecisionQuantization:
+    """A budget for structure alone: nothing is rounded."""
+    quantization.calibrated = None
+    return quantization
+
+
+def learned(
+    given: argparse.Namespace, seed: int, folder: Path, callbacks: list[L.Callback], config: JointConfig
+) -> CompressionPlan:
+    """The plan that gates learn."""
+    place = RunFolder(folder / "run")
+    data = text_data(given, seed)
+    learning = Learning.of(place, described(given, seed), data, callbacks, config)
+    learning.run({**QUIET}, checkpoint_every_n_steps=10**6)
+    return CompressionPlan.read(place.learned_plan)
+
+
+def searched(
+    given: argparse.Namespace,
+    seed: int,
+    folder: Path,
+    callbacks: list[L.Callback],
+    structure: StructureConfig | None = None,
+) -> CompressionPlan:
+    """The plan that a search of short fits finds; it chooses on the validation text."""
+    place = RunFolder(folder / "search")
+    for callback in callbacks:
+        callback.folder = place  # type: ignore[attr-defined]
+    trainer = SearchTrainer(**QUIET, default_root_dir=str(place.path), callbacks=callbacks, limit_val_batches=20)
+    data: TokenDataModule = text_data(given, seed)
+    config = SearchConfig(trials=given.trials, finalist_seeds=2, structure=structure)
+    trainer.search(described(given, seed), data, config)
+    return CompressionPlan.read(place.plan)
+
+
+QUIET = {
+    "logger": False, "enable_progress_bar": False, "enable_model_summary": False, "use_distributed_sampler": False,
+}  # fmt: skip
+
+
+def table(rows: list[Row]) -> str:
+    """Per base and share, one line for each method and seed."""
+    texts = list(dict.fromkeys(text for row in rows for text in row["report"]))
+    header = ["base", "share", "method", "seed", "bits", "kept", "of budget", "MB"]
+    header += [f"{text}: {when}" for when in ("quantized", "recovered") for text in texts]
+    lines = [
+        [
+            row["base"],
+            f"{row['share']:g}",
+            row["method"],
+            str(row["seed"]),
+            f"{row['bits']:.2f}",
+            f"{row['kept']:.0%}",
+            f"{row['of_budget']:.1%}",
+            f"{row['bytes'] / 1e6:.1f}",
+            *(f"{row[when][text]:,.2f}" for when in ("quantized", "recovered") for text in texts),
+            f"{row['seconds']:.0f}",
+        ]
+        for row in sorted(rows, key=lambda row: (row["base"], -row["share"]))
+    ]
+    return markdown_table([*header, "seconds to decide"], lines)
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    main()
