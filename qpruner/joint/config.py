@@ -45,9 +45,9 @@ class JointConfig:
         constraint: ``projection``, every step opens as many gates as the budget allows; ``penalty``, gates are drawn to
             the budget by ``penalty * |log(bytes / budget)|`` in the loss, and projected at the end.
         penalty: weight of that term, above 0.
-        loss: ``kl``, divergence of the compressed model's predictions from the dense model's, at the cost of a forward
-            pass of that; ``cross_entropy``, of the text.
-        lr: learning rate of AdamW, above 0, which falls evenly to 0; by default 0.02 for plain gates and 0.001 for a
+        loss: ``cross_entropy``, of the text; ``kl``, divergence of the compressed model's predictions from the dense
+            model's, at the cost of a forward pass of that.
+        lr: learning rate of AdamW, above 0, which falls evenly to 0; by default 0.05 for plain gates and 0.001 for a
             hypernetwork.
         temperature: temperature of the noise by which gates are sampled in training, in units of a logit, above 0; it
             falls evenly to a tenth.
@@ -69,7 +69,7 @@ class JointConfig:
     gates: Literal["plain", "hypernetwork"] = "plain"
     constraint: Literal["projection", "penalty"] = "projection"
     penalty: float = 6.0
-    loss: Literal["kl", "cross_entropy"] = "kl"
+    loss: Literal["cross_entropy", "kl"] = "cross_entropy"
     lr: float | None = None
     temperature: float = 0.4
     estimator: Estimator = "reinmax"
@@ -95,4 +95,4 @@ class JointConfig:
 
     @property
     def learning_rate(self) -> float:
-        return self.lr or (0.02 if self.gates == "plain" else 0.001)
+        return self.lr or (0.05 if self.gates == "plain" else 0.001)

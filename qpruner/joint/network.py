@@ -34,6 +34,7 @@ class GatedLinear(nn.Module):
         mixture: share [K] of each width, 1 for one of them and 0 for the others.
         lifted: gates [I] of the input channels that have the last width; None where there are none.
         is_dense: whether it computes with the weight of the model, while gradients are those of the gates all the same.
+        is_bypassed: whether it is the linear of the model, without gates.
     """
 
     def __init__(self, dense: nn.Linear, widths: Callable[[int, torch.dtype], Tensor], num_widths: int) -> None:
@@ -44,6 +45,7 @@ class GatedLinear(nn.Module):
         self.mixture = torch.eye(num_widths)[0]
         self.lifted: Tensor | None = None
         self.is_dense = False
+        self.is_bypassed = False
 
     @property
     def in_features(self) -> int:
@@ -63,6 +65,8 @@ class GatedLinear(nn.Module):
         return self.dense.bias
 
     def forward(self, x: Tensor) -> Tensor:  # [.., I] -> [.., O]
+        if self.is_bypassed:
+            return nn.functional.linear(x, self.dense.weight, self.bias)
         product: Tensor = _GatedProduct.apply(x, self.mixture, self.lifted, self)  # type: ignore[no-untyped-call]
         return product if self.bias is None else product + self.bias.to(product.dtype)
 
@@ -191,28 +195,33 @@ class GatedNetwork:
     @contextmanager
     def dense(self) -> Iterator[None]:
         """With the weights of the model, while all gates that are set have their gradients all the same."""
-        linears = [linear for units in self.linears for unit in units.values() for linear in unit]
-        for linear in linears:
+        for linear in self._each():
             linear.is_dense = True
         try:
             yield
         finally:
-            for linear in linears:
+            for linear in self._each():
                 linear.is_dense = False
 
     @contextmanager
     def unchanged(self) -> Iterator[None]:
-        """The model as it was, without gates."""
+        """The model as it was, without gates and their gradients."""
         inputs = [gate for gates in self._inputs for gate in gates.values()]
         values = [gate.values for gate in inputs]
         for gate in inputs:
             gate.values = None
+        for linear in self._each():
+            linear.is_bypassed = True
         try:
-            with self.dense():
-                yield
+            yield
         finally:
             for gate, value in zip(inputs, values, strict=True):
                 gate.values = value
+            for linear in self._each():
+                linear.is_bypassed = False
+
+    def _each(self) -> Iterator[GatedLinear]:
+        return (linear for units in self.linears for unit in units.values() for linear in unit)
 
     def remove(self) -> None:
         """Gives the model back as it was."""

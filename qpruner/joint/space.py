@@ -76,13 +76,18 @@ class JointSpace:
             limit: most bytes that the weights of the decoder's units may take, scales included.
 
         Raises:
-            UserError: it is below the cheapest plan or above the dearest.
+            UserError: it is below the cheapest plan or above the dearest, or no layers are as narrow as they must be.
         """
         if not self.cheapest <= limit <= self.dearest:
             raise UserError(
                 f"The budget leaves {limit:,} bytes for the weights of the decoder's units; the cheapest plan takes "
                 f"{self.cheapest:,} and the dearest {self.dearest:,}. Give a budget between these, or other "
                 f"deciding.widths."
+            )
+        if self.most_weights is not None and not self.fewest_weights <= self.most_weights:
+            raise UserError(
+                f"The budget leaves {self.most_weights:,} multiply-adds per token, which are weights of the decoder's "
+                f"units; the narrowest layers have {self.fewest_weights:,}. Give a higher budget, or prune less."
             )
 
     @property
@@ -148,6 +153,13 @@ class JointSpace:
     def dearest(self) -> int:
         """Bytes of all units in the most bits."""
         return self._bytes(self.widths.kv_groups, self.widths.ffn_channels, self.offered[-1])
+
+    @property
+    def fewest_weights(self) -> int:
+        """Weights of the narrowest layers."""
+        groups, channels = (torch.tensor(counts) for counts in self.fewest)
+        by_groups, by_channels = self.weights[:, :2].sum(1), self.weights[:, 2:].sum(1)
+        return int((by_groups * groups + by_channels * channels).sum())
 
     @property
     def fewest(self) -> tuple[tuple[int, ...], tuple[int, ...]]:

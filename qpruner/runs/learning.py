@@ -8,7 +8,7 @@ from typing import Any
 from lightning.pytorch import Callback
 from lightning.pytorch.utilities import rank_zero_info
 
-from qpruner.allocation.budget import Budget
+from qpruner.allocation.budget import Budget, dense_weights
 from qpruner.anatomy import architecture_of, unit_shapes
 from qpruner.callbacks import MixedPrecisionQuantization, RunCheckpoint, StructuredPruning, Throughput
 from qpruner.callbacks.compression import Compression, CompressionJob, Rehearsal
@@ -93,6 +93,11 @@ class Learning:
             raise UserError(
                 f"deciding.leave_alone is {list(allocator.config.leave_alone)}, and joint decides on all layers. Leave "
                 f"it out; selection.leave_alone of StructuredPruning keeps layers from being pruned."
+            )
+        if allocator.budget.multiply_adds is not None and not pruning:
+            raise UserError(
+                f"budget.multiply_adds is {allocator.budget.multiply_adds:g}, and nothing may be pruned. Add "
+                f"StructuredPruning to trainer.callbacks, or drop it."
             )
         if config.fixed_ratio and not pruning:
             raise UserError(
@@ -193,7 +198,7 @@ class Learning:
             dense=plan,
             offered=tuple(sorted(allocator.precisions, key=lambda precision: precision.bits)),
             dense_size=dense_size,
-            most_weights=self._most_weights(price.weights, num_parameters(network)),
+            most_weights=self._most_weights(plan, num_parameters(network)),
             pins_weights=self.config.fixed_ratio,
             prunes=selection is not None,
             lifts=self.config.lifts,
@@ -204,12 +209,13 @@ class Learning:
             space.check(limit)
         return space, limits
 
-    def _most_weights(self, weights: int, parameters: int) -> int | None:
-        """The most weights that the units may keep."""
+    def _most_weights(self, plan: CompressionPlan, parameters: int) -> int | None:
+        """The most weights that the units may keep, which are the multiply-adds of a token."""
         if self.config.fixed_ratio:
             assert self.pruning is not None
-            return weights - round(self.pruning.ratio * parameters)
-        return None
+            return dense_weights(plan) - round(self.pruning.ratio * parameters)
+        assert self.quantization.allocator is not None
+        return self.quantization.allocator.budget.most_multiply_adds(plan)
 
 
 def _shapes(plan: CompressionPlan) -> Iterator[tuple[int, int]]:
