@@ -85,7 +85,8 @@ def merge(model: CompressedModel) -> None:
 
 
 STEPS: dict[str, Callable[[CompressedModel], None]] = {
-    "prune": prune, "reorder": reorder, "quantize": quantize, "attach": attach, "detach": detach, "mask": mask, "merge": merge
+    "prune": prune, "reorder": reorder, "quantize": quantize, "attach": attach, "detach": detach, "mask": mask,
+    "merge": merge,
 }  # fmt: skip
 WAYS: dict[State, tuple[str, ...]] = {
     State.DENSE: (),
