@@ -16,7 +16,7 @@ from qpruner.compressed import CompressedModel, State
 from qpruner.errors import UserError
 from qpruner.folder_manifest import Step, identity_of, read_manifest
 from qpruner.model_folder import load_compressed
-from qpruner.plan import UNITS, CompressionPlan, Precision
+from qpruner.plan import UNITS, CompressionPlan, Leading, Precision
 from qpruner.pricing import price_narrowed
 from qpruner.quantization.apply import LoftQSettings
 from qpruner.quantization.bank import fill
@@ -171,6 +171,31 @@ def test_hidden_channels_in_another_order_are_known_by_the_plan_and_change_nothi
     assert plan.hidden == (*range(10, 32), *range(10))
     assert torch.equal(model.network.model.layers[1].mlp.up_proj.weight, columns[:, plan.hidden])
     assert plan.layers[0].kv_groups == (1, 0) and plan.layers[0].ffn_channels == tuple(range(48))[::-1]
+
+
+def test_two_segments_narrow_below_adapters_as_the_plan_says(tiny_llama: Path, tmp_path: Path) -> None:
+    led = {
+        unit: Precision("affine", 4, 32, Leading(columns, Precision("int8", 8)))
+        for unit, columns in {"qkv": 20, "o": 8, "gate_up": 20, "down": 20}.items()
+    }
+    model = dense(tiny_llama)
+    model.quantize(quantized_plan(model, led), loftq(), device=CPU)
+    assert model.initial_adapters
+    attach(model)
+    nudge(model)
+    model.prune(KEPT)
+    first, second = model.known_plan().layers
+    assert first.precision["o"] == led["o"].rest  # of group 1 none was among the first 8 columns
+    assert first.precision["down"] == led["down"] and second.precision["o"] == led["o"]
+    assert second.precision["down"] == Precision("affine", 4, 32, Leading(12, Precision("int8", 8)))  # 8 to 19
+    for number, layer in enumerate(model.network.get_base_model().model.layers):
+        held = {"o": layer.self_attn.o_proj, "down": layer.mlp.down_proj, "qkv": layer.self_attn.q_proj}
+        for unit, linear in held.items():
+            assert linear.base_layer.precision == model.known_plan().layers[number].precision[unit]
+    model.keep(tmp_path / "model", tokenizer=None)
+    opened = CompressedModel.open(tmp_path / "model", trained_adapters=True)
+    attach(opened)
+    assert torch.equal(logits(opened), logits(model))
 
 
 def test_masked_and_then_narrowed_adapters_give_the_same_logits(tiny_llama: Path) -> None:
