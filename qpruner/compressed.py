@@ -45,7 +45,7 @@ class State(StrEnum):
     DENSE = "dense"
     """As its base came, whatever that holds."""
     PRUNED = "pruned"
-    """Narrower; the weights that are left are those of the base."""
+    """Narrower, or in another order; the weights that are left are those of the base."""
     QUANTIZED = "quantized"
     """Held as the plan says, pruned or not."""
     ADAPTED = "adapted"
@@ -83,7 +83,7 @@ class KeptFolder:
 class CompressedModel(nn.Module):
     """A causal language model, its plan, where its weights come from, and one method for each thing done to it.
 
-    dense --`prune`--> pruned --`quantize`--> quantized --`attach`--> adapted --`merge`--> merged
+    dense --`prune`, `reorder`--> pruned --`quantize`--> quantized --`attach`--> adapted --`merge`--> merged
 
     Steps may be left out; an adapted model may be narrowed, and a merged one quantized. Nothing but these methods
     changes a model. What they leave depends on text as well as on the plan, so that no model is ever made again from a

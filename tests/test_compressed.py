@@ -16,12 +16,13 @@ from qpruner.compressed import CompressedModel, State
 from qpruner.errors import UserError
 from qpruner.folder_manifest import Step, identity_of, read_manifest
 from qpruner.model_folder import load_compressed
-from qpruner.plan import UNITS, CompressionPlan, Precision
+from qpruner.plan import UNITS, CompressionPlan, Leading, Precision
 from qpruner.pricing import price_narrowed
 from qpruner.quantization.apply import LoftQSettings
 from qpruner.quantization.bank import fill
 
 KEPT = [([1], list(range(0, 40))), ([0, 1], list(range(8, 48)))]
+ORDER = [*range(5, 32), *range(5)]
 EIGHT = dict.fromkeys(UNITS, Precision("int8", 8))
 FOUR = dict.fromkeys(UNITS, Precision("nf4", 4, 64))
 LORA = LoRAConfig(r=2, dropout=0.0)
@@ -59,6 +60,10 @@ def prune(model: CompressedModel) -> None:
     model.prune(KEPT)
 
 
+def reorder(model: CompressedModel) -> None:
+    model.reorder(ORDER)
+
+
 def quantize(model: CompressedModel) -> None:
     model.quantize(quantized_plan(model), loftq(), device=CPU)
 
@@ -80,7 +85,8 @@ def merge(model: CompressedModel) -> None:
 
 
 STEPS: dict[str, Callable[[CompressedModel], None]] = {
-    "prune": prune, "quantize": quantize, "attach": attach, "detach": detach, "mask": mask, "merge": merge
+    "prune": prune, "reorder": reorder, "quantize": quantize, "attach": attach, "detach": detach, "mask": mask,
+    "merge": merge,
 }  # fmt: skip
 WAYS: dict[State, tuple[str, ...]] = {
     State.DENSE: (),
@@ -91,8 +97,10 @@ WAYS: dict[State, tuple[str, ...]] = {
 }
 LEADS: dict[tuple[State, str], State] = {
     (State.DENSE, "prune"): State.PRUNED,
+    (State.DENSE, "reorder"): State.PRUNED,
     (State.DENSE, "quantize"): State.QUANTIZED,
     (State.DENSE, "attach"): State.ADAPTED,
+    (State.PRUNED, "reorder"): State.PRUNED,
     (State.PRUNED, "quantize"): State.QUANTIZED,
     (State.PRUNED, "attach"): State.ADAPTED,
     (State.QUANTIZED, "attach"): State.ADAPTED,
@@ -100,6 +108,7 @@ LEADS: dict[tuple[State, str], State] = {
     (State.ADAPTED, "mask"): State.ADAPTED,
     (State.ADAPTED, "merge"): State.MERGED,
     (State.MERGED, "prune"): State.PRUNED,
+    (State.MERGED, "reorder"): State.PRUNED,
     (State.MERGED, "quantize"): State.QUANTIZED,
     (State.MERGED, "attach"): State.ADAPTED,
 }
@@ -149,6 +158,44 @@ def test_pruning_twice_keeps_units_by_their_number_in_the_dense_model(tiny_llama
     at_once.prune([([1], list(range(10, 40))), ([1], list(range(8, 38)))])
     assert twice.plan == at_once.plan and torch.equal(logits(twice), logits(at_once))
     assert rounded == {} and size.parameters == sum(p.numel() for p in twice.network.parameters())
+
+
+def test_hidden_channels_in_another_order_are_known_by_the_plan_and_change_nothing(tiny_llama: Path) -> None:
+    model = dense(tiny_llama)
+    model.prune([([1, 0], list(range(48))[::-1])] * 2)
+    expected, columns = logits(model), model.network.model.layers[1].mlp.up_proj.weight
+    model.reorder(ORDER)
+    model.reorder(ORDER)
+    torch.testing.assert_close(logits(model), expected, rtol=1e-4, atol=1e-5)
+    plan = model.known_plan()
+    assert plan.hidden == (*range(10, 32), *range(10))
+    assert torch.equal(model.network.model.layers[1].mlp.up_proj.weight, columns[:, plan.hidden])
+    assert plan.layers[0].kv_groups == (1, 0) and plan.layers[0].ffn_channels == tuple(range(48))[::-1]
+
+
+def test_two_segments_narrow_below_adapters_as_the_plan_says(tiny_llama: Path, tmp_path: Path) -> None:
+    led = {
+        unit: Precision("affine", 4, 32, Leading(columns, Precision("int8", 8)))
+        for unit, columns in {"qkv": 20, "o": 8, "gate_up": 20, "down": 20}.items()
+    }
+    model = dense(tiny_llama)
+    model.quantize(quantized_plan(model, led), loftq(), device=CPU)
+    assert model.initial_adapters
+    attach(model)
+    nudge(model)
+    model.prune(KEPT)
+    first, second = model.known_plan().layers
+    assert first.precision["o"] == led["o"].rest  # of group 1 none was among the first 8 columns
+    assert first.precision["down"] == led["down"] and second.precision["o"] == led["o"]
+    assert second.precision["down"] == Precision("affine", 4, 32, Leading(12, Precision("int8", 8)))  # 8 to 19
+    for number, layer in enumerate(model.network.get_base_model().model.layers):
+        held = {"o": layer.self_attn.o_proj, "down": layer.mlp.down_proj, "qkv": layer.self_attn.q_proj}
+        for unit, linear in held.items():
+            assert linear.base_layer.precision == model.known_plan().layers[number].precision[unit]
+    model.keep(tmp_path / "model", tokenizer=None)
+    opened = CompressedModel.open(tmp_path / "model", trained_adapters=True)
+    attach(opened)
+    assert torch.equal(logits(opened), logits(model))
 
 
 def test_masked_and_then_narrowed_adapters_give_the_same_logits(tiny_llama: Path) -> None:

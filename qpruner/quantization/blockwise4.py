@@ -111,6 +111,28 @@ class Blockwise4:
         blocks = torch.arange(-(-num_weights // group), device=values.device)
         return (values * _spread(self._scales(state, blocks), group, num_weights)).view(out_features, in_features)
 
+    def unpack(
+        self,
+        state: Mapping[str, Tensor],
+        out_features: int,
+        in_features: int,
+        precision: Precision,
+        dtype: torch.dtype,
+    ) -> Tensor:
+        bnb = _bitsandbytes()
+        codes, scales = state["codes"], state.get("scales")
+        if scales is None:
+            scales = bnb.functional.dequantize_blockwise(state["scale_codes"], _scale_state(state))
+            scales = scales + state["scale_offset"]
+        # The kernel is told of a matrix with a block in each row, or of one long row: these it reads rightly. It knows
+        # three dtypes, and leaves memory as it is for others.
+        group, length = self.group(precision), 2 * codes.numel()
+        shape = (1, length) if length % group else (length // group, group)
+        values = torch.ops.bitsandbytes.dequantize_4bit(
+            codes.view(-1, 1), scales, group, self.code_book, shape, torch.float32
+        )
+        return values.flatten()[: out_features * in_features].view(out_features, in_features).to(dtype)
+
     def decode_rows(
         self, state: Mapping[str, Tensor], rows: Tensor, out_features: int, in_features: int, precision: Precision
     ) -> Tensor:
@@ -167,39 +189,9 @@ class Blockwise4Linear(PackedLinear):
     its kernel mixes up scales when ``in`` is a multiple of 32 but not of the group; and it computes for good in the
     dtype of the first input that it sees.
 
-    Args:
-        number_format: number format of the state; the other arguments are those of `PackedLinear`.
     """
 
-    def __init__(
-        self,
-        state: Mapping[str, Tensor],
-        out_features: int,
-        in_features: int,
-        precision: Precision,
-        bias: nn.Parameter | None,
-        dtype: torch.dtype,
-        number_format: Blockwise4,
-    ) -> None:
-        super().__init__(state, out_features, in_features, precision, bias, dtype)
-        self.number_format = number_format
-
-    def unpack(self, dtype: torch.dtype) -> Tensor:
-        bnb, packed = _bitsandbytes(), self.packed()
-        codes, scales = packed["codes"], packed.get("scales")
-        if scales is None:
-            scales = bnb.functional.dequantize_blockwise(packed["scale_codes"], _scale_state(packed))
-            scales = scales + packed["scale_offset"]
-        # The kernel is told of a matrix with a block in each row, or of one long row: these it reads rightly. It knows
-        # three dtypes, and leaves memory as it is for others.
-        number_format = self.number_format
-        group, length = number_format.group(self.precision), 2 * codes.numel()
-        shape = (1, length) if length % group else (length // group, group)
-        values = torch.ops.bitsandbytes.dequantize_4bit(
-            codes.view(-1, 1), scales, group, number_format.code_book, shape, torch.float32
-        )
-        weight = values.flatten()[: self.out_features * self.in_features].view(self.out_features, self.in_features)
-        return weight.to(dtype)
+    number_format: Blockwise4
 
     def forward(self, x: Tensor) -> Tensor:
         if not x.is_cuda:

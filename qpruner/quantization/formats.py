@@ -43,6 +43,16 @@ class Format(Protocol):
     def decode(self, state: Mapping[str, Tensor], out_features: int, in_features: int, precision: Precision) -> Tensor:
         """The weight of a state, by torch alone; float32 [out, in]."""
 
+    def unpack(
+        self,
+        state: Mapping[str, Tensor],
+        out_features: int,
+        in_features: int,
+        precision: Precision,
+        dtype: torch.dtype,
+    ) -> Tensor:
+        """What ``decode`` gives, rounded once to a dtype, by the fastest means; for every product of a linear."""
+
     def decode_rows(
         self, state: Mapping[str, Tensor], rows: Tensor, out_features: int, in_features: int, precision: Precision
     ) -> Tensor:

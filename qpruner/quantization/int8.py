@@ -21,6 +21,10 @@ class Int8:
     - ``codes``: int8 [out, in], from -127 to 127;
     - ``scales``: float32 [out], the largest magnitudes; weight = code * (scale * (1 / 127)), computed in float32.
 
+    Activations stay as they are. The ``Linear8bitLt`` of bitsandbytes casts them to float16 and rounds each row of them
+    to int8, on CUDA always and on CPUs in evaluation but not in training. Here only the weight is int8, so a result is
+    the same in both modes, on both devices and from the stored codes and scales.
+
     Source: Dettmers et al., LLM.int8(), 2022 (arXiv:2208.07339), section 2, without the decomposition of outliers.
     """
 
@@ -52,6 +56,17 @@ class Int8:
     def decode(self, state: Mapping[str, Tensor], out_features: int, in_features: int, precision: Precision) -> Tensor:
         return state["codes"].float() * (state["scales"] * (1 / 127)).unsqueeze(1)
 
+    def unpack(
+        self,
+        state: Mapping[str, Tensor],
+        out_features: int,
+        in_features: int,
+        precision: Precision,
+        dtype: torch.dtype,
+    ) -> Tensor:
+        codes = state["codes"].to(dtype)  # exact in all of them
+        return codes.mul_((state["scales"] * (1 / 127)).unsqueeze(1))  # in float32, then rounded
+
     def decode_rows(
         self, state: Mapping[str, Tensor], rows: Tensor, out_features: int, in_features: int, precision: Precision
     ) -> Tensor:
@@ -76,18 +91,4 @@ class Int8:
         bias: nn.Parameter | None,
         dtype: torch.dtype,
     ) -> PackedLinear:
-        return Int8Linear(state, out_features, in_features, precision, bias, dtype)
-
-
-class Int8Linear(PackedLinear):
-    """A linear in int8 that leaves activations alone.
-
-    The ``Linear8bitLt`` of bitsandbytes casts activations to float16 and rounds each row of them to int8, on CUDA
-    always and on CPUs in evaluation but not in training. Here only the weight is int8, so a result is the same in both
-    modes, on both devices and from the stored codes and scales.
-    """
-
-    def unpack(self, dtype: torch.dtype) -> Tensor:
-        packed = self.packed()
-        codes = packed["codes"].to(dtype)  # exact in all of them
-        return codes.mul_((packed["scales"] * (1 / 127)).unsqueeze(1))  # in float32, then rounded
+        return PackedLinear(state, out_features, in_features, precision, bias, dtype, self)

@@ -1,13 +1,27 @@
 """The linear that every format makes: frozen, its weight held as codes and scales."""
 
 from collections.abc import Callable, Mapping
-from typing import Any, Self, cast
+from typing import Any, Protocol, Self, cast
 
 import torch
 from torch import Tensor, nn
 
 from qpruner.plan import Precision
 from qpruner.quantization.weight import Frozen, PackedWeight
+
+
+class Unpacking(Protocol):
+    """What a linear asks of its number format."""
+
+    def unpack(
+        self,
+        state: Mapping[str, Tensor],
+        out_features: int,
+        in_features: int,
+        precision: Precision,
+        dtype: torch.dtype,
+    ) -> Tensor:
+        """The weight [out, in] of a state, rounded once from float32."""
 
 
 class PackedLinear(nn.Linear):
@@ -26,6 +40,7 @@ class PackedLinear(nn.Linear):
         precision: precision that the state was made in.
         bias: bias [out], or None.
         dtype: dtype of the weight when others see it, or when the linear becomes dense; follows ``to``.
+        number_format: number format of the state.
     """
 
     precision: Precision
@@ -38,10 +53,11 @@ class PackedLinear(nn.Linear):
         precision: Precision,
         bias: nn.Parameter | None,
         dtype: torch.dtype,
+        number_format: Unpacking,
     ) -> None:
         nn.Module.__init__(self)  # that of `nn.Linear` makes a weight
         self.in_features, self.out_features = in_features, out_features
-        self.precision = precision
+        self.precision, self.number_format = precision, number_format
         # An empty parameter has the dtype, so that casts of the model reach it. Transformers takes the dtype of a model
         # from its first parameter of floats, which in a packed embedding would be the scales.
         device = next(iter(state.values())).device
@@ -58,7 +74,7 @@ class PackedLinear(nn.Linear):
 
     def unpack(self, dtype: torch.dtype) -> Tensor:
         """The weight [out, in], rounded once from float32."""
-        raise NotImplementedError
+        return self.number_format.unpack(self.packed(), self.out_features, self.in_features, self.precision, dtype)
 
     def forward(self, x: Tensor) -> Tensor:  # [.., in] -> [.., out]
         bias = None if self.bias is None else self.bias.to(x.dtype)

@@ -76,12 +76,12 @@ class PolishedLinear(PackedLinear):
         number_format: format of the packed linear.
     """
 
+    number_format: GridFormat
     ways: nn.Parameter | None
 
     def __init__(self, packed: PackedLinear, number_format: GridFormat) -> None:
         shape = packed.out_features, packed.in_features
-        super().__init__(packed.packed(), *shape, packed.precision, packed.bias, packed.like.dtype)
-        self.number_format = number_format
+        super().__init__(packed.packed(), *shape, packed.precision, packed.bias, packed.like.dtype, number_format)
         zeros = torch.zeros_like(self.start.scales)
         self.growths = nn.Parameter(zeros)
         self.register_parameter("ways", None if number_format.symmetric else nn.Parameter(zeros.clone()))

@@ -67,6 +67,19 @@ class Segments:
         values = self.leading.decode(first, out_features, leading.columns, leading.precision)
         return torch.cat([values, self.rest.decode(rest, out_features, behind, precision.rest)], 1)
 
+    def unpack(
+        self,
+        state: Mapping[str, Tensor],
+        out_features: int,
+        in_features: int,
+        precision: Precision,
+        dtype: torch.dtype,
+    ) -> Tensor:
+        leading, (first, rest) = leading_of(precision, in_features), parted(state)
+        behind = in_features - leading.columns
+        values = self.leading.unpack(first, out_features, leading.columns, leading.precision, dtype)
+        return torch.cat([values, self.rest.unpack(rest, out_features, behind, precision.rest, dtype)], 1)
+
     def decode_rows(
         self, state: Mapping[str, Tensor], rows: Tensor, out_features: int, in_features: int, precision: Precision
     ) -> Tensor:
@@ -104,7 +117,7 @@ class Segments:
         bias: nn.Parameter | None,
         dtype: torch.dtype,
     ) -> PackedLinear:
-        return SegmentedLinear(state, out_features, in_features, precision, bias, dtype, self)
+        return PackedLinear(state, out_features, in_features, precision, bias, dtype, self)
 
 
 @dataclass(frozen=True)
@@ -150,37 +163,6 @@ class GridSegments(Segments):
 def _side_by_side(leading: AnyGrid, columns: int, rest: AnyGrid) -> GridOfTwo:
     assert isinstance(leading, Grid) and isinstance(rest, Grid), "a segment has no segments"
     return GridOfTwo(leading, columns, rest)
-
-
-class SegmentedLinear(PackedLinear):
-    """A linear whose first columns are packed in another precision than the rest; one product with both.
-
-    Args:
-        number_format: number format of the state; the other arguments are those of `PackedLinear`.
-    """
-
-    def __init__(
-        self,
-        state: Mapping[str, Tensor],
-        out_features: int,
-        in_features: int,
-        precision: Precision,
-        bias: nn.Parameter | None,
-        dtype: torch.dtype,
-        number_format: Segments,
-    ) -> None:
-        super().__init__(state, out_features, in_features, precision, bias, dtype)
-        self.number_format = number_format
-
-    def unpack(self, dtype: torch.dtype) -> Tensor:
-        leading, (first, rest) = leading_of(self.precision, self.in_features), parted(self.packed())
-        formats, behind = self.number_format, self.in_features - leading.columns
-        # Linears for the moment, on the same tensors, since formats may unpack faster than they decode.
-        segments = (
-            formats.leading.build(first, self.out_features, leading.columns, leading.precision, None, dtype),
-            formats.rest.build(rest, self.out_features, behind, self.precision.rest, None, dtype),
-        )
-        return torch.cat([segment.unpack(dtype) for segment in segments], 1)
 
 
 def leading_of(precision: Precision, in_features: int) -> Leading:

@@ -115,18 +115,22 @@ class Uniform:
         return {"codes": pack(codes, grid.bits), **self._stored(grid.scales, grid.minima, grid.bits)}
 
     def decode(self, state: Mapping[str, Tensor], out_features: int, in_features: int, precision: Precision) -> Tensor:
-        return self.decode_to(state, in_features, precision, torch.float32)
+        return self.unpack(state, out_features, in_features, precision, torch.float32)
 
     def decode_rows(
         self, state: Mapping[str, Tensor], rows: Tensor, out_features: int, in_features: int, precision: Precision
     ) -> Tensor:
         chosen = {name: tensor[rows] if tensor.dim() else tensor for name, tensor in state.items()}
-        return self.decode_to(chosen, in_features, precision, torch.float32)
+        return self.unpack(chosen, len(rows), in_features, precision, torch.float32)
 
-    def decode_to(
-        self, state: Mapping[str, Tensor], in_features: int, precision: Precision, dtype: torch.dtype
+    def unpack(
+        self,
+        state: Mapping[str, Tensor],
+        out_features: int,
+        in_features: int,
+        precision: Precision,
+        dtype: torch.dtype,
     ) -> Tensor:
-        """The weight of a state, rounded once from float32."""
         return self.values(state, self.grid(state, precision), in_features, dtype)
 
     def grid(self, state: Mapping[str, Tensor], precision: Precision) -> Grid:
@@ -174,7 +178,7 @@ class Uniform:
         bias: nn.Parameter | None,
         dtype: torch.dtype,
     ) -> PackedLinear:
-        return UniformLinear(state, out_features, in_features, precision, bias, dtype, self)
+        return PackedLinear(state, out_features, in_features, precision, bias, dtype, self)
 
     def group(self, precision: Precision) -> int:
         return precision.group or self.groups[0]
@@ -245,30 +249,6 @@ class Uniform:
     @property
     def _codes_per_octave(self) -> int:
         return 12 if self.symmetric else 24
-
-
-class UniformLinear(PackedLinear):
-    """A linear whose weight has values at equal distances.
-
-    Args:
-        number_format: number format of the state; the other arguments are those of `PackedLinear`.
-    """
-
-    def __init__(
-        self,
-        state: Mapping[str, Tensor],
-        out_features: int,
-        in_features: int,
-        precision: Precision,
-        bias: nn.Parameter | None,
-        dtype: torch.dtype,
-        number_format: Uniform,
-    ) -> None:
-        super().__init__(state, out_features, in_features, precision, bias, dtype)
-        self.number_format = number_format
-
-    def unpack(self, dtype: torch.dtype) -> Tensor:
-        return self.number_format.decode_to(self.packed(), self.in_features, self.precision, dtype)
 
 
 def _means_of_halves(weight: Tensor, size: int) -> tuple[Tensor, Tensor]:

@@ -235,6 +235,9 @@ def test_places_are_counted_among_what_the_earlier_plan_keeps() -> None:
     )
     later = first.keeping([([1, 2], [0, 3, 5])] + [([1], [7])] * (LAYERS - 1))
     assert places_among(first, later) == [([1, 2], [0, 3, 5])] + [([1], [7])] * (LAYERS - 1)
+    turned = first.keeping([([2, 0], [5, 0, 3])] + [([1], [7])] * (LAYERS - 1))
+    assert places_among(first, turned)[0] == ([2, 0], [5, 0, 3])
+    assert places_among(turned, turned.keeping([([1], [2, 0])] + [([0], [0])] * (LAYERS - 1)))[0] == ([1], [2, 0])
 
 
 @pytest.mark.parametrize(

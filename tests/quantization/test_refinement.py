@@ -8,7 +8,7 @@ from torch import Tensor
 from qpruner.plan import Precision
 from qpruner.quantization import refinement
 from qpruner.quantization.gptq import damped
-from qpruner.quantization.grid import Grid
+from qpruner.quantization.grid import Grid, GridOfTwo
 from qpruner.quantization.grid_search import Levels
 from qpruner.quantization.refinement import losses, refitted, swept
 
@@ -49,6 +49,34 @@ def test_the_grid_for_given_codes_is_that_of_least_squares(
         assert torch.allclose(values, basis @ fitted, atol=1e-4)
     better = losses(weight, Grid(scales, minima, 3, group).values(codes), hessian)
     assert (better < losses(weight, grid.values(codes), hessian)).all()
+
+
+@pytest.mark.parametrize("symmetric", [(False, True), (True, False), (True, True)])
+def test_the_grid_of_two_segments_is_that_of_least_squares_over_both(symmetric: tuple[bool, bool]) -> None:
+    """Ten columns of 3 bits in a group of 8 and a short one, and 14 of 2 bits in groups of 7."""
+    weight = torch.randn(5, 24, generator=torch.Generator().manual_seed(1)) * 0.1
+    inputs = correlated(72, 24)
+    hessian, grids, spans = damped(inputs.T @ inputs, 0.01), [], []
+    for first, last, bits, group, only_scales in ((0, 10, 3, 8, symmetric[0]), (10, 24, 2, 7, symmetric[1])):
+        precision = Precision("half", bits, group)
+        grids.append(choose_grid(weight[:, first:last], HalfGrid(only_scales), precision, "minmax"))
+        spans += Levels(bits, group, -(2.0 ** (bits - 1)) if only_scales else None).spans(first, last)
+    two = GridOfTwo(grids[0], 10, grids[1])
+    codes = two.round(weight)
+    changed = two.on(*refitted(weight, codes, hessian, two, spans))
+    roots = torch.linalg.cholesky(hessian).T
+    belongs = torch.zeros(24, 4, dtype=torch.float64)
+    for number, (first, last) in enumerate(((0, 8), (8, 10), (10, 17), (17, 24))):
+        belongs[first:last, number] = 1
+    zero = torch.tensor([4.0 * symmetric[0]] * 10 + [2.0 * symmetric[1]] * 14, dtype=torch.float64)
+    free = [number for number in range(4) if not symmetric[number > 1]]
+    for row in range(5):
+        basis = torch.cat([belongs * (codes[row] - zero).unsqueeze(1), belongs[:, free]], 1)
+        fitted = torch.linalg.lstsq(roots @ basis, (roots @ weight[row].double()).unsqueeze(1)).solution[:, 0]
+        assert torch.allclose(changed.values(codes)[row].double(), basis @ fitted, atol=1e-4)
+    swept_codes = swept(weight, codes, hessian, two, spans)
+    assert swept_codes[:, 10:].max() <= 3 < swept_codes[:, :10].max()
+    assert (losses(weight, two.values(swept_codes), hessian) < losses(weight, two.values(codes), hessian)).all()
 
 
 def test_where_codes_do_not_tell_the_grid_is_a_grid_still() -> None:

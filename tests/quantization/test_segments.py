@@ -77,6 +77,8 @@ def test_columns_are_taken_exactly(columns: list[int], expected: Precision) -> N
     narrow = narrowed(module, 1, torch.tensor(columns))
     assert narrow.precision == expected
     assert torch.equal(dequantize(narrow), dequantize(module)[:, columns])
+    taken = format_for(TWO).take(module.packed(), 1, torch.tensor(columns), 100, TWO)
+    assert taken is not None and all(torch.equal(tensor, taken[name]) for name, tensor in narrow.packed().items())
     assert num_bytes(33, len(columns), expected) == sum(tensor.nbytes for tensor in narrow.packed().values())
 
 
