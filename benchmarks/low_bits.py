@@ -212,7 +212,11 @@ def table(rows: list[Row]) -> str:
             row["method"],
             row["start"],
             str(row["seed"]),
-            *(f"{row[when][text]:,.2f}" if row[when] else "-" for when in ("quantized", "recovered") for text in texts),
+            *(
+                f"{row[when][text]:,.2f}" if row[when] and text in row[when] else "-"
+                for when in ("quantized", "recovered")
+                for text in texts
+            ),
             f"{row['seconds']:.0f}",
             f"{row['megabytes']:,.0f}",
         ]
