@@ -46,6 +46,8 @@ from qpruner.records.tables import markdown_table
 from qpruner.training.module import LoRAFinetuner
 from qpruner.training.optimization import OptimizerConfig
 
+SHARING = ("allocation", "widths", "deciding_text", "granularity", "measure")
+"""What tells how a size is shared out."""
 STARTS = ("none", "zero", "weight", "calibrated")
 
 
@@ -86,8 +88,7 @@ def wanted(given: argparse.Namespace) -> list[Row]:
     }  # fmt: skip
     training = {"steps": given.steps, "batch": [given.batch_size, given.max_length], "lr": given.lr}
     training["precision"] = given.precision
-    sharing = {"allocation": given.allocation, "widths": given.widths, "deciding_text": given.deciding_text}
-    sharing |= {"granularity": given.granularity, "measure": given.measure}
+    sharing = {name: getattr(given, name) for name in SHARING}
     return [
         shared
         | {"ratio": ratio, "size": size, "method": method, "start": start, "seed": seed}
@@ -198,19 +199,24 @@ def calibrated(method: str, start: str, text: CalibrationConfig) -> CalibratedCo
 def table(rows: list[Row]) -> str:
     """Per base, share pruned and size, one line for each method, start and seed."""
     texts = list(dict.fromkeys(text for row in rows for text in row["report"]))
-    header = ["base", "pruned", "size", "bits", "MB", "method", "start", "seed"]
+    header = ["base", "pruned", "size", "shared out by", "bits", "MB", "method", "start", "seed"]
     header += [f"{text}: {when}" for when in ("quantized", "recovered") for text in texts]
     lines = [
         [
             row["base"],
             f"{row['ratio']:.0%}",
             row["size"],
+            " ".join(map(str, (row[key] for key in SHARING if key in row))),
             f"{row['bits']:.2f}",
             f"{row['bytes'] / 1e6:.1f}",
             row["method"],
             row["start"],
             str(row["seed"]),
-            *(f"{row[when][text]:,.2f}" if row[when] else "-" for when in ("quantized", "recovered") for text in texts),
+            *(
+                f"{row[when][text]:,.2f}" if row[when] and text in row[when] else "-"
+                for when in ("quantized", "recovered")
+                for text in texts
+            ),
             f"{row['seconds']:.0f}",
             f"{row['megabytes']:,.0f}",
         ]
