@@ -7,12 +7,12 @@ Every method ends in a plan, which is carried out in the same way: compensation,
 from what rounding left, and a recovery of equal length. Shares are of the 16-bit bytes of the dense decoder linears.
 
     unpruned-uniform       nothing pruned, the widest bits that fit for all
-    unpruned-mixed         nothing pruned, bits by unit, by the rise of the loss
+    unpruned-mixed         nothing pruned, bits by unit, by the divergence from the dense model
     pruned-uniform:R       R of all parameters pruned by the default criterion, then the widest bits that fit for all
-    pruned-mixed:R         the same, then bits by unit, by the rise of the loss
+    pruned-mixed:R         the same, then bits by unit, as before
     pruned-searched:R      the same, then bits by a search of short fits (``--trials``)
     gates-mixed:R          units chosen by gates in 16 bits, projected to 1 - R of the bytes as GRASPrune has it, then
-                           bits by the rise of the loss
+                           bits by unit, as before
     start                  the plan that gates begin with, by Fisher information: nothing learned
     joint, joint+lifts ..  gates over both; ``+hyper``, ``+penalty``, ``+lifts``, ``+kl``, ``+text`` and ``+straight``
                            change how they learn
@@ -137,7 +137,7 @@ def described(given: argparse.Namespace, seed: int) -> LoRAFinetuner:
 def quantization(given: argparse.Namespace, share: float, **options: Any) -> MixedPrecisionQuantization:
     """What shares out a budget among units, by codes that text rounds."""
     deciding = DecidingConfig(
-        widths=given.widths, granularity="unit", calibration=CalibrationConfig(*given.deciding_text)
+        widths=given.widths, granularity="unit", measure="kl", calibration=CalibrationConfig(*given.deciding_text)
     )
     return MixedPrecisionQuantization(
         **{"allocation": "sensitivity", "budget": Budget(share=share), "deciding": deciding, **options},

@@ -16,7 +16,7 @@ from qpruner.errors import UserError
 from qpruner.joint.config import JointConfig
 from qpruner.joint.gates import Hypernetwork, PlainGates, opened, sampled
 from qpruner.joint.network import GatedNetwork
-from qpruner.joint.prior import fisher_logits
+from qpruner.joint.prior import balanced, fisher_logits
 from qpruner.joint.projection import differentiable_bytes, plan_within, relative, thresholds_within
 from qpruner.joint.space import Gates, JointSpace, Logits, acting
 from qpruner.likelihood import Head, Scored, losses_in_chunks, nll_of_logits
@@ -102,7 +102,8 @@ class PlanLearner(L.LightningModule):
         if self.start_is_known:
             return
         ground = self.ground
-        start = fisher_logits(ground.gated, ground.sequences, self.config.start.num_sequences, ground.processes)
+        order = fisher_logits(ground.gated, ground.sequences, self.config.start.num_sequences, ground.processes)
+        start = balanced(ground.gated, order, self.limits[0], ground.sequences, ground.processes)
         for kind, values in start.items():
             getattr(self, f"start_{kind}").copy_(values)
 

@@ -9,6 +9,10 @@ information in place of the Hessian. So
 
 and a logit is the logarithm of the rise that an open gate spares, over the bytes that it costs.
 
+Within a kind of gates that orders them well. Between kinds it does not, as rises that are large are no quadratic
+functions. So what a whole kind is worth against the others is a number that is tried out: the one whose gates, projected
+to the budget, have the least loss.
+
 Source of the expansion: Molchanov et al. 2019, "Importance Estimation for Neural Network Pruning" (arXiv:1906.10771),
 for units; its use for widths, and by the byte, is ours.
 """
@@ -17,13 +21,19 @@ import torch
 from torch import Tensor
 
 from qpruner.joint.network import GatedNetwork
-from qpruner.joint.space import Gates, JointSpace, Logits
+from qpruner.joint.projection import STRUCTURE, hard, thresholds_within
+from qpruner.joint.space import Gates, JointSpace, Logits, acting
 from qpruner.likelihood import token_nll
 from qpruner.plan import UNITS
 from qpruner.processes import Processes
 
 LEAST = 1e-6
 """Of a rise, as a share of the mean of its kind: no logit lies farther below than its logarithm."""
+SHIFTS = (0.0, -4.0, -3.0, -2.0, -1.0, 1.0, 2.0, 3.0, 4.0, 6.0, 20.0)
+"""Logarithms of what a kind may be worth against the others, more or less than by Fisher information; with the last,
+nothing of it goes while anything else can."""
+LIFTS = ("lifted_groups", "lifted_channels", "hidden_share")
+SEQUENCES_AT_ONCE = 16
 
 
 def fisher_logits(gated: GatedNetwork, sequences: Tensor, total: int, processes: Processes) -> Logits:
@@ -45,6 +55,39 @@ def fisher_logits(gated: GatedNetwork, sequences: Tensor, total: int, processes:
             for kind, slope in zip(gates, torch.autograd.grad(loss, [*gates.values()]), strict=True):
                 sums[kind] += slope.double().square()
     return _logits(gated.space, {kind: 0.5 * processes.reduce(values).cpu() / total for kind, values in sums.items()})
+
+
+@torch.no_grad()
+def balanced(gated: GatedNetwork, start: Logits, limit: int, sequences: Tensor, processes: Processes) -> Logits:
+    """The logits, with what kinds are worth against each other by the loss of the projected gates.
+
+    Args:
+        gated: dense model with its gates.
+        start: logits that order the gates of each kind.
+        limit: most bytes that the weights of the decoder's units may take.
+        sequences: this process's share of the text, [sequences, tokens].
+        processes: processes that share the text.
+    """
+    best = dict(start)
+    for kinds in (STRUCTURE, LIFTS):
+        if not (moved := [kind for kind in kinds if kind in start]) or len(moved) == len(start):
+            continue
+        tried = [{**best, **{kind: best[kind] + shift for kind in moved}} for shift in SHIFTS]
+        losses = [loss_of(gated, logits, limit, sequences, processes) for logits in tried]
+        best = tried[losses.index(min(losses))]
+    return best
+
+
+@torch.no_grad()
+def loss_of(gated: GatedNetwork, logits: Logits, limit: int, sequences: Tensor, processes: Processes) -> float:
+    """Summed negative log-likelihood of text under the gates that a budget leaves open, over all processes."""
+    gates = {kind: values.to(processes.device) for kind, values in acting(logits).items()}
+    gated.open(hard(gates, thresholds_within(gated.space, gates, limit)))
+    total = torch.zeros((), dtype=torch.float64, device=processes.device)
+    for tokens in sequences.to(processes.device).split(SEQUENCES_AT_ONCE):
+        with processes.forward_context():
+            total += token_nll(gated.network, tokens, tokens).sum().double()
+    return float(processes.reduce(total))
 
 
 def _at_dense(space: JointSpace, device: torch.device) -> Gates:

@@ -314,6 +314,7 @@ def _tensors(
 
 
 def _key(name: str, precision: Precision) -> str:
+    assert precision.leading is None, "a bank holds whole linears; which columns lead is a plan's"
     return f"{name}/{precision.format}-{precision.bits}-{precision.group or 'default'}"
 
 

@@ -177,7 +177,8 @@ class Learning:
         plan = plan.with_precision([dict.fromkeys(UNITS, DENSE)] * len(plan.layers), **self.quantization.tables)
         space, limits = self._space(model.network, plan)
         job = CompressionJob(model, self.data, processes, described.lora, described.seed, folder=self.part)
-        bank = replace(allocator, loftq_iterations=0).bank(job, plan)
+        of_codes = replace(allocator, loftq_iterations=0, calibrated=self.quantization.calibrated)
+        bank = of_codes.bank(job, plan)
         model.network.to(processes.device)
         gated = GatedNetwork(model.network, bank, space)
         text = self.config.start

@@ -3,9 +3,11 @@
 import pytest
 import torch
 from support.families import VOCAB
-from support.joint import CPU, gated
+from support.joint import CPU, between, gated
 
-from qpruner.joint.prior import fisher_logits
+from qpruner.joint.prior import SHIFTS, balanced, fisher_logits, loss_of
+from qpruner.joint.projection import STRUCTURE, hard, thresholds_within
+from qpruner.joint.space import acting
 from qpruner.likelihood import token_nll
 from qpruner.processes import Processes
 from qpruner.quantization.formats import dequantize
@@ -64,3 +66,26 @@ def test_a_dead_unit_is_worth_least_and_ranks_share_the_text() -> None:
     )
     for first, second, both in zip(sums[:half], sums[half:], whole, strict=True):
         assert torch.allclose(first + second, both, rtol=1e-4)
+
+
+def test_kinds_are_balanced_by_the_loss_of_what_the_budget_leaves() -> None:
+    network, _ = gated()
+    space, limit = network.space, between(network.space)
+    start = fisher_logits(network, TEXT, len(TEXT), Processes.alone())
+    worthless = {kind: values + (12.0 if kind in STRUCTURE else 0.0) for kind, values in start.items()}
+    losses = {}
+    for name, logits in (("start", start), ("no pruning", worthless)):
+        losses[name] = loss_of(network, logits, limit, TEXT, Processes.alone())
+        mended = balanced(network, logits, limit, TEXT, Processes.alone())
+        losses[f"{name}, balanced"] = loss_of(network, mended, limit, TEXT, Processes.alone())
+        shifts = {float((mended[kind] - logits[kind]).mean().round(decimals=4)) for kind in STRUCTURE}
+        assert len(shifts) == 1 and torch.equal(mended["upgrades"], logits["upgrades"])
+        tried = [
+            loss_of(network, {**logits, **{kind: logits[kind] + shift for kind in STRUCTURE}}, limit, TEXT,
+                    Processes.alone())
+            for shift in SHIFTS
+        ]  # fmt: skip
+        assert losses[f"{name}, balanced"] == pytest.approx(min(tried), rel=1e-6)
+    assert losses["start, balanced"] <= losses["start"]
+    network.open(hard(acting(start), thresholds_within(space, acting(start), limit)))
+    assert losses["start"] == pytest.approx(float(token_nll(network.network, TEXT, TEXT).sum().detach()), rel=1e-5)
