@@ -41,9 +41,9 @@ from qpruner.calibration.text import CalibrationConfig
 from qpruner.callbacks import MixedPrecisionQuantization, PlannedPruning, StructuredPruning
 from qpruner.datamodules.base import TokenDataModule
 from qpruner.joint.config import JointConfig
-from qpruner.joint.space import unit_bytes
+from qpruner.joint.space import unit_bytes, unit_weights
 from qpruner.memory import tensor_bytes
-from qpruner.plan import DENSE, UNITS, CompressionPlan
+from qpruner.plan import CompressionPlan
 from qpruner.quantization.calibrated_inputs import CalibratedConfig
 from qpruner.records.folder import RunFolder
 from qpruner.records.tables import markdown_table
@@ -117,10 +117,9 @@ def measure(given: argparse.Namespace, key: Row) -> Row:
         trainer = recovery(given.steps, callbacks, folder)
         trainer.fit(module, datamodule=data)
         done = module.compressed.known_plan()
-        in_16_bits = done.with_precision([dict.fromkeys(UNITS, DENSE)] * len(done.layers))
         return {
             "bits": round(module.compressed.average_bits or 0, 3),
-            "kept": round(unit_bytes(in_16_bits, 2) / (2 * dense_weights(done)), 3),
+            "kept": round(unit_weights(done) / dense_weights(done), 3),
             "of_budget": round(unit_bytes(done, 2) / (key["share"] * 2 * dense_weights(done)), 4),
             "bytes": tensor_bytes(module.compressed.network),
             "quantized": after.perplexities,

@@ -14,9 +14,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from qpruner.commands import run
 from qpruner.errors import UserError
 from qpruner.joint.learner import PlanLearner
-from qpruner.joint.space import unit_bytes
+from qpruner.joint.space import unit_bytes, unit_weights
 from qpruner.model_folder import build_skeleton, load_compressed, read_base_config
-from qpruner.plan import DENSE, UNITS, CompressionPlan
+from qpruner.plan import CompressionPlan
 from qpruner.pricing import price
 from qpruner.records.folder import RunFolder
 
@@ -39,7 +39,7 @@ def config(config_that_prunes: dict[str, Any]) -> dict[str, Any]:
     }
     quantization = {"class_path": "MixedPrecisionQuantization", "init_args": options}
     config_that_prunes["trainer"]["callbacks"].append(quantization)
-    config_that_prunes["joint"] = {"steps": STEPS, "start": {"num_sequences": 4, "length": 12}}
+    config_that_prunes["joint"] = {"steps": STEPS, "loss": "kl", "start": {"num_sequences": 4, "length": 12}}
     return config_that_prunes
 
 
@@ -101,8 +101,7 @@ def test_variants_end_within_the_budget(
     assert (plan.widths == plan.architecture) == without_pruning
     if "joint.fixed_ratio" in changes:  # 5 % of all parameters, but for the rounding to legal widths
         skeleton = build_skeleton(read_base_config(config["model"]["base"]))
-        in_16_bits = plan.with_precision([dict.fromkeys(UNITS, DENSE)] * len(plan.layers))
-        gone = (unit_bytes(dense, 2) - unit_bytes(in_16_bits, 2)) / 2
+        gone = unit_weights(dense) - unit_weights(plan)
         assert gone / sum(parameter.numel() for parameter in skeleton.parameters()) == pytest.approx(0.05, abs=0.02)
     assert stages(folder.path)[-1]["name"] == "recovered"
 
@@ -170,10 +169,6 @@ def test_two_gloo_ranks_learn_as_one(arguments: list[str], tmp_path: Path, monke
         ({QUANTIZATION + "budget.share": "0.001"}, ["the cheapest plan takes", "the dearest"]),
         ({QUANTIZATION + "budget.share": "0.9"}, ["the cheapest plan takes", "the dearest"]),
         ({QUANTIZATION + "budget": "null"}, ["within a budget, and there is none", "share: 0.15"]),
-        (
-            {QUANTIZATION + "budget.average_bits": "3", QUANTIZATION + "budget.share": "null"},
-            ["3 bits", "Give a share"],
-        ),
         ({QUANTIZATION + "deciding.widths": "[2, 7]"}, ["7; choose from"]),
         ({QUANTIZATION + "deciding.leave_alone": "[0]"}, ["deciding.leave_alone is [0]", "selection.leave_alone"]),
         ({"--joint.steps": "0"}, ["joint.steps is 0"]),
@@ -194,6 +189,37 @@ def test_mistakes_are_told_before_any_model_is_loaded(
     with pytest.raises(UserError) as caught:
         run(["fit", *arguments, *(part for name, value in wrong.items() for part in (name, value))])
     assert all(text in str(caught.value) for text in said), str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("budget", "prunes", "said"),
+    [
+        ({"average_bits": 3}, True, "3 bits per weight, whatever is pruned"),
+        ({"share": 0.2, "multiply_adds": 0.8}, False, "budget.multiply_adds is 0.8, and nothing may be pruned"),
+        ({"share": 0.2, "multiply_adds": 0.01}, True, "multiply-adds per token.*the narrowest layers have"),
+    ],
+)
+def test_budgets_that_gates_cannot_meet_are_refused(
+    config: dict[str, Any], tmp_path: Path, budget: dict[str, float], prunes: bool, said: str
+) -> None:
+    callbacks = config["trainer"]["callbacks"]
+    callbacks[1]["init_args"]["budget"] = budget
+    config["trainer"]["callbacks"] = callbacks if prunes else callbacks[1:]
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(config))
+    with pytest.raises(UserError, match=said):
+        run(["fit", "--config", str(path)])
+
+
+def test_multiply_adds_are_bounded_beside_bytes(config: dict[str, Any], tmp_path: Path) -> None:
+    config["trainer"]["callbacks"][1]["init_args"]["budget"] = {"share": 0.2, "multiply_adds": 0.6}
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(config))
+    run(["fit", "--config", str(path)])
+    plan = CompressionPlan.read(RunFolder(tmp_path / "runs" / "x").learned_plan)
+    dense = CompressionPlan.dense(plan.architecture, None)
+    assert unit_weights(plan) <= 0.6 * unit_weights(dense)
+    assert unit_bytes(plan, 4) <= 0.2 * unit_bytes(dense, 2)
 
 
 def test_a_search_learns_nothing(arguments: list[str]) -> None:

@@ -10,8 +10,8 @@ information in place of the Hessian. So
 and a logit is the logarithm of the rise that an open gate spares, over the bytes that it costs.
 
 Within a kind of gates that orders them well. Between kinds it does not, as rises that are large are no quadratic
-functions. So what a whole kind is worth against the others is a number that is tried out: the one whose gates, projected
-to the budget, have the least loss.
+functions. So what a whole kind is worth against the others is a number that is tried out: that of the least loss, once
+gates are projected to the budget.
 
 Source of the expansion: Molchanov et al. 2019, "Importance Estimation for Neural Network Pruning" (arXiv:1906.10771),
 for units; its use for widths, and by the byte, is ours.

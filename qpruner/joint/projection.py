@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from qpruner.joint.price import kept_weights, smooth_bytes
-from qpruner.joint.space import Gates, JointSpace, Logits, acting, unit_bytes
+from qpruner.joint.space import Gates, JointSpace, Logits, acting, unit_bytes, unit_weights
 from qpruner.plan import UNITS, CompressionPlan, LayerPlan, Leading, Precision
 
 HALVINGS = 30
@@ -94,6 +94,9 @@ def plan_within(space: JointSpace, logits: Logits, limit: int) -> CompressionPla
     gates = relative(gates, thresholds_within(space, gates, limit))
 
     def fits(plan: CompressionPlan) -> bool:
+        bounded = space.most_weights is not None and not space.pins_weights
+        if bounded and unit_weights(plan) > space.most_weights:  # type: ignore[operator]
+            return False
         return unit_bytes(plan, space.dense_size) <= limit
 
     def at(threshold: float) -> CompressionPlan:
