@@ -45,6 +45,8 @@ def test_scores_come_back_if_they_are_of_the_same_origin(tmp_path: Path) -> None
     assert read_scores(path, "here") is None
     write_scores(path, SCORES, "here")
     assert read_scores(path, "elsewhere") is None
+    (damaged := tmp_path / "damaged.safetensors").write_bytes(path.read_bytes()[:40])
+    assert read_scores(damaged, "here") is None
     known = read_scores(path, "here")
     assert known is not None and len(known) == 2
     for one, other in zip(known, SCORES, strict=True):
