@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -152,6 +153,26 @@ def test_a_plan_is_among_the_first_that_are_tried(arguments: list[str], tmp_path
     assert second.units == SearchResults.read(known.results).trials[0].units
 
 
+def test_a_front_trades_loss_and_bytes_of_widths_and_bits(arguments: list[str], tmp_path: Path) -> None:
+    run(["search", *arguments, "--search.front", "true", "--search.trials", "6"])
+    folder = RunFolder(tmp_path / "runs" / "x")
+    results = SearchResults.read(folder.results)
+    assert len({one.num_bytes for one in results.trials}) > 3 and len({one.units for one in results.trials}) > 1
+    front = read_json(folder.pareto)
+    assert all(first["bytes"] < second["bytes"] for first, second in pairwise(front))
+
+
+@pytest.mark.slow
+def test_two_workers_try_what_one_tries(arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    random = [*arguments, "--search.optimizer", "random"]
+    run(["search", *random, "--run.name", "one"])
+    workers = ["--search.executor.kind", "processes", "--search.executor.workers", "2"]
+    run(["search", *random, "--run.name", "two", *workers])
+    one, two = (RunFolder(tmp_path / "runs" / name) for name in ("one", "two"))
+    assert finished(one.ledger) == finished(two.ledger) and len(finished(one.ledger)) == TRIALS
+
+
 def without_pruning(content: dict[str, Any]) -> None:
     content["trainer"]["callbacks"].pop(0)
 
@@ -176,6 +197,10 @@ def with_budget(**budget: Any) -> Callable[[dict[str, Any]], None]:
             r"narrowest structure with search\.structure\.least 0\.5 has [\d,]+",
         ),
         (with_budget(average_bits=5), "bits per weight say nothing of size. Give share or bytes"),
+        (
+            lambda content: content["search"]["structure"].update(start="nowhere.json"),
+            r"'nowhere\.json'.* Correct the file, or give the plan\.json",
+        ),
         (lambda content: content["model"]["lora"].update(r=12), "LoRA rank 12 is above that of .*, which is 8"),
     ],
 )

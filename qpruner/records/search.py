@@ -54,6 +54,8 @@ class Tried:
         for name, score in self.scores.items():
             if name.endswith(("kl", "accuracy", "error", "examples")) and (name != "kl" or score is not None):
                 conform(score, float, f"The score {name} of {self.name!r}")
+        if "multiply_adds" in self.scores:
+            conform(self.scores["multiply_adds"], int, f"The score multiply_adds of {self.name!r}")
 
     @property
     def loss(self) -> float:
@@ -206,12 +208,12 @@ def variants_table(results: SearchResults) -> str:
             f"{variant.loss:.4f}" + ("" if variant.spread is None else f" ± {variant.spread:.4f}"),
             _number(variant.scores.get("kl")),
             "".join(str(results.bits[choice]) + " " for choice in variant.choices).strip(),
-            *([f"{variant.scores['multiply_adds']:,}", " ".join(map(str, variant.units))] if results.parts else []),
+            *([_count(variant.scores.get("multiply_adds")), *_kept(results, variant)] if results.parts else []),
         ]
         for variant in results.variants
     ]
     accuracy = ["validation accuracy"] if looks_at_tasks else []
-    structure = ["multiply-adds", "units kept"] if results.parts else []
+    structure = ["multiply-adds", "KV groups", "FFN channels"] if results.parts else []
     columns = ["plan", "bytes", "average bits", *accuracy, "validation loss", "KL to dense", "bits", *structure]
     return markdown_table(columns, rows)
 
@@ -344,3 +346,13 @@ def show_search(logger: Any, results: SearchResults) -> None:
 
 def _number(value: float | None) -> str:
     return "-" if value is None else f"{float(value):.4f}"  # nan is text in JSON
+
+
+def _count(number: int | None) -> str:
+    return "-" if number is None else f"{number:,}"
+
+
+def _kept(results: SearchResults, variant: Tried) -> list[str]:
+    """The numbers of KV groups, and of FFN channels, that stay in the layers where they are searched."""
+    counts = list(zip(results.parts, variant.units, strict=True))
+    return [" ".join(str(kept) for part, kept in counts if part.endswith(kind)) for kind in ("groups", "channels")]

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -160,13 +160,14 @@ def keep_sums(folder: Path, model: Any, calibration: Calibration, made_from: str
 
 
 def has_sums(folder: Path, layers: Sequence[int], made_from: str) -> bool:
-    """Whether `keep_sums` has written the sums of these layers."""
-    for path in (sums_path(folder, number) for number in layers):
-        if not path.exists():
+    """Whether the sums of these layers are there, whole, and made from this."""
+    for number in layers:
+        try:
+            with safe_open(sums_path(folder, number), framework="pt") as file:
+                if (file.metadata() or {}).get("made_from") != made_from:
+                    return False
+        except (SafetensorError, OSError):  # not there, or cut off
             return False
-        with safe_open(path, framework="pt") as file:
-            if (file.metadata() or {}).get("made_from") != made_from:
-                return False
     return True
 
 

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from qpruner.allocation.decision import with_choices
@@ -97,19 +97,20 @@ def write_scores(path: Path, scores: Sequence[LayerScores], made_from: str) -> N
         save_file(tensors, temporary, {"made_from": made_from})
 
 
-def read_scores(path: Path, made_from: str | None = None) -> list[LayerScores] | None:
-    """The scores of a file; None where there is none, or one of other scores.
+def read_scores(path: Path, made_from: str) -> list[LayerScores] | None:
+    """The scores of a file; None where there is none, a damaged one, or one of other scores.
 
     Args:
         path: path of the file.
-        made_from: hash of what they are to be made from; None for whatever is there.
+        made_from: hash of what they are to be made from.
     """
-    if not path.exists():
+    try:
+        with safe_open(path, framework="pt") as file:
+            if (file.metadata() or {}).get("made_from") != made_from:
+                return None
+            names = sorted(file.keys())
+            tensors = {name: file.get_tensor(name) for name in names}
+    except (SafetensorError, OSError):
         return None
-    with safe_open(path, framework="pt") as file:
-        if made_from is not None and (file.metadata() or {}).get("made_from") != made_from:
-            return None
-        names = sorted(file.keys())
-        tensors = {name: file.get_tensor(name) for name in names}
     layers = dict.fromkeys(name.partition(".")[0] for name in names)
     return [LayerScores(tensors[f"{layer}.kv_groups"], tensors[f"{layer}.ffn_channels"]) for layer in layers]

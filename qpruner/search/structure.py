@@ -9,7 +9,9 @@ goes in all matters more than where. Where the layers would take more bytes in t
 are, or more multiply-adds, all shares are lowered by the same number, the smallest with which they do not. So every
 point has a structure that fits, and what bytes it leaves buy bits.
 
-Which units stay, a criterion of pruning has said once: those of the highest scores.
+Which units stay, a criterion of pruning has said once: those of the highest scores. What it costs that others go, the
+prior only guesses: all that may go costs as much as the smallest widths of bits instead of the largest, and each part
+of it in proportion to its scores. Trials correct that.
 """
 
 from collections.abc import Callable, Sequence

@@ -7,7 +7,7 @@ narrowed layers as far as a part of a layer costs its part; how wide layers may 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from qpruner.allocation.budget import Budget
 from qpruner.allocation.decision import Allocation, Method, decide, in_order, with_choices
@@ -103,8 +103,13 @@ def prepare_structures(
     loftq = LoftQSettings.of(job.lora, allocator.loftq_iterations, job.seed)
     check_rank(narrowest, linear_precisions(narrowest, packed), loftq)
     scores = _scores(job, scoring)
-    if scoring.compensating.how != "none":
+    if compensates := scoring.compensating.how != "none":
         _sums(job, scoring)
+    if scoring.compensating.how == "sequential":
+        rank_zero_warn(
+            "StructuredPruning.compensation is sequential, which takes text for each plan; trials make up for what "
+            "each linear lost by itself, as local does. `qpruner fit --plan` does it as configured."
+        )
     priors: dict[Method, Allocation] = {}
     methods: list[Method] = ["uniform", "mutual_information", allocator.method]
     for method in dict.fromkeys(methods):
@@ -140,7 +145,6 @@ def prepare_structures(
         f"Widths of {len(parts)} parts of layers are searched, from all units down to {config.least:.0%} of them; the "
         f"search starts from what StructuredPruning keeps ({asked_for(scoring.ratio, network, scoring.selection)})."
     )
-    compensates = scoring.compensating.how != "none"
     return Structured(structure, Ranking(parts, scores), limit, priors, compensates)
 
 

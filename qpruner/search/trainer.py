@@ -111,7 +111,7 @@ class Search:
         check_executor(config.executor)
         if "validation" not in self.data.prepared.splits:
             raise UserError("A search chooses on the validation split, and there is none. Give one to the data module.")
-        self.aim  # noqa: B018  # what cannot be aimed at is told before the work
+        self.aim, self.start  # noqa: B018  # what cannot be aimed at or read is told before the work
         if config.max_seconds is not None:
             rank_zero_warn(
                 "search.max_seconds makes trials depend on how fast they run: this search cannot be repeated."
@@ -165,7 +165,6 @@ class Search:
         )
         self.prior = self.prepared.prior
         self.space = self.space_of(self.prior)
-        self.starts = self.read_starts()
 
     def space_of(self, prior: Allocation) -> SearchSpace:
         """The plans within the budget, whose origin is what a method of allocation decides."""
@@ -181,18 +180,30 @@ class Search:
             structure=None if structured is None else structured.structure,
         )
 
-    def read_starts(self) -> tuple[Point, ...]:
-        """Points to try among the first: that of the plan in ``search.structure.start``, if there is one.
+    @cached_property
+    def start(self) -> CompressionPlan | None:
+        """The plan that is to be tried among the first; None for none.
 
         Raises:
-            UserError: no plan, one for another model, or one with bits that the search does not have.
+            UserError: the file that is named holds no plan.
         """
-        config, structure = self.config.structure, self.space.structure
-        if config is None or structure is None or config.start is None:
+        structure = self.config.structure
+        if structure is None or structure.start is None:
+            return None
+        return CompressionPlan.read(Path(structure.start).expanduser())
+
+    @property
+    def starts(self) -> tuple[Point, ...]:
+        """Points to try among the first.
+
+        Raises:
+            UserError: the plan to start from is for another model.
+        """
+        if self.start is None or self.space.structure is None:
             return ()
-        plan = CompressionPlan.read(Path(config.start).expanduser())
-        plan.check(self.prepared.base.architecture, self.prepared.base_sha256)
-        return (self.space.encode(self.prepared.candidates.row(plan, structure)).tolist(),)
+        self.start.check(self.prepared.base.architecture, self.prepared.base_sha256)
+        row = self.prepared.candidates.row(self.start, self.space.structure)
+        return (self.space.encode(row).tolist(),)
 
     def work(self) -> TrialWork:
         """What workers get; the rows of the data each reads from the cache."""

@@ -217,6 +217,8 @@ def test_the_report_of_a_search_can_be_written_again(tmp_path: Path, capsys: pyt
         ({"failed": {"x": "MemoryError"}}, "failed must be a number, not 'x'"),
         ({"trials": [{"name": "trial 1"}]}, r"trials\[0\] is not as it should be: average_bits, choices, losses"),
         ({"front": None}, "front must be a list, not None"),
+        ({"parts": ["layer 0 kv_groups"]}, "There are 1 parts of layers, and numbers of units of 0"),
+        ({"parts": ["layer 0 kv_groups"], "units": [4]}, r"'trial 1' keeps \(\) units; it must keep at least one"),
     ],
 )
 def test_results_that_hold_something_else_are_named(tmp_path: Path, changes: dict[str, Any], said: str) -> None:
@@ -225,3 +227,27 @@ def test_results_that_hold_something_else_are_named(tmp_path: Path, changes: dic
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
     with pytest.raises(UserError, match=f"search.json': .*{said}"):
         SearchResults.read(path)
+
+
+def test_widths_that_were_searched_stand_beside_bits(tmp_path: Path) -> None:
+    def narrowed(plan: Tried, *units: int) -> Tried:
+        return replace(plan, units=units, scores={**plan.scores, "multiply_adds": 1000 * sum(units)})
+
+    results = replace(
+        RESULTS,
+        parts=("layer 0 kv_groups", "layer 0 ffn_channels", "layer 1 ffn_channels"),
+        units=(4, 48, 48),
+        trials=tuple(narrowed(trial, 2, 48, number) for number, trial in enumerate(TRIALS, 1)),
+        variants=tuple(narrowed(variant, 3, 40, 20) for variant in RESULTS.variants),
+    )
+    results.write(path := tmp_path / "search.json")
+    assert SearchResults.read(path) == results
+    table = [[cell.strip() for cell in line.strip("| ").split("|")] for line in variants_table(results).splitlines()]
+    assert table[0][-4:] == ["bits", "multiply-adds", "KV groups", "FFN channels"]
+    assert table[2][-4:] == ["8 8", "63,000", "3", "40 20"]
+    figure = trials_figure(results)
+    assert tick_labels(figure.axes[2].yaxis) == list(results.parts)
+    shares = cells(figure.axes[2])
+    assert [row[0] for row in shares] == pytest.approx([0.5, 1, 1 / 48]) and len(shares[0]) == len(TRIALS)
+    write_search_report(RunFolder(tmp_path), results)
+    assert f"{len(TRIALS)} plans were tried in {len(TRIALS)} trials" in RunFolder(tmp_path).report.read_text()
