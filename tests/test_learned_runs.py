@@ -235,6 +235,6 @@ def test_numbers_that_are_not_finite_end_it(arguments: list[str], monkeypatch: p
         return total * (float("nan") if learner.global_step == 2 else 1.0), parts
 
     monkeypatch.setattr(PlanLearner, "loss", broken)
-    said = r"loss at step 3 of the gates is not finite. Lower joint.lr, which is 0.05"
+    said = r"loss at step 3 of the gates is not finite. Lower joint.lr, which is 0.02"
     with pytest.raises(UserError, match=said):
         run(["fit", *arguments])

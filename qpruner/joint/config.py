@@ -40,14 +40,16 @@ class JointConfig:
     GRASPrune (arXiv:2604.19398). `qpruner.joint` says what is whose.
 
     Args:
-        steps: optimizer steps in which gates are learned, each on a batch of the training split; at least 1.
-        gates: ``plain``, a parameter for each gate; ``hypernetwork``, a small recurrent network emits all of them.
+        steps: optimizer steps in which gates are learned, each on a batch of the training split; at least 1. Of the
+            states on the way, at the start and after each tenth, the best on the text of ``start`` is taken.
+        gates: ``plain``, a parameter for each gate; ``layers``, one for all KV groups and one for all FFN channels of a
+            layer, whose order stays that of the start; ``hypernetwork``, a small recurrent network emits all of them.
         constraint: ``projection``, every step opens as many gates as the budget allows; ``penalty``, gates are drawn to
             the budget by ``penalty * |log(bytes / budget)|`` in the loss, and projected at the end.
         penalty: weight of that term, above 0.
         loss: ``cross_entropy``, of the text; ``kl``, divergence of the compressed model's predictions from the dense
             model's, at the cost of a forward pass of that.
-        lr: learning rate of AdamW, above 0, which falls evenly to 0; by default 0.05 for plain gates and 0.001 for a
+        lr: learning rate of AdamW, above 0, which falls evenly to 0; by default 0.02, and 0.001 for a
             hypernetwork.
         temperature: temperature of the noise by which gates are sampled in training, in units of a logit, above 0; it
             falls evenly to a tenth.
@@ -66,7 +68,7 @@ class JointConfig:
     """
 
     steps: int = 200
-    gates: Literal["plain", "hypernetwork"] = "plain"
+    gates: Literal["layers", "plain", "hypernetwork"] = "plain"
     constraint: Literal["projection", "penalty"] = "projection"
     penalty: float = 6.0
     loss: Literal["cross_entropy", "kl"] = "cross_entropy"
@@ -87,12 +89,12 @@ class JointConfig:
             lr=("above 0 and finite", self.lr is None or 0 < self.lr < math.inf),
             temperature=("above 0 and finite", 0 < self.temperature < math.inf),
         )
-        if self.further_budgets and self.gates == "plain":
+        if self.further_budgets and self.gates != "hypernetwork":
             raise UserError(
-                f"joint.further_budgets names {len(self.further_budgets)}, and plain gates are not told the budget. "
-                f"Use gates: hypernetwork, or a run for each budget."
+                f"joint.further_budgets names {len(self.further_budgets)}, and {self.gates} gates are not told the "
+                f"budget. Use gates: hypernetwork, or a run for each budget."
             )
 
     @property
     def learning_rate(self) -> float:
-        return self.lr or (0.05 if self.gates == "plain" else 0.001)
+        return self.lr or (0.001 if self.gates == "hypernetwork" else 0.02)

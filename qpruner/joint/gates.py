@@ -13,6 +13,8 @@ from torch import Tensor, nn
 
 from qpruner.joint.space import Gates
 
+OF_UNITS = ("groups", "channels", "lifted_groups", "lifted_channels")
+"""Kinds with a gate for each KV group or FFN channel."""
 INPUT, HIDDEN = 32, 64
 """Numbers of each input of the hypernetwork, and of the state of its recurrent network in each direction."""
 
@@ -31,6 +33,31 @@ class PlainGates(nn.Module):
     def forward(self, budget: float) -> Gates:
         """What is added to the start of the logits; the same for every budget."""
         return dict(self.shifts.items())
+
+
+class LayerGates(nn.Module):
+    """A parameter for what all units of a layer are worth, and one for each other gate.
+
+    Which units of a layer stay is left to the start; the slopes of its thousands of channels, mostly noise, add up.
+
+    Args:
+        shapes: shape of each kind of gates.
+        sizes: numbers of gates of each layer, by the kind.
+    """
+
+    def __init__(self, shapes: Mapping[str, tuple[int, ...]], sizes: Mapping[str, Sequence[int]]) -> None:
+        super().__init__()
+        self.sizes = {kind: torch.tensor(sizes[kind]) for kind in shapes if kind in OF_UNITS}
+        self.rest = PlainGates({kind: shape for kind, shape in shapes.items() if kind not in OF_UNITS})
+        self.of_layers = PlainGates({kind: (len(of_layers),) for kind, of_layers in self.sizes.items()})
+
+    def forward(self, budget: float) -> Gates:
+        """What is added to the start of the logits; the same for every budget."""
+        layers = {
+            kind: values.repeat_interleave(self.sizes[kind].to(values.device))
+            for kind, values in self.of_layers(budget).items()
+        }
+        return {**layers, **self.rest(budget)}
 
 
 class Hypernetwork(nn.Module):
@@ -121,7 +148,7 @@ def _opened(logits: Tensor, noisy: Tensor, temperature: float, estimator: Estima
         probability = torch.sigmoid(logits.detach().float() / temperature)
         slope = torch.where(noisy > 0, 1 - probability, probability) / (2 * temperature)
         through = slope * logits.float()
-    return through + (is_open - through).detach()
+    return is_open + (through - through.detach())  # 0 or 1 to the bit
 
 
 def entropy(logits: Gates, temperature: float) -> float:

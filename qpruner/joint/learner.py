@@ -9,14 +9,16 @@ import lightning as L
 import torch
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
+from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from qpruner.datamodules.rows import Batch
 from qpruner.errors import UserError
 from qpruner.joint.config import JointConfig
-from qpruner.joint.gates import Hypernetwork, PlainGates, opened, sampled
+from qpruner.joint.gates import Hypernetwork, LayerGates, PlainGates, opened, sampled
 from qpruner.joint.network import GatedNetwork
-from qpruner.joint.prior import balanced, fisher_logits
+from qpruner.joint.price import smooth_bytes
+from qpruner.joint.prior import balanced, fisher_logits, loss_of
 from qpruner.joint.projection import differentiable_bytes, plan_within, relative, thresholds_within
 from qpruner.joint.space import Gates, JointSpace, Logits, acting
 from qpruner.likelihood import Head, Scored, losses_in_chunks, nll_of_logits
@@ -25,6 +27,9 @@ from qpruner.processes import Processes
 from qpruner.seeds import derive_seed
 from qpruner.training.distillation import forward_kl
 from qpruner.training.finite import LossWatch
+
+COMPARISONS = 10
+"""Times that gates are compared with the best so far."""
 
 
 @dataclass(frozen=True)
@@ -40,6 +45,21 @@ class Ground:
     gated: GatedNetwork
     sequences: Tensor
     processes: Processes
+
+
+@dataclass(frozen=True)
+class Best:
+    """The best gates so far.
+
+    Args:
+        step: number of optimizer steps that had led to them.
+        loss: summed negative log-likelihood by which they are the best.
+        gates: state of what emits them.
+    """
+
+    step: int
+    loss: float
+    gates: dict[str, Tensor]
 
 
 class PlanLearner(L.LightningModule):
@@ -74,6 +94,8 @@ class PlanLearner(L.LightningModule):
         self.config = config
         self.lay_ground = lay_ground
         self.seed = seed
+        self.best: Best | None = None
+        self.compared_at = -1
         self._losses = LossWatch()
         self._ground: list[Ground] = []  # in a list: no module of this one's
 
@@ -113,14 +135,40 @@ class PlanLearner(L.LightningModule):
 
     def logits(self, limit: int) -> Logits:
         """What was learned for a budget."""
-        shifts = self.gates(math.log(limit / self.limits[0]))
+        shifts: Logits = self.gates(math.log(limit / self.limits[0]))
         return {kind: getattr(self, f"start_{kind}") + shift for kind, shift in shifts.items()}
 
     # Learning.
 
+    def on_train_start(self) -> None:
+        if self.best is None:
+            self.compare_with_best()
+
+    def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
+        every = max(self.config.steps // COMPARISONS, 1)
+        if self.global_step > self.compared_at and (
+            self.global_step % every == 0 or self.global_step == self.config.steps
+        ):
+            self.compare_with_best()
+
+    def compare_with_best(self) -> None:
+        """Remembers the gates if they are the best so far on the text that they began with, within their budgets.
+
+        Gates learn from samples of themselves, and what is best in the mean need not be so without the noise.
+        """
+        ground, self.compared_at = self.ground, self.global_step
+        loss = sum(
+            loss_of(ground.gated, self.logits(limit), limit, ground.sequences, ground.processes)
+            for limit in self.limits
+        )
+        if self.best is None or loss < self.best.loss:
+            state = {name: values.detach().cpu().clone() for name, values in self.gates.state_dict().items()}
+            self.best = Best(self.global_step, loss, state)
+
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        limit = self.limits[self.global_step % len(self.limits)]
-        gates = self.gates_of_step(limit, batch_idx)
+        self.step = self.limits[self.global_step % len(self.limits)], batch_idx
+        gates = self.gates_of_step(*self.step)
+        limit, _ = self.step
         self.ground.gated.open(gates)
         loss, parts = self.loss(batch)
         stored = differentiable_bytes(self.space, gates)
@@ -132,12 +180,30 @@ class PlanLearner(L.LightningModule):
         self.log("joint/bytes", stored.detach().float(), batch_size=size)
         return loss
 
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self.best, self.compared_at = Best(**checkpoint["best"]), checkpoint["compared_at"]
+
+    def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
+        """Lets gates learn along the budget: what the step would change in bytes is taken out of its slopes.
+
+        The loss alone says of nearly every gate that it should be open. With slopes g of the loss and b of the bytes,
+        g - (g b / b b) b leaves the bytes as they are, to first order, and opens gates whose loss for their bytes is
+        above the mean; g b / b b is the multiplier of the budget.
+        """
+        if self.config.constraint == "projection":
+            parameters = [parameter for parameter in self.gates.parameters() if parameter.grad is not None]
+            stored = smooth_bytes(self.space, self.gates_of_step(*self.step))
+            costs = torch.autograd.grad(stored, parameters, allow_unused=True, materialize_grads=True)
+            take_out([parameter.grad for parameter in parameters], costs)  # type: ignore[misc]
+
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Lets no checkpoint hold gates that are not finite.
+        """Keeps the best gates; lets no checkpoint hold gates that are not finite.
 
         Raises:
             UserError: a loss so far was not.
         """
+        assert self.best is not None
+        checkpoint["best"], checkpoint["compared_at"] = vars(self.best), self.compared_at
         strategy = self.trainer.strategy
         step = self._losses.first_broken(self.device, lambda number: strategy.reduce(number, reduce_op="min"))
         if step is not None:
@@ -203,10 +269,24 @@ class PlanLearner(L.LightningModule):
         return relative(logits, thresholds_within(self.space, logits, limit))
 
     def plans(self) -> list[CompressionPlan]:
-        """The plan for each budget, within it to the byte."""
+        """The plan for each budget, within it to the byte, of the best gates."""
+        assert self.best is not None
+        self.gates.load_state_dict(self.best.gates)
         return [plan_within(self.space, self.logits(limit), limit) for limit in self.limits]
+
+
+def take_out(slopes: Sequence[Tensor], costs: Sequence[Tensor]) -> None:
+    """Takes the component along costs out of slopes, in place; both are of the same parameters."""
+    along = sum((slope * cost).sum() for slope, cost in zip(slopes, costs, strict=True))
+    length = sum(cost.square().sum() for cost in costs)
+    for slope, cost in zip(slopes, costs, strict=True):
+        slope.sub_(cost * (along / length) if float(length) > 0 else 0.0)
 
 
 def make_gates(config: JointConfig, space: JointSpace, seed: int) -> nn.Module:
     """What emits the logits."""
-    return PlainGates(space.shapes) if config.gates == "plain" else Hypernetwork(space.shapes, space.sizes, seed)
+    if config.gates == "plain":
+        return PlainGates(space.shapes)
+    if config.gates == "layers":
+        return LayerGates(space.shapes, space.sizes)
+    return Hypernetwork(space.shapes, space.sizes, seed)

@@ -84,7 +84,7 @@ def loss_of(gated: GatedNetwork, logits: Logits, limit: int, sequences: Tensor, 
     gates = {kind: values.to(processes.device) for kind, values in acting(logits).items()}
     gated.open(hard(gates, thresholds_within(gated.space, gates, limit)))
     total = torch.zeros((), dtype=torch.float64, device=processes.device)
-    for tokens in sequences.to(processes.device).split(SEQUENCES_AT_ONCE):
+    for tokens in sequences.to(processes.device).split(SEQUENCES_AT_ONCE):  # type: ignore[no-untyped-call]
         with processes.forward_context():
             total += token_nll(gated.network, tokens, tokens).sum().double()
     return float(processes.reduce(total))

@@ -60,6 +60,12 @@ class LearnedPlan(Callback):
         if trainer.is_global_zero:
             limits, space = pl_module.limits, pl_module.space
             plans = pl_module.plans()
+            assert pl_module.best is not None
+            tokens = pl_module.ground.sequences[:, 1:].numel() * trainer.world_size * len(limits)
+            rank_zero_info(
+                f"The gates after {pl_module.best.step} of {trainer.max_steps} steps are best on the text that they "
+                f"began with, with a loss of {pl_module.best.loss / tokens:.4f} nats per token."
+            )
             for limit, plan in zip(limits, plans, strict=True):
                 stored = unit_bytes(plan, space.dense_size)
                 rank_zero_info(f"Learned a plan of {stored:,} bytes for the decoder's units, within {limit:,}.")

@@ -3,17 +3,27 @@
 import pytest
 import torch
 
-from qpruner.joint.gates import Estimator, Hypernetwork, PlainGates, entropy, opened, sampled
+from qpruner.joint.gates import Estimator, Hypernetwork, LayerGates, PlainGates, entropy, opened, sampled
 
 SHAPES = {"groups": (4,), "channels": (12,), "upgrades": (2, 4, 2), "hidden_order": (5,)}
 SIZES = {"groups": (2, 2), "channels": (7, 5), "upgrades": (8, 8)}
 
 
 def test_gates_of_both_kinds_begin_at_nothing_and_have_the_shapes() -> None:
-    for gates in (PlainGates(SHAPES), Hypernetwork(SHAPES, SIZES, seed=0)):
+    for gates in (PlainGates(SHAPES), LayerGates(SHAPES, SIZES), Hypernetwork(SHAPES, SIZES, seed=0)):
         shifts = gates(0.0)
         assert {kind: tuple(values.shape) for kind, values in shifts.items()} == SHAPES
         assert all(float(values.detach().abs().max()) == 0 for values in shifts.values())
+
+
+def test_gates_of_layers_move_all_units_of_a_layer_together() -> None:
+    gates = LayerGates(SHAPES, SIZES)
+    with torch.no_grad():
+        gates.of_layers.shifts["channels"].copy_(torch.tensor([1.0, -2.0]))
+        gates.rest.shifts["upgrades"][1, 2, 0] = 3.0
+    shifts = gates(0.0)
+    assert shifts["channels"].tolist() == [1.0] * 7 + [-2.0] * 5
+    assert shifts["groups"].tolist() == [0.0] * 4 and float(shifts["upgrades"][1, 2, 0].detach()) == 3.0
 
 
 def test_a_hypernetwork_is_that_of_its_seed_and_reaches_other_layers() -> None:

@@ -1,0 +1,98 @@
+"""Learning, without a Trainer: the budget in the slopes, and the best gates."""
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from support.families import VOCAB
+from support.joint import between, gated
+
+from qpruner.joint.config import JointConfig
+from qpruner.joint.learner import Ground, PlanLearner, take_out
+from qpruner.joint.price import smooth_bytes
+from qpruner.joint.prior import loss_of
+from qpruner.joint.projection import differentiable_bytes
+from qpruner.joint.space import unit_bytes
+from qpruner.processes import Processes
+
+TEXT = torch.randint(0, VOCAB, (4, 12), generator=torch.Generator().manual_seed(3))
+BATCH: Any = {"input_ids": TEXT, "labels": TEXT, "attention_mask": torch.ones_like(TEXT), "example": torch.arange(4)}
+
+
+def learner_of(**options: Any) -> PlanLearner:
+    network, _ = gated()
+    config = JointConfig(**{"steps": 20, **options})
+    limits = [between(network.space), *(between(network.space, 0.3) for _ in config.further_budgets)]
+    learner = PlanLearner(config, lambda _: (Ground(network, TEXT, Processes.alone()), limits), seed=0)
+    learner.setup("fit")
+    learner.on_fit_start()
+    learner.log = learner.log_dict = lambda *args, **kwargs: None  # type: ignore[method-assign]
+    return learner
+
+
+def test_slopes_lose_what_would_change_the_bytes_and_nothing_else() -> None:
+    slopes, costs = [torch.tensor([3.0, 1.0]), torch.tensor([2.0])], [torch.tensor([1.0, 0.0]), torch.tensor([1.0])]
+    take_out(slopes, costs)  # the component along (1, 0, 1) of (3, 1, 2) is 2.5 of it
+    assert [slope.tolist() for slope in slopes] == [[0.5, 1.0], [-0.5]]
+    unchanged = [torch.tensor([1.0])]
+    take_out(unchanged, [torch.tensor([0.0])])
+    assert unchanged[0].tolist() == [1.0]
+
+
+@pytest.mark.parametrize("gates", ["plain", "layers", "hypernetwork"])
+def test_a_small_step_lowers_the_loss_along_the_budget(gates: str) -> None:
+    """The bytes that the slopes say stay; without the projection, nearly all gates would open."""
+    learner = learner_of(gates=gates)
+    learner.training_step(BATCH, 0).backward()
+    learner.on_before_optimizer_step(None)  # type: ignore[arg-type]
+    parameters = [*learner.gates.parameters()]
+    stored = smooth_bytes(learner.space, learner.gates_of_step(learner.limits[0], 0))
+    costs = torch.autograd.grad(stored, parameters, allow_unused=True, materialize_grads=True)
+    along = sum(float((one.grad * cost).sum()) for one, cost in zip(parameters, costs, strict=True)
+                if one.grad is not None)  # fmt: skip
+    size = math.sqrt(sum(float(cost.square().sum()) for cost in costs))
+    slope = math.sqrt(sum(float(one.grad.square().sum()) for one in parameters if one.grad is not None))
+    assert slope > 0 and abs(along) < 1e-4 * size * slope
+
+
+def test_gates_of_a_step_are_those_of_its_number_and_within_the_budget() -> None:
+    learner = learner_of()
+    limit = learner.limits[0]
+    first, again, other = (learner.gates_of_step(limit, number) for number in (3, 3, 4))
+    assert all(torch.equal(first[kind], again[kind]) for kind in first)
+    assert any(not torch.equal(first[kind], other[kind]) for kind in first)
+    for gates in (first, other):
+        assert set(torch.cat([values.detach().flatten() for values in gates.values()]).unique().tolist()) == {0.0, 1.0}
+        assert 0.9 * limit < float(smooth_bytes(learner.space, gates).detach()) <= limit
+
+
+def test_the_best_gates_are_taken_whatever_came_later() -> None:
+    learner = learner_of()
+    (start,) = learner.limits
+    learner.compare_with_best()
+    assert learner.best is not None and learner.best.step == 0
+    assert learner.best.loss == pytest.approx(
+        loss_of(learner.ground.gated, learner.logits(start), start, TEXT, Processes.alone())
+    )
+    expected = learner.plans()
+    with torch.no_grad():
+        for parameter in learner.gates.parameters():
+            parameter.normal_(0, 10)
+    learner.compare_with_best()
+    assert learner.plans() == expected
+    assert unit_bytes(expected[0], 4) <= start
+
+
+def test_a_penalty_is_the_distance_to_the_budget_on_a_logarithmic_scale() -> None:
+    """Under the same gates, whatever the budget, so that losses differ by it alone."""
+    learner = learner_of(constraint="penalty", penalty=2.0)
+    thresholds = learner.start_thresholds(between(learner.space))
+    learner.start_thresholds = lambda limit: thresholds  # type: ignore[method-assign]
+    losses = {}
+    for share in (0.2, 0.5, 0.9):
+        learner.limits = [between(learner.space, share)]
+        loss = float(learner.training_step(BATCH, 0).detach())
+        stored = float(differentiable_bytes(learner.space, learner.gates_of_step(learner.limits[0], 0)).detach())
+        losses[share] = loss - 2.0 * abs(math.log(stored / learner.limits[0]))
+    assert losses[0.2] == pytest.approx(losses[0.5], abs=1e-4) == losses[0.9]
