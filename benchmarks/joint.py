@@ -39,7 +39,8 @@ from qpruner.allocation.budget import Budget, dense_weights
 from qpruner.allocation.decision import DecidingConfig
 from qpruner.calibration.text import CalibrationConfig
 from qpruner.callbacks import MixedPrecisionQuantization, PlannedPruning, StructuredPruning
-from qpruner.datamodules.base import TokenDataModule
+from qpruner.datamodules import TextDataModule
+from qpruner.datamodules.base import LoaderConfig
 from qpruner.joint.config import JointConfig
 from qpruner.joint.space import unit_bytes, unit_weights
 from qpruner.memory import tensor_bytes
@@ -214,12 +215,20 @@ def searched(
     callbacks: list[L.Callback],
     structure: StructureConfig | None = None,
 ) -> CompressionPlan:
-    """The plan that a search of short fits finds; it chooses on the validation text."""
+    """The plan that a search of short fits finds; it chooses on rows that are held out of the training text."""
     place = RunFolder(folder / "search")
     for callback in callbacks:
         callback.folder = place  # type: ignore[attr-defined]
     trainer = SearchTrainer(**QUIET, default_root_dir=str(place.path), callbacks=callbacks, limit_val_batches=20)
-    data: TokenDataModule = text_data(given, seed)
+    data = TextDataModule(
+        tokenizer=given.base,
+        train=given.train,
+        held_out=0.05,
+        layout="packed",
+        max_length=given.max_length,
+        loader=LoaderConfig(batch_size=given.batch_size),
+        seed=seed,
+    )
     config = SearchConfig(trials=given.trials, finalist_seeds=2, structure=structure)
     trainer.search(described(given, seed), data, config)
     return CompressionPlan.read(place.plan)
