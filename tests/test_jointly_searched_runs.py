@@ -114,6 +114,7 @@ def test_a_search_of_widths_and_bits_records_what_it_tried_and_its_plan_is_carri
     assert f"A token costs {results.winner.scores['multiply_adds']:,} multiply-adds" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_killed_and_continued_equals_uninterrupted(
     arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -153,6 +154,7 @@ def test_a_plan_is_among_the_first_that_are_tried(arguments: list[str], tmp_path
     assert second.units == SearchResults.read(known.results).trials[0].units
 
 
+@pytest.mark.slow
 def test_a_front_trades_loss_and_bytes_of_widths_and_bits(arguments: list[str], tmp_path: Path) -> None:
     run(["search", *arguments, "--search.front", "true", "--search.trials", "6"])
     folder = RunFolder(tmp_path / "runs" / "x")

@@ -81,8 +81,10 @@ def test_a_run_learns_a_plan_within_the_budget_and_carries_it_out(
     [
         ({"joint.lifts": "true", "joint.loss": "cross_entropy"}, True),
         ({"joint.fixed_ratio": "true", "joint.gates": "hypernetwork"}, False),
-        ({"joint.constraint": "penalty", "joint.estimator": "straight_through"}, False),
-        ({"joint.lifts": "true", "joint.gates": "hypernetwork"}, False),
+        pytest.param(
+            {"joint.constraint": "penalty", "joint.estimator": "straight_through"}, False, marks=pytest.mark.slow
+        ),
+        pytest.param({"joint.lifts": "true", "joint.gates": "layers"}, False, marks=pytest.mark.slow),
     ],
     ids=["precision alone", "fixed ratio", "penalty", "all"],
 )
@@ -124,6 +126,7 @@ def test_a_hypernetwork_learns_for_several_budgets(arguments: list[str], tmp_pat
         assert 0.9 * share * whole < unit_bytes(plan, 4) <= share * whole
 
 
+@pytest.mark.slow
 def test_killed_while_it_learns_and_repeated_equals_uninterrupted(
     config: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

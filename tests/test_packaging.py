@@ -46,7 +46,9 @@ ALLOWED: dict[str, set[str]] = {
         "adapters", "allocation", "anatomy", "calibration", "compressed", "datamodules", "errors", "files",
         "folder_manifest", "memory", "plan", "pricing", "processes", "pruning", "quantization", "records", "training",
     },
-    "cli": {"commands", "datamodules", "errors", "options", "pretrained", "records", "runs", "search", "training"},
+    "cli": {
+        "commands", "datamodules", "errors", "joint", "options", "pretrained", "records", "runs", "search", "training",
+    },
     "commands": {"__version__", "cli", "errors"},
     "compare_command": {"options", "records"},
     "compressed": {
@@ -105,8 +107,9 @@ ALLOWED: dict[str, set[str]] = {
     "ranges": {"errors"},
     "report_command": {"errors", "options", "records"},
     "runs": {
-        "adapter_files", "callbacks", "compressed", "datamodules", "errors", "files", "folder_manifest", "memory",
-        "model_folder", "plan", "pretrained", "records", "search", "training",
+        "adapter_files", "allocation", "anatomy", "callbacks", "compressed", "datamodules", "errors", "files",
+        "folder_manifest", "joint", "memory", "model_folder", "plan", "pretrained", "pricing", "pruning",
+        "quantization", "records", "search", "training",
     },
     "schema": {"errors", "files"},
     "search": {
@@ -128,6 +131,7 @@ OUTSIDERS = {
         "datamodules",
         "dense_copy",
         "evaluation",
+        "joint",
         "options",
         "runs",
         "search",

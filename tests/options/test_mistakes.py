@@ -47,7 +47,7 @@ def tell(monkeypatch: pytest.MonkeyPatch) -> Tell:
         ([*QUANTIZATION, "--trainer.callbacks.init_args.bits=3.5"], f"trainer.callbacks.bits is '3.5'; {BITS}"),
         ([*QUANTIZATION, "--trainer.callbacks.formats", "nf4"], "callbacks.formats is 'nf4'; it must be a mapping"),
         ([*QUANTIZATION, "--trainer.callbacks.budget.share", "x"], "callbacks.budget.share is 'x'; it must be a numbe"),
-        ([*QUANTIZATION, "--trainer.callbacks.budget", "5"], "it must be a mapping with bytes, average_bits, share or"),
+        ([*QUANTIZATION, "--trainer.callbacks.budget", "5"], "it must be a mapping with bytes, average_bits, share"),
         ([*PRUNING, "--trainer.callbacks.ratio", "abc"], "trainer.callbacks.ratio is 'abc'; it must be a number."),
         ([*PRUNING_BY, "--trainer.callbacks.selection.floor", "x"], "callbacks.selection.floor is 'x'; it must be a n"),
         ([*PRUNING_BY, "--trainer.callbacks.selection.uniform", "maybe"], "is 'maybe'; it must be true or false."),
