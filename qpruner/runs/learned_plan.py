@@ -24,8 +24,8 @@ class LearnedPlan(Callback):
     """Follows gates while they learn, and writes the plans that they say.
 
     on_train_batch_end
-        Now and then, on rank zero: what each layer would keep and in how many bits, for the picture, and how undecided
-        the gates are (``joint/entropy``, in bits) for TensorBoard.
+        Now and then: what each layer would keep and in how many bits, for the picture, and how undecided the gates are
+        (``joint/entropy``, in bits) for TensorBoard.
     on_train_end
         Projects the gates to their budgets and writes the plan of each and the picture, on rank zero; the others wait.
 
@@ -82,8 +82,6 @@ class LearnedPlan(Callback):
     @torch.no_grad()
     def _look(self, trainer: Trainer, pl_module: LightningModule) -> None:
         assert isinstance(pl_module, PlanLearner)
-        if not trainer.is_global_zero:
-            return
         above = pl_module.above_threshold(pl_module.limits[0])
         gates = hard(above, dict.fromkeys(above, 0.0))
         self.steps.append(trainer.global_step)
