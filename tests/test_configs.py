@@ -58,6 +58,7 @@ def local_data(tmp_path: Path) -> dict[str, list[str]]:
         "low_bits": [
             *("--data.num_train=90", "--data.num_validation=4", "--data.num_test=4", "--data.num_choices=2"),
             "--trainer.callbacks.calibrated.text.num_sequences=16",
+            "--trainer.callbacks.deciding.calibration.num_sequences=2",
         ],
         "joint": [
             *("--data.num_train=400", "--data.num_validation=4", "--data.num_test=4", "--data.num_choices=2"),
@@ -96,7 +97,9 @@ def stand_in(folder: Path, layers: int) -> Path:
         pytest.param(
             path,
             marks=[pytest.mark.slow]
-            if path.stem.endswith(("_30", "_50", "qwen3_06b", "llama32_1b", "loraprune_llama2_7b"))
+            if path.stem.endswith(
+                ("_30", "_50", "qwen3_06b", "llama32_1b", "loraprune_llama2_7b", "qpruner2_llama2_7b_20", "llm_pruner")
+            )
             else [],
         )
         for path in CONFIGS

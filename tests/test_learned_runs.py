@@ -80,7 +80,7 @@ def test_a_run_learns_a_plan_within_the_budget_and_carries_it_out(
     ("changes", "without_pruning"),
     [
         ({"joint.lifts": "true", "joint.loss": "cross_entropy"}, True),
-        ({"joint.fixed_ratio": "true", "joint.gates": "hypernetwork"}, False),
+        pytest.param({"joint.fixed_ratio": "true", "joint.gates": "hypernetwork"}, False, marks=pytest.mark.slow),
         pytest.param(
             {"joint.constraint": "penalty", "joint.estimator": "straight_through"}, False, marks=pytest.mark.slow
         ),
@@ -108,6 +108,7 @@ def test_variants_end_within_the_budget(
     assert stages(folder.path)[-1]["name"] == "recovered"
 
 
+@pytest.mark.slow
 def test_a_hypernetwork_learns_for_several_budgets(arguments: list[str], tmp_path: Path) -> None:
     run(
         [
@@ -214,6 +215,7 @@ def test_budgets_that_gates_cannot_meet_are_refused(
         run(["fit", "--config", str(path)])
 
 
+@pytest.mark.slow
 def test_multiply_adds_are_bounded_beside_bytes(config: dict[str, Any], tmp_path: Path) -> None:
     config["trainer"]["callbacks"][1]["init_args"]["budget"] = {"share": 0.2, "multiply_adds": 0.6}
     path = tmp_path / "config.yaml"

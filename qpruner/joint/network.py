@@ -32,6 +32,7 @@ class GatedLinear(nn.Module):
 
     Attributes:
         mixture: share [K] of each width, 1 for one of them and 0 for the others.
+        chosen: number of the width whose share is 1.
         lifted: gates [I] of the input channels that have the last width; None where there are none.
         is_dense: whether it computes with the weight of the model, while gradients are those of the gates all the same.
         is_bypassed: whether it is the linear of the model, without gates.
@@ -43,6 +44,7 @@ class GatedLinear(nn.Module):
         self.widths = widths
         self.num_widths = num_widths
         self.mixture = torch.eye(num_widths)[0]
+        self.chosen = 0
         self.lifted: Tensor | None = None
         self.is_dense = False
         self.is_bypassed = False
@@ -94,7 +96,7 @@ class _GatedProduct(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, mixture: Tensor, lifted: Tensor | None, linear: GatedLinear) -> Tensor:
-        ctx.linear, ctx.chosen = linear, int(mixture.argmax())
+        ctx.linear, ctx.chosen = linear, linear.chosen
         ctx.save_for_backward(x, lifted)
         ctx.is_dense = linear.is_dense
         return nn.functional.linear(x, linear.present(ctx.chosen, lifted, x.dtype))
@@ -174,12 +176,13 @@ class GatedNetwork:
         """
         parts = {kind: self.space.by_layer(values, kind) for kind, values in gates.items() if values.ndim == 1}
         mixture = mixture_of(gates, self.space)
+        chosen = mixture.argmax(-1).tolist()  # all at once: each would make a device wait
         for number, (units, inputs) in enumerate(zip(self.linears, self._inputs, strict=True)):
             for kind, gate in inputs.items():
                 gate.values = parts[kind][number] if kind in parts else None
             for place, unit in enumerate(UNITS):
                 for linear in units[unit]:
-                    linear.mixture = mixture[number, place]
+                    linear.mixture, linear.chosen = mixture[number, place], chosen[number][place]
                     linear.lifted = self._lifted(gates, parts, number, unit)
 
     def _lifted(self, gates: Gates, parts: dict[str, tuple[Tensor, ...]], number: int, unit: str) -> Tensor | None:

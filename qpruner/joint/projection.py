@@ -30,6 +30,7 @@ def thresholds_within(space: JointSpace, gates: Gates, limit: int) -> dict[str, 
         gates: logits of the gates that act.
         limit: most bytes that the weights of the decoder's units may take.
     """
+    gates = {kind: values.cpu() for kind, values in gates.items()}  # small and asked often: no device should wait
 
     def within(thresholds: dict[str, float]) -> bool:
         return float(smooth_bytes(space, hard(gates, thresholds))) <= limit
