@@ -1,5 +1,6 @@
 """Runs that learn their plan, from the command line."""
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from support.forks import in_fork
 from support.runs import KILL_AT, adapters, in_own_process, payload, stages
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from qpruner.anatomy import architecture_of
 from qpruner.commands import run
 from qpruner.errors import UserError
 from qpruner.joint.learner import PlanLearner
@@ -243,3 +245,22 @@ def test_numbers_that_are_not_finite_end_it(arguments: list[str], monkeypatch: p
     said = r"loss at step 3 of the gates is not finite. Lower joint.lr, which is 0.02"
     with pytest.raises(UserError, match=said):
         run(["fit", *arguments])
+
+
+def test_a_restart_learns_anew_and_throws_no_base_away(
+    arguments: list[str], tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = tmp_path / "runs" / "x" / "mine"
+    shutil.copytree(tiny_llama, base)
+    with pytest.raises(UserError, match="--restart would throw away the base"):
+        run(["fit", *arguments, "--restart", "--model.base", str(base)])
+    assert base.exists()
+    folder = RunFolder(tmp_path / "runs" / "y")
+    plan = CompressionPlan.dense(architecture_of(read_base_config(str(tiny_llama))), None)
+    folder.path.mkdir(parents=True)
+    plan.write(folder.learned_plan)  # of an earlier session
+    learnt: list[int] = []
+    monkeypatch.setattr(PlanLearner, "compare_with_best", lambda learner: learnt.append(learner.global_step))
+    with pytest.raises(AssertionError):  # no best gates: it learns again
+        run(["fit", *arguments, "--restart", "--run.name", "y"])
+    assert learnt and not folder.learned_plan.exists()

@@ -227,6 +227,7 @@ class Run:
         """Learns the plan that the phases carry out, or goes on with that."""
         learning = Learning.of(self.folder, self.model, self.data, self.callbacks, joint)
         learning.check()
+        self._check_restart(restart)
         with self._locked():
             self._claim(restart)
             learning.run(trainer_options, self.checkpoint_every_n_steps)
@@ -247,13 +248,17 @@ class Run:
 
     def _check_base(self, phases: Sequence[Phase], restart: bool, *, decides_on_widths: bool = False) -> None:
         """Finds what is wrong with the base, unless the run keeps what it has made of it."""
+        self._check_restart(restart)
+        if restart or self.folder.kept_base is None:
+            rehearse(self.model, self.data, phases, decides_on_widths=decides_on_widths)
+
+    def _check_restart(self, restart: bool) -> None:
+        """Makes sure that a run that begins anew does not throw away its base."""
         if restart and Path(self.model.base).absolute().is_relative_to(self.folder.path.absolute()):
             raise UserError(
                 f"--restart would throw away the base {self.model.base!r}, which lies in the folder of this run. "
                 f"Give the run another --run.name."
             )
-        if restart or self.folder.kept_base is None:
-            rehearse(self.model, self.data, phases, decides_on_widths=decides_on_widths)
 
     @contextmanager
     def _locked(self) -> Iterator[None]:
