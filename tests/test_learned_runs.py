@@ -70,6 +70,7 @@ def test_a_run_learns_a_plan_within_the_budget_and_carries_it_out(
     assert torch.isfinite(logits_of(load_compressed(folder.model), TOKENS)).all()
     log = folder.log.read_text()
     assert f"Learned a plan of {unit_bytes(plan, 4):,} bytes for the decoder's units, within {limit:,}." in log
+    assert not RunFolder(folder.learning).bank.exists()  # as large as the model, and of no use any more
     assert folder.learning_picture.stat().st_size > 10_000
     events = EventAccumulator(str(RunFolder(folder.learning).tensorboard)).Reload()
     assert {"train/loss", "train/kl", "joint/bytes", "joint/entropy"} <= {*events.Tags()["scalars"]}

@@ -11,6 +11,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from qpruner.allocation.budget import Budget, dense_weights
 from qpruner.anatomy import architecture_of, unit_shapes
 from qpruner.callbacks import MixedPrecisionQuantization, RunCheckpoint, StructuredPruning, Throughput
+from qpruner.callbacks.bits_under_budget import drop_scaffolding
 from qpruner.callbacks.compression import Compression, CompressionJob, Rehearsal
 from qpruner.compressed import CompressedModel
 from qpruner.datamodules.base import TokenDataModule
@@ -138,6 +139,8 @@ class Learning:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "You passed in a `val_dataloader`")  # which gates do not look at
             trainer.fit(learner, datamodule=self.data.for_another_trainer(), ckpt_path=begins_with, weights_only=True)
+        if trainer.is_global_zero:  # the others have no use for it either: all have reached the end
+            drop_scaffolding(self.part)
 
     def check(self) -> None:
         """Finds, without weights, what is wrong with the base, the budgets, or what was asked for.
