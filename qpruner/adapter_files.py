@@ -3,10 +3,10 @@
 from pathlib import Path
 from typing import Any, TypedDict
 
-from qpruner.anatomy import COMPRESSED
 from qpruner.errors import UserError, listed
 from qpruner.files import read_json, reading, replacing_folder, write_json
 from qpruner.folder_manifest import ADAPTER, ANYTHING, COPY_AGAIN, MANIFEST, entries_of, read_manifest
+from qpruner.reference_logits import record_logits
 from qpruner.schema import read_as
 from qpruner.tensor_files import load_tensors
 
@@ -16,7 +16,8 @@ ADAPTER_CONFIG, ADAPTER_WEIGHTS = f"{ADAPTER}/adapter_config.json", f"{ADAPTER}/
 def save_adapters(folder: Path, model: Any, *, trained: bool, place: Path | None = None) -> None:
     """Adds the adapters of a PEFT model to the folder of its base, and to the manifest.
 
-    PEFT finds the base from anywhere as long as the folder lies where it was written; `load_compressed` wherever it is.
+    PEFT finds the base from anywhere as long as the folder lies where it was written, with ``trust_remote_code=True``
+    where that needs its modelling file; `load_compressed` wherever it is.
 
     Args:
         folder: folder that `save_base` wrote.
@@ -29,7 +30,7 @@ def save_adapters(folder: Path, model: Any, *, trained: bool, place: Path | None
     # Cut off from here on, the folder is that of the base alone.
     write_json(folder / MANIFEST, manifest | {"files": of_base, "adapters": None})
     with replacing_folder(folder / ADAPTER) as temporary:
-        _write_adapters(temporary, model, _name_for_peft(folder, (place or folder).absolute()))
+        _write_adapters(temporary, model, str((place or folder).absolute()))
     files = of_base | {f"{ADAPTER}/{name}": entry for name, entry in entries_of(folder / ADAPTER).items()}
     write_json(folder / MANIFEST, manifest | {"files": files, "adapters": "trained" if trained else "initial"})
 
@@ -41,15 +42,7 @@ def _write_adapters(folder: Path, model: Any, base: str) -> None:
     config = read_json(folder / "adapter_config.json")
     write_json(folder / "adapter_config.json", config | {"base_model_name_or_path": base})
     (folder / "README.md").unlink(missing_ok=True)  # a form to fill in
-
-
-def _name_for_peft(folder: Path, place: Path) -> str:
-    """What PEFT, and transformers behind it, are to look for as the base: its folder.
-
-    Where transformers cannot load that, its error repeats the name it was given, and so that says what can.
-    """
-    portable = not read_json(folder / "config.json")["model_type"].startswith(COMPRESSED)
-    return str(place) if portable else f"qpruner.load_compressed({str(place)!r})"
+    record_logits(folder, model)
 
 
 class AdapterKind(TypedDict):

@@ -36,6 +36,10 @@ COMMANDS = {
         "Measure what a model can do: tasks with options, perplexity of texts, and how it writes.",
         "qpruner.evaluate_command:evaluate_command",
     ),
+    "generate": Command(
+        "Let a model go on with a prompt, with tokens per second and memory.",
+        "qpruner.generate_command:generate_command",
+    ),
     "report": Command("Write the report of a run again, and print its table.", "qpruner.report_command:report_command"),
     "compare": Command(
         "Show runs and evaluations side by side, and how each differs from the first.",
@@ -46,7 +50,7 @@ COMMANDS = {
         "qpruner.plan_command:plan_command",
     ),
     "verify": Command(
-        "Compare every file of a compressed model's folder with the hash that was written beside it.",
+        "Hold a compressed model to what it was when it was written: every file, and what it says.",
         "qpruner.verify_command:verify_command",
     ),
     "merge": Command(

@@ -15,13 +15,14 @@ from qpruner.adapter_files import has_initial_adapters
 from qpruner.datamodules.base import TokenDataModule
 from qpruner.datamodules.rows import TextExamples
 from qpruner.errors import UserError, user_error
-from qpruner.folder_manifest import ADAPTER, CONFIG, PLAN, Step, is_compressed, read_manifest
+from qpruner.folder_manifest import ADAPTER, CONFIG, PLAN, REFERENCE, Step, is_compressed, read_manifest
 from qpruner.memory import num_parameters
 from qpruner.model_folder import GENERATION, load_compressed, read_plan, save_base
 from qpruner.plan import DENSE, UNITS
 from qpruner.quantization.merging import merge_
 from qpruner.records.folder import RESTORE, RunFolder
 from qpruner.records.manifest import Recorded
+from qpruner.remote_code import CODE
 from qpruner.schema import read_as
 from qpruner.training.evaluation import evaluate
 
@@ -147,7 +148,8 @@ class TokenizerFiles:
 def is_of_model(name: str) -> bool:
     """Whether a file of a compressed folder is one of the model itself: widths, weights, plan or adapters."""
     weights = name.endswith((".safetensors", ".safetensors.index.json"))
-    return name in (CONFIG, GENERATION, PLAN) or weights or name.startswith(f"{ADAPTER}/")
+    beside = name.startswith((f"{ADAPTER}/", f"{REFERENCE}/"))
+    return name in (CONFIG, GENERATION, PLAN, CODE) or weights or beside
 
 
 def run_data(model: Path) -> TokenDataModule | str:

@@ -10,6 +10,7 @@ from qpruner.schema import conform
 
 KIND, VERSION = "qpruner model", 2
 MANIFEST, PLAN, CONFIG, ADAPTER = "manifest.json", "plan.json", "config.json", "adapter"
+REFERENCE = "reference"
 COPY_AGAIN = "Copy the folder again, or run the fit that wrote it again."
 ANYTHING = (Exception,)
 """What transformers and PEFT raise over content that they did not expect: they check little of it."""
@@ -108,8 +109,12 @@ def read_manifest(folder: Path) -> Manifest:
 
 
 def identity_of(manifest: Manifest) -> str:
-    """The hash by which a base is known: of all that the manifest says of it, whatever adapters lie beside it."""
-    files = {name: entry for name, entry in manifest["files"].items() if not name.startswith(f"{ADAPTER}/")}
+    """The hash by which a base is known: of all that the manifest says of it.
+
+    Not of the adapters that lie beside it, nor of the logits that it gave, whose last bits depend on the machine.
+    """
+    beside = (f"{ADAPTER}/", f"{REFERENCE}/")
+    files = {name: entry for name, entry in manifest["files"].items() if not name.startswith(beside)}
     return hash_json([manifest[key] for key in ("kind", "version", "base", "state", "recipe")] + [files])
 
 

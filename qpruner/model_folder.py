@@ -1,9 +1,11 @@
 """The folder of a compressed model: written whole, read from safetensors and JSON alone, checked before it is read.
 
-config.json, generation_config.json    widths, where transformers alone can express them in its own types
+config.json, generation_config.json    widths in transformers' own terms, and what the modelling file has to know
+modeling_compressed.py                 what transformers needs to load it, where its own classes cannot build it
 model*.safetensors, *.index.json       the compressed base
 tokenizer*, chat templates, code       of the base
 plan.json                              what was kept of the dense model
+reference/                             logits behind a few prompts, as the model gave them when it was written
 adapter/                               LoRA adapters in PEFT's layout, once they are trained
 manifest.json                          version, base model, what was done to it, size and SHA-256 of every file above
 """
@@ -53,6 +55,8 @@ from qpruner.quantization.apply import linear_precisions
 from qpruner.quantization.embedding import rebuild_tables_
 from qpruner.quantization.model import rebuild_linears_
 from qpruner.quantization.packed import PackedLinear
+from qpruner.reference_logits import record_logits
+from qpruner.remote_code import add_code, needs_code
 from qpruner.schema import read_as
 from qpruner.tensor_files import load_tensors
 
@@ -224,10 +228,13 @@ def write_base(
     # In place of what `save_pretrained` makes of the configuration that the model computes with.
     portable = with_widths(model.config, plan.widths) if plan.quantized else portable_config(model.config)
     portable.architectures = [_model_class_name(portable)]
+    if needs_code(portable):
+        add_code(folder, portable, model)
     portable.to_json_file(folder / CONFIG)  # as it is: transformers cannot read what is packed
     if tokenizer is not None:
         save_tokenizer(tokenizer, folder)
     plan.write(folder / PLAN)
+    record_logits(folder, model)
     manifest = {
         "kind": KIND,
         "version": VERSION,

@@ -2,7 +2,8 @@
 
 from pathlib import Path
 
-from qpruner.folder_manifest import identity_of, is_compressed, read_checked_manifest
+from qpruner.errors import UserError
+from qpruner.folder_manifest import ADAPTER, identity_of, is_compressed, read_checked_manifest
 from qpruner.options.functions import run_function
 
 
@@ -10,14 +11,16 @@ def verify_command(arguments: list[str]) -> None:
     run_function("qpruner verify", verify, arguments)
 
 
-def verify(folder: Path) -> None:
-    """Reads every file of a compressed model and compares it with the size and SHA-256 in its manifest.
+def verify(folder: Path, load: bool = True) -> None:
+    """Reads every file of a compressed model, loads it, and holds what it says to what it said when it was written.
 
     Args:
         folder: folder of the model or of its run, such as runs/quickstart.
+        load: whether the model is loaded; without it sizes and SHA-256 alone are compared with the manifest.
 
     Raises:
-        UserError: there is no such folder, or a file is missing, cut off or altered.
+        UserError: there is no such folder, a file is missing, cut off or altered, the plan is not that of the weights,
+            or the model says something else.
     """
     folder = folder.expanduser()
     if not is_compressed(folder) and is_compressed(folder / "model"):  # that of a run
@@ -31,3 +34,27 @@ def verify(folder: Path) -> None:
         print(f"  {number}. {step['name']}({options})")
     adapters = manifest.get("adapters")
     print(f"Adapters: {adapters or 'none'}.")
+    if load:
+        _hold_to_its_word(folder, adapters is not None)
+
+
+def _hold_to_its_word(folder: Path, adapters: bool) -> None:
+    from qpruner.model_folder import load_base, load_compressed  # takes seconds to import
+    from qpruner.reference_logits import MOST, deviation
+
+    models = {"base": lambda: deviation(folder, load_base(folder, check_hashes=False).network)}
+    if adapters:
+        models["base with its adapters"] = lambda: deviation(folder / ADAPTER, load_compressed(folder))
+    for what, measured in models.items():
+        if (difference := measured()) is None:
+            print(f"The {what} loads; no logits were recorded when it was written.")
+        elif difference > MOST:
+            raise UserError(
+                f"The {what} in {str(folder)!r} loads, and says something else than when it was written: its logits "
+                f"differ by up to {difference:.2g} of their standard deviation. Load it with the versions of qpruner, "
+                f"torch and transformers that wrote it."
+            )
+        else:
+            print(
+                f"The {what} loads and says what it said: logits differ by up to {difference:.1g} standard deviations."
+            )

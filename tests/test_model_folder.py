@@ -307,9 +307,7 @@ def test_adapters_come_back_with_identical_logits(tmp_path: Path, family: str, k
 
 
 @pytest.mark.parametrize("kept", SHAPES.values(), ids=SHAPES)
-def test_peft_alone_finds_the_base_from_anywhere_or_says_what_can_load_it(
-    tmp_path: Path, kept: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_peft_alone_finds_the_base_from_anywhere(tmp_path: Path, kept: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     model, _ = write(Path("made"), "llama", kept)
     adapted = with_adapters(model)
@@ -318,10 +316,10 @@ def test_peft_alone_finds_the_base_from_anywhere_or_says_what_can_load_it(
     monkeypatch.chdir("/")
     folder, expected = tmp_path / "model", logits_of(adapted)
     if kept is KEPT:  # transformers cannot build it
-        with pytest.raises(OSError, match=r"qpruner.load_compressed\('.*/model'\)"):
-            peft.AutoPeftModelForCausalLM.from_pretrained(folder / "adapter")
-    else:
-        assert torch.equal(logits_of(peft.AutoPeftModelForCausalLM.from_pretrained(folder / "adapter")), expected)
+        with pytest.raises(ValueError, match="trust_remote_code=True"):
+            peft.AutoPeftModelForCausalLM.from_pretrained(folder / "adapter", trust_remote_code=False)
+    loaded = peft.AutoPeftModelForCausalLM.from_pretrained(folder / "adapter", trust_remote_code=True)
+    assert torch.equal(logits_of(loaded), expected)
     over = peft.PeftModel.from_pretrained(load_base(folder).network, folder / "adapter")
     assert torch.equal(logits_of(over), expected)
     folder.rename(tmp_path / "copied")
@@ -364,7 +362,8 @@ def test_a_new_process_computes_identical_logits(tmp_path: Path) -> None:
 
 def test_the_manifest_has_the_size_and_hash_of_every_file(tmp_path: Path) -> None:
     model, _ = write(tmp_path / "model")
-    base = {"config.json", "generation_config.json", "model.safetensors", "plan.json"}
+    base = {"config.json", "generation_config.json", "model.safetensors", "plan.json", "modeling_compressed.py"}
+    base |= {"reference/logits.safetensors"}
     manifest = read_manifest(tmp_path / "model")
     assert (manifest["kind"], manifest["version"]) == ("qpruner model", 2)
     assert manifest["base"] == {"name": "models/dense", "sha256": "ab12"}
@@ -374,7 +373,11 @@ def test_the_manifest_has_the_size_and_hash_of_every_file(tmp_path: Path) -> Non
     manifest = read_manifest(tmp_path / "model")
     assert manifest["base"] == {"name": "models/dense", "sha256": "ab12"}
     assert manifest["files"] == list_files(tmp_path / "model")
-    assert manifest["files"].keys() == base | {"adapter/adapter_config.json", "adapter/adapter_model.safetensors"}
+    assert manifest["files"].keys() == base | {
+        "adapter/adapter_config.json",
+        "adapter/adapter_model.safetensors",
+        "adapter/reference/logits.safetensors",
+    }
 
 
 def test_the_tokenizer_is_beside_the_model(tmp_path: Path, tiny_llama: Path) -> None:

@@ -35,13 +35,15 @@ ALLOWED: dict[str, set[str]] = {
     "stories": set(),
     "__init__": {"model_folder"},
     "__main__": {"commands", "errors", "quiet"},
-    "adapter_files": {"anatomy", "errors", "files", "folder_manifest", "schema", "tensor_files"},
+    "modeling_compressed": set(),
+    "adapter_files": {"errors", "files", "folder_manifest", "reference_logits", "schema", "tensor_files"},
     "adapters": {"errors", "seeds"},
     "allocation": {
         "anatomy", "calibration", "errors", "likelihood", "plan", "pricing", "quantization", "schema", "seeds",
     },
     "anatomy": {"errors", "plan"},
     "calibration": {"anatomy", "errors", "likelihood", "processes"},
+    "auto_classes": {"anatomy", "modeling_compressed", "remote_code"},
     "callbacks": {
         "adapters", "allocation", "anatomy", "calibration", "compressed", "datamodules", "errors", "files",
         "folder_manifest", "memory", "plan", "pricing", "processes", "pruning", "quantization", "records", "training",
@@ -62,7 +64,7 @@ ALLOWED: dict[str, set[str]] = {
     },
     "dense_copy": {
         "adapter_files", "compressed", "datamodules", "errors", "folder_manifest", "memory", "model_folder", "plan",
-        "quantization", "records", "schema", "training",
+        "quantization", "records", "remote_code", "schema", "training",
     },
     "evaluate_command": {
         "datamodules", "errors", "evaluation", "options", "pretrained", "processes", "records", "stories",
@@ -72,6 +74,7 @@ ALLOWED: dict[str, set[str]] = {
         "model_folder", "pretrained", "pricing", "processes", "records", "training",
     },
     "files": {"errors"},
+    "generate_command": {"evaluation", "options"},
     "folder_manifest": {"errors", "files", "schema"},
     "joint": {
         "allocation", "anatomy", "calibration", "datamodules", "errors", "likelihood", "plan", "pricing", "processes",
@@ -84,7 +87,7 @@ ALLOWED: dict[str, set[str]] = {
     "model_files": {"errors", "files", "folder_manifest", "schema"},
     "model_folder": {
         "adapter_files", "anatomy", "conv1d", "errors", "files", "folder_manifest", "memory", "plan", "pretrained",
-        "pruning", "quantization", "schema", "tensor_files",
+        "pruning", "quantization", "reference_logits", "remote_code", "schema", "tensor_files",
     },
     "options": {"callbacks", "datamodules", "errors"},
     "outline": {"anatomy"},
@@ -99,12 +102,17 @@ ALLOWED: dict[str, set[str]] = {
     "pricing": {"adapters", "anatomy", "memory", "plan", "pruning", "quantization"},
     "processes": {"errors"},
     "pruning": {
-        "adapters", "anatomy", "calibration", "errors", "likelihood", "memory", "plan", "processes", "quantization",
-        "seeds",
+        "adapters", "anatomy", "calibration", "errors", "likelihood", "memory", "modeling_compressed", "plan",
+        "processes", "quantization", "seeds",
     },
-    "quantization": {"adapters", "anatomy", "calibration", "errors", "files", "plan", "pretrained", "processes"},
+    "quantization": {
+        "adapters", "anatomy", "calibration", "errors", "files", "modeling_compressed", "plan", "pretrained",
+        "processes",
+    },
     "records": {"allocation", "errors", "files", "folder_manifest", "plan", "schema"},
     "ranges": {"errors"},
+    "reference_logits": {"errors", "folder_manifest", "tensor_files"},
+    "remote_code": {"anatomy", "modeling_compressed", "precision", "pruning", "quantization"},
     "report_command": {"errors", "options", "records"},
     "runs": {
         "adapter_files", "allocation", "anatomy", "callbacks", "compressed", "datamodules", "errors", "files",
@@ -122,7 +130,7 @@ ALLOWED: dict[str, set[str]] = {
         "adapters", "anatomy", "compressed", "datamodules", "errors", "files", "folder_manifest", "likelihood",
         "memory", "model_folder", "outline", "plan", "pretrained", "processes", "records", "schema", "seeds",
     },
-    "verify_command": {"folder_manifest", "options"},
+    "verify_command": {"errors", "folder_manifest", "model_folder", "options", "reference_logits"},
 }  # fmt: skip
 OUTSIDERS = {
     "lightning": {

@@ -1,14 +1,18 @@
 """What `qpruner verify` says of a folder that is whole, and of one that is not."""
 
+import re
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
+from qpruner.adapters.lora import LoRAConfig
 from qpruner.commands import run
 from qpruner.compressed import CompressedModel
 from qpruner.errors import UserError
-from qpruner.folder_manifest import Step
+from qpruner.files import read_json, write_json
+from qpruner.folder_manifest import Step, entries_of
 
 
 @pytest.fixture
@@ -27,7 +31,12 @@ def test_a_whole_folder_is_told_with_its_recipe(
     known_by = CompressedModel.open(folder).identity
     sizes = [path.stat().st_size for path in folder.rglob("*") if path.is_file() and path.name != "manifest.json"]
     run(["verify", str(folder)])
-    assert capsys.readouterr().out == (
+    *told, last = capsys.readouterr().out.splitlines(keepends=True)
+    assert re.fullmatch(
+        r"The base loads and says what it said: logits differ by up to \S+ standard deviations.\n", last
+    )
+    assert float(last.split()[-3]) < 1e-5
+    assert "".join(told) == (
         f"{folder}: {len(sizes)} files of {sum(sizes):,} bytes are as they were written.\n"
         f"The base is pruned, made from {tiny_llama}; SHA-256 {known_by}.\n"
         f"  1. StructuredPruning(ratio=0.1)\n"
@@ -46,3 +55,46 @@ def test_one_bit_is_enough(folder: Path) -> None:
         run(["verify", str(folder)])
     with torch.no_grad(), pytest.raises(UserError, match="holds no compressed model"):
         run(["verify", str(folder.parent.parent)])
+
+
+def test_a_model_that_says_something_else_is_told(folder: Path) -> None:
+    path = folder / "reference/logits.safetensors"
+    recorded = load_file(path)
+    save_file(recorded | {"logits": recorded["logits"].roll(1, dims=1).contiguous()}, path)
+    bless(folder)
+    with pytest.raises(UserError, match=r"says something else than when it was written: its logits differ by up to"):
+        run(["verify", str(folder)])
+    run(["verify", str(folder), "--load", "false"])
+
+
+def test_adapters_are_held_to_theirs(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = CompressedModel.open(folder)
+    model.attach(LoRAConfig(r=2), seed=0)
+    with torch.no_grad():
+        for name, parameter in model.network.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_()
+    model.keep_adapters(trained=True)
+    run(["verify", str(folder)])
+    said = capsys.readouterr().out.splitlines()[-2:]
+    assert [line.split(" loads")[0] for line in said] == ["The base", "The base with its adapters"]
+    first, second = (load_file(folder / place / "logits.safetensors") for place in ("reference", "adapter/reference"))
+    assert torch.equal(first["tokens"], second["tokens"])
+    assert not torch.equal(first["logits"], second["logits"])
+
+
+def test_folders_of_before_have_no_logits(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (folder / "reference/logits.safetensors").unlink()
+    bless(folder)
+    run(["verify", str(folder)])
+    assert "no logits were recorded when it was written" in capsys.readouterr().out
+
+
+def bless(folder: Path) -> None:
+    """Makes the manifest say of the files what they are now."""
+    manifest = read_json(folder / "manifest.json")
+    write_json(folder / "manifest.json", manifest | {"files": entries_of_all(folder)})
+
+
+def entries_of_all(folder: Path) -> dict[str, object]:
+    return {name: entry for name, entry in entries_of(folder).items() if name != "manifest.json"}

@@ -19,9 +19,10 @@ from qpruner.anatomy import (
 from qpruner.anatomy.coupled import within
 from qpruner.anatomy.layers import widths_of
 from qpruner.errors import UserError
+from qpruner.modeling_compressed import layer_config
 from qpruner.plan import Architecture, CompressionPlan, describe_differences
 from qpruner.pruning.order import reorder_hidden_
-from qpruner.pruning.widths import layer_config, set_config, with_widths
+from qpruner.pruning.widths import set_config, with_widths
 from qpruner.quantization.formats import dequantize, narrowed
 from qpruner.quantization.packed import PackedLinear
 

@@ -7,7 +7,6 @@ divide the hidden size, although ``head_dim`` is given. So a narrowed model has 
 the class saves.
 """
 
-from collections.abc import Mapping
 from contextlib import suppress
 from functools import cache
 from pathlib import Path
@@ -18,7 +17,8 @@ from huggingface_hub.dataclasses import strict
 from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 
-from qpruner.anatomy import COMPRESSED, FAMILIES, family_of, head_shape
+from qpruner.anatomy import FAMILIES, family_of, head_shape
+from qpruner.modeling_compressed import config_class
 from qpruner.plan import Architecture
 
 LLAMA_ONLY = ("attention_bias", "mlp_bias")
@@ -39,23 +39,10 @@ def compressed_config_class(family: str) -> type:
             portable.architectures = [family_of(portable)[1].model_class]
             portable.save_pretrained(save_directory, **options)
 
-    def validate_rope(self: Any) -> None:
-        # By all families' rules: Phi-3's reckon with as many heads as fit into the hidden size. Those of positions for
-        # long texts read the number of heads, of which there are several; the skeleton has been checked by them.
-        if not self.is_heterogeneous:
-            transformers.PreTrainedConfig.validate_rope(self)
-
-    members = {
-        "save_pretrained": save_pretrained,
-        "model_type": COMPRESSED + family,
-        "validate_architecture": lambda self: None,
-        "validate_rope": validate_rope,
-        "__module__": __name__,
-        "__annotations__": {},
-    }
+    members = {"save_pretrained": save_pretrained, "__module__": __name__, "__annotations__": {}}
     # Without the decorator the parent's validators still run.
-    config_class: type = strict(type(f"Compressed{parent.__name__}", (parent,), members))
-    return config_class
+    made: type = strict(type(f"Compressed{parent.__name__}", (config_class(parent.__name__),), members))
+    return made
 
 
 def __getattr__(name: str) -> type:
@@ -109,34 +96,6 @@ def skeleton_config(config: Any) -> Any:
     return compressed_config_class(family)(**content)
 
 
-class LayerConfig:
-    """The configuration of a model as one layer sees it, with that layer's widths.
-
-    What is not a width is read from the model's configuration whenever it is asked for, such as the implementation of
-    attention, which may change.
-
-    Args:
-        config: configuration of the model.
-        widths: widths of the layer, by field of the configuration.
-    """
-
-    def __init__(self, config: Any, widths: Mapping[str, int]) -> None:
-        self.config, self.widths = config, widths
-
-    def __getattr__(self, name: str) -> Any:
-        if name in ("config", "widths") or name.startswith("__"):  # while it is copied
-            raise AttributeError(name)
-        return self.widths[name] if name in self.widths else getattr(self.config, name)
-
-
-def layer_config(config: Any, number: int) -> Any:
-    """What a module that reads widths as it computes is to read; the configuration itself where layers are equal."""
-    if not config.is_heterogeneous:
-        return config
-    layer = config.per_layer_config[number]
-    return LayerConfig(config, {name: getattr(layer, name) for name in config.per_layer_attributes})
-
-
 def portable_config(config: Any) -> Any:
     """The same widths as a configuration that transformers alone can load, or ``config`` where there is none.
 
@@ -161,7 +120,7 @@ def portable_config(config: Any) -> Any:
 def plain_dict(config: Any) -> dict[str, Any]:
     """The configuration's own fields, without its type and what transformers adds when it writes one."""
     content: dict[str, Any] = config.to_dict()
-    for name in ("model_type", "architectures", "transformers_version", "auto_map"):
+    for name in ("model_type", "architectures", "transformers_version", "auto_map", "compression"):
         content.pop(name, None)
     return content
 

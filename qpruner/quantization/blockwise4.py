@@ -2,40 +2,22 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from qpruner.modeling_compressed import (
+    SCALE_GROUP,
+    blockwise4_codes,
+    blockwise4_scales,
+    blockwise4_values,
+    code_book,
+    layout,
+    scale_code_book,
+)
 from qpruner.plan import Precision
 from qpruner.quantization.packed import PackedLinear
-
-CODE_BOOKS: dict[str, tuple[float, ...]] = {
-    # Quantiles of the normal distribution scaled to [-1, 1], with an exact zero.
-    "nf4": (
-        -1.0,
-        -0.6961928009986877,
-        -0.5250730514526367,
-        -0.39491748809814453,
-        -0.28444138169288635,
-        -0.18477343022823334,
-        -0.09105003625154495,
-        0.0,
-        0.07958029955625534,
-        0.16093020141124725,
-        0.24611230194568634,
-        0.33791524171829224,
-        0.44070982933044434,
-        0.5626170039176941,
-        0.7229568362236023,
-        1.0,
-    ),
-    # Sign, two bits of exponent and one of mantissa, over 12.
-    "fp4": tuple(sign * value / 12 for sign in (1, -1) for value in (0, 0.0625, 8, 12, 4, 6, 2, 3)),
-}
-SCALE_GROUP = 256
-"""Scales that share a scale of their own in double quantization."""
 
 
 @dataclass(frozen=True)
@@ -48,12 +30,12 @@ class Blockwise4:
     Layout, for n = out * in weights, m = ceil(n / group) blocks:
 
     - ``codes``: uint8 [ceil(n / 2)], two weights a byte, the earlier one in the upper four bits; each is an index into
-      ``CODE_BOOKS``. When n is odd the last four bits mean nothing.
+      `qpruner.modeling_compressed.CODE_BOOKS`. When n is odd the last four bits mean nothing.
     - ``scales``: float32 [m]; weight = code book[code] * scale of its block.
 
     With double quantization, instead of ``scales``:
 
-    - ``scale_codes``: uint8 [m], indices into ``scale_code_book``;
+    - ``scale_codes``: uint8 [m], indices into `qpruner.modeling_compressed.scale_code_book`;
     - ``scale_scales``: float32 [ceil(m / 256)];
     - ``scale_offset``: float32 []; scale = scale code book[scale code] * scale scale of its 256 scales + scale offset.
 
@@ -76,17 +58,7 @@ class Blockwise4:
         return (64, 32, 128, 256, 512, 1024)
 
     def layout(self, out_features: int, in_features: int, precision: Precision) -> dict[str, Tensor]:
-        num_weights = out_features * in_features
-        num_blocks = -(-num_weights // self.group(precision))
-        layout = {"codes": torch.empty(-(-num_weights // 2), dtype=torch.uint8, device="meta")}
-        if not self.double:
-            return {**layout, "scales": torch.empty(num_blocks, dtype=torch.float32, device="meta")}
-        return {
-            **layout,
-            "scale_codes": torch.empty(num_blocks, dtype=torch.uint8, device="meta"),
-            "scale_scales": torch.empty(-(-num_blocks // SCALE_GROUP), dtype=torch.float32, device="meta"),
-            "scale_offset": torch.empty((), dtype=torch.float32, device="meta"),
-        }
+        return layout(out_features, in_features, precision.to_data())
 
     def encode(self, weight: Tensor, precision: Precision) -> dict[str, Tensor]:
         codes, state = _bitsandbytes().functional.quantize_4bit(
@@ -106,10 +78,7 @@ class Blockwise4:
         }
 
     def decode(self, state: Mapping[str, Tensor], out_features: int, in_features: int, precision: Precision) -> Tensor:
-        num_weights, group = out_features * in_features, self.group(precision)
-        values = self._values(state["codes"])[:num_weights]
-        blocks = torch.arange(-(-num_weights // group), device=values.device)
-        return (values * _spread(self._scales(state, blocks), group, num_weights)).view(out_features, in_features)
+        return blockwise4_values(state, out_features, in_features, self.code_book, self.group(precision))
 
     def unpack(
         self,
@@ -141,8 +110,9 @@ class Blockwise4:
             return self.decode(state, out_features, in_features, precision)[rows]
         per_row = in_features // group
         blocks = rows.unsqueeze(1) * per_row + torch.arange(per_row, device=rows.device)  # [n, blocks of a row]
-        values = self._values(state["codes"].view(out_features, -1)[rows].flatten()).view(len(rows), per_row, group)
-        return (values * self._scales(state, blocks).unsqueeze(2)).view(len(rows), in_features)
+        values = blockwise4_codes(state["codes"].view(out_features, -1)[rows].flatten(), self.code_book)
+        scales = blockwise4_scales(state, blocks).unsqueeze(2)
+        return (values.view(len(rows), per_row, group) * scales).view(len(rows), in_features)
 
     def take(
         self, state: Mapping[str, Tensor], axis: int, index: Tensor, in_features: int, precision: Precision
@@ -160,25 +130,8 @@ class Blockwise4:
     ) -> PackedLinear:
         return Blockwise4Linear(state, out_features, in_features, precision, bias, dtype, self)
 
-    def book(self, device: torch.device) -> Tensor:
-        return _code_book(self.code_book, device)
-
     def group(self, precision: Precision) -> int:
         return precision.group or self.groups[0]
-
-    def _values(self, codes: Tensor) -> Tensor:
-        """What bytes [n] of two codes each mean before they are scaled; [2 n]."""
-        book = self.book(codes.device)  # [16]
-        pairs = torch.stack([book.repeat_interleave(16), book.repeat(16)], dim=1)  # [256, 2], a byte's two values
-        return pairs.index_select(0, codes.int()).flatten()
-
-    def _scales(self, state: Mapping[str, Tensor], blocks: Tensor) -> Tensor:
-        """The scales of some blocks, in the shape of their numbers."""
-        if not self.double:
-            return state["scales"][blocks]
-        codes = state["scale_codes"][blocks]
-        values = scale_code_book(codes.device)[codes.int()]
-        return values * state["scale_scales"][blocks // SCALE_GROUP] + state["scale_offset"]
 
 
 class Blockwise4Linear(PackedLinear):
@@ -213,7 +166,7 @@ class Blockwise4Linear(PackedLinear):
             }
         return _bitsandbytes().functional.QuantState(
             shape=torch.Size((self.out_features, self.in_features)),
-            code=number_format.book(packed["codes"].device),
+            code=code_book(number_format.code_book, packed["codes"].device),
             blocksize=number_format.group(self.precision),
             quant_type=number_format.code_book,
             dtype=dtype,
@@ -234,32 +187,3 @@ def _scale_state(packed: Mapping[str, Tensor]) -> Any:
     return _bitsandbytes().functional.QuantState(
         absmax=scales, blocksize=SCALE_GROUP, code=scale_code_book(scales.device), dtype=torch.float32
     )
-
-
-@cache  # moved to a device once, not at every product
-@torch.inference_mode(False)
-def _code_book(name: str, device: torch.device) -> Tensor:
-    return torch.tensor(CODE_BOOKS[name], dtype=torch.float32, device=device)
-
-
-@cache
-@torch.inference_mode(False)
-def scale_code_book(device: torch.device) -> Tensor:
-    """The 256 values, ascending, of the signed dynamic type for scales; float32 [256].
-
-    Zero, one, and, for each power of ten from 1e-6 to 1, with either sign, the middles of 1, 2, 4, .. 64 equal parts of
-    [0.1, 1] times that power.
-
-    Source: Dettmers, 8-Bit Approximations for Parallelism in Deep Learning, 2015 (arXiv:1511.04561).
-    """
-    values = [torch.tensor([0, 1], dtype=torch.float32, device="cpu")]
-    for exponent in range(7):
-        edges = torch.linspace(0.1, 1, 2**exponent + 1, dtype=torch.float32, device="cpu")
-        middles = 10 ** (exponent - 6) * (edges[:-1] + edges[1:]) / 2
-        values += [middles, -middles]
-    return torch.cat(values).sort().values.to(device)
-
-
-def _spread(scales: Tensor, group: int, length: int) -> Tensor:
-    """Each scale repeated for the members of its group, of which the last may be short."""
-    return scales.repeat_interleave(group)[:length]

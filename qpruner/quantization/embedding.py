@@ -48,6 +48,12 @@ class PackedEmbedding(nn.Module):
             rows = table.weight[ids.flatten()]
         return rows.view(*ids.shape, self.table.in_features) * self.scale
 
+    @property
+    def exact_scale(self) -> float:
+        """What the rows are multiplied by, before it is rounded to their dtype."""
+        scale: float = getattr(self._without_weight[0], "scalar_embed_scale", 1.0)
+        return scale
+
     def unpacked_(self) -> nn.Embedding:
         """The embedding that it was made from, with the weight of the table, which is dense from now on."""
         embedding = copy.deepcopy(self._without_weight[0])

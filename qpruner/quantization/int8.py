@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from qpruner.modeling_compressed import int8_values, layout
 from qpruner.plan import Precision
 from qpruner.quantization.packed import PackedLinear
 
@@ -41,10 +42,7 @@ class Int8:
         return (None,)
 
     def layout(self, out_features: int, in_features: int, precision: Precision) -> dict[str, Tensor]:
-        return {
-            "codes": torch.empty(out_features, in_features, dtype=torch.int8, device="meta"),
-            "scales": torch.empty(out_features, dtype=torch.float32, device="meta"),
-        }
+        return layout(out_features, in_features, precision.to_data())
 
     def encode(self, weight: Tensor, precision: Precision) -> dict[str, Tensor]:
         # Not by bitsandbytes, which rounds the weight to float16 first.
@@ -54,7 +52,7 @@ class Int8:
         return {"codes": (weight / steps * 127).round().to(torch.int8), "scales": scales}
 
     def decode(self, state: Mapping[str, Tensor], out_features: int, in_features: int, precision: Precision) -> Tensor:
-        return state["codes"].float() * (state["scales"] * (1 / 127)).unsqueeze(1)
+        return int8_values(state, torch.float32)
 
     def unpack(
         self,
@@ -64,8 +62,7 @@ class Int8:
         precision: Precision,
         dtype: torch.dtype,
     ) -> Tensor:
-        codes = state["codes"].to(dtype)  # exact in all of them
-        return codes.mul_((state["scales"] * (1 / 127)).unsqueeze(1))  # in float32, then rounded
+        return int8_values(state, dtype)
 
     def decode_rows(
         self, state: Mapping[str, Tensor], rows: Tensor, out_features: int, in_features: int, precision: Precision

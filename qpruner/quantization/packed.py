@@ -6,6 +6,7 @@ from typing import Any, Protocol, Self, cast
 import torch
 from torch import Tensor, nn
 
+from qpruner.modeling_compressed import UnpackedProduct
 from qpruner.plan import Precision
 from qpruner.quantization.weight import Frozen, PackedWeight
 
@@ -78,7 +79,7 @@ class PackedLinear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:  # [.., in] -> [.., out]
         bias = None if self.bias is None else self.bias.to(x.dtype)
-        product: Tensor = _UnpackedProduct.apply(x, bias, self.unpack)  # type: ignore[no-untyped-call]
+        product: Tensor = UnpackedProduct.apply(x, bias, self.unpack)  # type: ignore[no-untyped-call]
         return product
 
     @property
@@ -161,17 +162,3 @@ class PackedLinear(nn.Linear):
 
     def _stored(self) -> dict[str, Tensor]:
         return self.packed() if self.bias is None else {**self.packed(), "bias": self.bias}
-
-
-class _UnpackedProduct(torch.autograd.Function):
-    """A linear whose weight is unpacked again for the backward pass rather than kept until then."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, bias: Tensor | None, unpack: Callable[[torch.dtype], Tensor]) -> Tensor:
-        ctx.unpack = unpack
-        return nn.functional.linear(x, unpack(x.dtype), bias)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor | None, None]:
-        of_bias = gradient.flatten(0, -2).sum(0) if ctx.needs_input_grad[1] else None
-        return gradient @ ctx.unpack(gradient.dtype), of_bias, None

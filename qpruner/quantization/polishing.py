@@ -24,11 +24,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from qpruner.modeling_compressed import CHUNK
 from qpruner.quantization.formats import GridFormat, format_for, rebuild
 from qpruner.quantization.grid import AnyGrid
 from qpruner.quantization.packed import PackedLinear
 from qpruner.quantization.segments import GridSegments
-from qpruner.quantization.uniform import CHUNK
 
 
 def moved(grid: AnyGrid, growths: Tensor, ways: Tensor | None) -> tuple[Tensor, Tensor]:

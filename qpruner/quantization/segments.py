@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from qpruner.errors import UserError
+from qpruner.modeling_compressed import LEADING, layout
 from qpruner.plan import Leading, Precision
 from qpruner.quantization.grid import AnyGrid, Grid, GridOfTwo
 from qpruner.quantization.grid_search import Levels
@@ -19,9 +20,6 @@ from qpruner.quantization.packed import PackedLinear
 
 if TYPE_CHECKING:
     from qpruner.quantization.formats import Format, GridFormat
-
-PREFIX = "leading_"
-"""What the names of the leading segment's tensors begin with; those of the other one are as its format has them."""
 
 
 @dataclass(frozen=True)
@@ -52,9 +50,8 @@ class Segments:
         return tuple(self.rest.groups)
 
     def layout(self, out_features: int, in_features: int, precision: Precision) -> dict[str, Tensor]:
-        leading = leading_of(precision, in_features)
-        first = self.leading.layout(out_features, leading.columns, leading.precision)
-        return joined(first, self.rest.layout(out_features, in_features - leading.columns, precision.rest))
+        leading_of(precision, in_features)
+        return layout(out_features, in_features, precision.to_data())
 
     def encode(self, weight: Tensor, precision: Precision) -> dict[str, Tensor]:
         leading = leading_of(precision, weight.shape[1])
@@ -183,10 +180,10 @@ def leading_of(precision: Precision, in_features: int) -> Leading:
 
 def joined(leading: Mapping[str, Tensor], rest: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """One state of those of both segments."""
-    return {**{PREFIX + name: tensor for name, tensor in leading.items()}, **rest}
+    return {**{LEADING + name: tensor for name, tensor in leading.items()}, **rest}
 
 
 def parted(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """The states of the leading segment and of the rest."""
-    leading = {name.removeprefix(PREFIX): tensor for name, tensor in state.items() if name.startswith(PREFIX)}
-    return leading, {name: tensor for name, tensor in state.items() if not name.startswith(PREFIX)}
+    leading = {name.removeprefix(LEADING): tensor for name, tensor in state.items() if name.startswith(LEADING)}
+    return leading, {name: tensor for name, tensor in state.items() if not name.startswith(LEADING)}

@@ -2,22 +2,26 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cache
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from qpruner.modeling_compressed import (
+    layout,
+    uniform_scales,
+    uniform_scales_and_minima,
+    uniform_values,
+    unpack_codes,
+)
 from qpruner.plan import ROW, Precision
-from qpruner.quantization.bit_packing import bytes_of_row, pack, unpack
+from qpruner.quantization.bit_packing import pack
 from qpruner.quantization.grid import Grid, groups_of_columns, inverse
 from qpruner.quantization.packed import PackedLinear
 
 LARGEST = torch.finfo(torch.float16).max
 LAST = 255
 """The last code of eight bits."""
-CHUNK = 2**20
-"""Weights that are unpacked at a time: few enough that one step finds in the cache what the one before left there."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +46,7 @@ class Uniform:
 
     Layout, for m groups in a row:
 
-    - ``codes``: uint8 [out, bytes of a row], as `qpruner.quantization.bit_packing` says;
+    - ``codes``: uint8 [out, bytes of a row], as `qpruner.modeling_compressed.unpack_codes` says;
     - ``scales``: float16 [out, m];
     - ``minima``: float16 [out, m], of ``affine`` alone.
 
@@ -77,19 +81,7 @@ class Uniform:
         return (64, 32, 128, ROW)
 
     def layout(self, out_features: int, in_features: int, precision: Precision) -> dict[str, Tensor]:
-        group = self.group(precision)
-        per_group = (out_features, 1 if group == ROW else -(-in_features // group))
-
-        def empty(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-            return torch.empty(shape, dtype=dtype, device="meta")
-
-        layout = {"codes": empty((out_features, bytes_of_row(in_features, precision.bits)), torch.uint8)}
-        if self.double:
-            layout["largest_scale"] = empty((), torch.float32)
-            layout["scale_codes"] = empty(per_group, torch.uint8)
-            return layout if self.symmetric else {**layout, "zero_points": empty(per_group, torch.uint8)}
-        layout["scales"] = empty(per_group, torch.float16)
-        return layout if self.symmetric else {**layout, "minima": empty(per_group, torch.float16)}
+        return layout(out_features, in_features, precision.to_data())
 
     def encode(self, weight: Tensor, precision: Precision) -> dict[str, Tensor]:
         weight = weight.float()
@@ -134,25 +126,15 @@ class Uniform:
         return self.values(state, self.grid(state, precision), in_features, dtype)
 
     def grid(self, state: Mapping[str, Tensor], precision: Precision) -> Grid:
-        return Grid(*self._scales_and_minima(state, precision.bits), precision.bits, self.group(precision))
+        return Grid(
+            *uniform_scales_and_minima(state, precision.bits, self.symmetric), precision.bits, self.group(precision)
+        )
 
     def codes(self, state: Mapping[str, Tensor], in_features: int, precision: Precision) -> Tensor:
-        return unpack(state["codes"], in_features, precision.bits)
+        return unpack_codes(state["codes"], in_features, precision.bits)
 
     def values(self, state: Mapping[str, Tensor], grid: Grid, in_features: int, dtype: torch.dtype) -> Tensor:
-        scales, minima = grid.scales.unsqueeze(2), grid.minima.unsqueeze(2)  # [out, m, 1]
-        group = in_features if grid.group == ROW else grid.group
-        whole = in_features // group  # groups; a short one may come behind them
-        weight = torch.empty(len(scales), in_features, dtype=dtype, device=scales.device)
-        size = max(1, CHUNK // in_features)
-        for rows in (slice(first, first + size) for first in range(0, len(scales), size)):
-            values = unpack(state["codes"][rows], in_features, grid.bits).float()
-            groups = values[:, : whole * group].view(len(values), whole, group)
-            groups.mul_(scales[rows, :whole]).add_(minima[rows, :whole])
-            if whole * group < in_features:
-                values[:, whole * group :].mul_(scales[rows, whole]).add_(minima[rows, whole])
-            weight[rows] = values
-        return weight
+        return uniform_values(state["codes"], grid.scales, grid.minima, in_features, grid.bits, grid.group, dtype)
 
     def take(
         self, state: Mapping[str, Tensor], axis: int, index: Tensor, in_features: int, precision: Precision
@@ -165,7 +147,7 @@ class Uniform:
         taken = groups[::size]  # one for each group that is left, if all its columns come from it
         if not torch.equal(taken.repeat_interleave(size)[: len(index)], groups):
             return None
-        codes = unpack(state["codes"], in_features, precision.bits).index_select(1, index)
+        codes = unpack_codes(state["codes"], in_features, precision.bits).index_select(1, index)
         scales = {name: tensor[:, taken] if tensor.dim() else tensor.clone() for name, tensor in state.items()}
         return {**scales, "codes": pack(codes, precision.bits)}
 
@@ -207,7 +189,7 @@ class Uniform:
         return scales * -float(1 << (bits - 1))
 
     def _stored(self, scales: Tensor, minima: Tensor, bits: int) -> dict[str, Tensor]:
-        """What is stored of scales and minima; the same again for those that `_scales_and_minima` gives."""
+        """What is stored of scales and minima; the same again for those that `uniform_scales_and_minima` gives."""
         if not self.double:
             stored = {"scales": scales, "minima": minima}
             if self.symmetric:
@@ -225,26 +207,8 @@ class Uniform:
         if self.symmetric:
             return {**state, "scale_codes": codes.add_(torch.where(scales < 0, small + 1, 0)).to(torch.uint8)}
         state["scale_codes"] = codes.to(torch.uint8)
-        zeros = minima * inverse(self._scales(state)) * (-LAST / steps)
+        zeros = minima * inverse(uniform_scales(state, self.symmetric)) * (-LAST / steps)
         return {**state, "zero_points": zeros.round_().clamp_(0, LAST).to(torch.uint8)}
-
-    def _scales_and_minima(self, state: Mapping[str, Tensor], bits: int) -> tuple[Tensor, Tensor]:
-        """The scales and minima [out, m] of a state, in float32."""
-        scales = self._scales(state)
-        if self.symmetric:
-            return scales, self._minima_of(scales, bits)
-        if not self.double:
-            return scales, state["minima"].float()
-        # The product of a code and a number of float16 is exact, so that all devices round alike.
-        minima = (state["zero_points"] * scales) * (((1 << bits) - 1) / -LAST)
-        return scales, minima.half().float()
-
-    def _scales(self, state: Mapping[str, Tensor]) -> Tensor:
-        if not self.double:
-            return state["scales"].float()
-        shares = _shares(self.symmetric, state["scale_codes"].device)
-        shares = shares.index_select(0, state["scale_codes"].flatten().int()).view_as(state["scale_codes"])
-        return (shares * state["largest_scale"]).half().float()
 
     @property
     def _codes_per_octave(self) -> int:
@@ -260,18 +224,3 @@ def _means_of_halves(weight: Tensor, size: int) -> tuple[Tensor, Tensor]:
     upper = torch.where(groups >= means, groups, nothing).nanmean(dim=2)
     lower = torch.where(groups < means, groups, nothing).nanmean(dim=2)
     return torch.where(lower.isnan(), upper, lower), upper  # where all weights are one none is below
-
-
-@cache  # made once for a device, not at every product
-@torch.inference_mode(False)
-def _shares(symmetric: bool, device: torch.device) -> Tensor:
-    """What each scale code means as a share of the largest scale; float32 [256].
-
-    Computed without torch, whose powers differ between devices.
-    """
-    if symmetric:
-        magnitudes = [2 ** (-code / 12) for code in range(128)]
-        shares = magnitudes + [-magnitude for magnitude in magnitudes]
-    else:
-        shares = [2 ** (-code / 24) for code in range(256)]
-    return torch.tensor(shares, dtype=torch.float32, device=device)

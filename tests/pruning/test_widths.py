@@ -12,9 +12,10 @@ from transformers import AutoModelForCausalLM
 
 from qpruner.anatomy import FAMILIES, architecture_of
 from qpruner.model_folder import build_skeleton, save_base
+from qpruner.modeling_compressed import layer_config
 from qpruner.plan import CompressionPlan
 from qpruner.pruning.surgery import apply_pruning_, narrow_
-from qpruner.pruning.widths import compressed_config_class, layer_config, plain_dict, portable_config, with_widths
+from qpruner.pruning.widths import compressed_config_class, plain_dict, portable_config, with_widths
 
 LLAMA3 = {
     "rope_type": "llama3",

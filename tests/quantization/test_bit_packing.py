@@ -3,7 +3,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qpruner.quantization.bit_packing import PLANES, bytes_of_row, pack, unpack
+from qpruner.modeling_compressed import PLANES, bytes_of_row
+from qpruner.modeling_compressed import unpack_codes as unpack
+from qpruner.quantization.bit_packing import pack
 
 
 def random_codes(rows: int, columns: int, bits: int) -> torch.Tensor:

@@ -4,8 +4,9 @@ import torch
 from support.linears import Chain, lora_gradients, quantize_dequantize, random_linear, with_lora
 from torch import Tensor, nn
 
+from qpruner.modeling_compressed import CODE_BOOKS, scale_code_book
 from qpruner.plan import Precision
-from qpruner.quantization.blockwise4 import CODE_BOOKS, Blockwise4, scale_code_book
+from qpruner.quantization.blockwise4 import Blockwise4
 from qpruner.quantization.formats import dequantize, quantize
 
 SCALE_BOOK = scale_code_book(torch.device("cpu"))

@@ -5,8 +5,8 @@ import torch
 from support.linears import quantize_dequantize, random_linear
 from torch import Tensor
 
+from qpruner.modeling_compressed import unpack_codes as unpack
 from qpruner.plan import Precision
-from qpruner.quantization.bit_packing import unpack
 from qpruner.quantization.formats import dequantize, narrowed, num_bytes, quantize
 from qpruner.quantization.uniform import Uniform
 
@@ -114,7 +114,7 @@ def test_any_dtype_is_rounded_once_from_float32(precision: Precision) -> None:
 def test_chunks_of_rows_meet(monkeypatch: pytest.MonkeyPatch) -> None:
     module = quantize(random_linear(70, 33), Precision("affine", 3, 32))
     whole = dequantize(module)
-    monkeypatch.setattr("qpruner.quantization.uniform.CHUNK", 350)  # five rows
+    monkeypatch.setattr("qpruner.modeling_compressed.CHUNK", 350)  # five rows
     assert torch.equal(dequantize(module), whole)
 
 

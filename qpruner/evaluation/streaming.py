@@ -1,0 +1,91 @@
+"""What a model writes behind one prompt, printed as it is written."""
+
+from time import perf_counter
+from typing import Any
+
+import torch
+
+from qpruner.errors import UserError
+from qpruner.evaluation.subject import Subject
+from qpruner.memory import peak_meaning, read_peak, reset_peak, tensor_bytes
+
+
+def stream(
+    name: str,
+    prompt: str,
+    *,
+    chat: bool,
+    max_new_tokens: int,
+    temperature: float,
+    seed: int,
+    device: str,
+    trust_remote_code: bool,
+) -> str:
+    """Prints what a model writes, and says how fast it was and how much memory it took.
+
+    Args:
+        name: folder or hub name of the model.
+        prompt: text to go on with.
+        chat: whether the prompt is put into the chat template of the tokenizer.
+        max_new_tokens: most tokens to write, at least 1.
+        temperature: what logits are divided by before a token is drawn; 0 for the likeliest token.
+        seed: seed of the draws.
+        device: ``cpu``, ``cuda``, or ``auto`` for the first CUDA device where there is one.
+        trust_remote_code: whether code that comes with the model may run.
+
+    Returns:
+        One line with tokens per second, bytes of weights and peak of memory.
+
+    Raises:
+        UserError: no such model, a prompt without tokens, a tokenizer without chat template, a temperature below 0, or
+            a device that is not there.
+    """
+    from transformers import TextStreamer
+
+    if max_new_tokens < 1:
+        raise UserError(f"max_new_tokens is {max_new_tokens}; give at least 1.")
+    if temperature < 0:
+        raise UserError(f"The temperature is {temperature:g}; give 0 for the likeliest token, or more.")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise UserError("There is no CUDA device here. Give --device cpu.")
+    on = torch.device("cuda" if device != "cpu" and torch.cuda.is_available() else "cpu")
+    reset_peak(on)
+    subject = Subject.load(name, trust_remote_code=trust_remote_code)
+    network, tokens = subject.network.to(on), prompt_tokens(subject.tokenizer, prompt, chat=chat).to(on)
+    torch.manual_seed(seed)
+    since = perf_counter()
+    # What the model's own generation config says of sampling must not decide beside the temperature.
+    drawn = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0} if temperature else {}
+    with torch.inference_mode():
+        written = network.generate(
+            tokens,
+            attention_mask=torch.ones_like(tokens),
+            max_new_tokens=max_new_tokens,
+            streamer=TextStreamer(subject.tokenizer, skip_prompt=chat, skip_special_tokens=True),
+            pad_token_id=subject.tokenizer.pad_token_id or subject.tokenizer.eos_token_id or 0,
+            **(drawn or {"do_sample": False, "num_beams": 1, "temperature": None, "top_p": None, "top_k": None}),
+        )
+    seconds, number = perf_counter() - since, written.shape[1] - tokens.shape[1]
+    peak = read_peak(on)
+    return (
+        f"\n{number} tokens in {seconds:.1f} s, {number / seconds:.1f} a second on {on}; weights of "
+        f"{tensor_bytes(network):,} bytes" + (f", peak of {peak:,} bytes ({peak_meaning(on)})." if peak else ".")
+    )
+
+
+def prompt_tokens(tokenizer: Any, prompt: str, *, chat: bool) -> torch.Tensor:
+    """The tokens of a prompt; int64 [1, tokens].
+
+    Raises:
+        UserError: it has none, or the tokenizer has no chat template.
+    """
+    if chat:
+        if not getattr(tokenizer, "chat_template", None):
+            raise UserError("The tokenizer of this model has no chat template. Leave --chat out.")
+        turns = [{"role": "user", "content": prompt}]
+        tokens = tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_dict=True)["input_ids"]
+    else:
+        tokens = tokenizer(prompt)["input_ids"]
+    if not tokens:
+        raise UserError("The prompt has no tokens. Give a few words.")
+    return torch.tensor([tokens])

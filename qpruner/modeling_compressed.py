@@ -1,0 +1,614 @@
+"""A compressed language model for transformers: layers of widths of their own, weights packed in one to eight bits.
+
+This file needs torch, transformers and huggingface_hub alone. It lies beside the weights of every model that these
+cannot build by themselves, so that
+
+    AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
+
+works wherever they are installed. What it has to know of a model stands in ``config.json``: the widths of the layers in
+``per_layer_config``, as transformers has it, and beside it ``compression``:
+
+- ``modules``: by its path, each linear, embedding or norm that is not as the family's class makes it: its ``shape``
+  ([out, in] of a linear, [n] of a norm) and, where it is packed, ``format``, ``bits``, ``group`` and ``leading`` (the
+  first ``columns``, in a ``precision`` of their own); of an embedding also the ``scale`` of its rows; ``linear`` where
+  GPT-2's ``Conv1D`` has become a linear;
+- ``attributes``: what modules remember of their widths, by path;
+- ``layer_configs``: modules that read widths from their configuration as they compute, with the number of their layer;
+- ``skeleton``: fields as the family's class has to see them to build the model at all.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import cache
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+# What codes mean. Layouts are told where the formats are defined: each is a set of tensors by name.
+
+ROW = -1
+"""The group of a whole row."""
+PLANES: dict[int, tuple[int, ...]] = {1: (1,), 2: (2,), 3: (2, 1), 4: (4,), 5: (4, 1), 6: (4, 2), 8: (8,)}
+"""Widths in bits of the planes of a code by its own width, that of the lowest bits first."""
+SPREADING: dict[int, tuple[torch.dtype, tuple[tuple[int, int], ...]]] = {
+    4: (torch.int16, ((4, 0x0F0F),)),
+    2: (torch.int32, ((12, 0x000F000F), (6, 0x03030303))),
+    1: (torch.int64, ((28, 0x0000000F0000000F), (14, 0x0003000300030003), (7, 0x0101010101010101))),
+}
+"""By the width of a plane: word that a byte grows to, and the bits by which its halves move, with what then counts."""
+CHUNK = 2**20
+"""Weights that are unpacked at a time: few enough that one step finds in the cache what the one before left there."""
+SCALE_GROUP = 256
+"""Scales that share a scale of their own in double quantization of NF4 and FP4."""
+CODE_BOOKS: dict[str, tuple[float, ...]] = {
+    # Quantiles of the normal distribution scaled to [-1, 1], with an exact zero.
+    "nf4": (
+        -1.0,
+        -0.6961928009986877,
+        -0.5250730514526367,
+        -0.39491748809814453,
+        -0.28444138169288635,
+        -0.18477343022823334,
+        -0.09105003625154495,
+        0.0,
+        0.07958029955625534,
+        0.16093020141124725,
+        0.24611230194568634,
+        0.33791524171829224,
+        0.44070982933044434,
+        0.5626170039176941,
+        0.7229568362236023,
+        1.0,
+    ),
+    # Sign, two bits of exponent and one of mantissa, over 12.
+    "fp4": tuple(sign * value / 12 for sign in (1, -1) for value in (0, 0.0625, 8, 12, 4, 6, 2, 3)),
+}
+LEADING = "leading_"
+"""What the names of the leading segment's tensors begin with."""
+
+State = Mapping[str, Tensor]
+
+
+def bytes_of_row(columns: int, bits: int) -> int:
+    """Number of bytes of a row of codes."""
+    return sum(-(-columns * width // 8) for width in PLANES[bits])
+
+
+def unpack_codes(packed: Tensor, columns: int, bits: int) -> Tensor:
+    """The codes, uint8 [rows, columns], in bytes, uint8 [rows, bytes of a row].
+
+    A code is cut into planes whose widths divide eight, so that no byte holds a part of a code of a plane: three bits
+    are a plane of two and one of one. Within a byte of a plane the earlier code has the lower bits. A row is the bytes
+    of its planes, that of the lowest bits first; each plane of a row starts with a new byte.
+    """
+    codes, first, shift = packed, 0, 0
+    for width in PLANES[bits]:
+        end = first + -(-columns * width // 8)
+        plane = _spread(packed[:, first:end], width, shift)[:, :columns]
+        codes = plane if shift == 0 else codes | plane
+        first, shift = end, shift + width
+    return codes
+
+
+def _spread(plane: Tensor, width: int, shift: int) -> Tensor:
+    """The codes of the bytes [rows, n] of a plane, times 2^shift; uint8 [rows, n * 8 / width].
+
+    A byte becomes a word of as many bytes as it has codes, and halves of what is left together move apart, until each
+    byte of the word has a code: far faster on a processor than to look codes up, as all of a vector moves at once.
+    """
+    if width == 8:
+        return plane
+    word, steps = SPREADING[width]
+    words = plane.to(word)
+    for distance, mask in steps:
+        words = (words << distance).bitwise_or_(words).bitwise_and_(mask)
+    words = words << shift if shift else words
+    return words.view(torch.uint8)  # the lowest byte of a word comes first
+
+
+def uniform_scales(state: State, symmetric: bool) -> Tensor:
+    """The scales [out, m] of ``affine`` and ``symmetric`` weights, in float32."""
+    if "scales" in state:
+        return state["scales"].float()
+    codes = state["scale_codes"]
+    shares = scale_shares(symmetric, codes.device).index_select(0, codes.flatten().int()).view_as(codes)
+    return (shares * state["largest_scale"]).half().float()
+
+
+def uniform_scales_and_minima(state: State, bits: int, symmetric: bool) -> tuple[Tensor, Tensor]:
+    """The scales and minima [out, m] of ``affine`` and ``symmetric`` weights, in float32."""
+    scales = uniform_scales(state, symmetric)
+    if symmetric:
+        return scales, scales * -float(1 << (bits - 1))
+    if "minima" in state:
+        return scales, state["minima"].float()
+    # The product of a code and a number of float16 is exact, so that all devices round alike.
+    minima = (state["zero_points"] * scales) * (((1 << bits) - 1) / -255)
+    return scales, minima.half().float()
+
+
+def uniform_values(
+    codes: Tensor, scales: Tensor, minima: Tensor, columns: int, bits: int, group: int, dtype: torch.dtype
+) -> Tensor:
+    """Weights [out, columns] = scale * code + minimum, rounded once from float32.
+
+    Args:
+        codes: packed codes, uint8 [out, bytes of a row].
+        scales: scales [out, m], float32.
+        minima: minima [out, m], float32.
+        columns: number of weights of a row.
+        bits: bits of a code.
+        group: weights that share a scale; -1 for a whole row.
+        dtype: dtype of the weights.
+    """
+    scales, minima = scales.unsqueeze(2), minima.unsqueeze(2)  # [out, m, 1]
+    group = columns if group == ROW else group
+    whole = columns // group  # groups; a short one may come behind them
+    weight = torch.empty(len(scales), columns, dtype=dtype, device=scales.device)
+    size = max(1, CHUNK // columns)
+    for rows in (slice(first, first + size) for first in range(0, len(scales), size)):
+        values = unpack_codes(codes[rows], columns, bits).float()
+        groups = values[:, : whole * group].view(len(values), whole, group)
+        groups.mul_(scales[rows, :whole]).add_(minima[rows, :whole])
+        if whole * group < columns:
+            values[:, whole * group :].mul_(scales[rows, whole]).add_(minima[rows, whole])
+        weight[rows] = values
+    return weight
+
+
+def blockwise4_scales(state: State, blocks: Tensor) -> Tensor:
+    """The scales of some blocks of NF4 or FP4 weights, in the shape of their numbers."""
+    if "scales" in state:
+        return state["scales"][blocks]
+    codes = state["scale_codes"][blocks]
+    values = scale_code_book(codes.device)[codes.int()]
+    return values * state["scale_scales"][blocks // SCALE_GROUP] + state["scale_offset"]
+
+
+def blockwise4_codes(codes: Tensor, name: str) -> Tensor:
+    """What bytes [n] of two codes of a code book each mean before they are scaled; float32 [2 n]."""
+    book = code_book(name, codes.device)  # [16]
+    pairs = torch.stack([book.repeat_interleave(16), book.repeat(16)], dim=1)  # [256, 2], a byte's two values
+    return pairs.index_select(0, codes.int()).flatten()
+
+
+def blockwise4_values(state: State, out_features: int, in_features: int, name: str, group: int) -> Tensor:
+    """Weights [out, in] in blocks of a code book, which run across the ends of rows; float32."""
+    number = out_features * in_features
+    values = blockwise4_codes(state["codes"], name)[:number]
+    scales = blockwise4_scales(state, torch.arange(-(-number // group), device=values.device))
+    return (values * scales.repeat_interleave(group)[:number]).view(out_features, in_features)
+
+
+def int8_values(state: State, dtype: torch.dtype) -> Tensor:
+    """Weights [out, in] of int8 codes and a scale for every row, rounded once from float32."""
+    codes = state["codes"].to(dtype)  # exact in all of them
+    return codes.mul_((state["scales"] * (1 / 127)).unsqueeze(1))  # in float32, then rounded
+
+
+@cache  # made once for a device, not at every product
+@torch.inference_mode(False)
+def scale_shares(symmetric: bool, device: torch.device) -> Tensor:
+    """What each scale code of ``-double`` means as a share of the largest scale; float32 [256].
+
+    Computed without torch, whose powers differ between devices.
+    """
+    if symmetric:
+        magnitudes = [2 ** (-code / 12) for code in range(128)]
+        shares = magnitudes + [-magnitude for magnitude in magnitudes]
+    else:
+        shares = [2 ** (-code / 24) for code in range(256)]
+    return torch.tensor(shares, dtype=torch.float32, device=device)
+
+
+@cache
+@torch.inference_mode(False)
+def code_book(name: str, device: torch.device) -> Tensor:
+    """The 16 values of NF4 or FP4; float32 [16]."""
+    return torch.tensor(CODE_BOOKS[name], dtype=torch.float32, device=device)
+
+
+@cache
+@torch.inference_mode(False)
+def scale_code_book(device: torch.device) -> Tensor:
+    """The 256 values, ascending, of the signed dynamic type for scales; float32 [256].
+
+    Zero, one, and, for each power of ten from 1e-6 to 1, with either sign, the middles of 1, 2, 4, .. 64 equal parts of
+    [0.1, 1] times that power.
+
+    Source: Dettmers, 8-Bit Approximations for Parallelism in Deep Learning, 2015 (arXiv:1511.04561).
+    """
+    values = [torch.tensor([0, 1], dtype=torch.float32, device="cpu")]
+    for exponent in range(7):
+        edges = torch.linspace(0.1, 1, 2**exponent + 1, dtype=torch.float32, device="cpu")
+        middles = 10 ** (exponent - 6) * (edges[:-1] + edges[1:]) / 2
+        values += [middles, -middles]
+    return torch.cat(values).sort().values.to(device)
+
+
+# Precisions as `compression` names them.
+
+Precision = Mapping[str, Any]
+
+
+def layout(out_features: int, in_features: int, precision: Precision) -> dict[str, Tensor]:
+    """The tensors of a weight in a precision, by name, without storage (on the meta device)."""
+    if leading := precision.get("leading"):
+        first = layout(out_features, leading["columns"], leading["precision"])
+        rest = layout(out_features, in_features - leading["columns"], {**precision, "leading": None})
+        return {**{LEADING + name: tensor for name, tensor in first.items()}, **rest}
+
+    def empty(dtype: torch.dtype, *shape: int) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    name, group, double = precision["format"], group_of(precision), precision["format"].endswith("-double")
+    if name == "int8":
+        return {"codes": empty(torch.int8, out_features, in_features), "scales": empty(torch.float32, out_features)}
+    if name.startswith(tuple(CODE_BOOKS)):
+        number = out_features * in_features
+        blocks = -(-number // group)
+        state = {"codes": empty(torch.uint8, -(-number // 2))}
+        if not double:
+            return state | {"scales": empty(torch.float32, blocks)}
+        return state | {
+            "scale_codes": empty(torch.uint8, blocks),
+            "scale_scales": empty(torch.float32, -(-blocks // SCALE_GROUP)),
+            "scale_offset": empty(torch.float32),
+        }
+    groups, symmetric = 1 if group == ROW else -(-in_features // group), name.startswith("symmetric")
+    state = {"codes": empty(torch.uint8, out_features, bytes_of_row(in_features, precision["bits"]))}
+    if double:
+        state |= {"largest_scale": empty(torch.float32), "scale_codes": empty(torch.uint8, out_features, groups)}
+        return state if symmetric else state | {"zero_points": empty(torch.uint8, out_features, groups)}
+    state |= {"scales": empty(torch.float16, out_features, groups)}
+    return state if symmetric else state | {"minima": empty(torch.float16, out_features, groups)}
+
+
+def group_of(precision: Precision) -> int:
+    """Number of weights that share a scale."""
+    return precision["group"] or 64
+
+
+def values(state: State, out_features: int, in_features: int, precision: Precision, dtype: torch.dtype) -> Tensor:
+    """The weight [out, in] that packed tensors mean, rounded once from float32."""
+    if leading := precision.get("leading"):
+        first = {name.removeprefix(LEADING): part for name, part in state.items() if name.startswith(LEADING)}
+        rest = {name: part for name, part in state.items() if not name.startswith(LEADING)}
+        columns = leading["columns"]
+        return torch.cat(
+            [
+                values(first, out_features, columns, leading["precision"], dtype),
+                values(rest, out_features, in_features - columns, {**precision, "leading": None}, dtype),
+            ],
+            dim=1,
+        )
+    name, bits, group = precision["format"], precision["bits"], group_of(precision)
+    if name == "int8":
+        return int8_values(state, dtype)
+    if name.startswith(tuple(CODE_BOOKS)):
+        return blockwise4_values(state, out_features, in_features, name.removesuffix("-double"), group).to(dtype)
+    grid = uniform_scales_and_minima(state, bits, name.startswith("symmetric"))
+    return uniform_values(state["codes"], *grid, in_features, bits, group, dtype)
+
+
+class UnpackedProduct(torch.autograd.Function):
+    """A linear whose weight is unpacked again for the backward pass rather than kept until then."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, bias: Tensor | None, unpack: Callable[[torch.dtype], Tensor]) -> Tensor:
+        ctx.unpack = unpack
+        return nn.functional.linear(x, unpack(x.dtype), bias)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor | None, None]:
+        of_bias = gradient.flatten(0, -2).sum(0) if ctx.needs_input_grad[1] else None
+        return gradient @ ctx.unpack(gradient.dtype), of_bias, None
+
+
+# Modules that hold packed weights.
+
+
+class UnpackedWeight(Tensor):
+    """The weight of a packed linear, which becomes dense when somebody asks for ``data`` to write to."""
+
+    linear: nn.Module
+    __torch_function__ = torch._C._disabled_torch_function_impl
+
+    @property
+    def data(self) -> Tensor:  # type: ignore[override]
+        linear: Any = self.linear
+        return (linear.become_dense_() if isinstance(linear, PackedTable) else linear).weight.data
+
+    @data.setter
+    def data(self, weight: Tensor) -> None:
+        self.data.copy_(weight)
+
+    def data_ptr(self) -> int:
+        """What tells two linears apart, as PEFT asks whether head and embedding are one."""
+        return id(self.linear)
+
+
+class PackedTable(nn.Module):
+    """A frozen linear that unpacks its weight for every product, and computes in the dtype of its input.
+
+    Reading ``weight`` unpacks it; reading ``weight.data``, as those do who are going to write to it, makes the linear
+    dense for good, so that what is merged into it is not lost. As it is it holds the table of an embedding, also where
+    that is the head, too: it is no linear to PEFT, whose adapters would be of no use there.
+
+    Args:
+        out_features: rows of the weight.
+        in_features: columns of the weight.
+        precision: format, bits, group and leading columns.
+        bias: whether it has a bias.
+    """
+
+    def __init__(self, out_features: int, in_features: int, precision: Precision, bias: bool) -> None:
+        nn.Module.__init__(self)  # that of `nn.Linear`, which may come next, makes a weight
+        self.out_features, self.in_features, self.precision = out_features, in_features, dict(precision)
+        self.dtype = torch.get_default_dtype()  # that of the weight as others see it; follows ``to``
+        tensors = layout(out_features, in_features, precision)
+        self.names = tuple(tensors)
+        for name, tensor in tensors.items():  # no buffers: DDP sends these around at every step
+            empty = torch.empty(tensor.shape, dtype=tensor.dtype)
+            self.register_parameter(name, nn.Parameter(empty, requires_grad=False))
+        self.register_parameter("bias", nn.Parameter(torch.empty(out_features), requires_grad=False) if bias else None)
+
+    def unpack(self, dtype: torch.dtype) -> Tensor:
+        """The weight [out, in], rounded once from float32."""
+        state = {name: self.get_parameter(name).data for name in self.names}
+        return values(state, self.out_features, self.in_features, self.precision, dtype)
+
+    def rows(self, places: Tensor, dtype: torch.dtype) -> Tensor:
+        """Some rows [n] of the weight; [n, in]."""
+        if self.precision["format"].startswith(tuple(CODE_BOOKS)):  # whose blocks run across the ends of rows
+            return self.unpack(dtype)[places]
+        state = {name: self.get_parameter(name).data for name in self.names}
+        chosen = {name: tensor[places] if tensor.dim() else tensor for name, tensor in state.items()}
+        return values(chosen, len(places), self.in_features, self.precision, dtype)
+
+    def forward(self, x: Tensor) -> Tensor:  # [.., in] -> [.., out]
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        product: Tensor = UnpackedProduct.apply(x, bias, self.unpack)  # type: ignore[no-untyped-call]
+        return product
+
+    @property
+    def weight(self) -> Tensor:
+        """The weight as others see it."""
+        weight = self.unpack(self.dtype).as_subclass(UnpackedWeight)
+        weight.linear = self
+        return weight
+
+    def become_dense_(self) -> nn.Linear:
+        """Turns into a dense linear with the weight that its codes mean."""
+        dense, bias = self.unpack(self.dtype), self.bias
+        for name in (*self.names, "bias", "precision", "dtype", "names"):
+            delattr(self, name)
+        linear = cast(nn.Linear, self)
+        linear.__class__ = nn.Linear
+        linear.weight = nn.Parameter(dense, requires_grad=False)
+        linear.register_parameter("bias", bias)
+        return linear
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "PackedTable":
+        before = {name: self.get_parameter(name).data for name in self.names}
+        super()._apply(fn, recurse)
+        self.dtype = fn(torch.empty(0, dtype=self.dtype)).dtype
+        for name, tensor in before.items():  # a cast of the model is none of the scales'
+            if (moved := self.get_parameter(name)).dtype != tensor.dtype:
+                self.register_parameter(name, nn.Parameter(tensor.to(moved.device), requires_grad=False))
+        return self
+
+
+class CompressedLinear(PackedTable, nn.Linear):
+    """A frozen linear whose weight is packed; to PEFT a linear as any other."""
+
+
+class CompressedEmbedding(nn.Module):
+    """A frozen embedding whose rows are those of a packed linear, which with tied embeddings is the head itself.
+
+    Args:
+        table: linear whose weight [vocabulary, hidden] is the table.
+        scale: what the rows are multiplied by.
+    """
+
+    def __init__(self, table: PackedTable, scale: float) -> None:
+        super().__init__()
+        self.table, self.scale = table, scale
+        self.dtype = torch.get_default_dtype()
+
+    def forward(self, ids: Tensor) -> Tensor:  # [..] -> [.., hidden]
+        table: Any = self.table
+        if isinstance(table, PackedTable):
+            rows = table.rows(ids.flatten(), self.dtype)
+        else:  # since something was merged into a tied head
+            rows = table.weight[ids.flatten()].to(self.dtype)
+        return rows.view(*ids.shape, table.in_features) * torch.tensor(self.scale, dtype=self.dtype)
+
+    @property
+    def weight(self) -> Tensor:
+        """The table as others see it."""
+        return self.table.weight
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "CompressedEmbedding":
+        super()._apply(fn, recurse)
+        self.dtype = fn(torch.empty(0, dtype=self.dtype)).dtype
+        return self
+
+
+# The configuration and the model.
+
+COMPRESSED = "compressed_"
+"""What the ``model_type`` of a model begins with when the family's class cannot build it."""
+
+
+class LayerConfig:
+    """The configuration of a model as one layer sees it, with that layer's widths.
+
+    What is not a width is read from the model's configuration whenever it is asked for, such as the implementation of
+    attention, which may change.
+
+    Args:
+        config: configuration of the model.
+        widths: widths of the layer, by field of the configuration.
+    """
+
+    def __init__(self, config: Any, widths: Mapping[str, int]) -> None:
+        self.config, self.widths = config, widths
+
+    def __getattr__(self, name: str) -> Any:
+        if name in ("config", "widths") or name.startswith("__"):  # while it is copied
+            raise AttributeError(name)
+        return self.widths[name] if name in self.widths else getattr(self.config, name)
+
+
+def layer_config(config: Any, number: int) -> Any:
+    """What a module that reads widths as it computes is to read; the configuration itself where layers are equal."""
+    if not config.is_heterogeneous:
+        return config
+    layer = config.per_layer_config[number]
+    return LayerConfig(config, {name: getattr(layer, name) for name in config.per_layer_attributes})
+
+
+@cache
+def config_class(name: str) -> type:
+    """The configuration class of compressed models for a family's, such as ``LlamaConfig``: any head count will do."""
+    import transformers  # takes a while, and codes are read without it
+    from huggingface_hub.dataclasses import strict
+
+    parent = getattr(transformers, name)
+
+    def validate_rope(self: Any) -> None:
+        # By all families' rules: Phi-3's reckon with as many heads as fit into the hidden size. Those of positions for
+        # long texts read the number of heads, of which there are several; the skeleton has been checked by them.
+        if not self.is_heterogeneous:
+            transformers.PreTrainedConfig.validate_rope(self)
+
+    members = {
+        "model_type": COMPRESSED + parent.model_type,
+        "validate_architecture": lambda self: None,
+        "validate_rope": validate_rope,
+        "__module__": __name__,
+        "__annotations__": {},
+    }
+    # Without the decorator the parent's validators still run.
+    made: type = strict(type(f"Compressed{name}", (parent,), members))
+    return made
+
+
+@cache
+def model_class(name: str) -> type:
+    """The class of compressed models for a family's, such as ``LlamaForCausalLM``."""
+    import transformers
+
+    parent: Any = getattr(transformers, name)
+    members = {"config_class": config_class(parent.config_class.__name__), "__module__": __name__}
+    return type(f"Compressed{name}", (_Compressed, parent), members)
+
+
+def __getattr__(name: str) -> type:
+    """Makes the classes members of this module, as loading by name and pickling need them."""
+    import transformers
+
+    family = name.removeprefix("Compressed")
+    if family != name and hasattr(transformers, family):
+        return (config_class if family.endswith("Config") else model_class)(family)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+class _Compressed:
+    """What the classes of compressed models have before their family's."""
+
+    config: Any
+
+    def __init__(self, config: Any, *arguments: Any, **options: Any) -> None:
+        with _as_skeleton(config):
+            super().__init__(config, *arguments, **options)
+        compress_(self, config.compression)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the dense parameters; the first ones may be the scales of packed weights."""
+        packed = {id(part) for module in _packed(self) for part in module.parameters()}
+        return next(part.dtype for part in self.parameters() if id(part) not in packed)  # type: ignore[attr-defined]
+
+    def save_pretrained(self, *arguments: Any, **options: Any) -> None:
+        """As ever; what has become dense since it was loaded is told so."""
+        modules: dict[str, Any] = self.config.compression["modules"]
+        for name, entry in _inside(self, modules):
+            part = self.get_submodule(name)  # type: ignore[attr-defined]
+            if "format" in entry and not isinstance(getattr(part, "table", part), PackedTable):
+                modules[name] = {"shape": entry["shape"], "linear": True}
+        super().save_pretrained(*arguments, **options)  # type: ignore[misc]
+
+    def _init_weights(self, module: nn.Module) -> None:
+        if not isinstance(module, PackedTable | CompressedEmbedding):
+            super()._init_weights(module)  # type: ignore[misc]
+
+
+def _packed(model: Any) -> Iterator[PackedTable]:
+    return (module for module in model.modules() if isinstance(module, PackedTable))
+
+
+@contextmanager
+def _as_skeleton(config: Any) -> Iterator[None]:
+    """A configuration as the family's class can build from it meanwhile: all layers equal.
+
+    The very object, which the model keeps: what a class finds out as it builds, such as which attention to use, has to
+    stand there afterwards.
+    """
+    record = config.__dict__.pop("_heterogeneity_spec", None)
+    before = {name: getattr(config, name) for name in config.compression["skeleton"]}
+    for name, value in config.compression["skeleton"].items():
+        setattr(config, name, value)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            setattr(config, name, value)
+        if record is not None:
+            config._heterogeneity_spec = record
+
+
+def compress_(model: Any, compression: Mapping[str, Any]) -> None:
+    """Gives a model of equal dense layers the modules that ``compression`` tells of, with tensors to be loaded."""
+    for name, entry in _inside(model, compression["modules"]):
+        model.set_submodule(name, _replacement(model.get_submodule(name), entry))
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    if isinstance(embedding, CompressedEmbedding) and head is not None and model.config.tie_word_embeddings:
+        names = {id(part): name for name, part in model.named_modules()}
+        model.set_output_embeddings(embedding.table)
+        model._tied_weights_keys = {names[id(head)]: f"{names[id(embedding)]}.table"}
+        model.all_tied_weights_keys = model.get_expanded_tied_weights_keys()
+    for path, value in _inside(model, compression["attributes"]):
+        owner, _, name = path.rpartition(".")
+        setattr(model.get_submodule(owner), name, value)
+    for path, number in _inside(model, compression["layer_configs"]):
+        model.get_submodule(path).config = layer_config(model.config, number)
+
+
+def _inside(model: Any, by_path: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """What is told of the parts of a model by their paths in it, which begin otherwise where it has no head."""
+    if hasattr(model, model.base_model_prefix):
+        yield from by_path.items()
+        return
+    prefix = f"{model.base_model_prefix}."
+    for path, told in by_path.items():
+        if path.startswith(prefix):
+            yield path.removeprefix(prefix), told
+
+
+def _replacement(module: Any, entry: Mapping[str, Any]) -> nn.Module:
+    shape = entry["shape"]
+    if len(shape) == 1:  # a norm
+        module.weight = nn.Parameter(module.weight.new_empty(shape))
+        return module  # type: ignore[no-any-return]
+    has_bias = getattr(module, "bias", None) is not None
+    if "format" not in entry:
+        if isinstance(module, nn.Linear) or "linear" in entry:
+            return nn.Linear(*reversed(shape), bias=has_bias)
+        return type(module)(*shape)  # GPT-2's Conv1D, whose weight lies as [in, out]
+    precision = {name: entry.get(name) for name in ("format", "bits", "group", "leading")}
+    if isinstance(module, nn.Embedding):
+        return CompressedEmbedding(PackedTable(*shape, precision, bias=False), entry["scale"])
+    return CompressedLinear(*shape, precision, has_bias)

@@ -1,0 +1,71 @@
+"""What a compressed model said when it was written, kept beside it, so that a loaded copy can be held to it."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from qpruner.errors import UserError
+from qpruner.folder_manifest import COPY_AGAIN, REFERENCE
+from qpruner.tensor_files import load_tensors
+
+FILE = f"{REFERENCE}/logits.safetensors"
+PROMPTS, LENGTH = 2, 16
+MOST = 0.05
+"""Largest difference that is taken for rounding, in standard deviations of the logits: devices and kernels differ."""
+
+
+def record_logits(folder: Path, model: Any) -> None:
+    """Writes the logits behind a few prompts, float32 [prompts, vocabulary], with the prompts' tokens, [prompts, 16].
+
+    The prompts are tokens drawn at random, the same ones for every vocabulary of a size.
+
+    Args:
+        folder: folder of the compressed model, or of its adapters.
+        model: causal language model, on the device that it was made on; it is left in the mode that it was in.
+    """
+    tokens = torch.randint(model.config.vocab_size, (PROMPTS, LENGTH), generator=torch.Generator().manual_seed(0))
+    path = folder / FILE
+    path.parent.mkdir(exist_ok=True)
+    save_file({"tokens": tokens, "logits": last_logits(model, tokens)}, path)
+
+
+def deviation(folder: Path, model: Any) -> float | None:
+    """Largest difference from what was recorded, in standard deviations of the logits; None where nothing was.
+
+    Raises:
+        UserError: the file is damaged, or of another model.
+    """
+    path = folder / FILE
+    if not path.exists():
+        return None
+    recorded = load_tensors(path)
+    if recorded.keys() != {"tokens", "logits"}:
+        raise UserError(f"{str(path)!r} holds no recorded logits. {COPY_AGAIN}")
+    actual, expected = last_logits(model, recorded["tokens"]), recorded["logits"]
+    if actual.shape != expected.shape:
+        raise UserError(f"{str(path)!r} is of a model with {expected.shape[-1]} tokens. {COPY_AGAIN}")
+    return float((actual - expected).abs().max() / expected.std().clamp(min=torch.finfo().tiny))
+
+
+@torch.inference_mode()
+def last_logits(model: Any, tokens: Tensor) -> Tensor:
+    """The logits behind the last token of each row of tokens; float32 [rows, vocabulary], on the CPU."""
+    device = next(model.parameters()).device
+    with _evaluating(model):
+        logits: Tensor = model(input_ids=tokens.to(device), use_cache=False, logits_to_keep=1).logits
+    return logits[:, -1].float().cpu().contiguous()
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)

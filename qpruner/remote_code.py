@@ -1,0 +1,111 @@
+"""What lets transformers alone load a compressed folder: the modelling file, and what ``config.json`` says for it."""
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import transformers
+from torch import nn
+from transformers.models.auto.modeling_auto import MODEL_MAPPING_NAMES
+
+from qpruner import modeling_compressed
+from qpruner.anatomy import COMPRESSED, decoder_blocks, family_of
+from qpruner.precision import Precision
+from qpruner.pruning.widths import heads_field, skeleton_config
+from qpruner.quantization.embedding import PackedEmbedding
+from qpruner.quantization.packed import PackedLinear
+
+CODE = Path(modeling_compressed.__file__).name
+
+
+def needs_code(config: Any) -> bool:
+    """Whether transformers alone cannot build the model of a configuration."""
+    return str(config.model_type).startswith(COMPRESSED)
+
+
+def add_code(folder: Path, config: Any, network: Any) -> None:
+    """Puts the modelling file into a folder, and what it has to know of a model into its configuration.
+
+    Args:
+        folder: folder of the compressed model.
+        config: configuration that is going to be written there, of a compressed class; changed in place.
+        network: compressed model without adapters.
+    """
+    name, family = family_of(config)
+    module = CODE.removesuffix(".py")
+    config.compression = compression_of(network, config)
+    config.auto_map = {
+        "AutoConfig": f"{module}.Compressed{family.config_class}",
+        "AutoModel": f"{module}.Compressed{body_class(name)}",
+        "AutoModelForCausalLM": f"{module}.Compressed{family.model_class}",
+    }
+    shutil.copyfile(modeling_compressed.__file__, folder / CODE)
+
+
+def body_class(family: str) -> str:
+    """The name in transformers of a family's model without a head."""
+    name: str = MODEL_MAPPING_NAMES[family]
+    return name
+
+
+def compression_of(network: Any, config: Any) -> dict[str, Any]:
+    """How a compressed model differs from what its family's class builds; see `qpruner.modeling_compressed`.
+
+    Args:
+        network: compressed model without adapters.
+        config: its configuration, of a compressed class.
+    """
+    from accelerate import init_empty_weights
+
+    _, family = family_of(config)
+    with init_empty_weights():
+        usual = getattr(transformers, family.model_class)(skeleton_config(config))
+    layers = enumerate(decoder_blocks(usual))
+    compression: dict[str, Any] = {
+        "modules": dict(_modules(network, usual)),
+        "attributes": {
+            f"{family.layers}.{number}.{path}": _attribute(network.get_submodule(f"{family.layers}.{number}"), path)
+            for number, block in layers
+            for path in family.widths
+            if _attribute(network.get_submodule(f"{family.layers}.{number}"), path) != _attribute(block, path)
+        },
+        "layer_configs": {},
+        "skeleton": {}
+        if family.free_heads
+        else {heads_field(config): getattr(usual.config, heads_field(usual.config))},
+    }
+    if config.is_heterogeneous:
+        numbers = range(len(decoder_blocks(network)))
+        readers = {f"{family.layers}.{number}.{path}": number for number in numbers for path in family.reads_config}
+        compression["layer_configs"] = readers | ({family.rotary: 0} if family.rotary else {})
+    return compression
+
+
+def _modules(network: Any, usual: nn.Module) -> Iterator[tuple[str, dict[str, Any]]]:
+    """What is told of each module that is not as usual, by its path."""
+    tables: set[nn.Module] = set()
+    for name, module in network.named_modules():
+        if isinstance(module, PackedEmbedding):
+            tables.add(module.table)
+            yield name, _packed(module.table) | {"scale": module.exact_scale}
+        elif isinstance(module, PackedLinear):
+            if module not in tables:
+                yield name, _packed(module)
+        elif isinstance(weight := getattr(module, "weight", None), nn.Parameter):
+            before: Any = usual.get_submodule(name)
+            shape = before.weight.shape
+            if type(before).__name__ == "Conv1D":
+                shape = shape[::-1]
+            if shape != weight.shape:
+                yield name, {"shape": list(weight.shape)}
+
+
+def _packed(linear: PackedLinear) -> dict[str, Any]:
+    precision: Precision = linear.precision
+    return {"shape": [linear.out_features, linear.in_features], **precision.to_data()}
+
+
+def _attribute(block: nn.Module, path: str) -> Any:
+    owner, _, name = path.rpartition(".")
+    return getattr(block.get_submodule(owner), name)

@@ -1,0 +1,67 @@
+"""What `qpruner generate` writes, against transformers' own greedy text, and what it refuses."""
+
+import re
+
+import pytest
+import torch
+
+from qpruner.commands import run
+from qpruner.errors import UserError
+from qpruner.evaluation.streaming import prompt_tokens
+from qpruner.evaluation.subject import Subject
+
+PROMPT = "Once upon a time"
+
+
+def written(capsys: pytest.CaptureFixture[str], *options: str) -> tuple[str, str]:
+    run(["generate", "qpruner/stories", "--prompt", PROMPT, "--max-new-tokens", "8", "--device", "cpu", *options])
+    text, _, last = capsys.readouterr().out.rstrip().rpartition("\n")
+    return text.strip(), last
+
+
+def test_the_likeliest_text_is_printed_with_its_speed(capsys: pytest.CaptureFixture[str]) -> None:
+    text, last = written(capsys)
+    subject = Subject.load("qpruner/stories")
+    tokens = torch.tensor([subject.tokenizer(PROMPT)["input_ids"]])
+    with torch.inference_mode():
+        for _ in range(8):
+            likeliest = subject.network(input_ids=tokens, use_cache=False).logits[:, -1].argmax(1, keepdim=True)
+            tokens = torch.cat([tokens, likeliest], 1)
+    assert text == subject.tokenizer.decode(tokens[0], skip_special_tokens=True).strip()
+    number, seconds, speed = map(float, re.findall(r"([\d.]+) tokens in ([\d.]+) s, ([\d.]+) a second", last)[0])
+    assert number == 8
+    assert seconds > 0
+    assert speed > 0
+    weights = sum(part.numel() * part.element_size() for part in subject.network.parameters())
+    assert f"weights of {weights:,} bytes" in last
+
+
+def test_draws_repeat_by_their_seed(capsys: pytest.CaptureFixture[str]) -> None:
+    texts = [written(capsys, "--temperature", "3", "--seed", seed)[0] for seed in ("1", "1", "2")]
+    assert texts[0] == texts[1] != texts[2]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--max-new-tokens", "0"], "max_new_tokens is 0; give at least 1"),
+        (["--temperature", "-1"], "temperature is -1; give 0"),
+        (["--chat", "true"], "no chat template"),
+    ],
+)
+def test_what_cannot_be_is_refused(options: list[str], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        run(["generate", "qpruner/stories", "--prompt", PROMPT, "--device", "cpu", *options])
+
+
+class Templated:
+    chat_template = "yes"
+
+    def apply_chat_template(self, turns: list[dict[str, str]], **options: bool) -> dict[str, list[int]]:
+        assert turns == [{"role": "user", "content": "Hi"}]
+        assert options["add_generation_prompt"]
+        return {"input_ids": [1, 2]}
+
+
+def test_chats_take_the_template() -> None:
+    assert prompt_tokens(Templated(), "Hi", chat=True).tolist() == [[1, 2]]

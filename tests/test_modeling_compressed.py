@@ -1,0 +1,172 @@
+"""Compressed folders by transformers alone: every family, every number format, nothing of qpruner importable."""
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+from safetensors.torch import save_file
+from support.families import FAMILIES, logits_of, random_tokens
+from support.quantized import CPU, pruned
+from transformers import AutoModelForCausalLM
+
+from qpruner.model_folder import load_base, save_base
+from qpruner.modeling_compressed import CompressedLinear, config_class
+from qpruner.plan import DENSE, UNITS, Precision
+from qpruner.precision import Leading
+from qpruner.quantization.apply import quantize_
+
+TWO, ONE = Precision("affine-double", 2, 32), Precision("affine", 1, -1)
+LED = Precision("affine-double", 3, 32, Leading(6, Precision("int8", 8)))
+LAYERS = [
+    (TWO, Precision("symmetric", 4, 32), DENSE, LED),
+    (Precision("nf4-double", 4, 64), Precision("int8", 8), Precision("affine", 3, 32), ONE),
+    (
+        Precision("fp4", 4, 64),
+        Precision("symmetric-double", 5, 32),
+        Precision("affine", 8, 128),
+        Precision("affine-double", 6, 64),
+    ),
+]
+KEPT = [((0, 2, 3), tuple(range(35))), ((1,), tuple(range(3, 48, 2))), ((0, 1, 2, 3), tuple(range(7)))]
+TABLE = Precision("affine", 4, 32)
+SCRIPT = Path(__file__).parent / "support/without_qpruner.py"
+
+
+def write(folder: Path, family: str, *, tables: Precision = DENSE, layers: Any = LAYERS, kept: Any = KEPT) -> Any:
+    """A compressed folder, and the model that was written there."""
+    model, plan = pruned(family, [dict(zip(UNITS, precisions, strict=True)) for precisions in layers], kept)
+    plan = replace(plan, embedding=tables, head=tables)
+    quantize_(model, plan, None, device=CPU)
+    save_base(folder, model, plan, base_name="dense", tokenizer=None)
+    return load_base(folder).network
+
+
+@pytest.fixture(scope="module")
+def tried(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """What a process without qpruner says of a folder of each family."""
+    root = tmp_path_factory.mktemp("folders")
+    for number, family in enumerate(FAMILIES):
+        network = write(root / family, family, tables=(DENSE, TABLE)[number % 2])
+        inputs = {"tokens": random_tokens(), "logits": logits_of(network).contiguous()}
+        save_file(inputs, root / family / "inputs.safetensors")
+    command = [sys.executable, str(SCRIPT), str(root)]
+    environment = {"HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": str(root.with_name("modules")), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=root)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return json.loads((root / "results.json").read_text())
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_transformers_alone_loads_a_folder(tried: dict[str, Any], family: str) -> None:
+    result = tried[family]
+    assert result["class"] == f"Compressed{FAMILIES[family].model_class}"
+    assert result["told"] == {}
+    assert [result[name] for name in ("identical", "copied", "saved again", "body")] == [True] * 4
+    assert result["eager"] < 2e-5
+    assert result["dtype"] == ["torch.float32", "torch.bfloat16", "torch.bfloat16"]
+    kept = {"torch.uint8", "torch.int8", "torch.float16", "torch.float32", "torch.bfloat16"}
+    assert set(result["codes"]) == kept  # of codes, scales and what is dense
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_it_generates_the_same_with_and_without_a_cache(tried: dict[str, Any], family: str) -> None:
+    assert [tried[family][name] for name in ("greedy", "beams", "static")] == [True] * 3
+
+
+@pytest.mark.parametrize("precision", [precision for layer in LAYERS for precision in layer], ids=str)
+def test_every_format_means_the_same_without_qpruner(tmp_path: Path, precision: Precision) -> None:
+    network = write(tmp_path / "model", "qwen2", layers=[[precision] * 4] * 3, tables=TABLE)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "model", trust_remote_code=True)
+    assert torch.equal(logits_of(loaded), logits_of(network))
+    packed = [module for module in loaded.modules() if isinstance(module, torch.nn.Linear) and module.bias is not None]
+    assert len(packed) == 9  # q, k and v
+
+
+def test_equal_widths_stay_in_the_usual_fields(tmp_path: Path) -> None:
+    write(tmp_path / "model", "llama", kept=[((0, 1, 2), tuple(range(40)))] * 3)
+    config = json.loads((tmp_path / "model/config.json").read_text())
+    assert (config["num_attention_heads"], config["num_key_value_heads"], config["intermediate_size"]) == (6, 3, 40)
+    assert "per_layer_config" not in config
+    assert config["compression"]["modules"]["model.layers.0.self_attn.o_proj"] == {
+        "shape": [64, 96],
+        "format": "symmetric",
+        "bits": 4,
+        "group": 32,
+    }
+    assert "model.layers.0.mlp.gate_proj" not in config["compression"]["modules"]  # dense, of the usual width
+
+
+def test_a_folder_that_transformers_builds_has_no_code(tmp_path: Path) -> None:
+    write(tmp_path / "model", "llama", layers=[[DENSE] * 4] * 3, kept=[((0, 1, 2), tuple(range(40)))] * 3)
+    assert not (tmp_path / "model/modeling_compressed.py").exists()
+    assert type(AutoModelForCausalLM.from_pretrained(tmp_path / "model")).__name__ == "MistralForCausalLM"
+
+
+def test_classes_of_qpruner_need_no_trust(tmp_path: Path) -> None:
+    network = write(tmp_path / "model", "gemma2", tables=TABLE)
+    script = (
+        "import sys, torch, qpruner.auto_classes\n"
+        "from transformers import AutoModelForCausalLM\n"
+        "from support.families import logits_of\n"
+        "model = AutoModelForCausalLM.from_pretrained(sys.argv[1])\n"
+        "assert type(model).__module__ == 'qpruner.modeling_compressed'\n"
+        "torch.save(logits_of(model), sys.argv[2])\n"
+    )
+    command = [sys.executable, "-c", script, str(tmp_path / "model"), str(tmp_path / "logits.pt")]
+    subprocess.run(command, check=True, cwd=Path(__file__).parent, capture_output=True)
+    assert torch.equal(torch.load(tmp_path / "logits.pt"), logits_of(network))
+
+
+def adapted(folder: Path) -> Any:
+    model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
+    lora = peft.LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False)
+    return peft.get_peft_model(model, lora).eval()
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "gpt2"])
+@pytest.mark.parametrize("tables", [DENSE, TABLE], ids=str)
+def test_peft_merges_adapters_into_dense_weights(tmp_path: Path, family: str, tables: Precision) -> None:
+    write(tmp_path / "model", family, tables=tables)
+    model = adapted(tmp_path / "model")
+    assert {name.rpartition(".")[2] for name in model.peft_config["default"].target_modules} & {"table", "lm_head"} == (
+        set()
+    )
+    expected = logits_of(model)
+    merged = model.merge_and_unload()
+    assert (logits_of(merged) - expected).abs().max() < 1e-4 * expected.abs().max()
+    merged.save_pretrained(tmp_path / "merged")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", trust_remote_code=True)
+    assert torch.equal(logits_of(again), logits_of(merged))
+    assert not any(isinstance(module, CompressedLinear) for module in again.modules())
+
+
+def test_gradients_pass_to_adapters_below(tmp_path: Path) -> None:
+    write(tmp_path / "model", "llama")
+    model = adapted(tmp_path / "model")
+    model(input_ids=random_tokens(), use_cache=False).logits.logsumexp(-1).mean().backward()
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    assert len(trained) == 2 * 7 * 3
+    assert all(parameter.grad.abs().max() > 0 for parameter in trained)
+
+
+def test_casts_of_a_model_leave_codes_and_scales(tmp_path: Path) -> None:
+    write(tmp_path / "model", "llama", tables=TABLE)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "model", trust_remote_code=True)
+    before = {name: part.dtype for name, part in model.named_parameters() if "codes" in name or "scale" in name}
+    model.to(torch.bfloat16)
+    assert {name: part.dtype for name, part in model.named_parameters() if name in before} == before
+    assert (model.dtype, model.model.embed_tokens(random_tokens()).dtype) == (torch.bfloat16, torch.bfloat16)
+    linear = model.model.layers[0].self_attn.q_proj
+    assert linear.weight.dtype == torch.bfloat16
+    assert torch.equal(linear.weight, linear.unpack(torch.float32).bfloat16())
+
+
+def test_the_configuration_class_allows_any_number_of_heads() -> None:
+    config = config_class("LlamaConfig")(hidden_size=64, num_attention_heads=6, num_key_value_heads=3, head_dim=16)
+    assert config.model_type == "compressed_llama"
