@@ -17,7 +17,7 @@ from qpruner.files import read_json
 from qpruner.plan import UNITS, CompressionPlan
 from qpruner.quantization.formats import precision_of
 from qpruner.records.folder import RunFolder
-from qpruner.records.search import SearchResults, variants_table
+from qpruner.records.search import SearchResults, pareto_front, trials_table, variants_table
 from qpruner.search.trial import TrialRunner
 
 TRIALS = 4
@@ -155,13 +155,17 @@ def test_a_plan_is_among_the_first_that_are_tried(arguments: list[str], tmp_path
 
 
 @pytest.mark.slow
-def test_a_front_trades_loss_and_bytes_of_widths_and_bits(arguments: list[str], tmp_path: Path) -> None:
+def test_a_front_trades_loss_bytes_and_multiply_adds_of_widths_and_bits(arguments: list[str], tmp_path: Path) -> None:
     run(["search", *arguments, "--search.front", "true", "--search.trials", "6"])
     folder = RunFolder(tmp_path / "runs" / "x")
     results = SearchResults.read(folder.results)
     assert len({one.num_bytes for one in results.trials}) > 3 and len({one.units for one in results.trials}) > 1
     front = read_json(folder.pareto)
-    assert all(first["bytes"] < second["bytes"] for first, second in pairwise(front))
+    assert [row["name"] for row in front] == [one.name for one in pareto_front(results.trials)]
+    assert all(first["bytes"] <= second["bytes"] for first, second in pairwise(front))
+    by_name = {one.name: one for one in results.trials}
+    assert [row["multiply_adds"] for row in front] == [by_name[row["name"]].multiply_adds for row in front]
+    assert trials_table(results) in folder.report.read_text()
 
 
 @pytest.mark.slow

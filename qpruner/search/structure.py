@@ -150,6 +150,11 @@ class Structure:
         """[points], multiply-adds of a token in the linears of the parts."""
         return self._sum([part.multiply_adds for part in self.parts], structures).astype(np.int64)
 
+    @property
+    def most(self) -> int:
+        """Multiply-adds of a token in the linears of the parts where all units stay."""
+        return sum(part.multiply_adds[-1] for part in self.parts)
+
     def rest(self, structures: Integers) -> Integers:
         """[points], bytes besides those of items, less those of the whole parts."""
         return self._sum([part.rest for part in self.parts], structures).astype(np.int64)

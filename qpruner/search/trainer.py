@@ -266,11 +266,16 @@ class Search:
         return key if structure is None else {"units": structure.counts(plan[:parts]), **key}
 
     def judge(self) -> Judge:
-        return Judge(self.score, first_penalty=[1e6, float(self.space.limit)] if self.config.front else 1e6)
+        worst = [1e6, float(self.space.limit)]
+        if self.space.structure is not None:
+            worst.append(float(self.space.structure.most))
+        return Judge(self.score, first_penalty=worst if self.config.front else 1e6)
 
     def score(self, scores: Scores) -> Score:
+        """What is minimized; for a front with bytes, and where widths are searched with multiply-adds."""
         value = self.aim.of_scores(scores)
-        return [value, float(scores["bytes"])] if self.config.front else value
+        traded = ["bytes"] if self.space.structure is None else ["bytes", "multiply_adds"]
+        return [value, *(float(scores[name]) for name in traded)] if self.config.front else value
 
     def identity(self, part: str) -> dict[str, Any]:
         """What tells this search's ledger from others; more trials, workers or another optimizer are no other."""
@@ -328,6 +333,8 @@ class Search:
             if (accuracy := self.aim.accuracy(record.scores)) is not None:
                 board.add_scalar("search/accuracy", accuracy, record.number)
             board.add_scalar("search/bytes", record.scores["bytes"], record.number)
+            if self.space.structure is not None:
+                board.add_scalar("search/multiply_adds", record.scores["multiply_adds"], record.number)
             board.flush()
 
     def compare(self, executor: Executor) -> list[Tried]:
@@ -406,8 +413,8 @@ class Search:
             self.folder.pareto,
             [
                 {"name": point.name, "plan": f"{self.folder.plans.name}/{plan_name(point)}",
-                 "bytes": point.num_bytes, "average_bits": point.average_bits, "loss": point.loss,
-                 "accuracy": point.accuracy}
+                 "bytes": point.num_bytes, "multiply_adds": point.multiply_adds, "average_bits": point.average_bits,
+                 "loss": point.loss, "accuracy": point.accuracy}
                 for point in front
             ],
         )  # fmt: skip

@@ -3,6 +3,7 @@
 import json
 import logging
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from qpruner.plan import CompressionPlan
 from qpruner.records.search import SearchResults
 from qpruner.search.config import SearchConfig
 from qpruner.search.ledger import Key, Ledger, OptimizerRecord, TrialRecord
+from qpruner.search.structure import Part, Structure
 from qpruner.search.trainer import Search, SearchTrainer, compressing
 from qpruner.search.workers import Outcome
 from qpruner.training.module import LoRAFinetuner
@@ -107,6 +109,17 @@ def test_what_an_optimizer_is_told(folder: Path, tiny_llama: Path, front: bool, 
     assert judge(failed) == ([1e6, float(search.prior.for_items)] if front else 1e6)
     assert judge(TrialRecord(1, {}, 1, scores={"loss": 2.5, "bytes": 7})) == told
     assert search.space.spends == front
+
+
+def test_a_front_of_widths_is_told_multiply_adds_too(folder: Path, tiny_llama: Path) -> None:
+    search = search_of(tiny_llama, folder, front=True)
+    search.prepare()
+    part = Part(0, "kv_groups", (1, 2), (10, 20), (0, 0), (1.0, 0.0), 1)
+    structure = Structure((part,), [[] for _ in range(search.space.num_items)], 0.5)
+    search.space = replace(search.space, structure=structure)
+    judge = search.judge()
+    assert judge(TrialRecord(0, {}, 0, why="out of memory")) == [1e6, float(search.prior.for_items), 20.0]
+    assert judge(TrialRecord(1, {}, 1, scores={"loss": 2.5, "bytes": 7, "multiply_adds": 15})) == [2.5, 7.0, 15.0]
 
 
 def test_the_identity_is_plain_data_and_the_same_in_each_session(prepared: Search, tiny_llama: Path) -> None:
