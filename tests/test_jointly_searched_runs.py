@@ -138,20 +138,28 @@ def test_killed_and_continued_equals_uninterrupted(
     assert pieces.plan.read_text() == whole.plan.read_text()
 
 
-def test_a_plan_is_among_the_first_that_are_tried(arguments: list[str], tmp_path: Path) -> None:
+def test_a_plan_is_among_the_first_that_are_tried(
+    arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     run(["search", *arguments, "--search.trials", "1"])
     known = RunFolder(tmp_path / "runs" / "x")
     plan = CompressionPlan.read(known.plan)
-    learned = plan.keeping([((0,), range(28)), ((0, 1), range(len(plan.layers[1].ffn_channels)))])
+    dense = CompressionPlan.dense(plan.architecture, plan.base_sha256)
+    learned = dense.keeping([((1,), range(20, 48)), (plan.layers[1].kv_groups, plan.layers[1].ffn_channels)])
     eight = precision_of(8, 32, {})
     learned = learned.with_precision([dict.fromkeys(UNITS, eight), *(layer.precision for layer in plan.layers[1:])])
     learned.write(path := tmp_path / "learned.json")
     start = [*arguments, "--search.structure.start", str(path), "--run.name", "warm", "--search.trials", "2"]
+    plans: list[CompressionPlan] = []
+    plan_of = TrialRunner.plan_of
+    monkeypatch.setattr(TrialRunner, "plan_of", lambda runner, key: (plans.append(plan_of(runner, key)), plans[-1])[1])
     run(["search", *start])
     first, second = SearchResults.read(RunFolder(tmp_path / "runs" / "warm").results).trials
     assert first.units == (1, 28, *SearchResults.read(known.results).trials[0].units[2:])
     assert first.choices[:4] == (1, 1, 1, 1)
     assert second.units == SearchResults.read(known.results).trials[0].units
+    # It has the very units of that plan in layer 0, where both parts keep as many.
+    assert (plans[0].layers[0].kv_groups, plans[0].layers[0].ffn_channels) == ((1,), tuple(range(20, 48)))
 
 
 @pytest.mark.slow

@@ -176,7 +176,7 @@ def pareto_front(trials: Sequence[Tried]) -> list[Tried]:
     is minimized, and better in one of them.
     """
     by_time = differ_in_time(trials)
-    costs = [(trial.num_bytes, trial.minimized, trial.multiply_adds if by_time else 0) for trial in trials]
+    costs = [(trial.num_bytes, trial.minimized, (by_time and trial.multiply_adds) or 0) for trial in trials]
     front: list[int] = []
     for place in sorted(range(len(trials)), key=lambda place: costs[place]):  # after all that beat it
         if not any(all(a <= b for a, b in zip(costs[other], costs[place], strict=True)) for other in front):

@@ -161,8 +161,9 @@ class Search:
         alone = Processes.alone(self.trainer.strategy.root_device, self.trainer.precision_plugin.forward_context)
         processes = replace(alone, precision=str(self.trainer.precision))
         self.prepared = prepare(
-            self.module, self.data, self.pruning, self.quantization, processes, self.folder, self.config.structure
-        )
+            self.module, self.data, self.pruning, self.quantization, processes, self.folder, self.config.structure,
+            self.start,
+        )  # fmt: skip
         self.prior = self.prepared.prior
         self.space = self.space_of(self.prior)
 
@@ -194,14 +195,9 @@ class Search:
 
     @property
     def starts(self) -> tuple[Point, ...]:
-        """Points to try among the first.
-
-        Raises:
-            UserError: the plan to start from is for another model.
-        """
+        """Points to try among the first."""
         if self.start is None or self.space.structure is None:
             return ()
-        self.start.check(self.prepared.base.architecture, self.prepared.base_sha256)
         row = self.prepared.candidates.row(self.start, self.space.structure)
         return (self.space.encode(row).tolist(),)
 
@@ -286,8 +282,10 @@ class Search:
             del options["score"]
         if self.config.structure is None:
             del options["structure"]
+        start = {} if self.start is None else {"start": hash_json(self.start.to_json())}  # its units, whatever its name
         return {
             "part": part,
+            **start,
             "search": {name: value for name, value in options.items() if name not in free},
             "model": dict(self.module.hparams),
             "base_sha256": self.prepared.base_sha256,

@@ -130,6 +130,13 @@ def test_the_identity_is_plain_data_and_the_same_in_each_session(prepared: Searc
     assert json.dumps(again.identity("trials")) == json.dumps(identity)
     assert identity["compression"].keys() == {"StructuredPruning", "MixedPrecisionQuantization"}
     assert identity["trainer"]["gradient_clip_val"] == 0.5
+    starts = [prepared.prepared.base, prepared.prepared.base.keeping([((0,), range(4))] * 2)]
+    of_starts = []
+    for start in starts:  # two plans in a file of one name
+        again.start = start
+        of_starts.append({**again.identity("trials")})
+    assert of_starts[0] != of_starts[1] and all(one.pop("start") for one in of_starts)
+    assert json.dumps(of_starts[0]) == json.dumps(identity)
 
 
 @pytest.mark.parametrize(
