@@ -62,7 +62,7 @@ def local_data(tmp_path: Path) -> dict[str, list[str]]:
         ],
         "joint": [
             *("--data.num_train=400", "--data.num_validation=4", "--data.num_test=4", "--data.num_choices=2"),
-            *("--joint.steps=2", "--joint.start.num_sequences=4", "--joint.start.length=16"),
+            *("--joint.steps=2", "--joint.start_rows=4"),
             *("--trainer.callbacks.calibrated.text.num_sequences=16", "--trainer.callbacks.budget.share=0.2"),
         ],
         "quickstart": ["--data.num_train=350", "--data.num_validation=4", "--data.num_test=4", "--data.num_choices=2"],

@@ -17,7 +17,7 @@ from qpruner.files import read_json
 from qpruner.plan import UNITS, CompressionPlan
 from qpruner.quantization.formats import precision_of
 from qpruner.records.folder import RunFolder
-from qpruner.records.search import SearchResults, variants_table
+from qpruner.records.search import SearchResults, pareto_front, trials_table, variants_table
 from qpruner.search.trial import TrialRunner
 
 TRIALS = 4
@@ -138,30 +138,42 @@ def test_killed_and_continued_equals_uninterrupted(
     assert pieces.plan.read_text() == whole.plan.read_text()
 
 
-def test_a_plan_is_among_the_first_that_are_tried(arguments: list[str], tmp_path: Path) -> None:
+def test_a_plan_is_among_the_first_that_are_tried(
+    arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     run(["search", *arguments, "--search.trials", "1"])
     known = RunFolder(tmp_path / "runs" / "x")
     plan = CompressionPlan.read(known.plan)
-    learned = plan.keeping([((0,), range(28)), ((0, 1), range(len(plan.layers[1].ffn_channels)))])
+    dense = CompressionPlan.dense(plan.architecture, plan.base_sha256)
+    learned = dense.keeping([((1,), range(20, 48)), (plan.layers[1].kv_groups, plan.layers[1].ffn_channels)])
     eight = precision_of(8, 32, {})
     learned = learned.with_precision([dict.fromkeys(UNITS, eight), *(layer.precision for layer in plan.layers[1:])])
     learned.write(path := tmp_path / "learned.json")
     start = [*arguments, "--search.structure.start", str(path), "--run.name", "warm", "--search.trials", "2"]
+    plans: list[CompressionPlan] = []
+    plan_of = TrialRunner.plan_of
+    monkeypatch.setattr(TrialRunner, "plan_of", lambda runner, key: (plans.append(plan_of(runner, key)), plans[-1])[1])
     run(["search", *start])
     first, second = SearchResults.read(RunFolder(tmp_path / "runs" / "warm").results).trials
     assert first.units == (1, 28, *SearchResults.read(known.results).trials[0].units[2:])
     assert first.choices[:4] == (1, 1, 1, 1)
     assert second.units == SearchResults.read(known.results).trials[0].units
+    # It has the very units of that plan in layer 0, where both parts keep as many.
+    assert (plans[0].layers[0].kv_groups, plans[0].layers[0].ffn_channels) == ((1,), tuple(range(20, 48)))
 
 
 @pytest.mark.slow
-def test_a_front_trades_loss_and_bytes_of_widths_and_bits(arguments: list[str], tmp_path: Path) -> None:
+def test_a_front_trades_loss_bytes_and_multiply_adds_of_widths_and_bits(arguments: list[str], tmp_path: Path) -> None:
     run(["search", *arguments, "--search.front", "true", "--search.trials", "6"])
     folder = RunFolder(tmp_path / "runs" / "x")
     results = SearchResults.read(folder.results)
     assert len({one.num_bytes for one in results.trials}) > 3 and len({one.units for one in results.trials}) > 1
     front = read_json(folder.pareto)
-    assert all(first["bytes"] < second["bytes"] for first, second in pairwise(front))
+    assert [row["name"] for row in front] == [one.name for one in pareto_front(results.trials)]
+    assert all(first["bytes"] <= second["bytes"] for first, second in pairwise(front))
+    by_name = {one.name: one for one in results.trials}
+    assert [row["multiply_adds"] for row in front] == [by_name[row["name"]].multiply_adds for row in front]
+    assert trials_table(results) in folder.report.read_text()
 
 
 @pytest.mark.slow

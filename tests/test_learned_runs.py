@@ -14,8 +14,10 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from qpruner.anatomy import architecture_of
 from qpruner.commands import run
+from qpruner.datamodules.base import LoaderConfig
+from qpruner.datamodules.stories import StoriesDataModule
 from qpruner.errors import UserError
-from qpruner.joint.learner import PlanLearner
+from qpruner.joint.learner import Ground, PlanLearner
 from qpruner.joint.space import unit_bytes, unit_weights
 from qpruner.model_folder import build_skeleton, load_compressed, read_base_config
 from qpruner.plan import CompressionPlan
@@ -41,7 +43,7 @@ def config(config_that_prunes: dict[str, Any]) -> dict[str, Any]:
     }
     quantization = {"class_path": "MixedPrecisionQuantization", "init_args": options}
     config_that_prunes["trainer"]["callbacks"].append(quantization)
-    config_that_prunes["joint"] = {"steps": STEPS, "loss": "kl", "start": {"num_sequences": 4, "length": 12}}
+    config_that_prunes["joint"] = {"steps": STEPS, "loss": "kl", "start_rows": 4}
     return config_that_prunes
 
 
@@ -52,10 +54,25 @@ def arguments(config: dict[str, Any], tmp_path: Path) -> list[str]:
     return ["--config", str(path)]
 
 
+def assert_begins_with_the_last_rows(ground: Ground, base: Path) -> None:
+    """Those of the last step's batch, whole, with its targets."""
+    *_, last = StoriesDataModule(
+        tokenizer=str(base), max_length=24, num_train=24, num_validation=6, num_test=6, num_choices=0, seed=0,
+        loader=LoaderConfig(batch_size=4),
+    ).train_dataloader()  # fmt: skip
+    (batch,) = ground.text.batches
+    assert batch["input_ids"].tolist() == last["input_ids"].tolist() and batch["input_ids"].shape == (4, 24)
+    assert batch["labels"].tolist() == last["labels"].tolist()
+    assert (ground.text.num_rows, ground.text.num_scored) == (4, 4 * 23)
+
+
 def test_a_run_learns_a_plan_within_the_budget_and_carries_it_out(
-    arguments: list[str], tiny_llama: Path, tmp_path: Path
+    arguments: list[str], tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    grounds: list[Ground] = []
+    monkeypatch.setattr("qpruner.runs.learning.Ground", lambda *parts: grounds.append(Ground(*parts)) or grounds[-1])
     run(["fit", *arguments])
+    assert_begins_with_the_last_rows(grounds[0], tiny_llama)
     folder = RunFolder(tmp_path / "runs" / "x")
     plan = CompressionPlan.read(folder.learned_plan)
     dense = CompressionPlan.dense(plan.architecture, plan.base_sha256)
@@ -180,6 +197,7 @@ def test_two_gloo_ranks_learn_as_one(arguments: list[str], tmp_path: Path, monke
         ({QUANTIZATION + "deciding.leave_alone": "[0]"}, ["deciding.leave_alone is [0]", "selection.leave_alone"]),
         ({"--joint.steps": "0"}, ["joint.steps is 0"]),
         ({"--joint.lr": "-1"}, ["joint.lr is -1"]),
+        ({"--joint.start_rows": "0"}, ["joint.start_rows is 0", "at least 1"]),
         ({"--joint.gates": "simple"}, ["simple", "hypernetwork"]),
         ({"--joint.further_budgets": "[{share: 0.1}]"}, ["plain gates are not told the budget"]),
         ({"--plan": "plan.json"}, ["--plan names 'plan.json'", "joint learns a plan"]),

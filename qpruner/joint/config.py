@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from typing import Literal
 
 from qpruner.allocation.budget import Budget
-from qpruner.calibration.text import CalibrationConfig
 from qpruner.errors import UserError, check_ranges
 from qpruner.joint.gates import Estimator
 
@@ -41,7 +40,7 @@ class JointConfig:
 
     Args:
         steps: optimizer steps in which gates are learned, each on a batch of the training split; at least 1. Of the
-            states on the way, at the start and after each tenth, the best on the text of ``start`` is taken.
+            states on the way, at the start and after each tenth, the best on the ``start_rows`` is taken.
         gates: ``plain``, a parameter for each gate; ``layers``, one for all KV groups and one for all FFN channels of a
             layer, whose order stays that of the start; ``hypernetwork``, a small recurrent network emits all of them.
         constraint: ``projection``, every step opens as many gates as the budget allows; ``penalty``, gates are drawn to
@@ -59,7 +58,9 @@ class JointConfig:
             their unit; channels are then reordered so that the former come first.
         fixed_ratio: whether as many parameters are pruned as ``StructuredPruning.ratio`` says, and only where is
             learned.
-        start: text by whose Fisher information gates begin.
+        start_rows: number of training rows by whose Fisher information gates begin, and by whose loss their states are
+            compared, at least 1: those that an epoch reads last, so that steps fewer than an epoch has do not learn
+            from them. A split of fewer rows gives all.
         further_budgets: budgets that the same gates learn plans for, in turns; only with a hypernetwork, which is told
             the budget.
 
@@ -77,7 +78,7 @@ class JointConfig:
     estimator: Estimator = "reinmax"
     lifts: bool = False
     fixed_ratio: bool = False
-    start: CalibrationConfig = CalibrationConfig(num_sequences=32, length=128)
+    start_rows: int = 32
     further_budgets: Sequence[Budget] = ()
 
     def __post_init__(self) -> None:
@@ -88,6 +89,7 @@ class JointConfig:
             penalty=("above 0 and finite", 0 < self.penalty < math.inf),
             lr=("above 0 and finite", self.lr is None or 0 < self.lr < math.inf),
             temperature=("above 0 and finite", 0 < self.temperature < math.inf),
+            start_rows=("at least 1", self.start_rows >= 1),
         )
         if self.further_budgets and self.gates != "hypernetwork":
             raise UserError(

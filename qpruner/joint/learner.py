@@ -18,7 +18,7 @@ from qpruner.joint.config import JointConfig
 from qpruner.joint.gates import Hypernetwork, LayerGates, PlainGates, opened, sampled
 from qpruner.joint.network import GatedNetwork
 from qpruner.joint.price import smooth_bytes
-from qpruner.joint.prior import balanced, fisher_logits, loss_of
+from qpruner.joint.prior import Text, balanced, fisher_logits, loss_of
 from qpruner.joint.projection import differentiable_bytes, plan_within, relative, thresholds_within
 from qpruner.joint.space import Gates, JointSpace, Logits, acting
 from qpruner.likelihood import Head, Scored, losses_in_chunks, nll_of_logits
@@ -38,12 +38,12 @@ class Ground:
 
     Args:
         gated: frozen dense model with gates in it, on the device of the fit.
-        sequences: this process's share of the text that gates begin with, [sequences, tokens].
+        text: training rows that gates begin with and are compared on.
         processes: processes that learn together.
     """
 
     gated: GatedNetwork
-    sequences: Tensor
+    text: Text
     processes: Processes
 
 
@@ -124,8 +124,8 @@ class PlanLearner(L.LightningModule):
         if self.start_is_known:
             return
         ground = self.ground
-        order = fisher_logits(ground.gated, ground.sequences, self.config.start.num_sequences, ground.processes)
-        start = balanced(ground.gated, order, self.limits[0], ground.sequences, ground.processes)
+        order = fisher_logits(ground.gated, ground.text, ground.processes)
+        start = balanced(ground.gated, order, self.limits[0], ground.text, ground.processes)
         for kind, values in start.items():
             getattr(self, f"start_{kind}").copy_(values)
 
@@ -152,14 +152,13 @@ class PlanLearner(L.LightningModule):
             self.compare_with_best()
 
     def compare_with_best(self) -> None:
-        """Remembers the gates if they are the best so far on the text that they began with, within their budgets.
+        """Remembers the gates if they are the best so far on the rows that they began with, within their budgets.
 
         Gates learn from samples of themselves, and what is best in the mean need not be so without the noise.
         """
         ground, self.compared_at = self.ground, self.global_step
         loss = sum(
-            loss_of(ground.gated, self.logits(limit), limit, ground.sequences, ground.processes)
-            for limit in self.limits
+            loss_of(ground.gated, self.logits(limit), limit, ground.text, ground.processes) for limit in self.limits
         )
         if self.best is None or loss < self.best.loss:
             state = {name: values.detach().cpu().clone() for name, values in self.gates.state_dict().items()}

@@ -1,7 +1,7 @@
 """Where the logits of gates begin: what each gate is worth for its bytes, by the Fisher information of the dense model.
 
-The loss L of a sequence has the slope g = dL/dz in a gate z at the dense model. For gates that close, or weights that
-move, by one, the expected rise of the loss to second order is half the mean of g^2 over sequences, with the Fisher
+The loss L of a training row has the slope g = dL/dz in a gate z at the dense model. For gates that close, or weights
+that move, by one, the expected rise of the loss to second order is half the mean of g^2 over rows, with the Fisher
 information in place of the Hessian. So
 
     rise of a closed unit         1/2 E[(dL/dz)^2]
@@ -17,9 +17,15 @@ Source of the expansion: Molchanov et al. 2019, "Importance Estimation for Neura
 for units; its use for widths, and by the byte, is ours.
 """
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Self
+
 import torch
 from torch import Tensor
 
+from qpruner.datamodules.rows import Batch, TextExamples
+from qpruner.errors import UserError
 from qpruner.joint.network import GatedNetwork
 from qpruner.joint.projection import STRUCTURE, hard, thresholds_within
 from qpruner.joint.space import Gates, JointSpace, Logits, acting
@@ -33,39 +39,76 @@ SHIFTS = (0.0, -4.0, -3.0, -2.0, -1.0, 1.0, 2.0, 3.0, 4.0, 6.0, 20.0)
 """Logarithms of what a kind may be worth against the others, more or less than by Fisher information; with the last,
 nothing of it goes while anything else can."""
 LIFTS = ("lifted_groups", "lifted_channels", "hidden_share")
-SEQUENCES_AT_ONCE = 16
 
 
-def fisher_logits(gated: GatedNetwork, sequences: Tensor, total: int, processes: Processes) -> Logits:
+@dataclass(frozen=True)
+class Text:
+    """Rows that gates begin with and are compared on, whole and with the targets that training has.
+
+    Args:
+        batches: this process's share of the rows, in batches such as those of training; there may be none.
+        num_rows: number of rows over all processes.
+        num_scored: number of targets over all processes.
+    """
+
+    batches: Sequence[Batch]
+    num_rows: int
+    num_scored: int
+
+    @classmethod
+    def share(cls, examples: TextExamples, rows: Sequence[int], batch_size: int, processes: Processes) -> Self:
+        """This process's share of rows of a split.
+
+        Args:
+            examples: rows of the split.
+            rows: numbers of the rows, the same on all processes.
+            batch_size: most rows of a batch.
+            processes: processes that share the rows.
+
+        Raises:
+            UserError: nothing in these rows is a target.
+        """
+        num_scored = examples.num_scored(rows)
+        if not num_scored:
+            raise UserError(
+                f"None of the {len(rows)} training rows that gates begin with has a token to predict. Raise "
+                f"joint.start_rows, or check the labels of the training split."
+            )
+        mine = rows[processes.rank :: processes.world_size]
+        parts = [mine[first : first + batch_size] for first in range(0, len(mine), batch_size)]
+        return cls([examples.collate(part) for part in parts], len(rows), num_scored)
+
+
+def fisher_logits(gated: GatedNetwork, text: Text, processes: Processes) -> Logits:
     """The logits that the Fisher information of the dense model suggests.
 
     Args:
         gated: dense model with its gates.
-        sequences: this process's share of the text, [sequences, tokens].
-        total: number of sequences of all processes.
+        text: rows by whose losses gates are judged.
         processes: processes that share the text.
     """
     gates = _at_dense(gated.space, processes.device)
     sums = {kind: torch.zeros_like(gate, dtype=torch.float64) for kind, gate in gates.items()}
     gated.open(gates)
     with gated.dense():
-        for tokens in sequences.to(processes.device).unsqueeze(1):  # [1, T]
-            with processes.forward_context():
-                loss = token_nll(gated.network, tokens, tokens).sum()
-            for kind, slope in zip(gates, torch.autograd.grad(loss, [*gates.values()]), strict=True):
-                sums[kind] += slope.double().square()
-    return _logits(gated.space, {kind: 0.5 * processes.reduce(values).cpu() / total for kind, values in sums.items()})
+        for batch in text.batches:
+            for row in range(len(batch["labels"])):  # the square is of each row's own slope
+                losses = _losses(gated, batch, slice(row, row + 1), processes)
+                for kind, slope in zip(gates, torch.autograd.grad(losses.sum(), [*gates.values()]), strict=True):
+                    sums[kind] += slope.double().square()
+    means = {kind: processes.reduce(values).cpu() / text.num_rows for kind, values in sums.items()}
+    return _logits(gated.space, {kind: 0.5 * mean for kind, mean in means.items()})
 
 
 @torch.no_grad()
-def balanced(gated: GatedNetwork, start: Logits, limit: int, sequences: Tensor, processes: Processes) -> Logits:
+def balanced(gated: GatedNetwork, start: Logits, limit: int, text: Text, processes: Processes) -> Logits:
     """The logits, with what kinds are worth against each other by the loss of the projected gates.
 
     Args:
         gated: dense model with its gates.
         start: logits that order the gates of each kind.
         limit: most bytes that the weights of the decoder's units may take.
-        sequences: this process's share of the text, [sequences, tokens].
+        text: rows by whose losses gates are judged.
         processes: processes that share the text.
     """
     best = dict(start)
@@ -73,21 +116,29 @@ def balanced(gated: GatedNetwork, start: Logits, limit: int, sequences: Tensor, 
         if not (moved := [kind for kind in kinds if kind in start]) or len(moved) == len(start):
             continue
         tried = [{**best, **{kind: best[kind] + shift for kind in moved}} for shift in SHIFTS]
-        losses = [loss_of(gated, logits, limit, sequences, processes) for logits in tried]
+        losses = [loss_of(gated, logits, limit, text, processes) for logits in tried]
         best = tried[losses.index(min(losses))]
     return best
 
 
 @torch.no_grad()
-def loss_of(gated: GatedNetwork, logits: Logits, limit: int, sequences: Tensor, processes: Processes) -> float:
+def loss_of(gated: GatedNetwork, logits: Logits, limit: int, text: Text, processes: Processes) -> float:
     """Summed negative log-likelihood of text under the gates that a budget leaves open, over all processes."""
     gates = {kind: values.to(processes.device) for kind, values in acting(logits).items()}
     gated.open(hard(gates, thresholds_within(gated.space, gates, limit)))
     total = torch.zeros((), dtype=torch.float64, device=processes.device)
-    for tokens in sequences.to(processes.device).split(SEQUENCES_AT_ONCE):  # type: ignore[no-untyped-call]
-        with processes.forward_context():
-            total += token_nll(gated.network, tokens, tokens).sum().double()
+    for batch in text.batches:
+        total += _losses(gated, batch, slice(None), processes).sum().double()
     return float(processes.reduce(total))
+
+
+def _losses(gated: GatedNetwork, batch: Batch, rows: slice, processes: Processes) -> Tensor:
+    """Negative log-likelihood of the targets in some rows of a batch, [rows, T - 1]."""
+    tokens, labels, mask = (
+        batch[part][rows].to(processes.device) for part in ("input_ids", "labels", "attention_mask")
+    )
+    with processes.forward_context():
+        return token_nll(gated.network, tokens, labels, mask)
 
 
 def _at_dense(space: JointSpace, device: torch.device) -> Gates:

@@ -4,19 +4,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import chain
 from statistics import mean, stdev
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from qpruner.errors import UserError, brief
 from qpruner.files import write_text
 from qpruner.records.folder import RunFolder
 from qpruner.records.pictures import save_figure
+from qpruner.records.pictures_of_search import front_figure, trials_figure
 from qpruner.records.pictures_of_tasks import Panel, Point, front_of, fronts_figure
 from qpruner.records.statistics import accuracies, mean_accuracy
 from qpruner.records.tables import markdown_table, percent
 from qpruner.schema import Record, conform
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 
 @dataclass(frozen=True)
@@ -72,6 +70,12 @@ class Tried:
         return self.loss if self.value is None else self.value
 
     @property
+    def multiply_adds(self) -> int | None:
+        """Multiply-adds of the decoder linears for a token; None where that was not recorded."""
+        number: int | None = self.scores.get("multiply_adds")
+        return number
+
+    @property
     def spread(self) -> float | None:
         """Standard deviation over the seeds; None for one."""
         return stdev(self.losses) if len(self.losses) > 1 else None
@@ -106,7 +110,7 @@ class SearchResults(Record):
         failed: numbers of trials that failed, with the reason.
         variants: finalists and plans that were not searched for, each with all seeds, best first; those that failed for
             some seeds last.
-        front: names of the trials that no other beats in both loss and bytes, fewest bytes first.
+        front: names of the trials of the front, see `pareto_front`.
         proposers: optimizers that proposed the trials, in order.
         parts: KV groups or FFN channels of layers, where widths are searched.
         units: how many units each part has before any go.
@@ -153,14 +157,31 @@ class SearchResults(Record):
     def winner(self) -> Tried:
         return self.variants[0]
 
+    @property
+    def trades_time(self) -> bool:
+        """Whether trials differ in multiply-adds, as they do where widths are searched."""
+        return differ_in_time(self.trials)
+
+
+def differ_in_time(trials: Sequence[Tried]) -> bool:
+    """Whether the multiply-adds of all trials are known, and not all the same."""
+    numbers = {trial.multiply_adds for trial in trials}
+    return len(numbers) > 1 and None not in numbers
+
 
 def pareto_front(trials: Sequence[Tried]) -> list[Tried]:
-    """The trials that none of no more bytes beats in what is minimized, fewest bytes first; of equal ones the first."""
-    front: list[Tried] = []
-    for trial in sorted(trials, key=lambda trial: (trial.num_bytes, trial.minimized)):
-        if not front or trial.minimized < front[-1].minimized:
-            front.append(trial)
-    return front
+    """The trials that none beats, fewest bytes first; of equal ones the first.
+
+    One beats another if it is at least as good in each of bytes, multiply-adds where trials differ in these, and what
+    is minimized, and better in one of them.
+    """
+    by_time = differ_in_time(trials)
+    costs = [(trial.num_bytes, trial.minimized, (by_time and trial.multiply_adds) or 0) for trial in trials]
+    front: list[int] = []
+    for place in sorted(range(len(trials)), key=lambda place: costs[place]):  # after all that beat it
+        if not any(all(a <= b for a, b in zip(costs[other], costs[place], strict=True)) for other in front):
+            front.append(place)
+    return [trials[place] for place in front]
 
 
 def task_panels(results: SearchResults) -> dict[str, Panel]:
@@ -208,7 +229,7 @@ def variants_table(results: SearchResults) -> str:
             f"{variant.loss:.4f}" + ("" if variant.spread is None else f" ± {variant.spread:.4f}"),
             _number(variant.scores.get("kl")),
             "".join(str(results.bits[choice]) + " " for choice in variant.choices).strip(),
-            *([_count(variant.scores.get("multiply_adds")), *_kept(results, variant)] if results.parts else []),
+            *([_count(variant.multiply_adds), *_kept(results, variant)] if results.parts else []),
         ]
         for variant in results.variants
     ]
@@ -216,6 +237,23 @@ def variants_table(results: SearchResults) -> str:
     structure = ["multiply-adds", "KV groups", "FFN channels"] if results.parts else []
     columns = ["plan", "bytes", "average bits", *accuracy, "validation loss", "KL to dense", "bits", *structure]
     return markdown_table(columns, rows)
+
+
+def trials_table(results: SearchResults) -> str:
+    """All trials by what the front weighs, in order."""
+    rows = [
+        [
+            trial.name,
+            f"{trial.num_bytes:,}",
+            _count(trial.multiply_adds),
+            *([percent(trial.accuracy)] if trial.accuracies else []),
+            f"{trial.loss:.4f}",
+            "yes" if trial.name in results.front else "",
+        ]
+        for trial in results.trials
+    ]
+    accuracy = ["validation accuracy"] if any(trial.accuracies for trial in results.trials) else []
+    return markdown_table(["trial", "bytes", "multiply-adds", *accuracy, "validation loss", "front"], rows)
 
 
 def proposed_by(results: SearchResults) -> str:
@@ -233,6 +271,7 @@ def write_search_report(folder: RunFolder, results: SearchResults) -> None:
     save_figure(front_figure(results), folder.pareto_picture)
     seeds = len(results.winner.losses)
     plans = len({(trial.choices, trial.units) for trial in results.trials})
+    weighed = "loss, bytes and multiply-adds for a token at once" if results.trades_time else "both loss and bytes"
     compared = " Plans are compared by accuracy in steps of its standard error, and within a step by loss."
     lines = [
         f"# Search {folder.path.name}",
@@ -249,8 +288,9 @@ def write_search_report(folder: RunFolder, results: SearchResults) -> None:
         "",
         f"![Loss over bytes]({folder.pareto_picture.name})",
         "",
-        f"Plans that no other beats in both loss and bytes: {', '.join(results.front)}; in `{folder.plans.name}/`.",
+        f"Plans that no other beats in {weighed}: {', '.join(results.front)}; in `{folder.plans.name}/`.",
         "",
+        *([trials_table(results), ""] if results.trades_time else []),
         f"![Bits of each trial]({folder.trials_picture.name})",
     ]
     if panels := task_panels(results):
@@ -268,61 +308,6 @@ def write_search_report(folder: RunFolder, results: SearchResults) -> None:
     write_text(folder.report, "\n".join(lines) + "\n")
 
 
-def trials_figure(results: SearchResults) -> "Figure":
-    """The bits of every trial, items downwards, with its loss above."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(
-        figsize=(max(6, 1.5 + 0.3 * len(results.trials)), 3 + 0.25 * (len(results.items) + len(results.parts))),
-        layout="constrained",
-    )
-    heights = [1, max(1, len(results.items) / 8), *([max(1, len(results.parts) / 8)] if results.parts else [])]
-    above, below, *others = figure.subplots(len(heights), 1, sharex=True, height_ratios=heights)
-    numbers = range(len(results.trials))
-    losses = [trial.loss for trial in results.trials]
-    above.plot(numbers, losses, "o-", markersize=3)
-    above.step(numbers, [min(losses[: end + 1]) for end in numbers], where="post", color="#c98f3d", label="best so far")
-    above.set_ylabel("validation loss")
-    above.legend()
-    bits = [[results.bits[choice] for choice in trial.choices] for trial in results.trials]
-    below.imshow(list(zip(*bits, strict=True)), aspect="auto", cmap="YlOrBr", vmin=0, vmax=20)
-    below.set_yticks(range(len(results.items)), results.items, fontsize=7)
-    below.set_xticks(numbers, [trial.name.removeprefix("trial ") for trial in results.trials], fontsize=7)
-    below.set_xlabel(f"trial; dark is more of {', '.join(map(str, results.bits))} bits")
-    for axes in others:
-        shares = [
-            [kept / whole for kept, whole in zip(trial.units, results.units, strict=True)] for trial in results.trials
-        ]
-        axes.imshow(list(zip(*shares, strict=True)), aspect="auto", cmap="YlGn", vmin=0, vmax=1)
-        axes.set_yticks(range(len(results.parts)), results.parts, fontsize=7)
-        axes.set_xlabel("trial; dark is more units kept")
-    return figure
-
-
-def front_figure(results: SearchResults) -> "Figure":
-    """Loss over bytes of all trials, with the front."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(7, 4.5), layout="constrained")
-    axes = figure.subplots()
-    axes.plot(
-        [trial.num_bytes for trial in results.trials], [trial.loss for trial in results.trials], "o", color="#9aa7b5"
-    )
-    front = [trial for trial in results.trials if trial.name in results.front]
-    front.sort(key=lambda trial: trial.num_bytes)
-    axes.plot(
-        [trial.num_bytes for trial in front], [trial.loss for trial in front], "o-", color="#b5473b", label="front"
-    )
-    for variant in results.variants:
-        if not variant.name.startswith("trial"):
-            axes.plot(variant.num_bytes, variant.losses[0], "x", label=variant.name)
-    axes.set_xlabel("bytes of all tensors")
-    axes.set_ylabel("validation loss (nats per token)")
-    axes.grid(alpha=0.3)
-    axes.legend()
-    return figure
-
-
 def show_search(logger: Any, results: SearchResults) -> None:
     """Pictures and the table of trials, in TensorBoard.
 
@@ -338,9 +323,10 @@ def show_search(logger: Any, results: SearchResults) -> None:
     board.add_text("search/variants", variants_table(results))
     for trial in results.trials:
         chosen = {item: results.bits[choice] for item, choice in zip(results.items, trial.choices, strict=True)}
-        board.add_hparams(
-            chosen, {"search/trial_loss": trial.loss, "search/trial_bytes": trial.num_bytes}, run_name=trial.name
-        )
+        measured = {"search/trial_loss": trial.loss, "search/trial_bytes": trial.num_bytes}
+        if results.trades_time:
+            measured["search/trial_multiply_adds"] = trial.multiply_adds or 0
+        board.add_hparams(chosen, measured, run_name=trial.name)
     board.flush()
 
 

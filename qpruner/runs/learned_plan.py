@@ -61,9 +61,9 @@ class LearnedPlan(Callback):
             limits, space = pl_module.limits, pl_module.space
             plans = pl_module.plans()
             assert pl_module.best is not None
-            tokens = pl_module.ground.sequences[:, 1:].numel() * trainer.world_size * len(limits)
+            tokens = pl_module.ground.text.num_scored * len(limits)
             rank_zero_info(
-                f"The gates after {pl_module.best.step} of {trainer.max_steps} steps are best on the text that they "
+                f"The gates after {pl_module.best.step} of {trainer.max_steps} steps are best on the rows that they "
                 f"began with, with a loss of {pl_module.best.loss / tokens:.4f} nats per token."
             )
             for limit, plan in zip(limits, plans, strict=True):

@@ -1,5 +1,6 @@
 """Learns the plan of a run, in a fit of its own before the phases, from what the run's callbacks ask for."""
 
+import math
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -19,6 +20,7 @@ from qpruner.errors import UserError
 from qpruner.joint.config import JointConfig
 from qpruner.joint.learner import Ground, PlanLearner
 from qpruner.joint.network import GatedNetwork
+from qpruner.joint.prior import Text
 from qpruner.joint.space import JointSpace
 from qpruner.memory import num_parameters
 from qpruner.model_folder import build_skeleton, rehearse_saving
@@ -184,9 +186,10 @@ class Learning:
         bank = of_codes.bank(job, plan)
         model.network.to(processes.device)
         gated = GatedNetwork(model.network, bank, space)
-        text = self.config.start
-        share = self.data.calibration(text.num_sequences, text.length, processes.rank, processes.world_size)
-        return Ground(gated, share, processes), limits
+        data = learner.trainer.datamodule  # type: ignore[attr-defined]  # which knows what the fit reads
+        rows = data.train_dataloader().read_in(0, math.inf)[-self.config.start_rows :]
+        text = Text.share(data.examples("train"), rows, data.loader.batch_size, processes)
+        return Ground(gated, text, processes), limits
 
     def _space(self, network: Any, plan: CompressionPlan) -> tuple[JointSpace, list[int]]:
         """The gates, and the bytes of each budget."""

@@ -24,20 +24,34 @@ class Ranking:
     Args:
         parts: layer and kind of the units of each part.
         scores: [layers], scores of all units.
+        start: plan whose units stay in a part of which as many do; None for none.
     """
 
     parts: tuple[tuple[int, Kind], ...]
     scores: Sequence[LayerScores]
+    start: CompressionPlan | None = None
 
     def kept(self, counts: Sequence[int]) -> Kept:
-        """The units that stay when so many of each part do; all of those that are no part."""
+        """The units that stay when so many of each part do, lowest place first; all of those that are no part."""
         whole = [(len(layer.kv_groups), len(layer.ffn_channels)) for layer in self.scores]
         numbers = {(number, kind): count for (number, kind), count in zip(self.parts, counts, strict=True)}
         widths = [
             (numbers.get((number, "kv_groups"), groups), numbers.get((number, "ffn_channels"), channels))
             for number, (groups, channels) in enumerate(whole)
         ]
-        return keep_highest(self.scores, widths)
+        kept = keep_highest(self.scores, widths)
+        if self.start is None:
+            return kept
+        layers = zip(kept, self.start.layers, strict=True)
+        return [
+            (_with_as_many(groups, layer.kv_groups), _with_as_many(channels, layer.ffn_channels))
+            for (groups, channels), layer in layers
+        ]
+
+
+def _with_as_many(units: list[int], others: Sequence[int]) -> list[int]:
+    """The others if there are as many of them."""
+    return sorted(others) if len(others) == len(units) else units
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,8 @@ class SearchConfig:
         score: what plans are compared by: ``loss`` on the validation text; ``accuracy``, the mean over the validation
             questions of all tasks; or tasks with their weights, such as ``{boolq: 1, winogrande: 1}``. Accuracies count
             in steps of their standard error, within which the loss decides.
-        front: whether to search for the trade-off of score and bytes below the budget, instead of the best plan in it.
+        front: whether to search for the trade-off of score and bytes below the budget, instead of the best plan in it;
+            and of multiply-adds where widths of layers are searched.
         finalists: number of plans that are tried again with other seeds, at least 1; the best on average wins.
         finalist_seeds: number of seeds that finalists are tried with in all, at least 1.
         finalist_steps: optimizer steps of the finalists' fits; default ``steps``. With more, a trial is a rung: all but

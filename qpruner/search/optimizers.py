@@ -1,7 +1,7 @@
 """What proposes the next plan: our own optimizers and all of Nevergrad's, behind one function.
 
-All speak Nevergrad's ask and tell about points of a `SearchSpace`. Two objectives are told as a list, score first. The
-same proposals come back when an optimizer of the same seed is asked and told the same again in the same order, so a
+All speak Nevergrad's ask and tell about points of a `SearchSpace`. Several objectives are told as a list, score first.
+The same proposals come back when an optimizer of the same seed is asked and told the same again in the same order, so a
 record of trials is all that a search needs to go on.
 
 **bayesian.** The prior's plan first. Then, of a pool of random plans and of changes to plans tried before, the one of
@@ -11,7 +11,7 @@ believer"), so that several can be out at once.
 
 **random.** Plans drawn without regard to the prior, none twice.
 
-**Sources.** Ginsbourger, Le Riche and Carraro 2010, "Kriging is well-suited to parallelize optimization". Two
+**Sources.** Ginsbourger, Le Riche and Carraro 2010, "Kriging is well-suited to parallelize optimization". More
 objectives: Knowles 2006, "ParEGO". Refinement of a prior's bits by a Gaussian process: QPruner (arXiv 2412.11629).
 """
 
@@ -115,11 +115,11 @@ class PlanOptimizer(Optimizer):
 
     def __init__(self, parametrization: Any, budget: int, num_workers: int, *, space: SearchSpace, seed: int) -> None:
         super().__init__(parametrization, budget, num_workers)
-        self._no_hypervolume = True  # Nevergrad would make one number of two objectives
+        self._no_hypervolume = True  # Nevergrad would make one number of several objectives
         self.space, self.seed = space, seed
         self.points: list[Floats] = []  # of those told, as are the next two
         self.plans: list[tuple[int, ...]] = []
-        self.losses: list[Floats] = []  # one or two each
+        self.losses: list[Floats] = []  # one to three each
         self.pending: dict[str, tuple[int, ...]] = {}  # by candidate
 
     def _internal_ask_candidate(self) -> Any:
@@ -206,7 +206,7 @@ class BayesianPlans(PlanOptimizer):
         return self.space.features(plans), (self.space.costs(plans) - self.middle) / self.spread
 
     def _scores(self, generator: np.random.Generator) -> Floats:
-        """[told], of mean 0 and spread 1; two objectives are weighed into one, at random."""
+        """[told], of mean 0 and spread 1; several objectives are weighed into one, at random."""
         losses = np.array(self.losses)
         if losses.shape[1] > 1:
             scaled = (losses - losses.min(0)) / _spread(losses)

@@ -75,6 +75,7 @@ def prepare(
     processes: Processes,
     folder: RunFolder,
     structure: StructureConfig | None = None,
+    start: CompressionPlan | None = None,
 ) -> Preparation:
     """Prunes the base, decides as those do that do not search, and fills the bank, unless an earlier session did.
 
@@ -86,6 +87,7 @@ def prepare(
         processes: processes that compute.
         folder: folder of the search.
         structure: how wide layers may be, where that is searched; the base is not pruned then.
+        start: plan that such a search is to try among the first; None for none.
 
     Raises:
         UserError: no budget, too little text, or what pruning and allocation refuse.
@@ -101,7 +103,7 @@ def prepare(
     plan = plan.with_precision([dict.fromkeys(UNITS, DENSE)] * len(plan.layers), **quantization.tables)
     job = CompressionJob(model, data, processes, module.lora, module.seed, keep_in=folder.base)
     if structure is not None and scoring is not None:
-        structured = prepare_structures(replace(job, folder=folder), plan, scoring, allocator, structure)
+        structured = prepare_structures(replace(job, folder=folder), plan, scoring, allocator, structure, start)
         prior = structured.priors[allocator.method]
         iterations = allocator.loftq_iterations
         return Preparation(model.base_sha256, model.identity, plan, prior, iterations, structured)

@@ -125,7 +125,8 @@ class MadeUpScores:
     """Losses such as a search finds: about 2 nats per token, mostly as the prior has it, else as luck has it.
 
     Args:
-        space: space of the plans; two objectives where it spends a share of the bytes.
+        space: space of the plans; where it spends a share of the bytes these are a second objective, and the
+            multiply-adds of a structure a third.
         seed: seed of the luck, which is the same for equal plans.
     """
 
@@ -139,4 +140,9 @@ class MadeUpScores:
         (luck,) = np.random.default_rng(derive_seed(self.seed, *plan[0].tolist())).standard_normal(1)
         (cost,) = (self.space.costs(plan) - self.middle) / self.spread
         loss = float(2 + 0.1 * cost + 0.03 * luck)
-        return [loss, float(self.space.sizes(plan)[0])] if self.space.spends else loss
+        if not self.space.spends:
+            return loss
+        structure, size = self.space.structure, float(self.space.sizes(plan)[0])
+        if structure is None:
+            return [loss, size]
+        return [loss, size, float(structure.multiply_adds(plan[:, : self.space.num_parts])[0])]

@@ -61,10 +61,10 @@ class SearchSpace:
             those of layers in which all units stay.
         levels: widths of these choices as numbers above 0, such as bits, [items]; more is wider.
         limit: bytes that a plan may take; the smallest choices fit, in the least structure.
-        spends: whether the share of the bytes that are spent is one more coordinate, the last one. A search with two
-            objectives needs it: without it all plans have nearly the same bytes. 0 spends half of the bytes between the
-            smallest choices and the limit, so that both ends of a front are equally near; they are reached at -1.6
-            and 1.6.
+        spends: whether the share of the bytes that are spent is one more coordinate, the last one. A search with more
+            objectives than one needs it: without it all plans have nearly the same bytes. 0 spends half of the bytes
+            between the smallest choices and the limit, so that both ends of a front are equally near; they are reached
+            at -1.6 and 1.6.
         structure: how wide layers may be, whose coordinates come first; None where they are as they are.
     """
 

@@ -43,8 +43,11 @@ class StructureConfig:
         least: share of the units of a layer that stays at least, in (0, 1).
         groups: whether KV groups are searched.
         channels: whether FFN channels are searched.
-        start: file of a plan to try among the first, such as one that was learned: its widths of layers and its bits,
-            but the units by scores; null for none.
+        start: file of a plan to try among the first, such as one that was learned; null for none. Of it are taken the
+            number of units of each part and the bits of each item, or the nearest to these that the search has; and the
+            units themselves, in every trial that keeps as many of the part as it does. In parts that are not searched
+            all units stay, and input channels that it holds wider than others (``leading``) have the bits of their
+            unit.
 
     Raises:
         UserError: a share out of its range, or nothing to search.
@@ -149,6 +152,11 @@ class Structure:
     def multiply_adds(self, structures: Integers) -> Integers:
         """[points], multiply-adds of a token in the linears of the parts."""
         return self._sum([part.multiply_adds for part in self.parts], structures).astype(np.int64)
+
+    @property
+    def most(self) -> int:
+        """Multiply-adds of a token in the linears of the parts where all units stay."""
+        return sum(part.multiply_adds[-1] for part in self.parts)
 
     def rest(self, structures: Integers) -> Integers:
         """[points], bytes besides those of items, less those of the whole parts."""

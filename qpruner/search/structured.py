@@ -78,6 +78,7 @@ def prepare_structures(
     scoring: StructuredPruning,
     allocator: Allocator,
     config: StructureConfig,
+    start: CompressionPlan | None = None,
 ) -> Structured:
     """Scores units, gathers sums, measures what bits cost and fills the bank, unless an earlier session did.
 
@@ -87,13 +88,16 @@ def prepare_structures(
         scoring: callback that says which units stay, and where the search starts.
         allocator: what spends the budget.
         config: how wide layers may be.
+        start: plan that is to be tried among the first; None for none.
 
     Raises:
-        UserError: a budget that no structure meets, adapters of a rank above that of the narrowest linear, or what
-            scoring and allocation refuse.
+        UserError: a start for another model, a budget that no structure meets, adapters of a rank above that of the
+            narrowest linear, or what scoring and allocation refuse.
     """
     folder, network = job.folder, job.model.network
     assert folder is not None
+    if start is not None:
+        start.check(plan.architecture, job.model.base_sha256)
     items = allocator.items(plan)
     structures = Structures(network, plan, config, scoring.selection, job.lora)
     precisions = in_order(plan, items, allocator.precisions, network.dtype.itemsize)
@@ -131,12 +135,12 @@ def prepare_structures(
         priors[method] = replace(allocation, budget=str(allocator.budget))
     allocator.bank(replace(job, folder=part_of(folder, allocator.method)), plan)
     costs = [decision.costs for decision in priors[allocator.method].decisions]
-    start = structures.start(scoring.ratio, scores)
+    origin = structures.start(scoring.ratio, scores)
     structure = structures.structure(
         items,
         precisions,
         allocator.budget,
-        start=start,
+        start=origin,
         scores=scores,
         price_of_all=sum(max(item) - min(item) for item in costs) or 1.0,
     )
@@ -145,7 +149,7 @@ def prepare_structures(
         f"Widths of {len(parts)} parts of layers are searched, from all units down to {config.least:.0%} of them; the "
         f"search starts from what StructuredPruning keeps ({asked_for(scoring.ratio, network, scoring.selection)})."
     )
-    return Structured(structure, Ranking(parts, scores), limit, priors, compensates)
+    return Structured(structure, Ranking(parts, scores, start), limit, priors, compensates)
 
 
 def _scores(job: CompressionJob, scoring: StructuredPruning) -> list[LayerScores]:

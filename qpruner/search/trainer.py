@@ -161,8 +161,9 @@ class Search:
         alone = Processes.alone(self.trainer.strategy.root_device, self.trainer.precision_plugin.forward_context)
         processes = replace(alone, precision=str(self.trainer.precision))
         self.prepared = prepare(
-            self.module, self.data, self.pruning, self.quantization, processes, self.folder, self.config.structure
-        )
+            self.module, self.data, self.pruning, self.quantization, processes, self.folder, self.config.structure,
+            self.start,
+        )  # fmt: skip
         self.prior = self.prepared.prior
         self.space = self.space_of(self.prior)
 
@@ -194,14 +195,9 @@ class Search:
 
     @property
     def starts(self) -> tuple[Point, ...]:
-        """Points to try among the first.
-
-        Raises:
-            UserError: the plan to start from is for another model.
-        """
+        """Points to try among the first."""
         if self.start is None or self.space.structure is None:
             return ()
-        self.start.check(self.prepared.base.architecture, self.prepared.base_sha256)
         row = self.prepared.candidates.row(self.start, self.space.structure)
         return (self.space.encode(row).tolist(),)
 
@@ -266,11 +262,16 @@ class Search:
         return key if structure is None else {"units": structure.counts(plan[:parts]), **key}
 
     def judge(self) -> Judge:
-        return Judge(self.score, first_penalty=[1e6, float(self.space.limit)] if self.config.front else 1e6)
+        worst = [1e6, float(self.space.limit)]
+        if self.space.structure is not None:
+            worst.append(float(self.space.structure.most))
+        return Judge(self.score, first_penalty=worst if self.config.front else 1e6)
 
     def score(self, scores: Scores) -> Score:
+        """What is minimized; for a front with bytes, and where widths are searched with multiply-adds."""
         value = self.aim.of_scores(scores)
-        return [value, float(scores["bytes"])] if self.config.front else value
+        traded = ["bytes"] if self.space.structure is None else ["bytes", "multiply_adds"]
+        return [value, *(float(scores[name]) for name in traded)] if self.config.front else value
 
     def identity(self, part: str) -> dict[str, Any]:
         """What tells this search's ledger from others; more trials, workers or another optimizer are no other."""
@@ -281,8 +282,10 @@ class Search:
             del options["score"]
         if self.config.structure is None:
             del options["structure"]
+        start = {} if self.start is None else {"start": hash_json(self.start.to_json())}  # its units, whatever its name
         return {
             "part": part,
+            **start,
             "search": {name: value for name, value in options.items() if name not in free},
             "model": dict(self.module.hparams),
             "base_sha256": self.prepared.base_sha256,
@@ -328,6 +331,8 @@ class Search:
             if (accuracy := self.aim.accuracy(record.scores)) is not None:
                 board.add_scalar("search/accuracy", accuracy, record.number)
             board.add_scalar("search/bytes", record.scores["bytes"], record.number)
+            if self.space.structure is not None:
+                board.add_scalar("search/multiply_adds", record.scores["multiply_adds"], record.number)
             board.flush()
 
     def compare(self, executor: Executor) -> list[Tried]:
@@ -406,8 +411,8 @@ class Search:
             self.folder.pareto,
             [
                 {"name": point.name, "plan": f"{self.folder.plans.name}/{plan_name(point)}",
-                 "bytes": point.num_bytes, "average_bits": point.average_bits, "loss": point.loss,
-                 "accuracy": point.accuracy}
+                 "bytes": point.num_bytes, "multiply_adds": point.multiply_adds, "average_bits": point.average_bits,
+                 "loss": point.loss, "accuracy": point.accuracy}
                 for point in front
             ],
         )  # fmt: skip

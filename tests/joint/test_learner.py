@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 from support.families import VOCAB
-from support.joint import between, gated
+from support.joint import between, gated, text_of
 
 from qpruner.joint.config import JointConfig
 from qpruner.joint.learner import Ground, PlanLearner, take_out
@@ -16,8 +16,8 @@ from qpruner.joint.projection import differentiable_bytes
 from qpruner.joint.space import unit_bytes
 from qpruner.processes import Processes
 
-TEXT = torch.randint(0, VOCAB, (4, 12), generator=torch.Generator().manual_seed(3))
-BATCH: Any = {"input_ids": TEXT, "labels": TEXT, "attention_mask": torch.ones_like(TEXT), "example": torch.arange(4)}
+TEXT = text_of(torch.randint(0, VOCAB, (4, 12), generator=torch.Generator().manual_seed(3)))
+(BATCH,) = TEXT.batches
 
 
 def learner_of(**options: Any) -> PlanLearner:

@@ -5,59 +5,28 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from lightning.pytorch.loggers import TensorBoardLogger
-from support.figures import cells, curves, tick_labels
+from support.search_results import NARROWED, RESULTS, TRIALS, narrowed, tried
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from qpruner.errors import UserError
 from qpruner.records.folder import RunFolder
 from qpruner.records.search import (
-    Proposer,
     SearchResults,
     Tried,
-    front_figure,
     fronts_table,
     pareto_front,
     proposed_by,
     ranked,
     show_search,
     task_panels,
-    trials_figure,
+    trials_table,
     variants_table,
     write_search_report,
 )
 from qpruner.report_command import report_command
-
-
-def tried(name: str, num_bytes: int, *losses: float, choices: tuple[int, ...] = (0, 1)) -> Tried:
-    return Tried(name, choices, num_bytes, num_bytes / 100, losses, {"loss": losses[0], "kl": 0.25})
-
-
-TRIALS = (
-    tried("trial 1", 500, 2.0),
-    tried("trial 2", 400, 2.5),
-    tried("trial 4", 450, 2.5),  # more bytes for the same loss
-    tried("trial 5", 600, 2.1),  # worse in both than the first
-    tried("trial 6", 400, 2.5),  # equal to the second
-    tried("trial 7", 400, 2.6),
-    tried("trial 8", 700, 1.5),
-)
-RESULTS = SearchResults(
-    protocol="one document a row",
-    prior="mutual_information",
-    budget="6 bits per weight",
-    items=("layer 0", "layer 1"),
-    bits=(4, 8),
-    trials=TRIALS,
-    failed={3: "MemoryError"},
-    variants=(
-        tried("trial 8", 1700, 1.5, 1.7, choices=(1, 1)),
-        Tried("uniform", (0, 0), 1400, 4.5, (2.0,), {"loss": 2.0}),
-    ),
-    front=("trial 2", "trial 1", "trial 8"),
-    proposers=(Proposer("TBPSA", 1, 5), Proposer("bayesian", 6, 8)),
-)
 
 
 def test_the_front_is_what_no_other_beats_and_of_equals_the_first() -> None:
@@ -109,24 +78,6 @@ def test_the_report_names_front_failures_and_pictures(tmp_path: Path) -> None:
     assert "beats in both loss and bytes: trial 2, trial 1, trial 8; in `plans/`" in report
     for picture in (folder.trials_picture, folder.pareto_picture):
         assert picture.exists() and f"]({picture.name})" in report
-
-
-def test_the_picture_of_trials_shows_losses_the_best_so_far_and_the_bits_of_items() -> None:
-    above, below = trials_figure(RESULTS).axes
-    losses, best = curves(above).values()
-    assert losses == list(enumerate([2.0, 2.5, 2.5, 2.1, 2.5, 2.6, 1.5]))
-    assert best == list(enumerate([2.0, 2.0, 2.0, 2.0, 2.0, 2.0, 1.5]))
-    assert cells(below) == [[4] * 7, [8] * 7]
-    assert tick_labels(below.yaxis) == ["layer 0", "layer 1"]
-    assert tick_labels(below.xaxis) == ["1", "2", "4", "5", "6", "7", "8"]  # the third failed
-
-
-def test_the_picture_of_the_front_shows_all_trials_the_front_and_what_nobody_searched_for() -> None:
-    (axes,) = front_figure(RESULTS).axes
-    trials, *named = curves(axes).values()
-    assert trials == [(one.num_bytes, one.loss) for one in TRIALS]
-    assert named == [[(400, 2.5), (500, 2.0), (700, 1.5)], [(1400, 2.0)]]
-    assert list(curves(axes))[1:] == ["front", "uniform"]
 
 
 def on_tasks(trial: Tried, **accuracies: float) -> Tried:
@@ -230,24 +181,57 @@ def test_results_that_hold_something_else_are_named(tmp_path: Path, changes: dic
 
 
 def test_widths_that_were_searched_stand_beside_bits(tmp_path: Path) -> None:
-    def narrowed(plan: Tried, *units: int) -> Tried:
-        return replace(plan, units=units, scores={**plan.scores, "multiply_adds": 1000 * sum(units)})
-
-    results = replace(
-        RESULTS,
-        parts=("layer 0 kv_groups", "layer 0 ffn_channels", "layer 1 ffn_channels"),
-        units=(4, 48, 48),
-        trials=tuple(narrowed(trial, 2, 48, number) for number, trial in enumerate(TRIALS, 1)),
-        variants=tuple(narrowed(variant, 3, 40, 20) for variant in RESULTS.variants),
-    )
-    results.write(path := tmp_path / "search.json")
-    assert SearchResults.read(path) == results
-    table = [[cell.strip() for cell in line.strip("| ").split("|")] for line in variants_table(results).splitlines()]
+    NARROWED.write(path := tmp_path / "search.json")
+    assert SearchResults.read(path) == NARROWED
+    table = [[cell.strip() for cell in line.strip("| ").split("|")] for line in variants_table(NARROWED).splitlines()]
     assert table[0][-4:] == ["bits", "multiply-adds", "KV groups", "FFN channels"]
     assert table[2][-4:] == ["8 8", "63,000", "3", "40 20"]
-    figure = trials_figure(results)
-    assert tick_labels(figure.axes[2].yaxis) == list(results.parts)
-    shares = cells(figure.axes[2])
-    assert [row[0] for row in shares] == pytest.approx([0.5, 1, 1 / 48]) and len(shares[0]) == len(TRIALS)
-    write_search_report(RunFolder(tmp_path), results)
+    write_search_report(RunFolder(tmp_path), NARROWED)
     assert f"{len(TRIALS)} plans were tried in {len(TRIALS)} trials" in RunFolder(tmp_path).report.read_text()
+
+
+def test_trials_that_differ_in_multiply_adds_have_a_front_over_these_too() -> None:
+    """By hand: trial 6 is as trial 2 and faster, trial 5 is slower than none of fewer bytes and less loss."""
+    assert [one.name for one in pareto_front(NARROWED.trials)] == list(NARROWED.front)
+    alike = [narrowed(trial, 2, 48, 7) for trial in TRIALS]  # which is the front of bytes and loss
+    assert [one.name for one in pareto_front(alike)] == list(RESULTS.front)
+    unknown = [*NARROWED.trials[:-1], TRIALS[-1]]  # of one it was not recorded
+    assert [one.name for one in pareto_front(unknown)] == list(RESULTS.front)
+
+
+def test_a_front_over_three_quantities_is_what_no_other_beats() -> None:
+    generator = np.random.default_rng(1)
+    costs = generator.integers(1, 20, (30, 3)).tolist()
+    trials = [narrowed(tried(f"trial {place}", size, loss), count) for place, (size, loss, count) in enumerate(costs)]
+    expected = {
+        tuple(cost) for cost in costs if not any(other != cost and all(np.less_equal(other, cost)) for other in costs)
+    }
+    front = pareto_front(trials)
+    assert len(front) == len(expected) > 3
+    assert {(one.num_bytes, int(one.loss), (one.multiply_adds or 0) // 1000) for one in front} == expected
+
+
+def test_the_report_names_the_multiply_adds_of_each_trial(tmp_path: Path) -> None:
+    header, _, *rows = (
+        [cell.strip() for cell in line.strip("|").split("|")] for line in trials_table(NARROWED).splitlines()
+    )
+    assert header == ["trial", "bytes", "multiply-adds", "validation loss", "front"]
+    assert rows[0] == ["trial 1", "500", "57,000", "2.0000", "yes"]
+    assert rows[1] == ["trial 2", "400", "56,000", "2.5000", ""]
+    write_search_report(RunFolder(tmp_path), NARROWED)
+    report = RunFolder(tmp_path).report.read_text()
+    assert trials_table(NARROWED) in report
+    assert "no other beats in loss, bytes and multiply-adds for a token at once: trial 6, trial 7, trial 1" in report
+    write_search_report(RunFolder(tmp_path), RESULTS)
+    assert "| multiply-adds |" not in RunFolder(tmp_path).report.read_text()
+
+
+def test_the_board_has_the_multiply_adds_of_trials_that_differ_in_them(tmp_path: Path) -> None:
+    for results, expected in ((NARROWED, [57000.0]), (RESULTS, None)):
+        logger = TensorBoardLogger(tmp_path, str(expected))
+        show_search(logger, results)
+        events = EventAccumulator(str(Path(logger.log_dir) / "trial 1")).Reload()
+        scalars = events.Tags()["scalars"]
+        assert ("search/trial_multiply_adds" in scalars) is (expected is not None)
+        if expected is not None:
+            assert [event.value for event in events.Scalars("search/trial_multiply_adds")] == expected

@@ -1,5 +1,7 @@
 """Plans of keys, and scores as they come back from a file."""
 
+import pickle
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -28,6 +30,17 @@ def test_the_units_of_the_highest_scores_stay_and_parts_that_are_not_searched_ar
     assert plan.layers[1].precision == dict.fromkeys(UNITS, FOUR)
     alone = Candidates(BASE, ITEMS, (FOUR, EIGHT)).plan({"choices": [1, 0]})
     assert alone.widths == BASE.architecture and alone.layers[0].precision == plan.layers[0].precision
+
+
+def test_units_of_the_plan_to_start_from_stay_in_parts_that_keep_as_many() -> None:
+    start = BASE.keeping([((0, 2), (1, 3, 4)), ((0, 1), range(5))])
+    assert CANDIDATES.ranking is not None
+    ranking = pickle.loads(pickle.dumps(replace(CANDIDATES.ranking, start=start)))  # as workers get it
+    whole = [0, 1, 2], [0, 1, 2, 3, 4]
+    assert ranking.kept([2, 3]) == [([0, 2], [1, 3, 4]), whole]
+    assert ranking.kept([1, 3]) == [([1], [1, 3, 4]), whole]  # of the groups fewer: by scores
+    assert ranking.kept([2, 4]) == [([0, 2], [0, 2, 3, 4]), whole]
+    assert ranking.kept([3, 5]) == [whole, whole]
 
 
 def test_the_row_of_a_plan_has_the_nearest_that_there_is() -> None:

@@ -4,6 +4,7 @@ import random
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -19,6 +20,7 @@ from qpruner.search.optimizers import OptimizerSettings
 from qpruner.search.proposals import open_proposals
 from qpruner.search.rehearsal import MadeUpScores, check_runs, rehearse
 from qpruner.search.space import SearchSpace
+from qpruner.search.structure import Part, Structure
 
 TRIALS = 12
 SPACE = SearchSpace([[Choice(10, 0.0), Choice(20, -float(gain))] for gain in range(12)], [(4, 8)] * 12, limit=180)
@@ -141,6 +143,16 @@ def test_made_up_scores_follow_the_prior_and_are_the_same_again() -> None:
     front = SearchSpace(SPACE.choices, SPACE.levels, SPACE.limit, spends=True)
     loss, size = MadeUpScores(front, 0)([0.0] * 13)  # type: ignore[misc]
     assert size == front.sizes(front.decode(np.zeros((1, 13))))[0] and 1 < loss < 3
+
+
+@pytest.mark.parametrize("name", ["bayesian", "DE"])
+def test_a_front_of_widths_is_rehearsed_with_multiply_adds_as_a_third_objective(name: str, forked: None) -> None:
+    part = Part(0, "kv_groups", (1, 2), (10, 20), (0, 0), (1.0, 0.0), 1)
+    space = replace(SPACE, spends=True, structure=Structure((part,), [[] for _ in range(12)], 0.5))
+    scores = MadeUpScores(space, 0)
+    told = [scores([0.0, coordinate, *[0.0] * 13]) for coordinate in (0.0, -9.0)]
+    assert [len(one) for one in told] == [3, 3] and [one[2] for one in told] == [20.0, 10.0]  # type: ignore[arg-type,index]
+    rehearse(settings(name, 4, space))
 
 
 def test_one_that_cannot_be_told_what_was_tried_before_passes(forked: None) -> None:

@@ -3,6 +3,7 @@
 import json
 import logging
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from qpruner.plan import CompressionPlan
 from qpruner.records.search import SearchResults
 from qpruner.search.config import SearchConfig
 from qpruner.search.ledger import Key, Ledger, OptimizerRecord, TrialRecord
+from qpruner.search.structure import Part, Structure
 from qpruner.search.trainer import Search, SearchTrainer, compressing
 from qpruner.search.workers import Outcome
 from qpruner.training.module import LoRAFinetuner
@@ -109,6 +111,17 @@ def test_what_an_optimizer_is_told(folder: Path, tiny_llama: Path, front: bool, 
     assert search.space.spends == front
 
 
+def test_a_front_of_widths_is_told_multiply_adds_too(folder: Path, tiny_llama: Path) -> None:
+    search = search_of(tiny_llama, folder, front=True)
+    search.prepare()
+    part = Part(0, "kv_groups", (1, 2), (10, 20), (0, 0), (1.0, 0.0), 1)
+    structure = Structure((part,), [[] for _ in range(search.space.num_items)], 0.5)
+    search.space = replace(search.space, structure=structure)
+    judge = search.judge()
+    assert judge(TrialRecord(0, {}, 0, why="out of memory")) == [1e6, float(search.prior.for_items), 20.0]
+    assert judge(TrialRecord(1, {}, 1, scores={"loss": 2.5, "bytes": 7, "multiply_adds": 15})) == [2.5, 7.0, 15.0]
+
+
 def test_the_identity_is_plain_data_and_the_same_in_each_session(prepared: Search, tiny_llama: Path) -> None:
     identity = prepared.identity("trials")
     assert json.loads(json.dumps(identity)) == json.loads(json.dumps(prepared.identity("trials")))
@@ -117,6 +130,13 @@ def test_the_identity_is_plain_data_and_the_same_in_each_session(prepared: Searc
     assert json.dumps(again.identity("trials")) == json.dumps(identity)
     assert identity["compression"].keys() == {"StructuredPruning", "MixedPrecisionQuantization"}
     assert identity["trainer"]["gradient_clip_val"] == 0.5
+    starts = [prepared.prepared.base, prepared.prepared.base.keeping([((0,), range(4))] * 2)]
+    of_starts = []
+    for start in starts:  # two plans in a file of one name
+        again.start = start
+        of_starts.append({**again.identity("trials")})
+    assert of_starts[0] != of_starts[1] and all(one.pop("start") for one in of_starts)
+    assert json.dumps(of_starts[0]) == json.dumps(identity)
 
 
 @pytest.mark.parametrize(

@@ -1,14 +1,19 @@
 """Tiny models with gates in them."""
 
+from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from qpruner.anatomy import architecture_of
+from qpruner.datamodules.rows import Row, TextExamples, TokenRows
 from qpruner.joint.network import GatedNetwork
+from qpruner.joint.prior import Text
 from qpruner.joint.space import Gates, JointSpace
 from qpruner.plan import UNITS, CompressionPlan, Precision
+from qpruner.processes import Processes
 from qpruner.quantization.bank import Bank, fill
 from support.families import tiny_model
 
@@ -34,6 +39,17 @@ def gated(family: str = "llama", **changes: Any) -> tuple[GatedNetwork, Bank]:
     space = space_of(model, **changes)
     bank = fill(model, space.offered, None, device=CPU)
     return GatedNetwork(model, bank, space), bank
+
+
+def examples_of(tokens: Sequence[Tensor], prompt: int = 0) -> TextExamples:
+    """Rows of tokens, of which all but the first few are targets."""
+    rows = [Row(one.int().numpy(), np.arange(len(one)) >= prompt, np.zeros(len(one), np.int32)) for one in tokens]
+    return TextExamples(TokenRows.of(rows), pad_token=0)
+
+
+def text_of(tokens: Sequence[Tensor], prompt: int = 0, processes: Processes | None = None) -> Text:
+    """One process's share of rows of tokens to judge gates by, four in a batch."""
+    return Text.share(examples_of(tokens, prompt), range(len(tokens)), 4, processes or Processes.alone())
 
 
 def gates_of(space: JointSpace, seed: int = 0, share: float = 0.6) -> Gates:
