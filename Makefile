@@ -2,7 +2,7 @@
 VENV := .venv
 PYTHON ?= python3
 
-.PHONY: demo test test-slow check format clean
+.PHONY: demo test test-slow check docs format clean
 
 demo: $(VENV)/.installed
 	$(VENV)/bin/qpruner fit --config configs/quickstart.yaml
@@ -19,7 +19,12 @@ check: $(VENV)/.installed
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/mypy
+	$(MAKE) docs
 	$(MAKE) test
+
+# Pages of docs/, as HTML in build/site; a link or a name of the code that is not there is an error.
+docs: $(VENV)/.docs-installed
+	$(VENV)/bin/mkdocs build --strict --quiet
 
 format: $(VENV)/.installed
 	$(VENV)/bin/ruff format .
@@ -28,6 +33,11 @@ format: $(VENV)/.installed
 $(VENV)/.installed: pyproject.toml
 	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/python -m pip install --quiet --editable '.[dev]'
+	touch $@
+
+# Apart, so that `test` and `demo` do not wait for what they do not need.
+$(VENV)/.docs-installed: $(VENV)/.installed
+	$(VENV)/bin/python -m pip install --quiet --editable '.[docs]'
 	touch $@
 
 clean:
