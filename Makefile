@@ -22,9 +22,10 @@ check: $(VENV)/.installed
 	$(MAKE) docs
 	$(MAKE) test
 
-# Pages of docs/, as HTML in build/site; a link or a name of the code that is not there is an error.
+# Pages of docs/, as HTML in build/site; a link or a name of the code that is not there is an error. Not with --quiet:
+# warnings that are not said are not counted by --strict.
 docs: $(VENV)/.docs-installed
-	$(VENV)/bin/mkdocs build --strict --quiet
+	$(VENV)/bin/mkdocs build --strict
 
 format: $(VENV)/.installed
 	$(VENV)/bin/ruff format .

@@ -28,7 +28,8 @@ class SearchConfig:
         finalists: number of plans that are tried again with other seeds, at least 1; the best on average wins.
         finalist_seeds: number of seeds that finalists are tried with in all, at least 1.
         finalist_steps: optimizer steps of the finalists' fits; default ``steps``. With more, a trial is a rung: all but
-            the finalists stop there. Fewer steps than recovery takes may choose the wrong ones: see the README.
+            the finalists stop there. Fewer steps than recovery takes may choose the wrong ones: see
+            ``docs/choosing/search.md``.
         executor: how and where trials run.
         structure: how wide layers may be, where that is searched together with bits; null to prune the base once and
             search bits alone.
