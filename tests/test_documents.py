@@ -17,6 +17,7 @@ import qpruner.datamodules  # noqa: F401  # as the names of its classes are foun
 from qpruner.commands import COMMANDS
 from qpruner.datamodules.base import TokenDataModule
 from qpruner.joint.config import JointConfig
+from qpruner.model_folder import read_plan
 from qpruner.plan import CompressionPlan
 from qpruner.records.folder import RunConfig
 from qpruner.runs.phases import PhaseConfig
@@ -108,3 +109,11 @@ def test_what_examples_import_is_there(text: str) -> None:
 def test_every_configuration_is_told_of() -> None:
     text = "".join(page.read_text() for page in PAGES)
     assert [path.name for path in (ROOT / "configs").iterdir() if f"configs/{path.name}" not in text] == []
+
+
+def test_the_example_without_a_trainer_leaves_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    page = (ROOT / "docs" / "reference" / "python.md").read_text()
+    (example,) = (code for code in re.findall(r"^```python\n(.*?)^```", page, re.M | re.S) if "CompressedModel" in code)
+    monkeypatch.chdir(tmp_path)
+    exec(example, {})
+    assert read_plan(tmp_path / "narrow").widths.ffn_channels == (256,) * 6
