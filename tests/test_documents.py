@@ -5,6 +5,7 @@ import json
 import re
 from importlib import import_module
 from pathlib import Path
+from runpy import run_path
 from typing import Any
 
 import pytest
@@ -117,3 +118,12 @@ def test_the_example_without_a_trainer_leaves_a_folder(tmp_path: Path, monkeypat
     monkeypatch.chdir(tmp_path)
     exec(example, {})
     assert read_plan(tmp_path / "narrow").widths.ffn_channels == (256,) * 6
+
+
+def test_marks_of_docstrings_become_markdown() -> None:
+    pytest.importorskip("griffe", reason="installed by `make docs`")
+    to_markdown = run_path(str(ROOT / "scripts" / "docstring_markup.py"))["to_markdown"]
+    told = "Like this::\n\n    code\n\nsetup, on_fit_end\n    Says\n    why.\n\nArgs:\n    name: a name."
+    assert to_markdown(told) == (
+        "Like this:\n\n    code\n\n`setup`, `on_fit_end`\n:   Says why.\n\n\nArgs:\n    name: a name."
+    )
