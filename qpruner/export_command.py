@@ -1,0 +1,32 @@
+"""`qpruner export`: a run's model in the format of another engine."""
+
+from pathlib import Path
+from typing import Literal
+
+from qpruner.options.functions import run_function
+
+
+def export_command(arguments: list[str]) -> None:
+    run_function("qpruner export", export, arguments)
+
+
+def export(
+    folder: Path,
+    *,
+    format: str,
+    output: Path | None = None,
+    dtype: Literal["bfloat16", "float16"] = "bfloat16",
+    overwrite: bool = False,
+) -> None:
+    """Writes a run's model in the format of another engine, and prints its bytes and how far its logits are off.
+
+    Args:
+        folder: folder of a finished run, such as runs/quickstart, or of its model.
+        format: dense: Hugging Face folder of 16 bits with the adapters in its weights.
+        output: folder to write; by default exports/FORMAT beside the folder of the model.
+        dtype: number format of what is left dense.
+        overwrite: whether an output that is there already is replaced.
+    """
+    from qpruner.export.exporting import export_model  # takes seconds to import, and help needs it not
+
+    export_model(folder, format, output, dtype, overwrite=overwrite)
