@@ -9,6 +9,7 @@ import torch
 
 from qpruner.errors import UserError, nearest
 from qpruner.export.dense import Dense
+from qpruner.export.gguf_file import Gguf
 from qpruner.export.source import Source
 from qpruner.export.written import Written
 
@@ -48,7 +49,7 @@ class Exporter(Protocol):
         """
 
 
-EXPORTS: Mapping[str, Exporter] = {exporter.name: exporter for exporter in (Dense(),)}
+EXPORTS: Mapping[str, Exporter] = {exporter.name: exporter for exporter in (Dense(), Gguf())}
 """The formats by their names."""
 
 
