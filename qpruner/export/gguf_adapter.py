@@ -1,6 +1,6 @@
 """Trained adapters as a GGUF file of their own, which llama.cpp adds to what the base computes (``--lora``)."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -37,23 +37,22 @@ def factors_of(entry: Entry, source: Source, alpha: float) -> Factors | None:
     That of several stacked parameters has the A of all of them below one another, and a B of blocks.
     """
     parts = [(part, source.adapter(part.parameter)) for part in entry.parts]
-    present = [adapter for _, adapter in parts if adapter is not None]
-    if not present:
+    rank = sum(len(adapter.lora_A) for _, adapter in parts if adapter is not None)
+    if not rank:
         return None
-    rank = sum(len(adapter.lora_A) for adapter in present)
-    lora_B, first_row, first = torch.zeros(entry.shape(source)[0], rank), 0, 0
+    lora_B, row, column = torch.zeros(entry.shape[0], rank), 0, 0
     for part, adapter in parts:
-        rows = source.shape(part.parameter)[0]
         if adapter is not None:
-            columns = slice(first, first + len(adapter.lora_A))
-            block = part.to_file(adapter.lora_B.float()) * (adapter.scale * rank / alpha)
-            lora_B[first_row : first_row + rows, columns] = block
-            first = columns.stop
-        first_row += rows
-    return Factors(entry.name, torch.cat([adapter.lora_A.float() for adapter in present]), lora_B)
+            end = column + len(adapter.lora_A)
+            block = part.rows(adapter.lora_B.float()) * (adapter.scale * rank / alpha)
+            lora_B[row : row + part.num_rows, column:end] = block
+            column = end
+        row += part.num_rows
+    lora_A = [part.columns(adapter.lora_A.float()) for part, adapter in parts if adapter is not None]
+    return Factors(entry.name, torch.cat(lora_A), lora_B)
 
 
-def tensors_of(factors: list[Factors]) -> Iterator[tuple[str, Tensor]]:
+def tensors_of(factors: Sequence[Factors]) -> Iterator[tuple[str, Tensor]]:
     """The tensors of a file of adapters by their names."""
     for each in factors:
         yield f"{each.name}.lora_a", each.lora_A

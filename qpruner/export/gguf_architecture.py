@@ -13,7 +13,9 @@ from torch import Tensor
 
 from qpruner.anatomy import family_of
 from qpruner.errors import UserError
+from qpruner.export.gguf_types import BLOCK
 from qpruner.export.source import Source
+from qpruner.plan import DENSE
 
 EQUAL_WIDTHS = (
     "Prune to equal widths (`selection.uniform: true` of the pruning callback), or use --format dense, which holds any"
@@ -82,11 +84,14 @@ def metadata(source: Source, architecture: Architecture) -> tuple[dict[str, Valu
     config, widths = source.config, source.plan.widths
     heads = [groups * widths.queries_per_group for groups in widths.kv_groups]
     context, changes = int(config.max_position_embeddings), []
+    channels = [number + added_channels(source, layer) for layer, number in enumerate(widths.ffn_channels)]
+    if more := sum(channels) - sum(widths.ffn_channels):
+        changes.append(f"the layers have {more} FFN channels of zeros more, so that rows are whole blocks of {BLOCK}")
     per_layer = architecture in (DECI, OPENELM)
     values: dict[str, Value | str] = {
         "block_count": widths.num_layers,
         "embedding_length": widths.hidden_size,
-        "feed_forward_length": list(widths.ffn_channels) if per_layer else widths.ffn_channels[0],
+        "feed_forward_length": channels if per_layer else channels[0],
         "attention.head_count": heads if per_layer else heads[0],
         "attention.head_count_kv": list(widths.kv_groups) if per_layer else widths.kv_groups[0],
         # Left out, they would follow from the heads of the first layer, which may be pruned.
@@ -114,6 +119,13 @@ def metadata(source: Source, architecture: Architecture) -> tuple[dict[str, Valu
         )
     values["context_length"] = context
     return values, changes
+
+
+def added_channels(source: Source, number: int) -> int:
+    """How many FFN channels of zeros a layer gets, where rows of them are packed, to fill blocks; they add nothing."""
+    if all(layer.precision["down"] == DENSE for layer in source.plan.layers):
+        return 0
+    return -source.plan.widths.ffn_channels[number] % BLOCK
 
 
 def rope_of(config: Any) -> dict[str, Any]:

@@ -5,9 +5,10 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from qpruner.anatomy import family_of
-from qpruner.export.gguf_architecture import Architecture
+from qpruner.export.gguf_architecture import Architecture, added_channels
 from qpruner.export.source import Source
 
 NAMES = {
@@ -38,23 +39,41 @@ class Part:
 
     Args:
         parameter: name of the parameter in the dense model.
+        shape: shape of the parameter.
         order: row of the parameter that stands in each row of the part, [rows]; None for their own order.
+        more_rows: number of rows of zeros behind those of the parameter.
+        more_columns: number of columns of zeros behind those of the parameter.
         plus: number that the file holds more than the model in each place.
     """
 
     parameter: str
+    shape: tuple[int, ...]
     order: Tensor | None = None
+    more_rows: int = 0
+    more_columns: int = 0
     plus: float = 0.0
+
+    @property
+    def num_rows(self) -> int:
+        return self.shape[0] + self.more_rows
+
+    def rows(self, value: Tensor) -> Tensor:
+        """The rows of the part of those of the parameter."""
+        value = value if self.order is None else value[self.order]
+        return functional.pad(value, (0, 0) * (value.dim() - 1) + (0, self.more_rows))
+
+    def columns(self, value: Tensor) -> Tensor:
+        """The columns of the part of those of the parameter."""
+        return functional.pad(value, (0, self.more_columns)) if self.more_columns else value
 
     def to_file(self, value: Tensor) -> Tensor:
         """What the file holds of the value of the parameter."""
-        value = value if self.order is None else value[self.order]
-        return value + self.plus if self.plus else value
+        return self.columns(self.rows(value)) + self.plus
 
     def from_file(self, held: Tensor) -> Tensor:
         """The value of the parameter of what the file holds."""
-        held = held - self.plus if self.plus else held
-        return held if self.order is None else held[self.order.argsort()]
+        value = held[tuple(slice(size) for size in self.shape)] - self.plus
+        return value if self.order is None else value[self.order.argsort()]
 
 
 @dataclass(frozen=True)
@@ -69,9 +88,10 @@ class Entry:
     name: str
     parts: tuple[Part, ...]
 
-    def shape(self, source: Source) -> tuple[int, ...]:
-        shapes = [source.shape(part.parameter) for part in self.parts]
-        return sum(shape[0] for shape in shapes), *shapes[0][1:]
+    @property
+    def shape(self) -> tuple[int, ...]:
+        columns = (size + self.parts[0].more_columns for size in self.parts[0].shape[1:])
+        return sum(part.num_rows for part in self.parts), *columns
 
 
 def entries(source: Source, architecture: Architecture) -> Iterator[Entry]:
@@ -81,17 +101,26 @@ def entries(source: Source, architecture: Architecture) -> Iterator[Entry]:
     of_model = {family.embedding: "token_embd", family.last_norm: "output_norm", family.head: "output"}
     for parameter in source.names():
         module, _, kind = parameter.rpartition(".")
+        shape = source.shape(parameter)
         plus = 1.0 if architecture.norms_from_one and "norm" in module else 0.0
         if module in of_model:
-            yield Entry(f"{of_model[module]}.{kind}", (Part(parameter, plus=plus),))
+            yield Entry(f"{of_model[module]}.{kind}", (Part(parameter, shape, plus=plus),))
             continue
         number, _, path = module.removeprefix(f"{family.layers}.").partition(".")
         if not (architecture.fused and path in FUSED):
-            order = head_order(source, architecture, int(number), path)
-            yield Entry(f"blk.{number}.{names[path]}.{kind}", (Part(parameter, order, plus),))
+            more = added_channels(source, int(number))
+            part = Part(
+                parameter,
+                shape,
+                head_order(source, architecture, int(number), path),
+                more_rows=more if path in ("mlp.gate_proj", "mlp.up_proj") else 0,
+                more_columns=more if path == "mlp.down_proj" and kind == "weight" else 0,
+                plus=plus,
+            )
+            yield Entry(f"blk.{number}.{names[path]}.{kind}", (part,))
         elif path == FUSED[0]:
-            parts = (Part(f"{family.layers}.{number}.{fused}.{kind}") for fused in FUSED)
-            yield Entry(f"blk.{number}.attn_qkv.{kind}", tuple(parts))
+            stacked = (f"{family.layers}.{number}.{fused}.{kind}" for fused in FUSED)
+            yield Entry(f"blk.{number}.attn_qkv.{kind}", tuple(Part(name, source.shape(name)) for name in stacked))
 
 
 def head_order(source: Source, architecture: Architecture, number: int, path: str) -> Tensor | None:

@@ -11,6 +11,8 @@ Blocks of 32 weights of a row have a scale of float16, and some types a minimum.
 | affine, 1 to 4 bits | Q4_1 | scale * code + minimum |
 | affine, 5 bits | Q5_1 | scale * code + minimum |
 
+Of int8, whose rows have scales of float32, Q8_0 holds the codes with scales rounded to float16.
+
 Shapes: O rows (outputs), I columns (inputs).
 
 Source: the layouts of blocks are those that the package gguf 0.19 decodes (``gguf.quants``).
@@ -22,16 +24,22 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from qpruner.plan import DENSE, ROW, Precision
 from qpruner.quantization.formats import GridFormat, format_for
 from qpruner.quantization.grid import Grid, GridOfTwo
+from qpruner.quantization.int8 import Int8
 from qpruner.quantization.packed import PackedLinear
 
 BLOCK = 32
 BYTES_OF_BLOCK = {"Q4_0": 18, "Q4_1": 20, "Q5_0": 22, "Q5_1": 24, "Q8_0": 34}
 """Bytes of a block of each type, its scale and minimum included."""
+MIDDLES = {"Q4_0": 8, "Q5_0": 16, "Q8_0": 128}
+"""The code of zero, of each type without minima."""
 BYTES_OF_WEIGHT = {"F32": 4, "F16": 2, "BF16": 2}
+ROUNDED_TYPES = ("Q8_0", "Q5_1", "Q5_0", "Q4_1", "Q4_0", "F16", "BF16", "F32")
+"""The types that weights can be rounded to."""
 BY_BITS = {1: "Q4_1", 2: "Q4_1", 3: "Q4_1", 4: "Q4_1", 5: "Q5_1", 6: "Q8_0", 8: "Q8_0"}
 """The type that weights are rounded to by the bits of their plan, where their codes cannot be carried over."""
 
@@ -71,7 +79,9 @@ class Blocks:
 
 
 def carried_type(packed: PackedLinear) -> str | None:
-    """The type that holds the codes of a packed weight exactly; None where none does."""
+    """The type that holds the codes of a packed weight; None where none does."""
+    if isinstance(format_for(packed.precision), Int8):
+        return "Q8_0"
     if (parts := _parts(packed.precision, packed.in_features)) is None:
         return None
     bits = max(precision.bits for precision, _ in parts)
@@ -81,23 +91,39 @@ def carried_type(packed: PackedLinear) -> str | None:
 
 
 def carried(packed: PackedLinear) -> Blocks:
-    """The codes of a packed weight for which `carried_type` gives a type."""
+    """The codes of a packed weight for which `carried_type` gives a type.
+
+    Where its rows end within a block, the rest of the block has codes of 0 and no meaning.
+    """
+    if isinstance(format_for(packed.precision), Int8):
+        return _carried_int8(packed)
     type_of_blocks = carried_type(packed)
     number_format: Any = format_for(packed.precision)
     assert type_of_blocks is not None and isinstance(number_format, GridFormat)
+    state, columns = packed.packed(), packed.in_features
+    grids = list(_grids(number_format.grid(state, packed.precision), columns))
+    codes = number_format.codes(state, columns, packed.precision)
+    scales = torch.cat([_of_blocks(grid.scales, grid, number) for grid, number in grids], 1)
+    minima = None
+    if type_of_blocks in MIDDLES:  # the code of zero moves to the middle of those of the type
+        middles = [MIDDLES[type_of_blocks] - grid.levels // 2 for grid, _ in grids]
+        numbers = torch.tensor([number for _, number in grids])
+        codes = codes + torch.tensor(middles, dtype=torch.uint8).repeat_interleave(numbers)
+    else:
+        minima = torch.cat([_of_blocks(grid.minima, grid, number) for grid, number in grids], 1)
+    return Blocks(type_of_blocks, functional.pad(codes, (0, -columns % BLOCK)), scales, minima)
+
+
+def _carried_int8(packed: PackedLinear) -> Blocks:
     state = packed.packed()
-    grid = number_format.grid(state, packed.precision)
-    codes = number_format.codes(state, packed.in_features, packed.precision)
-    scales = torch.cat([_of_blocks(part.scales, part, columns) for part, columns in _grids(grid, codes.shape[1])], 1)
-    if type_of_blocks in ("Q4_1", "Q5_1"):
-        minima = [_of_blocks(part.minima, part, columns) for part, columns in _grids(grid, codes.shape[1])]
-        return Blocks(type_of_blocks, codes, scales, torch.cat(minima, 1))
-    middle = {"Q4_0": 8, "Q5_0": 16, "Q8_0": 128}[type_of_blocks]
-    raised, first = codes.clone(), 0
-    for part, columns in _grids(grid, codes.shape[1]):  # the code of zero moves to the middle of the type's
-        raised[:, first : first + columns] += middle - part.levels // 2
-        first += columns
-    return Blocks(type_of_blocks, raised, scales, None)
+    columns = packed.in_features
+    codes = functional.pad(state["codes"].view(torch.uint8) ^ 128, (0, -columns % BLOCK))
+    return Blocks("Q8_0", codes, (state["scales"] / 127).unsqueeze(1).expand(-1, codes.shape[1] // BLOCK), None)
+
+
+def has_wide_scales(precision: Precision) -> bool:
+    """Whether the scales of a precision are no numbers of float16."""
+    return isinstance(format_for(precision), Int8)
 
 
 def rounding_type(precision: Precision, dense: str, wanted: str | None) -> str:
@@ -125,18 +151,18 @@ def num_bytes(shape: tuple[int, ...], type_name: str) -> int:
 
 
 def _parts(precision: Precision, columns: int) -> list[tuple[Precision, int]] | None:
-    """Precision and columns of each segment of a weight; None where one has no grid of whole blocks."""
+    """Precision and columns of each segment of a weight; None where groups are no whole blocks, or it has no grid."""
     leading = [] if precision.leading is None else [(precision.leading.precision, precision.leading.columns)]
     behind = columns - sum(number for _, number in leading)
     parts = [*leading, (precision.rest, behind)]
-    for part, number in parts:
+    for part, _ in parts:
         number_format = format_for(part)
-        if not isinstance(number_format, GridFormat) or number % BLOCK:
+        if not isinstance(number_format, GridFormat):
             return None
         group = part.group or number_format.groups[0]
         if group is None or (group != ROW and group % BLOCK):
             return None
-    return parts
+    return None if leading and leading[0][1] % BLOCK else parts
 
 
 def _grids(grid: Any, columns: int) -> Iterator[tuple[Grid, int]]:
@@ -149,6 +175,6 @@ def _grids(grid: Any, columns: int) -> Iterator[tuple[Grid, int]]:
 
 def _of_blocks(values: Tensor, grid: Grid, columns: int) -> Tensor:
     """What groups have, for each of their blocks; [O, groups] -> [O, columns / 32]."""
-    blocks = columns // BLOCK
+    blocks = -(-columns // BLOCK)
     size = blocks if grid.group == ROW else grid.group // BLOCK
     return values.repeat_interleave(size, 1)[:, :blocks]
