@@ -11,6 +11,7 @@ from qpruner.commands import run
 from qpruner.errors import UserError
 from qpruner.export import formats
 from qpruner.export.dense import Dense
+from qpruner.export.formats import exporter_for
 from qpruner.folder_manifest import is_compressed
 from qpruner.pretrained import EMBEDDED, load_tokenizer
 
@@ -29,7 +30,7 @@ def test_it_says_bytes_and_errors(folder: Path, capsys: pytest.CaptureFixture[st
     assert is_compressed(output)
     size = sum(path.stat().st_size for path in output.iterdir())
     assert f"{size:,} bytes are on disk" in said and "16.00 bits per weight" in said
-    assert "21 packed weights are dense, in bfloat16." in said
+    assert "21 packed weights are dense, in float16." in said
     assert "On a few English sentences, logits differ by " in said
 
 
@@ -78,3 +79,20 @@ def test_a_missing_package_is_told_with_its_command(folder: Path, monkeypatch: p
     monkeypatch.setattr(formats, "EXPORTS", {"other": Other()})
     with pytest.raises(UserError, match=r"pip install 'qpruner\[other-extra\]'"):
         run(["export", str(folder), "--format=other"])
+
+
+def test_options_of_a_format_are_its_own(folder: Path) -> None:
+    with pytest.raises(UserError, match="--round_to is an option of --format gguf; dense has none of that name"):
+        run(["export", str(folder), "--format=dense", "--round-to=Q8_0"])
+    assert exporter_for("dense", {}) == Dense()
+
+
+def test_a_file_for_llama_cpp(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("gguf")
+    run(["export", str(folder), "--format=gguf", "--round-to=Q5_1", "--tokenizer=false"])
+    output = folder.parent / "exports" / "gguf"
+    assert [path.name for path in output.iterdir()] == ["model.gguf"]
+    said = capsys.readouterr().out
+    assert f"{(output / 'model.gguf').stat().st_size:,} bytes are on disk in 1 file." in said
+    assert "nf4 4/64 is rounded to Q5_1: blk.0.attn_q.weight" in said
+    assert "there is no tokenizer; prompts are token ids." in said

@@ -1,6 +1,7 @@
 """An export from beginning to end: checked, written, measured, and put in its place."""
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,20 +20,30 @@ NUM_SEQUENCES, LENGTH = 8, 32
 """Text on which logits are compared."""
 
 
-def export_model(given: Path, name: str, output: Path | None, dtype: str, *, overwrite: bool = False) -> None:
+def export_model(
+    given: Path,
+    name: str,
+    output: Path | None,
+    dtype: str,
+    options: Mapping[str, Any] | None = None,
+    *,
+    overwrite: bool = False,
+) -> None:
     """Exports a model, and prints what that cost and changed.
 
     Args:
         given: folder of a finished run, or of its model.
         name: name of the format.
         output: folder to write; None for ``exports/NAME`` beside the folder of the model.
-        dtype: number format of what is left dense, ``bfloat16`` or ``float16``.
+        dtype: number format of what is left dense: ``bfloat16``, ``float16``, or ``auto`` for bfloat16 where the model
+            has that and float16 elsewhere.
+        options: options of the format alone.
         overwrite: whether an output that is there already is replaced.
 
     Raises:
         UserError: no such model or format, a model that the format cannot say, or an output that cannot be written.
     """
-    exporter = exporter_for(name)
+    exporter = exporter_for(name, options or {})
     source = Source.read(given)
     output = source.folder.parent / "exports" / name if output is None else output.expanduser()
     if overwrite and os.path.lexists(output):
@@ -42,17 +53,23 @@ def export_model(given: Path, name: str, output: Path | None, dtype: str, *, ove
     exporter.check(source)
     tokens, text = text_of(source)
     with replacing_folder(output) as temporary:
-        written = exporter.write(source, temporary, getattr(torch, dtype))
+        written = exporter.write(source, temporary, _dense_dtype(source, dtype))
         size = sum((temporary / file).stat().st_size for file in written.files)
         errors = logit_errors(source, written.read, tokens)
     bits = 8 * written.predicted_bytes / source.num_weights
     print(
         f"{output} holds {source.num_weights:,} weights in {name}: {written.predicted_bytes:,} bytes of tensors were "
-        f"predicted ({bits:.2f} bits per weight), {size:,} bytes are on disk in {len(written.files)} files."
+        f"predicted ({bits:.2f} bits per weight), {size:,} bytes are on disk in {len(written.files)} file{'s' * (len(written.files) > 1)}."
     )
     for change in written.changes:
         print(f"  {change}.")
     print(f"On {text}, {errors}.")
+
+
+def _dense_dtype(source: Source, dtype: str) -> torch.dtype:
+    if dtype != "auto":
+        return getattr(torch, dtype)
+    return torch.bfloat16 if source.network.dtype == torch.bfloat16 else torch.float16
 
 
 def text_of(source: Source) -> tuple[Tensor, str]:

@@ -62,13 +62,13 @@ def architecture_for(source: Source) -> Architecture:
         chosen = DECI if not equal else QWEN2 if all_heads else LLAMA
     elif family == "qwen3":
         if not equal and not source.tied:
-            raise _refusal(source, "a Qwen3 whose layers differ in width must have its embedding as head", EQUAL_WIDTHS)
+            raise _refusal(source, "its layers differ in width and its head is not its embedding", EQUAL_WIDTHS)
         if config.attention_bias:
-            raise _refusal(source, "a Qwen3 has no biases", "Use --format dense")
+            raise _refusal(source, "it has biases of attention", "Use --format dense")
         chosen = QWEN3 if equal else OPENELM
     elif family == "gemma3_text":
         if not equal:
-            raise _refusal(source, "all layers of a Gemma 3 are equally wide", EQUAL_WIDTHS)
+            raise _refusal(source, "its layers are not equally wide", EQUAL_WIDTHS)
         _check_gemma(source)
         chosen = GEMMA3
     else:
@@ -165,11 +165,11 @@ def _check_gemma(source: Source) -> None:
     if config.query_pre_attn_scalar != source.plan.widths.head_dim:
         raise _refusal(
             source,
-            f"queries are divided by the root of the channels of a head, not of {config.query_pre_attn_scalar}",
+            f"query_pre_attn_scalar is not the number of channels of a head but {config.query_pre_attn_scalar}",
             "Use --format dense",
         )
     if config.attn_logit_softcapping is not None or config.attention_bias:
-        raise _refusal(source, "a Gemma 3 has neither soft capping of attention nor biases", "Use --format dense")
+        raise _refusal(source, "it has soft capping or biases of attention", "Use --format dense")
 
 
 def _check_rope(source: Source, architecture: Architecture) -> None:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from qpruner.errors import listed
 from qpruner.export.gguf_names import Entry
-from qpruner.export.gguf_types import BLOCK, BYTES_OF_WEIGHT, carried_type, has_wide_scales, rounding_type
+from qpruner.export.gguf_types import BLOCK, BYTES_OF_WEIGHT, carried_type, has_wide_scales
 from qpruner.export.source import Source
 from qpruner.plan import DENSE
 
@@ -26,14 +26,14 @@ class Choice:
     change: str | None = None
 
 
-def choose(entry: Entry, source: Source, *, dense: str, round_to: str | None, within: bool) -> Choice:
+def choose(entry: Entry, source: Source, *, dense: str, round_to: str, within: bool) -> Choice:
     """How a tensor of a file is written.
 
     Args:
         entry: tensor of the file.
         source: model that is exported.
         dense: type of what is dense in the plan.
-        round_to: type of what is packed and cannot be carried over; None for that of its bits.
+        round_to: type of what is packed and cannot be carried over.
         within: whether an adapter on the tensor is added to its weights.
     """
     if len(entry.shape) == 1:
@@ -48,11 +48,10 @@ def choose(entry: Entry, source: Source, *, dense: str, round_to: str | None, wi
     if blocks and len(types) == 1 and (carried := next(iter(types))) is not None:
         change = f"{precision} is {carried} with scales of float16" if has_wide_scales(precision) else None
         return Choice(carried, True, change)
-    wanted = rounding_type(precision, dense, round_to)
     what = f"{precision} with its adapter" if adapted else str(precision)
-    if not blocks and wanted not in BYTES_OF_WEIGHT:
+    if not blocks and round_to not in BYTES_OF_WEIGHT:
         return Choice(dense, False, f"{what} is {dense}, as rows of {entry.shape[-1]} are no blocks of {BLOCK}")
-    return Choice(wanted, False, f"{what} is rounded to {wanted}")
+    return Choice(round_to, False, f"{what} is rounded to {round_to}")
 
 
 def told(choices: Mapping[str, Choice]) -> list[str]:

@@ -32,12 +32,14 @@ class Gguf:
     Args:
         adapters: ``beside`` writes the adapters of layers as they are to a file of their own; ``merged`` adds them to
             the weights, which then are rounded anew.
-        round_to: type of GGUF of what is packed and whose codes no type holds; None for that of its bits.
+        round_to: type of GGUF of packed weights whose codes no type holds. Rounded a second time to about as few bits,
+            they lose as much again as they have lost: of a SmolLM2-135M in NF4, logits were off by 0.16 in the mean
+            with Q8_0, 1.2 with Q5_1 and 2.2 with Q4_1.
         tokenizer: whether the tokenizer is written; without it prompts are token ids.
     """
 
     adapters: Literal["beside", "merged"] = "beside"
-    round_to: str | None = None
+    round_to: str = "Q8_0"
     tokenizer: bool = True
 
     name = "gguf"
@@ -45,7 +47,7 @@ class Gguf:
     module = "gguf"
 
     def check(self, source: Source) -> None:
-        if self.round_to is not None and self.round_to not in ROUNDED_TYPES:
+        if self.round_to not in ROUNDED_TYPES:
             raise UserError(
                 f"--round_to is {self.round_to!r}; it must be one of {', '.join(ROUNDED_TYPES)}."
                 f"{nearest(self.round_to, ROUNDED_TYPES)}"

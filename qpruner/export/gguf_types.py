@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from qpruner.plan import DENSE, ROW, Precision
+from qpruner.plan import ROW, Precision
 from qpruner.quantization.formats import GridFormat, format_for
 from qpruner.quantization.grid import Grid, GridOfTwo
 from qpruner.quantization.int8 import Int8
@@ -40,8 +40,6 @@ MIDDLES = {"Q4_0": 8, "Q5_0": 16, "Q8_0": 128}
 BYTES_OF_WEIGHT = {"F32": 4, "F16": 2, "BF16": 2}
 ROUNDED_TYPES = ("Q8_0", "Q5_1", "Q5_0", "Q4_1", "Q4_0", "F16", "BF16", "F32")
 """The types that weights can be rounded to."""
-BY_BITS = {1: "Q4_1", 2: "Q4_1", 3: "Q4_1", 4: "Q4_1", 5: "Q5_1", 6: "Q8_0", 8: "Q8_0"}
-"""The type that weights are rounded to by the bits of their plan, where their codes cannot be carried over."""
 
 
 @dataclass(frozen=True)
@@ -124,20 +122,6 @@ def _carried_int8(packed: PackedLinear) -> Blocks:
 def has_wide_scales(precision: Precision) -> bool:
     """Whether the scales of a precision are no numbers of float16."""
     return isinstance(format_for(precision), Int8)
-
-
-def rounding_type(precision: Precision, dense: str, wanted: str | None) -> str:
-    """The type that a weight is rounded to, where its codes are not carried over and its rows are whole blocks.
-
-    Args:
-        precision: precision of the weight in the plan.
-        dense: type of what is dense.
-        wanted: type of all that was packed; None for that of its bits.
-    """
-    if precision == DENSE:
-        return dense
-    leading = 0 if precision.leading is None else precision.leading.precision.bits
-    return wanted or BY_BITS[max(precision.bits, leading)]
 
 
 def num_bytes(shape: tuple[int, ...], type_name: str) -> int:
