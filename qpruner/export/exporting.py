@@ -56,10 +56,10 @@ def export_model(
         written = exporter.write(source, temporary, _dense_dtype(source, dtype))
         size = sum((temporary / file).stat().st_size for file in written.files)
         errors = logit_errors(source, written.read, tokens)
-    bits = 8 * written.predicted_bytes / source.num_weights
+    bits, number = 8 * written.predicted_bytes / source.num_weights, len(written.files)
     print(
         f"{output} holds {source.num_weights:,} weights in {name}: {written.predicted_bytes:,} bytes of tensors were "
-        f"predicted ({bits:.2f} bits per weight), {size:,} bytes are on disk in {len(written.files)} file{'s' * (len(written.files) > 1)}."
+        f"predicted ({bits:.2f} bits per weight), {size:,} bytes are on disk in {number} file{'s' * (number > 1)}."
     )
     for change in written.changes:
         print(f"  {change}.")

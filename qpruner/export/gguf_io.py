@@ -116,7 +116,7 @@ class Reader:
         if f"{entry.name}.lora_a" in self.factors:
             lora_A, lora_B = (_values(self.factors[f"{entry.name}.lora_{factor}"]) for factor in "ab")
             value = value + self.alpha / len(lora_A) * (lora_B @ lora_A)
-        rows = value.split([part.num_rows for part in entry.parts])
+        rows = value.split([part.num_rows for part in entry.parts])  # type: ignore[no-untyped-call]
         return entry.parts[place].from_file(rows[place])
 
 
