@@ -73,6 +73,11 @@ ALLOWED: dict[str, set[str]] = {
         "adapter_files", "calibration", "datamodules", "errors", "files", "folder_manifest", "likelihood", "memory",
         "model_folder", "pretrained", "pricing", "processes", "records", "training",
     },
+    "export": {
+        "adapters", "anatomy", "dense_copy", "errors", "files", "folder_manifest", "model_folder", "plan",
+        "pretrained", "quantization",
+    },
+    "export_command": {"export", "options"},
     "files": {"errors"},
     "generate_command": {"evaluation", "options"},
     "folder_manifest": {"errors", "files", "schema"},
