@@ -128,7 +128,7 @@ ALLOWED: dict[str, set[str]] = {
     "search": {
         "adapters", "allocation", "anatomy", "calibration", "callbacks", "compressed", "datamodules", "errors", "files",
         "folder_manifest", "likelihood", "memory", "outline", "plan", "pretrained", "pricing", "processes", "pruning",
-        "quantization", "records", "seeds", "training",
+        "quantization", "records", "schema", "seeds", "training",
     },
     "tensor_files": {"errors", "files", "folder_manifest"},
     "training": {
