@@ -49,16 +49,14 @@ def model_card(model: Path, name: str, summary: Summary) -> str:
     for number, step in enumerate(manifest["recipe"], 1):
         options = ", ".join(f"{option}={value!r}" for option, value in step["options"].items())
         lines.append(f"{number}. `{step['name']}({options})`")
-    trusted = ", trust_remote_code=True" if has_code else ""
-    lines += ["", "## Use it", "", "```python", "from transformers import AutoModelForCausalLM, AutoTokenizer", ""]
+    trusted, adapted = ", trust_remote_code=True" if has_code else "", manifest.get("adapters") is not None
+    lines += ["", "## Use it", "", "```python", *(["from peft import PeftModel"] if adapted else [])]
+    lines += ["from transformers import AutoModelForCausalLM, AutoTokenizer", ""]
+    lines += [f"tokenizer = AutoTokenizer.from_pretrained(FOLDER{trusted})"]
     lines += [f"model = AutoModelForCausalLM.from_pretrained(FOLDER{trusted})"]
-    if manifest.get("adapters"):
-        lines += [
-            "from peft import PeftModel",
-            "",
-            f'model = PeftModel.from_pretrained(model, FOLDER + "/{ADAPTER}")  # what recovery trained',
-        ]
-    lines += ["tokenizer = AutoTokenizer.from_pretrained(FOLDER)", "```", ""]
+    if adapted:
+        lines += [f'model = PeftModel.from_pretrained(model, FOLDER + "/{ADAPTER}")  # what recovery trained']
+    lines += ["```", ""]
     if has_code:
         lines += [f"The code that this trusts is `{CODE}` in the folder; it needs torch and transformers alone.", ""]
     lines += ["With qpruner: `qpruner.load_compressed(FOLDER)`, and `qpruner verify FOLDER` tells whether it is whole."]
