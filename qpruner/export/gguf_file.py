@@ -76,7 +76,7 @@ class Gguf:
         predicted = sum(num_bytes(*tensor) for tensor in stated.values())
         predicted += sum(each.lora_A.nbytes + each.lora_B.nbytes for each in beside)
         named = {f"{architecture.name}.{key}": value for key, value in values.items()}
-        described: Mapping[str, Any] = {"general.name": source.folder.absolute().parent.name, **named}
+        described: Mapping[str, Any] = {"general.name": name_of(source.folder.absolute()), **named}
         contents = self._contents(source, tensors, choices, frequencies)
         write_model(folder / MODEL, architecture.name, described, self._tokenizer(source), stated, contents)
         if beside:
@@ -118,3 +118,8 @@ class Gguf:
                     rows.append(part.to_file(value(part.parameter)))
             content = torch.cat(rows)
             yield content if choice.carried else rounded(content, choice.type, entry.name)
+
+
+def name_of(folder: Path) -> str:
+    """The name of a model: that of its run where it lies in one."""
+    return folder.parent.name if folder.name == "model" else folder.name

@@ -85,6 +85,8 @@ def describe_tokenizer(tokenizer: Any, vocabulary: int) -> TokenizerFile:
             kind = CONTROL if added[number]["special"] else USER_DEFINED
             if by_bytes and text == model.get("unk_token"):
                 kind = UNKNOWN
+            if by_bytes and kind == USER_DEFINED:
+                text = text.replace("▁", " ")  # llama.cpp finds it in the text as it is given
         else:
             text = by_id.get(number, f"[PAD{number}]")
             kind = UNUSED if number not in by_id else BYTE if by_bytes and _is_byte(text) else NORMAL
@@ -100,7 +102,7 @@ def describe_tokenizer(tokenizer: Any, vocabulary: int) -> TokenizerFile:
             None,
             tokens,
             types,
-            _scores(model, tokens),
+            _scores(model, tokens, types),
             [],
             _special(tokenizer, vocabulary),
             flags,
@@ -148,7 +150,7 @@ def _prepends_space(content: dict[str, Any]) -> bool:
     for step in steps:
         if step["type"] == "Prepend" and step["prepend"] == "▁":
             prepends = True
-        elif step["type"] == "Metaspace" and step["replacement"] == "▁":
+        elif step["type"] == "Metaspace" and step["replacement"] == "▁" and not step["split"]:
             replaces, prepends = True, step["prepend_scheme"] != "never"
         elif step["type"] == "Replace" and step["pattern"] == {"String": " "} and step["content"] == "▁":
             replaces = True
@@ -159,13 +161,19 @@ def _prepends_space(content: dict[str, Any]) -> bool:
     return prepends
 
 
-def _scores(model: dict[str, Any], tokens: list[str]) -> list[float]:
-    """A score for each token, the higher the earlier it comes about by a merge."""
+def _scores(model: dict[str, Any], tokens: list[str], types: list[int]) -> list[float]:
+    """A score for each token, the higher the earlier it comes about by a merge.
+
+    Raises:
+        UserError: between the merges that make one token there are those of another. Of tokens that are found in the
+            text before any merge it does not matter.
+    """
     places: dict[str, list[int]] = {}
     for place, pair in enumerate(model["merges"]):
         first, second = pair if isinstance(pair, list) else pair.split(" ")
         places.setdefault(first + second, []).append(place)
-    if any(spots[-1] - spots[0] != len(spots) - 1 for spots in places.values()):
+    merged = {token for token, kind in zip(tokens, types, strict=True) if kind == NORMAL}
+    if any(spots[-1] - spots[0] != len(spots) - 1 for token, spots in places.items() if token in merged):
         raise _refusal("its merges are in an order that no score of tokens gives")
     last = len(model["merges"])
     return [-float(places[token][0] if token in places else last) for token in tokens]

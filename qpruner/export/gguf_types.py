@@ -113,10 +113,11 @@ def carried(packed: PackedLinear) -> Blocks:
 
 
 def _carried_int8(packed: PackedLinear) -> Blocks:
+    """The codes of a weight in int8; every block has the scale of its row."""
     state = packed.packed()
-    columns = packed.in_features
-    codes = functional.pad(state["codes"].view(torch.uint8) ^ 128, (0, -columns % BLOCK))
-    return Blocks("Q8_0", codes, (state["scales"] / 127).unsqueeze(1).expand(-1, codes.shape[1] // BLOCK), None)
+    codes = functional.pad(state["codes"].view(torch.uint8) ^ 128, (0, -packed.in_features % BLOCK))
+    scales = (state["scales"] / 127).unsqueeze(1).expand(-1, codes.shape[1] // BLOCK)
+    return Blocks("Q8_0", codes, scales, None)
 
 
 def has_wide_scales(precision: Precision) -> bool:
@@ -127,11 +128,9 @@ def has_wide_scales(precision: Precision) -> bool:
 def num_bytes(shape: tuple[int, ...], type_name: str) -> int:
     """Bytes of a tensor of a shape in a type."""
     numel = torch.Size(shape).numel()
-    return (
-        numel * BYTES_OF_WEIGHT[type_name]
-        if type_name in BYTES_OF_WEIGHT
-        else (numel // BLOCK * BYTES_OF_BLOCK[type_name])
-    )
+    if type_name in BYTES_OF_WEIGHT:
+        return numel * BYTES_OF_WEIGHT[type_name]
+    return numel // BLOCK * BYTES_OF_BLOCK[type_name]
 
 
 def _parts(precision: Precision, columns: int) -> list[tuple[Precision, int]] | None:

@@ -1,5 +1,6 @@
 """Tokenizers as llama.cpp builds them."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +47,24 @@ def characters(*, prepend: bool) -> PreTrainedTokenizerFast:
     """BPE over characters with a byte for what is unknown, its merges as SentencePiece's are."""
     words = sorted({f"▁{word}" for text in CORPUS for word in text.split()})
     letters = sorted({letter for word in words for letter in word if letter.isascii() or letter == "▁"})
-    pieces = ["▁t", "▁a", "he", "▁the", "re", "an", "▁an", "▁and", "in", "ine", "▁l", "▁line", "me", "ime", "▁time"]
+    pieces = [
+        "▁t",
+        "▁a",
+        "he",
+        "the",
+        "▁the",
+        "re",
+        "an",
+        "▁an",
+        "▁and",
+        "in",
+        "ine",
+        "▁l",
+        "▁line",
+        "me",
+        "ime",
+        "▁time",
+    ]
     vocab = {text: n for n, text in enumerate(["<unk>", "<s>", "</s>", *(f"<0x{n:02X}>" for n in range(256))])}
     for text in [*pieces, *letters]:
         vocab[text] = len(vocab)
@@ -117,6 +135,18 @@ def test_scores_keep_the_order_of_merges() -> None:
     score = dict(zip(file.tokens, file.scores, strict=True))
     assert score["▁t"] == 0 > score["▁a"] == -1 > score["he"] > score["▁the"] > score["re"] > score["x"]
     assert described(characters(prepend=False), 400).flags["add_space_prefix"] is False
+
+
+def test_merges_in_no_order_of_tokens_are_refused() -> None:
+    tokenizer = characters(prepend=True)
+    content = json.loads(tokenizer.backend_tokenizer.to_str())
+    merges = content["model"]["merges"]
+    of_the = [place for place, (left, right) in enumerate(merges) if left + right == "▁the"]
+    merges.insert(0, merges.pop(of_the[-1]))  # the other stays behind merges of other tokens
+    other = PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(content)), bos_token="<s>")
+    assert len(of_the) == 2
+    with pytest.raises(UserError, match="merges are in an order that no score of tokens gives"):
+        described(other, 400)
 
 
 def test_chat_templates_go_along() -> None:

@@ -92,3 +92,18 @@ def test_bytes_are_those_of_the_package() -> None:
     for name, size in BYTES_OF_BLOCK.items():
         assert gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[name]] == (32, size)
     assert num_bytes((3, 64), "Q4_1") == 3 * 2 * 20 and num_bytes((3, 5), "BF16") == 30 and num_bytes((7,), "F32") == 28
+
+
+@pytest.mark.parametrize(
+    ("precision", "type_name"),
+    [
+        (SYMMETRIC_4, "Q4_0"),
+        (Precision("symmetric", 8, 32), "Q8_0"),
+        (Precision("affine", 4, 32), "Q4_1"),
+    ],
+)
+def test_bytes_are_those_that_the_package_makes_of_the_weight(precision: Precision, type_name: str) -> None:
+    gguf: Any = pytest.importorskip("gguf")
+    weight = torch.randn(6, 128, generator=torch.Generator().manual_seed(1))  # as in `packed`
+    expected = gguf.quants.quantize(weight.numpy(), gguf.GGMLQuantizationType[type_name])
+    assert torch.equal(carried(packed(precision)).to_bytes(), torch.from_numpy(expected))
