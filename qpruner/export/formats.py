@@ -8,6 +8,7 @@ from typing import Protocol
 import torch
 
 from qpruner.errors import UserError, nearest
+from qpruner.export.compressed_tensors_folder import CompressedTensors
 from qpruner.export.dense import Dense
 from qpruner.export.source import Source
 from qpruner.export.written import Written
@@ -48,7 +49,7 @@ class Exporter(Protocol):
         """
 
 
-EXPORTS: Mapping[str, Exporter] = {exporter.name: exporter for exporter in (Dense(),)}
+EXPORTS: Mapping[str, Exporter] = {exporter.name: exporter for exporter in (Dense(), CompressedTensors())}
 """The formats by their names."""
 
 
