@@ -23,7 +23,8 @@ def export(
     Args:
         folder: folder of a finished run, such as runs/quickstart, or of its model.
         format: dense: Hugging Face folder of 16 bits with the adapters in its weights. compressed-tensors: Hugging Face
-            folder of symmetric 2, 4 and 8 bits, for vLLM and transformers.
+            folder of symmetric 2, 4 and 8 bits, for vLLM and transformers. onnx: graph for onnxruntime, of any widths,
+            with the codes of any format.
         output: folder to write; by default exports/FORMAT beside the folder of the model.
         dtype: number format of what is left dense.
         overwrite: whether an output that is there already is replaced.

@@ -55,24 +55,21 @@ class GroupLayout:
 
 @dataclass(frozen=True)
 class GroupedWeight:
-    """A weight [O, I] of value scale * code + minimum, in groups of G columns of a row.
+    """A weight [O, I] of value scale * code + minimum, in M = ceil(I / G) groups of G columns of a row.
 
     Args:
         codes: uint8 [O, I], below 2^b.
-        scales: float32 [O, I / G].
-        minima: float32 [O, I / G], the value of code 0.
+        scales: float32 [O, M].
+        minima: float32 [O, M], the value of code 0.
         bits: bits b of a code.
+        size: columns G of a group, of which the last may be short.
     """
 
     codes: Tensor
     scales: Tensor
     minima: Tensor
     bits: int
-
-    @property
-    def size(self) -> int:
-        """Columns of a group."""
-        return self.codes.shape[1] // self.scales.shape[1]
+    size: int
 
     @classmethod
     def of(cls, linear: PackedLinear, size: int | None = None) -> Self:
@@ -80,8 +77,8 @@ class GroupedWeight:
 
         Args:
             linear: packed linear.
-            size: columns of a group, as `GroupLayout.divided` gives it; a scale stands as often as its group has such
-                parts.
+            size: columns of a group, into which its own divide, or any where these are rows; a scale stands as often as
+                its group has such parts.
         """
         layout, state = GroupLayout.of(linear), linear.packed()
         assert layout is not None
@@ -97,7 +94,7 @@ class GroupedWeight:
             minima = -128 * scales
         size = layout.size if size is None else size
         parts = torch.arange(0, linear.in_features, size) // layout.size  # the group that each part is of
-        return cls(codes, scales[:, parts], minima[:, parts], layout.bits)
+        return cls(codes, scales[:, parts], minima[:, parts], layout.bits, size)
 
     @classmethod
     def encoded(cls, weight: Tensor, bits: int, size: int, *, symmetric: bool) -> Self:
@@ -113,7 +110,7 @@ class GroupedWeight:
         precision = Precision(number_format.name, bits, ROW if size == weight.shape[1] else size)
         state = number_format.encode(weight, precision)
         grid = number_format.grid(state, precision)
-        return cls(number_format.codes(state, weight.shape[1], precision), grid.scales, grid.minima, bits)
+        return cls(number_format.codes(state, weight.shape[1], precision), grid.scales, grid.minima, bits, size)
 
     def widened(self, bits: int) -> Self:
         """The same values of symmetric codes in more bits."""

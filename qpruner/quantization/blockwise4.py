@@ -166,6 +166,11 @@ class Blockwise4:
     def group(self, precision: Precision) -> int:
         return precision.group or self.groups[0]
 
+    def scales(self, state: Mapping[str, Tensor]) -> Tensor:
+        """The scale of every block; float32 [m]."""
+        blocks = state["scale_codes" if self.double else "scales"]
+        return self._scales(state, torch.arange(len(blocks), device=blocks.device))
+
     def _values(self, codes: Tensor) -> Tensor:
         """What bytes [n] of two codes each mean before they are scaled; [2 n]."""
         book = self.book(codes.device)  # [16]
