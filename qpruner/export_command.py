@@ -24,7 +24,7 @@ def export(
         folder: folder of a finished run, such as runs/quickstart, or of its model.
         format: dense: Hugging Face folder of 16 bits with the adapters in its weights. compressed-tensors: Hugging Face
             folder of symmetric 2, 4 and 8 bits, for vLLM and transformers. onnx: graph for onnxruntime, of any widths,
-            with the codes of any format.
+            with the codes of any format. mlx: folder for mlx-lm, of 2 to 8 bits and, as OpenELM, of any widths.
         output: folder to write; by default exports/FORMAT beside the folder of the model.
         dtype: number format of what is left dense.
         overwrite: whether an output that is there already is replaced.
