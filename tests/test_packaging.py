@@ -75,7 +75,7 @@ ALLOWED: dict[str, set[str]] = {
     },
     "export": {
         "adapters", "anatomy", "dense_copy", "errors", "files", "folder_manifest", "model_folder", "plan",
-        "pretrained", "quantization",
+        "pretrained", "pruning", "quantization",
     },
     "export_command": {"export", "options"},
     "files": {"errors"},

@@ -9,8 +9,11 @@ from typing import Any, Protocol
 import torch
 
 from qpruner.errors import UserError, nearest
+from qpruner.export.compressed_tensors_folder import CompressedTensors
 from qpruner.export.dense import Dense
 from qpruner.export.gguf_file import Gguf
+from qpruner.export.mlx_folder import Mlx
+from qpruner.export.onnx_file import Onnx
 from qpruner.export.source import Source
 from qpruner.export.written import Written
 
@@ -50,7 +53,9 @@ class Exporter(Protocol):
         """
 
 
-EXPORTS: Mapping[str, Exporter] = {exporter.name: exporter for exporter in (Dense(), Gguf())}
+EXPORTS: Mapping[str, Exporter] = {
+    exporter.name: exporter for exporter in (Dense(), Gguf(), CompressedTensors(), Onnx(), Mlx())
+}
 """The formats by their names."""
 
 
