@@ -74,8 +74,8 @@ ALLOWED: dict[str, set[str]] = {
         "model_folder", "pretrained", "pricing", "processes", "records", "training",
     },
     "export": {
-        "adapters", "anatomy", "dense_copy", "errors", "files", "folder_manifest", "model_folder", "plan",
-        "pretrained", "pruning", "quantization",
+        "adapters", "anatomy", "dense_copy", "errors", "files", "folder_manifest", "model_folder",
+        "modeling_compressed", "plan", "pretrained", "pruning", "quantization", "remote_code",
     },
     "export_command": {"export", "options"},
     "files": {"errors"},

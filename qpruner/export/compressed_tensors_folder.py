@@ -11,7 +11,7 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from qpruner.anatomy import COMPRESSED, family_of
+from qpruner.anatomy import family_of
 from qpruner.dense_copy import TokenizerFiles
 from qpruner.errors import UserError, listed
 from qpruner.export.bit_stream import bit_stream, codes_of_stream, words
@@ -19,8 +19,10 @@ from qpruner.export.groups import GroupedWeight, GroupLayout, rounded
 from qpruner.export.source import Source
 from qpruner.export.written import Written
 from qpruner.folder_manifest import CONFIG, entries_of
+from qpruner.model_folder import build_skeleton, model_class_name
 from qpruner.plan import ROW
-from qpruner.pruning.widths import portable_config
+from qpruner.pruning.widths import portable_config, skeleton_config
+from qpruner.remote_code import add_code, needs_code
 
 WIDTHS = (2, 4, 8)
 SIZES = (ROW, 128, 64, 32)
@@ -71,7 +73,9 @@ class Held:
 
 
 class CompressedTensors:
-    """A folder in stock transformers' layout, whose linears are packed to 32-bit words.
+    """A folder in transformers' layout, whose linears are packed to 32-bit words.
+
+    Where layers differ in width, `qpruner.modeling_compressed` lies in it, as in the folder of the model itself.
 
     A linear named ``x`` of O rows and I columns has, for b bits and groups of G columns,
 
@@ -93,17 +97,10 @@ class CompressedTensors:
     module = None
 
     def check(self, source: Source) -> None:
-        config = portable_config(source.dense_config)
-        if config.model_type.startswith(COMPRESSED):
-            raise UserError(
-                "Layers of this model differ in width, or have widths that transformers alone cannot build, and what "
-                "reads compressed-tensors builds it by transformers' own configuration. Prune with selection.uniform "
-                "true, or export with --format onnx or dense."
-            )
         linears = _linears(source)
         if not linears:
             raise UserError("No linear of this model is quantized. Export it with --format dense.")
-        stock = _stock_linears(config)
+        stock = _stock_linears(portable_config(source.dense_config))
         if others := [name for name in linears if name not in stock]:
             raise UserError(
                 f"{listed(others)} are no linears in transformers' own model, and so cannot be packed. Export with "
@@ -126,7 +123,10 @@ class CompressedTensors:
                 state[name] = rounded(name, source.weight(name), dtype)
         folder.mkdir(parents=True)
         save_torch_state_dict(state, str(folder))
-        _config(source, {name: each.scheme for name, each in held.items()}, dtype).to_json_file(folder / CONFIG)
+        config = _config(source, {name: each.scheme for name, each in held.items()}, dtype)
+        if needs_code(config):
+            add_code(folder, config, build_skeleton(source.dense_config))
+        config.to_json_file(folder / CONFIG)
         if source.network.can_generate():
             source.network.generation_config.save_pretrained(folder)
         TokenizerFiles(source.folder).save_pretrained(folder)
@@ -152,7 +152,8 @@ def _stock_linears(config: Any) -> set[str]:
     from accelerate import init_empty_weights
 
     with init_empty_weights():
-        model = getattr(transformers, family_of(config)[1].model_class)(config)
+        built = skeleton_config(config) if needs_code(config) else config
+        model = getattr(transformers, family_of(config)[1].model_class)(built)
     return {name for name, module in model.named_modules() if isinstance(module, nn.Linear)}
 
 
@@ -205,7 +206,7 @@ def _predicted_bytes(source: Source, name: str, held: Mapping[str, Held], dtype:
 
 def _config(source: Source, schemes: Mapping[str, Scheme], dtype: torch.dtype) -> Any:
     config = portable_config(source.dense_config)
-    config.architectures = [family_of(config)[1].model_class]
+    config.architectures = [model_class_name(config)]
     config.dtype = dtype
     linears = defaultdict(list)
     for name, scheme in schemes.items():
@@ -247,6 +248,8 @@ def _changes(source: Source, held: Mapping[str, Held], dtype: torch.dtype) -> tu
     embedding = family_of(source.config)[1].embedding
     if source.packed(embedding) is not None:
         changes.append(f"the embedding is dense, in {str(dtype).removeprefix('torch.')}")
+    if needs_code(portable_config(source.dense_config)):
+        changes.append("layers differ in width: it is loaded with trust_remote_code=True, by the code that lies in it")
     if dtype != torch.float16:
         changes.append("scales are rounded to bfloat16, whose steps are coarse; --dtype float16 holds them as they are")
     return tuple(changes)

@@ -11,9 +11,10 @@ from typing import Any
 import pytest
 import torch
 from support.exports import source_of
-from support.families import KEPT, random_tokens
+from support.families import random_tokens
 from support.quantized import INT8, NF4
 
+from qpruner.anatomy import FAMILIES
 from qpruner.errors import UserError
 from qpruner.export.compressed_tensors_folder import CompressedTensors
 from qpruner.export.fidelity import logits
@@ -31,7 +32,7 @@ UNIFORM = [((0, 2, 3), tuple(range(64)))] * 2
 LOAD = """
 import json, sys, torch
 from transformers import AutoModelForCausalLM
-model = AutoModelForCausalLM.from_pretrained(sys.argv[1]).eval()
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=True).eval()
 packed = [name for name, _ in model.named_parameters() if name.endswith("weight_packed")]
 tokens = torch.tensor(json.load(sys.stdin))
 logits = model(input_ids=tokens).logits
@@ -113,6 +114,20 @@ def test_transformers_alone_loads_and_generates(tmp_path: Path, family: str) -> 
     assert (expected - exact).norm() < 0.002 * exact.norm()
 
 
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
+def test_layers_of_widths_of_their_own_bring_the_code_that_builds_them(tmp_path: Path, family: str) -> None:
+    pytest.importorskip("compressed_tensors")
+    kept = [((0, 2, 3), tuple(range(64))), ((1, 2), tuple(range(96)))]
+    sizes = {"num_hidden_layers": 2, "intermediate_size": 128}
+    source = source_of(tmp_path / "m", family, kept=kept, precision=FOUR, **sizes)
+    written = CompressedTensors().write(source, tmp_path / "out", torch.float16)
+    assert "trust_remote_code=True, by the code that lies in it" in written.changes[-1]
+    name, packed, values, shape = loaded(tmp_path / "out")
+    assert (name, packed, shape) == (f"Compressed{FAMILIES[family].model_class}", 14, [2, 15])
+    expected = logits(source, written.read, random_tokens())
+    assert (torch.tensor(values) - expected).norm() < 0.01 * expected.norm()
+
+
 def test_each_scheme_is_a_group_that_matches_its_linears_alone(tmp_path: Path) -> None:
     source = symmetric_source(tmp_path / "m")
     CompressedTensors().write(source, tmp_path / "out", torch.float16)
@@ -159,8 +174,6 @@ def test_what_it_cannot_say_is_encoded_anew_and_told(tmp_path: Path) -> None:
 
 
 def test_what_it_cannot_hold_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"differ in width.*selection.uniform true"):
-        CompressedTensors().check(source_of(tmp_path / "widths", kept=KEPT, precision=NF4))
     with pytest.raises(UserError, match=r"c_attn.* are no linears in transformers' own model"):
         CompressedTensors().check(source_of(tmp_path / "gpt2", "gpt2", precision=NF4))
     with pytest.raises(UserError, match=r"No linear .* is quantized. Export it with --format dense"):
