@@ -102,3 +102,9 @@ def test_a_file_for_llama_cpp(folder: Path, capsys: pytest.CaptureFixture[str]) 
     assert f"{(output / 'model.gguf').stat().st_size:,} bytes are on disk in 1 file." in said
     assert "nf4 4/64 is rounded to Q5_1: blk.0.attn_q.weight" in said
     assert "there is no tokenizer; prompts are token ids." in said
+
+
+def test_without_a_tokenizer_any_tokens_are_compared(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source_of(tmp_path / "model", kept=KEPT, precision=NF4)
+    run(["export", str(tmp_path / "model"), "--format=dense"])
+    assert "On tokens of no meaning, logits differ by" in capsys.readouterr().out

@@ -1,8 +1,9 @@
 """Which architecture of llama.cpp computes what a model does, and the metadata that it needs to.
 
-The loaders of ``llama``, ``qwen2``, ``qwen3`` and ``gemma3`` size the tensors of all layers by the first. Two read
-widths layer by layer: ``deci``, which is otherwise ``llama``, and ``openelm``, whose head is its embedding and whose
-heads have norms, as those of a Qwen3. Figures and traps are those of llama.cpp as llama-cpp-python 0.3.36 has it.
+Most of its loaders size the tensors of all layers by the first. Two read widths layer by layer: ``deci``, which is
+otherwise ``llama``, and ``openelm``, whose head is its embedding and whose heads have norms, as those of a Qwen3.
+
+Source: llama.cpp as llama-cpp-python 0.3.36 has it, by which the tests compute.
 """
 
 from dataclasses import dataclass
@@ -42,7 +43,18 @@ class Architecture:
 
 LLAMA, DECI = Architecture("llama", interleaved=True), Architecture("deci", interleaved=True)
 QWEN2, QWEN3, OPENELM = Architecture("qwen2"), Architecture("qwen3"), Architecture("openelm", fused=True)
-GEMMA3 = Architecture("gemma3", norms_from_one=True)
+GEMMA2, GEMMA3 = Architecture("gemma2", norms_from_one=True), Architecture("gemma3", norms_from_one=True)
+GRANITE, SMOLLM3 = Architecture("granite", interleaved=True), Architecture("smollm3", interleaved=True)
+OF_EQUAL_LAYERS = {
+    "gemma": Architecture("gemma", norms_from_one=True),
+    "gemma2": GEMMA2,
+    "gemma3_text": GEMMA3,
+    "granite": GRANITE,
+    "smollm3": SMOLLM3,
+}
+"""Architectures by families that have one, for layers of equal width."""
+WRITTEN = ("llama", "mistral", "qwen2", "qwen3", *OF_EQUAL_LAYERS)
+"""The families of which files can be written."""
 
 
 def architecture_for(source: Source) -> Architecture:
@@ -54,29 +66,57 @@ def architecture_for(source: Source) -> Architecture:
     config, widths = source.config, source.plan.widths
     family, _ = family_of(config)
     equal = len(set(widths.kv_groups)) == len(set(widths.ffn_channels)) == 1
-    _check_activation(config, "gelu_pytorch_tanh" if family == "gemma3_text" else "silu")
+    if family not in WRITTEN:
+        raise _refusal(source, f"only {', '.join(WRITTEN)} are written so far")
     if family in ("llama", "mistral"):
         chosen = LLAMA if equal else DECI
     elif family == "qwen2":
         all_heads = widths.kv_groups[0] * widths.queries_per_group * widths.head_dim == widths.hidden_size
         chosen = DECI if not equal else QWEN2 if all_heads else LLAMA
     elif family == "qwen3":
-        if not equal and not source.tied:
-            raise _refusal(source, "its layers differ in width and its head is not its embedding", EQUAL_WIDTHS)
-        if config.attention_bias:
-            raise _refusal(source, "it has biases of attention", "Use --format dense")
         chosen = QWEN3 if equal else OPENELM
-    elif family == "gemma3_text":
-        if not equal:
-            raise _refusal(source, "its layers are not equally wide", EQUAL_WIDTHS)
-        _check_gemma(source)
-        chosen = GEMMA3
     else:
-        raise _refusal(
-            source, "only llama, mistral, qwen2, qwen3 and gemma3_text are written so far", "Use --format dense"
-        )
-    _check_rope(source, chosen)
+        chosen = OF_EQUAL_LAYERS[family]
+    if chosen == OPENELM and not source.tied:
+        raise _refusal(source, "its layers differ in width and its head is not its embedding", EQUAL_WIDTHS)
+    if not equal and chosen not in (DECI, OPENELM):
+        raise _refusal(source, "its layers are not equally wide", EQUAL_WIDTHS)
+    if reason := _difference(source, chosen):
+        raise _refusal(source, reason)
     return chosen
+
+
+def _difference(source: Source, architecture: Architecture) -> str | None:
+    """What a model computes otherwise than its architecture; None for nothing."""
+    config, rope = source.config, rope_of(source.config)
+    gemma = architecture.norms_from_one
+    activation = getattr(config, "hidden_activation", None) or config.hidden_act
+    expected = "gelu_pytorch_tanh" if gemma else "silu"
+    kinds = {"default", "linear"} | ({"llama3"} if architecture in (LLAMA, DECI) else set())
+    differences = {
+        f"{expected} is computed where it has {activation}": activation != expected,
+        f"rotary positions are {', '.join(sorted(kinds))} over whole heads, where it has {rope['rope_type']}": (
+            rope["rope_type"] not in kinds or rope.get("partial_rotary_factor", 1.0) != 1.0
+        ),
+        "it has biases, and the architecture has none": (
+            architecture not in (LLAMA, DECI, QWEN2, GRANITE)
+            and (getattr(config, "attention_bias", False) or getattr(config, "mlp_bias", False))
+        ),
+    }
+    if gemma and architecture != OF_EQUAL_LAYERS["gemma"]:
+        scalar = config.query_pre_attn_scalar
+        capped = config.attn_logit_softcapping is not None
+        differences |= {
+            f"its query_pre_attn_scalar is {scalar}, not the channels of a head": scalar != source.plan.widths.head_dim,
+            "attention is capped, or is not, otherwise": capped != (architecture == GEMMA2),
+            "the last logits are not capped": architecture == GEMMA2 and not config.final_logit_softcapping,
+        }
+    if architecture in (GEMMA2, OF_EQUAL_LAYERS["gemma"]):
+        differences["its head is not its embedding"] = not source.tied
+    if architecture == SMOLLM3:
+        turned = [int((number + 1) % 4 != 0) for number in range(source.plan.widths.num_layers)]
+        differences["layers other than every fourth have no positions"] = list(config.no_rope_layers) != turned
+    return next((difference for difference, holds in differences.items() if holds), None)
 
 
 def metadata(source: Source, architecture: Architecture) -> tuple[dict[str, Value | str], list[str]]:
@@ -105,18 +145,26 @@ def metadata(source: Source, architecture: Architecture) -> tuple[dict[str, Valu
     values["rope.freq_base"] = float(rope["rope_theta"])
     if rope["rope_type"] == "linear":
         values |= {"rope.scaling.type": "linear", "rope.scaling.factor": float(rope["factor"])}
-    window = getattr(config, "sliding_window", None) if uses_window(config) else None
-    if architecture == GEMMA3:
+    if architecture in (GEMMA2, GEMMA3):
         values["attention.sliding_window"] = int(config.sliding_window)
         values["attention.sliding_window_pattern"] = [kind == "sliding_attention" for kind in config.layer_types]
-        values["rope.freq_base_swa"] = float(config.rope_parameters["sliding_attention"]["rope_theta"])
-        if config.final_logit_softcapping:
-            values["final_logit_softcapping"] = float(config.final_logit_softcapping)
-    elif window is not None and window < context:
-        context = int(window)
+        for name in ("attn_logit_softcapping", "final_logit_softcapping"):
+            if getattr(config, name):
+                values[name] = float(getattr(config, name))
+    elif uses_window(config) and config.sliding_window < context:
+        context = int(config.sliding_window)
         changes.append(
             f"the context is {context} tokens: {architecture.name} has no sliding window, which begins there"
         )
+    if architecture == GEMMA3:
+        values["rope.freq_base_swa"] = float(config.rope_parameters["sliding_attention"]["rope_theta"])
+    if architecture == GRANITE:
+        values |= {
+            "attention.scale": float(config.attention_multiplier),
+            "embedding_scale": float(config.embedding_multiplier),
+            "residual_scale": float(config.residual_multiplier),
+            "logit_scale": float(config.logits_scaling),
+        }
     values["context_length"] = context
     return values, changes
 
@@ -149,41 +197,9 @@ def rope_factors(config: Any, head_dim: int) -> Tensor | None:
 def uses_window(config: Any) -> bool:
     """Whether some layer looks back no further than a sliding window."""
     kinds = getattr(config, "layer_types", None)
-    return kinds is None or "sliding_attention" in kinds
+    return getattr(config, "sliding_window", None) is not None and (kinds is None or "sliding_attention" in kinds)
 
 
-def _check_activation(config: Any, expected: str) -> None:
-    activation = getattr(config, "hidden_act", None) or getattr(config, "hidden_activation", None)
-    if family_of(config)[0] in ("llama", "mistral", "qwen2", "qwen3", "gemma3_text") and activation != expected:
-        raise UserError(
-            f"--format gguf: llama.cpp computes {expected} where this model has {activation}. Use --format dense."
-        )
-
-
-def _check_gemma(source: Source) -> None:
-    config = source.config
-    if config.query_pre_attn_scalar != source.plan.widths.head_dim:
-        raise _refusal(
-            source,
-            f"query_pre_attn_scalar is not the number of channels of a head but {config.query_pre_attn_scalar}",
-            "Use --format dense",
-        )
-    if config.attn_logit_softcapping is not None or config.attention_bias:
-        raise _refusal(source, "it has soft capping or biases of attention", "Use --format dense")
-
-
-def _check_rope(source: Source, architecture: Architecture) -> None:
-    rope = rope_of(source.config)
-    kinds = {"default", "linear"} | ({"llama3"} if architecture.interleaved else set())
-    if rope["rope_type"] not in kinds or rope.get("partial_rotary_factor", 1.0) != 1.0:
-        raise _refusal(
-            source,
-            f"rotary positions of {architecture.name} are written for {', '.join(sorted(kinds))}, over whole "
-            f"heads, not for {rope['rope_type']}",
-            "Use --format dense",
-        )
-
-
-def _refusal(source: Source, reason: str, remedy: str) -> UserError:
+def _refusal(source: Source, reason: str, remedy: str = "Use --format dense") -> UserError:
     family = family_of(source.config)[0]
     return UserError(f"llama.cpp has no architecture for this {family}: {reason}. {remedy}.")

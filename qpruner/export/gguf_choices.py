@@ -62,6 +62,9 @@ def told(choices: Mapping[str, Choice]) -> list[str]:
         if choice.change is not None:
             changed.setdefault(choice.change, []).append(name)
     return [
-        *(f"{number} tensors of {type_name} hold the model's own codes" for type_name, number in carried.items()),
+        *(
+            f"{type_name} holds the model's own codes: {number} of {len(choices)} tensors"
+            for type_name, number in carried.items()
+        ),
         *(f"{change}: {listed(names)}" for change, names in changed.items()),
     ]

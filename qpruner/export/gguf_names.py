@@ -24,7 +24,7 @@ NAMES = {
     "input_layernorm": "attn_norm",
     "post_attention_layernorm": "ffn_norm",
 }
-OF_GEMMA = {
+NORMS_AROUND = {
     "post_attention_layernorm": "post_attention_norm",
     "pre_feedforward_layernorm": "ffn_norm",
     "post_feedforward_layernorm": "post_ffw_norm",
@@ -97,7 +97,7 @@ class Entry:
 def entries(source: Source, architecture: Architecture) -> Iterator[Entry]:
     """The tensors of the file of a model, in their order."""
     _, family = family_of(source.config)
-    names = NAMES | (OF_GEMMA if architecture.name == "gemma3" else {})
+    names = NAMES | (NORMS_AROUND if "pre_feedforward_layernorm" in family.layer_norms else {})
     of_model = {family.embedding: "token_embd", family.last_norm: "output_norm", family.head: "output"}
     for parameter in source.names():
         module, _, kind = parameter.rpartition(".")

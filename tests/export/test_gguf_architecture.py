@@ -38,7 +38,11 @@ LLAMA3 = {
         ("qwen2", KEPT, {}, "deci"),
         ("qwen3", UNIFORM, {}, "qwen3"),
         ("qwen3", KEPT, {"tie_word_embeddings": True}, "openelm"),
+        ("gemma", UNIFORM, {}, "gemma"),
+        ("gemma2", UNIFORM, {}, "gemma2"),
         ("gemma3_text", UNIFORM, {}, "gemma3"),
+        ("granite", UNIFORM, {}, "granite"),
+        ("smollm3", UNIFORM, {"no_rope_layers": [1, 1, 1]}, "smollm3"),
     ],
 )
 def test_the_architecture_follows_from_widths(
@@ -52,7 +56,12 @@ def test_the_architecture_follows_from_widths(
     [
         ("qwen3", KEPT, {}, r"head is not its embedding.*`selection.uniform: true`.*--format dense"),
         ("gemma3_text", KEPT, {}, r"equally wide.*`selection.uniform: true`"),
-        ("gemma2", None, {}, r"gemma2.*only llama, mistral, qwen2, qwen3 and gemma3_text.*--format dense"),
+        ("granite", KEPT, {}, r"equally wide.*`selection.uniform: true`"),
+        ("olmo2", None, {}, r"olmo2.*only llama, .*, gemma3_text, .* are written so far.*--format dense"),
+        ("smollm3", None, {}, r"every fourth"),  # the second of its three layers has no positions
+        ("gemma2", None, {"attn_logit_softcapping": None}, r"capped"),
+        ("gemma3_text", None, {"attn_logit_softcapping": 50.0}, r"capped"),
+        ("gemma", None, {"tie_word_embeddings": False}, r"head is not its embedding"),
         ("llama", None, {"hidden_act": "relu"}, r"relu.*--format dense"),
         ("qwen3", None, {"attention_bias": True}, r"biases"),
         ("gemma3_text", None, {"query_pre_attn_scalar": 32}, r"query_pre_attn_scalar.* 32"),
