@@ -29,7 +29,8 @@ def test_it_says_bytes_and_errors(folder: Path, capsys: pytest.CaptureFixture[st
     output = folder.parent / "exports" / "dense"
     said = capsys.readouterr().out
     assert is_compressed(output)
-    size = sum(path.stat().st_size for path in output.iterdir() if path.name != "export.json")
+    files = [path for path in output.rglob("*") if path.is_file() and path.name != "export.json"]
+    size = sum(path.stat().st_size for path in files)
     assert f"{size:,} bytes are on disk" in said and "16.00 bits per weight" in said
     assert "21 packed weights are dense, in float16." in said
     assert "On a few English sentences, logits differ by " in said

@@ -70,7 +70,7 @@ def test_help_lists_every_command_in_a_line(capsys: pytest.CaptureFixture[str]) 
 
 def test_every_command_is_there() -> None:
     targets = [command.target for command in COMMANDS.values() if command.target]
-    assert len(targets) == 7 and all(map(callable, map(resolve_name, targets)))
+    assert len(targets) == 8 and all(map(callable, map(resolve_name, targets)))
     assert {name for name, command in COMMANDS.items() if not command.target} == SKIPPED.keys()
 
 

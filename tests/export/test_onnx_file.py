@@ -20,7 +20,7 @@ onnxruntime = pytest.importorskip("onnxruntime")
 pytest.importorskip("onnxscript")
 
 FOUR, THREE, EIGHT = Precision("symmetric", 4, 32), Precision("affine-double", 3, 64), Precision("affine", 8, ROW)
-LEADING = Precision("symmetric", 4, 32, Leading(20, INT8))
+LEADING = Precision("symmetric", 4, 32, Leading(12, INT8))
 MIXED = [
     dict(zip(UNITS, precisions, strict=True))
     for precisions in ((FOUR, INT8, EIGHT, THREE), (DOUBLE, LEADING, NF4, DENSE))
