@@ -20,6 +20,7 @@ from qpruner.compressed import CompressedModel
 from qpruner.joint.config import JointConfig
 from qpruner.joint.learner import Ground, PlanLearner
 from qpruner.joint.network import GatedNetwork
+from qpruner.joint.prior import Text
 from qpruner.joint.space import JointSpace, unit_bytes
 from qpruner.likelihood import IGNORED, token_nll
 from qpruner.processes import Processes
@@ -77,7 +78,7 @@ def main() -> None:
 
 def step_of(config: JointConfig, gated: GatedNetwork, limit: int, batch: object) -> Callable[[], None]:
     """A step of learning, without a Trainer."""
-    learner = PlanLearner(config, lambda _: (Ground(gated, torch.empty(0), Processes.alone()), [limit]), seed=0)
+    learner = PlanLearner(config, lambda _: (Ground(gated, Text([], 0, 0), Processes.alone()), [limit]), seed=0)
     learner.setup("fit")
     for kind in gated.space.shapes:
         getattr(learner, f"start_{kind}").normal_()

@@ -23,6 +23,7 @@ from qpruner.quantization.calibrated_inputs import CalibratedConfig
 from qpruner.quantization.calibrated_layers import CalibratedLayers
 from qpruner.quantization.embedding import table_precisions
 from qpruner.quantization.formats import DEFAULTS, FORMATS, GridFormat, format_for, precision_of
+from qpruner.quantization.pooled import check_poolable
 
 Bits = int | Sequence[int] | Mapping[str, int] | Sequence[Mapping[str, int]]
 
@@ -159,6 +160,9 @@ class MixedPrecisionQuantization(CompressionInSetup):
         for precision in {*units, *self.tables.values()} - {DENSE}:
             format_for(precision)
         rehearsal.precisions = frozenset(units if self.allocator is None else self.allocator.precisions)
+        if rehearsal.lora.pooled:
+            for precision in rehearsal.precisions - {DENSE}:
+                check_poolable("A linear with an adapter", precision)
         if self.allocator is not None:
             self.allocator.check(rehearsal, self.tables)
         elif rehearsal.exact:

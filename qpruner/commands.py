@@ -56,6 +56,10 @@ COMMANDS = {
     "merge": Command(
         "Write a dense copy of a run's model, with the adapters in its weights.", "qpruner.merge_command:merge_command"
     ),
+    "export": Command(
+        "Write a run's model in the format of another engine, and say what that changes.",
+        "qpruner.export_command:export_command",
+    ),
 }
 
 

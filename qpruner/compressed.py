@@ -37,6 +37,7 @@ from qpruner.quantization.embedding import quantize_tables_
 from qpruner.quantization.merging import merge_
 from qpruner.quantization.packed import PackedLinear
 from qpruner.quantization.polishing import linears_with_grids, loosen_, settle_
+from qpruner.quantization.pooled import pool_
 
 
 class State(StrEnum):
@@ -417,9 +418,12 @@ class CompressedModel(nn.Module):
             adapter_files.check_adapters(self._adapter_files, rank=lora.r, alpha=lora.alpha)
         self.network = attach_adapters(self.network, lora, seed=seed)
         self._lora = lora, seed
-        set_factors_(self.network, self.initial_adapters)
+        if not lora.pooled:
+            set_factors_(self.network, self.initial_adapters)
         if self._adapter_files is not None:
             adapter_files.load_adapters(self._adapter_files, self.network)
+        if lora.pooled:
+            pool_(self.network)
 
     def detach(self) -> None:
         """Takes the adapters off the base, unmerged and for good."""
@@ -574,3 +578,5 @@ class CompressedModel(nn.Module):
         for factor in self.network.parameters():
             if factor.requires_grad:
                 factor.data = factor.data.to(held_in)
+        if lora.pooled:
+            pool_(self.network)

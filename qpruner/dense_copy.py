@@ -1,4 +1,4 @@
-"""A dense 16-bit copy of a run's model, with its adapters in its weights."""
+"""A copy of a run's model with its adapters in its weights: dense in 16 bits, or packed with pooled adapters."""
 
 import os
 import shutil
@@ -16,10 +16,11 @@ from qpruner.datamodules.base import TokenDataModule
 from qpruner.datamodules.rows import TextExamples
 from qpruner.errors import UserError, user_error
 from qpruner.folder_manifest import ADAPTER, CONFIG, PLAN, REFERENCE, Step, is_compressed, read_manifest
-from qpruner.memory import num_parameters
+from qpruner.memory import num_parameters, tensor_bytes
 from qpruner.model_folder import GENERATION, load_compressed, read_plan, save_base
 from qpruner.plan import DENSE, UNITS
 from qpruner.quantization.merging import merge_
+from qpruner.quantization.pooled import fold_
 from qpruner.records.folder import RESTORE, RunFolder
 from qpruner.records.manifest import Recorded
 from qpruner.remote_code import CODE
@@ -27,18 +28,20 @@ from qpruner.schema import read_as
 from qpruner.training.evaluation import evaluate
 
 
-def merge_run(run: Path, output: Path, dtype: str) -> None:
-    """Merges the adapters of a run's model into a dense copy, and prints what that changed.
+def merge_run(run: Path, output: Path, dtype: str, *, packed: bool = False) -> None:
+    """Merges the adapters of a run's model into a copy without any, and prints what that changed.
 
     Only the run's model is needed; where its data can still be had, the perplexity is measured before and after.
 
     Args:
         run: folder of a finished run, or of its model.
         output: folder to write; it must not be there yet.
-        dtype: ``bfloat16`` or ``float16``.
+        dtype: ``bfloat16`` or ``float16``, of a dense copy.
+        packed: whether the copy stays packed, with pooled adapters in its minima.
 
     Raises:
-        UserError: no such run, values that are not finite, or the folder to write is there or cannot be written.
+        UserError: no such run, values that are not finite, adapters that cannot be folded into minima, or the folder to
+            write is there or cannot be written.
     """
     folder, output = model_folder(run.expanduser()), output.expanduser()
     prepare_output(output)
@@ -46,12 +49,18 @@ def merge_run(run: Path, output: Path, dtype: str) -> None:
     check_finite(model, f"the model in {str(folder)!r}", "Train again with a lower --model.optimizer.lr.")
     data = run_data(folder)
     before = None if isinstance(data, str) else measured_perplexity(model, data)
-    merged = merge_(model, getattr(torch, dtype))
+    options: dict[str, Any] = {"packed": True} if packed else {"dtype": dtype}
+    if packed:
+        merged, state = fold_(model), None
+        what = f"{tensor_bytes(merged):,} bytes, packed as before"
+    else:
+        merged, state = merge_(model, getattr(torch, dtype)), "merged"
+        plan = plan.with_precision([dict.fromkeys(UNITS, DENSE)] * len(plan.layers))
+        what = f"{num_parameters(merged):,} dense parameters in {dtype}"
     check_finite(merged, f"the merged model in {dtype}", "Merge with --dtype bfloat16.")
-    recipe = [*read_manifest(folder)["recipe"], Step(name="merge", options={"dtype": dtype})]
-    plan = plan.with_precision([dict.fromkeys(UNITS, DENSE)] * len(plan.layers))
-    save_base(output, merged, plan, base_name=str(run), state="merged", recipe=recipe, tokenizer=TokenizerFiles(folder))
-    print(f"{output} holds {num_parameters(merged):,} dense parameters in {dtype}.")
+    recipe = [*read_manifest(folder)["recipe"], Step(name="merge", options=options)]
+    save_base(output, merged, plan, base_name=str(run), state=state, recipe=recipe, tokenizer=TokenizerFiles(folder))
+    print(f"{output} holds {what}.")
     if isinstance(data, str):
         print(f"The perplexity was not measured: {data}")
     elif before is not None and (after := measured_perplexity(merged, data)) is not None:

@@ -227,7 +227,7 @@ def write_base(
     model.save_pretrained(folder)
     # In place of what `save_pretrained` makes of the configuration that the model computes with.
     portable = with_widths(model.config, plan.widths) if plan.quantized else portable_config(model.config)
-    portable.architectures = [_model_class_name(portable)]
+    portable.architectures = [model_class_name(portable)]
     if needs_code(portable):
         add_code(folder, portable, model)
     portable.to_json_file(folder / CONFIG)  # as it is: transformers cannot read what is packed
@@ -342,6 +342,7 @@ def build_skeleton(config: Any) -> Any:
     return model
 
 
-def _model_class_name(config: Any) -> str:
+def model_class_name(config: Any) -> str:
+    """The name of the class that loads a model, in transformers or in `qpruner.modeling_compressed`."""
     name: str = family_of(config)[1].model_class
     return f"Compressed{name}" if config.model_type.startswith(COMPRESSED) else name

@@ -313,10 +313,10 @@ class UnpackedWeight(Tensor):
     """The weight of a packed linear, which becomes dense when somebody asks for ``data`` to write to."""
 
     linear: nn.Module
-    __torch_function__ = torch._C._disabled_torch_function_impl
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     @property
-    def data(self) -> Tensor:  # type: ignore[override]
+    def data(self) -> Tensor:
         linear: Any = self.linear
         return (linear.become_dense_() if isinstance(linear, PackedTable) else linear).weight.data
 
@@ -342,6 +342,8 @@ class PackedTable(nn.Module):
         precision: format, bits, group and leading columns.
         bias: whether it has a bias.
     """
+
+    bias: nn.Parameter | None
 
     def __init__(self, out_features: int, in_features: int, precision: Precision, bias: bool) -> None:
         nn.Module.__init__(self)  # that of `nn.Linear`, which may come next, makes a weight
@@ -392,7 +394,7 @@ class PackedTable(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "PackedTable":
         before = {name: self.get_parameter(name).data for name in self.names}
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         self.dtype = fn(torch.empty(0, dtype=self.dtype)).dtype
         for name, tensor in before.items():  # a cast of the model is none of the scales'
             if (moved := self.get_parameter(name)).dtype != tensor.dtype:
@@ -400,7 +402,7 @@ class PackedTable(nn.Module):
         return self
 
 
-class CompressedLinear(PackedTable, nn.Linear):
+class CompressedLinear(PackedTable, nn.Linear):  # type: ignore[misc, override]
     """A frozen linear whose weight is packed; to PEFT a linear as any other."""
 
 
@@ -431,7 +433,7 @@ class CompressedEmbedding(nn.Module):
         return self.table.weight
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "CompressedEmbedding":
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         self.dtype = fn(torch.empty(0, dtype=self.dtype)).dtype
         return self
 
@@ -523,7 +525,7 @@ class _Compressed:
 
     def __init__(self, config: Any, *arguments: Any, **options: Any) -> None:
         with _as_skeleton(config):
-            super().__init__(config, *arguments, **options)
+            super().__init__(config, *arguments, **options)  # type: ignore[call-arg]
         compress_(self, config.compression)
 
     @property
@@ -599,16 +601,16 @@ def _inside(model: Any, by_path: Mapping[str, Any]) -> Iterator[tuple[str, Any]]
 
 
 def _replacement(module: Any, entry: Mapping[str, Any]) -> nn.Module:
-    shape = entry["shape"]
+    shape: list[int] = entry["shape"]
     if len(shape) == 1:  # a norm
         module.weight = nn.Parameter(module.weight.new_empty(shape))
-        return module  # type: ignore[no-any-return]
+        return module
     has_bias = getattr(module, "bias", None) is not None
     if "format" not in entry:
         if isinstance(module, nn.Linear) or "linear" in entry:
-            return nn.Linear(*reversed(shape), bias=has_bias)
+            return nn.Linear(shape[1], shape[0], bias=has_bias)
         return type(module)(*shape)  # GPT-2's Conv1D, whose weight lies as [in, out]
     precision = {name: entry.get(name) for name in ("format", "bits", "group", "leading")}
     if isinstance(module, nn.Embedding):
-        return CompressedEmbedding(PackedTable(*shape, precision, bias=False), entry["scale"])
-    return CompressedLinear(*shape, precision, has_bias)
+        return CompressedEmbedding(PackedTable(shape[0], shape[1], precision, bias=False), entry["scale"])
+    return CompressedLinear(shape[0], shape[1], precision, has_bias)

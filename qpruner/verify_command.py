@@ -42,11 +42,11 @@ def _hold_to_its_word(folder: Path, adapters: bool) -> None:
     from qpruner.model_folder import load_base, load_compressed  # takes seconds to import
     from qpruner.reference_logits import MOST, deviation
 
-    models = {"base": lambda: deviation(folder, load_base(folder, check_hashes=False).network)}
+    differences = {"base": deviation(folder, load_base(folder, check_hashes=False).network)}
     if adapters:
-        models["base with its adapters"] = lambda: deviation(folder / ADAPTER, load_compressed(folder))
-    for what, measured in models.items():
-        if (difference := measured()) is None:
+        differences["base with its adapters"] = deviation(folder / ADAPTER, load_compressed(folder))
+    for what, difference in differences.items():
+        if difference is None:
             print(f"The {what} loads; no logits were recorded when it was written.")
         elif difference > MOST:
             raise UserError(

@@ -138,6 +138,7 @@ def test_the_tokenizer_goes_along_whoever_wrote_its_code(work: Path, capsys: pyt
         assert load_compressed(folder)  # all of it is in the manifest
     files = {path.relative_to(work / "out").as_posix() for path in (work / "out").rglob("*") if path.is_file()}
     model = {"config.json", "generation_config.json", "model.safetensors", "plan.json", "manifest.json"}
+    model |= {"reference/logits.safetensors"}
     of_tokenizer = {"tok_my.py", "tokenizer.json", "tokenizer_config.json", "additional_chat_templates/tool_use.jinja"}
     assert files == model | of_tokenizer
 

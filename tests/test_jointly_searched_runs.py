@@ -97,12 +97,27 @@ def test_a_search_of_widths_and_bits_records_what_it_tried_and_its_plan_is_carri
     assert variants_table(results) in report and variants_table(results) in printed
     assert "multiply-adds | " in report and f"{results.winner.scores['multiply_adds']:,}" in report
     assert "and 90.0 % of the multiply-adds of the dense decoder linears" in report
+    assert "µs a token, 256 at once" in report
+    speeds = read_json(folder.structure / "speeds.json")["seconds"]
     # Plans of the front hold what was tried.
     by_name = {one.name: one for one in results.trials}
     for row in read_json(folder.pareto):
         plan = CompressionPlan.read(folder.path / row["plan"])
         units = [len(kept) for layer in plan.layers for kept in (layer.kv_groups, layer.ffn_channels)]
         assert tuple(units) == by_name[row["name"]].units
+        linears = [
+            f"{shape} {layer.precision[unit]}"
+            for layer, groups, channels in zip(plan.layers, units[::2], units[1::2], strict=True)
+            for unit, shapes in {
+                "qkv": [f"{16 * groups} x 32", *[f"{8 * groups} x 32"] * 2],
+                "o": [f"32 x {16 * groups}"],
+                "gate_up": [f"{channels} x 32"] * 2,
+                "down": [f"32 x {channels}"],
+            }.items()
+            for shape in shapes
+        ]
+        for place, (tokens, seconds) in enumerate(by_name[row["name"]].seconds.items()):
+            assert seconds == pytest.approx(sum(speeds[name][place] for name in linears) / int(tokens))
     # A fit of the winner, by a configuration that has no search, has exactly its bytes.
     fit = changed(lambda content: (content.pop("search"), content["trainer"]["callbacks"].pop()))
     run(["fit", *fit, "--run.name", "fitted", "--plan", str(folder.plan)])

@@ -13,7 +13,9 @@ import torch
 from safetensors.torch import save_file
 from support.families import FAMILIES, logits_of, random_tokens
 from support.quantized import CPU, pruned
-from transformers import AutoModelForCausalLM
+from transformers import AttentionInterface, AttentionMaskInterface, AutoModel, AutoModelForCausalLM
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
 
 from qpruner.model_folder import load_base, save_base
 from qpruner.modeling_compressed import CompressedLinear, config_class
@@ -121,6 +123,30 @@ def test_classes_of_qpruner_need_no_trust(tmp_path: Path) -> None:
     command = [sys.executable, "-c", script, str(tmp_path / "model"), str(tmp_path / "logits.pt")]
     subprocess.run(command, check=True, cwd=Path(__file__).parent, capture_output=True)
     assert torch.equal(torch.load(tmp_path / "logits.pt"), logits_of(network))
+
+
+def test_other_engines_can_put_in_their_attention(tmp_path: Path) -> None:
+    """As the backend of vLLM for transformers does, which also needs linears that are no more than that."""
+    network = write(tmp_path / "model", "llama", layers=[[DENSE] * 4] * 3)
+    config = json.loads((tmp_path / "model/config.json").read_text())
+    assert config["auto_map"].keys() == {"AutoConfig", "AutoModel", "AutoModelForCausalLM"}
+    calls: list[tuple[int, int]] = []
+
+    def recorded(module: Any, query: torch.Tensor, key: torch.Tensor, *rest: Any, **options: Any) -> Any:
+        calls.append((query.shape[1], key.shape[1]))
+        return sdpa_attention_forward(module, query, key, *rest, **options)
+
+    AttentionInterface.register("recorded", recorded)
+    AttentionMaskInterface.register("recorded", sdpa_mask)
+    options = {"trust_remote_code": True, "attn_implementation": "recorded"}
+    body = AutoModel.from_pretrained(tmp_path / "model", **options)
+    assert {type(module) for module in body.modules() if isinstance(module, torch.nn.Linear)} == {torch.nn.Linear}
+    assert body._supports_attention_backend
+    with torch.no_grad():
+        states = body(input_ids=random_tokens(), use_cache=False).last_hidden_state
+        expected = network.model(input_ids=random_tokens(), use_cache=False).last_hidden_state
+    torch.testing.assert_close(states, expected)
+    assert calls == [(6, 3), (2, 1), (8, 4)]  # query and key heads of each layer
 
 
 def adapted(folder: Path) -> Any:

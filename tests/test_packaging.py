@@ -73,6 +73,11 @@ ALLOWED: dict[str, set[str]] = {
         "adapter_files", "calibration", "datamodules", "errors", "files", "folder_manifest", "likelihood", "memory",
         "model_folder", "pretrained", "pricing", "processes", "records", "training",
     },
+    "export": {
+        "adapters", "anatomy", "dense_copy", "errors", "files", "folder_manifest", "model_folder",
+        "modeling_compressed", "plan", "pretrained", "pruning", "quantization", "remote_code",
+    },
+    "export_command": {"export", "options"},
     "files": {"errors"},
     "generate_command": {"evaluation", "options"},
     "folder_manifest": {"errors", "files", "schema"},
@@ -123,7 +128,7 @@ ALLOWED: dict[str, set[str]] = {
     "search": {
         "adapters", "allocation", "anatomy", "calibration", "callbacks", "compressed", "datamodules", "errors", "files",
         "folder_manifest", "likelihood", "memory", "outline", "plan", "pretrained", "pricing", "processes", "pruning",
-        "quantization", "records", "seeds", "training",
+        "quantization", "records", "schema", "seeds", "training",
     },
     "tensor_files": {"errors", "files", "folder_manifest"},
     "training": {

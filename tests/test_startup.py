@@ -61,7 +61,7 @@ def test_what_looks_at_a_model_needs_no_model_classes_and_no_trainer(plan: str, 
 def test_help_lists_every_command_in_a_line(capsys: pytest.CaptureFixture[str]) -> None:
     run(["--help"])
     lines = capsys.readouterr().out.splitlines()
-    for name in ("fit", "validate", "test", "predict", "search", "report", "plan", "merge"):
+    for name in ("fit", "validate", "test", "predict", "search", "report", "plan", "merge", "export"):
         assert f"  {name:10}{COMMANDS[name].summary}" in lines
     assert all(len(line) <= 120 for line in lines)
     run(["--version"])
@@ -70,7 +70,7 @@ def test_help_lists_every_command_in_a_line(capsys: pytest.CaptureFixture[str]) 
 
 def test_every_command_is_there() -> None:
     targets = [command.target for command in COMMANDS.values() if command.target]
-    assert len(targets) == 7 and all(map(callable, map(resolve_name, targets)))
+    assert len(targets) == 8 and all(map(callable, map(resolve_name, targets)))
     assert {name for name, command in COMMANDS.items() if not command.target} == SKIPPED.keys()
 
 

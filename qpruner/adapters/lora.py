@@ -27,12 +27,16 @@ class LoRAConfig:
         target_modules: the linears that get adapters: ends of their names, such as ``q_proj``; a regular expression
             for the whole of a name; or ``all-linear``, all but the language-model head. What their names are depends on
             the family: ``q_proj`` of a Llama is a part of ``qkv_proj`` in a Phi-3 and of ``c_attn`` in a GPT-2.
+        pooled: whether an adapter adds the same number to all weights of a group, so that `qpruner merge --packed`
+            folds it into the group's minimum and the model stays packed (QA-LoRA). All linears with adapters are then
+            held in the format ``affine``, and the adapters start from zero.
     """
 
     r: int = 8
     alpha: float = 16.0
     dropout: float = 0.05
     target_modules: Sequence[str] | str = ALL_LINEAR
+    pooled: bool = False
 
     def __post_init__(self) -> None:
         if not isinstance(self.target_modules, str):  # a list from YAML compares as a tuple

@@ -55,7 +55,9 @@ def stream(
     torch.manual_seed(seed)
     since = perf_counter()
     # What the model's own generation config says of sampling must not decide beside the temperature.
-    drawn = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0} if temperature else {}
+    choice: dict[str, Any] = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
+    if not temperature:
+        choice = {"do_sample": False, "num_beams": 1, "temperature": None, "top_p": None, "top_k": None}
     with torch.inference_mode():
         written = network.generate(
             tokens,
@@ -63,7 +65,7 @@ def stream(
             max_new_tokens=max_new_tokens,
             streamer=TextStreamer(subject.tokenizer, skip_prompt=chat, skip_special_tokens=True),
             pad_token_id=subject.tokenizer.pad_token_id or subject.tokenizer.eos_token_id or 0,
-            **(drawn or {"do_sample": False, "num_beams": 1, "temperature": None, "top_p": None, "top_k": None}),
+            **choice,
         )
     seconds, number = perf_counter() - since, written.shape[1] - tokens.shape[1]
     peak = read_peak(on)

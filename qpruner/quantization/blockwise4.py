@@ -133,6 +133,11 @@ class Blockwise4:
     def group(self, precision: Precision) -> int:
         return precision.group or self.groups[0]
 
+    def scales(self, state: Mapping[str, Tensor]) -> Tensor:
+        """The scale of every block; float32 [m]."""
+        blocks = state["scale_codes" if self.double else "scales"]
+        return blockwise4_scales(state, torch.arange(len(blocks), device=blocks.device))
+
 
 class Blockwise4Linear(PackedLinear):
     """A linear in blocks of four-bit floats; CUDA multiplies by the kernels of bitsandbytes.

@@ -52,8 +52,9 @@ class Tried:
         for name, score in self.scores.items():
             if name.endswith(("kl", "accuracy", "error", "examples")) and (name != "kl" or score is not None):
                 conform(score, float, f"The score {name} of {self.name!r}")
-        if "multiply_adds" in self.scores:
-            conform(self.scores["multiply_adds"], int, f"The score multiply_adds of {self.name!r}")
+        for name, kind in (("multiply_adds", int), ("seconds_per_token", dict[str, float])):
+            if name in self.scores:
+                conform(self.scores[name], kind, f"The score {name} of {self.name!r}")
 
     @property
     def loss(self) -> float:
@@ -74,6 +75,12 @@ class Tried:
         """Multiply-adds of the decoder linears for a token; None where that was not recorded."""
         number: int | None = self.scores.get("multiply_adds")
         return number
+
+    @property
+    def seconds(self) -> dict[str, float]:
+        """Seconds of a token in the decoder linears, as measured on a device, by how many pass at once."""
+        seconds: dict[str, float] = self.scores.get("seconds_per_token", {})
+        return seconds
 
     @property
     def spread(self) -> float | None:
@@ -169,14 +176,22 @@ def differ_in_time(trials: Sequence[Tried]) -> bool:
     return len(numbers) > 1 and None not in numbers
 
 
-def pareto_front(trials: Sequence[Tried]) -> list[Tried]:
+def pareto_front(trials: Sequence[Tried], tokens: str | None = None) -> list[Tried]:
     """The trials that none beats, fewest bytes first; of equal ones the first.
 
     One beats another if it is at least as good in each of bytes, multiply-adds where trials differ in these, and what
     is minimized, and better in one of them.
+
+    Args:
+        trials: trials that compete.
+        tokens: how many tokens pass at once, for their measured seconds in place of multiply-adds; None for these.
     """
-    by_time = differ_in_time(trials)
-    costs = [(trial.num_bytes, trial.minimized, (by_time and trial.multiply_adds) or 0) for trial in trials]
+    times = [0.0] * len(trials)
+    if tokens is not None:
+        times = [trial.seconds[tokens] for trial in trials]
+    elif differ_in_time(trials):
+        times = [float(trial.multiply_adds or 0) for trial in trials]
+    costs = [(trial.num_bytes, trial.minimized, time) for trial, time in zip(trials, times, strict=True)]
     front: list[int] = []
     for place in sorted(range(len(trials)), key=lambda place: costs[place]):  # after all that beat it
         if not any(all(a <= b for a, b in zip(costs[other], costs[place], strict=True)) for other in front):
@@ -241,11 +256,13 @@ def variants_table(results: SearchResults) -> str:
 
 def trials_table(results: SearchResults) -> str:
     """All trials by what the front weighs, in order."""
+    passes = passes_of(results)
     rows = [
         [
             trial.name,
             f"{trial.num_bytes:,}",
             _count(trial.multiply_adds),
+            *(f"{1e6 * trial.seconds[tokens]:.1f}" for tokens in passes),
             *([percent(trial.accuracy)] if trial.accuracies else []),
             f"{trial.loss:.4f}",
             "yes" if trial.name in results.front else "",
@@ -253,7 +270,28 @@ def trials_table(results: SearchResults) -> str:
         for trial in results.trials
     ]
     accuracy = ["validation accuracy"] if any(trial.accuracies for trial in results.trials) else []
-    return markdown_table(["trial", "bytes", "multiply-adds", *accuracy, "validation loss", "front"], rows)
+    seconds = [f"µs a token, {tokens} at once" for tokens in passes]
+    return markdown_table(["trial", "bytes", "multiply-adds", *seconds, *accuracy, "validation loss", "front"], rows)
+
+
+def passes_of(results: SearchResults) -> list[str]:
+    """Numbers of tokens at once for which the seconds of all trials are known."""
+    return [
+        tokens
+        for tokens in (results.trials[0].seconds if results.trials else {})
+        if all(tokens in trial.seconds for trial in results.trials)
+    ]
+
+
+def _of_time(results: SearchResults) -> list[str]:
+    """Lines of the report on what trials cost in time: the table, and the fronts with measured seconds."""
+    lines = [trials_table(results), ""]
+    for tokens in passes_of(results):
+        names = ", ".join(trial.name for trial in pareto_front(results.trials, tokens))
+        lines += [f"The front with the measured seconds of {tokens} token(s) at once in their place: {names}.", ""]
+    if len(lines) > 2:
+        lines += ["Seconds are those of the decoder linears, without adapters, on the device of the search.", ""]
+    return lines
 
 
 def proposed_by(results: SearchResults) -> str:
@@ -290,7 +328,7 @@ def write_search_report(folder: RunFolder, results: SearchResults) -> None:
         "",
         f"Plans that no other beats in {weighed}: {', '.join(results.front)}; in `{folder.plans.name}/`.",
         "",
-        *([trials_table(results), ""] if results.trades_time else []),
+        *(_of_time(results) if results.trades_time else []),
         f"![Bits of each trial]({folder.trials_picture.name})",
     ]
     if panels := task_panels(results):

@@ -12,6 +12,7 @@ from qpruner.callbacks import KeepModel, LogInterval, MeasuredEnd, MeasuredStage
 from qpruner.callbacks.compression import CompressionInSetup
 from qpruner.callbacks.report import ResultNotFinite
 from qpruner.datamodules.base import TokenDataModule
+from qpruner.records.model_card import write_model_card
 from qpruner.records.report import Summary, show_summary, write_report
 from qpruner.runs.checks import Preflight
 from qpruner.runs.phases import Phase
@@ -128,6 +129,7 @@ class PhasedFit:
             write_report(folder)
             summary = replace(Summary.read(folder.summary), finished=True)
             summary.write(folder.summary)
+            write_model_card(folder)
             show_summary(summary)
             print(f"Report: {folder.report}")
         phase.end()

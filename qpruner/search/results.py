@@ -1,6 +1,7 @@
 """From the records of trials to what a person reads."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from statistics import mean
 
 from qpruner.records.search import Proposer, Tried
@@ -30,6 +31,14 @@ def tried(name: str, records: Sequence[TrialRecord], aim: Aim) -> Tried:
         accuracies=accuracies,
         value=aim.value(mean(losses), mean(accuracies) if accuracies else None),
     )
+
+
+def timed(plans: Sequence[Tried], speeds: Sequence[dict[str, float]]) -> list[Tried]:
+    """Plans with the seconds that a token takes in each."""
+    return [
+        replace(plan, scores={**plan.scores, "seconds_per_token": seconds})
+        for plan, seconds in zip(plans, speeds, strict=True)
+    ]
 
 
 def named(key: Key) -> tuple[tuple[int, ...], tuple[int, ...]]:

@@ -7,6 +7,7 @@ narrowed layers as far as a part of a layer costs its part; how wide layers may 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 
+import torch
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from qpruner.allocation.budget import Budget
@@ -43,6 +44,7 @@ class Structured:
         limit: most bytes that items may take, where all units stay.
         priors: costs of bits by each method, and bytes where all units stay; what was decided counts for nothing.
         compensates: whether weights that stay make up for those that go.
+        dtype: number format that the dense model is held in.
     """
 
     structure: Structure
@@ -50,6 +52,7 @@ class Structured:
     limit: int
     priors: Mapping[Method, Allocation]
     compensates: bool
+    dtype: torch.dtype
 
 
 def scoring_callback(pruning: Sequence[CompressionInSetup]) -> StructuredPruning:
@@ -149,7 +152,7 @@ def prepare_structures(
         f"Widths of {len(parts)} parts of layers are searched, from all units down to {config.least:.0%} of them; the "
         f"search starts from what StructuredPruning keeps ({asked_for(scoring.ratio, network, scoring.selection)})."
     )
-    return Structured(structure, Ranking(parts, scores, start), limit, priors, compensates)
+    return Structured(structure, Ranking(parts, scores, start), limit, priors, compensates, network.dtype)
 
 
 def _scores(job: CompressionJob, scoring: StructuredPruning) -> list[LayerScores]:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
@@ -33,8 +34,9 @@ from qpruner.search.loop import Judge, finish_started, run_listed, run_trials
 from qpruner.search.preparation import prepare
 from qpruner.search.proposals import OptimizerFailed, Point, Score, open_proposals
 from qpruner.search.rehearsal import check_runs
-from qpruner.search.results import named, proposers, tried
+from qpruner.search.results import named, proposers, timed, tried
 from qpruner.search.space import SearchSpace
+from qpruner.search.speed import measured
 from qpruner.search.structured import part_of
 from qpruner.search.succession import settings_of, succeed
 from qpruner.search.trial import TrialWork
@@ -388,6 +390,8 @@ class Search:
         trials = [
             tried(f"trial {trial.number + 1}", [trial], self.aim) for trial in records if trial.scores is not None
         ]
+        if self.prepared.structured is not None:
+            trials = self.timed(trials, self.prepared.structured.dtype)
         front = pareto_front(trials)
         parts = () if self.space.structure is None else self.space.structure.parts
         results = SearchResults(
@@ -422,6 +426,12 @@ class Search:
             show_search(self.trainer.logger, results)
         results.write(self.folder.results)  # last: with it the search is finished
         return results
+
+    def timed(self, trials: Sequence[Tried], dtype: torch.dtype) -> list[Tried]:
+        """Trials with the seconds that a token takes in each, on the device of this process."""
+        plans = [self.plan(trial) for trial in trials]
+        speeds = measured(self.folder.structure / "speeds.json", plans, self.trainer.strategy.root_device, dtype)
+        return timed(trials, [speeds.per_token(plan) for plan in plans])
 
     def plan(self, chosen: Tried) -> CompressionPlan:
         """The plan of choices, and of units where widths are searched."""

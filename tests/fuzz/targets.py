@@ -168,8 +168,7 @@ def damage_model(rng: Random, folder: Path) -> str:
             shutil.rmtree(other)
     said = damage_file(rng, path)
     if path.name != "manifest.json" and rng.random() < 0.85:
-        place = path.parent.parent if path.parent.name == "adapter" else path.parent
-        relist(place)
+        relist(next(place for place in path.parents if (place / "manifest.json").exists()))
         return f"{said}, with a manifest to fit"
     return said
 

@@ -153,7 +153,7 @@ def test_a_class_is_abstract_where_a_method_is() -> None:
     ("option_type", "words"),
     [
         (int | None, "a whole number or null"),
-        (LoRAConfig, "a mapping with r, alpha, dropout, target_modules"),
+        (LoRAConfig, "a mapping with r, alpha, dropout, target_modules, pooled"),
         (str | Accelerator, "one of auto, cpu, gpu, cuda, mps"),
         (str | Strategy, "one of auto, ddp"),
         (TokenDataModule, "one of InstructionDataModule, StoriesDataModule, TextDataModule"),

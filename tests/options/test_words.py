@@ -28,7 +28,7 @@ Colour = Enum("Colour", "red green")
         (list[Literal["a", "b"]], "a list of items, each of which is one of a, b"),
         (Mapping[str, float], "a mapping to numbers"),
         (Sequence[Mapping[str, int]], "a list of mappings to whole numbers"),
-        (LoRAConfig, "a mapping with r, alpha, dropout, target_modules"),
+        (LoRAConfig, "a mapping with r, alpha, dropout, target_modules, pooled"),
     ],
 )
 def test_in_words(option_type: Any, words: str) -> None:

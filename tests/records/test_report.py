@@ -4,6 +4,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from support.summaries import SUMMARY
 from torch.utils.tensorboard import SummaryWriter
 
 from qpruner.errors import UserError
@@ -17,18 +18,6 @@ from qpruner.records.report import (
     table,
     tasks_table,
     write_report,
-)
-
-SUMMARY = Summary(
-    finished=True,
-    protocol="rows of 8",
-    peak_of="resident set of the process",
-    stages=(
-        Stage(
-            "dense", 1000, 4000, None, {"perplexity": 3.14159, "accuracy": 0.5, "tokens": 12.0}, 1.25, None, 3 * 2**20
-        ),
-        Stage("recovered", 1010, 4040, 4.5, {}, 60.0, 7 * 2**20, None),
-    ),
 )
 
 

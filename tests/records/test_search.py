@@ -235,3 +235,27 @@ def test_the_board_has_the_multiply_adds_of_trials_that_differ_in_them(tmp_path:
         assert ("search/trial_multiply_adds" in scalars) is (expected is not None)
         if expected is not None:
             assert [event.value for event in events.Scalars("search/trial_multiply_adds")] == expected
+
+
+def test_measured_seconds_stand_beside_multiply_adds_and_have_a_front(tmp_path: Path) -> None:
+    """Trial 5 is the fastest of all here, and trial 1 slower than trial 8."""
+    seconds = [7e-6, 6e-6, 5e-6, 1e-6, 4e-6, 8e-6, 3e-6]
+    trials = [
+        replace(trial, scores={**trial.scores, "seconds_per_token": {"1": one, "256": 1e-7}})
+        for trial, one in zip(NARROWED.trials, seconds, strict=True)
+    ]
+    results = replace(NARROWED, trials=tuple(trials))
+    results.write(path := tmp_path / "search.json")
+    assert SearchResults.read(path) == results
+    # Of the equal trials 2 and 6 the faster; trial 4 is faster than 1 but as trial 6 with more bytes and seconds.
+    assert [one.name for one in pareto_front(trials, "1")] == ["trial 6", "trial 1", "trial 5", "trial 8"]
+    assert [one.name for one in pareto_front(trials, "256")] == list(RESULTS.front)  # all the same
+    write_search_report(RunFolder(tmp_path), results)
+    report = RunFolder(tmp_path).report.read_text()
+    assert "measured seconds of 1 token(s) at once in their place: trial 6, trial 1, trial 5, trial 8." in report
+    header, _, first, *_ = (
+        [cell.strip() for cell in line.strip("|").split("|")] for line in trials_table(results).splitlines()
+    )
+    assert header[3:5] == ["µs a token, 1 at once", "µs a token, 256 at once"] and first[3:5] == ["7.0", "0.1"]
+    with pytest.raises(UserError, match="The score seconds_per_token of 'trial 1'"):
+        replace(trials[0], scores={**trials[0].scores, "seconds_per_token": {"1": "x"}})

@@ -8,7 +8,7 @@ import pytest
 from qpruner.records.search import Proposer
 from qpruner.search.aim import Aim
 from qpruner.search.ledger import Ledger, OptimizerRecord, TrialRecord
-from qpruner.search.results import proposers, tried
+from qpruner.search.results import proposers, timed, tried
 
 
 def record(loss: float, seed: int, **scores: Any) -> TrialRecord:
@@ -20,6 +20,13 @@ def test_a_plan_has_the_losses_of_all_seeds_and_else_the_scores_of_the_first() -
     plan = tried("trial 3", [record(2.5, 4, kl=0.1), record(3.5, 5, kl=0.2)], Aim.of("loss", {}))
     assert (plan.name, plan.choices, plan.losses, plan.loss) == ("trial 3", (0, 1), (2.5, 3.5), 3.0)
     assert (plan.num_bytes, plan.average_bits, plan.scores["kl"]) == (14, 6.0, 0.1)
+
+
+def test_a_plan_gets_its_seconds_beside_what_it_measured() -> None:
+    plans = [tried(name, [record(2.5, 4)], Aim.of("loss", {})) for name in ("a", "b")]
+    first, second = timed(plans, [{"1": 2.0}, {"1": 3.0}])
+    assert (first.seconds, second.seconds) == ({"1": 2.0}, {"1": 3.0}) and plans[0].seconds == {}
+    assert (second.name, second.loss, second.scores["bytes"]) == ("b", 2.5, 14)
 
 
 def test_a_plan_has_the_accuracies_of_all_seeds_and_what_their_mean_is_worth() -> None:

@@ -1,0 +1,56 @@
+"""Export to a dense model of 16 bits in the layout of Hugging Face, with the adapters in its weights."""
+
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from qpruner.dense_copy import TokenizerFiles, check_finite
+from qpruner.export.source import Source
+from qpruner.export.written import Written
+from qpruner.folder_manifest import Step, entries_of, read_manifest
+from qpruner.model_folder import build_skeleton, save_base
+from qpruner.plan import DENSE, UNITS
+
+
+class Dense:
+    """A folder that loads wherever the widths are equal in all layers, and by ``qpruner.load_compressed`` always."""
+
+    name = "dense"
+    extra = None
+    module = None
+
+    def check(self, source: Source) -> None:
+        """Every model that is compressed can be made dense."""
+
+    def write(self, source: Source, folder: Path, dtype: torch.dtype) -> Written:
+        network = build_skeleton(source.dense_config)
+        for name in source.names():
+            module, _, kind = name.rpartition(".")
+            setattr(network.get_submodule(module), kind, nn.Parameter(source.weight(name).to(dtype), False))
+        network.tie_weights()
+        network.config.dtype = dtype
+        name = str(dtype).removeprefix("torch.")
+        check_finite(network, f"the dense model in {name}", "Export with --dtype bfloat16.")
+        if source.network.can_generate():
+            network.generation_config = source.network.generation_config
+        manifest = read_manifest(source.folder)
+        save_base(
+            folder,
+            network.eval(),
+            source.plan.with_precision([dict.fromkeys(UNITS, DENSE)] * len(source.plan.layers)),
+            base_name=manifest["base"]["name"],
+            state="merged",
+            recipe=[*manifest["recipe"], Step(name="export", options={"format": self.name, "dtype": name})],
+            tokenizer=TokenizerFiles(source.folder),
+        )
+        predicted = source.num_weights * dtype.itemsize
+        packed = sum(source.packed(name.rpartition(".")[0]) is not None for name in source.names())
+        changes = [f"{packed} packed weights are dense, in {name}"] if packed else []
+        changes += [f"{len(source.adapters)} adapters are in their weights"] if source.adapters else []
+        return Written(
+            tuple(Path(path) for path in entries_of(folder)),
+            predicted,
+            tuple(changes),
+            lambda name: network.get_parameter(name).detach().float(),
+        )

@@ -1,0 +1,222 @@
+"""What packed linears and tables are in ONNX: constants that hold their codes, and nodes that compute with them.
+
+Shapes: O rows (outputs), I columns (inputs), M groups in a row; x [.., I] is what a linear multiplies.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any, Self
+
+import onnx_ir
+import torch
+from onnx_ir import DataType, Node, Value
+from torch import Tensor
+
+from qpruner.export.groups import GroupedWeight, GroupLayout
+from qpruner.modeling_compressed import code_book
+from qpruner.quantization.bit_packing import pack
+from qpruner.quantization.blockwise4 import Blockwise4
+from qpruner.quantization.formats import format_for, rebuild
+from qpruner.quantization.packed import PackedLinear
+from qpruner.quantization.segments import leading_of, parted
+
+SIZES = (128, 64, 32, 16)
+"""Columns of a group where it is cut: the kernels of onnxruntime know these."""
+
+
+@dataclass
+class Builder:
+    """Adds constants and nodes to a graph.
+
+    Args:
+        graph: graph that is changed in place.
+        place: node that new nodes stand before.
+        constants: constants by name, of which each is added once.
+    """
+
+    graph: Any
+    place: Node
+    constants: dict[str, Value] = field(default_factory=dict)
+
+    def node(self, kind: str, *inputs: Value, **attributes: Any) -> Value:
+        """The output of a new node."""
+        node = onnx_ir.node(kind, inputs, attributes)
+        self.graph.insert_before(self.place, node)
+        return node.outputs[0]
+
+    def constant(self, name: str, values: Tensor) -> Value:
+        """Values as they are."""
+        return self._constant(name, onnx_ir.tensor(values.contiguous(), name=name))
+
+    def floats(self, name: str, values: Tensor) -> Value:
+        """Values of any float dtype, which are read as float32."""
+        value = self.constant(name, values)
+        return value if values.dtype == torch.float32 else self.node("Cast", value, to=DataType.FLOAT)
+
+    def codes(self, name: str, codes: Tensor, bits: int, *, signed: bool) -> Value:
+        """Codes uint8, as integers of four or eight bits.
+
+        Args:
+            name: name of the constant.
+            codes: codes, or the two's complement of signed ones, of any shape.
+            bits: 4 or 8.
+            signed: whether codes are signed.
+        """
+        kind = DataType[f"{'' if signed else 'U'}INT{bits}"]
+        if bits == 8:
+            return self.constant(name, codes.view(torch.int8) if signed else codes)
+        stream = pack((codes & 15).reshape(1, -1), 4).flatten().numpy()
+        return self._constant(name, onnx_ir.PackedTensor(stream, kind, shape=codes.shape, name=name))
+
+    def _constant(self, name: str, tensor: Any) -> Value:
+        if name not in self.constants:
+            value = Value(name=name, shape=tensor.shape, type=onnx_ir.TensorType(tensor.dtype), const_value=tensor)
+            self.graph.register_initializer(value)
+            self.constants[name] = value
+        return self.constants[name]
+
+
+def product(builder: Builder, name: str, packed: PackedLinear, x: Value, *, chosen: bool = False) -> Value:
+    """The product x W^T, [.., O], of a packed linear without its bias.
+
+    Args:
+        builder: what adds to the graph.
+        name: name of the weight, which the names of its constants begin with.
+        packed: the linear.
+        x: what it multiplies, [B, T, I].
+        chosen: whether rows of the weight are chosen, too.
+    """
+    if packed.precision.leading is not None:
+        products, first = [], 0
+        for number, part in enumerate(segments(packed)):
+            bounds = [builder.constant(f"at_{at}", torch.tensor([at])) for at in (first, first + part.in_features, -1)]
+            products.append(product(builder, f"{name}.{number}", part, builder.node("Slice", x, *bounds)))
+            first += part.in_features
+        return builder.node("Add", *products)
+    blocks = _Blocks.of(packed, chosen=chosen)
+    if blocks is None:
+        return builder.node("MatMul", x, builder.node("Transpose", looked_up(builder, name, packed), perm=[1, 0]))
+    codes, scales, minima = _held(builder, name, packed, blocks)
+    # As [I, O], so that onnxruntime takes this and the product together.
+    values = builder.node("DequantizeLinear", codes, scales, axis=0, block_size=blocks.size)
+    out = builder.node("MatMul", x, values)
+    if minima is None:
+        return out
+    sums = _sums(builder, x, packed.in_features, blocks.size)
+    return builder.node("Add", out, builder.node("MatMul", sums, minima))
+
+
+def rows(builder: Builder, name: str, packed: PackedLinear, ids: Value) -> Value:
+    """The rows [B, T, I] of a packed table of one segment.
+
+    Args:
+        builder: what adds to the graph.
+        name: name of the weight.
+        packed: linear whose weight is the table.
+        ids: numbers of rows, int64 [B, T].
+    """
+    blocks = _Blocks.of(packed, chosen=True)
+    if blocks is None:
+        return builder.node("Gather", looked_up(builder, name, packed), ids, axis=0)
+    codes, scales, minima = _held(builder, name, packed, blocks)
+    groups = builder.constant(f"{name}.groups", torch.arange(packed.in_features) // blocks.size)
+
+    def chosen(values: Value) -> Value:  # [I or M, O] -> [B, T, I or M]
+        return builder.node("Transpose", builder.node("Gather", values, ids, axis=1), perm=[1, 2, 0])
+
+    def spread(values: Value) -> Value:  # [M, O] -> [B, T, I]
+        return builder.node("Gather", chosen(values), groups, axis=2)
+
+    values = builder.node("Mul", builder.node("Cast", chosen(codes), to=DataType.FLOAT), spread(scales))
+    return values if minima is None else builder.node("Add", values, spread(minima))
+
+
+def looked_up(builder: Builder, name: str, packed: PackedLinear) -> Value:
+    """The weight [O, I] of a format with a code book, which onnxruntime computes as it loads the file."""
+    number_format, state = format_for(packed.precision), packed.packed()
+    assert isinstance(number_format, Blockwise4)
+    group, scales = number_format.group(packed.precision), number_format.scales(state)
+    codes = torch.stack([state["codes"] >> 4, state["codes"] & 15], 1).flatten()
+    codes = torch.nn.functional.pad(codes, (0, len(scales) * group - len(codes))).view(-1, group)
+    index = builder.node("Cast", builder.codes(f"{name}.codes", codes, 4, signed=False), to=DataType.INT32)
+    book = builder.constant(f"{packed.precision.format}.book", code_book(number_format.code_book, torch.device("cpu")))
+    values = builder.node("Gather", book, index)
+    values = builder.node("Mul", values, builder.constant(f"{name}.scales", scales.unsqueeze(1)))
+    number = packed.out_features * packed.in_features
+    if codes.numel() > number:
+        values = builder.node("Reshape", values, builder.constant("at_-1", torch.tensor([-1])))
+        bounds = [builder.constant(f"at_{bound}", torch.tensor([bound])) for bound in (0, number)]
+        values = builder.node("Slice", values, *bounds)
+    shape = packed.out_features, packed.in_features
+    return builder.node("Reshape", values, builder.constant(f"shape_{shape[0]}_{shape[1]}", torch.tensor(shape)))
+
+
+def segments(packed: PackedLinear) -> tuple[PackedLinear, PackedLinear]:
+    """The leading columns of a linear of two segments, and those behind them, as linears."""
+    leading, states = leading_of(packed.precision, packed.in_features), parted(packed.packed())
+    rows, dtype, behind = packed.out_features, packed.like.dtype, packed.in_features - leading.columns
+    first = rebuild(states[0], rows, leading.columns, precision=leading.precision, bias=None, dtype=dtype)
+    return first, rebuild(states[1], rows, behind, precision=packed.precision.rest, bias=None, dtype=dtype)
+
+
+@dataclass(frozen=True)
+class _Blocks:
+    """The groups of a linear as ONNX holds them.
+
+    Args:
+        size: columns of a group, cut where a group is a row.
+        symmetric: whether codes are signed and there are no minima.
+        bits: bits of a code in the file.
+        scales: dtype of scales and minima, which holds them as they are.
+    """
+
+    size: int
+    symmetric: bool
+    bits: int
+    scales: torch.dtype
+
+    @classmethod
+    def of(cls, packed: PackedLinear, *, chosen: bool) -> Self | None:
+        layout = GroupLayout.of(packed)
+        if layout is None:
+            return None
+        rows = layout.size == packed.in_features
+        size = next((size for size in SIZES if size < packed.in_features), SIZES[-1]) if rows else layout.size
+        bits = 4 if layout.bits <= 4 and not chosen else 8
+        return cls(size, layout.symmetric, bits, torch.float32 if packed.precision.format == "int8" else torch.float16)
+
+
+def num_bytes(packed: PackedLinear, *, chosen: bool) -> int:
+    """Bytes that the constants of a linear take; see `product`."""
+    if packed.precision.leading is not None:
+        return sum(num_bytes(part, chosen=chosen) for part in segments(packed))
+    blocks, out_features, columns = _Blocks.of(packed, chosen=chosen), packed.out_features, packed.in_features
+    if blocks is not None:
+        tensors = 1 if blocks.symmetric else 2
+        groups = out_features * -(-columns // blocks.size)
+        return -(-out_features * columns * blocks.bits // 8) + tensors * groups * blocks.scales.itemsize
+    number_format = format_for(packed.precision)
+    assert isinstance(number_format, Blockwise4)
+    group = number_format.group(packed.precision)
+    return -(-out_features * columns // group) * (group // 2 + 4)
+
+
+def _held(builder: Builder, name: str, packed: PackedLinear, blocks: _Blocks) -> tuple[Value, Value, Value | None]:
+    """Codes [I, O], scales [M, O] and, where there are any, minima [M, O]."""
+    weight = GroupedWeight.of(packed, blocks.size)
+    codes = weight.codes - (1 << (weight.bits - 1)) if blocks.symmetric else weight.codes  # modulo 256
+    return (
+        builder.codes(f"{name}.codes", codes.T, blocks.bits, signed=blocks.symmetric),
+        builder.floats(f"{name}.scales", weight.scales.T.to(blocks.scales)),
+        None if blocks.symmetric else builder.floats(f"{name}.minima", weight.minima.T.to(blocks.scales)),
+    )
+
+
+def _sums(builder: Builder, x: Value, columns: int, size: int) -> Value:
+    """The sums [B, T, M] of the inputs [B, T, I] of each group."""
+    groups = -(-columns // size)
+    if columns % size:
+        ends = torch.tensor([0, 0, 0, 0, 0, groups * size - columns])
+        x = builder.node("Pad", x, builder.constant(f"ends_{columns}_{size}", ends))
+    shape = builder.constant(f"groups_{groups}_{size}", torch.tensor([0, 0, groups, size]))
+    last = builder.constant("at_-1", torch.tensor([-1]))
+    return builder.node("ReduceSum", builder.node("Reshape", x, shape), last, keepdims=0)

@@ -1,0 +1,114 @@
+"""Adapters that add one number to all weights of a group, and so can be folded into its minimum: QA-LoRA.
+
+The weight of a group is scale * code + minimum, so what is the same for all of its weights belongs to the minimum. The
+factor A of such an adapter has equal columns within each group: it reads the sum of a group's inputs, A x = A' pool(x).
+Folded, the model is packed as before, with as many bytes, no adapter and no weight rounded anew; the minima alone are
+rounded, to float16, as they always are.
+
+Source: Xu et al., QA-LoRA, 2023 (arXiv:2309.14717), section 3.3; sums stand for its means, which A makes up for.
+"""
+
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qpruner.adapters.lora import Adapter, adapter_on, detach_adapters
+from qpruner.errors import UserError
+from qpruner.plan import Precision
+from qpruner.quantization.grid import groups_of_columns
+from qpruner.quantization.packed import PackedLinear
+
+FORMAT = "affine"
+"""The number format whose minima are free and lie in float16."""
+
+
+def check_poolable(name: str, precision: Precision) -> None:
+    """Makes sure that an adapter on a linear in a precision can be folded into its minima.
+
+    Raises:
+        UserError: its format has no free minima, or columns that lead.
+    """
+    if precision.format != FORMAT or precision.leading is not None:
+        raise UserError(
+            f"{name} is held in {precision}, and pooled adapters can be folded into minima of the format {FORMAT!r} "
+            f"alone. Give all bits of linears with adapters that format, as in formats: "
+            f"{{{precision.bits}: {FORMAT}}}, or leave --model.lora.pooled out."
+        )
+
+
+def pool_(model: Any) -> None:
+    """Makes the factors A of a PEFT model equal within groups, in place, and keeps them so as they train.
+
+    Where they are equal already, as those that were trained so, they stay as they are. Gradients become their means
+    over groups; an optimizer that treats all numbers alike then moves a group's columns together.
+
+    Args:
+        model: PEFT model whose adapters lie on packed linears.
+
+    Raises:
+        UserError: an adapter lies on a linear that is not packed in `FORMAT`.
+    """
+    for adapter, linear in _adapters(model):
+        groups = _groups(linear)
+        with torch.no_grad():
+            adapter.lora_A.copy_(adapter.lora_A[:, _first_of(groups)].index_select(1, groups))
+        adapter.lora_A.register_hook(partial(_means_within, groups))  # type: ignore[no-untyped-call]
+
+
+def fold_(model: Any) -> Any:
+    """Adds the adapters of a PEFT model to the minima of its packed linears, in place, and returns the base.
+
+    Args:
+        model: PEFT model whose adapters `pool_` keeps equal within groups.
+
+    Raises:
+        UserError: an adapter lies on a linear that is not packed in `FORMAT`, or is not equal within groups.
+    """
+    adapters = list(_adapters(model))
+    for adapter, linear in adapters:
+        groups, lora_A = _groups(linear), adapter.lora_A.detach().float()
+        per_group = lora_A[:, _first_of(groups)]
+        if not torch.allclose(per_group.index_select(1, groups), lora_A, rtol=1e-3, atol=1e-6):
+            raise UserError(
+                "The adapters were not trained with --model.lora.pooled, so they cannot be folded into the minima of "
+                "packed weights. Merge them into a dense copy: leave --packed out."
+            )
+        minima = linear.get_parameter("minima")
+        added = adapter.scale * (adapter.lora_B.detach().float() @ per_group)  # [out, m]
+        minima.data.copy_((minima.data.float() + added).half())
+    return detach_adapters(model)[0]
+
+
+def _adapters(model: Any) -> list[tuple[Adapter, PackedLinear]]:
+    adapters = []
+    for name, module in model.get_base_model().named_modules():
+        if (adapter := adapter_on(module)) is not None:
+            base: nn.Module = adapter.base
+            if not isinstance(base, PackedLinear):
+                check_poolable(name, Precision("dense", 16))
+            assert isinstance(base, PackedLinear)
+            check_poolable(name, base.precision)
+            adapters.append((adapter, base))
+    return adapters
+
+
+def _groups(linear: PackedLinear) -> Tensor:
+    """The number of the group of each column of a packed linear, [in]."""
+    columns = linear.in_features
+    return groups_of_columns(0, columns, linear.precision.group or columns, linear.get_parameter("minima").device)
+
+
+def _first_of(groups: Tensor) -> Tensor:
+    """The first column of each group, [m]."""
+    new = torch.ones_like(groups, dtype=torch.bool)
+    new[1:] = groups[1:] != groups[:-1]
+    return new.nonzero().squeeze(1)
+
+
+def _means_within(groups: Tensor, gradient: Tensor) -> Tensor:
+    """The means of a gradient [r, in] over the columns of each group, for every column of it."""
+    groups = groups.to(gradient.device)
+    sums = gradient.new_zeros(len(gradient), int(groups[-1]) + 1).index_add_(1, groups, gradient)
+    return (sums / groups.bincount()).index_select(1, groups)

@@ -1,0 +1,139 @@
+"""Seconds that a token takes in the decoder linears of a plan, from forward passes that were measured once.
+
+A table has the seconds of a linear of each shape and precision that plans have, on the device at hand; those of a plan
+are their sum. All else that a token costs is left out: attention, norms, embedding, head and adapters. Seconds differ
+from one measurement to the next, so that a table is kept and nothing but a report is made of it.
+"""
+
+import math
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from qpruner.anatomy import unit_shapes
+from qpruner.errors import UserError
+from qpruner.plan import DENSE, CompressionPlan, Precision
+from qpruner.quantization.formats import quantize
+from qpruner.schema import Record
+
+TOKENS = (1, 256)
+"""Tokens that pass through a linear at once: as text is written, and as it is read."""
+REPEATS = 7
+
+Linear = tuple[int, int, Precision]
+"""Rows and columns of a weight, and the precision that it is held in."""
+Timer = Callable[[Linear, torch.device, torch.dtype], tuple[float, ...]]
+
+
+@dataclass(frozen=True)
+class Speeds(Record):
+    """Seconds of forward passes on a device.
+
+    Args:
+        where: device, its threads and the number format of activations, in words.
+        seconds: for each linear, such as ``576 x 1536 nf4 4/64``, seconds of a pass of each number of `TOKENS`.
+
+    Raises:
+        UserError: seconds that are not above 0, or of other numbers of tokens.
+    """
+
+    remedy = "Delete the file: speeds are measured anew."
+
+    where: str
+    seconds: dict[str, tuple[float, ...]]
+
+    def __post_init__(self) -> None:
+        for linear, passes in self.seconds.items():
+            if len(passes) != len(TOKENS) or not all(0 < one < math.inf for one in passes):
+                raise UserError(
+                    f"The seconds of {linear!r} are {list(passes)}; they are {len(TOKENS)} numbers above 0."
+                )
+
+    def per_token(self, plan: CompressionPlan) -> dict[str, float]:
+        """Seconds of a token in all decoder linears of a plan, by how many tokens pass at once."""
+        linears = linears_of(plan)
+        return {
+            str(tokens): sum(count * self.seconds[name_of(linear)][place] for linear, count in linears.items()) / tokens
+            for place, tokens in enumerate(TOKENS)
+        }
+
+
+def linears_of(plan: CompressionPlan) -> Counter[Linear]:
+    """How many linears of each shape and precision a plan has."""
+    widths = plan.widths
+    return Counter(
+        (rows, columns, layer.precision[unit])
+        for number, layer in enumerate(plan.layers)
+        for unit, shapes in unit_shapes(widths, number).items()
+        for rows, columns in shapes
+    )
+
+
+def name_of(linear: Linear) -> str:
+    """The name of a linear in a table."""
+    rows, columns, precision = linear
+    return f"{rows} x {columns} {precision}"
+
+
+def seconds_of(linear: Linear, device: torch.device, dtype: torch.dtype) -> tuple[float, ...]:
+    """The least seconds of several forward passes of each number of `TOKENS`; what the weights are does not matter."""
+    rows, columns, precision = linear
+    module = nn.Linear(columns, rows, bias=False, dtype=dtype, device=device).requires_grad_(False)
+    packed = module if precision == DENSE else quantize(module, precision)
+
+    def seconds(x: torch.Tensor) -> float:
+        since = _now(device)
+        packed(x)
+        return _now(device) - since
+
+    with torch.no_grad():
+        inputs = [torch.ones(tokens, columns, dtype=dtype, device=device) for tokens in TOKENS]
+        for x in inputs:  # kernels are compiled and caches filled
+            packed(x)
+        return tuple(min(seconds(x) for _ in range(REPEATS)) for x in inputs)
+
+
+def measured(
+    path: Path,
+    plans: Sequence[CompressionPlan],
+    device: torch.device,
+    dtype: torch.dtype,
+    timer: Timer = seconds_of,
+) -> Speeds:
+    """The table of all linears of some plans; what a file has of them, measured on such a device, is not measured anew.
+
+    Args:
+        path: file of the table, written where something was measured.
+        plans: plans whose linears are wanted.
+        device: device that computes.
+        dtype: number format of activations.
+        timer: function that measures a linear.
+    """
+    where = f"{_name_of(device)}, {torch.get_num_threads()} threads, {str(dtype).removeprefix('torch.')}"
+    known = Speeds(where, {})
+    if path.exists():
+        with suppress(UserError):  # a damaged table is as none
+            known = Speeds.read(path)
+    seconds = dict(known.seconds) if known.where == where else {}
+    wanted = {name_of(linear): linear for plan in plans for linear in linears_of(plan)}
+    if missing := wanted.keys() - seconds.keys():
+        seconds |= {name: timer(wanted[name], device, dtype) for name in sorted(missing)}
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Speeds(where, seconds).write(path)
+    return Speeds(where, seconds)
+
+
+def _name_of(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
+def _now(device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()

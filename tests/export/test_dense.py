@@ -1,0 +1,58 @@
+"""Export to a dense folder of 16 bits."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from support.exports import source_of
+from support.families import KEPT, logits_of, random_tokens
+from support.quantized import INT8, NF4
+from transformers import AutoModelForCausalLM
+
+from qpruner.errors import UserError
+from qpruner.export.dense import Dense
+from qpruner.export.source import Source
+from qpruner.files import read_json
+from qpruner.model_folder import load_compressed
+
+UNIFORM = [((0, 2), tuple(range(20)))] * 3
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3_text", "gpt2"])
+def test_it_is_the_model_with_its_adapters_rounded_once(tmp_path: Path, family: str) -> None:
+    source = source_of(tmp_path / "m", family, kept=KEPT, precision=NF4, embedding=INT8, lora={})
+    written = Dense().write(source, tmp_path / "out", torch.bfloat16)
+    dense = load_compressed(tmp_path / "out")
+    for name, held in dense.named_parameters():
+        assert held.dtype == torch.bfloat16
+        assert torch.equal(held, source.weight(name).bfloat16()), name
+        assert torch.equal(written.read(name), held.float())
+    assert written.predicted_bytes == sum(parameter.nbytes for parameter in dense.parameters())
+    on_disk = (tmp_path / "out" / "model.safetensors").stat().st_size
+    assert written.predicted_bytes < on_disk < written.predicted_bytes + 10_000
+    assert written.changes[1].startswith(f"{len(source.adapters)} adapters are in")
+
+
+def test_equal_widths_load_without_this_package(tmp_path: Path) -> None:
+    source = source_of(tmp_path / "m", "qwen3", kept=UNIFORM, precision=NF4, lora={}, tie_word_embeddings=True)
+    Dense().write(source, tmp_path / "out", torch.float16)
+    assert read_json(tmp_path / "out" / "config.json")["model_type"] == "qwen3"
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out").float()
+    expected = logits_of(load_compressed(tmp_path / "m"), random_tokens())
+    assert 0 < (logits_of(model) - expected).norm() / expected.norm() < 0.01
+
+
+def test_a_tied_head_with_an_adapter_has_a_weight_of_its_own(tmp_path: Path) -> None:
+    source = source_of(tmp_path / "m", tie_word_embeddings=True, lora={"target_modules": ["lm_head"]})
+    Dense().write(source, tmp_path / "out", torch.bfloat16)
+    again = Source.read(tmp_path / "out")
+    assert not again.tied
+    assert torch.equal(again.weight("lm_head.weight"), source.weight("lm_head.weight").bfloat16().float())
+
+
+def test_what_float16_cannot_hold_is_told(tmp_path: Path) -> None:
+    source = source_of(tmp_path / "m")
+    with torch.no_grad():
+        source.network.lm_head.weight[0, 0] = 1e5
+    with pytest.raises(UserError, match=r"in float16, lm_head.weight hold values .* --dtype bfloat16"):
+        Dense().write(source, tmp_path / "out", torch.float16)
