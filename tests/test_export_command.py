@@ -11,6 +11,8 @@ from qpruner.commands import run
 from qpruner.errors import UserError
 from qpruner.export import formats
 from qpruner.export.dense import Dense
+from qpruner.export.formats import exporter_for
+from qpruner.files import read_json
 from qpruner.folder_manifest import is_compressed
 from qpruner.pretrained import EMBEDDED, load_tokenizer
 
@@ -27,19 +29,30 @@ def test_it_says_bytes_and_errors(folder: Path, capsys: pytest.CaptureFixture[st
     output = folder.parent / "exports" / "dense"
     said = capsys.readouterr().out
     assert is_compressed(output)
-    size = sum(path.stat().st_size for path in output.iterdir())
+    size = sum(path.stat().st_size for path in output.iterdir() if path.name != "export.json")
     assert f"{size:,} bytes are on disk" in said and "16.00 bits per weight" in said
-    assert "21 packed weights are dense, in bfloat16." in said
+    assert "21 packed weights are dense, in float16." in said
     assert "On a few English sentences, logits differ by " in said
 
 
-def test_what_is_there_stays_unless_told(folder: Path, tmp_path: Path) -> None:
-    (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "mine.txt").write_text("mine")
-    with pytest.raises(UserError, match="is there already"):
-        run(["export", str(folder), "--format=dense", f"--output={tmp_path / 'out'}"])
-    run(["export", str(folder), "--format=dense", f"--output={tmp_path / 'out'}", "--overwrite"])
-    assert is_compressed(tmp_path / "out") and not (tmp_path / "out" / "mine.txt").exists()
+def test_an_export_is_replaced_where_that_is_wanted(folder: Path, tmp_path: Path) -> None:
+    command = ["export", str(folder), "--format=dense", f"--output={tmp_path / 'out'}"]
+    run(command)
+    (tmp_path / "out" / "old.txt").write_text("old")
+    with pytest.raises(UserError, match="is there already. Name another --output, or give --overwrite"):
+        run(command)
+    assert (tmp_path / "out" / "old.txt").exists()
+    run([*command, "--overwrite"])
+    assert is_compressed(tmp_path / "out") and not (tmp_path / "out" / "old.txt").exists()
+
+
+def test_what_was_said_is_kept(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run(["export", str(folder), "--format=dense", "--dtype=bfloat16"])
+    record = read_json(folder.parent / "exports/dense/export.json")
+    assert record["format"] == "dense" and record["options"] == {"dtype": "bfloat16"}
+    assert record["predicted_bytes"] == 2 * record["weights"] < record["bytes"]
+    assert record["changes"] == ["21 packed weights are dense, in bfloat16"]
+    assert f"differ by {record['logits']['largest']:.2g} at most" in capsys.readouterr().out
 
 
 def test_nothing_is_left_where_it_fails(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -52,18 +65,12 @@ def test_nothing_is_left_where_it_fails(folder: Path, tmp_path: Path, monkeypatc
     assert list((tmp_path / "new").iterdir()) == []
 
 
-@pytest.mark.parametrize("output", ["x/model", "x", "."])
-def test_the_model_itself_is_not_overwritten(folder: Path, tmp_path: Path, output: str) -> None:
-    with pytest.raises(UserError, match="The model lies in"):
+@pytest.mark.parametrize("output", ["x/model", "x", ".", "file"])
+def test_nothing_but_an_export_is_replaced(folder: Path, tmp_path: Path, output: str) -> None:
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(UserError, match="it holds no export"):
         run(["export", str(folder), "--format=dense", f"--output={tmp_path / output}", "--overwrite"])
-    assert is_compressed(folder)
-
-
-def test_a_file_is_not_overwritten(folder: Path, tmp_path: Path) -> None:
-    (tmp_path / "out").write_text("mine")
-    with pytest.raises(UserError, match="is no folder"):
-        run(["export", str(folder), "--format=dense", f"--output={tmp_path / 'out'}", "--overwrite"])
-    assert (tmp_path / "out").read_text() == "mine"
+    assert is_compressed(folder) and (tmp_path / "file").read_text() == "mine"
 
 
 def test_an_unknown_format_is_told(folder: Path) -> None:
@@ -78,3 +85,20 @@ def test_a_missing_package_is_told_with_its_command(folder: Path, monkeypatch: p
     monkeypatch.setattr(formats, "EXPORTS", {"other": Other()})
     with pytest.raises(UserError, match=r"pip install 'qpruner\[other-extra\]'"):
         run(["export", str(folder), "--format=other"])
+
+
+def test_options_of_a_format_are_its_own(folder: Path) -> None:
+    with pytest.raises(UserError, match="--round_to is an option of --format gguf; dense has none of that name"):
+        run(["export", str(folder), "--format=dense", "--round-to=Q8_0"])
+    assert isinstance(exporter_for("dense", {}), Dense)
+
+
+def test_a_file_for_llama_cpp(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("gguf")
+    run(["export", str(folder), "--format=gguf", "--round-to=Q5_1", "--tokenizer=false"])
+    output = folder.parent / "exports" / "gguf"
+    assert {path.name for path in output.iterdir()} == {"model.gguf", "export.json"}
+    said = capsys.readouterr().out
+    assert f"{(output / 'model.gguf').stat().st_size:,} bytes are on disk in 1 file." in said
+    assert "nf4 4/64 is rounded to Q5_1: blk.0.attn_q.weight" in said
+    assert "there is no tokenizer; prompts are token ids." in said

@@ -1,54 +1,82 @@
 """An export from beginning to end: checked, written, measured, and put in its place."""
 
 import os
+from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from qpruner.dense_copy import prepare_output, run_data
+from qpruner.dense_copy import model_folder, prepare_output, run_data
 from qpruner.errors import UserError, user_error
 from qpruner.export.fidelity import any_tokens, logit_errors, sentences
 from qpruner.export.formats import exporter_for
 from qpruner.export.source import Source
-from qpruner.files import replacing_folder
+from qpruner.files import replacing_folder, write_json
 from qpruner.pretrained import load_tokenizer
 
 NUM_SEQUENCES, LENGTH = 8, 32
 """Text on which logits are compared."""
+RECORD, KIND = "export.json", "qpruner export"
+"""What is said of an export is kept beside it; a folder that has the file may be overwritten."""
 
 
-def export_model(given: Path, name: str, output: Path | None, dtype: str, *, overwrite: bool = False) -> None:
+def export_model(
+    given: Path,
+    name: str,
+    output: Path | None,
+    dtype: str,
+    options: Mapping[str, Any] | None = None,
+    *,
+    overwrite: bool = False,
+) -> None:
     """Exports a model, and prints what that cost and changed.
 
     Args:
         given: folder of a finished run, or of its model.
         name: name of the format.
         output: folder to write; None for ``exports/NAME`` beside the folder of the model.
-        dtype: number format of what is left dense, ``bfloat16`` or ``float16``.
-        overwrite: whether an output that is there already is replaced.
+        dtype: number format of what is left dense: ``bfloat16``, ``float16``, or ``auto`` for bfloat16 where the model
+            has that and float16 elsewhere.
+        options: options of the format alone.
+        overwrite: whether an export that is there already is replaced.
 
     Raises:
         UserError: no such model or format, a model that the format cannot say, or an output that cannot be written.
     """
-    exporter = exporter_for(name)
+    exporter = exporter_for(name, options or {})
+    model = model_folder(given.expanduser())
+    output = model.parent / "exports" / name if output is None else output.expanduser()
+    if os.path.lexists(output):
+        _check_replaceable(output, overwrite=overwrite)
     source = Source.read(given)
-    output = source.folder.parent / "exports" / name if output is None else output.expanduser()
-    if overwrite and os.path.lexists(output):
-        _check_replaceable(output, source.folder)
-    else:
-        prepare_output(output)
     exporter.check(source)
+    if not os.path.lexists(output):
+        prepare_output(output)
     tokens, text = text_of(source)
     with replacing_folder(output) as temporary:
-        written = exporter.write(source, temporary, getattr(torch, dtype))
+        written = exporter.write(source, temporary, _dense_dtype(source, dtype))
         size = sum((temporary / file).stat().st_size for file in written.files)
         errors = logit_errors(source, written.read, tokens)
-    bits = 8 * written.predicted_bytes / source.num_weights
+        bits = 8 * written.predicted_bytes / source.num_weights
+        record = {
+            "kind": KIND,
+            "format": name,
+            "options": {"dtype": dtype, **(options or {})},
+            "weights": source.num_weights,
+            "predicted_bytes": written.predicted_bytes,
+            "bytes": size,
+            "bits_per_weight": bits,
+            "changes": list(written.changes),
+            "logits": {"text": text, **asdict(errors)},
+        }
+        write_json(temporary / RECORD, record)
+    number = len(written.files)
     print(
         f"{output} holds {source.num_weights:,} weights in {name}: {written.predicted_bytes:,} bytes of tensors were "
-        f"predicted ({bits:.2f} bits per weight), {size:,} bytes are on disk in {len(written.files)} files."
+        f"predicted ({bits:.2f} bits per weight), {size:,} bytes are on disk in {number} file{'s' * (number > 1)}."
     )
     for change in written.changes:
         print(f"  {change}.")
@@ -61,7 +89,7 @@ def text_of(source: Source) -> tuple[Tensor, str]:
     if not isinstance(data, str):
         try:
             return data.calibration(NUM_SEQUENCES, LENGTH), "text of the run's calibration"
-        except Exception as error:  # data modules may be anyone's, and an export needs none
+        except Exception as error:  # there may be less text than that
             if user_error(error) is None:
                 raise
     vocabulary = source.config.vocab_size
@@ -72,13 +100,21 @@ def text_of(source: Source) -> tuple[Tensor, str]:
     return sentences(tokenizer), "a few English sentences"
 
 
-def _check_replaceable(output: Path, model: Path) -> None:
-    """Makes sure that what is replaced is a folder in which the model does not lie.
+def _dense_dtype(source: Source, dtype: str) -> torch.dtype:
+    if dtype != "auto":
+        return getattr(torch, dtype)
+    return torch.bfloat16 if source.network.dtype == torch.bfloat16 else torch.float16
+
+
+def _check_replaceable(output: Path, *, overwrite: bool) -> None:
+    """Makes sure that what is in the place of an export may go.
 
     Raises:
-        UserError: it is not.
+        UserError: nobody said so, or it is something else than an export.
     """
-    if not output.is_dir() or output.is_symlink():
-        raise UserError(f"{str(output)!r} is no folder, and so is not overwritten. Name another --output.")
-    if model.resolve().is_relative_to(output.resolve()):
-        raise UserError(f"The model lies in {str(output)!r}, which is not overwritten. Name another --output.")
+    if not overwrite:
+        raise UserError(f"{str(output)!r} is there already. Name another --output, or give --overwrite to replace it.")
+    if output.is_symlink() or not (output / RECORD).is_file():
+        raise UserError(
+            f"{str(output)!r} is not overwritten: it holds no export, which has a file {RECORD}. Name another --output."
+        )

@@ -25,7 +25,7 @@ FILE, DATA = "model.onnx", "model.onnx.data"
 ONE_FILE = 2**30
 """Bytes of tensors up to which there is one file; protobuf holds no more than twice as many."""
 OPSET = 21
-"""The first one whose DequantizeLinear knows groups and four bits."""
+"""The first one that knows groups of codes, and codes of four bits."""
 BATCH, LENGTH, PAST, ALL = "batch_size", "sequence_length", "past_sequence_length", "total_sequence_length"
 
 
@@ -42,9 +42,9 @@ class Onnx:
     Outputs are ``logits``, float32 [B, T, vocabulary], and ``present.N.key`` and ``.value``, the cache of the next
     call.
 
-    Codes at equal distances are multiplied with by onnxruntime's own ``MatMulNBits``, and minima enter as a product with
-    the sums of the inputs of each group. Codes of a code book are looked up in it as the file is loaded, and then are
-    dense. Adapters stay beside their linears.
+    Codes at equal distances are multiplied with by onnxruntime's own ``MatMulNBits``, and minima enter as a product
+    with the sums of the inputs of each group. Codes of a code book are looked up in it as the file is loaded, and then
+    are dense. Adapters stay beside their linears.
 
     Source: names as optimum gives them; operators of ONNX 1.23, opset 21, and of onnxruntime 1.32.
     """

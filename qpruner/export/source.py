@@ -120,12 +120,22 @@ class Source:
         Args:
             name: name of the parameter, as `names` gives it.
         """
+        adapter = self.adapter(name)
+        return self.base(name) if adapter is None else self.base(name) + adapter.product
+
+    def base(self, name: str) -> Tensor:
+        """A parameter of the dense model without its adapter; float32."""
         module, _, kind = name.rpartition(".")
         packed = self.packed(module) if kind == "weight" else None
-        held: Any = self.network.get_submodule(module)
-        weight = dequantize(packed) if packed is not None else getattr(held, kind).detach().float()
-        adapter = self.adapters.get(module) if kind == "weight" else None
-        return weight if adapter is None else weight + adapter.product
+        if packed is not None:
+            return dequantize(packed)
+        held: nn.Parameter = getattr(self.network.get_submodule(module), kind)
+        return held.detach().float()
+
+    def adapter(self, name: str) -> LowRank | None:
+        """The adapter on a parameter; None where there is none."""
+        module, _, kind = name.rpartition(".")
+        return self.adapters.get(module) if kind == "weight" else None
 
     def shape(self, name: str) -> tuple[int, ...]:
         """The shape of a parameter of the dense model, without computing it."""
