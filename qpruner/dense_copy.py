@@ -60,7 +60,7 @@ def merge_run(run: Path, output: Path, dtype: str, *, packed: bool = False) -> N
         plan = plan.with_precision([dict.fromkeys(UNITS, DENSE)] * len(plan.layers))
         what = f"{num_parameters(merged):,} dense parameters in {dtype}"
     remedy = "Merge into a dense copy: leave --packed out." if packed else "Merge with --dtype bfloat16."
-    check_finite(merged, "the merged model", remedy)
+    check_finite(merged, "the merged model" + ("" if packed else f" in {dtype}"), remedy)
     recipe = [*read_manifest(folder)["recipe"], Step(name="merge", options=options)]
     save_base(output, merged, plan, base_name=str(run), state=state, recipe=recipe, tokenizer=TokenizerFiles(folder))
     print(f"{output} holds {what}.")

@@ -327,7 +327,7 @@ class UnpackedWeight(Tensor):
     def data(self) -> Tensor:
         linear: Any = self.linear
         held = linear.become_dense_(self.as_subclass(Tensor)) if isinstance(linear, PackedTable) else linear
-        return held.weight.data  # type: ignore[no-any-return]
+        return held.weight.data
 
     @data.setter
     def data(self, weight: Tensor) -> None:

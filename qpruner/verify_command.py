@@ -1,5 +1,6 @@
 """`qpruner verify`: whether a folder still holds the compressed model that was written there."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -49,13 +50,15 @@ def _hold_to_its_word(folder: Path, manifest: Manifest) -> None:
     from qpruner.reference_logits import deviation, says_the_same
     from qpruner.remote_code import CODE, load_by_transformers
 
-    loaders = {"base": (folder, lambda: load_base(folder, check_hashes=False).network)}
+    loaders: dict[str, tuple[Path, Callable[[], Any]]] = {
+        "base": (folder, lambda: load_base(folder, check_hashes=False).network)
+    }
     if CODE in manifest["files"]:
         loaders["base by transformers alone"] = (folder, lambda: load_by_transformers(folder))
     if manifest.get("adapters"):
         loaders["base with its adapters"] = (folder / ADAPTER, lambda: load_compressed(folder))
     for what, (recorded, load) in loaders.items():
-        model: Any = load()
+        model = load()
         difference = deviation(recorded, model)
         if difference is None:
             print(f"The {what} loads; no logits were recorded when it was written.")

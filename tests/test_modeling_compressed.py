@@ -110,6 +110,7 @@ def test_a_folder_that_transformers_builds_has_no_code(tmp_path: Path) -> None:
     assert type(AutoModelForCausalLM.from_pretrained(tmp_path / "model")).__name__ == "MistralForCausalLM"
 
 
+@pytest.mark.slow  # a process of its own, as these classes stay registered
 def test_classes_of_qpruner_need_no_trust(tmp_path: Path) -> None:
     network = write(tmp_path / "model", "gemma2", tables=TABLE)
     script = (
