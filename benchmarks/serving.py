@@ -193,8 +193,8 @@ def llama_cpp_run(path: str, given: argparse.Namespace) -> dict[str, float]:
     vocabulary = cpp.llama_vocab_n_tokens(cpp.llama_model_get_vocab(model))
 
     def step(tokens: list[int]) -> int:
-        batch = cpp.llama_batch_get_one((cpp.llama_token * len(tokens))(*tokens), len(tokens))
-        assert cpp.llama_decode(context, batch) == 0
+        held = (cpp.llama_token * len(tokens))(*tokens)  # the batch points to it
+        assert cpp.llama_decode(context, cpp.llama_batch_get_one(held, len(tokens))) == 0
         logits = cpp.llama_get_logits_ith(context, -1)
         return max(range(0, vocabulary, 97), key=lambda place: logits[place])  # any token; the search costs nothing so
 

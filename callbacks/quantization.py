@@ -7,6 +7,7 @@ from typing import Any, Self
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 
+from qpruner.adapters.lora import ALL_LINEAR
 from qpruner.allocation.budget import Budget
 from qpruner.allocation.decision import DecidingConfig, Method
 from qpruner.anatomy import architecture_of
@@ -161,7 +162,8 @@ class MixedPrecisionQuantization(CompressionInSetup):
             format_for(precision)
         rehearsal.precisions = frozenset(units if self.allocator is None else self.allocator.precisions)
         if rehearsal.lora.pooled:
-            for precision in rehearsal.precisions - {DENSE}:
+            everywhere = rehearsal.lora.target_modules == ALL_LINEAR
+            for precision in rehearsal.precisions if everywhere else rehearsal.precisions - {DENSE}:
                 check_poolable("A linear with an adapter", precision)
         if self.allocator is not None:
             self.allocator.check(rehearsal, self.tables)

@@ -20,7 +20,7 @@ from qpruner.memory import num_parameters, tensor_bytes
 from qpruner.model_folder import GENERATION, load_compressed, read_plan, save_base
 from qpruner.plan import DENSE, UNITS
 from qpruner.quantization.merging import merge_
-from qpruner.quantization.pooled import fold_
+from qpruner.quantization.pooled import check_foldable, fold_
 from qpruner.records.folder import RESTORE, RunFolder
 from qpruner.records.manifest import Recorded
 from qpruner.remote_code import CODE
@@ -47,6 +47,8 @@ def merge_run(run: Path, output: Path, dtype: str, *, packed: bool = False) -> N
     prepare_output(output)
     model, plan = load_compressed(folder), read_plan(folder)
     check_finite(model, f"the model in {str(folder)!r}", "Train again with a lower --model.optimizer.lr.")
+    if packed:
+        check_foldable(model)
     data = run_data(folder)
     before = None if isinstance(data, str) else measured_perplexity(model, data)
     options: dict[str, Any] = {"packed": True} if packed else {"dtype": dtype}
@@ -57,7 +59,8 @@ def merge_run(run: Path, output: Path, dtype: str, *, packed: bool = False) -> N
         merged, state = merge_(model, getattr(torch, dtype)), "merged"
         plan = plan.with_precision([dict.fromkeys(UNITS, DENSE)] * len(plan.layers))
         what = f"{num_parameters(merged):,} dense parameters in {dtype}"
-    check_finite(merged, f"the merged model in {dtype}", "Merge with --dtype bfloat16.")
+    remedy = "Merge into a dense copy: leave --packed out." if packed else "Merge with --dtype bfloat16."
+    check_finite(merged, "the merged model" + ("" if packed else f" in {dtype}"), remedy)
     recipe = [*read_manifest(folder)["recipe"], Step(name="merge", options=options)]
     save_base(output, merged, plan, base_name=str(run), state=state, recipe=recipe, tokenizer=TokenizerFiles(folder))
     print(f"{output} holds {what}.")

@@ -25,12 +25,12 @@ def export(
 
     Formats: dense, a folder of Hugging Face with all weights in 16 bits and the adapters in them; gguf, a file for
     llama.cpp, with the model's own codes where GGUF has a type for them; compressed-tensors, a folder of Hugging Face
-    in symmetric 2, 4 and 8 bits, for vLLM and transformers; onnx, a graph for onnxruntime, of any widths, with the
-    codes of any format; mlx, a folder for mlx-lm, in 2 to 8 bits and, as OpenELM, of any widths.
+    with symmetric 2, 4 and 8 bits, for vLLM and transformers; onnx, a graph for onnxruntime, of any widths and with the
+    codes of any format; mlx, a folder for mlx-lm, of 2 to 8 bits and of any widths.
 
     Args:
         folder: folder of a finished run, such as runs/quickstart, or of its model.
-        format: name of the format.
+        format: name of the format: dense, gguf, compressed-tensors, onnx or mlx.
         output: folder to write; by default exports/FORMAT beside the folder of the model.
         dtype: number format of what is left dense; auto is bfloat16 where the model has that, and float16 elsewhere.
         overwrite: whether an output that is there already is replaced.

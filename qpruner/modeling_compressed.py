@@ -19,7 +19,7 @@ works wherever they are installed. What it has to know of a model stands in ``co
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from functools import cache
+from functools import cache, wraps
 from typing import Any, cast
 
 import torch
@@ -187,8 +187,18 @@ def int8_values(state: State, dtype: torch.dtype) -> Tensor:
     return codes.mul_((state["scales"] * (1 / 127)).unsqueeze(1))  # in float32, then rounded
 
 
-@cache  # made once for a device, not at every product
-@torch.inference_mode(False)
+def _kept(make: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Makes a tensor once for a device, not at every product; while a graph is exported, whose tensors are none."""
+    kept = cache(torch.inference_mode(False)(make))
+
+    @wraps(make)
+    def get(*arguments: Any) -> Tensor:
+        return (make if torch.compiler.is_exporting() else kept)(*arguments)
+
+    return get
+
+
+@_kept
 def scale_shares(symmetric: bool, device: torch.device) -> Tensor:
     """What each scale code of ``-double`` means as a share of the largest scale; float32 [256].
 
@@ -202,15 +212,13 @@ def scale_shares(symmetric: bool, device: torch.device) -> Tensor:
     return torch.tensor(shares, dtype=torch.float32, device=device)
 
 
-@cache
-@torch.inference_mode(False)
+@_kept
 def code_book(name: str, device: torch.device) -> Tensor:
     """The 16 values of NF4 or FP4; float32 [16]."""
     return torch.tensor(CODE_BOOKS[name], dtype=torch.float32, device=device)
 
 
-@cache
-@torch.inference_mode(False)
+@_kept
 def scale_code_book(device: torch.device) -> Tensor:
     """The 256 values, ascending, of the signed dynamic type for scales; float32 [256].
 
@@ -310,7 +318,7 @@ class UnpackedProduct(torch.autograd.Function):
 
 
 class UnpackedWeight(Tensor):
-    """The weight of a packed linear, which becomes dense when somebody asks for ``data`` to write to."""
+    """The weight of a packed linear, which becomes dense, with this very tensor, when somebody asks for ``data``."""
 
     linear: nn.Module
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
@@ -318,7 +326,8 @@ class UnpackedWeight(Tensor):
     @property
     def data(self) -> Tensor:
         linear: Any = self.linear
-        return (linear.become_dense_() if isinstance(linear, PackedTable) else linear).weight.data
+        held = linear.become_dense_(self.as_subclass(Tensor)) if isinstance(linear, PackedTable) else linear
+        return held.weight.data
 
     @data.setter
     def data(self, weight: Tensor) -> None:
@@ -381,14 +390,23 @@ class PackedTable(nn.Module):
         weight.linear = self
         return weight
 
-    def become_dense_(self) -> nn.Linear:
-        """Turns into a dense linear with the weight that its codes mean."""
-        dense, bias = self.unpack(self.dtype), self.bias
+    def become_dense_(self, weight: Tensor) -> nn.Linear:
+        """Turns into a dense linear that holds a weight [out, in].
+
+        Raises:
+            TypeError: it is the table of an embedding.
+        """
+        if not isinstance(self, nn.Linear):
+            raise TypeError(
+                "The embedding of this model is packed, so its weight cannot be written to. Read `weight`, which is "
+                "unpacked, or make a dense copy of the model first."
+            )
+        bias = self.bias
         for name in (*self.names, "bias", "precision", "dtype", "names"):
             delattr(self, name)
         linear = cast(nn.Linear, self)
         linear.__class__ = nn.Linear
-        linear.weight = nn.Parameter(dense, requires_grad=False)
+        linear.weight = nn.Parameter(weight, requires_grad=False)
         linear.register_parameter("bias", bias)
         return linear
 
@@ -420,12 +438,8 @@ class CompressedEmbedding(nn.Module):
         self.dtype = torch.get_default_dtype()
 
     def forward(self, ids: Tensor) -> Tensor:  # [..] -> [.., hidden]
-        table: Any = self.table
-        if isinstance(table, PackedTable):
-            rows = table.rows(ids.flatten(), self.dtype)
-        else:  # since something was merged into a tied head
-            rows = table.weight[ids.flatten()].to(self.dtype)
-        return rows.view(*ids.shape, table.in_features) * torch.tensor(self.scale, dtype=self.dtype)
+        rows = self.table.rows(ids.flatten(), self.dtype)
+        return rows.view(*ids.shape, self.table.in_features) * torch.tensor(self.scale, dtype=self.dtype)
 
     @property
     def weight(self) -> Tensor:
@@ -534,14 +548,27 @@ class _Compressed:
         packed = {id(part) for module in _packed(self) for part in module.parameters()}
         return next(part.dtype for part in self.parameters() if id(part) not in packed)  # type: ignore[attr-defined]
 
+    @classmethod
+    def from_pretrained(cls, *arguments: Any, **options: Any) -> Any:
+        """As ever; what is packed stays frozen, as transformers leaves no parameter of floats."""
+        loaded: Any = super().from_pretrained(*arguments, **options)  # type: ignore[misc]
+        for module in _packed(loaded[0] if isinstance(loaded, tuple) else loaded):
+            module.requires_grad_(False)
+        return loaded
+
     def save_pretrained(self, *arguments: Any, **options: Any) -> None:
         """As ever; what has become dense since it was loaded is told so."""
         modules: dict[str, Any] = self.config.compression["modules"]
-        for name, entry in _inside(self, modules):
-            part = self.get_submodule(name)  # type: ignore[attr-defined]
-            if "format" in entry and not isinstance(getattr(part, "table", part), PackedTable):
-                modules[name] = {"shape": entry["shape"], "linear": True}
+        for path, entry in list(modules.items()):
+            part = self._part(path)
+            if "format" in entry and part is not None and not isinstance(part, PackedTable | CompressedEmbedding):
+                modules[path] = {"shape": entry["shape"], "linear": True}
         super().save_pretrained(*arguments, **options)  # type: ignore[misc]
+
+    def _part(self, path: str) -> Any:
+        """The module of a path in the whole model; None where a model without a head has it not."""
+        inside = dict(_inside(self, {path: path}))
+        return self.get_submodule(*inside) if inside else None  # type: ignore[attr-defined]
 
     def _init_weights(self, module: nn.Module) -> None:
         if not isinstance(module, PackedTable | CompressedEmbedding):

@@ -10,7 +10,8 @@ from torch import nn
 from transformers.models.auto.modeling_auto import MODEL_MAPPING_NAMES
 
 from qpruner import modeling_compressed
-from qpruner.anatomy import COMPRESSED, decoder_blocks, family_of
+from qpruner.anatomy import COMPRESSED, FAMILIES, decoder_blocks, family_of
+from qpruner.files import read_json
 from qpruner.precision import Precision
 from qpruner.pruning.widths import heads_field, skeleton_config
 from qpruner.quantization.embedding import PackedEmbedding
@@ -41,6 +42,15 @@ def add_code(folder: Path, config: Any, network: Any) -> None:
         "AutoModelForCausalLM": f"{module}.Compressed{family.model_class}",
     }
     shutil.copyfile(modeling_compressed.__file__, folder / CODE)
+
+
+def load_by_transformers(folder: Path) -> Any:
+    """The base of a folder as its modelling file loads it, by the file of this installation; in evaluation mode."""
+    written = read_json(folder / "config.json")
+    family = FAMILIES[written["model_type"].removeprefix(COMPRESSED)]
+    config: Any = modeling_compressed.config_class(family.config_class)
+    loader: Any = modeling_compressed.model_class(family.model_class)
+    return loader.from_pretrained(folder, config=config.from_pretrained(folder), dtype="auto").eval()
 
 
 def body_class(family: str) -> str:

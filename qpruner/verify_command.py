@@ -1,9 +1,11 @@
 """`qpruner verify`: whether a folder still holds the compressed model that was written there."""
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from qpruner.errors import UserError
-from qpruner.folder_manifest import ADAPTER, identity_of, is_compressed, read_checked_manifest
+from qpruner.folder_manifest import ADAPTER, MANIFEST, Manifest, identity_of, is_compressed, read_checked_manifest
 from qpruner.options.functions import run_function
 
 
@@ -34,27 +36,39 @@ def verify(folder: Path, load: bool = True) -> None:
         print(f"  {number}. {step['name']}({options})")
     adapters = manifest.get("adapters")
     print(f"Adapters: {adapters or 'none'}.")
+    listed = {*manifest["files"], MANIFEST, "README.md"}
+    paths = (path.relative_to(folder).as_posix() for path in sorted(folder.rglob("*")) if path.is_file())
+    if others := [path for path in paths if path not in listed]:
+        print(f"Not of the model, and not looked at: {', '.join(others)}.")
     if load:
-        _hold_to_its_word(folder, adapters is not None)
+        _hold_to_its_word(folder, manifest)
 
 
-def _hold_to_its_word(folder: Path, adapters: bool) -> None:
-    from qpruner.model_folder import load_base, load_compressed  # takes seconds to import
-    from qpruner.reference_logits import MOST, deviation
+def _hold_to_its_word(folder: Path, manifest: Manifest) -> None:
+    # These take seconds to import.
+    from qpruner.model_folder import load_base, load_compressed
+    from qpruner.reference_logits import deviation, says_the_same
+    from qpruner.remote_code import CODE, load_by_transformers
 
-    differences = {"base": deviation(folder, load_base(folder, check_hashes=False).network)}
-    if adapters:
-        differences["base with its adapters"] = deviation(folder / ADAPTER, load_compressed(folder))
-    for what, difference in differences.items():
+    loaders: dict[str, tuple[Path, Callable[[], Any]]] = {
+        "base": (folder, lambda: load_base(folder, check_hashes=False).network)
+    }
+    if CODE in manifest["files"]:
+        loaders["base by transformers alone"] = (folder, lambda: load_by_transformers(folder))
+    if manifest.get("adapters"):
+        loaders["base with its adapters"] = (folder / ADAPTER, lambda: load_compressed(folder))
+    for what, (recorded, load) in loaders.items():
+        model = load()
+        difference = deviation(recorded, model)
         if difference is None:
             print(f"The {what} loads; no logits were recorded when it was written.")
-        elif difference > MOST:
+        elif says_the_same(difference, model.dtype):
+            print(
+                f"The {what} loads and says what it said: logits differ by up to {difference:.1g} standard deviations."
+            )
+        else:
             raise UserError(
                 f"The {what} in {str(folder)!r} loads, and says something else than when it was written: its logits "
                 f"differ by up to {difference:.2g} of their standard deviation. Load it with the versions of qpruner, "
                 f"torch and transformers that wrote it."
-            )
-        else:
-            print(
-                f"The {what} loads and says what it said: logits differ by up to {difference:.1g} standard deviations."
             )

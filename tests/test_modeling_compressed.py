@@ -110,6 +110,7 @@ def test_a_folder_that_transformers_builds_has_no_code(tmp_path: Path) -> None:
     assert type(AutoModelForCausalLM.from_pretrained(tmp_path / "model")).__name__ == "MistralForCausalLM"
 
 
+@pytest.mark.slow  # a process of its own, as these classes stay registered
 def test_classes_of_qpruner_need_no_trust(tmp_path: Path) -> None:
     network = write(tmp_path / "model", "gemma2", tables=TABLE)
     script = (
@@ -119,10 +120,13 @@ def test_classes_of_qpruner_need_no_trust(tmp_path: Path) -> None:
         "model = AutoModelForCausalLM.from_pretrained(sys.argv[1])\n"
         "assert type(model).__module__ == 'qpruner.modeling_compressed'\n"
         "torch.save(logits_of(model), sys.argv[2])\n"
+        "model.save_pretrained(sys.argv[3])\n"
     )
-    command = [sys.executable, "-c", script, str(tmp_path / "model"), str(tmp_path / "logits.pt")]
+    command = [sys.executable, "-c", script, *(str(tmp_path / name) for name in ("model", "logits.pt", "again"))]
     subprocess.run(command, check=True, cwd=Path(__file__).parent, capture_output=True)
     assert torch.equal(torch.load(tmp_path / "logits.pt"), logits_of(network))
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "again", trust_remote_code=True)
+    assert torch.equal(logits_of(again), logits_of(network))
 
 
 def test_other_engines_can_put_in_their_attention(tmp_path: Path) -> None:
@@ -170,6 +174,42 @@ def test_peft_merges_adapters_into_dense_weights(tmp_path: Path, family: str, ta
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", trust_remote_code=True)
     assert torch.equal(logits_of(again), logits_of(merged))
     assert not any(isinstance(module, CompressedLinear) for module in again.modules())
+
+
+def test_what_peft_writes_to_a_weight_that_it_has_read_is_kept(tmp_path: Path) -> None:
+    """OLoRA takes its factors out of the weight, so that the sum stays as it was."""
+    network = write(tmp_path / "model", "llama")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "model", trust_remote_code=True)
+    lora = peft.LoraConfig(r=2, target_modules="all-linear", init_lora_weights="olora")
+    difference = logits_of(peft.get_peft_model(model, lora).eval()) - logits_of(network)
+    assert difference.abs().max() < 1e-4
+
+
+def test_a_packed_embedding_cannot_be_written_to(tmp_path: Path) -> None:
+    network = write(tmp_path / "model", "llama", tables=TABLE)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "model", trust_remote_code=True)
+    with pytest.raises(TypeError, match="The embedding of this model is packed"):
+        model.get_input_embeddings().weight.data.zero_()
+    assert torch.equal(logits_of(model), logits_of(network))
+
+
+def test_a_body_is_saved_as_what_it_has_become(tmp_path: Path) -> None:
+    write(tmp_path / "model", "llama", tables=TABLE)
+    body = AutoModel.from_pretrained(tmp_path / "model", trust_remote_code=True)
+    lora = peft.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)
+    merged = peft.get_peft_model(body, lora).merge_and_unload()
+    merged.save_pretrained(tmp_path / "body")
+    again = AutoModel.from_pretrained(tmp_path / "body", trust_remote_code=True)
+    with torch.no_grad():
+        states = [one(input_ids=random_tokens(), use_cache=False).last_hidden_state for one in (merged, again)]
+    assert torch.equal(*states)
+
+
+def test_what_is_packed_is_frozen(tmp_path: Path) -> None:
+    write(tmp_path / "model", "llama", tables=TABLE)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "model", trust_remote_code=True)
+    trains = {name.rpartition(".")[2] for name, part in model.named_parameters() if part.requires_grad}
+    assert trains == {"weight"}  # of norms and dense linears
 
 
 def test_gradients_pass_to_adapters_below(tmp_path: Path) -> None:

@@ -117,7 +117,7 @@ ALLOWED: dict[str, set[str]] = {
     "records": {"allocation", "errors", "files", "folder_manifest", "plan", "schema"},
     "ranges": {"errors"},
     "reference_logits": {"errors", "folder_manifest", "tensor_files"},
-    "remote_code": {"anatomy", "modeling_compressed", "precision", "pruning", "quantization"},
+    "remote_code": {"anatomy", "files", "modeling_compressed", "precision", "pruning", "quantization"},
     "report_command": {"errors", "options", "records"},
     "runs": {
         "adapter_files", "allocation", "anatomy", "callbacks", "compressed", "datamodules", "errors", "files",
@@ -135,7 +135,9 @@ ALLOWED: dict[str, set[str]] = {
         "adapters", "anatomy", "compressed", "datamodules", "errors", "files", "folder_manifest", "likelihood",
         "memory", "model_folder", "outline", "plan", "pretrained", "processes", "records", "schema", "seeds",
     },
-    "verify_command": {"errors", "folder_manifest", "model_folder", "options", "reference_logits"},
+    "verify_command": {
+        "errors", "folder_manifest", "model_folder", "options", "reference_logits", "remote_code",
+    },
 }  # fmt: skip
 OUTSIDERS = {
     "lightning": {

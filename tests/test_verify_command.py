@@ -67,6 +67,35 @@ def test_a_model_that_says_something_else_is_told(folder: Path) -> None:
     run(["verify", str(folder), "--load", "false"])
 
 
+def test_what_is_no_number_is_not_the_same(folder: Path) -> None:
+    path = folder / "reference/logits.safetensors"
+    recorded = load_file(path)
+    save_file(recorded | {"logits": torch.full_like(recorded["logits"], torch.nan)}, path)
+    bless(folder)
+    with pytest.raises(UserError, match="differ by up to nan"):
+        run(["verify", str(folder)])
+
+
+def test_what_transformers_reads_is_tried(tiny_llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = CompressedModel.load(str(tiny_llama), dtype="float32")
+    model.prune([([0], list(range(16))), ([0], list(range(12)))])
+    model.keep(tmp_path / "model", tokenizer=None)
+    run(["verify", str(tmp_path / "model")])
+    assert "The base by transformers alone loads and says what it said" in capsys.readouterr().out
+    config = read_json(tmp_path / "model/config.json")
+    config["rms_norm_eps"] = 1.0
+    write_json(tmp_path / "model/config.json", config)
+    bless(tmp_path / "model")
+    with pytest.raises(UserError, match="says something else"):
+        run(["verify", str(tmp_path / "model")])
+
+
+def test_files_that_are_not_of_the_model_are_named(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (folder / "notes.txt").write_text("mine")
+    run(["verify", str(folder), "--load", "false"])
+    assert "Not of the model, and not looked at: notes.txt." in capsys.readouterr().out
+
+
 def test_adapters_are_held_to_theirs(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     model = CompressedModel.open(folder)
     model.attach(LoRAConfig(r=2), seed=0)

@@ -115,13 +115,22 @@ def prompt_tokens(model: Any, tokenizer: Any, prompt: str, max_new_tokens: int) 
         tokens = tokens[:-1]
     if not tokens:
         raise UserError(f"The prompt {prompt!r} has no tokens. Give one with at least a word.")
+    check_positions(model, prompt, len(tokens), max_new_tokens)
+    return tokens
+
+
+def check_positions(model: Any, prompt: str, num_tokens: int, max_new_tokens: int) -> None:
+    """Makes sure that a model knows the positions of a prompt and of what it is going to write.
+
+    Raises:
+        UserError: it does not.
+    """
     known = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    if known is not None and len(tokens) + max_new_tokens > known:
+    if known is not None and num_tokens + max_new_tokens > known:
         raise UserError(
-            f"The prompt {cut(repr(prompt), 60)} has {len(tokens):,} tokens; with {max_new_tokens:,} new ones these "
+            f"The prompt {cut(repr(prompt), 60)} has {num_tokens:,} tokens; with {max_new_tokens:,} new ones these "
             f"are more than the {known:,} positions that the model knows. Give a shorter one, or ask for fewer tokens."
         )
-    return tokens
 
 
 def _sample(model: Any, tokenizer: Any, prompt: str, max_new_tokens: int) -> Sample:

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 
 from qpruner.errors import UserError
+from qpruner.evaluation.generation import check_positions
 from qpruner.evaluation.subject import Subject
 from qpruner.memory import peak_meaning, read_peak, reset_peak, tensor_bytes
 
@@ -37,8 +38,8 @@ def stream(
         One line with tokens per second, bytes of weights and peak of memory.
 
     Raises:
-        UserError: no such model, a prompt without tokens, a tokenizer without chat template, a temperature below 0, or
-            a device that is not there.
+        UserError: no such model, a prompt without tokens, more tokens than the model knows positions, a tokenizer
+            without chat template, a temperature below 0, or a device that is not there.
     """
     from transformers import TextStreamer
 
@@ -52,6 +53,7 @@ def stream(
     reset_peak(on)
     subject = Subject.load(name, trust_remote_code=trust_remote_code)
     network, tokens = subject.network.to(on), prompt_tokens(subject.tokenizer, prompt, chat=chat).to(on)
+    check_positions(network, prompt, tokens.shape[1], max_new_tokens)
     torch.manual_seed(seed)
     since = perf_counter()
     # What the model's own generation config says of sampling must not decide beside the temperature.

@@ -25,7 +25,7 @@ FILE, DATA = "model.onnx", "model.onnx.data"
 ONE_FILE = 2**30
 """Bytes of tensors up to which there is one file; protobuf holds no more than twice as many."""
 OPSET = 21
-"""The first one whose DequantizeLinear knows groups and four bits."""
+"""The first one that knows groups of codes, and codes of four bits."""
 BATCH, LENGTH, PAST, ALL = "batch_size", "sequence_length", "past_sequence_length", "total_sequence_length"
 
 
@@ -42,11 +42,11 @@ class Onnx:
     Outputs are ``logits``, float32 [B, T, vocabulary], and ``present.N.key`` and ``.value``, the cache of the next
     call.
 
-    Codes at equal distances are dequantized by ``DequantizeLinear``, which onnxruntime takes together with the product
-    into one kernel that multiplies with the codes; minima enter as a product with the sums of the inputs of each group.
-    Codes of a code book are looked up in it as the file is loaded. Adapters stay beside their linears.
+    Codes at equal distances are multiplied with by onnxruntime's own ``MatMulNBits``, and minima enter as a product
+    with the sums of the inputs of each group. Codes of a code book are looked up in it as the file is loaded, and then
+    are dense. Adapters stay beside their linears.
 
-    Source: names as optimum gives them; operators of ONNX 1.23, opset 21.
+    Source: names as optimum gives them; operators of ONNX 1.23, opset 21, and of onnxruntime 1.32.
     """
 
     name = "onnx"
@@ -59,9 +59,12 @@ class Onnx:
     def write(self, source: Source, folder: Path, dtype: torch.dtype) -> Written:
         import onnx_ir
 
+        from qpruner.export.onnx_graph import DOMAIN
+
         program = traced(source)
         predicted = sum(_predicted_bytes(source, name, dtype) for name in source.names())
         _Weights(source, program.model.graph, dtype).put()
+        program.model.opset_imports[DOMAIN] = 1
         folder.mkdir(parents=True)
         onnx_ir.save(program.model, folder / FILE, external_data=DATA if predicted > ONE_FILE else None)
         source.dense_config.to_json_file(folder / CONFIG)
@@ -265,17 +268,15 @@ def _predicted_bytes(source: Source, name: str, dtype: torch.dtype) -> int:
 
 
 def _changes(source: Source, dtype: torch.dtype) -> tuple[str, ...]:
+    from qpruner.export.onnx_graph import held_bits
+
     widths: Counter[str] = Counter()
     for name in source.names():
         packed = _packed(source, name)
         if packed is not None and packed.precision.leading is None:
-            held = 4 if packed.precision.bits <= 4 and not _is_table(source, name) else 8
+            held = held_bits(packed, chosen=_is_table(source, name))
             if held != packed.precision.bits:
                 widths[f"of {packed.precision} hold each code in {held} bits"] += 1
     changes = [f"{number} weight{'s' * (number > 1)} {kind}" for kind, number in widths.items()]
     changes.append(f"what is dense is in {str(dtype).removeprefix('torch.')}, and computed with in float32")
-    changes.append(
-        "onnxruntime rounds the inputs of packed linears to 8 bits; without that, and slower, with the session's entry "
-        "session.qdq_matmulnbits_accuracy_level = 1"
-    )
     return tuple(changes)

@@ -10,6 +10,7 @@ import onnx_ir
 import torch
 from onnx_ir import DataType, Node, Value
 from torch import Tensor
+from torch.nn.functional import pad
 
 from qpruner.export.groups import GroupedWeight, GroupLayout
 from qpruner.modeling_compressed import code_book
@@ -19,6 +20,10 @@ from qpruner.quantization.formats import format_for, rebuild
 from qpruner.quantization.packed import PackedLinear
 from qpruner.quantization.segments import leading_of, parted
 
+WIDTHS = (2, 4, 8)
+"""Bits of a code that onnxruntime multiplies with; one that is chosen from a table has eight."""
+DOMAIN = "com.microsoft"
+"""Of the operators of onnxruntime itself."""
 SIZES = (128, 64, 32, 16)
 """Columns of a group where it is cut: the kernels of onnxruntime know these."""
 
@@ -37,9 +42,9 @@ class Builder:
     place: Node
     constants: dict[str, Value] = field(default_factory=dict)
 
-    def node(self, kind: str, *inputs: Value, **attributes: Any) -> Value:
+    def node(self, kind: str, *inputs: Value, domain: str = "", **attributes: Any) -> Value:
         """The output of a new node."""
-        node = onnx_ir.node(kind, inputs, attributes)
+        node = onnx_ir.node(kind, inputs, attributes, domain=domain)
         self.graph.insert_before(self.place, node)
         return node.outputs[0]
 
@@ -52,20 +57,10 @@ class Builder:
         value = self.constant(name, values)
         return value if values.dtype == torch.float32 else self.node("Cast", value, to=DataType.FLOAT)
 
-    def codes(self, name: str, codes: Tensor, bits: int, *, signed: bool) -> Value:
-        """Codes uint8, as integers of four or eight bits.
-
-        Args:
-            name: name of the constant.
-            codes: codes, or the two's complement of signed ones, of any shape.
-            bits: 4 or 8.
-            signed: whether codes are signed.
-        """
-        kind = DataType[f"{'' if signed else 'U'}INT{bits}"]
-        if bits == 8:
-            return self.constant(name, codes.view(torch.int8) if signed else codes)
-        stream = pack((codes & 15).reshape(1, -1), 4).flatten().numpy()
-        return self._constant(name, onnx_ir.PackedTensor(stream, kind, shape=codes.shape, name=name))
+    def nibbles(self, name: str, codes: Tensor) -> Value:
+        """Codes uint8 below 16 of any shape, as integers of four bits."""
+        stream = pack(codes.reshape(1, -1), 4).flatten().numpy()
+        return self._constant(name, onnx_ir.PackedTensor(stream, DataType.UINT4, shape=codes.shape, name=name))
 
     def _constant(self, name: str, tensor: Any) -> Value:
         if name not in self.constants:
@@ -95,10 +90,12 @@ def product(builder: Builder, name: str, packed: PackedLinear, x: Value, *, chos
     blocks = _Blocks.of(packed, chosen=chosen)
     if blocks is None:
         return builder.node("MatMul", x, builder.node("Transpose", looked_up(builder, name, packed), perm=[1, 0]))
-    codes, scales, minima = _held(builder, name, packed, blocks)
-    # As [I, O], so that onnxruntime takes this and the product together.
-    values = builder.node("DequantizeLinear", codes, scales, axis=0, block_size=blocks.size)
-    out = builder.node("MatMul", x, values)
+    if chosen:
+        codes, scales, minima = _table(builder, name, packed, blocks)
+        values = builder.node("DequantizeLinear", codes, scales, axis=0, block_size=blocks.size)
+        out = builder.node("MatMul", x, values)
+    else:
+        out, minima = _product_with_codes(builder, name, packed, blocks, x)
     if minima is None:
         return out
     sums = _sums(builder, x, packed.in_features, blocks.size)
@@ -117,7 +114,7 @@ def rows(builder: Builder, name: str, packed: PackedLinear, ids: Value) -> Value
     blocks = _Blocks.of(packed, chosen=True)
     if blocks is None:
         return builder.node("Gather", looked_up(builder, name, packed), ids, axis=0)
-    codes, scales, minima = _held(builder, name, packed, blocks)
+    codes, scales, minima = _table(builder, name, packed, blocks)
     groups = builder.constant(f"{name}.groups", torch.arange(packed.in_features) // blocks.size)
 
     def chosen(values: Value) -> Value:  # [I or M, O] -> [B, T, I or M]
@@ -136,8 +133,8 @@ def looked_up(builder: Builder, name: str, packed: PackedLinear) -> Value:
     assert isinstance(number_format, Blockwise4)
     group, scales = number_format.group(packed.precision), number_format.scales(state)
     codes = torch.stack([state["codes"] >> 4, state["codes"] & 15], 1).flatten()
-    codes = torch.nn.functional.pad(codes, (0, len(scales) * group - len(codes))).view(-1, group)
-    index = builder.node("Cast", builder.codes(f"{name}.codes", codes, 4, signed=False), to=DataType.INT32)
+    codes = pad(codes, (0, len(scales) * group - len(codes))).view(-1, group)
+    index = builder.node("Cast", builder.nibbles(f"{name}.codes", codes), to=DataType.INT32)
     book = builder.constant(f"{packed.precision.format}.book", code_book(number_format.code_book, torch.device("cpu")))
     values = builder.node("Gather", book, index)
     values = builder.node("Mul", values, builder.constant(f"{name}.scales", scales.unsqueeze(1)))
@@ -181,7 +178,7 @@ class _Blocks:
             return None
         rows = layout.size == packed.in_features
         size = next((size for size in SIZES if size < packed.in_features), SIZES[-1]) if rows else layout.size
-        bits = 4 if layout.bits <= 4 and not chosen else 8
+        bits = 8 if chosen else min(bits for bits in WIDTHS if bits >= layout.bits)
         return cls(size, layout.symmetric, bits, torch.float32 if packed.precision.format == "int8" else torch.float16)
 
 
@@ -191,24 +188,55 @@ def num_bytes(packed: PackedLinear, *, chosen: bool) -> int:
         return sum(num_bytes(part, chosen=chosen) for part in segments(packed))
     blocks, out_features, columns = _Blocks.of(packed, chosen=chosen), packed.out_features, packed.in_features
     if blocks is not None:
-        tensors = 1 if blocks.symmetric else 2
-        groups = out_features * -(-columns // blocks.size)
-        return -(-out_features * columns * blocks.bits // 8) + tensors * groups * blocks.scales.itemsize
+        groups = -(-columns // blocks.size)
+        codes = columns if chosen else groups * blocks.size * blocks.bits // 8
+        zeros = 0 if chosen or blocks.symmetric else -(-groups * blocks.bits // 8)
+        return out_features * (codes + zeros + (1 if blocks.symmetric else 2) * groups * blocks.scales.itemsize)
     number_format = format_for(packed.precision)
     assert isinstance(number_format, Blockwise4)
     group = number_format.group(packed.precision)
     return -(-out_features * columns // group) * (group // 2 + 4)
 
 
-def _held(builder: Builder, name: str, packed: PackedLinear, blocks: _Blocks) -> tuple[Value, Value, Value | None]:
-    """Codes [I, O], scales [M, O] and, where there are any, minima [M, O]."""
+def held_bits(packed: PackedLinear, *, chosen: bool) -> int:
+    """Bits that a code of a linear of one segment takes in the file."""
+    blocks = _Blocks.of(packed, chosen=chosen)
+    return packed.precision.bits if blocks is None else blocks.bits
+
+
+def _table(builder: Builder, name: str, packed: PackedLinear, blocks: _Blocks) -> tuple[Value, Value, Value | None]:
+    """Codes of eight bits [I, O], scales [M, O] and, where there are any, minima [M, O]."""
     weight = GroupedWeight.of(packed, blocks.size)
-    codes = weight.codes - (1 << (weight.bits - 1)) if blocks.symmetric else weight.codes  # modulo 256
+    codes = weight.codes
+    if blocks.symmetric:
+        codes = (codes - (1 << (weight.bits - 1))).view(torch.int8)  # modulo 256
     return (
-        builder.codes(f"{name}.codes", codes.T, blocks.bits, signed=blocks.symmetric),
+        builder.constant(f"{name}.codes", codes.T),
         builder.floats(f"{name}.scales", weight.scales.T.to(blocks.scales)),
         None if blocks.symmetric else builder.floats(f"{name}.minima", weight.minima.T.to(blocks.scales)),
     )
+
+
+def _product_with_codes(
+    builder: Builder, name: str, packed: PackedLinear, blocks: _Blocks, x: Value
+) -> tuple[Value, Value | None]:
+    """The product with all but the minima, and, where there are any, these, [M, O]."""
+    weight, bits = GroupedWeight.of(packed, blocks.size), blocks.bits
+    weight = weight.widened(bits) if blocks.symmetric else weight
+    groups = weight.scales.shape[1]
+    codes = pad(weight.codes, (0, groups * blocks.size - packed.in_features))
+    constants = [
+        builder.constant(f"{name}.codes", pack(codes, bits).view(packed.out_features, groups, -1)),
+        builder.floats(f"{name}.scales", weight.scales.to(blocks.scales)),
+    ]
+    minima = None
+    if not blocks.symmetric:  # the operator takes the middle code for zero where it is not told
+        zeros = torch.zeros(packed.out_features, -(-groups * bits // 8), dtype=torch.uint8)
+        constants.append(builder.constant(f"{name}.zeros", zeros))
+        minima = builder.floats(f"{name}.minima", weight.minima.T.to(blocks.scales))
+    sizes = {"K": packed.in_features, "N": packed.out_features, "bits": bits, "block_size": blocks.size}
+    # Without the level onnxruntime rounds inputs to eight bits, by which outliers among them are half lost.
+    return builder.node("MatMulNBits", x, *constants, domain=DOMAIN, accuracy_level=1, **sizes), minima
 
 
 def _sums(builder: Builder, x: Value, columns: int, size: int) -> Value:

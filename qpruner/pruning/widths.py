@@ -39,7 +39,12 @@ def compressed_config_class(family: str) -> type:
             portable.architectures = [family_of(portable)[1].model_class]
             portable.save_pretrained(save_directory, **options)
 
-    members = {"save_pretrained": save_pretrained, "__module__": __name__, "__annotations__": {}}
+    members: dict[str, Any] = {
+        "save_pretrained": save_pretrained,
+        "_auto_class": None,
+        "__module__": __name__,
+        "__annotations__": {},
+    }
     # Without the decorator the parent's validators still run.
     made: type = strict(type(f"Compressed{parent.__name__}", (config_class(parent.__name__),), members))
     return made

@@ -53,8 +53,8 @@ class LoftQSettings:
 
     @classmethod
     def of(cls, lora: LoRAConfig, num_iterations: int, seed: int) -> Self | None:
-        """The settings for a model's adapters; None without iterations, where adapters start from zero."""
-        if num_iterations == 0:
+        """The settings for a model's adapters; None where these start from zero: without iterations, or pooled."""
+        if num_iterations == 0 or lora.pooled:
             return None
         return cls(lora.r, lora.alpha / lora.r, lora.target_modules, num_iterations, seed)
 

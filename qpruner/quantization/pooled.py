@@ -12,11 +12,11 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from qpruner.adapters.lora import Adapter, adapter_on, detach_adapters
 from qpruner.errors import UserError
-from qpruner.plan import Precision
+from qpruner.plan import DENSE, Precision
 from qpruner.quantization.grid import groups_of_columns
 from qpruner.quantization.packed import PackedLinear
 
@@ -30,6 +30,11 @@ def check_poolable(name: str, precision: Precision) -> None:
     Raises:
         UserError: its format has no free minima, or columns that lead.
     """
+    if precision == DENSE:
+        raise UserError(
+            f"{name} is dense, and pooled adapters are folded into minima of packed weights. Quantize it, leave it out "
+            f"of --model.lora.target_modules, or leave --model.lora.pooled out."
+        )
     if precision.format != FORMAT or precision.leading is not None:
         raise UserError(
             f"{name} is held in {precision}, and pooled adapters can be folded into minima of the format {FORMAT!r} "
@@ -45,16 +50,47 @@ def pool_(model: Any) -> None:
     over groups; an optimizer that treats all numbers alike then moves a group's columns together.
 
     Args:
-        model: PEFT model whose adapters lie on packed linears.
+        model: PEFT model whose adapters lie on packed linears, and give nothing yet or are equal within groups.
 
     Raises:
-        UserError: an adapter lies on a linear that is not packed in `FORMAT`.
+        UserError: an adapter lies on a linear that is not packed in `FORMAT`, or gives something that pooling changes.
     """
     for adapter, linear in _adapters(model):
         groups = _groups(linear)
+        if adapter.lora_B.any() and not _is_pooled(adapter, groups):
+            raise UserError(
+                "The adapters of this base give something and were not trained with --model.lora.pooled. Leave that "
+                "out, or begin anew with --restart."
+            )
         with torch.no_grad():
             adapter.lora_A.copy_(adapter.lora_A[:, _first_of(groups)].index_select(1, groups))
         adapter.lora_A.register_hook(partial(_means_within, groups))  # type: ignore[no-untyped-call]
+
+
+def check_foldable(model: Any) -> None:
+    """Makes sure that the adapters of a model can be folded into minima.
+
+    Raises:
+        UserError: it has none, or one lies on a linear that is not packed in `FORMAT`, or is not equal within groups.
+    """
+    if not hasattr(model, "peft_config"):
+        raise UserError("This model has no adapters to fold into its packed weights. Leave --packed out.")
+    for name, module in model.get_base_model().named_modules():
+        adapter = adapter_on(module)
+        if adapter is None:
+            continue
+        base = adapter.base
+        if not (isinstance(base, PackedLinear) and base.precision.format == FORMAT and base.precision.leading is None):
+            held = base.precision if isinstance(base, PackedLinear) else DENSE
+            raise UserError(
+                f"{name} is held in {held}, and adapters can be folded into minima of the format {FORMAT!r} alone. "
+                f"Merge them into a dense copy: leave --packed out."
+            )
+        if not _is_pooled(adapter, _groups(base)):
+            raise UserError(
+                "The adapters were not trained with --model.lora.pooled, so they cannot be folded into the minima of "
+                "packed weights. Merge them into a dense copy: leave --packed out."
+            )
 
 
 def fold_(model: Any) -> Any:
@@ -64,17 +100,11 @@ def fold_(model: Any) -> Any:
         model: PEFT model whose adapters `pool_` keeps equal within groups.
 
     Raises:
-        UserError: an adapter lies on a linear that is not packed in `FORMAT`, or is not equal within groups.
+        UserError: as `check_foldable`.
     """
-    adapters = list(_adapters(model))
-    for adapter, linear in adapters:
-        groups, lora_A = _groups(linear), adapter.lora_A.detach().float()
-        per_group = lora_A[:, _first_of(groups)]
-        if not torch.allclose(per_group.index_select(1, groups), lora_A, rtol=1e-3, atol=1e-6):
-            raise UserError(
-                "The adapters were not trained with --model.lora.pooled, so they cannot be folded into the minima of "
-                "packed weights. Merge them into a dense copy: leave --packed out."
-            )
+    check_foldable(model)
+    for adapter, linear in _adapters(model):
+        per_group = adapter.lora_A.detach().float()[:, _first_of(_groups(linear))]
         minima = linear.get_parameter("minima")
         added = adapter.scale * (adapter.lora_B.detach().float() @ per_group)  # [out, m]
         minima.data.copy_((minima.data.float() + added).half())
@@ -85,13 +115,17 @@ def _adapters(model: Any) -> list[tuple[Adapter, PackedLinear]]:
     adapters = []
     for name, module in model.get_base_model().named_modules():
         if (adapter := adapter_on(module)) is not None:
-            base: nn.Module = adapter.base
-            if not isinstance(base, PackedLinear):
-                check_poolable(name, Precision("dense", 16))
+            base = adapter.base
+            check_poolable(name, base.precision if isinstance(base, PackedLinear) else DENSE)
             assert isinstance(base, PackedLinear)
-            check_poolable(name, base.precision)
             adapters.append((adapter, base))
     return adapters
+
+
+def _is_pooled(adapter: Adapter, groups: Tensor) -> bool:
+    """Whether the factor A is equal within groups, as far as an optimizer's last bits leave it so."""
+    lora_A = adapter.lora_A.detach().float()
+    return torch.allclose(lora_A[:, _first_of(groups)].index_select(1, groups), lora_A, rtol=1e-3, atol=1e-6)
 
 
 def _groups(linear: PackedLinear) -> Tensor:

@@ -45,6 +45,7 @@ def test_draws_repeat_by_their_seed(capsys: pytest.CaptureFixture[str]) -> None:
     ("options", "message"),
     [
         (["--max-new-tokens", "0"], "max_new_tokens is 0; give at least 1"),
+        (["--max-new-tokens", "100000"], "more than the .* positions that the model knows"),
         (["--temperature", "-1"], "temperature is -1; give 0"),
         (["--chat", "true"], "no chat template"),
     ],

@@ -14,6 +14,7 @@ from qpruner.dense_copy import merge_run
 from qpruner.errors import UserError
 from qpruner.model_folder import load_base, load_compressed
 from qpruner.plan import UNITS, CompressionPlan, Precision
+from qpruner.quantization.apply import LoftQSettings
 from qpruner.quantization.formats import dequantize
 from qpruner.quantization.pooled import check_poolable, fold_, pool_
 
@@ -21,8 +22,15 @@ AFFINE = Precision("affine", 3, 32)
 
 
 def pooled_model(precision: Precision = AFFINE) -> Any:
+    """A model whose adapters were pooled before they gave anything."""
     model = adapted(packed(tiny_model("llama"), precision))
-    pool_(model)
+    given = [adapter.lora_B.detach().clone() for adapter in factors(model)]
+    with torch.no_grad():
+        for adapter in factors(model):
+            adapter.lora_B.zero_()
+        pool_(model)
+        for adapter, lora_B in zip(factors(model), given, strict=True):
+            adapter.lora_B.copy_(lora_B)
     return model
 
 
@@ -81,13 +89,28 @@ def test_what_is_no_group_of_float16_minima_is_refused() -> None:
     for precision in (Precision("affine-double", 3, 32), Precision("nf4", 4, 64)):
         with pytest.raises(UserError, match=r"q_proj is held in .* minima of the format 'affine' alone"):
             check_poolable("q_proj", precision)
-    with pytest.raises(UserError, match="held in dense 16"):
+    with pytest.raises(UserError, match="q_proj is dense"):
         pool_(adapted(tiny_model("llama")))
 
 
 def test_free_adapters_cannot_be_folded() -> None:
     with pytest.raises(UserError, match="were not trained with --model.lora.pooled"):
         fold_(adapted(packed(tiny_model("llama"), AFFINE)))
+
+
+def test_what_has_no_adapters_cannot_be_folded() -> None:
+    with pytest.raises(UserError, match="has no adapters to fold"):
+        fold_(packed(tiny_model("llama"), AFFINE))
+
+
+def test_adapters_that_give_something_are_not_changed() -> None:
+    with pytest.raises(UserError, match="give something and were not trained with --model.lora.pooled"):
+        pool_(adapted(packed(tiny_model("llama"), AFFINE)))
+
+
+def test_pooled_adapters_start_from_zero() -> None:
+    assert LoftQSettings.of(LoRAConfig(pooled=True), 1, seed=0) is None
+    assert LoftQSettings.of(LoRAConfig(), 1, seed=0) is not None
 
 
 def write(folder: Path, base: Path, *, trained: bool) -> Path:
