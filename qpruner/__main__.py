@@ -1,5 +1,6 @@
 """The command line: ``qpruner COMMAND ...`` or ``python -m qpruner COMMAND ...``."""
 
+import os
 import sys
 
 from qpruner.commands import run
@@ -12,10 +13,14 @@ def main() -> None:
     quieten()
     try:
         run(sys.argv[1:])
+        sys.stdout.flush()
     except UserError as error:
         sys.exit(_complain(str(error)))
     except KeyboardInterrupt:
         sys.exit(130)
+    except BrokenPipeError:  # who reads, such as `head`, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains as it flushes at the end
+        sys.exit(141)
 
 
 def _complain(message: str) -> int:

@@ -1,6 +1,7 @@
 """What commands import: seconds lie between those that need a Trainer, those that look at a model, and the others."""
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Iterable
@@ -86,3 +87,13 @@ def test_what_is_no_command(arguments: list[str], said: str) -> None:
     with pytest.raises(UserError) as caught:
         run(arguments)
     assert str(caught.value).startswith(said)
+
+
+def test_a_reader_who_has_seen_enough_gets_no_traceback() -> None:
+    reading, writing = os.pipe()
+    os.close(reading)
+    done = subprocess.run(
+        [sys.executable, "-m", "qpruner", "--help"], stdout=writing, stderr=subprocess.PIPE, text=True
+    )
+    os.close(writing)
+    assert (done.returncode, done.stderr) == (141, "")

@@ -30,7 +30,7 @@ def test_the_likeliest_text_is_printed_with_its_speed(capsys: pytest.CaptureFixt
     assert text == subject.tokenizer.decode(tokens[0], skip_special_tokens=True).strip()
     number, seconds, speed = map(float, re.findall(r"([\d.]+) tokens in ([\d.]+) s, ([\d.]+) a second", last)[0])
     assert number == 8
-    assert seconds > 0
+    assert 0 <= seconds < 60
     assert speed > 0
     weights = sum(part.numel() * part.element_size() for part in subject.network.parameters())
     assert f"weights of {weights:,} bytes" in last

@@ -100,7 +100,7 @@ def test_the_package_reads_the_same_codes(tmp_path: Path) -> None:
     assert torch.equal(codes * scales, source.weight(f"{linear}.weight"))
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen3"])
+@pytest.mark.parametrize("family", [pytest.param("llama", marks=pytest.mark.slow), "qwen3"])
 def test_transformers_alone_loads_and_generates(tmp_path: Path, family: str) -> None:
     pytest.importorskip("compressed_tensors")
     source = symmetric_source(tmp_path / "m", family)
@@ -114,6 +114,7 @@ def test_transformers_alone_loads_and_generates(tmp_path: Path, family: str) -> 
     assert (expected - exact).norm() < 0.002 * exact.norm()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["llama", "gemma2"])
 def test_layers_of_widths_of_their_own_bring_the_code_that_builds_them(tmp_path: Path, family: str) -> None:
     pytest.importorskip("compressed_tensors")

@@ -80,6 +80,7 @@ def test_codes_adapters_and_widths_of_each_layer(tmp_path: Path) -> None:
     torch.testing.assert_close(padded, alone, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_products_are_made_with_codes(tmp_path: Path) -> None:
     onnx = pytest.importorskip("onnx")
     source = source_of(tmp_path / "m", precision=[MIXED[0]], num_hidden_layers=1, head=FOUR, embedding=INT8)
