@@ -49,8 +49,14 @@ DType = Literal["auto", "float32", "bfloat16", "float16"]
 TOKENIZER_CONFIG = "tokenizer_config.json"
 TOKENIZER_SUFFIXES = (".json", ".model", ".txt", ".tiktoken", ".jinja", ".py")
 LONGEST_CAUSE = 300  # characters of what a library says
-SPEAKERS = ("modeling_utils", "integrations.bitsandbytes")
-TOLD_BY_US = ("LOAD REPORT", "This checkpoint seem corrupted", "we will NOT tie them", "The modules are dequantized")
+SPEAKERS = ("modeling_utils", "integrations.bitsandbytes", "configuration_utils")
+TOLD_BY_US = (
+    "LOAD REPORT",
+    "This checkpoint seem corrupted",
+    "we will NOT tie them",
+    "The modules are dequantized",
+    "to instantiate a model of type ``",  # of the tokenizer of a compressed folder
+)
 """What transformers logs as it loads, and we say or refuse."""
 
 

@@ -125,6 +125,7 @@ def test_killed_four_times_and_repeated_equals_uninterrupted(arguments: list[str
     assert len(read_json(runs / "x" / "manifest.json")["sessions"]) == 5
 
 
+@pytest.mark.slow
 def test_two_gloo_ranks_train_and_report_once(arguments: list[str], tmp_path: Path) -> None:
     two = ["--trainer.strategy", "ddp", "--trainer.devices", "2", "--data.num_train", "40", "--data.num_test", "7"]
     done = in_own_process("-m", "qpruner", "fit", *arguments, *two)

@@ -100,6 +100,7 @@ def stand_in(folder: Path, layers: int) -> Path:
             if path.stem.endswith(
                 ("_30", "_50", "qwen3_06b", "llama32_1b", "loraprune_llama2_7b", "qpruner2_llama2_7b_20", "llm_pruner")
             )
+            or path.stem in ("qpruner_llama2_7b_20", "joint", "low_bits")  # whose runs have tests of their own
             else [],
         )
         for path in CONFIGS
@@ -152,7 +153,7 @@ def test_config_runs_on_a_tiny_stand_in(path: Path, tmp_path: Path, local_data: 
 
 @pytest.mark.parametrize(
     "path",
-    [pytest.param(path, marks=[] if path.stem == "search" else [pytest.mark.slow]) for path in SEARCHES],
+    [pytest.param(path, marks=[pytest.mark.slow]) for path in SEARCHES],  # tests of searches run others
     ids=lambda path: path.stem,
 )
 def test_search_runs_on_a_tiny_stand_in(path: Path, tmp_path: Path, local_data: dict[str, list[str]]) -> None:

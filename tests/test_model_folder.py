@@ -338,6 +338,7 @@ def test_a_home_folder_is_written_as_in_a_shell(tmp_path: Path, monkeypatch: pyt
     assert torch.equal(logits_of(load_compressed("~/model")), logits_of(adapted))
 
 
+@pytest.mark.slow
 def test_a_new_process_computes_identical_logits(tmp_path: Path) -> None:
     model, _ = write(tmp_path / "model", "gemma2")
     adapted = with_adapters(model)

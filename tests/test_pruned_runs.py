@@ -82,7 +82,7 @@ def test_test_measures_all_three_stages_again(arguments: list[str], tmp_path: Pa
 @pytest.mark.parametrize(
     ("scope", "kills"),
     [
-        ({"scope": "local"}, [("training", "1"), ("training", "4")]),
+        pytest.param({"scope": "local"}, [("training", "1"), ("training", "4")], marks=pytest.mark.slow),
         pytest.param({"scope": "global"}, [("keeping", "1")], marks=pytest.mark.slow),
         pytest.param({"scope": "global", "uniform": True}, [("scoring", "1")], marks=pytest.mark.slow),
     ],

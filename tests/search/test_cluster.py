@@ -88,7 +88,7 @@ def test_a_worker_that_dies_costs_its_trial_only(executors: dict[str, Executor],
     wait_for_two_workers(executors[kind])
 
 
-@pytest.mark.parametrize("kind", KINDS[1:])
+@pytest.mark.parametrize("kind", ["processes", pytest.param("dask", marks=pytest.mark.slow)])
 def test_a_worker_that_never_answers_costs_its_trial_only(executors: dict[str, Executor], kind: str) -> None:
     began = time.monotonic()
     silent, *others = outcomes(executors[kind], {"sleep": 1000}, {}, {}, {"sleep": LIMIT / 3})

@@ -76,7 +76,7 @@ def distilled(tiny_llama: Path) -> dict[str, torch.Tensor]:
         ("one batch", "online"),
         ("accumulated", "online"),
         pytest.param("two ranks", "online", marks=SLOW),
-        ("two ranks", "recorded"),
+        pytest.param("two ranks", "recorded", marks=SLOW),
     ],
 )
 def test_a_step_of_distillation_weighs_all_its_tokens_alike(
