@@ -100,7 +100,8 @@ def stand_in(folder: Path, layers: int) -> Path:
             if path.stem.endswith(
                 ("_30", "_50", "qwen3_06b", "llama32_1b", "loraprune_llama2_7b", "qpruner2_llama2_7b_20", "llm_pruner")
             )
-            or path.stem in ("qpruner_llama2_7b_20", "joint", "low_bits")  # whose runs have tests of their own
+            or path.stem
+            in ("qpruner_llama2_7b_20", "joint", "low_bits", "budget")  # whose runs have tests of their own
             else [],
         )
         for path in CONFIGS

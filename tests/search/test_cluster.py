@@ -136,6 +136,7 @@ def test_workers_of_others_forget_what_was_prepared_and_take_no_part_in_what_is_
     assert list(other.client.run(prepared_names).values()) == [[other.name]] * 2
 
 
+@pytest.mark.slow
 def test_workers_of_others_that_are_at_work_when_a_search_ends_are_restarted(
     executors: dict[str, Executor], address: str
 ) -> None:
