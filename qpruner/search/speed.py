@@ -6,6 +6,7 @@ from one measurement to the next, so that a table is kept and nothing but a repo
 """
 
 import math
+import platform
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -130,7 +131,15 @@ def measured(
 
 
 def _name_of(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    """The name of the very device, so that seconds of another machine are none of this one's."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    try:  # Linux alone tells the model
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    models = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(models, platform.processor() or platform.machine())
 
 
 def _now(device: torch.device) -> float:
