@@ -15,6 +15,7 @@ from qpruner.adapter_files import has_initial_adapters
 from qpruner.datamodules.base import TokenDataModule
 from qpruner.datamodules.rows import TextExamples
 from qpruner.errors import UserError, user_error
+from qpruner.files import write_text
 from qpruner.folder_manifest import ADAPTER, CONFIG, PLAN, REFERENCE, Step, is_compressed, read_manifest
 from qpruner.memory import num_parameters, tensor_bytes
 from qpruner.model_folder import GENERATION, load_compressed, read_plan, save_base
@@ -23,6 +24,8 @@ from qpruner.quantization.merging import merge_
 from qpruner.quantization.pooled import check_foldable, fold_
 from qpruner.records.folder import RESTORE, RunFolder
 from qpruner.records.manifest import Recorded
+from qpruner.records.model_card import CARD, model_card
+from qpruner.records.report import Summary
 from qpruner.remote_code import CODE
 from qpruner.schema import read_as
 from qpruner.training.evaluation import evaluate
@@ -63,6 +66,8 @@ def merge_run(run: Path, output: Path, dtype: str, *, packed: bool = False) -> N
     check_finite(merged, "the merged model" + ("" if packed else f" in {dtype}"), remedy)
     recipe = [*read_manifest(folder)["recipe"], Step(name="merge", options=options)]
     save_base(output, merged, plan, base_name=str(run), state=state, recipe=recipe, tokenizer=TokenizerFiles(folder))
+    if (made_by := run_of(folder)) is not None and made_by.summary.exists():
+        write_text(output / CARD, model_card(output, output.name, Summary.read(made_by.summary)))
     print(f"{output} holds {what}.")
     if isinstance(data, str):
         print(f"The perplexity was not measured: {data}")
@@ -164,9 +169,14 @@ def is_of_model(name: str) -> bool:
     return name in (CONFIG, GENERATION, PLAN, CODE) or weights or beside
 
 
+def run_of(model: Path) -> RunFolder | None:
+    """The run that the folder of a model belongs to; None where it lies in none."""
+    return next((run for run in map(RunFolder, model.absolute().parents[:3]) if run.config.exists()), None)
+
+
 def run_data(model: Path) -> TokenDataModule | str:
     """The data module of the run that a model belongs to, its rows ready; or a sentence that says why it lacks."""
-    run = next((run for run in map(RunFolder, model.absolute().parents[:3]) if run.config.exists()), None)
+    run = run_of(model)
     if run is None:
         return f"{str(model)!r} lies in no run, whose configuration would name the data."
     try:

@@ -82,6 +82,9 @@ def test_where_the_data_are_there_the_perplexity_is_measured(work: Path, capsys:
     recovered = read_json(work / "runs/x/summary.json")["stages"][-1]["results"]["perplexity"]
     said = merged("runs/x", "out/of/nothing", capsys)  # the parents are made
     assert f"{recovered:.4f} with adapters beside their base" in said
+    card = (work / "out/of/nothing/README.md").read_text()
+    assert "\n# nothing\n" in card and f"{recovered:.3f}" in card and "`merge(dtype='bfloat16')`" in card
+    assert "base_model" not in card  # a run is no name of the hub
 
 
 @pytest.mark.parametrize("given", ["moved", "model"])
@@ -138,7 +141,7 @@ def test_the_tokenizer_goes_along_whoever_wrote_its_code(work: Path, capsys: pyt
         assert load_compressed(folder)  # all of it is in the manifest
     files = {path.relative_to(work / "out").as_posix() for path in (work / "out").rglob("*") if path.is_file()}
     model = {"config.json", "generation_config.json", "model.safetensors", "plan.json", "manifest.json"}
-    model |= {"reference/logits.safetensors"}
+    model |= {"reference/logits.safetensors", "README.md"}
     of_tokenizer = {"tok_my.py", "tokenizer.json", "tokenizer_config.json", "additional_chat_templates/tool_use.jinja"}
     assert files == model | of_tokenizer
 

@@ -63,8 +63,8 @@ ALLOWED: dict[str, set[str]] = {
         "quantization",
     },
     "dense_copy": {
-        "adapter_files", "compressed", "datamodules", "errors", "folder_manifest", "memory", "model_folder", "plan",
-        "quantization", "records", "remote_code", "schema", "training",
+        "adapter_files", "compressed", "datamodules", "errors", "files", "folder_manifest", "memory", "model_folder",
+        "plan", "quantization", "records", "remote_code", "schema", "training",
     },
     "evaluate_command": {
         "datamodules", "errors", "evaluation", "options", "pretrained", "processes", "records", "stories",

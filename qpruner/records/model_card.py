@@ -33,7 +33,7 @@ def model_card(model: Path, name: str, summary: Summary) -> str:
     base, has_code = manifest["base"]["name"], CODE in manifest["files"]
     widths = CompressionPlan.read(model / "plan.json").widths
     lines = ["---", "library_name: transformers", "pipeline_tag: text-generation"]
-    if not Path(base).is_absolute() and not base.startswith(("~", ".")):
+    if not Path(base).expanduser().exists() and not base.startswith(("/", "~", ".")):  # it is a name of the hub
         lines.append(f"base_model: {base}")
     lines += ["tags: [qpruner, pruning, quantization, lora]", "---", "", f"# {name}", ""]
     lines += [
