@@ -181,6 +181,18 @@ def blockwise4_values(state: State, out_features: int, in_features: int, name: s
     return (values * scales.repeat_interleave(group)[:number]).view(out_features, in_features)
 
 
+def blockwise4_rows(state: State, places: Tensor, shape: tuple[int, int], name: str, group: int) -> Tensor:
+    """Some rows [n] of `blockwise4_values`; float32 [n, in]. Only these are unpacked where blocks end with rows."""
+    out_features, in_features = shape
+    if in_features % group:  # blocks run across the ends of rows, and so may bytes
+        return blockwise4_values(state, out_features, in_features, name, group)[places]
+    per_row = in_features // group
+    blocks = places.unsqueeze(1) * per_row + torch.arange(per_row, device=places.device)  # [n, blocks of a row]
+    values = blockwise4_codes(state["codes"].view(out_features, -1)[places].flatten(), name)
+    scales = blockwise4_scales(state, blocks).unsqueeze(2)
+    return (values.view(len(places), per_row, group) * scales).view(len(places), in_features)
+
+
 def int8_values(state: State, dtype: torch.dtype) -> Tensor:
     """Weights [out, in] of int8 codes and a scale for every row, rounded once from float32."""
     codes = state["codes"].to(dtype)  # exact in all of them
@@ -372,9 +384,12 @@ class PackedTable(nn.Module):
 
     def rows(self, places: Tensor, dtype: torch.dtype) -> Tensor:
         """Some rows [n] of the weight; [n, in]."""
-        if self.precision["format"].startswith(tuple(CODE_BOOKS)):  # whose blocks run across the ends of rows
+        if self.precision.get("leading"):
             return self.unpack(dtype)[places]
         state = {name: self.get_parameter(name).data for name in self.names}
+        if (name := self.precision["format"]).startswith(tuple(CODE_BOOKS)):
+            shape, book = (self.out_features, self.in_features), name.removesuffix("-double")
+            return blockwise4_rows(state, places, shape, book, group_of(self.precision)).to(dtype)
         chosen = {name: tensor[places] if tensor.dim() else tensor for name, tensor in state.items()}
         return values(chosen, len(places), self.in_features, self.precision, dtype)
 

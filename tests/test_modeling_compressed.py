@@ -205,6 +205,16 @@ def test_a_body_is_saved_as_what_it_has_become(tmp_path: Path) -> None:
     assert torch.equal(*states)
 
 
+@pytest.mark.parametrize(
+    "table", [Precision("nf4", 4, 64), Precision("fp4-double", 4, 32), Precision("nf4", 4, 128), TABLE], ids=str
+)
+def test_rows_of_a_packed_embedding_are_those_of_its_table(tmp_path: Path, table: Precision) -> None:
+    write(tmp_path / "model", "llama", tables=table)  # 64 columns: a block, two, and half of one
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "model", trust_remote_code=True)
+    embedding = model.get_input_embeddings()
+    assert torch.equal(embedding(random_tokens()), embedding.table.unpack(torch.float32)[random_tokens()])
+
+
 def test_what_is_packed_is_frozen(tmp_path: Path) -> None:
     write(tmp_path / "model", "llama", tables=TABLE)
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "model", trust_remote_code=True)

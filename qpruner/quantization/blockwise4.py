@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from qpruner.modeling_compressed import (
     SCALE_GROUP,
-    blockwise4_codes,
+    blockwise4_rows,
     blockwise4_scales,
     blockwise4_values,
     code_book,
@@ -105,14 +105,8 @@ class Blockwise4:
     def decode_rows(
         self, state: Mapping[str, Tensor], rows: Tensor, out_features: int, in_features: int, precision: Precision
     ) -> Tensor:
-        group = self.group(precision)
-        if in_features % group:  # blocks run across the ends of rows, and so may bytes
-            return self.decode(state, out_features, in_features, precision)[rows]
-        per_row = in_features // group
-        blocks = rows.unsqueeze(1) * per_row + torch.arange(per_row, device=rows.device)  # [n, blocks of a row]
-        values = blockwise4_codes(state["codes"].view(out_features, -1)[rows].flatten(), self.code_book)
-        scales = blockwise4_scales(state, blocks).unsqueeze(2)
-        return (values.view(len(rows), per_row, group) * scales).view(len(rows), in_features)
+        shape = out_features, in_features
+        return blockwise4_rows(state, rows, shape, self.code_book, self.group(precision))
 
     def take(
         self, state: Mapping[str, Tensor], axis: int, index: Tensor, in_features: int, precision: Precision
