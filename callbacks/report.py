@@ -173,7 +173,9 @@ class RunReport(Callback):
         device = trainer.strategy.root_device
         reset_peak(device)
         results: dict[str, float] = {}
-        if data.has("test"):
+        if module.compressed.offloaded:
+            rank_zero_info(f"The {name} model is not evaluated: its blocks lie in files (--model.offload).")
+        elif data.has("test"):
             rank_zero_info(f"Evaluating the {name} model on the test split.")
             results = evaluate(
                 module.model,

@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from qpruner import adapter_files, model_folder
-from qpruner.anatomy import COMPRESSED, FAMILIES, architecture_of
+from qpruner.anatomy import architecture_of, is_compressible
 from qpruner.folder_manifest import is_compressed
 from qpruner.likelihood import check_head
+from qpruner.offload import Offload, offload_
 from qpruner.plan import CompressionPlan
 from qpruner.pretrained import DType, held_in, hold_in_, load_model, resolve
 from qpruner.quantization.packed import PackedLinear
@@ -38,6 +39,7 @@ def load_dense_base(
     say: Callable[[str], None],
     fingerprint: Callable[[str], str | None],
     check_hashes: bool,
+    offload: Offload | None = None,
 ) -> DenseBase:
     """The model of a folder or of the hub; of a folder that keeps a compressed one, that without adapters.
 
@@ -48,6 +50,7 @@ def load_dense_base(
         say: function that is told what a person should know of the model.
         fingerprint: function that tells a base from others; it reads all of the base's files.
         check_hashes: whether every file of a compressed base is compared with its hash, beside its size.
+        offload: what puts the blocks of a model that can be compressed into files; None to hold them in memory.
 
     Raises:
         UserError: there is no such model, or it is damaged.
@@ -58,6 +61,8 @@ def load_dense_base(
         network, layers = content.network, content.plan.layers
         if not any(isinstance(module, PackedLinear) for module in network.modules()):
             hold_in_(network, held_in(network.config, dtype))
+            if offload is not None:
+                offload_(network, offload)
         if adapter_files.has_adapters(folder):
             warnings.warn(f"{base!r} is taken as the base without its adapters.", stacklevel=3)
         sha256 = fingerprint(base)
@@ -65,14 +70,8 @@ def load_dense_base(
             [layer.precision for layer in layers], embedding=content.plan.embedding, head=content.plan.head
         )
     else:
-        network = load_model(base, dtype=dtype, trust_remote_code=trust_remote_code, say=say)
+        network = load_model(base, dtype=dtype, trust_remote_code=trust_remote_code, say=say, offload=offload)
         sha256 = fingerprint(base)
-    if not is_compressible(network):  # of the others the heads are known
+    if not is_compressible(network.config):  # of the others the heads are known
         check_head(network)
     return DenseBase(network.requires_grad_(False), sha256, plan)
-
-
-def is_compressible(network: Any) -> bool:
-    """Whether a model is of a family that can be pruned and quantized."""
-    name: str = network.config.model_type
-    return name.removeprefix(COMPRESSED) in FAMILIES

@@ -42,7 +42,7 @@ ALLOWED: dict[str, set[str]] = {
         "anatomy", "calibration", "errors", "likelihood", "plan", "pricing", "quantization", "schema", "seeds",
     },
     "anatomy": {"errors", "plan"},
-    "calibration": {"anatomy", "errors", "likelihood", "processes"},
+    "calibration": {"anatomy", "errors", "likelihood", "offload", "processes"},
     "auto_classes": {"anatomy", "modeling_compressed", "remote_code"},
     "callbacks": {
         "adapters", "allocation", "anatomy", "calibration", "compressed", "datamodules", "errors", "files",
@@ -55,11 +55,11 @@ ALLOWED: dict[str, set[str]] = {
     "compare_command": {"options", "records"},
     "compressed": {
         "adapter_files", "adapters", "anatomy", "calibration", "dense_base", "errors", "files", "folder_manifest",
-        "model_folder", "plan", "pretrained", "pricing", "pruning", "quantization",
+        "model_folder", "offload", "plan", "pretrained", "pricing", "pruning", "quantization",
     },
     "datamodules": {"errors", "files", "likelihood", "pretrained", "seeds", "stories"},
     "dense_base": {
-        "adapter_files", "anatomy", "folder_manifest", "likelihood", "model_folder", "plan", "pretrained",
+        "adapter_files", "anatomy", "folder_manifest", "likelihood", "model_folder", "offload", "plan", "pretrained",
         "quantization",
     },
     "dense_copy": {
@@ -87,13 +87,14 @@ ALLOWED: dict[str, set[str]] = {
     },
     "likelihood": {"errors"},
     "loading_info": {"errors"},
-    "memory": {"errors", "quantization"},
+    "memory": {"anatomy", "errors", "likelihood", "offload", "quantization"},
     "merge_command": {"dense_copy", "options"},
     "model_files": {"errors", "files", "folder_manifest", "schema"},
     "model_folder": {
         "adapter_files", "anatomy", "conv1d", "errors", "files", "folder_manifest", "memory", "plan", "pretrained",
         "pruning", "quantization", "reference_logits", "remote_code", "schema", "tensor_files",
     },
+    "offload": {"anatomy", "errors", "likelihood"},
     "options": {"callbacks", "datamodules", "errors"},
     "outline": {"anatomy"},
     "plan": {"errors", "files", "precision", "ranges"},
@@ -103,20 +104,20 @@ ALLOWED: dict[str, set[str]] = {
     },
     "precision": {"errors", "ranges"},
     "prequantized": {"errors"},
-    "pretrained": {"conv1d", "errors", "files", "loading_info", "model_files", "prequantized"},
+    "pretrained": {"anatomy", "conv1d", "errors", "files", "loading_info", "model_files", "offload", "prequantized"},
     "pricing": {"adapters", "anatomy", "memory", "plan", "pruning", "quantization"},
     "processes": {"errors"},
     "pruning": {
-        "adapters", "anatomy", "calibration", "errors", "likelihood", "memory", "modeling_compressed", "plan",
+        "adapters", "anatomy", "calibration", "errors", "likelihood", "memory", "modeling_compressed", "offload", "plan",
         "processes", "quantization", "seeds",
     },
     "quantization": {
-        "adapters", "anatomy", "calibration", "errors", "files", "modeling_compressed", "plan", "pretrained",
+        "adapters", "anatomy", "calibration", "errors", "files", "modeling_compressed", "offload", "plan", "pretrained",
         "processes",
     },
     "records": {"allocation", "errors", "files", "folder_manifest", "plan", "schema"},
     "ranges": {"errors"},
-    "reference_logits": {"errors", "folder_manifest", "tensor_files"},
+    "reference_logits": {"errors", "folder_manifest", "offload", "tensor_files"},
     "remote_code": {"anatomy", "files", "modeling_compressed", "precision", "pruning", "quantization"},
     "report_command": {"errors", "options", "records"},
     "runs": {
@@ -133,7 +134,7 @@ ALLOWED: dict[str, set[str]] = {
     "tensor_files": {"errors", "files", "folder_manifest"},
     "training": {
         "adapters", "anatomy", "compressed", "datamodules", "errors", "files", "folder_manifest", "likelihood",
-        "memory", "model_folder", "outline", "plan", "pretrained", "processes", "records", "schema", "seeds",
+        "memory", "model_folder", "offload", "outline", "plan", "pretrained", "processes", "records", "schema", "seeds",
     },
     "verify_command": {
         "errors", "folder_manifest", "model_folder", "options", "reference_logits", "remote_code",

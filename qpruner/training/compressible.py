@@ -16,8 +16,17 @@ from qpruner.datamodules.base import TokenDataModule
 from qpruner.errors import UserError, brief, listed
 from qpruner.folder_manifest import is_compressed, read_checked_manifest
 from qpruner.model_folder import read_base_config, read_plan
+from qpruner.offload import Offload, OffloadChoice, choose
 from qpruner.plan import CompressionPlan
-from qpruner.pretrained import DType, check_model, held_in, is_reachable, model_fingerprint, resolve
+from qpruner.pretrained import (
+    DType,
+    check_model,
+    held_in,
+    is_reachable,
+    model_fingerprint,
+    resolve,
+    weight_bytes,
+)
 from qpruner.processes import of_first
 from qpruner.training.kept_bases import identity_in, keep_by_hash, keeping_folder
 
@@ -49,6 +58,8 @@ class CompressibleModule(LightningModule):
         gradient_checkpointing: whether activations are computed again in the backward pass.
         lora: options of the adapters.
         seed: seed of the adapters' start.
+        offload: whether a compression holds the decoder blocks of the dense model in files, one of them in memory at a
+            time.
 
     Attributes:
         trains_grids: whether scales and minima of the packed base are trained in place of the adapters.
@@ -62,6 +73,7 @@ class CompressibleModule(LightningModule):
         gradient_checkpointing: bool,
         lora: LoRAConfig,
         seed: int,
+        offload: OffloadChoice = "auto",
     ) -> None:
         super().__init__()
         self.base = base
@@ -70,6 +82,7 @@ class CompressibleModule(LightningModule):
         self.gradient_checkpointing = gradient_checkpointing
         self.lora = lora
         self.seed = seed
+        self.offload: OffloadChoice = offload
         self.held: CompressedModel | None = None
         self.kept_in: Path | None = None
         self.continues_from: Path | None = None
@@ -167,7 +180,23 @@ class CompressibleModule(LightningModule):
             trust_remote_code=self.trust_remote_code,
             say=rank_zero_info,
             fingerprint=lambda base: self._of_first(lambda: model_fingerprint(base)),
+            offload=self._of_first(self._choose_offload),
         )
+
+    def _choose_offload(self) -> Offload | None:
+        """What puts blocks into files, where a fit is to compress block by block."""
+        compresses = self._trainer is not None and self.trainer.state.fn == TrainerFn.FITTING
+        if not compresses or self.offload == "never":
+            return None
+        num_bytes = weight_bytes(self.base, self.dtype_of_base, trust_remote_code=self.trust_remote_code)
+        if num_bytes is None:  # of the hub, and fetched as they are loaded
+            return None
+        offloads, reason = choose(self.offload, num_bytes, self.trainer.strategy.root_device)
+        rank_zero_info(reason)
+        if not offloads:
+            return None
+        root = Path(self.trainer.default_root_dir) if self.kept_in is None else self.kept_in.parent
+        return Offload(root)
 
     def open_base(self, folder: Path) -> None:
         """Takes the compressed base that a folder keeps in place of whatever is there, adapters included.
