@@ -173,9 +173,7 @@ class RunReport(Callback):
         device = trainer.strategy.root_device
         reset_peak(device)
         results: dict[str, float] = {}
-        if module.compressed.offloaded:
-            rank_zero_info(f"The {name} model is not evaluated: its blocks lie in files (--model.offload).")
-        elif data.has("test"):
+        if data.has("test"):
             rank_zero_info(f"Evaluating the {name} model on the test split.")
             results = evaluate(
                 module.model,

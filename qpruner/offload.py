@@ -193,8 +193,8 @@ def choose(choice: OffloadChoice, num_bytes: int, device: torch.device) -> tuple
     offloads = choice == "always" or (choice == "auto" and needed > free)
     how = "block by block from files" if offloads else "as a whole"
     return offloads, (
-        f"The model is compressed {how} (offload {choice}): its dense weights take {num_bytes:,} bytes, a compression "
-        f"as a whole up to {needed:,}, and {'the CPU' if device.type == 'cpu' else device} has {free:,} free."
+        f"The model is worked on {how} (offload {choice}): its dense weights take {num_bytes:,} bytes, work as a whole "
+        f"up to {needed:,}, and {'the CPU' if device.type == 'cpu' else device} has {free:,} free."
     )
 
 

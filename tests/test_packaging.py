@@ -64,7 +64,7 @@ ALLOWED: dict[str, set[str]] = {
     },
     "dense_copy": {
         "adapter_files", "compressed", "datamodules", "errors", "files", "folder_manifest", "memory", "model_folder",
-        "plan", "quantization", "records", "remote_code", "schema", "training",
+        "offload", "plan", "quantization", "records", "remote_code", "schema", "training",
     },
     "evaluate_command": {
         "datamodules", "errors", "evaluation", "options", "pretrained", "processes", "records", "stories",

@@ -73,8 +73,7 @@ class LoRAFinetuner(CompressibleModule):
             the same either way, and so is ``train/loss``, the mean negative log-likelihood; ``train/kl`` and
             ``train/hidden`` stand beside it.
         offload: whether callbacks compress the base block by block, with the others in files: ``always``, ``never``, or
-            ``auto`` where the device has not twice the room of the dense weights. Results are the same, and the tables
-            of a run leave out the perplexity of the stages before quantization.
+            ``auto`` where the device has not twice the room of the dense weights. Results are the same.
 
     Raises:
         UserError: in a fit, when a loss, a gradient that no loss scale mends, an adapter or a metric is not finite; or
