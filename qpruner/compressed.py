@@ -280,6 +280,15 @@ class CompressedModel(nn.Module):
 
     # What is done to it.
 
+    def offload(self, offload: Offload | None) -> None:
+        """Lets decoder blocks lie in files from here on, until the model is quantized or gets adapters.
+
+        Args:
+            offload: what puts them there; None to hold them in memory.
+        """
+        self._expect("put into files", PACKABLE)
+        offload_(self.network, offload)
+
     def record(self, step: Step) -> None:
         """Writes a step into the recipe, once it is done."""
         self.recipe = (*self.recipe, step)

@@ -6,14 +6,48 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from qpruner import adapter_files, model_folder
 from qpruner.anatomy import architecture_of, is_compressible
 from qpruner.folder_manifest import is_compressed
 from qpruner.likelihood import check_head
-from qpruner.offload import Offload, offload_
+from qpruner.offload import Offload, OffloadChoice, choose, offload_
 from qpruner.plan import CompressionPlan
-from qpruner.pretrained import DType, held_in, hold_in_, load_model, resolve
+from qpruner.pretrained import DType, held_in, hold_in_, load_model, resolve, weight_bytes
 from qpruner.quantization.packed import PackedLinear
+
+
+def choose_offload(
+    base: str,
+    choice: OffloadChoice,
+    *,
+    dtype: DType,
+    trust_remote_code: bool,
+    device: torch.device,
+    folder: Path,
+    say: Callable[[str], object],
+) -> Offload | None:
+    """What puts the blocks of a base into files while it is compressed; None to hold it whole, as also where it is not
+    fetched yet, so that its size is not known.
+
+    Args:
+        base: folder, hub name, or ``qpruner/stories``.
+        choice: what was asked for.
+        dtype: number format of the weights in memory.
+        trust_remote_code: whether code that comes with the model may run.
+        device: device that computes.
+        folder: folder of the files.
+        say: function that is told what was chosen, and why.
+    """
+    num_bytes = None
+    if choice != "never":
+        num_bytes = weight_bytes(base, dtype, trust_remote_code=trust_remote_code)
+    if num_bytes is None:
+        return None
+    offloads, reason = choose(choice, num_bytes, device)
+    say(reason)
+    return Offload(folder) if offloads else None
 
 
 @dataclass(frozen=True)

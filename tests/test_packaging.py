@@ -127,14 +127,16 @@ ALLOWED: dict[str, set[str]] = {
     },
     "schema": {"errors", "files"},
     "search": {
-        "adapters", "allocation", "anatomy", "calibration", "callbacks", "compressed", "datamodules", "errors", "files",
-        "folder_manifest", "likelihood", "memory", "outline", "plan", "pretrained", "pricing", "processes", "pruning",
+        "adapters", "allocation", "anatomy", "calibration", "callbacks", "compressed", "datamodules", "dense_base",
+        "errors", "files", "folder_manifest", "likelihood", "memory", "offload", "outline", "plan", "pretrained",
+        "pricing", "processes", "pruning",
         "quantization", "records", "schema", "seeds", "training",
     },
     "tensor_files": {"errors", "files", "folder_manifest"},
     "training": {
-        "adapters", "anatomy", "compressed", "datamodules", "errors", "files", "folder_manifest", "likelihood",
-        "memory", "model_folder", "offload", "outline", "plan", "pretrained", "processes", "records", "schema", "seeds",
+        "adapters", "anatomy", "compressed", "datamodules", "dense_base", "errors", "files", "folder_manifest",
+        "likelihood", "memory", "model_folder", "offload", "outline", "plan", "pretrained", "processes", "records",
+        "schema", "seeds",
     },
     "verify_command": {
         "errors", "folder_manifest", "model_folder", "options", "reference_logits", "remote_code",

@@ -13,10 +13,11 @@ from lightning.pytorch.utilities import rank_zero_info
 from qpruner.adapters.lora import LoRAConfig
 from qpruner.compressed import CompressedModel, State
 from qpruner.datamodules.base import TokenDataModule
+from qpruner.dense_base import choose_offload
 from qpruner.errors import UserError, brief, listed
 from qpruner.folder_manifest import is_compressed, read_checked_manifest
 from qpruner.model_folder import read_base_config, read_plan
-from qpruner.offload import Offload, OffloadChoice, choose
+from qpruner.offload import Offload, OffloadChoice
 from qpruner.plan import CompressionPlan
 from qpruner.pretrained import (
     DType,
@@ -25,7 +26,6 @@ from qpruner.pretrained import (
     is_reachable,
     model_fingerprint,
     resolve,
-    weight_bytes,
 )
 from qpruner.processes import of_first
 from qpruner.training.kept_bases import identity_in, keep_by_hash, keeping_folder
@@ -184,19 +184,18 @@ class CompressibleModule(LightningModule):
         )
 
     def _choose_offload(self) -> Offload | None:
-        """What puts blocks into files, where a fit is to compress block by block."""
-        compresses = self._trainer is not None and self.trainer.state.fn == TrainerFn.FITTING
-        if not compresses or self.offload == "never":
+        """What puts blocks into files, in a fit that may compress them."""
+        if self._trainer is None or self.trainer.state.fn != TrainerFn.FITTING:
             return None
-        num_bytes = weight_bytes(self.base, self.dtype_of_base, trust_remote_code=self.trust_remote_code)
-        if num_bytes is None:  # of the hub, and fetched as they are loaded
-            return None
-        offloads, reason = choose(self.offload, num_bytes, self.trainer.strategy.root_device)
-        rank_zero_info(reason)
-        if not offloads:
-            return None
-        root = Path(self.trainer.default_root_dir) if self.kept_in is None else self.kept_in.parent
-        return Offload(root)
+        return choose_offload(
+            self.base,
+            self.offload,
+            dtype=self.dtype_of_base,
+            trust_remote_code=self.trust_remote_code,
+            device=self.trainer.strategy.root_device,
+            folder=Path(self.trainer.default_root_dir) if self.kept_in is None else self.kept_in.parent,
+            say=rank_zero_info,
+        )
 
     def open_base(self, folder: Path) -> None:
         """Takes the compressed base that a folder keeps in place of whatever is there, adapters included.
