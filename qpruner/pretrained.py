@@ -31,7 +31,7 @@ from qpruner.model_files import (
     has_tokenizer,
     weight_files,
 )
-from qpruner.offload import Offload, offload_, settled
+from qpruner.offload import Offload, offload_, opened
 from qpruner.prequantized import (
     check_dequantizable,
     check_entry,
@@ -144,9 +144,9 @@ def load_model(
         model, left_out = _load(name, config, trust_remote_code, dtype=loaded, device="cpu")
         if offload is not None:
             offload_(model, offload)
-            for number, block in enumerate(decoder_blocks(model)):
-                hold_in_(block, held)
-                settled(model, number)
+            for block in decoder_blocks(model):
+                with opened(model, block):
+                    hold_in_(block, held)
             hold_in_(model, held)
         check_tied(name, model)
         if (padding := mend_padding_(config)) is not None:

@@ -108,8 +108,8 @@ ALLOWED: dict[str, set[str]] = {
     "pricing": {"adapters", "anatomy", "memory", "plan", "pruning", "quantization"},
     "processes": {"errors"},
     "pruning": {
-        "adapters", "anatomy", "calibration", "errors", "likelihood", "memory", "modeling_compressed", "offload", "plan",
-        "processes", "quantization", "seeds",
+        "adapters", "anatomy", "calibration", "errors", "likelihood", "memory", "modeling_compressed", "offload",
+        "plan", "processes", "quantization", "seeds",
     },
     "quantization": {
         "adapters", "anatomy", "calibration", "errors", "files", "modeling_compressed", "offload", "plan", "pretrained",

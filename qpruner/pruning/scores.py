@@ -14,6 +14,7 @@ from qpruner.calibration.gram import MASSIVE_POSITIONS, Gram, input_grams
 from qpruner.calibration.norms import input_norms, input_variances
 from qpruner.calibration.text import Calibration
 from qpruner.errors import UserError
+from qpruner.offload import opened
 from qpruner.pruning.criteria import (
     GRADIENT_CRITERIA,
     SECOND_ORDER,
@@ -131,9 +132,12 @@ def _flap(model: Any, calibration: Calibration) -> list[LayerScores]:
     """
     parts = _outputs(model)
     variances = input_variances(model, {name: part.linear for name, part in parts.items()}, calibration)
-    deviations = {
-        name: fluctuation(part, variances[name].to(part.linear.weight.device)).cpu() for name, part in parts.items()
-    }
+
+    def deviation(name: str, part: Coupled) -> Tensor:
+        with opened(model, part.linear):
+            return fluctuation(part, variances[name].to(part.linear.weight.device)).cpu()
+
+    deviations = {name: deviation(name, part) for name, part in parts.items()}
     _check_finite("flap", deviations)
     lowest = torch.cat([*deviations.values()]).min()
     return [
@@ -163,11 +167,20 @@ def _weight_scores(
     model: Any, coupled: dict[str, Coupled], criterion: WeightCriterion, calibration: Calibration | None, seed: int
 ) -> dict[str, Tensor]:
     """The score of each unit by each of its coupled weights."""  # name: [units]
+
+    def of_weight(part: Coupled, power: int) -> Tensor:
+        with opened(model, part.linear):
+            return magnitude(part, power)
+
+    def with_norms(part: Coupled, norms: Tensor) -> Tensor:
+        with opened(model, part.linear):
+            return wanda(part, norms.to(part.linear.weight.device))
+
     match criterion:
         case "random":
             return {name: _random(part, derive_seed(seed, "random scores", name)) for name, part in coupled.items()}
         case "magnitude_l1" | "magnitude_l2":
-            return {name: magnitude(part, 1 if criterion == "magnitude_l1" else 2) for name, part in coupled.items()}
+            return {name: of_weight(part, 1 if criterion == "magnitude_l1" else 2) for name, part in coupled.items()}
     assert calibration is not None
     # Text passes through each linear once, whatever number of projections is stacked in it.
     part_names = {id(part): name for name, part in coupled.items()}
@@ -175,11 +188,7 @@ def _weight_scores(
     linears = {name: stack[0].linear for name, stack in stacks.items()}
     if criterion == "wanda":
         norms = input_norms(model, linears, calibration)
-        return {
-            part_names[id(part)]: wanda(part, norms[name].to(part.linear.weight.device))
-            for name, stack in stacks.items()
-            for part in stack
-        }
+        return {part_names[id(part)]: with_norms(part, norms[name]) for name, stack in stacks.items() for part in stack}
 
     def by_unit(name: str, gradient: Tensor, squared: Tensor | None) -> Tensor:
         elements = element_scores(criterion, linears[name].weight.detach().float(), gradient, squared)

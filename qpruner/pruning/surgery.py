@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from qpruner.anatomy import (
     Coupled,
     DecoderLayer,
+    Family,
     WideNorm,
     architecture_of,
     by_linear,
@@ -20,7 +21,7 @@ from qpruner.anatomy.coupled import within
 from qpruner.anatomy.layers import widths_of
 from qpruner.errors import UserError
 from qpruner.modeling_compressed import layer_config
-from qpruner.offload import settled
+from qpruner.offload import opened
 from qpruner.plan import Architecture, CompressionPlan, describe_differences
 from qpruner.pruning.order import reorder_hidden_
 from qpruner.pruning.widths import set_config, with_widths
@@ -61,22 +62,9 @@ def narrow_(model: Any, kept: Sequence[tuple[Sequence[int], Sequence[int]]]) -> 
     _, family = family_of(model.config)
     rounded: dict[str, float] = {}
     for number, (block, layer) in enumerate(zip(decoder_blocks(model), decoder_layers(model), strict=True)):
-        groups = kept[number][0]
-        for norm in layer.wide_norms:
-            if _changes(groups, norm.of.num_units):
-                narrow_norm_(norm, groups)
-        for stack, units in _stacks(layer, kept[number]):
-            first = stack[0]
-            if not _changes(units, first.num_units):
-                continue
-            if not isinstance(first.linear, PackedLinear):
-                keep_units_(stack, units)
-                continue
-            packed, change = _keep_packed(stack, first.linear, units)
-            block.set_submodule(family.projections[first.name], packed)
-            if change:
-                rounded[f"{number}.{'_'.join(part.name for part in stack)}"] = change
-        settled(model, number)
+        with opened(model, block):
+            changes = _narrow_layer_(block, layer, family, kept[number])
+        rounded |= {f"{number}.{projections}": change for projections, change in changes.items()}
     set_config(model, with_widths(model.config, stated_by_weights(model)))
     for number, (block, layer) in enumerate(zip(decoder_blocks(model), decoder_layers(model), strict=True)):
         widths = widths_of(layer)
@@ -89,6 +77,28 @@ def narrow_(model: Any, kept: Sequence[tuple[Sequence[int], Sequence[int]]]) -> 
     # It reads a number of heads, to no end, as it stretches positions for long texts. An outline of a model has none.
     if family.rotary is not None and family.rotary in dict(model.named_modules()):
         model.get_submodule(family.rotary).config = layer_config(model.config, 0)
+    return rounded
+
+
+def _narrow_layer_(
+    block: nn.Module, layer: DecoderLayer, family: Family, kept: tuple[Sequence[int], Sequence[int]]
+) -> dict[str, float]:
+    """Keeps only some of the units of one layer; returns the relative change of each linear that was rounded anew."""
+    rounded: dict[str, float] = {}
+    for norm in layer.wide_norms:
+        if _changes(kept[0], norm.of.num_units):
+            narrow_norm_(norm, kept[0])
+    for stack, units in _stacks(layer, kept):
+        first = stack[0]
+        if not _changes(units, first.num_units):
+            continue
+        if not isinstance(first.linear, PackedLinear):
+            keep_units_(stack, units)
+            continue
+        packed, change = _keep_packed(stack, first.linear, units)
+        block.set_submodule(family.projections[first.name], packed)
+        if change:
+            rounded["_".join(part.name for part in stack)] = change
     return rounded
 
 
