@@ -2,9 +2,9 @@
 
     python benchmarks/offload.py --folder /tmp/random --layers 24 --hidden 2048 --ffn 5632 --vocabulary 32000
 
-Makes a random Llama in that folder unless it is there, prunes 20 %, compensates (``--compensation``), quantizes to 4 bits with the start of
-adapters by LoftQ, and writes the result; each way in a process of its own. The peak is the resident set of the process
-above what it was before the model was loaded, as a share of the bytes of the dense weights.
+Makes a random Llama in that folder unless it is there, prunes 20 %, compensates (``--compensation``), quantizes to 4
+bits with the start of adapters by LoftQ, and writes the result; each way in a process of its own. The peak is the
+resident set of the process above what it was before the model was loaded, as a share of the bytes of the dense weights.
 """
 
 import argparse
