@@ -14,8 +14,8 @@ PRUNING = {
 }
 UNDER_A_BUDGET = {
     "allocation": "sensitivity",
-    "budget": {"average_bits": 6.2},
-    "deciding": {"granularity": "unit", "calibration": TEXT},
+    "budget": {"average_bits": 5.5},
+    "deciding": {"granularity": "unit", "widths": [3, 4, 8], "calibration": TEXT},
 }
 BY_TEXT = {"bits": [2, 3], "formats": {2: "affine"}, "group": 32, "calibrated": {"text": TEXT}}
 CALLBACKS = {"fit": UNDER_A_BUDGET, "search": UNDER_A_BUDGET, "calibration": BY_TEXT}
@@ -53,7 +53,7 @@ def write_config(path: Path, kind: str, base: Path, *, steps: int = 12, trials: 
     quiet = {"enable_progress_bar": False, "enable_model_summary": False}
     quantization = {"class_path": "MixedPrecisionQuantization", "init_args": CALLBACKS[kind]}
     config: dict[str, Any] = {
-        "run": {"name": "run", "dir": str(path.parent), "checkpoint_every_n_steps": 2},
+        "run": {"name": "run", "dir": str(path.parent), "checkpoint_every_n_steps": max(steps // 50, 2)},
         "model": {"base": str(base), "lora": {"r": 2}, "optimizer": {"lr": 0.01}},
         "data": {"class_path": "StoriesDataModule", "init_args": {**data, "loader": {"batch_size": 4}}},
         "trainer": {**trainer, **quiet, "callbacks": [PRUNING, quantization]},
