@@ -22,6 +22,7 @@ from qpruner.pruning.selection import SelectionConfig, local_widths
 from qpruner.pruning.surgery import narrow_
 from qpruner.records.folder import RunFolder
 from qpruner.training.holding import HoldsModel, expect_holder
+from qpruner.training.preflight import check_callbacks
 from qpruner.training.processes import processes_of
 
 
@@ -223,6 +224,12 @@ class CompressionInTraining(Compression):
 
     leaves: ClassVar[str]
     """What the base is at the end of the fit, as its stage is named."""
+    needs_whole_model: ClassVar[str]
+    """Why the model must not be split among devices."""
+
+    def begin(self, trainer: Trainer, pl_module: LightningModule) -> HoldsModel:
+        check_callbacks(trainer, [self])  # a fit without a run has not done so before
+        return super().begin(trainer, pl_module)
 
     @property
     def needs_dense_base(self) -> bool:

@@ -10,7 +10,7 @@ from lightning.pytorch import LightningModule
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
 
-from qpruner.adapters.lora import LoRAConfig
+from qpruner.adapters.lora import LoRAConfig, factors_of, set_factors_
 from qpruner.compressed import CompressedModel, State
 from qpruner.datamodules.base import TokenDataModule
 from qpruner.errors import UserError, brief, listed
@@ -20,6 +20,7 @@ from qpruner.plan import CompressionPlan
 from qpruner.pretrained import DType, check_model, held_in, is_reachable, model_fingerprint, resolve
 from qpruner.processes import of_first
 from qpruner.training.kept_bases import identity_in, keep_by_hash, keeping_folder
+from qpruner.training.sharding import ShardedStrategy, is_sharded, whole
 
 T = TypeVar("T")
 
@@ -205,6 +206,9 @@ class CompressibleModule(LightningModule):
         if self.trains_grids:
             self.compressed.loosen()
         self.model.train()
+        strategy = self._trainer and self.trainer.strategy
+        if isinstance(strategy, ShardedStrategy):  # last of all: nothing of the model is whole any more
+            strategy.shard_(self.model)
 
     @contextmanager
     def adapters_disabled(self) -> Iterator[None]:
@@ -239,8 +243,21 @@ class CompressibleModule(LightningModule):
         self.compressed.is_kept_in(folder)
 
     def keep_adapters(self) -> None:
-        """Puts the adapters, as trained, to the base in its folder."""
-        self._of_first(lambda: self.compressed.keep_adapters(trained=True))
+        """Puts the adapters, as trained, to the base in its folder; the same on all ranks."""
+        if not is_sharded(self.model):
+            self._of_first(lambda: self.compressed.keep_adapters(trained=True))
+            return
+        parts = factors_of(self.model)
+        factors = {name: (whole(lora_A), whole(lora_B)) for name, (lora_A, lora_B) in parts.items()}
+        self._of_first(lambda: self._keep_whole(factors))
+
+    def _keep_whole(self, factors: dict[str, tuple[torch.Tensor, torch.Tensor]]) -> None:
+        """Puts adapters to the base in its folder, by a model that this process alone opens from there."""
+        assert self.compressed.kept is not None, "a base is kept before it is split"
+        model = CompressedModel.open(self.compressed.kept.path, check_hashes=False)
+        model.attach(self.lora, seed=self.seed)
+        set_factors_(model.network, factors)
+        model.keep_adapters(trained=True)
 
     def _keep_by_hash(self, *, trained: bool) -> None:
         """Writes a base that nobody else keeps to the folder named by its hash."""

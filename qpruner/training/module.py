@@ -31,6 +31,7 @@ from qpruner.training.finite import LossWatch, all_finite, broken_names, not_fin
 from qpruner.training.optimization import OptimizerConfig, make_optimizer, make_scheduler
 from qpruner.training.processes import processes_of
 from qpruner.training.recording import Recording
+from qpruner.training.sharding import splits
 from qpruner.training.teacher import Teacher, check_teacher
 from qpruner.training.teaching import engage_teacher
 
@@ -312,10 +313,15 @@ class LoRAFinetuner(CompressibleModule):
     def _check_trained(self, states: Mapping[str, Any]) -> None:
         for what, state in states.items():
             tensors = list(tensors_of(state))
-            if not all_finite(tensors):
-                number = len(broken_names((what, tensor) for tensor in tensors))
+            number = 0 if all_finite(tensors) else len(broken_names((what, tensor) for tensor in tensors))
+            if self._trainer is not None and splits(self.trainer.strategy):  # what is broken may lie on one device
+                count = torch.tensor([number, len(tensors)], device=self.device)
+                number, total = self.trainer.strategy.reduce(count, reduce_op="max").tolist()
+            else:
+                total = len(tensors)
+            if number:
                 raise self._not_finite(
-                    f"After optimizer step {self.global_step}, {number} of {len(tensors)} tensors of the {what} are",
+                    f"After optimizer step {self.global_step}, {number} of {total} tensors of the {what} are",
                 )
 
     # Evaluation.
