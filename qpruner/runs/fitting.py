@@ -19,7 +19,8 @@ from qpruner.runs.phases import Phase
 from qpruner.runs.trainers import TrainerOptions, make_trainer, options_of_trainer
 from qpruner.training.checkpoint_file import read_checkpoint
 from qpruner.training.module import LoRAFinetuner
-from qpruner.training.preflight import check_callbacks, check_checkpoint, check_optimizer, check_trainer
+from qpruner.training.preflight import check_callbacks, check_checkpoint, check_trainer
+from qpruner.training.sharding import splits
 
 
 @dataclass
@@ -64,10 +65,11 @@ class PhasedFit:
             {**options, **phase.length}, phase.folder, callbacks, keeps_checkpoint=not self.rehearses
         )
         check_trainer(trainer)
-        check_optimizer(trainer, module.optimizer_config)
         for other in later:
             check_callbacks(trainer, other.callbacks)
-            check_optimizer(trainer, other.module(self.model).optimizer_config)
+        if splits(trainer.strategy):
+            for fitted in (module, *(other.module(self.model) for other in later)):
+                fitted.check_split()
         return module, trainer
 
     def _acting(self, phase: Phase, later: Sequence[Phase]) -> Iterator[Callback]:

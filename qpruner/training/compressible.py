@@ -20,7 +20,7 @@ from qpruner.plan import CompressionPlan
 from qpruner.pretrained import DType, check_model, held_in, is_reachable, model_fingerprint, resolve
 from qpruner.processes import of_first
 from qpruner.training.kept_bases import identity_in, keep_by_hash, keeping_folder
-from qpruner.training.sharding import ShardedStrategy, is_sharded, whole
+from qpruner.training.sharding import FSDP2, ShardedStrategy, is_sharded, whole
 
 T = TypeVar("T")
 
@@ -41,7 +41,8 @@ class CompressibleModule(LightningModule):
 
     Which base is loaded: the one that ``kept_in`` keeps, else the one that ``continues_from`` keeps, with its trained
     adapters, else the dense one. Compressed by callbacks, it is written to ``kept_in`` by `KeepModel`; in a fit without
-    that, to a folder named by its hash under ``compressed_bases`` in the Trainer's ``default_root_dir``.
+    that, to a folder named by its hash under ``compressed_bases`` in the Trainer's ``default_root_dir``. Under a
+    `ShardedStrategy` the model, adapters and all, is split among devices at the end of `configure_model`.
 
     Args:
         base: model folder, hub name, or ``qpruner/stories``.
@@ -208,7 +209,20 @@ class CompressibleModule(LightningModule):
         self.model.train()
         strategy = self._trainer and self.trainer.strategy
         if isinstance(strategy, ShardedStrategy):  # last of all: nothing of the model is whole any more
+            self.check_split()
             strategy.shard_(self.model)
+
+    def check_split(self) -> None:
+        """Makes sure that the adapters can be trained while the model is split among devices.
+
+        Raises:
+            UserError: they cannot.
+        """
+        if self.lora.pooled:
+            raise UserError(
+                f"--model.lora.pooled keeps the columns of whole adapters together, and --trainer.strategy {FSDP2} "
+                f"splits them among devices. Use ddp, or leave pooled out."
+            )
 
     @contextmanager
     def adapters_disabled(self) -> Iterator[None]:

@@ -21,7 +21,9 @@ def all_finite(tensors: Iterable[Tensor]) -> bool:
 
 def broken_names(tensors: Iterable[tuple[str, Tensor]]) -> list[str]:
     """Names of the floating-point tensors that hold an infinity or a nan."""
-    return [name for name, tensor in tensors if tensor.is_floating_point() and not bool(_local(tensor).isfinite().all())]
+    return [
+        name for name, tensor in tensors if tensor.is_floating_point() and not bool(_local(tensor).isfinite().all())
+    ]
 
 
 def _local(tensor: Tensor) -> Tensor:

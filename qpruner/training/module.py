@@ -31,7 +31,7 @@ from qpruner.training.finite import LossWatch, all_finite, broken_names, not_fin
 from qpruner.training.optimization import OptimizerConfig, make_optimizer, make_scheduler
 from qpruner.training.processes import processes_of
 from qpruner.training.recording import Recording
-from qpruner.training.sharding import splits
+from qpruner.training.sharding import FSDP2, splits
 from qpruner.training.teacher import Teacher, check_teacher
 from qpruner.training.teaching import engage_teacher
 
@@ -160,6 +160,14 @@ class LoRAFinetuner(CompressibleModule):
             self.teacher = None
 
     # Training.
+
+    def check_split(self) -> None:
+        super().check_split()
+        if self.optimizer_config.name != "adamw":
+            raise UserError(
+                f"--model.optimizer.name is {self.optimizer_config.name}, whose state is packed for whole tensors, and "
+                f"--trainer.strategy {FSDP2} splits them among devices, their state with them. Use adamw."
+            )
 
     def on_train_start(self) -> None:
         self._losses = LossWatch()

@@ -31,7 +31,6 @@ from qpruner.pretrained import is_reachable, model_fingerprint
 from qpruner.training.compressible import CompressibleModule
 from qpruner.training.distillation import DistillationConfig
 from qpruner.training.evaluation import num_batches
-from qpruner.training.optimization import OptimizerConfig
 from qpruner.training.sharding import FSDP2, PRECISIONS, splits
 
 AT_LEAST_ONE = ("accumulate_grad_batches", "check_val_every_n_epoch", "val_check_interval")
@@ -151,19 +150,6 @@ def check_callbacks(trainer: Trainer, callbacks: Sequence[Callback]) -> None:
             )
         if isinstance(callback, NEEDS_LOGGER) and not trainer.loggers:
             raise UserError(f"trainer.callbacks has {name}, and --trainer.logger is off. Leave one of both out.")
-
-
-def check_optimizer(trainer: Trainer, optimizer: OptimizerConfig) -> None:
-    """Finds an optimizer that cannot train parts of adapters.
-
-    Raises:
-        UserError: it is one.
-    """
-    if splits(trainer.strategy) and optimizer.name != "adamw":
-        raise UserError(
-            f"--model.optimizer.name is {optimizer.name}, whose state is packed for whole tensors, and "
-            f"--trainer.strategy {FSDP2} splits them among devices, their state with them. Use adamw."
-        )
 
 
 def check_lengths(trainer: Trainer, data: TokenDataModule) -> float:

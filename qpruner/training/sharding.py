@@ -141,7 +141,7 @@ def strategy_of(given: Any) -> Any:
     Raises:
         UserError: the model would be split in a way that packed weights cannot be.
     """
-    if given == FSDP2:
+    if given in (FSDP2, ModelParallelStrategy.__name__):
         return ShardedStrategy()
     if isinstance(given, ModelParallelStrategy) and not isinstance(given, ShardedStrategy):
         return ShardedStrategy.of(given)
