@@ -207,6 +207,9 @@ class CompressibleModule(LightningModule):
         if self.trains_grids:
             self.compressed.loosen()
         self.model.train()
+        # All processes have it from one folder: DDP need not send it around, and so give each a copy of its own.
+        frozen = [name for name, parameter in self.named_parameters() if not parameter.requires_grad]
+        self._ddp_params_and_buffers_to_ignore = frozen
         strategy = self._trainer and self.trainer.strategy
         if isinstance(strategy, ShardedStrategy):  # last of all: nothing of the model is whole any more
             self.check_split()
@@ -255,6 +258,14 @@ class CompressibleModule(LightningModule):
             self.attach_adapters()
         self._of_first(lambda: self.compressed.keep(folder, tokenizer=self._tokenizer, trained=trained))
         self.compressed.is_kept_in(folder)
+        if not trained:
+            self._take_kept()
+
+    def _take_kept(self) -> None:
+        """Lets all of several processes take the base from the folder that keeps it, whose pages they share."""
+        folder = self.compressed.kept
+        if folder is not None and self._trainer is not None and self.trainer.world_size > 1:
+            self.held = CompressedModel.open(folder.path, check_hashes=False)
 
     def keep_adapters(self) -> None:
         """Puts the adapters, as trained, to the base in its folder; the same on all ranks."""
@@ -284,6 +295,8 @@ class CompressibleModule(LightningModule):
             self.attach_adapters()
         if trained or self.compressed.initial_adapters:
             self._of_first(lambda: self.compressed.keep_adapters(trained=trained))
+        if not trained:
+            self._take_kept()
 
     def _write_by_hash(self) -> Path:
         bases = Path(self.trainer.default_root_dir) / BASES

@@ -1,14 +1,8 @@
-"""Fits on two ranks, which are forks of this process."""
+"""Fits of two ranks, to be compared by their strategies."""
 
-import multiprocessing
-import os
-import socket
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
-import torch.distributed as dist
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from qpruner.adapters.lora import LoRAConfig
@@ -30,34 +24,6 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "distilled": {"callback": {"bits": 4}, "module": {"distillation": DistillationConfig(hidden=0.5)}},
     "tables": {"callback": {"bits": 4, "embedding": 8, "head": 8}},
 }
-
-
-def on_two_ranks(work: Callable[[int], Any], folder: Path) -> list[Any]:
-    """What a function of the rank returns on each of two ranks.
-
-    Args:
-        work: function that finds the ranks in the environment, as a Trainer of two devices does.
-        folder: folder for what they return.
-    """
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-
-    def begin(rank: int) -> None:
-        os.environ.update(
-            MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2"
-        )
-        torch.save(work(rank), folder / f"{rank}.pt")
-        if dist.is_initialized():
-            dist.destroy_process_group()
-
-    ranks = [multiprocessing.get_context("fork").Process(target=begin, args=(rank,)) for rank in range(2)]
-    for rank in ranks:
-        rank.start()
-    for rank in ranks:
-        rank.join(120)
-    assert [rank.exitcode for rank in ranks] == [0, 0]
-    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(2)]
 
 
 class Watch(Callback):

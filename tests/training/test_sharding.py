@@ -9,7 +9,8 @@ from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from safetensors.torch import load_file
 from support.families import EXPLICIT, adapted, packed, random_tokens, tiny_model
 from support.fits import finetuner
-from support.sharded_fits import VARIANTS, fit, on_two_ranks
+from support.ranks import on_two_ranks
+from support.sharded_fits import VARIANTS, fit
 
 from qpruner.adapters.lora import LoRAConfig
 from qpruner.anatomy.layers import decoder_blocks
