@@ -5,14 +5,14 @@ from torch import Tensor, nn
 from qpruner.calibration.text import Calibration, CalibrationConfig
 from qpruner.datamodules.base import TokenDataModule
 from qpruner.errors import UserError
-from qpruner.memory import check_room
+from qpruner.memory import place_
 from qpruner.processes import Processes
 
 
 def calibration_of(
     model: nn.Module, data: TokenDataModule | None, config: CalibrationConfig, processes: Processes, whose: str
 ) -> Calibration:
-    """This process's share of the text, with the model moved to the device that computes.
+    """This process's share of the text, with the model moved to the device that computes: see `place_`.
 
     Args:
         model: network that the text passes through.
@@ -25,8 +25,7 @@ def calibration_of(
         UserError: no data module, too little text, or no room on the device.
     """
     tokens = text_of(data, config, whose)
-    check_room(model, processes.device)
-    model.to(processes.device)
+    place_(model, processes.device)
     return Calibration.share(tokens, processes, config.batch_size)
 
 

@@ -11,7 +11,7 @@ from qpruner.callbacks.calibration import calibration_of, text_of
 from qpruner.compressed import CompressedModel
 from qpruner.datamodules.base import TokenDataModule
 from qpruner.errors import UserError
-from qpruner.memory import check_room
+from qpruner.memory import place_
 from qpruner.plan import CompressionPlan
 from qpruner.processes import Processes
 from qpruner.pruning.compensation import Compensation, check_text, describe, shared_copy
@@ -105,8 +105,7 @@ class Compensating:
         if self.how == "none" or before is None:
             return
         calibration = calibration_of(model.network, data, self.text, processes, self._name)
-        check_room(before.network, processes.device)
-        before.network.to(processes.device)
+        place_(before.network, processes.device)
         fits = model.compensate(before.network, before.plan, calibration, self.how)
         rank_zero_info(describe(fits, self.text.num_sequences * self.text.length))
 

@@ -12,13 +12,14 @@ from torch import nn
 
 from qpruner import adapter_files, model_folder
 from qpruner.adapters.lora import LoRAConfig, attach_adapters, detach_adapters, set_factors_
-from qpruner.anatomy import architecture_of
+from qpruner.anatomy import architecture_of, is_compressible
 from qpruner.calibration.regression import Fit
 from qpruner.calibration.text import Calibration
-from qpruner.dense_base import is_compressible, load_dense_base
+from qpruner.dense_base import load_dense_base
 from qpruner.errors import UserError
 from qpruner.files import replacing_folder
 from qpruner.folder_manifest import Step, identity_of, read_manifest
+from qpruner.offload import Offload, offload_, offload_of
 from qpruner.plan import DENSE, UNITS, CompressionPlan, describe_differences
 from qpruner.pretrained import DType, model_fingerprint
 from qpruner.pricing import average_bits
@@ -123,7 +124,7 @@ class CompressedModel(nn.Module):
         self.network = network
         self.base = base
         self.base_sha256 = base_sha256
-        if plan is None and is_compressible(network):
+        if plan is None and is_compressible(network.config):
             plan = CompressionPlan.dense(architecture_of(network.config), base_sha256)
         self.plan = plan
         self.base_state = state
@@ -147,6 +148,7 @@ class CompressedModel(nn.Module):
         say: Callable[[str], None] = print,
         fingerprint: Callable[[str], str | None] = model_fingerprint,
         check_hashes: bool = True,
+        offload: Offload | None = None,
     ) -> Self:
         """The dense model of a folder or of the hub; of a folder that keeps a compressed one, that without adapters.
 
@@ -157,6 +159,8 @@ class CompressedModel(nn.Module):
             say: function that is told what a person should know of the model.
             fingerprint: function that tells a base from others; it reads all of the base's files.
             check_hashes: whether every file of a compressed base is compared with its hash, beside its size.
+            offload: what puts decoder blocks into files until the model is quantized or gets adapters; None to hold
+                them in memory.
 
         Raises:
             UserError: there is no such model, or it is damaged.
@@ -168,6 +172,7 @@ class CompressedModel(nn.Module):
             say=say,
             fingerprint=fingerprint,
             check_hashes=check_hashes,
+            offload=offload,
         )
         return cls(dense.network, base=base, base_sha256=dense.sha256, plan=dense.plan)
 
@@ -209,6 +214,11 @@ class CompressedModel(nn.Module):
         if self.base_state is State.DENSE:  # kept or not
             return self.base_sha256
         return None if self.kept is None else self.kept.sha256
+
+    @property
+    def offloaded(self) -> bool:
+        """Whether decoder blocks lie in files and work one at a time; see `qpruner.offload`."""
+        return offload_of(self.network) is not None
 
     @property
     def average_bits(self) -> float | None:
@@ -269,6 +279,15 @@ class CompressedModel(nn.Module):
         return self.plan
 
     # What is done to it.
+
+    def offload(self, offload: Offload | None) -> None:
+        """Lets decoder blocks lie in files from here on, until the model is quantized or gets adapters.
+
+        Args:
+            offload: what puts them there; None to hold them in memory.
+        """
+        self._expect("put into files", PACKABLE)
+        offload_(self.network, offload)
 
     def record(self, step: Step) -> None:
         """Writes a step into the recipe, once it is done."""
@@ -365,8 +384,7 @@ class CompressedModel(nn.Module):
             if self.base_state is not State.QUANTIZED:
                 quantize_tables_(self.network, plan.embedding, plan.head, device=device)
             self.initial_adapters = bank.assemble_(self.network, plan)
-        self.plan = plan
-        self._changed(State.QUANTIZED)
+        self._is_quantized(plan)
 
     def quantize_by_text(
         self,
@@ -395,8 +413,7 @@ class CompressedModel(nn.Module):
         self._expect("quantized", PACKABLE)
         result = calibrate_(self.network, plan, config, adapters, calibration, layers)
         self.initial_adapters = result.factors
-        self.plan = plan
-        self._changed(State.QUANTIZED)
+        self._is_quantized(plan)
         return result
 
     def attach(self, lora: LoRAConfig, *, seed: int, gradient_checkpointing: bool = False) -> None:
@@ -411,6 +428,7 @@ class CompressedModel(nn.Module):
             UserError: a target matches no linear, or the adapters in the folder are of another kind.
         """
         self._expect("given adapters", BARE)
+        offload_(self.network, None)  # all blocks train together
         if gradient_checkpointing:
             # Non-reentrant: the reentrant form loses gradients where no input of a block requires them.
             self.network.gradient_checkpointing_enable({"use_reentrant": False})
@@ -546,6 +564,11 @@ class CompressedModel(nn.Module):
                 f"A model that is {self.state} cannot be {what}; only one that is "
                 f"{' or '.join(state for state in State if state in states)} can. Load the base anew for this."
             )
+
+    def _is_quantized(self, plan: CompressionPlan) -> None:
+        self.plan = plan
+        offload_(self.network, None)  # small enough to be whole from here on
+        self._changed(State.QUANTIZED)
 
     def _changed(self, state: State) -> None:
         self.base_state = state

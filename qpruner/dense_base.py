@@ -6,13 +6,48 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from qpruner import adapter_files, model_folder
-from qpruner.anatomy import COMPRESSED, FAMILIES, architecture_of
+from qpruner.anatomy import architecture_of, is_compressible
 from qpruner.folder_manifest import is_compressed
 from qpruner.likelihood import check_head
+from qpruner.offload import Offload, OffloadChoice, choose, offload_
 from qpruner.plan import CompressionPlan
-from qpruner.pretrained import DType, held_in, hold_in_, load_model, resolve
+from qpruner.pretrained import DType, held_in, hold_in_, load_model, resolve, weight_bytes
 from qpruner.quantization.packed import PackedLinear
+
+
+def choose_offload(
+    base: str,
+    choice: OffloadChoice,
+    *,
+    dtype: DType,
+    trust_remote_code: bool,
+    device: torch.device,
+    folder: Path,
+    say: Callable[[str], object],
+) -> Offload | None:
+    """What puts the blocks of a base into files while it is compressed; None to hold it whole, as also where it is not
+    fetched yet, so that its size is not known.
+
+    Args:
+        base: folder, hub name, or ``qpruner/stories``.
+        choice: what was asked for.
+        dtype: number format of the weights in memory.
+        trust_remote_code: whether code that comes with the model may run.
+        device: device that computes.
+        folder: folder of the files.
+        say: function that is told what was chosen, and why.
+    """
+    num_bytes = None
+    if choice != "never":
+        num_bytes = weight_bytes(base, dtype, trust_remote_code=trust_remote_code)
+    if num_bytes is None:
+        return None
+    offloads, reason = choose(choice, num_bytes, device)
+    say(reason)
+    return Offload(folder) if offloads else None
 
 
 @dataclass(frozen=True)
@@ -38,6 +73,7 @@ def load_dense_base(
     say: Callable[[str], None],
     fingerprint: Callable[[str], str | None],
     check_hashes: bool,
+    offload: Offload | None = None,
 ) -> DenseBase:
     """The model of a folder or of the hub; of a folder that keeps a compressed one, that without adapters.
 
@@ -48,6 +84,7 @@ def load_dense_base(
         say: function that is told what a person should know of the model.
         fingerprint: function that tells a base from others; it reads all of the base's files.
         check_hashes: whether every file of a compressed base is compared with its hash, beside its size.
+        offload: what puts the blocks of a model that can be compressed into files; None to hold them in memory.
 
     Raises:
         UserError: there is no such model, or it is damaged.
@@ -58,6 +95,8 @@ def load_dense_base(
         network, layers = content.network, content.plan.layers
         if not any(isinstance(module, PackedLinear) for module in network.modules()):
             hold_in_(network, held_in(network.config, dtype))
+            if offload is not None:
+                offload_(network, offload)
         if adapter_files.has_adapters(folder):
             warnings.warn(f"{base!r} is taken as the base without its adapters.", stacklevel=3)
         sha256 = fingerprint(base)
@@ -65,14 +104,8 @@ def load_dense_base(
             [layer.precision for layer in layers], embedding=content.plan.embedding, head=content.plan.head
         )
     else:
-        network = load_model(base, dtype=dtype, trust_remote_code=trust_remote_code, say=say)
+        network = load_model(base, dtype=dtype, trust_remote_code=trust_remote_code, say=say, offload=offload)
         sha256 = fingerprint(base)
-    if not is_compressible(network):  # of the others the heads are known
+    if not is_compressible(network.config):  # of the others the heads are known
         check_head(network)
     return DenseBase(network.requires_grad_(False), sha256, plan)
-
-
-def is_compressible(network: Any) -> bool:
-    """Whether a model is of a family that can be pruned and quantized."""
-    name: str = network.config.model_type
-    return name.removeprefix(COMPRESSED) in FAMILIES

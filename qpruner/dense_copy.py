@@ -19,6 +19,7 @@ from qpruner.files import write_text
 from qpruner.folder_manifest import ADAPTER, CONFIG, PLAN, REFERENCE, Step, is_compressed, read_manifest
 from qpruner.memory import num_parameters, tensor_bytes
 from qpruner.model_folder import GENERATION, load_compressed, read_plan, save_base
+from qpruner.offload import Offload, choose, offload_
 from qpruner.plan import DENSE, UNITS
 from qpruner.quantization.merging import merge_
 from qpruner.quantization.pooled import check_foldable, fold_
@@ -59,7 +60,7 @@ def merge_run(run: Path, output: Path, dtype: str, *, packed: bool = False) -> N
         merged, state = fold_(model), None
         what = f"{tensor_bytes(merged):,} bytes, packed as before"
     else:
-        merged, state = merge_(model, getattr(torch, dtype)), "merged"
+        merged, state = merged_by_blocks(model, getattr(torch, dtype), output.parent), "merged"
         plan = plan.with_precision([dict.fromkeys(UNITS, DENSE)] * len(plan.layers))
         what = f"{num_parameters(merged):,} dense parameters in {dtype}"
     remedy = "Merge into a dense copy: leave --packed out." if packed else "Merge with --dtype bfloat16."
@@ -76,6 +77,18 @@ def merge_run(run: Path, output: Path, dtype: str, *, packed: bool = False) -> N
             f"Perplexity on the test split: {before:.4f} with adapters beside their base, {after:.4f} merged "
             f"({after / before - 1:+.2%}); {data.protocol}."
         )
+
+
+def merged_by_blocks(model: Any, dtype: torch.dtype, folder: Path) -> Any:
+    """What `merge_` makes of a model; where memory has no room for it, with its weights in files of a folder."""
+    offloads, reason = choose("auto", num_parameters(model) * dtype.itemsize, torch.device("cpu"))
+    if not offloads:
+        return merge_(model, dtype)
+    print(reason)
+    offload = Offload(folder)
+    merged = merge_(model, dtype, done=offload.shelve_)
+    offload_(merged, offload)
+    return merged
 
 
 def model_folder(given: Path) -> Path:

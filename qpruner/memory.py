@@ -3,12 +3,18 @@
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from qpruner.anatomy import decoder_blocks
 from qpruner.errors import UserError
+from qpruner.likelihood import causal_model
+from qpruner.offload import offload_of, outside_blocks, tensors_of
 from qpruner.quantization.packed import PackedLinear
+
+LARGER = "Use a larger device or --model.dtype bfloat16."
 
 
 def distinct_tensors(model: nn.Module) -> Iterator[Tensor]:
@@ -35,9 +41,7 @@ def tensor_bytes(model: nn.Module) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in distinct_tensors(model))
 
 
-def check_room(
-    model: nn.Module, device: torch.device, remedy: str = "Use a larger device or --model.dtype bfloat16."
-) -> None:
+def check_room(model: nn.Module, device: torch.device, remedy: str = LARGER) -> None:
     """Makes sure that a model's weights fit on a device before they are moved there.
 
     Args:
@@ -50,7 +54,38 @@ def check_room(
     """
     if device.type == "cuda":
         elsewhere = [tensor for tensor in distinct_tensors(model) if tensor.device.type != "cuda"]
-        needed = sum(tensor.numel() * tensor.element_size() for tensor in elsewhere)
+        check_free(sum(tensor.numel() * tensor.element_size() for tensor in elsewhere), device, remedy)
+
+
+def place_(model: Any, device: torch.device) -> None:
+    """Moves a model to a device; of an offloaded one all but its blocks.
+
+    Raises:
+        UserError: no room on the device, for an offloaded one also for its largest block.
+    """
+    if offload_of(model) is None:
+        check_room(model, device)
+        model.to(device)
+        return
+    outside = outside_blocks(model)
+    largest = max(sum(tensor.nbytes for tensor in tensors_of(block)) for block in decoder_blocks(causal_model(model)))
+    check_free(sum(tensor.nbytes for tensor in outside if tensor.device != device) + largest, device, LARGER)
+    for tensor in outside:
+        tensor.data = tensor.data.to(device)
+
+
+def check_free(needed: int, device: torch.device, remedy: str) -> None:
+    """Makes sure that a device has so many bytes free for weights.
+
+    Args:
+        needed: bytes that are going to be moved there.
+        device: device that they are going to be moved to.
+        remedy: what can be done where there is no room, said at the end of the error.
+
+    Raises:
+        UserError: it has not.
+    """
+    if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         if needed > free:
             raise UserError(

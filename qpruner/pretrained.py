@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 import torch
 
+from qpruner.anatomy import decoder_blocks, is_compressible
 from qpruner.conv1d import conv1d_to_linear_
 from qpruner.errors import UserError
 from qpruner.files import hash_file, hash_json, read_json, write_json
@@ -30,6 +31,7 @@ from qpruner.model_files import (
     has_tokenizer,
     weight_files,
 )
+from qpruner.offload import Offload, offload_, settled
 from qpruner.prequantized import (
     check_dequantizable,
     check_entry,
@@ -101,12 +103,22 @@ def held_in(config: Any, dtype: DType) -> torch.dtype:
     """
     if dtype != "auto":
         return getattr(torch, dtype)
-    stored = getattr(config, "dtype", None) or getattr(config.get_text_config(), "dtype", None)
-    return torch.bfloat16 if stored in (torch.bfloat16, "bfloat16") else torch.float32
+    return torch.bfloat16 if stored_in(config) is torch.bfloat16 else torch.float32
+
+
+def stored_in(config: Any) -> torch.dtype:
+    """The number format in which the weights of a base lie on disk, as its configuration says."""
+    stored = getattr(config, "dtype", None) or getattr(config.get_text_config(), "dtype", None) or torch.float32
+    return getattr(torch, stored) if isinstance(stored, str) else stored
 
 
 def load_model(
-    name: str, *, dtype: DType, trust_remote_code: bool, say: Callable[[str], object] = warnings.warn
+    name: str,
+    *,
+    dtype: DType,
+    trust_remote_code: bool,
+    say: Callable[[str], object] = warnings.warn,
+    offload: Offload | None = None,
 ) -> Any:
     """The causal language model, in evaluation mode on the CPU; only safetensors are read, never a pickle.
 
@@ -117,6 +129,7 @@ def load_model(
         dtype: number format of the weights; see `held_in`.
         trust_remote_code: whether code that comes with the model may run.
         say: function that is told what a person should know of the model, such as that it was quantized.
+        offload: what puts the blocks of the model into files; None to hold them in memory.
 
     Raises:
         UserError: nothing of that name, no causal language model, or weights that are not those of its configuration.
@@ -124,7 +137,17 @@ def load_model(
     with _loading("model", name):
         config = _read_config(name, trust_remote_code)
         quantization, held = quantization_of(config), held_in(config, dtype)
-        model, left_out = _load(name, config, trust_remote_code, dtype=held, device="cpu")
+        if not is_compressible(config):
+            offload = None
+        # Files are mapped into memory as they are, so that another number format waits until blocks go one by one.
+        loaded = held if offload is None else stored_in(config)
+        model, left_out = _load(name, config, trust_remote_code, dtype=loaded, device="cpu")
+        if offload is not None:
+            offload_(model, offload)
+            for number, block in enumerate(decoder_blocks(model)):
+                hold_in_(block, held)
+                settled(model, number)
+            hold_in_(model, held)
         check_tied(name, model)
         if (padding := mend_padding_(config)) is not None:
             if model.generation_config is not None:  # which has the same and could not be written again
@@ -296,6 +319,15 @@ def _holds_codes(name: str, config: Any) -> bool:
     local = _local_folder(name)
     files = [] if local is None else weight_files(local)
     return not files or stores_codes(files)  # those of the hub may not be here yet
+
+
+def weight_bytes(name: str, dtype: DType, *, trust_remote_code: bool = False) -> int | None:
+    """About how many bytes the weights of a model take in memory; None where its files are not here yet."""
+    if (folder := _local_folder(name)) is None:
+        return None
+    config = load_config(name, trust_remote_code=trust_remote_code)
+    stored = sum(file.stat().st_size for file in weight_files(folder))
+    return stored * held_in(config, dtype).itemsize // stored_in(config).itemsize
 
 
 def model_fingerprint(name: str) -> str | None:

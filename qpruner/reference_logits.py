@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from qpruner.errors import UserError
 from qpruner.folder_manifest import COPY_AGAIN, REFERENCE
+from qpruner.offload import passing
 from qpruner.tensor_files import load_tensors
 
 FILE = f"{REFERENCE}/logits.safetensors"
@@ -64,7 +65,7 @@ def says_the_same(difference: float, dtype: torch.dtype) -> bool:
 def last_logits(model: Any, tokens: Tensor) -> Tensor:
     """The logits behind the last token of each row of tokens; float32 [rows, vocabulary], on the CPU."""
     device = next(model.parameters()).device
-    with _evaluating(model):
+    with _evaluating(model), passing(model):
         logits: Tensor = model(input_ids=tokens.to(device), use_cache=False, logits_to_keep=1).logits
     return logits[:, -1].float().cpu().contiguous()
 

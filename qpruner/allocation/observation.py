@@ -65,7 +65,7 @@ def observe(model: Any, calibration: Calibration, config: MutualInformationConfi
         for number in range(num_layers):
             for place, output in enumerate(runner.outputs(number, states)):
                 samples[number, rows[place]] = _summary(output, config).double()
-                states[place] = output.cpu()
+                states[place] = runner.keep(output)
         for place, hidden in enumerate(states):
             samples[-1, rows[place]] = _predictions(runner, hidden, config)
     samples = processes.reduce(samples).flatten(1).cpu()

@@ -95,28 +95,34 @@ def _rises(
 ) -> Tensor:
     """Sums over the sequences of one micro-batch of their mean rises.
 
-    What enters each block of the dense model is kept, so that for an item only its own block and those after it work.
+    What enters each block of the dense model passes through the block with each of its items in each precision; what
+    these give goes on through the blocks behind, all of it through one block before the next.
 
     Returns:
         Rises of KL and of loss, [2, items, precisions] in float64.
     """
-    entering = runner.embed()
+    (dense,) = runner.embed()
+    changed: dict[tuple[int, int], Tensor] = {}  # what the changed models give so far, by row and column
     for number in range(len(runner.blocks)):
-        entering.extend(runner.outputs(number, entering[-1:]))
-    reference = log_probabilities(runner, entering.pop())
+        with runner.working(number):
+            for cell, hidden in changed.items():
+                changed[cell] = runner.keep(runner.call(number, 0, hidden))
+            for row, item in enumerate(items):
+                if item.layer != number:
+                    continue
+                names = item.linears(runner.model)
+                for column, precision in enumerate(precisions):
+                    bank.place_(runner.model, names, precision)
+                    changed[row, column] = runner.keep(runner.call(number, 0, dense))
+                bank.place_(runner.model, names, DENSE)
+            dense = runner.keep(runner.call(number, 0, dense))
+    reference = log_probabilities(runner, dense)
     sums = torch.zeros(2, len(items), len(precisions), dtype=torch.float64, device=tokens.device)
-    for row, item in enumerate(items):
-        names = item.linears(runner.model)
-        for column, precision in enumerate(precisions):
-            bank.place_(runner.model, names, precision)
-            hidden = entering[item.layer]
-            for number in range(item.layer, len(runner.blocks)):
-                hidden = runner.call(number, 0, hidden)
-            kl, rise = distances(runner, hidden, reference, tokens)
-            # Means over each sequence, so that batches of any size add up to the mean over all sequences.
-            sums[0, row, column] = kl.mean(1).sum()
-            sums[1, row, column] = rise[:, :-1].mean(1).sum()
-        bank.place_(runner.model, names, DENSE)
+    for (row, column), hidden in changed.items():
+        kl, rise = distances(runner, hidden, reference, tokens)
+        # Means over each sequence, so that batches of any size add up to the mean over all sequences.
+        sums[0, row, column] = kl.mean(1).sum()
+        sums[1, row, column] = rise[:, :-1].mean(1).sum()
     return sums
 
 

@@ -1,7 +1,7 @@
 """What a decoder layer is made of, for each model family: the only place that knows a family's names."""
 
 from qpruner.anatomy.coupled import Coupled, WideNorm, by_linear
-from qpruner.anatomy.families import COMPRESSED, FAMILIES, Family, family_of
+from qpruner.anatomy.families import COMPRESSED, FAMILIES, Family, family_of, is_compressible
 from qpruner.anatomy.layers import (
     DecoderLayer,
     architecture_of,
@@ -27,6 +27,7 @@ __all__ = [
     "decoder_layers",
     "family_of",
     "head_shape",
+    "is_compressible",
     "num_linear_parameters",
     "unit_linears",
     "unit_parameters",

@@ -157,6 +157,12 @@ COMPRESSED = "compressed_"
 """What the ``model_type`` of a model begins with when transformers alone cannot make it."""
 
 
+def is_compressible(config: Any) -> bool:
+    """Whether a model is of a family that can be pruned and quantized, by its configuration."""
+    name: str = config.model_type
+    return name.removeprefix(COMPRESSED) in FAMILIES
+
+
 def family_of(config: Any) -> tuple[str, Family]:
     """Name and anatomy of the family of a model's configuration.
 

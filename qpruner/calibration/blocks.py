@@ -8,11 +8,14 @@ in host memory; whatever is wanted of a block is seen by hooks while it works, o
         for number, block in enumerate(runner.blocks):
             with watching(linears_within(block, linears), see):
                 for place, output in enumerate(runner.outputs(number, states)):
-                    states[place] = output.cpu()
+                    states[place] = runner.keep(output)
 
-A block may be changed and its outputs computed again before the text goes on. Backward it goes from the last block to
-the first, with the states that entered each of them kept: a block works again, now with gradients, and is given the
-gradient at its outputs.
+A block may be changed and its outputs computed again before the text goes on. Whatever reads or changes its weights
+does so inside ``runner.working(number)``: of a model that is offloaded (`qpruner.offload`) they are on the device that
+computes only there, and hidden states that ``runner.keep`` keeps lie in files, too.
+
+Backward it goes from the last block to the first, with the states that entered each of them kept: a block works again,
+now with gradients, and is given the gradient at its outputs.
 
 How a block is called (masks, rotary embeddings, which of them for which layer) is the model's business and is not
 repeated here: the model's own trunk runs once for each micro-batch with blocks that only remember their arguments.
@@ -33,6 +36,7 @@ from qpruner.anatomy import decoder_blocks, family_of
 from qpruner.calibration.text import Calibration
 from qpruner.errors import UserError
 from qpruner.likelihood import Head, causal_model, hidden_states
+from qpruner.offload import at_work, offload_of
 
 
 @dataclass(frozen=True)
@@ -68,6 +72,8 @@ class BlockRunner:
         self._device = calibration.processes.device
         self.context = calibration.processes.forward_context
         self._calls: list[list[BlockCall]] = []
+        self._offload = offload_of(model)
+        self._working: set[int] = set()
 
     @torch.no_grad()
     def embed(self) -> list[Tensor]:
@@ -88,8 +94,26 @@ class BlockRunner:
                 raise self._unknown("after its blocks")
             same = bool(self._calls) and _equal(calls, self._calls[-1])
             self._calls.append(self._calls[-1] if same else calls)
-            states.append(entered[0].cpu())
+            states.append(self.keep(entered[0]))
         return states
+
+    @contextmanager
+    def working(self, number: int) -> Iterator[nn.Module]:
+        """A block on the device that computes, with what it is given; of a model that is whole it always is there."""
+        if number in self._working:
+            yield self.blocks[number]
+            return
+        with at_work(self.blocks[number], self._device, self._offload):
+            self._working.add(number)
+            try:
+                yield self.blocks[number]
+            finally:
+                self._working.remove(number)
+
+    def keep(self, tensor: Tensor) -> Tensor:
+        """A tensor off the device until it is wanted again: in host memory, or of an offloaded model in a file."""
+        kept = tensor.detach().cpu()
+        return kept if self._offload is None else self._offload.shelve(kept)
 
     def call(self, number: int, place: int, hidden: Tensor) -> Tensor:
         """What a block makes of hidden states, with gradients if the caller has them.
@@ -100,8 +124,8 @@ class BlockRunner:
             hidden: hidden states that enter the block, [B, T, H].
         """  # [B, T, H]
         call = self._calls[place][number]
-        with self.context():
-            output: Tensor = self.blocks[number](hidden.to(self._device), *call.args, **call.kwargs)
+        with self.working(number) as block, self.context():
+            output: Tensor = block(hidden.to(self._device), *call.args, **call.kwargs)
         return output
 
     @torch.no_grad()
@@ -110,8 +134,9 @@ class BlockRunner:
 
         A state is read when its turn comes, so that its output may take its place.
         """
-        for place in range(len(states)):
-            yield self.call(number, place, states[place])
+        with self.working(number):
+            for place in range(len(states)):
+                yield self.call(number, place, states[place])
 
     def backward(
         self, number: int, states: Sequence[Tensor], slope: Callable[[int, Tensor], Tensor]
@@ -124,13 +149,14 @@ class BlockRunner:
             slope: gives the gradient of a loss at what the block gives, from the place of the micro-batch and this
                 output [B, T, H]; so the last block, where it is that of the loss itself, need not have worked before.
         """
-        for place, hidden in enumerate(states):
-            leaf = hidden.to(self._device).detach().requires_grad_()
-            with torch.enable_grad():
-                output = self.call(number, place, leaf)
-            at_output = slope(place, output.detach()).to(self._device)
-            (at_input,) = torch.autograd.grad(output, leaf, at_output)
-            yield at_input
+        with self.working(number):
+            for place, hidden in enumerate(states):
+                leaf = hidden.to(self._device).detach().requires_grad_()
+                with torch.enable_grad():
+                    output = self.call(number, place, leaf)
+                at_output = slope(place, output.detach()).to(self._device)
+                (at_input,) = torch.autograd.grad(output, leaf, at_output)
+                yield at_input
 
     def last(self, hidden: Tensor) -> Tensor:
         """What the head gets when the last block gives hidden states [B, T, H]."""  # [B, T, H]

@@ -79,19 +79,20 @@ def blocks_backward(
             sequences of each one's mean loss.
 
     Yields:
-        The linears of a block, once all text has passed backward through it.
+        The linears of a block, at work, once all text has passed backward through it.
     """
     with block_runner(model, calibration) as runner:
         entering = [runner.embed()]
         for number in range(len(runner.blocks) - 1):
-            entering.append([output.cpu() for output in runner.outputs(number, entering[-1])])
+            entering.append([runner.keep(output) for output in runner.outputs(number, entering[-1])])
         slope: Callable[[int, Tensor], Tensor] = partial(_slope_of_loss, runner)
         for number in reversed(range(len(runner.blocks))):
             members = linears_within(runner.blocks[number], linears)
-            with watching_gradients(members, see):
-                slopes = [at_input.cpu() for at_input in runner.backward(number, entering.pop(), slope)]
-            slope = partial(_slope_after, slopes)
-            yield members
+            with runner.working(number):
+                with watching_gradients(members, see):
+                    slopes = [runner.keep(at_input) for at_input in runner.backward(number, entering.pop(), slope)]
+                slope = partial(_slope_after, slopes)
+                yield members
 
 
 def _slope_of_loss(runner: BlockRunner, place: int, output: Tensor) -> Tensor:

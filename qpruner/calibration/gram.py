@@ -73,12 +73,13 @@ def input_grams(
         for number, block in enumerate(runner.blocks):
             members = linears_within(block, linears)
             sums = _BlockSums(members, processes.device, skip_positions)
-            with watching(members, sums.add):
-                for place, output in enumerate(runner.outputs(number, states)):
-                    states[place] = output.cpu()
-            for name in members:
-                products, of_inputs = (processes.reduce(total) for total in sums.take(name))
-                results[name] = consume(name, Gram(products, of_inputs, tokens))
+            with runner.working(number):
+                with watching(members, sums.add):
+                    for place, output in enumerate(runner.outputs(number, states)):
+                        states[place] = runner.keep(output)
+                for name in members:
+                    products, of_inputs = (processes.reduce(total) for total in sums.take(name))
+                    results[name] = consume(name, Gram(products, of_inputs, tokens))
     return {name: results[name] for name in linears}
 
 

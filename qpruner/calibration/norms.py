@@ -42,5 +42,5 @@ def _sums(model: Any, linears: dict[str, nn.Linear], calibration: Calibration) -
         for number, block in enumerate(runner.blocks):
             with watching(linears_within(block, linears), add):
                 for place, output in enumerate(runner.outputs(number, states)):
-                    states[place] = output.cpu()
+                    states[place] = runner.keep(output)
     return {name: processes.reduce(total) for name, total in totals.items()}

@@ -96,6 +96,10 @@ class OutputLinears:
         self.linears: dict[str, nn.Linear] = {"o": layer.o, "down": layer.down}
         self._runner, self._number = runner, number
 
+    def keep(self, tensor: Tensor) -> Tensor:
+        """A tensor off the device until it is wanted again."""
+        return self._runner.keep(tensor)
+
     def work(self, states: Sequence[Tensor]) -> Iterator[tuple[Tensor, dict[str, Seen]]]:
         """For each micro-batch what the layer gives, and what its linears got and gave."""
         seen: dict[str, Seen] = {}
@@ -131,24 +135,27 @@ def compensate_(model: Any, dense: Any, kept: Kept, calibration: Calibration, ho
         for number, (whole, layer, units) in enumerate(layers):
             dense_layer, narrow = OutputLinears(before, number, whole), OutputLinears(after, number, layer)
             if how == "local":
-                missing = _lost(dense_layer, narrow, dense_states, _places(whole, units), calibration, stream)
-                for projection, sums in missing.items():
-                    name = f"{number}.{projection}"
-                    fits[name] = _change_(name, narrow.linears[projection], sums, calibration.processes)
+                with after.working(number):
+                    missing = _lost(dense_layer, narrow, dense_states, _places(whole, units), calibration, stream)
+                    for projection, sums in missing.items():
+                        name = f"{number}.{projection}"
+                        fits[name] = _change_(name, narrow.linears[projection], sums, calibration.processes)
                 continue
             targets = []
             for place, (output, seen) in enumerate(dense_layer.work(dense_states)):
-                targets.append({name: t.cpu() for name, t in stream.behind(dense_states[place], seen).items()})
-                dense_states[place] = output.cpu()
-            for name, linear in narrow.linears.items():
-                sums = SplitSums(linear.in_features, linear.out_features, calibration.processes.device)
-                for place, (_, seen) in enumerate(narrow.work(states)):
-                    reached = stream.behind(states[place], seen)[name]
-                    target = targets[place][name].to(reached)
-                    sums.add(calibration.batches[place], seen[name].inputs, target - reached, target)
-                fits[f"{number}.{name}"] = _change_(f"{number}.{name}", linear, sums, calibration.processes)
-            for place, (output, _) in enumerate(narrow.work(states)):
-                states[place] = output.cpu()
+                behind = stream.behind(dense_states[place], seen)
+                targets.append({name: after.keep(hidden) for name, hidden in behind.items()})
+                dense_states[place] = before.keep(output)
+            with after.working(number):
+                for name, linear in narrow.linears.items():
+                    sums = SplitSums(linear.in_features, linear.out_features, calibration.processes.device)
+                    for place, (_, seen) in enumerate(narrow.work(states)):
+                        reached = stream.behind(states[place], seen)[name]
+                        target = targets[place][name].to(reached)
+                        sums.add(calibration.batches[place], seen[name].inputs, target - reached, target)
+                    fits[f"{number}.{name}"] = _change_(f"{number}.{name}", linear, sums, calibration.processes)
+                for place, (output, _) in enumerate(narrow.work(states)):
+                    states[place] = after.keep(output)
     return fits
 
 
@@ -218,7 +225,7 @@ def _lost(
                 reached = linear(inputs)
             missing = seen[name].outputs.float() - reached.float()
             sums[name].add(calibration.batches[place], inputs, missing, stream.behind(states[place], seen)[name])
-        states[place] = output.cpu()
+        states[place] = dense.keep(output)
     return sums
 
 

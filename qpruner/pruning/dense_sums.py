@@ -46,7 +46,7 @@ def gather_sums(model: Any, calibration: Calibration, consume: Callable[[int, di
                 for name, of_linear in sums.items():
                     nothing = seen[name].outputs[..., :0]
                     of_linear.add(calibration.batches[place], seen[name].inputs, nothing, behind[name])
-                states[place] = output.cpu()
+                states[place] = runner.keep(output)
             consume(
                 number,
                 {

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from qpruner.anatomy import decoder_blocks, decoder_layers, family_of
 from qpruner.errors import UserError, listed
+from qpruner.offload import offload_of
 from qpruner.quantization.packed import PackedLinear
 
 
@@ -51,6 +52,8 @@ def reorder_hidden_(model: Any, places: Sequence[int]) -> None:
 
     for module, axis in holders:
         _permute_(module, axis, permuted)
+        if (offload := offload_of(model)) is not None:
+            offload.shelve_(module)
 
 
 def _permute_(module: nn.Module, axis: int, permuted: Callable[[nn.Parameter, int], nn.Parameter]) -> None:

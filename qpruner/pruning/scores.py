@@ -131,7 +131,9 @@ def _flap(model: Any, calibration: Calibration) -> list[LayerScores]:
     """
     parts = _outputs(model)
     variances = input_variances(model, {name: part.linear for name, part in parts.items()}, calibration)
-    deviations = {name: fluctuation(part, variances[name]).cpu() for name, part in parts.items()}
+    deviations = {
+        name: fluctuation(part, variances[name].to(part.linear.weight.device)).cpu() for name, part in parts.items()
+    }
     _check_finite("flap", deviations)
     lowest = torch.cat([*deviations.values()]).min()
     return [
@@ -173,7 +175,11 @@ def _weight_scores(
     linears = {name: stack[0].linear for name, stack in stacks.items()}
     if criterion == "wanda":
         norms = input_norms(model, linears, calibration)
-        return {part_names[id(part)]: wanda(part, norms[name]) for name, stack in stacks.items() for part in stack}
+        return {
+            part_names[id(part)]: wanda(part, norms[name].to(part.linear.weight.device))
+            for name, stack in stacks.items()
+            for part in stack
+        }
 
     def by_unit(name: str, gradient: Tensor, squared: Tensor | None) -> Tensor:
         elements = element_scores(criterion, linears[name].weight.detach().float(), gradient, squared)

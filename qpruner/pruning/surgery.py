@@ -20,6 +20,7 @@ from qpruner.anatomy.coupled import within
 from qpruner.anatomy.layers import widths_of
 from qpruner.errors import UserError
 from qpruner.modeling_compressed import layer_config
+from qpruner.offload import settled
 from qpruner.plan import Architecture, CompressionPlan, describe_differences
 from qpruner.pruning.order import reorder_hidden_
 from qpruner.pruning.widths import set_config, with_widths
@@ -75,6 +76,7 @@ def narrow_(model: Any, kept: Sequence[tuple[Sequence[int], Sequence[int]]]) -> 
             block.set_submodule(family.projections[first.name], packed)
             if change:
                 rounded[f"{number}.{'_'.join(part.name for part in stack)}"] = change
+        settled(model, number)
     set_config(model, with_widths(model.config, stated_by_weights(model)))
     for number, (block, layer) in enumerate(zip(decoder_blocks(model), decoder_layers(model), strict=True)):
         widths = widths_of(layer)

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from qpruner.anatomy import unit_linears
 from qpruner.errors import UserError
 from qpruner.files import hash_json, replacing
+from qpruner.offload import let_go, offload_of
 from qpruner.plan import DENSE, CompressionPlan, Precision
 from qpruner.processes import Processes
 from qpruner.quantization.apply import (
@@ -98,12 +99,15 @@ class Bank:
 
     def place_(self, model: nn.Module, names: Iterable[str], precision: Precision) -> None:
         """Puts linears of the model into a precision, unless they are in it."""
+        offloaded = offload_of(model) is not None  # then dense linears are where their block is
         for name in names:
             present: Any = model.get_submodule(name)
             if getattr(present, "precision", DENSE) != precision:
-                placed = self.linear(name, precision).to(_device(model))
+                placed = self.linear(name, precision)
+                if precision != DENSE or not offloaded:
+                    placed = placed.to(_device(model))
                 model.set_submodule(name, placed.train(present.training))
-                if precision != DENSE:
+                if precision != DENSE and not offloaded:
                     self.dense[name].cpu()  # off a device that may have no room for both
 
     def assemble_(self, model: nn.Module, plan: CompressionPlan) -> dict[str, Factors]:
@@ -276,9 +280,12 @@ def _quantized(
     for name in names:
         check_rank(model, dict.fromkeys([name], precisions[0]) if precisions else {}, settings)
         linear: Any = model.get_submodule(name)
+        home = linear.weight.device
         for precision in precisions:
             tensors |= entry_of(name, quantize_linear(linear, precision, name, settings, device))
-        linear.to(_device(model))  # on which device it was quantized is no matter of the model's
+        linear.to(home)  # on which device it was quantized is no matter of the model's
+        if offload_of(model) is not None:
+            let_go(linear.parameters())
     return tensors
 
 

@@ -106,32 +106,33 @@ def calibrate_(
         quantize_tables_(model, plan.embedding, plan.head, device=calibration.processes.device)
         states = runner.embed()
         for number, units in enumerate(unit_linears(model)):
-            block = BlockInputs(runner, number, calibration, config)
-            beside_dense = units if config.rounding.alpha else {}
-            firsts = {unit: model.get_submodule(names[0]) for unit, names in beside_dense.items()}
-            calibration.processes.of_each(partial(block.pass_dense, dense_states, firsts))
-            stored = layers.read(number, calibration.processes)
-            layer: Layer = {} if stored is None else stored
-            if stored is not None:
-                result.resumed.append(number)
+            with runner.working(number):
+                block = BlockInputs(runner, number, calibration, config)
+                beside_dense = units if config.rounding.alpha else {}
+                firsts = {unit: model.get_submodule(names[0]) for unit, names in beside_dense.items()}
+                calibration.processes.of_each(partial(block.pass_dense, dense_states, firsts))
+                stored = layers.read(number, calibration.processes)
+                layer: Layer = {} if stored is None else stored
+                if stored is not None:
+                    result.resumed.append(number)
+                    for name, rounded in layer.items():
+                        packing.place(name, precisions[name], rounded.state)
+                else:
+                    for unit, names in units.items():
+                        members = {name: weights.get(name) for name in names if name in precisions}
+                        for name, sums in block.sums(unit, model.get_submodule(names[0]), states, members):
+                            pack = partial(packing.round, name, precisions[name], sums)
+                            layer[name] = calibration.processes.of_first(pack)
+                        for name in members:
+                            packing.place(name, precisions[name], layer[name].state)
+                    layers.write(number, layer, calibration.processes)
                 for name, rounded in layer.items():
-                    packing.place(name, precisions[name], rounded.state)
-            else:
-                for unit, names in units.items():
-                    members = {name: weights.get(name) for name in names if name in precisions}
-                    for name, sums in block.sums(unit, model.get_submodule(names[0]), states, members):
-                        pack = partial(packing.round, name, precisions[name], sums)
-                        layer[name] = calibration.processes.of_first(pack)
-                    for name in members:
-                        packing.place(name, precisions[name], layer[name].state)
-                layers.write(number, layer, calibration.processes)
-            for name, rounded in layer.items():
-                if rounded.factors is not None:
-                    result.factors[name] = rounded.factors
-                if rounded.outcome is not None:
-                    result.outcomes[name] = rounded.outcome
-            for place, output in enumerate(runner.outputs(number, states)):
-                states[place] = output.cpu()
+                    if rounded.factors is not None:
+                        result.factors[name] = rounded.factors
+                    if rounded.outcome is not None:
+                        result.outcomes[name] = rounded.outcome
+                for place, output in enumerate(runner.outputs(number, states)):
+                    states[place] = runner.keep(output)
     return result
 
 

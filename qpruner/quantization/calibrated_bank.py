@@ -90,11 +90,12 @@ def rounded_layers(
         for number in range(max(layers) + 1):
             units = units_of[number] if number in layers else {}
             firsts = {unit: linears[names[0]] for unit, names in units.items()}
-            block = BlockInputs(runner, number, calibration, config)
-            calibration.processes.of_each(partial(block.pass_dense, states, firsts))
-            layer: dict[tuple[str, Precision], RoundedLinear] = {}
-            for unit, names in units.items():
-                for name, sums in block.dense_sums(unit, firsts[unit], {name: weights.get(name) for name in names}):
-                    layer |= calibration.processes.of_first(partial(in_each, name, sums))
+            with runner.working(number):
+                block = BlockInputs(runner, number, calibration, config)
+                calibration.processes.of_each(partial(block.pass_dense, states, firsts))
+                layer: dict[tuple[str, Precision], RoundedLinear] = {}
+                for unit, names in units.items():
+                    for name, sums in block.dense_sums(unit, firsts[unit], {name: weights.get(name) for name in names}):
+                        layer |= calibration.processes.of_first(partial(in_each, name, sums))
             if units:
                 yield number, layer

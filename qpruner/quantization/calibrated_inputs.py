@@ -118,7 +118,7 @@ class BlockInputs:
         self._dense_inputs = {unit: [] for unit in linears}
 
         def see(unit: str, inputs: Tensor, output: Tensor) -> None:
-            self._dense_inputs[unit].append(inputs.cpu())
+            self._dense_inputs[unit].append(self._runner.keep(inputs))
 
         with watching(dict(linears), see):
             for place, output in enumerate(self._runner.outputs(self._number, dense_states)):
@@ -129,7 +129,7 @@ class BlockInputs:
                         f"undamaged model, or use --model.dtype bfloat16 or float32."
                     )
                 self._squares.append(squares)
-                dense_states[place] = output.cpu()
+                dense_states[place] = self._runner.keep(output)
 
     def sums(
         self, unit: str, linear: nn.Linear, states: Sequence[Tensor], weights: Mapping[str, list[Tensor] | None]
@@ -145,7 +145,7 @@ class BlockInputs:
         if not weights:
             return
         seen: list[Tensor] = []
-        with watching({unit: linear}, lambda _, inputs, __: seen.append(inputs.cpu())):
+        with watching({unit: linear}, lambda _, inputs, __: seen.append(self._runner.keep(inputs))):
             for _ in self._runner.outputs(self._number, states):
                 pass  # only what reaches the unit is wanted
         yield from self._of_linears(unit, linear, seen, weights)

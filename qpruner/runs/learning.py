@@ -22,7 +22,7 @@ from qpruner.joint.learner import Ground, PlanLearner
 from qpruner.joint.network import GatedNetwork
 from qpruner.joint.prior import Text
 from qpruner.joint.space import JointSpace
-from qpruner.memory import num_parameters
+from qpruner.memory import num_parameters, place_
 from qpruner.model_folder import build_skeleton, rehearse_saving
 from qpruner.plan import DENSE, UNITS, CompressionPlan
 from qpruner.pretrained import held_in
@@ -190,7 +190,7 @@ class Learning:
         job = CompressionJob(model, self.data, processes, described.lora, described.seed, folder=self.part)
         of_codes = replace(allocator, loftq_iterations=0, calibrated=self.quantization.calibrated)
         bank = of_codes.bank(job, plan)
-        model.network.to(processes.device)
+        place_(model.network, processes.device)  # gates learn on the model as a whole
         gated = GatedNetwork(model.network, bank, space)
         data = learner.trainer.datamodule  # type: ignore[attr-defined]  # which knows what the fit reads
         rows = data.train_dataloader().read_in(0, math.inf)[-self.config.start_rows :]

@@ -11,9 +11,11 @@ from qpruner.callbacks.compression import CompressionInSetup, CompressionJob, ch
 from qpruner.callbacks.quantization import MixedPrecisionQuantization
 from qpruner.compressed import CompressedModel
 from qpruner.datamodules.base import TokenDataModule
+from qpruner.dense_base import choose_offload
 from qpruner.errors import UserError
 from qpruner.files import hash_json
 from qpruner.folder_manifest import is_compressed, read_manifest
+from qpruner.offload import Offload
 from qpruner.plan import DENSE, UNITS, CompressionPlan, Precision
 from qpruner.pretrained import is_reachable, model_fingerprint
 from qpruner.processes import Processes
@@ -150,12 +152,25 @@ def _prepared_base(
     folder: RunFolder,
 ) -> CompressedModel:
     """The pruned base as `RunFolder.base` keeps it, once the reference is there, too."""
+    offload = processes.of_first(
+        lambda: choose_offload(
+            module.base,
+            module.offload,
+            dtype=module.dtype_of_base,
+            trust_remote_code=module.trust_remote_code,
+            device=processes.device,
+            folder=folder.path,
+            say=rank_zero_info,
+        )
+    )
     if is_compressed(folder.base):
         base_sha256 = _check_kept(module.base, pruning, folder)
         if not _is_reference_of(base_sha256, folder):
-            _write_reference(_dense(module, data), data, processes, folder)
-        return CompressedModel.open(folder.base)
-    dense = _dense(module, data)
+            _write_reference(_dense(module, data, offload), data, processes, folder)
+        pruned = CompressedModel.open(folder.base)
+        pruned.offload(offload)
+        return pruned
+    dense = _dense(module, data, offload)
     if not _is_reference_of(dense.base_sha256, folder):
         _write_reference(dense, data, processes, folder)
     for callback in pruning:
@@ -193,9 +208,13 @@ def _check_kept(base: str, pruning: Sequence[CompressionInSetup], folder: RunFol
     )
 
 
-def _dense(module: LoRAFinetuner, data: TokenDataModule) -> CompressedModel:
+def _dense(module: LoRAFinetuner, data: TokenDataModule, offload: Offload | None) -> CompressedModel:
     dense = CompressedModel.load(
-        module.base, dtype=module.dtype_of_base, trust_remote_code=module.trust_remote_code, say=rank_zero_info
+        module.base,
+        dtype=module.dtype_of_base,
+        trust_remote_code=module.trust_remote_code,
+        say=rank_zero_info,
+        offload=offload,
     )
     data.check_model(dense.network.config)
     return dense

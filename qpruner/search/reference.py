@@ -17,7 +17,8 @@ from qpruner.datamodules.base import TokenDataModule
 from qpruner.datamodules.rows import Batch
 from qpruner.files import replacing
 from qpruner.likelihood import IGNORED, Head, hidden_states
-from qpruner.memory import check_room
+from qpruner.memory import place_
+from qpruner.offload import passing
 from qpruner.processes import Processes
 
 TOKENS = 2048
@@ -45,7 +46,7 @@ class Reference:
         """What a model predicts on the first rows of the validation split.
 
         Args:
-            model: the dense model of transformers; it is moved to the device and left there.
+            model: the dense model of transformers; it is moved to the device and left there, see `place_`.
             data: data module that the rows come from.
             processes: processes to compute with: device and precision.
             base: hash of the model.
@@ -56,14 +57,14 @@ class Reference:
         loader = data.evaluation_loaders("validation")[0]
         batches: list[Batch] = []
         predictions: list[Tensor] = []
-        check_room(model, processes.device)
-        model.to(processes.device).eval()
-        for batch in islice(loader, len(loader)):
-            batches.append(batch)
-            left = TOKENS - sum(map(len, predictions))
-            predictions.append(_log_probabilities(model, batch, processes, left).half().cpu())
-            if sum(map(len, predictions)) >= TOKENS:
-                break
+        place_(model.eval(), processes.device)
+        with passing(model):
+            for batch in islice(loader, len(loader)):
+                batches.append(batch)
+                left = TOKENS - sum(map(len, predictions))
+                predictions.append(_log_probabilities(model, batch, processes, left).half().cpu())
+                if sum(map(len, predictions)) >= TOKENS:
+                    break
         return cls(base, tuple(batches), torch.cat(predictions))
 
     @torch.no_grad()

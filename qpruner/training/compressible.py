@@ -13,11 +13,20 @@ from lightning.pytorch.utilities import rank_zero_info
 from qpruner.adapters.lora import LoRAConfig, factors_of, set_factors_
 from qpruner.compressed import CompressedModel, State
 from qpruner.datamodules.base import TokenDataModule
+from qpruner.dense_base import choose_offload
 from qpruner.errors import UserError, brief, listed
 from qpruner.folder_manifest import is_compressed, read_checked_manifest
 from qpruner.model_folder import read_base_config, read_plan
+from qpruner.offload import Offload, OffloadChoice
 from qpruner.plan import CompressionPlan
-from qpruner.pretrained import DType, check_model, held_in, is_reachable, model_fingerprint, resolve
+from qpruner.pretrained import (
+    DType,
+    check_model,
+    held_in,
+    is_reachable,
+    model_fingerprint,
+    resolve,
+)
 from qpruner.processes import of_first
 from qpruner.training.kept_bases import identity_in, keep_by_hash, keeping_folder
 from qpruner.training.sharding import FSDP2, ShardedStrategy, is_sharded, whole
@@ -51,6 +60,8 @@ class CompressibleModule(LightningModule):
         gradient_checkpointing: whether activations are computed again in the backward pass.
         lora: options of the adapters.
         seed: seed of the adapters' start.
+        offload: whether a compression holds the decoder blocks of the dense model in files, one of them in memory at a
+            time.
 
     Attributes:
         trains_grids: whether scales and minima of the packed base are trained in place of the adapters.
@@ -64,6 +75,7 @@ class CompressibleModule(LightningModule):
         gradient_checkpointing: bool,
         lora: LoRAConfig,
         seed: int,
+        offload: OffloadChoice = "auto",
     ) -> None:
         super().__init__()
         self.base = base
@@ -72,6 +84,7 @@ class CompressibleModule(LightningModule):
         self.gradient_checkpointing = gradient_checkpointing
         self.lora = lora
         self.seed = seed
+        self.offload: OffloadChoice = offload
         self.held: CompressedModel | None = None
         self.kept_in: Path | None = None
         self.continues_from: Path | None = None
@@ -169,6 +182,21 @@ class CompressibleModule(LightningModule):
             trust_remote_code=self.trust_remote_code,
             say=rank_zero_info,
             fingerprint=lambda base: self._of_first(lambda: model_fingerprint(base)),
+            offload=self._of_first(self._choose_offload),
+        )
+
+    def _choose_offload(self) -> Offload | None:
+        """What puts blocks into files, in a fit that may compress them."""
+        if self._trainer is None or self.trainer.state.fn != TrainerFn.FITTING:
+            return None
+        return choose_offload(
+            self.base,
+            self.offload,
+            dtype=self.dtype_of_base,
+            trust_remote_code=self.trust_remote_code,
+            device=self.trainer.strategy.root_device,
+            folder=Path(self.trainer.default_root_dir) if self.kept_in is None else self.kept_in.parent,
+            say=rank_zero_info,
         )
 
     def open_base(self, folder: Path) -> None:

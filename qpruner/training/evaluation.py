@@ -15,7 +15,8 @@ from qpruner.datamodules.loader import EvaluationLoader
 from qpruner.datamodules.rows import Batch
 from qpruner.errors import UserError
 from qpruner.likelihood import token_nll
-from qpruner.memory import check_room
+from qpruner.memory import place_
+from qpruner.offload import passing
 from qpruner.training.answers import option_log_likelihoods, tree_limit
 from qpruner.training.metrics import ChoiceAccuracy, Perplexity, evaluation_results
 
@@ -74,7 +75,7 @@ def evaluate(
 
     Args:
         model: causal language model, perhaps with adapters; it is moved to ``device`` and left there, in the mode that
-            it was in.
+            it was in; of an offloaded one each block comes for each batch.
         loaders: batches of text and of choice tasks.
         limit: how many batches of each loader are read, as a number or a share; see ``Trainer(limit_test_batches)``.
         device: device to compute on.
@@ -85,17 +86,17 @@ def evaluate(
     Raises:
         UserError: the limit is a share of a loader that is less than a batch.
     """
-    check_room(model, device)
-    model.to(device)
+    place_(model, device)
     measures = Measures(device)
     was_training = model.training
     model.eval()
     try:
-        for loader in loaders:
-            number = num_batches(loader, limit)
-            for batch in tqdm(islice(loader, number), title, number, disable=not progress, leave=False):
-                with precision.forward_context():
-                    measures.add(model, move_data_to_device(batch, device))
+        with passing(model):
+            for loader in loaders:
+                number = num_batches(loader, limit)
+                for batch in tqdm(islice(loader, number), title, number, disable=not progress, leave=False):
+                    with precision.forward_context():
+                        measures.add(model, move_data_to_device(batch, device))
     finally:
         model.train(was_training)
     return measures.results()

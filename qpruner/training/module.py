@@ -20,6 +20,7 @@ from qpruner.datamodules.rows import Batch
 from qpruner.errors import UserError
 from qpruner.files import reading
 from qpruner.likelihood import IGNORED, Head, Scored, token_nll
+from qpruner.offload import OffloadChoice
 from qpruner.pretrained import EMBEDDED, DType
 from qpruner.seeds import derive_seed
 from qpruner.training.answers import answers
@@ -72,6 +73,8 @@ class LoRAFinetuner(CompressibleModule):
         distillation: what is learnt from the dense model beside the labels; None for the labels alone. Evaluation is
             the same either way, and so is ``train/loss``, the mean negative log-likelihood; ``train/kl`` and
             ``train/hidden`` stand beside it.
+        offload: whether callbacks compress the base block by block, with the others in files: ``always``, ``never``, or
+            ``auto`` where the device has not twice the room of the dense weights. Results are the same.
 
     Raises:
         UserError: in a fit, when a loss, a gradient that no loss scale mends, an adapter or a metric is not finite; or
@@ -88,13 +91,14 @@ class LoRAFinetuner(CompressibleModule):
         optimizer: OptimizerConfig = OptimizerConfig(),  # noqa: B008  # frozen
         seed: int = 0,
         distillation: DistillationConfig | None = None,
+        offload: OffloadChoice = "auto",
     ) -> None:
         # `load_from_checkpoint` gives back the plain data that a checkpoint holds.
         lora = LoRAConfig(**lora) if isinstance(lora, dict) else lora
         optimizer = OptimizerConfig(**optimizer) if isinstance(optimizer, dict) else optimizer
         distillation = DistillationConfig(**distillation) if isinstance(distillation, dict) else distillation
         targets = lora.target_modules
-        super().__init__(base, dtype, trust_remote_code, gradient_checkpointing, lora, seed)
+        super().__init__(base, dtype, trust_remote_code, gradient_checkpointing, lora, seed, offload)
         self.save_hyperparameters(
             {
                 "base": base,
@@ -105,6 +109,7 @@ class LoRAFinetuner(CompressibleModule):
                 "optimizer": asdict(optimizer),
                 "seed": seed,
                 "distillation": distillation and asdict(distillation),
+                "offload": offload,
             }
         )
         self.optimizer_config = optimizer

@@ -58,3 +58,18 @@ def test_what_was_merged_can_be_packed_again_and_saved(tmp_path: Any) -> None:
     quantized(merged, embedding=INT8, head=INT8)
     assert isinstance(merged.get_input_embeddings(), PackedEmbedding)
     assert 0 < (logits_of(merged) - before).norm() / before.norm() < 0.3
+
+
+def test_one_linear_at_a_time_becomes_dense_and_is_rounded() -> None:
+    model = adapted(quantized(tiny_model("llama")), target_modules=["q_proj", "down_proj"])
+    blocks = model.get_base_model().model.layers
+    waiting = {part for block in blocks for part in block.modules() if isinstance(part, PackedLinear)}
+    assert len(waiting) == 7 * LAYERS
+
+    def done(linear: nn.Module) -> None:
+        waiting.remove(linear)
+        assert type(linear) is nn.Linear and linear.weight.dtype is torch.bfloat16
+        assert all(isinstance(other, PackedLinear) for other in waiting)
+
+    merge_(model, torch.bfloat16, done)
+    assert not waiting

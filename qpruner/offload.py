@@ -1,0 +1,223 @@
+"""Weights and hidden states that lie in files while nothing works with them: models larger than a device, or memory.
+
+Only one decoder block of a model works at a time (`qpruner.calibration.blocks`). Of an offloaded model the others lie
+in files that are mapped into memory: dense weights in the safetensors of the base, which transformers maps as they
+are, and whatever a compression makes of them in files without a name, which are gone with the process. Every tensor
+is there at any time, so that code which knows nothing of this is slower and no less right.
+
+A block that is about to work goes to the device that computes. Afterwards its weights are where they were, what is new
+of it is written to a file, and the system may take back the memory that holds copies of files.
+"""
+
+import ctypes
+import mmap
+import os
+import sys
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import NamedTemporaryFile
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from qpruner.anatomy import decoder_blocks
+from qpruner.errors import UserError
+from qpruner.likelihood import causal_model
+
+OffloadChoice = Literal["auto", "never", "always"]
+
+WHOLE = 2
+"""Times the dense weights that a compression of a whole model takes: they, and what becomes of them."""
+PAGEOUT = 21
+"""MADV_PAGEOUT of Linux: pages leave memory and nothing is lost; see madvise(2)."""
+
+
+@dataclass(frozen=True)
+class Offload:
+    """Puts tensors into files.
+
+    Args:
+        folder: folder of the files, on a disk with room for the weights of a compressed model.
+    """
+
+    folder: Path
+
+    def shelve(self, tensor: Tensor) -> Tensor:
+        """A tensor of the same values that lies in a file, which is gone when nothing refers to the tensor any more.
+
+        Args:
+            tensor: tensor on the CPU.
+
+        Raises:
+            UserError: the disk has no room.
+        """
+        if not tensor.numel():
+            return tensor
+        try:
+            with NamedTemporaryFile(dir=self.folder, prefix=".offload-") as file:
+                tensor.detach().contiguous().flatten().view(torch.uint8).numpy().tofile(file)
+                file.flush()
+                shelved = torch.from_file(file.name, shared=False, size=tensor.numel(), dtype=tensor.dtype)
+        except OSError as error:
+            raise UserError(
+                f"Cannot write {tensor.nbytes:,} bytes of the model to {str(self.folder)!r} ({error.strerror}). Free "
+                f"some room, or name another place with --run.dir."
+            ) from error
+        return shelved.view(tensor.shape)
+
+    def shelve_(self, module: nn.Module) -> None:
+        """Puts the weights of a module that lie in no file into one, but for packed ones, which are small."""
+        parameters = [
+            parameter
+            for part in module.modules()
+            if all(parameter.is_floating_point() for parameter in part.parameters(recurse=False))
+            for parameter in part.parameters(recurse=False)
+            if parameter.device.type == "cpu" and not parameter.requires_grad
+        ]
+        mapped = _mapped_from_files()
+        for parameter in parameters:
+            if not any(start <= parameter.data_ptr() < end for start, end in mapped):
+                parameter.data = self.shelve(parameter.data)
+
+
+def offload_(model: Any, offload: Offload | None) -> None:
+    """Lets the blocks of a model, whose weights are frozen, lie in files from here on, or none of them any more."""
+    causal = causal_model(model)
+    causal.offload_of_qpruner = offload  # of the model, so that a copy with the same tensors has it, too
+    if offload is not None:
+        offload.folder.mkdir(parents=True, exist_ok=True)
+        for block in decoder_blocks(causal):
+            offload.shelve_(block.requires_grad_(False))
+
+
+def offload_of(model: Any) -> Offload | None:
+    """What puts the blocks of a model into files; None for a model that is whole."""
+    offload: Offload | None = getattr(causal_model(model), "offload_of_qpruner", None)
+    return offload
+
+
+def outside_blocks(model: Any) -> list[Tensor]:
+    """The parameters and buffers of a model that belong to no block, and so stay on the device that computes."""
+    inside = {id(tensor) for block in decoder_blocks(causal_model(model)) for tensor in tensors_of(block)}
+    return [tensor for tensor in tensors_of(model) if id(tensor) not in inside]
+
+
+def settled(model: Any, number: int) -> None:
+    """Says that a block was changed and that nothing works with it now; without effect on a model that is whole."""
+    if (offload := offload_of(model)) is not None:
+        block = decoder_blocks(causal_model(model))[number]
+        offload.shelve_(block)
+        let_go(tensors_of(block))
+
+
+@contextmanager
+def at_work(block: nn.Module, device: torch.device, offload: Offload | None) -> Iterator[None]:
+    """A block on the device that computes; afterwards it is where it was, what is new of it included.
+
+    Parameters are not to be changed in place meanwhile, but given new ones.
+
+    Args:
+        block: decoder block.
+        device: device that computes.
+        offload: what puts blocks into files; None for a block of a model that is whole, which stays where it is.
+    """
+    if offload is None:
+        yield
+        return
+    homes = {id(tensor): tensor.data for tensor in tensors_of(block)}
+    home = next(iter(homes.values())).device
+    try:
+        for tensor in tensors_of(block):
+            tensor.data = tensor.data.to(device)
+        yield
+    finally:
+        for tensor in tensors_of(block):
+            tensor.data = homes[id(tensor)] if id(tensor) in homes else tensor.data.to(home)
+        offload.shelve_(block)
+        let_go(tensors_of(block))
+
+
+@contextmanager
+def passing(model: Any) -> Iterator[None]:
+    """Lets text pass through a whole model, of which each block is at work in its turn."""
+    offload = offload_of(model)
+    if offload is None:
+        yield
+        return
+    device = outside_blocks(model)[0].device
+    with ExitStack() as stack:
+        for block in decoder_blocks(causal_model(model)):
+            working = ExitStack()
+
+            def enter(module: nn.Module, inputs: Any, working: ExitStack = working) -> None:
+                working.enter_context(at_work(module, device, offload))
+
+            def leave(module: nn.Module, inputs: Any, output: Any, working: ExitStack = working) -> None:
+                working.close()
+
+            stack.callback(working.close)
+            stack.callback(block.register_forward_pre_hook(enter).remove)
+            stack.callback(block.register_forward_hook(leave).remove)
+        yield
+
+
+def let_go(tensors: Iterable[Tensor]) -> None:
+    """Lets the system take back memory that holds copies of files; it reads them again when they are wanted.
+
+    On Linux at once, elsewhere when it needs the memory.
+    """
+    if sys.platform != "linux":
+        return
+    advise = ctypes.CDLL(None).madvise
+    for tensor in tensors:
+        if tensor.device.type == "cpu" and tensor.is_contiguous():
+            first, last = tensor.data_ptr(), tensor.data_ptr() + tensor.nbytes
+            start, end = -(-first // mmap.PAGESIZE) * mmap.PAGESIZE, last // mmap.PAGESIZE * mmap.PAGESIZE
+            if start < end:  # an advice that is not taken costs nothing
+                advise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), PAGEOUT)
+
+
+def choose(choice: OffloadChoice, num_bytes: int, device: torch.device) -> tuple[bool, str]:
+    """Whether a model is offloaded, and why, in a sentence.
+
+    Args:
+        choice: what was asked for.
+        num_bytes: bytes of the dense weights.
+        device: device that computes.
+    """
+    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else _available()
+    needed = WHOLE * num_bytes
+    offloads = choice == "always" or (choice == "auto" and needed > free)
+    how = "block by block from files" if offloads else "as a whole"
+    return offloads, (
+        f"The model is worked on {how} (offload {choice}): its dense weights take {num_bytes:,} bytes, work as a whole "
+        f"up to {needed:,}, and {'the CPU' if device.type == 'cpu' else device} has {free:,} free."
+    )
+
+
+def tensors_of(module: nn.Module) -> list[Tensor]:
+    """Parameters and buffers."""
+    return [*module.parameters(), *module.buffers()]
+
+
+def _available() -> int:
+    """Bytes of memory that a process can have without swapping; of Linux what it says, elsewhere what is unused."""
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
+    except (OSError, StopIteration):
+        return os.sysconf("SC_AVPHYS_PAGES") * mmap.PAGESIZE
+
+
+def _mapped_from_files() -> list[tuple[int, int]]:
+    """The addresses of this process that are mapped from files; none where the system does not tell."""
+    try:
+        lines = Path("/proc/self/maps").read_text().splitlines()
+    except OSError:
+        return []
+    fields = (line.split(maxsplit=5) for line in lines)
+    ranges = (field[0].split("-") for field in fields if len(field) > 5 and field[5].startswith("/"))
+    return [(int(start, 16), int(end, 16)) for start, end in ranges]
