@@ -193,18 +193,6 @@ def test_it_acts_once_in_a_fit_and_writes_the_recipe(
     assert noted.jobs == [] and resumed.compressed.recipe == job.model.recipe
 
 
-@pytest.mark.parametrize(
-    ("state", "leaves", "done"),
-    [
-        (State.DENSE, State.PRUNED, False),
-        (State.MERGED, State.PRUNED, False),
-        (State.MERGED, State.QUANTIZED, False),
-        (State.PRUNED, State.PRUNED, True),
-        (State.PRUNED, State.QUANTIZED, False),
-        (State.QUANTIZED, State.PRUNED, True),
-        (State.QUANTIZED, State.QUANTIZED, True),
-    ],
-)
 def written_pages(file: str) -> list[int]:
     """Kilobytes that this process has written to, in memory of its own, of each mapping of a file."""
     lines = Path("/proc/self/smaps").read_text().splitlines()
@@ -248,6 +236,18 @@ def test_the_first_of_two_ranks_quantizes_and_both_share_what_it_keeps(
     assert any(bool(tensor.any()) for name, tensor in one["state"].items() if "lora_B" in name)
 
 
+@pytest.mark.parametrize(
+    ("state", "leaves", "done"),
+    [
+        (State.DENSE, State.PRUNED, False),
+        (State.MERGED, State.PRUNED, False),
+        (State.MERGED, State.QUANTIZED, False),
+        (State.PRUNED, State.PRUNED, True),
+        (State.PRUNED, State.QUANTIZED, False),
+        (State.QUANTIZED, State.PRUNED, True),
+        (State.QUANTIZED, State.QUANTIZED, True),
+    ],
+)
 def test_it_is_done_where_the_base_is_as_far_or_further(
     pruned: CompressedModel, state: State, leaves: State, done: bool
 ) -> None:
