@@ -2,7 +2,7 @@
 
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -22,6 +22,7 @@ from qpruner.pruning.selection import SelectionConfig, local_widths
 from qpruner.pruning.surgery import narrow_
 from qpruner.records.folder import RunFolder
 from qpruner.training.holding import HoldsModel, expect_holder
+from qpruner.training.preflight import check_callbacks
 from qpruner.training.processes import processes_of
 
 
@@ -184,6 +185,11 @@ class CompressionInSetup(Compression):
     leaves: ClassVar[State]
     """State in which it leaves the model."""
 
+    @property
+    def shares_work(self) -> bool:
+        """Whether processes work together, each on its part of the text; else all would do the same."""
+        return True
+
     @abstractmethod
     def compress(self, job: CompressionJob) -> None:
         """Compresses the model, the same on all processes."""
@@ -197,18 +203,25 @@ class CompressionInSetup(Compression):
         if not self.is_done(model):
             self.check_unadapted(model)
             check_dense(model)
-            self.compress(
-                CompressionJob(
-                    model,
-                    data_of(trainer),
-                    processes_of(trainer),
-                    module.lora,
-                    module.seed,
-                    folder=self.folder,
-                    keep_in=None if self.folder is None else module.kept_in,
-                )
+            job = CompressionJob(
+                model,
+                data_of(trainer),
+                processes_of(trainer),
+                module.lora,
+                module.seed,
+                folder=self.folder,
+                keep_in=None if self.folder is None else module.kept_in,
             )
-            model.record(self.step)
+            if self.shares_work or job.processes.world_size == 1 or job.keep_in is None:
+                self._carry_out(job)
+            else:  # the others take what the first one keeps
+                alone = replace(job, processes=job.processes.first_alone())
+                job.processes.of_first(lambda: self._carry_out(alone))
+                module.keep_base(job.keep_in)
+
+    def _carry_out(self, job: CompressionJob) -> None:
+        self.compress(job)
+        job.model.record(self.step)
 
     def is_done(self, model: CompressedModel) -> bool:
         """Whether the base is already as this callback would leave it, or further."""
@@ -223,6 +236,12 @@ class CompressionInTraining(Compression):
 
     leaves: ClassVar[str]
     """What the base is at the end of the fit, as its stage is named."""
+    needs_whole_model: ClassVar[str]
+    """Why the model must not be split among devices."""
+
+    def begin(self, trainer: Trainer, pl_module: LightningModule) -> HoldsModel:
+        check_callbacks(trainer, [self])  # a fit without a run has not done so before
+        return super().begin(trainer, pl_module)
 
     @property
     def needs_dense_base(self) -> bool:

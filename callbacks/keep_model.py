@@ -6,6 +6,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 from qpruner.compressed import CompressedModel, State
 from qpruner.training.holding import expect_holder
+from qpruner.training.sharding import splits
 
 
 class KeepModel(Callback):
@@ -22,8 +23,9 @@ class KeepModel(Callback):
     ```
 
     setup
-        The base goes to ``before_training``, where callbacks have changed it in this session. One that an earlier
-        session has kept is taken from where it lies, if that is the ``kept_in`` of the module, as in a run it is.
+        The base goes to ``before_training``, where callbacks have changed it in this session, and where the Trainer is
+        going to split it among devices, after which none has it whole. One that an earlier session has kept is taken
+        from where it lies, if that is the ``kept_in`` of the module, as in a run it is.
     on_fit_end
         Where the base is still that of ``before_training``, and the two folders are one, the adapters are put to it;
         else base and adapters go to ``after_training``. That holds for a base that nothing has compressed, too, of a
@@ -47,7 +49,8 @@ class KeepModel(Callback):
         module = expect_holder(pl_module)
         module.load_base()
         model = module.compressed
-        if model.base_state is not State.DENSE and not self._keeps(model, self.before_training):
+        kept_now = model.base_state is not State.DENSE or (splits(trainer.strategy) and model.plan is not None)
+        if kept_now and not self._keeps(model, self.before_training):
             module.keep_base(self.before_training)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

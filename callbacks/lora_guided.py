@@ -83,6 +83,7 @@ class LoRAGuidedPruning(CompressionInTraining):
     """
 
     leaves = "pruned in training"
+    needs_whole_model = "scores and masks units across whole layers as they train"
 
     def __init__(
         self,

@@ -45,6 +45,7 @@ class GridPolishing(CompressionInTraining):
     """
 
     leaves = "polished"
+    needs_whole_model = "rounds the grids of whole linears at the end of the fit"
 
     @property
     def options(self) -> dict[str, Any]:

@@ -250,6 +250,10 @@ class MixedPrecisionQuantization(CompressionInSetup):
             **calibrated,
         }
 
+    @property
+    def shares_work(self) -> bool:
+        return self.calibrated is not None or (self.allocator is not None and self.allocator.method != "uniform")
+
     def compress(self, job: CompressionJob) -> None:
         model, device = job.model, job.processes.device
         plan, bank = model.known_plan(), None

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Self, TypeVar
 
 import torch
@@ -54,6 +54,10 @@ class Processes:
             reduce=lambda tensor: tensor,
             broadcast=lambda value: value,
         )
+
+    def first_alone(self) -> "Processes":
+        """This process, which is the first, as one that shares its work with no other."""
+        return replace(self.alone(self.device, self.forward_context), precision=self.precision)
 
     @property
     def is_first(self) -> bool:

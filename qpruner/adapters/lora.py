@@ -188,15 +188,20 @@ def set_factors_(model: Any, factors: Mapping[str, tuple[torch.Tensor, torch.Ten
             layer.lora_B["default"].weight.copy_(lora_B)
 
 
-def detach_adapters(model: Any) -> tuple[Any, dict[str, tuple[torch.Tensor, torch.Tensor]]]:
-    """Takes the adapters off a PEFT model, without merging them.
-
-    Returns:
-        The model below, and A [r, in] and B [out, r] of each adapter by the name of its linear there.
-    """
-    factors = {
+def factors_of(model: Any) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    """A [r, in] and B [out, r] of each adapter of a PEFT model by the name of its linear in the model below."""
+    return {
         name: (adapter.lora_A.detach(), adapter.lora_B.detach())
         for name, module in model.get_base_model().named_modules()
         if (adapter := adapter_on(module)) is not None
     }
+
+
+def detach_adapters(model: Any) -> tuple[Any, dict[str, tuple[torch.Tensor, torch.Tensor]]]:
+    """Takes the adapters off a PEFT model, without merging them.
+
+    Returns:
+        The model below, and its factors; see `factors_of`.
+    """
+    factors = factors_of(model)
     return model.unload(), factors

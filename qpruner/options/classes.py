@@ -18,7 +18,10 @@ OURS = {name: getattr(package, name) for package in (callbacks, datamodules) for
 """What the package has for ``data`` and ``trainer.callbacks``."""
 FOR_PEOPLE = (callbacks.Compression, TokenDataModule)
 """What people choose among; the other callbacks are added by the commands."""
-NAMES: dict[type, Sequence[str]] = {Accelerator: ("auto", "cpu", "gpu", "cuda", "mps"), Strategy: ("auto", "ddp")}
+NAMES: dict[type, Sequence[str]] = {
+    Accelerator: ("auto", "cpu", "gpu", "cuda", "mps"),
+    Strategy: ("auto", "ddp", "fsdp2"),
+}
 """Words that stand for objects of Lightning, as far as a fit can be had with them."""
 
 

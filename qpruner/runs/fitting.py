@@ -20,6 +20,7 @@ from qpruner.runs.trainers import TrainerOptions, make_trainer, options_of_train
 from qpruner.training.checkpoint_file import read_checkpoint
 from qpruner.training.module import LoRAFinetuner
 from qpruner.training.preflight import check_callbacks, check_checkpoint, check_trainer
+from qpruner.training.sharding import splits
 
 
 @dataclass
@@ -66,6 +67,9 @@ class PhasedFit:
         check_trainer(trainer)
         for other in later:
             check_callbacks(trainer, other.callbacks)
+        if splits(trainer.strategy):
+            for fitted in (module, *(other.module(self.model) for other in later)):
+                fitted.check_split()
         return module, trainer
 
     def _acting(self, phase: Phase, later: Sequence[Phase]) -> Iterator[Callback]:

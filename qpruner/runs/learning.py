@@ -36,6 +36,7 @@ from qpruner.training.checkpoint_file import GatesCheckpoint, read_checkpoint
 from qpruner.training.module import LoRAFinetuner
 from qpruner.training.preflight import check_trainer
 from qpruner.training.processes import processes_of
+from qpruner.training.sharding import FSDP2, splits
 
 
 @dataclass(frozen=True)
@@ -132,6 +133,11 @@ class Learning:
         ]
         trainer = make_trainer({**options, **of_fit}, self.part, callbacks, keeps_checkpoint=True)
         check_trainer(trainer)
+        if splits(trainer.strategy):
+            raise UserError(
+                f"joint puts gates on whole layers, and --trainer.strategy {FSDP2} splits them among devices. Learn "
+                f"the plan with ddp, and carry it out in another run by --plan."
+            )
         learner = PlanLearner(self.config, self.lay_ground, self.model.seed)
         begins_with = None
         if self.part.checkpoint.exists():

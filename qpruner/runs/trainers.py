@@ -11,6 +11,7 @@ from qpruner.errors import UserError
 from qpruner.records.folder import RunFolder
 from qpruner.search.trainer import SearchTrainer
 from qpruner.training.preflight import check_kept, options_told
+from qpruner.training.sharding import strategy_of
 
 TRAINER_DEFAULTS = {"use_distributed_sampler": False}
 """The loaders share the rows among the ranks themselves."""
@@ -51,7 +52,11 @@ def make_trainer(
         logger = TensorBoardLogger(
             folder.phase_folder, name=folder.tensorboard.name, version="", default_hp_metric=False
         )
+    ours = {
+        "logger": logger,
+        "default_root_dir": str(folder.path),
+        "callbacks": list(callbacks),
+        "strategy": strategy_of(options.get("strategy", "auto")),
+    }
     with options_told():
-        return SearchTrainer(
-            **{**options, "logger": logger, "default_root_dir": str(folder.path), "callbacks": list(callbacks)}
-        )
+        return SearchTrainer(**{**options, **ours})

@@ -10,7 +10,7 @@ from lightning.pytorch import LightningModule
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
 
-from qpruner.adapters.lora import LoRAConfig
+from qpruner.adapters.lora import LoRAConfig, factors_of, set_factors_
 from qpruner.compressed import CompressedModel, State
 from qpruner.datamodules.base import TokenDataModule
 from qpruner.dense_base import choose_offload
@@ -29,6 +29,7 @@ from qpruner.pretrained import (
 )
 from qpruner.processes import of_first
 from qpruner.training.kept_bases import identity_in, keep_by_hash, keeping_folder
+from qpruner.training.sharding import FSDP2, ShardedStrategy, is_sharded, whole
 
 T = TypeVar("T")
 
@@ -49,7 +50,8 @@ class CompressibleModule(LightningModule):
 
     Which base is loaded: the one that ``kept_in`` keeps, else the one that ``continues_from`` keeps, with its trained
     adapters, else the dense one. Compressed by callbacks, it is written to ``kept_in`` by `KeepModel`; in a fit without
-    that, to a folder named by its hash under ``compressed_bases`` in the Trainer's ``default_root_dir``.
+    that, to a folder named by its hash under ``compressed_bases`` in the Trainer's ``default_root_dir``. Under a
+    `ShardedStrategy` the model, adapters and all, is split among devices at the end of `configure_model`.
 
     Args:
         base: model folder, hub name, or ``qpruner/stories``.
@@ -233,6 +235,25 @@ class CompressibleModule(LightningModule):
         if self.trains_grids:
             self.compressed.loosen()
         self.model.train()
+        # All processes have it from one folder: DDP need not send it around, and so give each a copy of its own.
+        frozen = [name for name, parameter in self.named_parameters() if not parameter.requires_grad]
+        self._ddp_params_and_buffers_to_ignore = frozen
+        strategy = self._trainer and self.trainer.strategy
+        if isinstance(strategy, ShardedStrategy):  # last of all: nothing of the model is whole any more
+            self.check_split()
+            strategy.shard_(self.model)
+
+    def check_split(self) -> None:
+        """Makes sure that the adapters can be trained while the model is split among devices.
+
+        Raises:
+            UserError: they cannot.
+        """
+        if self.lora.pooled:
+            raise UserError(
+                f"--model.lora.pooled keeps the columns of whole adapters together, and --trainer.strategy {FSDP2} "
+                f"splits them among devices. Use ddp, or leave pooled out."
+            )
 
     @contextmanager
     def adapters_disabled(self) -> Iterator[None]:
@@ -265,10 +286,31 @@ class CompressibleModule(LightningModule):
             self.attach_adapters()
         self._of_first(lambda: self.compressed.keep(folder, tokenizer=self._tokenizer, trained=trained))
         self.compressed.is_kept_in(folder)
+        if not trained:
+            self._take_kept()
+
+    def _take_kept(self) -> None:
+        """Lets all of several processes take the base from the folder that keeps it, whose pages they share."""
+        folder = self.compressed.kept
+        if folder is not None and self._trainer is not None and self.trainer.world_size > 1:
+            self.held = CompressedModel.open(folder.path, check_hashes=False)
 
     def keep_adapters(self) -> None:
-        """Puts the adapters, as trained, to the base in its folder."""
-        self._of_first(lambda: self.compressed.keep_adapters(trained=True))
+        """Puts the adapters, as trained, to the base in its folder; the same on all ranks."""
+        if not is_sharded(self.model):
+            self._of_first(lambda: self.compressed.keep_adapters(trained=True))
+            return
+        parts = factors_of(self.model)
+        factors = {name: (whole(lora_A), whole(lora_B)) for name, (lora_A, lora_B) in parts.items()}
+        self._of_first(lambda: self._keep_whole(factors))
+
+    def _keep_whole(self, factors: dict[str, tuple[torch.Tensor, torch.Tensor]]) -> None:
+        """Puts adapters to the base in its folder, by a model that this process alone opens from there."""
+        assert self.compressed.kept is not None, "a base is kept before it is split"
+        model = CompressedModel.open(self.compressed.kept.path, check_hashes=False)
+        model.attach(self.lora, seed=self.seed)
+        set_factors_(model.network, factors)
+        model.keep_adapters(trained=True)
 
     def _keep_by_hash(self, *, trained: bool) -> None:
         """Writes a base that nobody else keeps to the folder named by its hash."""
@@ -281,6 +323,8 @@ class CompressibleModule(LightningModule):
             self.attach_adapters()
         if trained or self.compressed.initial_adapters:
             self._of_first(lambda: self.compressed.keep_adapters(trained=trained))
+        if not trained:
+            self._take_kept()
 
     def _write_by_hash(self) -> Path:
         bases = Path(self.trainer.default_root_dir) / BASES

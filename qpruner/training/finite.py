@@ -6,21 +6,30 @@ import torch
 from torch import Tensor, nn
 
 from qpruner.errors import UserError
+from qpruner.training.sharding import is_part
 
 NEVER = 2**62
 """Stands for a step that was not there."""
 
 
 def all_finite(tensors: Iterable[Tensor]) -> bool:
-    """Whether no floating-point tensor holds an infinity or a nan."""
-    finite = [tensor.isfinite().all() for tensor in tensors if tensor.is_floating_point()]
+    """Whether no floating-point tensor holds an infinity or a nan, as far as it lies on this device."""
+    finite = [_local(tensor).isfinite().all() for tensor in tensors if tensor.is_floating_point()]
     devices = {one.device for one in finite}
     return all(bool(torch.stack([one for one in finite if one.device == device]).all()) for device in devices)
 
 
 def broken_names(tensors: Iterable[tuple[str, Tensor]]) -> list[str]:
     """Names of the floating-point tensors that hold an infinity or a nan."""
-    return [name for name, tensor in tensors if tensor.is_floating_point() and not bool(tensor.isfinite().all())]
+    return [
+        name for name, tensor in tensors if tensor.is_floating_point() and not bool(_local(tensor).isfinite().all())
+    ]
+
+
+def _local(tensor: Tensor) -> Tensor:
+    """What this device holds of a tensor, all of it unless it is split."""
+    held: Tensor = tensor.to_local() if is_part(tensor) else tensor  # type: ignore[attr-defined]
+    return held
 
 
 def tensors_of(state: object) -> Iterable[Tensor]:

@@ -32,6 +32,7 @@ from qpruner.training.finite import LossWatch, all_finite, broken_names, not_fin
 from qpruner.training.optimization import OptimizerConfig, make_optimizer, make_scheduler
 from qpruner.training.processes import processes_of
 from qpruner.training.recording import Recording
+from qpruner.training.sharding import FSDP2, splits
 from qpruner.training.teacher import Teacher, check_teacher
 from qpruner.training.teaching import engage_teacher
 
@@ -164,6 +165,14 @@ class LoRAFinetuner(CompressibleModule):
             self.teacher = None
 
     # Training.
+
+    def check_split(self) -> None:
+        super().check_split()
+        if self.optimizer_config.name != "adamw":
+            raise UserError(
+                f"--model.optimizer.name is {self.optimizer_config.name}, whose state is packed for whole tensors, and "
+                f"--trainer.strategy {FSDP2} splits them among devices, their state with them. Use adamw."
+            )
 
     def on_train_start(self) -> None:
         self._losses = LossWatch()
@@ -317,10 +326,15 @@ class LoRAFinetuner(CompressibleModule):
     def _check_trained(self, states: Mapping[str, Any]) -> None:
         for what, state in states.items():
             tensors = list(tensors_of(state))
-            if not all_finite(tensors):
-                number = len(broken_names((what, tensor) for tensor in tensors))
+            number = 0 if all_finite(tensors) else len(broken_names((what, tensor) for tensor in tensors))
+            if self._trainer is not None and splits(self.trainer.strategy):  # what is broken may lie on one device
+                count = torch.tensor([number, len(tensors)], device=self.device)
+                number, total = self.trainer.strategy.reduce(count, reduce_op="max").tolist()
+            else:
+                total = len(tensors)
+            if number:
                 raise self._not_finite(
-                    f"After optimizer step {self.global_step}, {number} of {len(tensors)} tensors of the {what} are",
+                    f"After optimizer step {self.global_step}, {number} of {total} tensors of the {what} are",
                 )
 
     # Evaluation.

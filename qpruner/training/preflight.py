@@ -23,7 +23,7 @@ from lightning.pytorch.callbacks import (
 )
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.plugins.io import AsyncCheckpointIO
-from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, SingleDeviceStrategy, Strategy
+from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy, Strategy
 
 from qpruner.datamodules.base import TokenDataModule
 from qpruner.errors import UserError
@@ -31,6 +31,7 @@ from qpruner.pretrained import is_reachable, model_fingerprint
 from qpruner.training.compressible import CompressibleModule
 from qpruner.training.distillation import DistillationConfig
 from qpruner.training.evaluation import num_batches
+from qpruner.training.sharding import FSDP2, PRECISIONS, splits
 
 AT_LEAST_ONE = ("accumulate_grad_batches", "check_val_every_n_epoch", "val_check_interval")
 """Options of a Trainer that it divides by without a look."""
@@ -113,10 +114,16 @@ def check_trainer(trainer: Trainer) -> None:
         if isinstance(value, int) and value < 1:
             raise UserError(f"--trainer.{name} is {value}; it is at least 1.")
     strategy = trainer.strategy
-    if not isinstance(strategy, SingleDeviceStrategy | DDPStrategy) or isinstance(strategy, DeepSpeedStrategy):
+    if splits(strategy):
+        if trainer.precision not in PRECISIONS:
+            raise UserError(
+                f"--trainer.precision is {trainer.precision}, and --trainer.strategy {FSDP2} computes in "
+                f"{', '.join(PRECISIONS)}. Give one of these, or use ddp."
+            )
+    elif not isinstance(strategy, SingleDeviceStrategy | DDPStrategy):
         raise UserError(
-            f"--trainer.strategy is {type(strategy).__name__}, which splits the model among devices, and a fit "
-            f"compresses it as a whole. Use ddp or auto."
+            f"--trainer.strategy is {type(strategy).__name__}, which a fit cannot go by. Use auto, ddp, or {FSDP2}, "
+            f"which splits the model among devices."
         )
     if isinstance(strategy.checkpoint_io, AsyncCheckpointIO):
         raise UserError(
@@ -136,6 +143,11 @@ def check_callbacks(trainer: Trainer, callbacks: Sequence[Callback]) -> None:
         for unfit, why in UNFIT.items():
             if isinstance(callback, unfit):
                 raise UserError(f"trainer.callbacks has {name}, which {why}. Leave it out.")
+        if splits(trainer.strategy) and (why := getattr(callback, "needs_whole_model", None)):
+            raise UserError(
+                f"trainer.callbacks has {name}, which {why}, and --trainer.strategy {FSDP2} splits the model among "
+                f"devices. Use ddp, or leave the callback out."
+            )
         if isinstance(callback, NEEDS_LOGGER) and not trainer.loggers:
             raise UserError(f"trainer.callbacks has {name}, and --trainer.logger is off. Leave one of both out.")
 

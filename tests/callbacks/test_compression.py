@@ -1,13 +1,15 @@
 """What callbacks that compress share: their order, their rehearsal, and that they act once."""
 
+import copy
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from lightning.pytorch import Trainer
 from support.families import tiny_model
-from support.fits import PRUNING, finetuner, fit, trainer
-from support.ranks import together
+from support.fits import PRUNING, AtStart, finetuner, fit, trainer
+from support.ranks import on_two_ranks, together
 
 from qpruner.adapters.lora import LoRAConfig
 from qpruner.anatomy import architecture_of
@@ -21,6 +23,7 @@ from qpruner.model_folder import build_skeleton
 from qpruner.plan import CompressionPlan, Precision
 from qpruner.processes import Processes
 from qpruner.pruning.selection import SelectionConfig
+from qpruner.records.folder import RunFolder
 
 INT8 = Precision("int8", 8)
 PRUNES, QUANTIZES, GUIDED = StructuredPruning(**PRUNING), MixedPrecisionQuantization(4), LoRAGuidedPruning(0.1)
@@ -188,6 +191,49 @@ def test_it_acts_once_in_a_fit_and_writes_the_recipe(
     resumed.kept_in = folder
     fit(resumed, stories, noted)
     assert noted.jobs == [] and resumed.compressed.recipe == job.model.recipe
+
+
+def written_pages(file: str) -> list[int]:
+    """Kilobytes that this process has written to, in memory of its own, of each mapping of a file."""
+    lines = Path("/proc/self/smaps").read_text().splitlines()
+    starts = [place for place, line in enumerate(lines) if line.endswith(file)]
+    dirty = [next(line for line in lines[start:] if line.startswith("Private_Dirty")) for start in starts]
+    return [int(line.split()[1]) for line in dirty]
+
+
+@pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="tells what a process has written to on Linux")
+def test_the_first_of_two_ranks_quantizes_and_both_share_what_it_keeps(
+    tiny_llama: Path, stories: StoriesDataModule, tmp_path: Path
+) -> None:
+    def start(name: str, **ranks: Any) -> dict[str, Any]:
+        """Tensors as training begins, of a fit in a run's folder."""
+        callback = MixedPrecisionQuantization([8, 4])
+        callback.folder = RunFolder(tmp_path / name)
+        module = finetuner(tiny_llama)
+        module.kept_in = callback.folder.model
+        begun = AtStart(lambda module: (copy.deepcopy(module.model.state_dict()), written_pages("model.safetensors")))
+        callbacks = [callback, KeepModel(module.kept_in, module.kept_in), begun]
+        Trainer(
+            accelerator="cpu", max_steps=1, limit_val_batches=0, logger=False, enable_checkpointing=False,
+            enable_progress_bar=False, enable_model_summary=False, use_distributed_sampler=False,
+            callbacks=callbacks, **ranks,
+        ).fit(module, datamodule=stories.for_another_trainer())  # fmt: skip
+        state, written = begun.seen
+        return {"state": dict(state), "written": written}
+
+    def work(rank: int) -> dict[str, Any]:
+        if rank == 1:
+            CompressedModel.quantize = None  # type: ignore[method-assign,assignment]
+        return start("two", devices=2, strategy="ddp")
+
+    stories.prepare_data()
+    one, *ranks = [start("one"), *on_two_ranks(work, tmp_path)]
+    for rank in ranks:
+        assert rank["written"] and not any(rank["written"])  # nor by DDP as it wraps the module
+        assert rank["state"].keys() == one["state"].keys()
+        different = [name for name, tensor in one["state"].items() if not torch.equal(rank["state"][name], tensor)]
+        assert not different
+    assert any(bool(tensor.any()) for name, tensor in one["state"].items() if "lora_B" in name)
 
 
 @pytest.mark.parametrize(

@@ -149,7 +149,7 @@ def callbacks(**entry: Any) -> dict[str, Any]:
         ({"model": None}, "model is null, but it is a group of options."),
         ({"trainer": None}, "trainer is null, but it is a group of options."),
         ({"trainer": {"accelerator": None}}, "trainer.accelerator is null; it must be one of auto, cpu, gpu, cuda, mp"),
-        ({"trainer": {"strategy": 3}}, "trainer.strategy is 3; it must be one of auto, ddp."),
+        ({"trainer": {"strategy": 3}}, "trainer.strategy is 3; it must be one of auto, ddp, fsdp2."),
         # Nulls and wrong values inside lists, classes and dataclasses.
         ({"phases": [{"max_steps": 1, "callbacks": None}]}, "phases.callbacks is null; it must be one of GridPolish"),
         ({"phases": [{"max_steps": None, "max_epochs": 1}]}, "phases.max_steps is null; it must be a whole number."),

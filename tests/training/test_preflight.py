@@ -48,8 +48,9 @@ OPTIONS = {
     "devices": [(0, "not a valid input"), ("many", "should be an int > 0")],
     "strategy": [
         ("nope", "invalid strategy name"),
-        ("fsdp", "requires a GPU"),
-        (of(LIGHTNING + "strategies.ModelParallelStrategy"), "splits the model among devices"),
+        ("fsdp", "one flat tensor of one dtype.* Use fsdp2"),
+        (of(LIGHTNING + "strategies.FSDPStrategy"), "one flat tensor of one dtype.* Use fsdp2"),
+        (of(LIGHTNING + "strategies.ModelParallelStrategy", tensor_parallel_size=2), "Give 1, or .*fsdp2"),
     ],
     "precision": [("transformer-engine", "transformer_engine.* not met")],
     "plugins": [([of(LIGHTNING + "plugins.io.AsyncCheckpointIO")], "when its checkpoint is on disk")],

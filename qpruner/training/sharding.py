@@ -1,0 +1,221 @@
+"""A model that is split among devices by FSDP2, as Lightning's `ModelParallelStrategy` lets a module do.
+
+Of every decoder layer each device holds a part: of codes, scales and adapters alike, as parameters of one group, which
+are gathered as bytes before the layer computes and let go after it. Embedding, head and final norm stay whole on each
+device: the head speaks of as many chunks of positions as a device has, and devices that gathered it each time would
+wait for one another for ever.
+
+Source: `torch.distributed.fsdp.fully_shard`; parameters are split by rows, those of a device perhaps none.
+"""
+
+from collections.abc import Mapping
+from datetime import timedelta
+from typing import Any, Self
+
+import torch
+from lightning.fabric.plugins.collectives.torch_collective import default_pg_timeout
+from lightning.pytorch.strategies import (
+    DeepSpeedStrategy,
+    FSDPStrategy,
+    ModelParallelStrategy,
+    ParallelStrategy,
+    Strategy,
+)
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from qpruner.anatomy.layers import decoder_blocks
+from qpruner.errors import UserError
+from qpruner.likelihood import causal_model
+
+FSDP2 = "fsdp2"
+"""What ``--trainer.strategy`` names it by."""
+PRECISIONS = ("32-true", "bf16-true", "bf16-mixed")
+"""Precisions of a Trainer; under ``16-mixed`` each device would find overflow in its own part of the gradients."""
+
+
+class ShardedStrategy(ModelParallelStrategy):
+    """Splits the decoder layers among all devices, and rows of data as DDP does.
+
+    Callbacks compress the base as a whole, on all processes as with DDP; what comes of it is kept, then split. A
+    checkpoint is one file, whole adapters and their optimizer's state, as other strategies write it and read it.
+
+    Args:
+        process_group_backend: backend of torch.distributed; by default that of the devices.
+        timeout: how long processes wait for one another.
+    """
+
+    def __init__(
+        self, process_group_backend: str | None = None, timeout: timedelta | None = default_pg_timeout
+    ) -> None:
+        super().__init__(
+            tensor_parallel_size=1,
+            save_distributed_checkpoint=False,
+            process_group_backend=process_group_backend,
+            timeout=timeout,
+        )
+
+    @classmethod
+    def of(cls, given: ModelParallelStrategy) -> Self:
+        """The strategy that does what Lightning's own leaves to a module.
+
+        Raises:
+            UserError: linears themselves are to be split, or each device is to write a part of the checkpoint.
+        """
+        if given._tensor_parallel_size not in ("auto", 1):
+            raise UserError(
+                f"tensor_parallel_size of --trainer.strategy is {given._tensor_parallel_size}, and packed linears "
+                f"cannot be split by tensor parallelism. Give 1, or --trainer.strategy {FSDP2}."
+            )
+        return cls(given._process_group_backend, given._timeout)
+
+    def setup_environment(self) -> None:
+        self._data_parallel_size = self.num_nodes * self.num_processes
+        super().setup_environment()
+
+    def shard_(self, network: nn.Module) -> None:
+        """Splits a model, see `shard_`, unless it is split already."""
+        if not is_sharded(network):
+            shard_(network, self.device_mesh["data_parallel"])
+
+    # Checkpoints: whole tensors in one file. The strategy of Lightning restores them after the optimizer was made, when
+    # a module cannot look for the base of a checkpoint any more.
+
+    @property
+    def restore_checkpoint_after_setup(self) -> bool:
+        return False
+
+    @property
+    def lightning_restore_optimizer(self) -> bool:
+        return True
+
+    def lightning_module_state_dict(self) -> dict[str, Any]:
+        """What is trained, whole, on the first process; nothing on the others, without which it cannot be gathered."""
+        assert self.lightning_module is not None
+        trained = [(name, p.detach()) for name, p in self.lightning_module.named_parameters() if p.requires_grad]
+        return self._gathered(dict(trained))
+
+    def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
+        assert self.lightning_module is not None
+        with torch.no_grad():
+            for name, parameter in self.lightning_module.named_parameters():
+                if name in checkpoint["state_dict"]:
+                    parameter.copy_(part_of(checkpoint["state_dict"][name], parameter))
+
+    def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
+        """The state of an optimizer, whole, on the first process; that without tensors on the others."""
+        state = getattr(optimizer, "_optimizer", optimizer).state_dict()
+        return {**state, "state": {number: self._gathered(values) for number, values in state["state"].items()}}
+
+    def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
+        for optimizer, state in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):
+            parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+            parts = {
+                number: {name: part_of(value, parameters[number]) for name, value in values.items()}
+                for number, values in state["state"].items()
+            }
+            optimizer.load_state_dict({**state, "state": parts})
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any | None = None) -> None:
+        ParallelStrategy.save_checkpoint(self, checkpoint, filepath, storage_options)
+
+    def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
+        return ParallelStrategy.load_checkpoint(self, checkpoint_path, weights_only)
+
+    def _gathered(self, values: Mapping[str, Any]) -> dict[str, Any]:
+        """Values on the first process, tensors whole; nothing on the others."""
+        gathered = {}
+        for name, value in values.items():
+            entire = whole(value)  # on all processes together, one after the other
+            if self.is_global_zero:
+                gathered[name] = entire
+        return gathered
+
+
+def strategy_of(given: Any) -> Any:
+    """The strategy of a Trainer, where it splits the model; any other as it was given.
+
+    Args:
+        given: name or object, as ``Trainer(strategy=...)`` takes it.
+
+    Raises:
+        UserError: the model would be split in a way that packed weights cannot be.
+    """
+    if given in (FSDP2, ModelParallelStrategy.__name__):
+        return ShardedStrategy()
+    if isinstance(given, ModelParallelStrategy) and not isinstance(given, ShardedStrategy):
+        return ShardedStrategy.of(given)
+    name = given if isinstance(given, str) else type(given).__name__
+    if name.startswith(("fsdp", "deepspeed")) or isinstance(given, FSDPStrategy | DeepSpeedStrategy):
+        raise UserError(
+            f"--trainer.strategy is {name}, which lays the weights of a layer into one flat tensor of one dtype, and "
+            f"packed weights are codes, scales and adapters. Use {FSDP2} to split the model among devices, or ddp "
+            f"where one device holds it."
+        )
+    return given
+
+
+def splits(strategy: Strategy) -> bool:
+    """Whether a strategy splits the model among devices."""
+    return isinstance(strategy, ShardedStrategy)
+
+
+def is_sharded(network: nn.Module) -> bool:
+    """Whether a model is split among devices."""
+    return any(is_part(parameter) for parameter in network.parameters())
+
+
+def shard_(network: nn.Module, mesh: Any) -> None:
+    """Splits the decoder layers of a causal language model among devices, each of which then holds a part of each.
+
+    Args:
+        network: causal language model, perhaps with adapters; its layers are moved to the devices one by one.
+        mesh: device mesh of one dimension.
+
+    Raises:
+        UserError: an unsupported family, or adapters elsewhere than in layers.
+    """
+    from torch.distributed.fsdp import fully_shard
+
+    causal = causal_model(network)
+    blocks = decoder_blocks(causal)
+    inside = {id(parameter) for block in blocks for parameter in block.parameters()}
+    outside = {name: parameter for name, parameter in network.named_parameters() if id(parameter) not in inside}
+    if trained := [name for name, parameter in outside.items() if parameter.requires_grad]:
+        raise UserError(
+            f"{trained[0]} is trained and lies in no decoder layer, and what is not in layers stays whole and as it is "
+            f"on each device. Name linears of layers in --model.lora.target_modules, or use --trainer.strategy ddp."
+        )
+    for block in blocks:
+        fully_shard(block, mesh=mesh)
+    fully_shard(causal.base_model, mesh=mesh, ignored_params={*outside.values()})  # so that layers are gathered ahead
+
+
+# Parts are told by their method: to import the class takes longer than most commands.
+
+
+def is_part(value: Any) -> bool:
+    """Whether a value is a tensor that is split among devices."""
+    return isinstance(value, Tensor) and hasattr(value, "full_tensor")
+
+
+def whole(value: Any) -> Any:
+    """A value, on the CPU and whole where it is a tensor that is split; by all processes together."""
+    entire: Any = value.full_tensor() if is_part(value) else value
+    return entire.cpu() if isinstance(entire, Tensor) else entire
+
+
+def part_of(value: Any, like: Tensor) -> Any:
+    """This device's part of a tensor, split as another one of its shape is; any other value as it is.
+
+    Args:
+        value: tensor that all processes have whole, or any other value.
+        like: tensor that may be split.
+    """
+    if not (is_part(like) and isinstance(value, Tensor) and value.shape == like.shape):
+        return value
+    from torch.distributed.tensor import distribute_tensor
+
+    split: Any = like
+    # Without a rank that gives its data to the others.
+    return distribute_tensor(value.to(like.device), split.device_mesh, split.placements, src_data_rank=None)
