@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from qpruner.anatomy import decoder_blocks
-from qpruner.errors import UserError
+from qpruner.files import writing
 from qpruner.likelihood import causal_model
 
 OffloadChoice = Literal["auto", "never", "always"]
@@ -56,16 +56,10 @@ class Offload:
         """
         if not tensor.numel():
             return tensor
-        try:
-            with NamedTemporaryFile(dir=self.folder, prefix=".offload-") as file:
-                tensor.detach().contiguous().flatten().view(torch.uint8).numpy().tofile(file)
-                file.flush()
-                shelved = torch.from_file(file.name, shared=False, size=tensor.numel(), dtype=tensor.dtype)
-        except OSError as error:
-            raise UserError(
-                f"Cannot write {tensor.nbytes:,} bytes of the model to {str(self.folder)!r} ({error.strerror}). Free "
-                f"some room, or name another place with --run.dir."
-            ) from error
+        with writing(self.folder), NamedTemporaryFile(dir=self.folder, prefix=".offload-") as file:
+            tensor.detach().contiguous().flatten().view(torch.uint8).numpy().tofile(file)
+            file.flush()
+            shelved = torch.from_file(file.name, shared=False, size=tensor.numel(), dtype=tensor.dtype)
         return shelved.view(tensor.shape)
 
     def shelve_(self, module: nn.Module) -> None:

@@ -94,7 +94,7 @@ ALLOWED: dict[str, set[str]] = {
         "adapter_files", "anatomy", "conv1d", "errors", "files", "folder_manifest", "memory", "plan", "pretrained",
         "pruning", "quantization", "reference_logits", "remote_code", "schema", "tensor_files",
     },
-    "offload": {"anatomy", "errors", "likelihood"},
+    "offload": {"anatomy", "files", "likelihood"},
     "options": {"callbacks", "datamodules", "errors"},
     "outline": {"anatomy"},
     "plan": {"errors", "files", "precision", "ranges"},
