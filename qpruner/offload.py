@@ -57,7 +57,7 @@ class Offload:
         if not tensor.numel():
             return tensor
         with writing(self.folder), NamedTemporaryFile(dir=self.folder, prefix=".offload-") as file:
-            tensor.detach().contiguous().flatten().view(torch.uint8).numpy().tofile(file)
+            file.write(tensor.detach().contiguous().flatten().view(torch.uint8).numpy().data)
             file.flush()
             shelved = torch.from_file(file.name, shared=False, size=tensor.numel(), dtype=tensor.dtype)
         return shelved.view(tensor.shape)
