@@ -7,10 +7,12 @@ from qpruner.anatomy.layers import (
     architecture_of,
     decoder_blocks,
     decoder_layers,
+    expert_parameters,
     head_shape,
     num_linear_parameters,
     unit_linears,
     unit_parameters,
+    unit_paths,
     unit_shapes,
 )
 
@@ -25,10 +27,12 @@ __all__ = [
     "by_linear",
     "decoder_blocks",
     "decoder_layers",
+    "expert_parameters",
     "family_of",
     "head_shape",
     "num_linear_parameters",
     "unit_linears",
     "unit_parameters",
+    "unit_paths",
     "unit_shapes",
 ]
