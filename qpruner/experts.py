@@ -15,7 +15,7 @@ from qpruner.anatomy.families import COMPRESSED, FAMILIES, Mixture
 from qpruner.modeling_compressed import Experts
 
 FUSED = ("gate_up_proj", "gate_up_proj_bias", "down_proj", "down_proj_bias")
-"""The tensors of gpt-oss's experts, in its files too: weights [E, in, out], where gate and up take turns, and biases."""
+"""The tensors of gpt-oss's experts, in its files too: weights [E, in, out], of which gate and up take turns; biases."""
 
 
 def experts_to_linears_(model: Any) -> Any:

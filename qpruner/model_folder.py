@@ -50,7 +50,7 @@ from qpruner.pretrained import (
     resolve,
     save_tokenizer,
 )
-from qpruner.pruning.surgery import first_units, narrow_
+from qpruner.pruning.surgery import first_units, narrow_, stated_by_weights
 from qpruner.pruning.widths import compressed_config_class, portable_config, skeleton_config, with_widths
 from qpruner.quantization.apply import linear_precisions
 from qpruner.quantization.embedding import rebuild_tables_
@@ -339,7 +339,7 @@ def build_skeleton(config: Any) -> Any:
         experts_to_linears_(conv1d_to_linear_(model))
     widths = architecture_of(config)
     model.tie_weights()  # taken apart on the meta device
-    narrow_(model, first_units(model, widths))
+    narrow_(model, first_units(stated_by_weights(model), widths))
     return model
 
 

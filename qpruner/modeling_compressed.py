@@ -14,8 +14,9 @@ works wherever they are installed. What it has to know of a model stands in ``co
   GPT-2's ``Conv1D`` has become a linear;
 - ``attributes``: what modules remember of their widths, by path;
 - ``layer_configs``: modules that read widths from their configuration as they compute, with the number of their layer;
-- ``experts``: by its path, each mixture of experts, which becomes a list of gated networks of linears: the ``number`` of
-  them and the names of their ``projections``; ``parameters``: the shape of what else is narrower, such as routers;
+- ``experts``: by its path, each mixture of experts, which becomes a list of gated networks: how many it has
+  (``number``), and the names of their linears (``projections``);
+- ``parameters``: by its path, the shape of what else is narrower, such as a router's weight;
 - ``skeleton``: fields as the family's class has to see them to build the model at all.
 """
 
@@ -495,7 +496,9 @@ class Expert(nn.Module):
         super().__init__()
         hidden, channels = sizes
         self.names, self.clamped, self.activation = names, clamped, activation
-        for name, (inputs, outputs) in zip(names, ((hidden, channels), (hidden, channels), (channels, hidden)), strict=True):
+        for name, (inputs, outputs) in zip(
+            names, ((hidden, channels), (hidden, channels), (channels, hidden)), strict=True
+        ):
             self.add_module(name, nn.Linear(inputs, outputs, bias=bias))
 
     def forward(self, x: Tensor) -> Tensor:  # [.., hidden] -> [.., hidden]

@@ -439,8 +439,8 @@ def _expect_experts(architecture: Architecture, number: int, layer: LayerPlan) -
         )
     if layer.precision["down"].leading is not None:
         raise UserError(
-            f"In layer {number} leading columns of down have a precision of their own, which experts do not offer: they "
-            f"keep different channels. Hold all of down in one precision."
+            f"In layer {number} leading columns of down have a precision of their own, which experts do not offer: "
+            f"they keep different channels. Hold all of down in one precision."
         )
 
 

@@ -92,8 +92,8 @@ ALLOWED: dict[str, set[str]] = {
     "merge_command": {"dense_copy", "options"},
     "model_files": {"errors", "files", "folder_manifest", "schema"},
     "model_folder": {
-        "adapter_files", "anatomy", "conv1d", "errors", "experts", "files", "folder_manifest", "memory", "plan", "pretrained",
-        "pruning", "quantization", "reference_logits", "remote_code", "schema", "tensor_files",
+        "adapter_files", "anatomy", "conv1d", "errors", "experts", "files", "folder_manifest", "memory", "plan",
+        "pretrained", "pruning", "quantization", "reference_logits", "remote_code", "schema", "tensor_files",
     },
     "options": {"callbacks", "datamodules", "errors"},
     "outline": {"anatomy"},

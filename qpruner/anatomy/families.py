@@ -79,8 +79,8 @@ class Family:
         head_norms: path in a layer to each norm over one head. Such norms belong to every head alike.
         wide_norms: path in a layer to the norm over all heads that a projection makes, by projection.
         head_entries: path in a layer to each parameter with an entry for every query head.
-        mixture: where the experts of its layers are; None where layers have none. Layers of which the configuration says
-            so have a plain FFN all the same, at the paths of ``projections``.
+        mixture: where the experts of its layers are; None where layers have none. Where the configuration says so, a
+            layer has a plain FFN all the same, at the paths of ``projections``.
         normed_outputs: whether a norm is taken of what o and down give before it is added to the hidden states.
         last_norm: path to the norm before the head.
         norm: the class in torch whose parameters the norms over the hidden size have.
@@ -227,6 +227,22 @@ FAMILIES = {
 
 COMPRESSED = "compressed_"
 """What the ``model_type`` of a model begins with when transformers alone cannot make it."""
+
+
+def refuse_experts(model: Any, what: str, remedy: str) -> None:
+    """Makes sure that the layers of a model have no experts.
+
+    Args:
+        model: causal language model.
+        what: what cannot be done to experts, as the message begins.
+        remedy: what to ask for instead.
+
+    Raises:
+        UserError: they have.
+    """
+    family = FAMILIES.get(model.config.model_type.removeprefix(COMPRESSED))
+    if family is not None and family.mixture is not None:
+        raise UserError(f"{what} does not work on mixtures of experts, as {model.config.model_type} is. Use {remedy}.")
 
 
 def family_of(config: Any) -> tuple[str, Family]:

@@ -235,7 +235,10 @@ def _decoder_layer(family: Family, shape: tuple[int, int], block: Any) -> Decode
     norms = {f"{name}_norm": path for name, path in family.wide_norms.items()}
     experts = num_experts(family, block)
     ffns = (
-        [{name: family.path(f"experts.{number}.{name}") for name in ("gate", "up", "down")} for number in range(experts)]
+        [
+            {name: family.path(f"experts.{number}.{name}") for name in ("gate", "up", "down")}
+            for number in range(experts)
+        ]
         if experts
         else [{name: path for name, path in family.projections.items() if name in ("gate", "up", "down")}]
     )

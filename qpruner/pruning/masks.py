@@ -17,10 +17,10 @@ class UnitMasks:
     """Which units of a model are alive; what the others put out is exactly zero, and so are their gradients.
 
     A unit reaches the rest of the model through its columns of ``o`` or ``down`` alone, so that it is enough to mask
-    the inputs of these two: what is masked equals what is narrowed (LoRAPrune, arXiv 2305.18403, equation 13). An expert
-    of which no channel is alive gets no tokens, which go to the best of the others. Where a
+    the inputs of these two: what is masked equals what is narrowed (LoRAPrune, arXiv 2305.18403, equation 13). Where a
     norm runs over all heads (OLMo2), a group also counts in that norm's mean square, so that its inputs are masked,
-    too, and its outputs scaled as narrowing scales them.
+    too, and its outputs scaled as narrowing scales them. An expert of which no channel is alive gets no tokens, which
+    go to the best of the others.
 
     Args:
         model: model with its adapters on it, on any device.

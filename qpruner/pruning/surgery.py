@@ -48,8 +48,8 @@ def narrow_(model: Any, kept: Sequence[tuple[Sequence[int], Sequence[int]]]) -> 
 
     Rows of q, k, v, gate and up go with their biases; o and down lose columns, so their biases stay. Norms over one
     head (Qwen3) belong to every head alike and stay; those over all heads (OLMo2) narrow, see `norm_scale`. Packed
-    linears stay packed; where their scales run across what goes, the rest is rounded anew. An expert of which no channel
-    is kept goes with its row of the router.
+    linears stay packed; where their scales run across what goes, the rest is rounded anew. An expert of which no
+    channel is kept goes with its row of the router.
 
     Args:
         model: causal language model of a supported family, without adapters, on any device, also meta.
@@ -133,18 +133,18 @@ def _keep_entries_(module: nn.Module, name: str, index: Tensor) -> None:
     setattr(module, name, _sliced(parameter, 0, index.to(parameter.device)))
 
 
-def first_units(model: Any, widths: Architecture) -> list[tuple[Sequence[int], Sequence[int]]]:
+def first_units(whole: Architecture, widths: Architecture) -> list[tuple[Sequence[int], Sequence[int]]]:
     """The first units of each layer, as many as an architecture has: of the first experts the first channels.
 
     Args:
-        model: model that is at least as wide.
+        whole: architecture whose units are counted, at least as wide.
         widths: numbers of units.
     """  # [layers]
     kept: list[tuple[Sequence[int], Sequence[int]]] = []
-    for number, layer in enumerate(decoder_layers(model)):
-        channels = range(widths.channels_of_each(number))
-        first = (expert * layer.channels_of_each for expert in range(max(1, widths.num_experts(number))))
-        kept.append((range(widths.kv_groups[number]), [start + channel for start in first for channel in channels]))
+    for number, groups in enumerate(widths.kv_groups):
+        channels, each = range(widths.channels_of_each(number)), whole.channels_of_each(number)
+        starts = range(0, max(1, widths.num_experts(number)) * each, each)
+        kept.append((range(groups), [start + channel for start in starts for channel in channels]))
     return kept
 
 

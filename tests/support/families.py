@@ -15,8 +15,8 @@ from qpruner.quantization.apply import quantize_
 HIDDEN, LAYERS, FFN, VOCAB = 64, 3, 48, 100
 KEPT = [((0, 2, 3), (0, 1, *range(5, 40))), ((1,), tuple(range(3, 48, 2))), ((0, 1, 2, 3), (7,))]
 """A pruning of the default tiny model in which no two layers end equal."""
-DENSE = [family for family, anatomy in FAMILIES.items() if anatomy.mixture is None]
-MIXTURES = [family for family in FAMILIES if family not in DENSE]
+PLAIN = [family for family, anatomy in FAMILIES.items() if anatomy.mixture is None]
+MIXTURES = [family for family in FAMILIES if family not in PLAIN]
 """Families whose layers have one FFN, and those whose layers have experts."""
 
 EACH, TOP_K = 12, 2
@@ -60,7 +60,13 @@ EXPLICIT: dict[str, dict[str, Any]] = {
     "smollm3": {**SPECIAL, "head_dim": 16, "no_rope_layers": [1, 0, 1]},
     "olmo2": {**SPECIAL, "head_dim": 16, "rms_norm_eps": 1e-8},
     "mixtral": {"head_dim": 16, "sliding_window": 8, **EXPERTS},
-    "qwen3_moe": {**EXPERTS, "head_dim": 16, "intermediate_size": FFN, "moe_intermediate_size": EACH, "norm_topk_prob": True},
+    "qwen3_moe": {
+        **EXPERTS,
+        "head_dim": 16,
+        "intermediate_size": FFN,
+        "moe_intermediate_size": EACH,
+        "norm_topk_prob": True,
+    },
     "olmoe": {**SPECIAL, **EXPERTS, "rms_norm_eps": 1e-8},  # 64 / 8 = 8
     "gpt_oss": {
         **EXPERTS,
