@@ -547,7 +547,7 @@ class Experts(nn.ModuleList):
             top_k_weights: their weights, [N, k].
         """  # [N, hidden]
         total = torch.zeros_like(hidden_states)
-        for number in top_k_index.unique().tolist():
+        for number in sorted(set(top_k_index.flatten().tolist())):
             tokens, places = torch.where(top_k_index == number)
             given = self[number](hidden_states[tokens].unsqueeze(0)).squeeze(0)  # as one sequence
             weighted = given * top_k_weights[tokens, places].unsqueeze(1)

@@ -11,7 +11,7 @@ from transformers.models.auto.modeling_auto import MODEL_MAPPING_NAMES
 
 from qpruner import modeling_compressed
 from qpruner.anatomy import COMPRESSED, FAMILIES, Family, decoder_blocks, family_of
-from qpruner.anatomy.layers import num_experts
+from qpruner.anatomy.layers import has_module, num_experts
 from qpruner.experts import experts_to_linears_
 from qpruner.files import read_json
 from qpruner.precision import Precision
@@ -81,7 +81,8 @@ def compression_of(network: Any, config: Any) -> dict[str, Any]:
             f"{family.layers}.{number}.{path}": _attribute(network.get_submodule(f"{family.layers}.{number}"), path)
             for number, block in layers
             for path in family.widths
-            if _attribute(network.get_submodule(f"{family.layers}.{number}"), path) != _attribute(block, path)
+            if has_module(block, path.rpartition(".")[0])
+            and _attribute(network.get_submodule(f"{family.layers}.{number}"), path) != _attribute(block, path)
         },
         "layer_configs": {},
         "skeleton": {}

@@ -2,7 +2,8 @@
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -168,22 +169,30 @@ def attach_adapters(model: Any, config: LoRAConfig, *, seed: int) -> Any:
     names = target_linears(model, targets)
     if isinstance(targets, str) and targets.lower() == ALL_LINEAR:  # which is more to PEFT where tables are packed
         targets = sorted({name.rpartition(".")[2] for name in names})
+    has_experts = any(re.fullmatch(OF_EXPERTS, name) for name, _ in model.named_modules())
     lora = peft.LoraConfig(
         r=config.r,
         lora_alpha=config.alpha,
         lora_dropout=config.dropout,
         target_modules=targets if isinstance(targets, str) else list(targets),
-        exclude_modules=OF_EXPERTS if _has_experts(model) else None,
+        exclude_modules=OF_EXPERTS if has_experts else None,
         task_type=peft.TaskType.CAUSAL_LM,
     )
     # Every rank and every resumed run draws the same A, whatever was drawn before.
-    with torch.random.fork_rng(devices=[]):
+    naming = _of_unknown_type(model.config) if has_experts else nullcontext()
+    with torch.random.fork_rng(devices=[]), naming:
         torch.manual_seed(derive_seed(seed, "adapters"))
         return peft.get_peft_model(model, lora)
 
 
-def _has_experts(model: Any) -> bool:
-    return any(re.fullmatch(OF_EXPERTS, name) for name, _ in model.named_modules())
+@contextmanager
+def _of_unknown_type(config: Any) -> Iterator[None]:
+    """Meanwhile PEFT does not know the family, of whose FFNs it would take all linears for those of fused experts."""
+    config.model_type = f"qpruner_{config.model_type}"
+    try:
+        yield
+    finally:
+        del config.model_type
 
 
 def set_factors_(model: Any, factors: Mapping[str, tuple[torch.Tensor, torch.Tensor]]) -> None:

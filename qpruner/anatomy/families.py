@@ -240,9 +240,9 @@ def refuse_experts(model: Any, what: str, remedy: str) -> None:
     Raises:
         UserError: they have.
     """
-    family = FAMILIES.get(model.config.model_type.removeprefix(COMPRESSED))
-    if family is not None and family.mixture is not None:
-        raise UserError(f"{what} does not work on mixtures of experts, as {model.config.model_type} is. Use {remedy}.")
+    name = model.config.model_type.removeprefix(COMPRESSED)
+    if name in FAMILIES and FAMILIES[name].mixture is not None:
+        raise UserError(f"{what} does not work on mixtures of experts, as {name} is. Use {remedy}.")
 
 
 def family_of(config: Any) -> tuple[str, Family]:

@@ -50,13 +50,14 @@ def unit_paths(family: Family, experts: int) -> dict[str, tuple[str, ...]]:
 
 def num_experts(family: Family, block: nn.Module) -> int:
     """Number of experts of a layer; 0 where it has a plain FFN."""
-    if family.mixture is None or not _has(block, family.mixture.path):
+    if family.mixture is None or not has_module(block, family.mixture.path):
         return 0
     experts: Any = block.get_submodule(family.mixture.path)
     return len(experts)
 
 
-def _has(module: nn.Module, path: str) -> bool:
+def has_module(module: nn.Module, path: str) -> bool:
+    """Whether a module has another at a dotted path, as a layer has a router among others that have none."""
     for name in path.split("."):
         if name not in module._modules:
             return False

@@ -97,7 +97,10 @@ class _OtherExperts:
     def __call__(self, module: nn.Module, inputs: tuple[Tensor, ...], output: Any) -> tuple[Tensor, ...]:
         alive = self.alive = self.alive.to(inputs[0].device)
         narrow = copy(module)
-        narrow._parameters = {name: entries[alive] for name, entries in module.named_parameters(recurse=False)}
+        narrow._parameters = {
+            name: nn.Parameter(entries[alive], requires_grad=False)
+            for name, entries in module.named_parameters(recurse=False)
+        }
         logits, weights, places = narrow.forward(*inputs)
         return logits, weights, alive[places]
 

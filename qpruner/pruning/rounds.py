@@ -210,7 +210,9 @@ def describe(plan: CompressionPlan, before: Size, after: Size, asked: str, asked
         alone.append(f"layers {format_ranges(meant)}, as asked")
     if spared := [number for number in whole if number not in meant]:
         alone.append(f"layers {format_ranges(spared)}, whose units were worth more than those of others")
-    experts = f" in {_range(widths.experts)} of {_range(dense.experts)} experts" if any(dense.experts) else ""
+    of_experts = [pair for pair in zip(widths.experts, dense.experts, strict=True) if pair[1]]
+    kept_experts, all_experts = zip(*of_experts, strict=True) if of_experts else ((), ())
+    experts = f" in {_range(kept_experts)} of {_range(all_experts)} experts" if of_experts else ""
     return (
         f"Pruned {before.parameters:,} to {after.parameters:,} parameters, {before.num_bytes:,} to "
         f"{after.num_bytes:,} bytes: {1 - after.parameters / before.parameters:.2%} of all ({asked}), "

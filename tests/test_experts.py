@@ -4,12 +4,13 @@ import copy
 import json
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
 import transformers
 from safetensors.torch import load_file
+from support.calibration import calibration
 from support.families import (
     EACH,
     KEPT_EXPERTS,
@@ -25,6 +26,7 @@ from support.families import (
 from support.quantized import CPU
 from transformers import AutoModelForCausalLM
 
+from qpruner.adapters.lora import LoRAConfig, attach_adapters
 from qpruner.anatomy import (
     FAMILIES,
     architecture_of,
@@ -35,6 +37,7 @@ from qpruner.anatomy import (
     unit_parameters,
     unit_shapes,
 )
+from qpruner.calibration.gradients import gradient_sums
 from qpruner.errors import UserError
 from qpruner.experts import experts_to_linears_
 from qpruner.memory import num_parameters
@@ -44,10 +47,13 @@ from qpruner.outline import outline_of
 from qpruner.plan import DENSE, UNITS, Architecture, CompressionPlan, Precision
 from qpruner.precision import Leading
 from qpruner.pricing import average_bits, price
+from qpruner.pruning.criteria import Criterion
 from qpruner.pruning.masks import UnitMasks
 from qpruner.pruning.order import reorder_hidden_
+from qpruner.pruning.scores import score_units
 from qpruner.pruning.surgery import apply_pruning_, narrow_
 from qpruner.quantization.apply import quantize_
+from qpruner.quantization.bank import fill
 from qpruner.quantization.packed import PackedLinear
 
 each_mixture = pytest.mark.parametrize("family", MIXTURES)
@@ -351,3 +357,111 @@ def test_only_experts_in_use_are_unpacked(family: str, monkeypatch: pytest.Monke
             linears = [part for part in module.modules() if isinstance(part, PackedLinear)]
             assert len(linears) == 3
             assert {id(linear) in used for linear in linears} == {expert in chosen[number]}
+
+
+@each_mixture
+def test_a_token_multiplies_with_the_experts_that_it_is_sent_to(family: str) -> None:
+    plan = plan_of(family, "pruned")
+    priced = price(tiny_model(family), plan)
+    of_experts = sum(3 * 64 * channels for channels in plan.widths.ffn_channels)
+    met = 3 * 64 * 2 * (4 + 12 + 1)  # channels of two experts in each layer
+    assert priced.multiply_adds == priced.weights - of_experts + met
+    assert (
+        price(tiny_model("llama"), CompressionPlan.dense(architecture_of(tiny_config("llama")), None)).idle_weights == 0
+    )
+
+
+def test_adapters_are_on_attention_alone() -> None:
+    for family in MIXTURES:
+        model = tiny_model(family)
+        wrapped = attach_adapters(model, LoRAConfig(r=2), seed=0)
+        adapted = {name.partition(".lora_A")[0] for name, _ in wrapped.named_parameters() if ".lora_A" in name}
+        ends = {name.rpartition(".")[2] for name in adapted}
+        assert len(adapted) == 4 * LAYERS and ends == {"q_proj", "k_proj", "v_proj", "o_proj"}
+        assert wrapped.peft_config["default"].exclude_modules is not None
+    mixed = attach_adapters(tiny_model("qwen3_moe", mlp_only_layers=[1]), LoRAConfig(r=2), seed=0)
+    adapted = {name for name, _ in mixed.named_parameters() if ".lora_A" in name}
+    assert len(adapted) == 4 * LAYERS + 3  # and on the plain FFN, whose linears are called as those of experts
+    with pytest.raises(UserError, match="w1 match no linear"):
+        attach_adapters(tiny_model("mixtral"), LoRAConfig(r=2, target_modules=["w1"]), seed=0)
+
+
+@each_mixture
+def test_a_bank_holds_experts_and_assembles_plans(family: str) -> None:
+    model, plan = tiny_model(family), plan_of(family, "packed")
+    plan = plan.with_precision([layer.precision for layer in plan.layers])  # tables stay dense
+    fresh = copy.deepcopy(model)
+    quantize_(fresh, plan, None, device=CPU)
+    bank = fill(model, (NF4, INT8, AFFINE), None, device=CPU)
+    bank.assemble_(model, plan)
+    assert all(
+        torch.equal(*pair) for pair in zip(model.state_dict().values(), fresh.state_dict().values(), strict=True)
+    )
+
+
+@each_mixture
+def test_gradients_are_those_of_autograd_also_of_experts_without_tokens(family: str) -> None:
+    model, tokens = tiny_model(family).requires_grad_(False), random_tokens(3, 5)
+    linears = {
+        f"{number}.{name}": linear
+        for number, layer in enumerate(decoder_layers(model))
+        for name, linear in layer.linears.items()
+    }
+    seen: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
+
+    def consume(name: str, gradient: torch.Tensor, squared: torch.Tensor | None) -> torch.Tensor:
+        assert squared is not None
+        seen[name] = gradient, squared
+        return gradient.double().flatten()[:1]
+
+    gradient_sums(model, linears, calibration(3, tokens), consume, sizes=dict.fromkeys(linears, 1), per_sequence=True)
+    weights = [linear.weight.requires_grad_() for linear in linears.values()]
+    expected = [torch.zeros_like(weight) for weight in weights], [torch.zeros_like(weight) for weight in weights]
+    for sequence in tokens.split(1):
+        logits = model(input_ids=sequence, use_cache=False).logits
+        loss = torch.nn.functional.cross_entropy(logits[0, :-1], sequence[0, 1:])
+        for place, found in enumerate(torch.autograd.grad(loss, weights, allow_unused=True)):
+            if found is not None:
+                expected[0][place].add_(found / len(tokens))
+                expected[1][place].add_(found.square() / len(tokens))
+    for name, gradient, squared in zip(linears, *expected, strict=True):
+        torch.testing.assert_close(seen[name][0], gradient, rtol=1e-3, atol=1e-5)
+        torch.testing.assert_close(seen[name][1], squared, rtol=1e-3, atol=1e-5)
+
+
+@each_mixture
+def test_experts_score_by_the_tokens_that_reach_them(family: str) -> None:
+    """The gates of a sequence's channels, by autograd; an expert that no token reaches scores nothing."""
+    model, tokens = tiny_model(family).requires_grad_(False), random_tokens(4, 5)
+    downs = [part.linear for layer in decoder_layers(model) for part in layer.outputs[1:]]
+    squares = [torch.zeros(EACH) for _ in downs]
+    for sequence in tokens.split(1):
+        gates = [torch.ones(EACH, requires_grad=True) for _ in downs]
+        handles = [
+            down.register_forward_pre_hook(lambda _, inputs, gate=gate: (inputs[0] * gate,))
+            for down, gate in zip(downs, gates, strict=True)
+        ]
+        logits = model(input_ids=sequence, use_cache=False).logits
+        loss = torch.nn.functional.cross_entropy(logits[0, :-1], sequence[0, 1:])
+        for place, found in enumerate(torch.autograd.grad(loss, gates, allow_unused=True)):
+            if found is not None:
+                squares[place] += found.square() / len(tokens)
+        for handle in handles:
+            handle.remove()
+    scores = score_units(model, "fisher", "sum", calibration(2, tokens), seed=0)
+    found = torch.cat([score.ffn_channels for score in scores]).float()
+    torch.testing.assert_close(found, torch.cat(squares), rtol=1e-3, atol=1e-6)
+    for criterion in get_args(Criterion):
+        if criterion == "reconstruction":
+            with pytest.raises(UserError, match="'reconstruction' does not work on mixtures of experts"):
+                score_units(model, criterion, "sum", calibration(2, tokens), seed=0)
+        else:
+            scores = score_units(model, criterion, "sum", calibration(2, tokens), seed=0)
+            assert [(len(score.kv_groups), len(score.ffn_channels)) for score in scores] == [(4, 48)] * LAYERS
+            assert all((part >= 0).all() for score in scores for part in (score.kv_groups, score.ffn_channels))
+
+
+def test_a_mixture_fluctuates_as_one_weight() -> None:
+    model = tiny_model("mixtral").requires_grad_(False)
+    scores = score_units(model, "flap", "sum", calibration(2), seed=0)[0].ffn_channels.view(4, EACH)
+    assert len({round(float(total), 3) for total in scores.sum(1)}) == 4  # each by itself they would all be alike
