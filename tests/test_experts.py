@@ -23,7 +23,7 @@ from support.families import (
     tiny_config,
     tiny_model,
 )
-from support.quantized import CPU
+from support.quantized import CPU, equal, settings
 from transformers import AutoModelForCausalLM
 
 from qpruner.adapters.lora import LoRAConfig, attach_adapters
@@ -33,11 +33,14 @@ from qpruner.anatomy import (
     decoder_layers,
     expert_parameters,
     num_linear_parameters,
+    refuse_experts,
     unit_linears,
     unit_parameters,
     unit_shapes,
 )
 from qpruner.calibration.gradients import gradient_sums
+from qpruner.callbacks import LoRAGuidedPruning, MixedPrecisionQuantization, StructuredPruning
+from qpruner.callbacks.compression import Rehearsal
 from qpruner.errors import UserError
 from qpruner.experts import experts_to_linears_
 from qpruner.memory import num_parameters
@@ -47,13 +50,15 @@ from qpruner.outline import outline_of
 from qpruner.plan import DENSE, UNITS, Architecture, CompressionPlan, Precision
 from qpruner.precision import Leading
 from qpruner.pricing import average_bits, price
+from qpruner.pruning.compensation import compensate_, describe, places_among, shared_copy
 from qpruner.pruning.criteria import Criterion
 from qpruner.pruning.masks import UnitMasks
 from qpruner.pruning.order import reorder_hidden_
 from qpruner.pruning.scores import score_units
 from qpruner.pruning.surgery import apply_pruning_, narrow_
-from qpruner.quantization.apply import quantize_
+from qpruner.quantization.apply import LoftQSettings, linear_precisions, quantize_
 from qpruner.quantization.bank import fill
+from qpruner.quantization.calibrated_inputs import CalibratedConfig
 from qpruner.quantization.packed import PackedLinear
 
 each_mixture = pytest.mark.parametrize("family", MIXTURES)
@@ -387,16 +392,18 @@ def test_adapters_are_on_attention_alone() -> None:
 
 
 @each_mixture
-def test_a_bank_holds_experts_and_assembles_plans(family: str) -> None:
-    model, plan = tiny_model(family), plan_of(family, "packed")
-    plan = plan.with_precision([layer.precision for layer in plan.layers])  # tables stay dense
+@pytest.mark.parametrize("start", [settings(), None], ids=["LoftQ", "plain"])
+def test_a_bank_holds_experts_and_assembles_plans(family: str, start: LoftQSettings | None) -> None:
+    model, plan = tiny_model(family), dense_plan(family).with_precision(MIXED)
     fresh = copy.deepcopy(model)
-    quantize_(fresh, plan, None, device=CPU)
-    bank = fill(model, (NF4, INT8, AFFINE), None, device=CPU)
-    bank.assemble_(model, plan)
-    assert all(
-        torch.equal(*pair) for pair in zip(model.state_dict().values(), fresh.state_dict().values(), strict=True)
-    )
+    factors = quantize_(fresh, plan, start, device=CPU)
+    assert factors.keys() == ({name for name in linear_precisions(fresh, plan) if "attn" in name} if start else set())
+    bank = fill(model, (NF4, INT8, AFFINE), start, device=CPU)
+    assembled = bank.assemble_(model, plan)
+    assert assembled.keys() == factors.keys() and equal(assembled, factors)
+    expected = fresh.state_dict()
+    assert model.state_dict().keys() == expected.keys()
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in model.state_dict().items())
 
 
 @each_mixture
@@ -465,3 +472,33 @@ def test_a_mixture_fluctuates_as_one_weight() -> None:
     model = tiny_model("mixtral").requires_grad_(False)
     scores = score_units(model, "flap", "sum", calibration(2), seed=0)[0].ffn_channels.view(4, EACH)
     assert len({round(float(total), 3) for total in scores.sum(1)}) == 4  # each by itself they would all be alike
+
+
+def test_what_does_not_know_experts_says_what_does() -> None:
+    model = tiny_model("mixtral")
+    rehearsal = Rehearsal(tiny_model("mixtral"), LoRAConfig())
+    with pytest.raises(UserError, match=r"LoRAGuidedPruning.* as mixtral is\. Use StructuredPruning\."):
+        LoRAGuidedPruning(0.2).check(rehearsal)
+    with pytest.raises(UserError, match=r"calibrated does not work on mixtures .* leave calibrated out"):
+        MixedPrecisionQuantization(bits=[4, 4, 4], calibrated=CalibratedConfig()).check(rehearsal)
+    with pytest.raises(UserError, match="The criterion 'reconstruction'.* Use another, such as fisher"):
+        StructuredPruning(0.2, "reconstruction").check(rehearsal)
+    with pytest.raises(UserError, match="joint does not work on mixtures"):
+        refuse_experts(model, "joint", "another")
+    refuse_experts(tiny_model("llama"), "joint", "another")
+
+
+@each_mixture
+def test_compensation_changes_attention_and_leaves_experts(family: str) -> None:
+    dense = tiny_model(family).requires_grad_(False)
+    model = shared_copy(dense)
+    plan = dense_plan(family)
+    narrow_(model, KEPT_EXPERTS)
+    before = {name: parameter.clone() for name, parameter in model.named_parameters()}
+    text = calibration(2, random_tokens(48, 16))
+    fits = compensate_(model, dense, places_among(plan, plan.keeping(KEPT_EXPERTS)), text, "sequential")
+    assert list(fits) == ["0.o", "1.o", "2.o"] and fits["1.o"].change is not None
+    changed = {name for name, parameter in model.named_parameters() if not torch.equal(parameter, before[name])}
+    assert "model.layers.1.self_attn.o_proj.weight" in changed
+    assert all("o_proj" in name for name in changed)
+    assert describe(fits, 768).endswith("; experts stay as they are.")

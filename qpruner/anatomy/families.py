@@ -6,7 +6,8 @@ projections, add its line to `FAMILIES`:
     "llama": Family("LlamaForCausalLM", "LlamaConfig"),
 
 and, where the family differs, the fields of `Family` that say so: other names, norms and biases; projections that are
-stacked in one linear (`fused`); norms over all heads (``wide_norms``); widths that its modules remember (``widths``).
+stacked in one linear (`fused`); norms over all heads (``wide_norms``); experts (``mixture``); widths that its modules
+remember (``widths``).
 The tests run over the whole table; a tiny configuration of the family goes to ``EXPLICIT`` of
 ``tests/support/families.py``.
 """
