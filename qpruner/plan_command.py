@@ -36,7 +36,8 @@ def show_plan(plan: CompressionPlan) -> None:
         [
             str(number),
             f"{len(layer.kv_groups)} of {dense.kv_groups[number]}{_order(layer.kv_groups)}",
-            f"{len(layer.ffn_channels)} of {dense.ffn_channels[number]}{_order(layer.ffn_channels)}",
+            f"{len(layer.ffn_channels)} of {dense.ffn_channels[number]}{_experts(plan, number)}"
+            f"{_order(layer.ffn_channels)}",
             *(str(layer.precision[unit]) for unit in UNITS),
         ]
         for number, layer in enumerate(plan.layers)
@@ -44,6 +45,11 @@ def show_plan(plan: CompressionPlan) -> None:
     print(f"A plan for a {dense.model_type} of {dense.num_layers} layers, hidden size {dense.hidden_size}.")
     print(f"Embedding {plan.embedding}, head {plan.head}." + _order_of_hidden(plan) + "\n")
     print(markdown_table(["layer", "KV groups", "FFN channels", *UNITS], rows))
+
+
+def _experts(plan: CompressionPlan, number: int) -> str:
+    experts = plan.architecture.num_experts(number)
+    return f" in {plan.widths.num_experts(number)} of {experts} experts" if experts else ""
 
 
 def _order(units: Sequence[int]) -> str:

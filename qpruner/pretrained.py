@@ -14,6 +14,7 @@ import torch
 from qpruner.anatomy import decoder_blocks, is_compressible
 from qpruner.conv1d import conv1d_to_linear_
 from qpruner.errors import UserError
+from qpruner.experts import experts_to_linears_
 from qpruner.files import hash_file, hash_json, read_json, write_json
 from qpruner.loading_info import (
     check_architecture,
@@ -307,7 +308,7 @@ def _load(
         drop_quantization(model.config)
     elif (local := _local_folder(name)) is not None:
         check_number_formats(name, model, weight_files(local))
-    return conv1d_to_linear_(model), left_out
+    return experts_to_linears_(conv1d_to_linear_(model)), left_out
 
 
 def _holds_codes(name: str, config: Any) -> bool:

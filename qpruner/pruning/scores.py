@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qpruner.anatomy import Coupled, by_linear, decoder_layers, unit_parameters
+from qpruner.anatomy import Coupled, by_linear, decoder_blocks, decoder_layers, refuse_experts, unit_parameters
 from qpruner.calibration.gates import squared_gate_gradients
 from qpruner.calibration.gradients import gradient_sums
 from qpruner.calibration.gram import MASSIVE_POSITIONS, Gram, input_grams
@@ -62,6 +62,7 @@ def score_units(
     Raises:
         UserError: a score is not finite; see also `gradient_sums` and `input_grams`.
     """
+    check_criterion(model, criterion)
     match criterion:
         case "fisher" | "flap" | "reconstruction":
             assert calibration is not None
@@ -79,9 +80,22 @@ def score_units(
         return aggregate([scores[f"{number}.{part.name}"] for part in parts], how)
 
     return [
-        LayerScores(together(number, layer.group_weights), together(number, layer.channel_weights))
+        LayerScores(
+            together(number, layer.group_weights),
+            torch.cat([together(number, parts) for parts in layer.channel_weights_of_each]),
+        )
         for number, layer in enumerate(layers)
     ]
+
+
+def check_criterion(model: Any, criterion: Criterion) -> None:
+    """Makes sure that the units of a model can be scored by a criterion.
+
+    Raises:
+        UserError: a mixture of experts, by ``reconstruction``.
+    """
+    if criterion == "reconstruction":
+        refuse_experts(model, f"The criterion {criterion!r}", "another, such as fisher")
 
 
 def needs_text(criterion: Criterion) -> bool:
@@ -98,18 +112,24 @@ def _check_finite(criterion: Criterion, scores: dict[str, Tensor]) -> None:
 
 
 def _outputs(model: Any) -> dict[str, Coupled]:
-    """The projections that have their units' columns: o and down of each layer, in turn."""
+    """The projections that have their units' columns: o and down of each layer, or of each of its experts, in turn."""
     return {
-        f"{number}.{part.name}": part
-        for number, layer in enumerate(decoder_layers(model))
-        for part in (*layer.group_weights, *layer.channel_weights)
-        if part.axis == 1
+        f"{number}.{part.name}": part for number, layer in enumerate(decoder_layers(model)) for part in layer.outputs
     }
 
 
+def _by_layer(model: Any, scores: dict[str, Tensor]) -> list[LayerScores]:
+    """What was found of each of `_outputs`, layer by layer."""
+    layers = []
+    for number, layer in enumerate(decoder_layers(model)):
+        of_groups, *of_channels = (scores[f"{number}.{part.name}"] for part in layer.outputs)
+        layers.append(LayerScores(of_groups, torch.cat(of_channels)))
+    return layers
+
+
 def _fisher(model: Any, calibration: Calibration) -> list[LayerScores]:
-    scores = {name: score.cpu() for name, score in squared_gate_gradients(model, _outputs(model), calibration).items()}
-    return [LayerScores(scores[f"{number}.o"], scores[f"{number}.down"]) for number in range(len(scores) // 2)]
+    scores = squared_gate_gradients(model, _outputs(model), calibration)
+    return _by_layer(model, {name: score.cpu() for name, score in scores.items()})
 
 
 def _reconstruction(model: Any, calibration: Calibration) -> list[LayerScores]:
@@ -130,21 +150,22 @@ def _flap(model: Any, calibration: Calibration) -> list[LayerScores]:
     Here steps compete by score per parameter, so that scores are multiplied by parameters; and scores are at least 0,
     so that all are shifted by the lowest. Neither changes the ranking.
     """
-    parts = _outputs(model)
-    variances = input_variances(model, {name: part.linear for name, part in parts.items()}, calibration)
-
-    def deviation(name: str, part: Coupled) -> Tensor:
-        with opened(model, part.linear):
-            return fluctuation(part, variances[name].to(part.linear.weight.device)).cpu()
-
-    deviations = {name: deviation(name, part) for name, part in parts.items()}
+    variances = input_variances(model, {name: part.linear for name, part in _outputs(model).items()}, calibration)
+    layers, blocks, deviations = decoder_layers(model), decoder_blocks(model), {}
+    for number, (block, layer) in enumerate(zip(blocks, layers, strict=True)):
+        o, *downs = layer.outputs
+        for kind, parts in (("o", [o]), ("down", downs)):
+            home = parts[0].linear.weight.device
+            of_parts = [variances[f"{number}.{part.name}"].to(home) for part in parts]
+            with opened(model, block):
+                deviations[f"{number}.{kind}"] = fluctuation(parts, of_parts).cpu()
     _check_finite("flap", deviations)
     lowest = torch.cat([*deviations.values()]).min()
     return [
         LayerScores(
             (deviations[f"{number}.o"] - lowest) * of_group, (deviations[f"{number}.down"] - lowest) * of_channel
         )
-        for number, (of_group, of_channel) in enumerate(map(unit_parameters, decoder_layers(model)))
+        for number, (of_group, of_channel) in enumerate(map(unit_parameters, layers))
     ]
 
 
