@@ -154,8 +154,7 @@ COMPRESSIONS: dict[str, Callable[[], list[Any]]] = {
 }
 
 
-@pytest.mark.parametrize("name", COMPRESSIONS)
-@pytest.mark.parametrize("dtype", ["auto", "bfloat16"])
+@pytest.mark.parametrize(("name", "dtype"), [*((name, "auto") for name in COMPRESSIONS), ("sequential", "bfloat16")])
 def test_a_fit_makes_the_same_of_it(
     tmp_path: Path, tiny_llama: Path, stories: StoriesDataModule, name: str, dtype: Any
 ) -> None:
