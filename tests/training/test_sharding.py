@@ -111,6 +111,25 @@ def test_two_ranks_fit_a_split_model_as_a_whole_one(name: str, tiny_llama: Path,
         torch.testing.assert_close(other[key], one[key], rtol=1e-3, atol=1e-5)
 
 
+@pytest.mark.slow
+def test_each_goes_on_from_a_checkpoint_of_the_other(tiny_llama: Path, tmp_path: Path) -> None:
+    base, variant = str(tiny_llama), VARIANTS["tables"]
+    longer = {**variant, "trainer": {"max_steps": 8}}
+
+    def work(rank: int) -> list[Any]:
+        kinds = {"ddp": DDPStrategy, "fsdp2": ShardedStrategy}
+        for name, kind in kinds.items():
+            fit(base, tmp_path / name, kind(), variant)
+        return [
+            fit(base, tmp_path / f"{first} {then}", kinds[then](), longer, tmp_path / first / "last.ckpt")["losses"]
+            for first in kinds
+            for then in kinds
+        ]
+
+    (losses, *others), _ = on_two_ranks(work, tmp_path)
+    assert len(losses) == 4 and all(other == pytest.approx(losses, rel=1e-5) for other in others)
+
+
 def floats(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {name: tensor.float() for name, tensor in tensors.items()}
 
