@@ -77,4 +77,5 @@ def fit(
     )  # fmt: skip
     trainer.fit(module, datamodule=data, ckpt_path=ckpt_path, weights_only=True)
     metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
-    return {"losses": watch.losses, "bytes": watch.bytes, "metrics": metrics}
+    inference = trainer.fit_loop.epoch_loop.val_loop.inference_mode, trainer.test_loop.inference_mode
+    return {"losses": watch.losses, "bytes": watch.bytes, "metrics": metrics, "inference_mode": any(inference)}

@@ -101,6 +101,7 @@ def test_two_ranks_fit_a_split_model_as_a_whole_one(name: str, tiny_llama: Path,
         assert split["metrics"].keys() == expected["metrics"].keys() >= {"val/loss", "val/accuracy"}
         assert split["metrics"] == pytest.approx(expected["metrics"], rel=1e-5)
         assert split["bytes"] < 0.6 * expected["bytes"]
+        assert not split["inference_mode"]  # by which Lightning would evaluate on GPUs
     assert sum(results["fsdp2"]["bytes"] for results in both) == both[0]["ddp"]["bytes"]
     places = [tmp_path / strategy for strategy in ("ddp", "fsdp2")]
     base, adapter = "model/model.safetensors", "model/adapter/adapter_model.safetensors"
