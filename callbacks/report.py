@@ -13,7 +13,8 @@ from qpruner.callbacks.compression import Compression, CompressionInTraining
 from qpruner.callbacks.quantization import MixedPrecisionQuantization
 from qpruner.compressed import State
 from qpruner.datamodules.base import TokenDataModule
-from qpruner.memory import num_parameters, peak_meaning, read_peak, reset_peak, tensor_bytes
+from qpruner.errors import UserError
+from qpruner.memory import num_parameters, peak_meaning, place_, read_peak, reset_peak, tensor_bytes
 from qpruner.records.allocation_report import allocation_figure, allocation_section
 from qpruner.records.folder import RunFolder
 from qpruner.records.manifest import record_session
@@ -22,6 +23,7 @@ from qpruner.records.report import Stage, Summary, tasks_figure
 from qpruner.training.evaluation import evaluate
 from qpruner.training.finite import NotFinite
 from qpruner.training.module import LoRAFinetuner
+from qpruner.training.sharding import is_sharded, splits
 
 
 class ResultNotFinite(NotFinite):
@@ -173,7 +175,7 @@ class RunReport(Callback):
         device = trainer.strategy.root_device
         reset_peak(device)
         results: dict[str, float] = {}
-        if data.has("test"):
+        if data.has("test") and self._has_room(trainer, module, name):
             rank_zero_info(f"Evaluating the {name} model on the test split.")
             results = evaluate(
                 module.model,
@@ -188,6 +190,20 @@ class RunReport(Callback):
         size = num_parameters(module.model), tensor_bytes(module.model)
         bits = module.compressed.average_bits
         return Stage(name, *size, bits, results, seconds, peak_training, read_peak(device))
+
+    def _has_room(self, trainer: Trainer, module: LoRAFinetuner, name: str) -> bool:
+        """Whether a model that is yet to be split fits on each device; whole ones are left to the evaluation."""
+        if not splits(trainer.strategy) or is_sharded(module.model):
+            return True
+        device, lacks = trainer.strategy.root_device, None
+        try:
+            place_(module.model, device)
+        except UserError as error:
+            lacks = str(error)
+        fits = trainer.strategy.reduce(torch.tensor(float(lacks is None), device=device), reduce_op="min")
+        if not fits:
+            rank_zero_info(f"The {name} model is not evaluated as long as it is not split. {lacks or ''}")
+        return bool(fits)
 
     def _add(self, trainer: Trainer, stage: Stage) -> None:
         """Puts a stage into the summary."""

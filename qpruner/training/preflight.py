@@ -143,9 +143,9 @@ def check_callbacks(trainer: Trainer, callbacks: Sequence[Callback]) -> None:
         for unfit, why in UNFIT.items():
             if isinstance(callback, unfit):
                 raise UserError(f"trainer.callbacks has {name}, which {why}. Leave it out.")
-        if splits(trainer.strategy) and (why := getattr(callback, "needs_whole_model", None)):
+        if splits(trainer.strategy) and (needs := getattr(callback, "needs_whole_model", None)):
             raise UserError(
-                f"trainer.callbacks has {name}, which {why}, and --trainer.strategy {FSDP2} splits the model among "
+                f"trainer.callbacks has {name}, which {needs}, and --trainer.strategy {FSDP2} splits the model among "
                 f"devices. Use ddp, or leave the callback out."
             )
         if isinstance(callback, NEEDS_LOGGER) and not trainer.loggers:

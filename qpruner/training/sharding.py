@@ -13,7 +13,7 @@ from datetime import timedelta
 from typing import Any, Self
 
 import torch
-from lightning.fabric.plugins.collectives.torch_collective import default_pg_timeout
+from lightning.pytorch import Trainer
 from lightning.pytorch.strategies import (
     DeepSpeedStrategy,
     FSDPStrategy,
@@ -22,6 +22,7 @@ from lightning.pytorch.strategies import (
     Strategy,
 )
 from torch import Tensor, nn
+from torch.distributed.constants import default_pg_timeout
 from torch.optim import Optimizer
 
 from qpruner.anatomy.layers import decoder_blocks
@@ -39,6 +40,7 @@ class ShardedStrategy(ModelParallelStrategy):
 
     Callbacks compress the base as a whole, on all processes as with DDP; what comes of it is kept, then split. A
     checkpoint is one file, whole adapters and their optimizer's state, as other strategies write it and read it.
+    Evaluation is without gradients and not in inference mode, whatever the Trainer was given.
 
     Args:
         process_group_backend: backend of torch.distributed; by default that of the devices.
@@ -60,7 +62,7 @@ class ShardedStrategy(ModelParallelStrategy):
         """The strategy that does what Lightning's own leaves to a module.
 
         Raises:
-            UserError: linears themselves are to be split, or each device is to write a part of the checkpoint.
+            UserError: linears themselves are to be split.
         """
         if given._tensor_parallel_size not in ("auto", 1):
             raise UserError(
@@ -72,6 +74,13 @@ class ShardedStrategy(ModelParallelStrategy):
     def setup_environment(self) -> None:
         self._data_parallel_size = self.num_nodes * self.num_processes
         super().setup_environment()
+
+    def setup(self, trainer: Trainer) -> None:
+        # Layers that were gathered in inference mode, as for the first validation, could not be trained.
+        loops = trainer.fit_loop.epoch_loop.val_loop, trainer.validate_loop, trainer.test_loop, trainer.predict_loop
+        for loop in loops:
+            loop.inference_mode = False
+        super().setup(trainer)
 
     def shard_(self, network: nn.Module) -> None:
         """Splits a model, see `shard_`, unless it is split already."""

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
 
 from qpruner.processes import Processes
@@ -69,6 +70,7 @@ def on_two_ranks(work: Callable[[int], Any], folder: Path) -> list[Any]:
         os.environ.update(
             MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2"
         )
+        rank_zero_only.rank = rank  # as Lightning sets it when it is imported
         torch.save(work(rank), folder / f"{rank}.pt")
         if dist.is_initialized():
             dist.destroy_process_group()

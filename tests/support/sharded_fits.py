@@ -43,7 +43,9 @@ class Watch(Callback):
         self.losses.append(float(outputs["loss"]))
 
 
-def fit(base: str, folder: Path, strategy: Any, variant: dict[str, Any]) -> dict[str, Any]:
+def fit(
+    base: str, folder: Path, strategy: Any, variant: dict[str, Any], ckpt_path: Path | None = None
+) -> dict[str, Any]:
     """A fit of four steps on two ranks, and what this one saw of it.
 
     Args:
@@ -51,6 +53,7 @@ def fit(base: str, folder: Path, strategy: Any, variant: dict[str, Any]) -> dict
         folder: folder that gets the model and ``last.ckpt``.
         strategy: strategy of the Trainer.
         variant: options of the callback that quantizes, the module and the Trainer; see `VARIANTS`.
+        ckpt_path: checkpoint that it goes on from.
     """
     options = {"lora": LoRAConfig(r=3, dropout=0.1), "optimizer": OptimizerConfig(lr=0.01, schedule="constant")}
     module = LoRAFinetuner(base=base, seed=3, **options | variant.get("module", {}))
@@ -72,6 +75,7 @@ def fit(base: str, folder: Path, strategy: Any, variant: dict[str, Any]) -> dict
             watch,
         ],
     )  # fmt: skip
-    trainer.fit(module, datamodule=data)
+    trainer.fit(module, datamodule=data, ckpt_path=ckpt_path, weights_only=True)
     metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
-    return {"losses": watch.losses, "bytes": watch.bytes, "metrics": metrics}
+    inference = trainer.fit_loop.epoch_loop.val_loop.inference_mode, trainer.test_loop.inference_mode
+    return {"losses": watch.losses, "bytes": watch.bytes, "metrics": metrics, "inference_mode": any(inference)}

@@ -14,9 +14,12 @@ from support.sharded_fits import VARIANTS, fit
 
 from qpruner.adapters.lora import LoRAConfig
 from qpruner.anatomy.layers import decoder_blocks
+from qpruner.callbacks import MixedPrecisionQuantization, report
+from qpruner.datamodules import StoriesDataModule
 from qpruner.errors import UserError
 from qpruner.likelihood import causal_model, token_nll
 from qpruner.plan import Precision
+from qpruner.runs.run import Run
 from qpruner.training.optimization import OptimizerConfig
 from qpruner.training.sharding import ShardedStrategy, is_sharded, part_of, shard_, strategy_of, whole
 
@@ -98,6 +101,7 @@ def test_two_ranks_fit_a_split_model_as_a_whole_one(name: str, tiny_llama: Path,
         assert split["metrics"].keys() == expected["metrics"].keys() >= {"val/loss", "val/accuracy"}
         assert split["metrics"] == pytest.approx(expected["metrics"], rel=1e-5)
         assert split["bytes"] < 0.6 * expected["bytes"]
+        assert not split["inference_mode"]  # by which Lightning would evaluate on GPUs
     assert sum(results["fsdp2"]["bytes"] for results in both) == both[0]["ddp"]["bytes"]
     places = [tmp_path / strategy for strategy in ("ddp", "fsdp2")]
     base, adapter = "model/model.safetensors", "model/adapter/adapter_model.safetensors"
@@ -108,8 +112,50 @@ def test_two_ranks_fit_a_split_model_as_a_whole_one(name: str, tiny_llama: Path,
         torch.testing.assert_close(other[key], one[key], rtol=1e-3, atol=1e-5)
 
 
+@pytest.mark.slow
+def test_each_goes_on_from_a_checkpoint_of_the_other(tiny_llama: Path, tmp_path: Path) -> None:
+    base, variant = str(tiny_llama), VARIANTS["tables"]
+    longer = {**variant, "trainer": {"max_steps": 8}}
+
+    def work(rank: int) -> list[Any]:
+        kinds = {"ddp": DDPStrategy, "fsdp2": ShardedStrategy}
+        for name, kind in kinds.items():
+            fit(base, tmp_path / name, kind(), variant)
+        return [
+            fit(base, tmp_path / f"{first} {then}", kinds[then](), longer, tmp_path / first / "last.ckpt")["losses"]
+            for first in kinds
+            for then in kinds
+        ]
+
+    (losses, *others), _ = on_two_ranks(work, tmp_path)
+    assert len(losses) == 4 and all(other == pytest.approx(losses, rel=1e-5) for other in others)
+
+
 def floats(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {name: tensor.float() for name, tensor in tensors.items()}
+
+
+def test_a_stage_that_no_device_has_room_for_is_measured_once_it_is_split(
+    tiny_llama: Path, stories: StoriesDataModule, tmp_path: Path
+) -> None:
+    """Whichever device it is that has no room for the whole model."""
+    stories.prepare_data()
+
+    def refuse(*_: Any) -> None:
+        raise UserError("There is no room.")
+
+    def work(rank: int) -> list[tuple[str, bool]]:
+        if rank == 1:
+            report.place_ = refuse
+        options = {"accelerator": "cpu", "devices": 2, "strategy": "fsdp2", "max_steps": 1, "limit_val_batches": 0,
+                   "enable_progress_bar": False, "enable_model_summary": False, "logger": False}  # fmt: skip
+        data = stories.for_another_trainer()
+        run = Run(tmp_path / "run", finetuner(tiny_llama), data, [MixedPrecisionQuantization([8, 4])], options)
+        run.fit()
+        return [(stage.name, bool(stage.results)) for stage in run.summary.stages]
+
+    stages, _ = on_two_ranks(work, tmp_path)
+    assert stages == [("dense", False), ("quantized", False), ("quantized + LoftQ", True), ("recovered", True)]
 
 
 @pytest.mark.parametrize("given", ["fsdp", "fsdp_cpu_offload", "deepspeed_stage_3"])
