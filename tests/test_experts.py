@@ -55,11 +55,14 @@ from qpruner.pruning.criteria import Criterion
 from qpruner.pruning.masks import UnitMasks
 from qpruner.pruning.order import reorder_hidden_
 from qpruner.pruning.scores import score_units
+from qpruner.pruning.selection import SelectionConfig
 from qpruner.pruning.surgery import apply_pruning_, narrow_
 from qpruner.quantization.apply import LoftQSettings, linear_precisions, quantize_
 from qpruner.quantization.bank import fill
 from qpruner.quantization.calibrated_inputs import CalibratedConfig
 from qpruner.quantization.packed import PackedLinear
+from qpruner.search.parts import Structures
+from qpruner.search.structure import StructureConfig
 
 each_mixture = pytest.mark.parametrize("family", MIXTURES)
 WHOLE = tuple(range(4 * EACH))
@@ -483,6 +486,8 @@ def test_what_does_not_know_experts_says_what_does() -> None:
         MixedPrecisionQuantization(bits=[4, 4, 4], calibrated=CalibratedConfig()).check(rehearsal)
     with pytest.raises(UserError, match="The criterion 'reconstruction'.* Use another, such as fisher"):
         StructuredPruning(0.2, "reconstruction").check(rehearsal)
+    with pytest.raises(UserError, match=r"search\.structure does not work on mixtures .* leave search\.structure out"):
+        Structures(model, dense_plan("mixtral"), StructureConfig(), SelectionConfig(), LoRAConfig())
     with pytest.raises(UserError, match="joint does not work on mixtures"):
         refuse_experts(model, "joint", "another")
     refuse_experts(tiny_model("llama"), "joint", "another")
