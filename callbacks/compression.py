@@ -236,8 +236,8 @@ class CompressionInTraining(Compression):
 
     leaves: ClassVar[str]
     """What the base is at the end of the fit, as its stage is named."""
-    needs_whole_model: ClassVar[str]
-    """Why the model must not be split among devices."""
+    needs_whole_model: ClassVar[str | None] = None
+    """Why the model must not be split among devices; None where it may be."""
 
     def begin(self, trainer: Trainer, pl_module: LightningModule) -> HoldsModel:
         check_callbacks(trainer, [self])  # a fit without a run has not done so before

@@ -2,7 +2,8 @@
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +14,9 @@ from qpruner.errors import UserError, brief, check_ranges
 from qpruner.seeds import derive_seed
 
 ALL_LINEAR = "all-linear"
-"""What stands in place of names for every linear but the language-model head."""
+"""What stands in place of names for every linear but the language-model head, and but those of experts."""
+OF_EXPERTS = r".*\.experts\.\d+\..*"
+"""Names of linears of experts, which get no adapters: there are hundreds, and each sees few tokens of a batch."""
 
 
 @dataclass(frozen=True)
@@ -26,7 +29,8 @@ class LoRAConfig:
         dropout: probability with which an input of the adapters is zeroed in training, in [0, 1).
         target_modules: the linears that get adapters: ends of their names, such as ``q_proj``; a regular expression
             for the whole of a name; or ``all-linear``, all but the language-model head. What their names are depends on
-            the family: ``q_proj`` of a Llama is a part of ``qkv_proj`` in a Phi-3 and of ``c_attn`` in a GPT-2.
+            the family: ``q_proj`` of a Llama is a part of ``qkv_proj`` in a Phi-3 and of ``c_attn`` in a GPT-2. The
+            experts of a mixture get none.
         pooled: whether an adapter adds the same number to all weights of a group, so that `qpruner merge --packed`
             folds it into the group's minimum and the model stays packed (QA-LoRA). All linears with adapters are then
             held in the format ``affine``, and the adapters start from zero.
@@ -68,6 +72,8 @@ def is_target(name: str, targets: Sequence[str] | str) -> bool:
         name: name of the linear in the model.
         targets: linears that get adapters, as ``target_modules`` of `LoRAConfig`.
     """
+    if re.fullmatch(OF_EXPERTS, name):
+        return False
     if isinstance(targets, str):
         return targets.lower() == ALL_LINEAR or re.fullmatch(targets, name) is not None
     return any(f".{name}".endswith(f".{target}") for target in targets)
@@ -81,7 +87,9 @@ def target_linears(model: Any, targets: Sequence[str] | str) -> list[str]:
     """
     tables = {id(module) for module in model.get_input_embeddings().modules()}  # packed, it holds a linear
     linears = [
-        name for name, module in model.named_modules() if isinstance(module, nn.Linear) and id(module) not in tables
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and id(module) not in tables and not re.fullmatch(OF_EXPERTS, name)
     ]
     head = model.get_output_embeddings()
     chosen = [name for name in linears if is_target(name, targets)]
@@ -161,17 +169,30 @@ def attach_adapters(model: Any, config: LoRAConfig, *, seed: int) -> Any:
     names = target_linears(model, targets)
     if isinstance(targets, str) and targets.lower() == ALL_LINEAR:  # which is more to PEFT where tables are packed
         targets = sorted({name.rpartition(".")[2] for name in names})
+    has_experts = any(re.fullmatch(OF_EXPERTS, name) for name, _ in model.named_modules())
     lora = peft.LoraConfig(
         r=config.r,
         lora_alpha=config.alpha,
         lora_dropout=config.dropout,
         target_modules=targets if isinstance(targets, str) else list(targets),
+        exclude_modules=OF_EXPERTS if has_experts else None,
         task_type=peft.TaskType.CAUSAL_LM,
     )
     # Every rank and every resumed run draws the same A, whatever was drawn before.
-    with torch.random.fork_rng(devices=[]):
+    naming = _of_unknown_type(model.config) if has_experts else nullcontext()
+    with torch.random.fork_rng(devices=[]), naming:
         torch.manual_seed(derive_seed(seed, "adapters"))
         return peft.get_peft_model(model, lora)
+
+
+@contextmanager
+def _of_unknown_type(config: Any) -> Iterator[None]:
+    """Meanwhile PEFT does not know the family, of whose FFNs it would take all linears for those of fused experts."""
+    config.model_type = f"qpruner_{config.model_type}"
+    try:
+        yield
+    finally:
+        del config.model_type
 
 
 def set_factors_(model: Any, factors: Mapping[str, tuple[torch.Tensor, torch.Tensor]]) -> None:
