@@ -178,7 +178,8 @@ class CompressionInSetup(Compression):
     """Compresses the base in ``setup`` of a fit, before adapters and optimizers exist.
 
     Does so once: where the base comes compressed from the folder that it is kept in, nothing is done. What an earlier
-    fit of the run left is made one dense base before.
+    fit of the run left is made one dense base before. Of several processes of a run, the first does alone what all would
+    do alike, and the others take what it keeps.
     """
 
     leaves: ClassVar[State]
@@ -235,8 +236,8 @@ class CompressionInTraining(Compression):
 
     leaves: ClassVar[str]
     """What the base is at the end of the fit, as its stage is named."""
-    needs_whole_model: ClassVar[str]
-    """Why the model must not be split among devices."""
+    needs_whole_model: ClassVar[str | None] = None
+    """Why the model must not be split among devices; None where it may be."""
 
     def begin(self, trainer: Trainer, pl_module: LightningModule) -> HoldsModel:
         check_callbacks(trainer, [self])  # a fit without a run has not done so before

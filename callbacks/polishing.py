@@ -11,6 +11,7 @@ from qpruner.errors import UserError
 from qpruner.plan import DENSE
 from qpruner.quantization.formats import GridFormat, format_for
 from qpruner.training.holding import expect_holder
+from qpruner.training.sharding import is_sharded
 
 
 class GridPolishing(CompressionInTraining):
@@ -45,7 +46,6 @@ class GridPolishing(CompressionInTraining):
     """
 
     leaves = "polished"
-    needs_whole_model = "rounds the grids of whole linears at the end of the fit"
 
     @property
     def options(self) -> dict[str, Any]:
@@ -67,6 +67,7 @@ class GridPolishing(CompressionInTraining):
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         module = expect_holder(pl_module)
+        module.unite()
         module.compressed.settle()
         module.compressed.record(self.step)
         module.trains_grids = False
@@ -75,5 +76,8 @@ class GridPolishing(CompressionInTraining):
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         module = expect_holder(pl_module)
         if module.trains_grids:
-            module.compressed.settle(polished=False)
+            if is_sharded(module.compressed.network):
+                module.release()  # not every process meets an error, and one alone cannot make it whole
+            else:
+                module.compressed.settle(polished=False)
             module.trains_grids = False

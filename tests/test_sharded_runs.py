@@ -60,20 +60,28 @@ def test_stopped_and_repeated_equals_uninterrupted_ddp(arguments: list[str], tmp
 
 
 @pytest.mark.parametrize(
-    ("callback", "why"),
+    ("options", "said"),
     [
         (
-            {"class_path": "LoRAGuidedPruning", "init_args": {"ratio": 0.1}},
-            "scores and masks units across whole layers",
+            {"callbacks": [{"class_path": "LoRAGuidedPruning", "init_args": {"ratio": 0.1}}]},
+            "trainer.callbacks has LoRAGuidedPruning, which scores and masks units across whole layers.*Use ddp",
         ),
-        ({"class_path": "GridPolishing"}, "rounds the grids of whole linears"),
+        ({"precision": "64-true"}, "precision='64-true'.*32-true, bf16-mixed, bf16-true"),
     ],
 )
-def test_what_needs_whole_layers_is_refused_before_the_model_is_loaded(
-    config: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, callback: dict[str, Any], why: str
+def test_what_cannot_be_split_is_refused_before_the_model_is_loaded(
+    config: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any], said: str
 ) -> None:
     monkeypatch.setattr(CompressibleModule, "load_base", lambda self: pytest.fail("the model was loaded"))
-    config["trainer"] |= {"callbacks": [callback], "strategy": "fsdp2"}
+    config["trainer"] |= {**options, "strategy": "fsdp2"}
     (path := tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
-    with pytest.raises(UserError, match=rf"has {callback['class_path']}, which {why}.*Use ddp"):
+    with pytest.raises(UserError, match=said):
+        run(["fit", "--config", str(path)])
+
+
+def test_a_plan_is_not_learned_on_a_split_model(config: dict[str, Any], tmp_path: Path) -> None:
+    budgeted = {"class_path": "MixedPrecisionQuantization", "init_args": {"budget": {"share": 0.5}}}
+    config["trainer"] |= {"callbacks": [budgeted], "strategy": "fsdp2"}
+    (path := tmp_path / "config.yaml").write_text(yaml.safe_dump({**config, "joint": {}}))
+    with pytest.raises(UserError, match="joint puts gates on whole layers.*Learn the plan with ddp"):
         run(["fit", "--config", str(path)])

@@ -7,10 +7,11 @@ from typing import Any, Self, TypeVar
 
 import torch
 from lightning.pytorch import LightningModule
+from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
 
-from qpruner.adapters.lora import LoRAConfig, factors_of, set_factors_
+from qpruner.adapters.lora import LoRAConfig
 from qpruner.compressed import CompressedModel, State
 from qpruner.datamodules.base import TokenDataModule
 from qpruner.dense_base import choose_offload
@@ -244,6 +245,11 @@ class CompressibleModule(LightningModule):
         if isinstance(strategy, ShardedStrategy):  # last of all: nothing of the model is whole any more
             self.check_split()
             strategy.shard_(self.model)
+        elif isinstance(strategy, ModelParallelStrategy | FSDPStrategy):
+            raise UserError(
+                f"{type(strategy).__name__} does not say how a model with packed weights is split. Give the Trainer "
+                f"`qpruner.training.sharding.ShardedStrategy()`, which does."
+            )
 
     def check_split(self) -> None:
         """Makes sure that the adapters can be trained while the model is split among devices.
@@ -299,20 +305,27 @@ class CompressibleModule(LightningModule):
 
     def keep_adapters(self) -> None:
         """Puts the adapters, as trained, to the base in its folder; the same on all ranks."""
-        if not is_sharded(self.model):
-            self._of_first(lambda: self.compressed.keep_adapters(trained=True))
-            return
-        parts = factors_of(self.model)
-        factors = {name: (whole(lora_A), whole(lora_B)) for name, (lora_A, lora_B) in parts.items()}
-        self._of_first(lambda: self._keep_whole(factors))
+        self.unite()
+        self._of_first(lambda: self.compressed.keep_adapters(trained=True))
 
-    def _keep_whole(self, factors: dict[str, tuple[torch.Tensor, torch.Tensor]]) -> None:
-        """Puts adapters to the base in its folder, by a model that this process alone opens from there."""
-        assert self.compressed.kept is not None, "a base is kept before it is split"
-        model = CompressedModel.open(self.compressed.kept.path, check_hashes=False)
-        model.attach(self.lora, seed=self.seed)
-        set_factors_(model.network, factors)
-        model.keep_adapters(trained=True)
+    def unite(self) -> None:
+        """Makes a model that is split among devices whole again, on the CPU, on all ranks together.
+
+        The base comes from the folder that keeps it, whose pages ranks share; what was trained is gathered.
+        """
+        if not is_sharded(self.model):
+            return
+        trained = {name: whole(p.detach()) for name, p in self.named_parameters() if p.requires_grad}
+        kept = self.compressed.kept
+        assert kept is not None, "a base is kept before it is split"
+        self.held = CompressedModel.open(kept.path, check_hashes=False)
+        self.attach_adapters()
+        if self.trains_grids:
+            self.compressed.loosen()
+        with torch.no_grad():
+            for name, parameter in self.named_parameters():
+                if parameter.requires_grad:
+                    parameter.data = trained[name]  # in its dtype
 
     def _keep_by_hash(self, *, trained: bool) -> None:
         """Writes a base that nobody else keeps to the folder named by its hash."""

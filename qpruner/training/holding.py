@@ -39,6 +39,14 @@ class HoldsModel(Protocol):
         """Makes one dense base of what an earlier fit left, where the model is that."""
         ...
 
+    def release(self) -> None:
+        """Lets go of the model; `load_base` loads it again."""
+        ...
+
+    def unite(self) -> None:
+        """Makes a model that is split among devices whole again, on all ranks together."""
+        ...
+
     def keep_base(self, folder: Path, *, trained: bool = False) -> None:
         """Writes the base, and adapters that do not start as PEFT has it, to a folder; the same on all ranks."""
         ...

@@ -31,7 +31,7 @@ from qpruner.pretrained import is_reachable, model_fingerprint
 from qpruner.training.compressible import CompressibleModule
 from qpruner.training.distillation import DistillationConfig
 from qpruner.training.evaluation import num_batches
-from qpruner.training.sharding import FSDP2, PRECISIONS, splits
+from qpruner.training.sharding import FSDP2, ShardedStrategy, splits
 
 AT_LEAST_ONE = ("accumulate_grad_batches", "check_val_every_n_epoch", "val_check_interval")
 """Options of a Trainer that it divides by without a look."""
@@ -114,13 +114,7 @@ def check_trainer(trainer: Trainer) -> None:
         if isinstance(value, int) and value < 1:
             raise UserError(f"--trainer.{name} is {value}; it is at least 1.")
     strategy = trainer.strategy
-    if splits(strategy):
-        if trainer.precision not in PRECISIONS:
-            raise UserError(
-                f"--trainer.precision is {trainer.precision}, and --trainer.strategy {FSDP2} computes in "
-                f"{', '.join(PRECISIONS)}. Give one of these, or use ddp."
-            )
-    elif not isinstance(strategy, SingleDeviceStrategy | DDPStrategy):
+    if not isinstance(strategy, SingleDeviceStrategy | DDPStrategy | ShardedStrategy):
         raise UserError(
             f"--trainer.strategy is {type(strategy).__name__}, which a fit cannot go by. Use auto, ddp, or {FSDP2}, "
             f"which splits the model among devices."

@@ -31,8 +31,6 @@ from qpruner.likelihood import causal_model
 
 FSDP2 = "fsdp2"
 """What ``--trainer.strategy`` names it by."""
-PRECISIONS = ("32-true", "bf16-true", "bf16-mixed")
-"""Precisions of a Trainer; under ``16-mixed`` each device would find overflow in its own part of the gradients."""
 
 
 class ShardedStrategy(ModelParallelStrategy):

@@ -7,7 +7,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 from qpruner.adapters.lora import LoRAConfig
 from qpruner.anatomy.layers import decoder_blocks
-from qpruner.callbacks import KeepModel, MixedPrecisionQuantization, RunCheckpoint
+from qpruner.callbacks import GridPolishing, KeepModel, MixedPrecisionQuantization, RunCheckpoint
 from qpruner.datamodules import StoriesDataModule
 from qpruner.datamodules.base import LoaderConfig
 from qpruner.likelihood import causal_model
@@ -15,6 +15,7 @@ from qpruner.training.distillation import DistillationConfig
 from qpruner.training.module import LoRAFinetuner
 from qpruner.training.optimization import OptimizerConfig
 
+AFFINE = {"bits": 4, "group": 32, "formats": {4: "affine"}, "loftq_iterations": 0}
 VARIANTS: dict[str, dict[str, Any]] = {
     "quantized": {"callback": {"bits": [8, 4]}, "trainer": {"accumulate_grad_batches": 2, "gradient_clip_val": 0.1}},
     "dense": {"trainer": {"gradient_clip_val": 0.01, "gradient_clip_algorithm": "value"}},
@@ -22,6 +23,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "bf16-mixed": {"callback": {"bits": 4}, "trainer": {"precision": "bf16-mixed"}},
     "bf16-true": {"callback": {"bits": 4}, "trainer": {"precision": "bf16-true"}},
     "distilled": {"callback": {"bits": 4}, "module": {"distillation": DistillationConfig(hidden=0.5)}},
+    "polished": {"callback": AFFINE, "polishes": True, "module": {"optimizer": OptimizerConfig(lr=0.003)}},
     "tables": {"callback": {"bits": 4, "embedding": 8, "head": 8}},
 }
 
@@ -63,14 +65,16 @@ def fit(
         loader=LoaderConfig(batch_size=2, eval_tokens_per_batch=96),
     )  # fmt: skip
     watch = Watch()
-    compressing = [MixedPrecisionQuantization(**variant["callback"])] if "callback" in variant else []
+    compressing: list[Callback] = [MixedPrecisionQuantization(**variant["callback"])] if "callback" in variant else []
+    if variant.get("polishes"):
+        compressing.append(GridPolishing())
     trainer = Trainer(
         **{"accelerator": "cpu", "devices": 2, "strategy": strategy, "max_steps": 4, "val_check_interval": 2,
            "logger": False, "enable_progress_bar": False, "enable_model_summary": False,
            "use_distributed_sampler": False, "default_root_dir": folder, **variant.get("trainer", {})},
         callbacks=[
             *compressing,
-            KeepModel(module.kept_in, module.kept_in),
+            KeepModel(module.kept_in, folder / "polished" if variant.get("polishes") else module.kept_in),
             RunCheckpoint(folder / "last.ckpt", 3),
             watch,
         ],
