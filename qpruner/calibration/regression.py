@@ -110,8 +110,10 @@ class Sums:
             gram = gram - torch.outer(self.inputs, self.inputs) / self.tokens
             cross = cross - torch.outer(self.inputs, self.missing) / self.tokens
         damping = ridge * gram.diagonal().mean() + torch.finfo(gram.dtype).tiny
-        factor = torch.linalg.cholesky(gram + damping * torch.eye(len(gram), dtype=gram.dtype, device=gram.device))
-        weight = torch.cholesky_solve(cross, factor).T
+        damped = gram.clone()
+        damped.diagonal().add_(damping)
+        torch.linalg.cholesky(damped, out=damped)  # in place: these are the largest matrices of a compensation
+        weight = torch.cholesky_solve(cross, damped).T
         return Change(weight, (self.missing - weight @ self.inputs) / self.tokens if bias else None)
 
 
