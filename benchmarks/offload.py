@@ -2,9 +2,9 @@
 
     python benchmarks/offload.py --folder /tmp/random --layers 24 --hidden 2048 --ffn 5632 --vocabulary 32000
 
-Makes a random Llama in that folder unless it is there, prunes 20 %, compensates, quantizes to 4 bits with the start of
-adapters by LoftQ, and writes the result; each way in a process of its own. The peak is the resident set of the process
-above what it was before the model was loaded, as a share of the bytes of the dense weights.
+Makes a random Llama in that folder unless it is there, prunes 20 %, compensates (``--compensation``), quantizes to 4
+bits with the start of adapters by LoftQ, and writes the result; each way in a process of its own. The peak is the
+resident set of the process above what it was before the model was loaded, as a share of the bytes of the dense weights.
 """
 
 import argparse
@@ -39,6 +39,7 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, required=True, help="of the random model")
     parser.add_argument("--scored", type=int, nargs=2, default=[16, 128], metavar=("SEQUENCES", "LENGTH"))
     parser.add_argument("--compensated", type=int, nargs=2, default=[64, 128], metavar=("SEQUENCES", "LENGTH"))
+    parser.add_argument("--compensation", default="sequential", choices=("none", "local", "sequential"))
     parser.add_argument("--only", choices=(*WAYS, "make"), help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.only == "make":
@@ -69,7 +70,9 @@ def compress(given: argparse.Namespace) -> dict[str, int]:
         model = CompressedModel.load(str(given.folder), dtype="auto", offload=offload)
         dense = tensor_bytes(model.network)
         job = CompressionJob(model, data, Processes.alone(device), LoRAConfig(), seed=0)
-        StructuredPruning(0.2, calibration=scored, compensation_text=compensated).compress(job)
+        StructuredPruning(
+            0.2, calibration=scored, compensation=given.compensation, compensation_text=compensated
+        ).compress(job)
         after_pruning = read_peak(device) or 0
         MixedPrecisionQuantization(4).compress(job)
         model.attach(LoRAConfig(), seed=0)

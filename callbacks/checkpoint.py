@@ -9,6 +9,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
 
 from qpruner.errors import UserError
+from qpruner.files import writing
 
 
 class RunCheckpoint(Checkpoint):
@@ -22,7 +23,8 @@ class RunCheckpoint(Checkpoint):
     on_train_start
         Makes the folder and looks whether the disk has room.
     on_train_batch_end
-        Writes the checkpoint after every ``every_n_steps`` optimizer steps.
+        Writes the checkpoint after every ``every_n_steps`` optimizer steps; not after the last one, behind which the
+        fit is still validated: a fit that goes on from there would end without.
     on_train_end
         Writes it once more.
 
@@ -31,7 +33,8 @@ class RunCheckpoint(Checkpoint):
         every_n_steps: number of optimizer steps between two checkpoints, at least 1.
 
     Raises:
-        UserError: fewer steps than 1; before the first step, when the disk has no room for a checkpoint.
+        UserError: fewer steps than 1; when the disk has no room for a checkpoint, before the first step and at any that
+            writes one, where the one before stays.
     """
 
     def __init__(self, path: str | Path, every_n_steps: int) -> None:
@@ -57,7 +60,8 @@ class RunCheckpoint(Checkpoint):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        if trainer.global_step % self.every_n_steps == 0 and trainer.global_step != self._saved_step:
+        due = trainer.global_step % self.every_n_steps == 0 and trainer.global_step != self._saved_step
+        if due and not _is_last_step(trainer):
             self.save(trainer)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -67,10 +71,21 @@ class RunCheckpoint(Checkpoint):
         if trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
         temporary = self.path.with_name(f".{self.path.name}.tmp")
-        trainer.save_checkpoint(temporary, weights_only=False)  # returns on every rank once the file is written
-        if trainer.is_global_zero:
-            with temporary.open("r+b") as file:
-                os.fsync(file.fileno())
-            os.replace(temporary, self.path)
+        try:
+            with writing(self.path):
+                trainer.save_checkpoint(temporary, weights_only=False)  # returns on every rank once the file is written
+                if trainer.is_global_zero:
+                    with temporary.open("r+b") as file:
+                        os.fsync(file.fileno())
+                    os.replace(temporary, self.path)
+        finally:
+            if trainer.is_global_zero:
+                temporary.unlink(missing_ok=True)
         trainer.strategy.barrier("run_checkpoint")
         self._saved_step = trainer.global_step
+
+
+def _is_last_step(trainer: Trainer) -> bool:
+    """Whether the fit has made its last optimizer step, as far as its options say."""
+    ends_epochs = trainer.is_last_batch and trainer.current_epoch + 1 == trainer.max_epochs
+    return ends_epochs or trainer.global_step == trainer.max_steps

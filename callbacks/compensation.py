@@ -14,7 +14,7 @@ from qpruner.errors import UserError
 from qpruner.memory import place_
 from qpruner.plan import CompressionPlan
 from qpruner.processes import Processes
-from qpruner.pruning.compensation import Compensation, check_text, describe, shared_copy
+from qpruner.pruning.compensation import Compensation, check_text, compensated_widths, describe, shared_copy
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,8 @@ class Compensating:
             UserError: it is.
         """
         if self.how != "none":
-            widest = max(max(layer.o.in_features, layer.down.in_features) for layer in decoder_layers(model))
+            layers = decoder_layers(model)
+            widest = max(width for layer in layers for width in compensated_widths(layer))
             check_text(self.text, widest)
 
     def check_text(self, data: TokenDataModule) -> None:

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from qpruner.adapters.lora import LoRAConfig, target_linears
-from qpruner.anatomy import architecture_of
+from qpruner.anatomy import architecture_of, decoder_layers
 from qpruner.compressed import CompressedModel, State
 from qpruner.datamodules.base import TokenDataModule
 from qpruner.errors import UserError
@@ -17,9 +17,10 @@ from qpruner.folder_manifest import Step
 from qpruner.memory import num_parameters
 from qpruner.plan import CompressionPlan, Precision
 from qpruner.processes import Processes
+from qpruner.pruning.mixtures import first
 from qpruner.pruning.rounds import check_ratio, round_to, supplies
 from qpruner.pruning.selection import SelectionConfig, local_widths
-from qpruner.pruning.surgery import narrow_
+from qpruner.pruning.surgery import first_units, narrow_
 from qpruner.records.folder import RunFolder
 from qpruner.training.holding import HoldsModel, expect_holder
 from qpruner.training.preflight import check_callbacks
@@ -57,9 +58,7 @@ class Rehearsal:
 
     @property
     def plan(self) -> CompressionPlan:
-        widths = architecture_of(self.model.config)
-        kept = zip(widths.kv_groups, widths.ffn_channels, strict=True)
-        return self._dense.keeping([(range(groups), range(channels)) for groups, channels in kept])
+        return self._dense.keeping(first_units(self._dense.architecture, architecture_of(self.model.config)))
 
     def prune(self, ratio: float, selection: SelectionConfig) -> None:
         """Narrows the model as pruning would, where that does not depend on scores.
@@ -71,7 +70,7 @@ class Rehearsal:
         check_ratio(ratio, offers, total)
         if selection.scope == "local":
             widths = local_widths(offers, round(total * ratio), round_to(self.model, selection))
-            narrow_(self.model, [(range(groups), range(channels)) for groups, channels in widths])
+            narrow_(self.model, first(widths, decoder_layers(self.model), selection.mixtures))
         else:
             self.exact = False
 

@@ -12,7 +12,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
 from qpruner.adapters.lora import LoRAConfig, is_target
-from qpruner.anatomy import family_of
+from qpruner.anatomy import family_of, refuse_experts
 from qpruner.calibration.text import CalibrationConfig
 from qpruner.callbacks.compensation import Compensating
 from qpruner.callbacks.compression import CompressionInTraining, Rehearsal, check_dense, data_of
@@ -126,6 +126,7 @@ class LoRAGuidedPruning(CompressionInTraining):
         return self.compensating.how != "none"
 
     def check(self, rehearsal: Rehearsal) -> None:
+        refuse_experts(rehearsal.model, "LoRAGuidedPruning, which scores by adapters,", "StructuredPruning")
         self._check_targets(rehearsal.model, rehearsal.lora)
         GradualPruning.of(rehearsal.model, self.ratio, self.selection)
         self.compensating.check(rehearsal.model)

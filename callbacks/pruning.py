@@ -18,7 +18,7 @@ from qpruner.plan import CompressionPlan
 from qpruner.pruning.compensation import COMPENSATION_TEXT, Compensation
 from qpruner.pruning.criteria import Aggregate, Criterion
 from qpruner.pruning.rounds import Size, asked_for, describe, prune_
-from qpruner.pruning.scores import LayerScores, needs_text, score_units
+from qpruner.pruning.scores import LayerScores, check_criterion, needs_text, score_units
 from qpruner.pruning.selection import Kept, SelectionConfig
 from qpruner.pruning.surgery import apply_pruning_
 
@@ -86,6 +86,7 @@ class StructuredPruning(CompressionInSetup):
         Raises:
             UserError: a ratio that no legal widths reach, or too little text.
         """
+        check_criterion(rehearsal.model, self.criterion)
         self.compensating.check(rehearsal.model)
         rehearsal.prune(self.ratio, self.selection)
 

@@ -10,7 +10,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from qpruner.adapters.lora import ALL_LINEAR
 from qpruner.allocation.budget import Budget
 from qpruner.allocation.decision import DecidingConfig, Method
-from qpruner.anatomy import architecture_of
+from qpruner.anatomy import architecture_of, refuse_experts
 from qpruner.callbacks.bits_under_budget import CALIBRATED, Allocator, drop_scaffolding
 from qpruner.callbacks.calibration import calibration_of, text_of
 from qpruner.callbacks.compression import CompressionInSetup, CompressionJob, Rehearsal
@@ -171,6 +171,7 @@ class MixedPrecisionQuantization(CompressionInSetup):
             settings = LoftQSettings.of(rehearsal.lora, self.loftq_iterations, seed=0)  # nothing is drawn
             check_rank(rehearsal.model, linear_precisions(rehearsal.model, plan), settings)
         if self.calibrated is not None:
+            refuse_experts(rehearsal.model, CALIBRATED, "the nearest values: leave calibrated out")
             if self.plan is None:  # which says the formats; some have what others lack
                 _check_grids({*units} if self.allocator is None else {*self.allocator.precisions})
             self.calibrated.check_text(_widest_input(rehearsal.model, plan))

@@ -44,11 +44,12 @@ def store(path: Path, prepared: Prepared) -> None:
         UserError: the folder cannot be written.
     """
     tensors = {f"{split}.{name}": getattr(rows, name) for split, rows in prepared.splits.items() for name in FIELDS}
+    remedy = "Make room there, or name another folder with --data.init_args.cache_dir."
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with replacing(path) as temporary:
+        with replacing(path, remedy) as temporary:
             save_file(tensors, temporary, metadata={"notes": json.dumps(prepared.notes)})
-    except (OSError, SafetensorError) as error:  # the second when the disk is full or the folder not ours
+    except (OSError, SafetensorError) as error:  # the second when the folder is not ours
         raise UserError(
             f"Cannot write the token cache in {str(path.parent)!r} ({error}). Name another folder with "
             f"--data.init_args.cache_dir."

@@ -313,10 +313,11 @@ class CompressedModel(nn.Module):
         stated = replace(stated_by_weights(self._below()), model_type=plan.architecture.model_type)
         if differences := describe_differences(plan.widths, stated):
             raise UserError(f"The plan does not fit the model: {differences}.")
+        plan = plan.keeping(kept)  # before anything changes: not every choice of units is one
         with self._without_adapters(kept):
             rounded = narrow_(self.network, kept)
             size = Size.of(self.network)
-        self.plan, self.initial_adapters = plan.keeping(kept), {}
+        self.plan, self.initial_adapters = plan, {}
         self._changed(self.base_state if self.base_state is State.QUANTIZED else State.PRUNED)
         return size, rounded
 

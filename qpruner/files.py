@@ -1,8 +1,11 @@
-"""Files that are either whole or not there, and the hashes that tell them apart."""
+"""Files that are either whole or not there, also on a full disk, and the hashes that tell them apart."""
 
+import errno
+import glob
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,20 +18,85 @@ MALFORMED = (OSError, ValueError, RecursionError)
 """What opening, decoding and parsing a file that is not as it should be may raise."""
 
 
+MAKE_ROOM = "Make room there, and go on with the same command."
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+"""A full disk, a quota that is used up, and a file that is larger than one may be."""
+
+
 @contextmanager
-def replacing(path: Path) -> Iterator[Path]:
+def writing(place: Path, remedy: str = MAKE_ROOM) -> Iterator[None]:
+    """Makes of a disk that takes no more a mistake that names what was written and the remedy.
+
+    Args:
+        place: path of the file or folder that is written inside.
+        remedy: what to do about a disk without room, as a sentence.
+
+    Raises:
+        UserError: there was no room; any other error stays as it is.
+    """
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, UserError) or (why := _lack_of_room(error)) is None:
+            raise
+        raise UserError(f"Cannot write {str(place)!r}: {why}. What is there is whole. {remedy}") from error
+
+
+def _lack_of_room(error: BaseException | None) -> str | None:
+    """The words for a lack of room that is behind an error; None where it is another error.
+
+    Libraries in Rust, such as safetensors and tokenizers, have the number of the system's error in their text alone,
+    NumPy says how many of the items it has written, and Lightning's logger says something else, with its cause.
+    """
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in NO_ROOM:
+            return os.strerror(error.errno)
+        if (number := re.search(r"\(os error (\d+)\)", str(error))) and int(number[1]) in NO_ROOM:
+            return os.strerror(int(number[1]))
+        if re.fullmatch(r"\d+ requested and \d+ written", str(error)):
+            return os.strerror(errno.ENOSPC)
+        error = error.__cause__ or error.__context__
+    return None
+
+
+@contextmanager
+def replacing(path: Path, remedy: str = MAKE_ROOM) -> Iterator[Path]:
     """Gives a temporary path beside ``path`` to write to; what was written takes the place of ``path`` at the end.
 
-    A process killed inside leaves ``path`` as it was.
+    A process killed inside leaves ``path`` as it was, and a temporary file, which the next one that writes ``path``
+    on this machine removes.
+
+    Args:
+        path: path of the file.
+        remedy: what to do about a disk without room, as a sentence.
+
+    Raises:
+        UserError: the disk has no room; ``path`` is left as it was.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    machine = os.uname().nodename
+    for left in path.parent.glob(f".{glob.escape(path.name)}.{glob.escape(machine)}.*.tmp"):
+        if not _runs(left.name.split(".")[-2]):
+            left.unlink(missing_ok=True)
+    temporary = path.with_name(f".{path.name}.{machine}.{os.getpid()}.tmp")
     try:
-        yield temporary
-        with temporary.open("r+b") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
+        with writing(path, remedy):
+            yield temporary
+            with temporary.open("r+b") as file:
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _runs(process: str) -> bool:
+    """Whether there is a process of a number, on this machine."""
+    try:
+        os.kill(int(process), 0)
+    except (ProcessLookupError, ValueError):
+        return False
+    except OSError:  # of somebody else
+        pass
+    return True
 
 
 @contextmanager
@@ -37,18 +105,22 @@ def replacing_folder(folder: Path) -> Iterator[Path]:
 
     The folder above is made if it is not there. A process killed inside leaves ``folder`` as it was; killed in the
     moment of the change, ``folder`` may be gone.
+
+    Raises:
+        UserError: the disk has no room; ``folder`` is left as it was.
     """
-    folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = folder.with_name(f".{folder.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
     try:
-        yield temporary
-        for path in temporary.rglob("*"):
-            if path.is_file():
-                with path.open("r+b") as file:
-                    os.fsync(file.fileno())
-        shutil.rmtree(folder, ignore_errors=True)
-        os.replace(temporary, folder)
+        with writing(folder):
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            shutil.rmtree(temporary, ignore_errors=True)
+            yield temporary
+            for path in temporary.rglob("*"):
+                if path.is_file():
+                    with path.open("r+b") as file:
+                        os.fsync(file.fileno())
+            shutil.rmtree(folder, ignore_errors=True)
+            os.replace(temporary, folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 

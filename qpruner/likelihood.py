@@ -20,7 +20,7 @@ from qpruner.errors import UserError
 
 IGNORED = -100
 """The label of a position that is not scored, as torch's cross entropy has it."""
-LOGITS_AT_ONCE = 2**26
+LOGITS_AT_ONCE = 2**25
 """Logits of a chunk; a loss and its gradient hold about 16 bytes for each."""
 
 ChunkLosses = Callable[[Tensor, slice], tuple[Tensor, ...]]

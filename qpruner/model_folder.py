@@ -24,6 +24,7 @@ from qpruner.adapter_files import ADAPTER_CONFIG, has_adapters, load_adapters
 from qpruner.anatomy import COMPRESSED, FAMILIES, architecture_of, family_of
 from qpruner.conv1d import conv1d_to_linear_
 from qpruner.errors import UserError, brief, cut, listed
+from qpruner.experts import experts_to_linears_
 from qpruner.files import reading, replacing_folder, write_json
 from qpruner.folder_manifest import (
     ANYTHING,
@@ -49,7 +50,7 @@ from qpruner.pretrained import (
     resolve,
     save_tokenizer,
 )
-from qpruner.pruning.surgery import narrow_
+from qpruner.pruning.surgery import first_units, narrow_, stated_by_weights
 from qpruner.pruning.widths import compressed_config_class, portable_config, skeleton_config, with_widths
 from qpruner.quantization.apply import linear_precisions
 from qpruner.quantization.embedding import rebuild_tables_
@@ -335,10 +336,10 @@ def build_skeleton(config: Any) -> Any:
     _, anatomy = family_of(config)
     with init_empty_weights(include_buffers=False):
         model = getattr(transformers, anatomy.model_class)(skeleton_config(config))
-        conv1d_to_linear_(model)
+        experts_to_linears_(conv1d_to_linear_(model))
     widths = architecture_of(config)
     model.tie_weights()  # taken apart on the meta device
-    narrow_(model, [(range(g), range(c)) for g, c in zip(widths.kv_groups, widths.ffn_channels, strict=True)])
+    narrow_(model, first_units(stated_by_weights(model), widths))
     return model
 
 

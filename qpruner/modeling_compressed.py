@@ -14,6 +14,9 @@ works wherever they are installed. What it has to know of a model stands in ``co
   GPT-2's ``Conv1D`` has become a linear;
 - ``attributes``: what modules remember of their widths, by path;
 - ``layer_configs``: modules that read widths from their configuration as they compute, with the number of their layer;
+- ``experts``: by its path, each mixture of experts, which becomes a list of gated networks: how many it has
+  (``number``), and the names of their linears (``projections``);
+- ``parameters``: by its path, the shape of what else is narrower, such as a router's weight;
 - ``skeleton``: fields as the family's class has to see them to build the model at all.
 """
 
@@ -467,6 +470,91 @@ class CompressedEmbedding(nn.Module):
         return self
 
 
+# Mixtures of experts.
+
+
+class Expert(nn.Module):
+    """One gated network of a mixture, of linears that may be narrower, packed, or have adapters.
+
+    Args:
+        names: names of its linears: gate, up and down.
+        sizes: hidden size, and number of its intermediate channels.
+        bias: whether its linears have biases.
+        activation: what is applied to the gate.
+        clamped: ``alpha`` and ``limit`` of gpt-oss, whose gate is ``clamp(g) sigmoid(alpha clamp(g))`` and whose up is
+            ``clamp(u) + 1``; None for the others.
+    """
+
+    def __init__(
+        self,
+        names: tuple[str, str, str],
+        sizes: tuple[int, int],
+        bias: bool,
+        activation: nn.Module | None,
+        clamped: tuple[float, float] | None,
+    ) -> None:
+        super().__init__()
+        hidden, channels = sizes
+        self.names, self.clamped, self.activation = names, clamped, activation
+        for name, (inputs, outputs) in zip(
+            names, ((hidden, channels), (hidden, channels), (channels, hidden)), strict=True
+        ):
+            self.add_module(name, nn.Linear(inputs, outputs, bias=bias))
+
+    def forward(self, x: Tensor) -> Tensor:  # [.., hidden] -> [.., hidden]
+        gate, up, down = (self.get_submodule(name) for name in self.names)
+        return cast(Tensor, down(self._gated(gate(x), up(x))))
+
+    def _gated(self, gate: Tensor, up: Tensor) -> Tensor:
+        if self.clamped is None:
+            assert self.activation is not None
+            return cast(Tensor, self.activation(gate)) * up
+        alpha, limit = self.clamped
+        gate, up = gate.clamp(max=limit), up.clamp(min=-limit, max=limit)
+        return (up + 1) * (gate * torch.sigmoid(gate * alpha))
+
+
+class Experts(nn.ModuleList):
+    """The experts of a layer as a list: each works on the tokens that its router sends there, and on no others.
+
+    It stands in the place of transformers' module that holds all of them in one tensor, which could be packed only as a
+    whole. What is packed of an expert is unpacked when a token reaches it.
+    """
+
+    @classmethod
+    def of(cls, fused: Any, names: tuple[str, str, str], number: int | None = None) -> "Experts":
+        """Experts of the shapes that transformers' module has, whose weights are not taken over.
+
+        Args:
+            fused: transformers' module.
+            names: names of the linears of each expert: gate, up and down.
+            number: number of experts; that of ``fused`` by default.
+        """
+        has_bias = hasattr(fused, "gate_up_proj_bias")  # gpt-oss, whose weights lie as [in, out]
+        sizes = fused.down_proj.shape[1:] if has_bias else fused.down_proj.shape[:0:-1]
+        channels, hidden = sizes
+        activation = None if has_bias else fused.act_fn
+        clamped = (fused.alpha, fused.limit) if has_bias else None
+        number = len(fused.down_proj) if number is None else number
+        return cls(Expert(names, (hidden, channels), has_bias, activation, clamped) for _ in range(number))
+
+    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        """What the experts give for tokens, by the weight that the router gave each of them.
+
+        Args:
+            hidden_states: tokens, [N, hidden].
+            top_k_index: numbers of the experts of each token, [N, k].
+            top_k_weights: their weights, [N, k].
+        """  # [N, hidden]
+        total = torch.zeros_like(hidden_states)
+        for number in sorted(set(top_k_index.flatten().tolist())):
+            tokens, places = torch.where(top_k_index == number)
+            given = self[number](hidden_states[tokens].unsqueeze(0)).squeeze(0)  # as one sequence
+            weighted = given * top_k_weights[tokens, places].unsqueeze(1)
+            total.index_add_(0, tokens, weighted.to(total.dtype))
+        return total
+
+
 # The configuration and the model.
 
 COMPRESSED = "compressed_"
@@ -616,8 +704,13 @@ def _as_skeleton(config: Any) -> Iterator[None]:
 
 def compress_(model: Any, compression: Mapping[str, Any]) -> None:
     """Gives a model of equal dense layers the modules that ``compression`` tells of, with tensors to be loaded."""
+    for name, entry in _inside(model, compression.get("experts", {})):
+        model.set_submodule(name, Experts.of(model.get_submodule(name), tuple(entry["projections"]), entry["number"]))
     for name, entry in _inside(model, compression["modules"]):
         model.set_submodule(name, _replacement(model.get_submodule(name), entry))
+    for path, shape in _inside(model, compression.get("parameters", {})):
+        owner, _, name = path.rpartition(".")
+        setattr(model.get_submodule(owner), name, nn.Parameter(model.get_parameter(path).new_empty(shape)))
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     if isinstance(embedding, CompressedEmbedding) and head is not None and model.config.tie_word_embeddings:
         names = {id(part): name for name, part in model.named_modules()}

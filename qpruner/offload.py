@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from qpruner.anatomy import decoder_blocks
-from qpruner.errors import UserError
+from qpruner.files import writing
 from qpruner.likelihood import causal_model
 
 OffloadChoice = Literal["auto", "never", "always"]
@@ -56,16 +56,10 @@ class Offload:
         """
         if not tensor.numel():
             return tensor
-        try:
-            with NamedTemporaryFile(dir=self.folder, prefix=".offload-") as file:
-                tensor.detach().contiguous().flatten().view(torch.uint8).numpy().tofile(file)
-                file.flush()
-                shelved = torch.from_file(file.name, shared=False, size=tensor.numel(), dtype=tensor.dtype)
-        except OSError as error:
-            raise UserError(
-                f"Cannot write {tensor.nbytes:,} bytes of the model to {str(self.folder)!r} ({error.strerror}). Free "
-                f"some room, or name another place with --run.dir."
-            ) from error
+        with writing(self.folder), NamedTemporaryFile(dir=self.folder, prefix=".offload-") as file:
+            file.write(tensor.detach().contiguous().flatten().view(torch.uint8).numpy().data)
+            file.flush()
+            shelved = torch.from_file(file.name, shared=False, size=tensor.numel(), dtype=tensor.dtype)
         return shelved.view(tensor.shape)
 
     def shelve_(self, module: nn.Module) -> None:
@@ -105,12 +99,20 @@ def outside_blocks(model: Any) -> list[Tensor]:
     return [tensor for tensor in tensors_of(model) if id(tensor) not in inside]
 
 
-def settled(model: Any, number: int) -> None:
-    """Says that a block was changed and that nothing works with it now; without effect on a model that is whole."""
-    if (offload := offload_of(model)) is not None:
-        block = decoder_blocks(causal_model(model))[number]
-        offload.shelve_(block)
-        let_go(tensors_of(block))
+@contextmanager
+def opened(model: Any, part: nn.Module) -> Iterator[None]:
+    """A part of a model that is read, or given new weights, where it lies; a model that is whole need not be told.
+
+    Args:
+        model: model that the part is of.
+        part: decoder block, or a part of one.
+    """
+    offload = offload_of(model)
+    before = [] if offload is None else [tensor.data for tensor in tensors_of(part)]
+    yield
+    if offload is not None:
+        offload.shelve_(part)
+        let_go((*before, *tensors_of(part)))  # a file stays mapped as long as anything of it is in use
 
 
 @contextmanager
@@ -137,7 +139,7 @@ def at_work(block: nn.Module, device: torch.device, offload: Offload | None) -> 
         for tensor in tensors_of(block):
             tensor.data = homes[id(tensor)] if id(tensor) in homes else tensor.data.to(home)
         offload.shelve_(block)
-        let_go(tensors_of(block))
+        let_go((*homes.values(), *tensors_of(block)))
 
 
 @contextmanager

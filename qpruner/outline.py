@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from qpruner.anatomy import architecture_of, family_of, unit_shapes
+from qpruner.anatomy import architecture_of, family_of, unit_paths, unit_shapes
 from qpruner.anatomy.layers import MEMBERS
 
 
@@ -38,10 +38,20 @@ def outline_of(config: Any) -> nn.Module:
     _put(model, family.layers, nn.ModuleList(nn.Module() for _ in range(widths.num_layers)))
     for number, groups in enumerate(widths.kv_groups):
         layer = f"{family.layers}.{number}"
-        for unit, shapes in unit_shapes(widths, number).items():
-            for (first, *_), (outputs, inputs) in zip(family.fused(MEMBERS[unit]), shapes, strict=True):
-                linear = nn.Linear(inputs, outputs, bias=first in biased, device="meta")
-                _put(model, f"{layer}.{family.projections[first]}", linear)
+        experts = widths.num_experts(number)
+        shapes, paths = unit_shapes(widths, number), unit_paths(family, experts)
+        if experts and family.mixture is not None:
+            router = nn.Linear(hidden, experts, bias=family.mixture.biased_router, device="meta")
+            _put(model, f"{layer}.{family.mixture.router}", router)
+            _put(model, f"{layer}.{family.mixture.path}", nn.ModuleList(nn.Module() for _ in range(experts)))
+        for unit, names in MEMBERS.items():
+            has_bias = names[-1] in biased  # up rather than gate, which may be missing
+            for path, (outputs, inputs) in zip(paths[unit], shapes[unit], strict=True):
+                _put(model, f"{layer}.{path}", nn.Linear(inputs, outputs, bias=has_bias, device="meta"))
+        for path in family.head_entries:
+            owner, _, name = path.rpartition(".")
+            entries = nn.Parameter(torch.empty(groups * widths.queries_per_group, device="meta"))
+            model.get_submodule(f"{layer}.{owner}").register_parameter(name, entries)
         for path in family.layer_norms:
             _put(model, f"{layer}.{path}", norm())
         for path in family.head_norms:

@@ -44,7 +44,9 @@ class Architecture:
         head_dim: channels of a head.
         queries_per_group: query heads that read one key-value head.
         kv_groups: [layers], key-value heads of each layer, with their query heads.
-        ffn_channels: [layers], intermediate channels of each layer.
+        ffn_channels: [layers], intermediate channels of each layer; of a mixture of experts those of all its experts.
+        experts: [layers], experts of each layer, 0 where it has a plain FFN; empty for models without experts.
+        experts_per_token: experts that each token is sent to; 0 for models without experts.
 
     Raises:
         UserError: a width that is not a positive whole number or larger than that of any model, or lists of different
@@ -57,6 +59,8 @@ class Architecture:
     queries_per_group: int
     kv_groups: tuple[int, ...]
     ffn_channels: tuple[int, ...]
+    experts: tuple[int, ...] = ()
+    experts_per_token: int = 0
 
     def __post_init__(self) -> None:
         if not isinstance(self.model_type, str) or not re.fullmatch(r"[\w-]{1,80}", self.model_type):
@@ -71,10 +75,57 @@ class Architecture:
                 f"An architecture has at most {MOST_LAYERS:,} layers, widths of {MOST_UNITS:,} and {MOST_IN_ALL:,} "
                 f"units in all: {cut(self)}."
             )
+        if self.experts or self.experts_per_token:
+            self._check_experts()
+
+    def _check_experts(self) -> None:
+        counts = self.experts_per_token, *self.experts
+        if not all(type(number) is int and number >= 0 for number in counts) or len(self.experts) != self.num_layers:
+            raise UserError(f"An architecture has a number of experts, or 0, for each of its layers: {cut(self)}.")
+        for number, (experts, channels) in enumerate(zip(self.experts, self.ffn_channels, strict=True)):
+            if experts and not 0 < self.experts_per_token <= experts:
+                raise UserError(
+                    f"Layer {number} has {experts} experts, but each token is sent to {self.experts_per_token} of "
+                    f"them. Keep at least that many."
+                )
+            if experts and channels % experts:
+                raise UserError(
+                    f"Layer {number} has {channels} FFN channels in {experts} experts; all experts of a layer have as "
+                    f"many."
+                )
 
     @property
     def num_layers(self) -> int:
         return len(self.kv_groups)
+
+    def channels_of_each(self, number: int) -> int:
+        """FFN channels of a layer, or of each of its experts."""
+        return self.ffn_channels[number] // max(1, self.num_experts(number))
+
+    def num_experts(self, number: int) -> int:
+        """Experts of a layer; 0 where it has a plain FFN."""
+        return self.experts[number] if self.experts else 0
+
+    def to_data(self) -> dict[str, Any]:
+        """Plain data for JSON, without a word of experts where there are none."""
+        data = asdict(self)
+        if not self.experts:
+            del data["experts"], data["experts_per_token"]
+        return data
+
+
+def by_expert(channels: Sequence[int], each: int) -> dict[int, list[int]]:
+    """The FFN channels of each expert, counted from its first one; experts as they come.
+
+    Args:
+        channels: FFN channels of a layer, counted through all of its experts.
+        each: number of channels of an expert.
+    """
+    experts: dict[int, list[int]] = {}
+    for channel in channels:
+        expert, place = divmod(channel, each)
+        experts.setdefault(expert, []).append(place)
+    return experts
 
 
 @dataclass(frozen=True)
@@ -84,7 +135,9 @@ class LayerPlan:
     Args:
         kv_groups: kept key-value heads, each with its query heads, in the order that they have in the narrowed layer;
             at least one, none twice.
-        ffn_channels: kept intermediate channels, likewise.
+        ffn_channels: kept intermediate channels, likewise. Of a mixture of experts they are counted through all of its
+            experts: with 48 of them each, those of expert 2 are 96-143. An expert of which none is kept is gone; the
+            others keep as many, each where it has them, and come one after the other in the order that they get.
         precision: precision of each of the `UNITS`.
 
     Raises:
@@ -225,13 +278,21 @@ class CompressionPlan:
             self.architecture,
             kv_groups=tuple(len(layer.kv_groups) for layer in self.layers),
             ffn_channels=tuple(len(layer.ffn_channels) for layer in self.layers),
+            experts=tuple(self._kept_experts(number) for number in range(len(self.architecture.experts))),
         )
+
+    def _kept_experts(self, number: int) -> int:
+        if not self.architecture.num_experts(number):
+            return 0
+        each = self.architecture.channels_of_each(number)
+        return len({channel // each for channel in self.layers[number].ffn_channels})
 
     def columns(self, number: int) -> dict[str, int]:
         """The input columns of the linears of each of the `UNITS` of a layer, once the plan is carried out."""
         layer, hidden = self.layers[number], self.architecture.hidden_size
         heads = len(layer.kv_groups) * self.architecture.queries_per_group * self.architecture.head_dim
-        return dict(zip(UNITS, (hidden, heads, hidden, len(layer.ffn_channels)), strict=True))
+        channels = len(layer.ffn_channels) // max(1, self._kept_experts(number))
+        return dict(zip(UNITS, (hidden, heads, hidden, channels), strict=True))
 
     def check(self, architecture: Architecture, base_sha256: str | None) -> None:
         """Makes sure that the plan is for a model; warns when it was made from other weights of the same shape.
@@ -255,7 +316,7 @@ class CompressionPlan:
         header = {
             "kind": KIND,
             "version": VERSION,
-            "architecture": asdict(self.architecture),
+            "architecture": self.architecture.to_data(),
             "base_sha256": self.base_sha256,
             "embedding": self.embedding.to_data(),
             "head": self.head.to_data(),
@@ -290,7 +351,10 @@ class CompressionPlan:
         try:
             keys = {"kind", "version", "architecture", "base_sha256", "embedding", "head", "layers"}
             _expect_keys(content, keys if first else keys | {"hidden"})
-            _expect_keys(content["architecture"], {field.name for field in fields(Architecture)})
+            widths_there = {field.name for field in fields(Architecture)}
+            of_experts = {"experts", "experts_per_token"}
+            has_experts = bool(of_experts & content["architecture"].keys())
+            _expect_keys(content["architecture"], widths_there if has_experts else widths_there - of_experts)
             widths: dict[str, Any] = {
                 name: tuple(value) if isinstance(value, list) else value
                 for name, value in content["architecture"].items()
@@ -352,6 +416,32 @@ def _expect_units(architecture: Architecture, number: int, layer: LayerPlan) -> 
     ):
         if max(kept) >= count:
             raise UserError(f"Layer {number} keeps {name} up to {max(kept)}; it has 0 to {count - 1}.")
+    if architecture.num_experts(number):
+        _expect_experts(architecture, number, layer)
+
+
+def _expect_experts(architecture: Architecture, number: int, layer: LayerPlan) -> None:
+    each = architecture.channels_of_each(number)
+    experts = by_expert(layer.ffn_channels, each)
+    together = [expert * each + place for expert, places in experts.items() for place in places]
+    counts = {expert: len(places) for expert, places in experts.items()}
+    if together != list(layer.ffn_channels):
+        raise UserError(f"In layer {number} the FFN channels of an expert do not stand together. Put them in one row.")
+    if len(set(counts.values())) > 1:
+        raise UserError(
+            f"In layer {number} experts keep different numbers of FFN channels ({cut(counts)}); all experts of a layer "
+            f"are equally wide. Keep as many of each, or none."
+        )
+    if len(experts) < architecture.experts_per_token:
+        raise UserError(
+            f"Layer {number} keeps {len(experts)} experts, but each token is sent to {architecture.experts_per_token}. "
+            f"Keep at least that many."
+        )
+    if layer.precision["down"].leading is not None:
+        raise UserError(
+            f"In layer {number} leading columns of down have a precision of their own, which experts do not offer: "
+            f"they keep different channels. Hold all of down in one precision."
+        )
 
 
 def _expect_columns(what: str, precision: Precision, columns: int) -> None:

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from qpruner.errors import UserError, cut
 from qpruner.files import reading
@@ -36,7 +36,8 @@ def show_plan(plan: CompressionPlan) -> None:
         [
             str(number),
             f"{len(layer.kv_groups)} of {dense.kv_groups[number]}{_order(layer.kv_groups)}",
-            f"{len(layer.ffn_channels)} of {dense.ffn_channels[number]}{_order(layer.ffn_channels)}",
+            f"{len(layer.ffn_channels)} of {dense.ffn_channels[number]}{_experts(plan, number)}"
+            f"{_order(layer.ffn_channels)}",
             *(str(layer.precision[unit]) for unit in UNITS),
         ]
         for number, layer in enumerate(plan.layers)
@@ -44,6 +45,11 @@ def show_plan(plan: CompressionPlan) -> None:
     print(f"A plan for a {dense.model_type} of {dense.num_layers} layers, hidden size {dense.hidden_size}.")
     print(f"Embedding {plan.embedding}, head {plan.head}." + _order_of_hidden(plan) + "\n")
     print(markdown_table(["layer", "KV groups", "FFN channels", *UNITS], rows))
+
+
+def _experts(plan: CompressionPlan, number: int) -> str:
+    experts = plan.architecture.num_experts(number)
+    return f" in {plan.widths.num_experts(number)} of {experts} experts" if experts else ""
 
 
 def _order(units: Sequence[int]) -> str:
@@ -156,6 +162,7 @@ def list_ratios(
     floor: float | None = None,
     round_to: int | None = None,
     leave_alone: list[int] | None = None,
+    mixtures: Literal["channels", "experts"] | None = None,
 ) -> None:
     """Lists the ratios that a model can be pruned to locally, without its weights.
 
@@ -167,6 +174,7 @@ def list_ratios(
         round_to: multiple that FFN widths are rounded to; null for the default of the selection of StructuredPruning.
         leave_alone: numbers of the layers that stay as they are, one after the other; null for the default of the
             selection of StructuredPruning.
+        mixtures: what goes of a mixture of experts; null for the default of the selection of StructuredPruning.
 
     Raises:
         UserError: a step or a selection that cannot be.
@@ -179,7 +187,7 @@ def list_ratios(
     from qpruner.pruning.rounds import legal_ratios
     from qpruner.pruning.selection import SelectionConfig
 
-    given: dict[str, Any] = {"floor": floor, "round_to": round_to, "leave_alone": leave_alone}
+    given: dict[str, Any] = {"floor": floor, "round_to": round_to, "leave_alone": leave_alone, "mixtures": mixtures}
     selection = replace(SelectionConfig(), **{name: value for name, value in given.items() if value is not None})
     model = outline_of(read_base_config(base, trust_remote_code=trust_remote_code))
     rows = [

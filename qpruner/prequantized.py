@@ -9,7 +9,7 @@ from safetensors import safe_open
 
 from qpruner.errors import UserError, brief
 
-DEQUANTIZED = ("bitsandbytes", "compressed-tensors", "fp8")
+DEQUANTIZED = ("bitsandbytes", "compressed-tensors", "fp8", "mxfp4")
 """The methods, by their ``quant_method``, of which transformers makes dense weights on any machine."""
 DENSE = ("F64", "F32", "F16", "BF16")
 """The number formats of dense weights, as safetensors calls them."""
@@ -45,7 +45,11 @@ def stores_codes(files: Iterable[Path]) -> bool:
     """Whether any weight of some safetensors is in another number format than dense ones are."""
     for file in files:
         with safe_open(file, framework="pt") as opened:
-            weights = [name for name in opened.keys() if name.rpartition(".")[2].startswith("weight")]  # noqa: SIM118
+            names = opened.keys()
+            # Buffers are no weights. MXFP4 has blocks of codes in their place.
+            weights = [
+                name for name in names if name.rpartition(".")[2].startswith("weight") or name.endswith("_blocks")
+            ]
             if any(opened.get_slice(name).get_dtype() not in DENSE for name in weights):
                 return True
     return False

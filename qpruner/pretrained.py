@@ -14,6 +14,7 @@ import torch
 from qpruner.anatomy import decoder_blocks, is_compressible
 from qpruner.conv1d import conv1d_to_linear_
 from qpruner.errors import UserError
+from qpruner.experts import experts_to_linears_
 from qpruner.files import hash_file, hash_json, read_json, write_json
 from qpruner.loading_info import (
     check_architecture,
@@ -31,7 +32,7 @@ from qpruner.model_files import (
     has_tokenizer,
     weight_files,
 )
-from qpruner.offload import Offload, offload_, settled
+from qpruner.offload import Offload, offload_, opened
 from qpruner.prequantized import (
     check_dequantizable,
     check_entry,
@@ -144,9 +145,9 @@ def load_model(
         model, left_out = _load(name, config, trust_remote_code, dtype=loaded, device="cpu")
         if offload is not None:
             offload_(model, offload)
-            for number, block in enumerate(decoder_blocks(model)):
-                hold_in_(block, held)
-                settled(model, number)
+            for block in decoder_blocks(model):
+                with opened(model, block):
+                    hold_in_(block, held)
             hold_in_(model, held)
         check_tied(name, model)
         if (padding := mend_padding_(config)) is not None:
@@ -307,7 +308,7 @@ def _load(
         drop_quantization(model.config)
     elif (local := _local_folder(name)) is not None:
         check_number_formats(name, model, weight_files(local))
-    return conv1d_to_linear_(model), left_out
+    return experts_to_linears_(conv1d_to_linear_(model)), left_out
 
 
 def _holds_codes(name: str, config: Any) -> bool:

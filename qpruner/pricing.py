@@ -9,7 +9,7 @@ import torch
 from qpruner.adapters.lora import is_target
 from qpruner.anatomy import unit_linears, unit_shapes
 from qpruner.memory import tensor_bytes
-from qpruner.plan import DENSE, CompressionPlan, Precision
+from qpruner.plan import DENSE, Architecture, CompressionPlan, Precision
 from qpruner.pruning.surgery import apply_pruning_
 from qpruner.quantization.apply import linear_precisions
 from qpruner.quantization.embedding import table_precisions
@@ -28,6 +28,7 @@ class Price:
         adapters: bytes of LoRA adapters.
         weights: number of weights in the units, biases not counted.
         unit_weight_bytes: bytes of the weights in the units: ``units`` without the biases.
+        idle_weights: number of weights in the units that a token does not meet, of experts that it is not sent to.
     """
 
     units: int
@@ -35,6 +36,7 @@ class Price:
     adapters: int
     weights: int
     unit_weight_bytes: int
+    idle_weights: int = 0
 
     @property
     def total(self) -> int:
@@ -47,8 +49,8 @@ class Price:
 
     @property
     def multiply_adds(self) -> int:
-        """Multiply-adds of the decoder linears for a token: one for each weight, whatever its precision."""
-        return self.weights
+        """Multiply-adds of the decoder linears for a token: one for each weight it meets, whatever its precision."""
+        return self.weights - self.idle_weights
 
 
 def price(model: torch.nn.Module, plan: CompressionPlan, *, rank: int = 0, targets: Sequence[str] | str = ()) -> Price:
@@ -89,7 +91,17 @@ def price_narrowed(
     for name, precision in table_precisions(model.config, plan.embedding, plan.head).items():
         table: Any = model.get_submodule(name).weight
         rest += weight_bytes(tuple(table.shape), precision, table.element_size()) - table.nbytes
-    return Price(in_units, rest, adapters, weights, weight_bytes_in_units)
+    return Price(in_units, rest, adapters, weights, weight_bytes_in_units, _idle_weights(plan.widths))
+
+
+def _idle_weights(widths: Architecture) -> int:
+    idle = 0
+    for number, experts in enumerate(widths.experts):
+        if experts:
+            shapes = unit_shapes(widths, number)
+            in_all = sum(rows * columns for unit in ("gate_up", "down") for rows, columns in shapes[unit])
+            idle += in_all // experts * (experts - widths.experts_per_token)
+    return idle
 
 
 def weight_bytes(shape: tuple[int, int], precision: Precision, dense_size: int) -> int:

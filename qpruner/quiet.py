@@ -1,6 +1,7 @@
 """Leaves out what libraries say to their developers or to sell, so that what matters stays in sight."""
 
 import logging
+import threading
 import warnings
 
 NOISE = (
@@ -26,3 +27,10 @@ def quieten() -> None:
         logging.getLogger(name).addFilter(lambda record: not record.getMessage().startswith(NOISE))
     for category, message in WARNINGS:
         warnings.filterwarnings("ignore", message, category)
+    threading.excepthook = _told_elsewhere
+
+
+def _told_elsewhere(failed: threading.ExceptHookArgs) -> None:
+    """Leaves out the end of TensorBoard's thread, as on a full disk: who next gives it something has the same error."""
+    if not type(failed.thread).__module__.startswith("tensorboard."):
+        threading.__excepthook__(failed)

@@ -10,7 +10,9 @@ from torch import nn
 from transformers.models.auto.modeling_auto import MODEL_MAPPING_NAMES
 
 from qpruner import modeling_compressed
-from qpruner.anatomy import COMPRESSED, FAMILIES, decoder_blocks, family_of
+from qpruner.anatomy import COMPRESSED, FAMILIES, Family, decoder_blocks, family_of
+from qpruner.anatomy.layers import has_module, num_experts
+from qpruner.experts import experts_to_linears_
 from qpruner.files import read_json
 from qpruner.precision import Precision
 from qpruner.pruning.widths import heads_field, skeleton_config
@@ -71,6 +73,7 @@ def compression_of(network: Any, config: Any) -> dict[str, Any]:
     _, family = family_of(config)
     with init_empty_weights():
         usual = getattr(transformers, family.model_class)(skeleton_config(config))
+        experts_to_linears_(usual)
     layers = enumerate(decoder_blocks(usual))
     compression: dict[str, Any] = {
         "modules": dict(_modules(network, usual)),
@@ -78,18 +81,44 @@ def compression_of(network: Any, config: Any) -> dict[str, Any]:
             f"{family.layers}.{number}.{path}": _attribute(network.get_submodule(f"{family.layers}.{number}"), path)
             for number, block in layers
             for path in family.widths
-            if _attribute(network.get_submodule(f"{family.layers}.{number}"), path) != _attribute(block, path)
+            if has_module(block, path.rpartition(".")[0])
+            and _attribute(network.get_submodule(f"{family.layers}.{number}"), path) != _attribute(block, path)
         },
         "layer_configs": {},
         "skeleton": {}
         if family.free_heads
-        else {heads_field(config): getattr(usual.config, heads_field(usual.config))},
+        else {name: getattr(usual.config, name) for name in (heads_field(usual.config), family.groups_field) if name},
+        **_experts(network, usual, family),
     }
     if config.is_heterogeneous:
         numbers = range(len(decoder_blocks(network)))
         readers = {f"{family.layers}.{number}.{path}": number for number in numbers for path in family.reads_config}
         compression["layer_configs"] = readers | ({family.rotary: 0} if family.rotary else {})
     return compression
+
+
+def _experts(network: Any, usual: nn.Module, family: Family) -> dict[str, Any]:
+    """What is told of mixtures of experts, and of parameters that are no module's weight; nothing where there are none.
+
+    Args:
+        network: compressed model.
+        usual: model as the family's class builds it, its experts as linears.
+        family: anatomy of both.
+    """
+    if family.mixture is None:
+        return {}
+    mixture, experts, parameters = family.mixture, {}, {}
+    for number, (block, before) in enumerate(zip(decoder_blocks(network), decoder_blocks(usual), strict=True)):
+        paths = list(family.head_entries)
+        if count := num_experts(family, block):
+            entry = {"number": count, "projections": list(mixture.names)}
+            experts[f"{family.layers}.{number}.{mixture.path}"] = entry
+            router = block.get_submodule(mixture.router)
+            paths += [f"{mixture.router}.{name}" for name, _ in router.named_parameters(recurse=False)]
+        for path in paths:
+            if (shape := block.get_parameter(path).shape) != before.get_parameter(path).shape:
+                parameters[f"{family.layers}.{number}.{path}"] = list(shape)
+    return {"experts": experts, "parameters": parameters}
 
 
 def _modules(network: Any, usual: nn.Module) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -103,6 +132,8 @@ def _modules(network: Any, usual: nn.Module) -> Iterator[tuple[str, dict[str, An
             if module not in tables:
                 yield name, _packed(module)
         elif isinstance(weight := getattr(module, "weight", None), nn.Parameter):
+            if not isinstance(module, nn.Linear | nn.Embedding) and weight.ndim == 2:  # a router; see `_experts`
+                continue
             before: Any = usual.get_submodule(name)
             shape = before.weight.shape
             if type(before).__name__ == "Conv1D":

@@ -2,7 +2,7 @@ from typing import Any
 
 import pytest
 import torch
-from support.families import FFN, HIDDEN, KEPT, LAYERS, tiny_config, tiny_model
+from support.families import FFN, HIDDEN, KEPT, LAYERS, PLAIN, tiny_config, tiny_model
 from transformers import GPTNeoXConfig
 
 from qpruner.anatomy import (
@@ -21,15 +21,15 @@ from qpruner.memory import num_parameters
 from qpruner.plan import Architecture
 from qpruner.pruning.surgery import narrow_
 
-HEAD_DIMS = {family: 8 if family == "qwen2" else 16 for family in FAMILIES}
-QUERIES = {family: 1 if family == "gpt2" else 2 for family in FAMILIES}
-SEPARATE = [family for family in FAMILIES if family not in ("phi3", "gpt2")]
+HEAD_DIMS = {family: 8 if family == "qwen2" else 16 for family in PLAIN}
+QUERIES = {family: 1 if family == "gpt2" else 2 for family in PLAIN}
+SEPARATE = [family for family in PLAIN if family not in ("phi3", "gpt2")]
 
 
 def test_these_families_are_known() -> None:
     assert list(FAMILIES) == [
         *("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "granite", "smollm3", "olmo2"),
-        *("phi3", "gpt2"),
+        *("mixtral", "qwen3_moe", "olmoe", "gpt_oss", "phi3", "gpt2"),
     ]
 
 
@@ -86,7 +86,7 @@ def test_linears_of_units_where_projections_are_stacked() -> None:
     }
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", PLAIN)
 def test_shapes_of_units_are_those_of_their_linears(family: str) -> None:
     model = tiny_model(family)
     narrow_(model, KEPT)
@@ -98,7 +98,7 @@ def test_shapes_of_units_are_those_of_their_linears(family: str) -> None:
         assert unit_shapes(architecture_of(model.config), number) == shapes
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", PLAIN)
 @pytest.mark.parametrize("groups", [8, 4, 1])
 def test_heads_and_channels_are_counted(family: str, groups: int) -> None:
     model = tiny_model(family, num_key_value_heads=groups)
@@ -112,7 +112,7 @@ def test_heads_and_channels_are_counted(family: str, groups: int) -> None:
     assert architecture_of(model.config) == expected
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", PLAIN)
 def test_only_qwen2_and_gpt2_have_biases_here(family: str) -> None:
     biased = {name for name, linear in decoder_layers(tiny_model(family))[0].linears.items() if linear.bias is not None}
     assert biased == {"qwen2": {"q", "k", "v"}, "gpt2": {"q_k_v", "o", "up", "down"}}.get(family, set())
@@ -121,7 +121,7 @@ def test_only_qwen2_and_gpt2_have_biases_here(family: str) -> None:
 @pytest.mark.parametrize(
     ("family", "changes"),
     [
-        *((family, {}) for family in FAMILIES),
+        *((family, {}) for family in PLAIN),
         ("llama", {"attention_bias": True, "mlp_bias": True}),
         ("granite", {"attention_bias": True, "mlp_bias": True}),
         ("smollm3", {"attention_bias": True, "mlp_bias": True}),
@@ -173,7 +173,7 @@ def test_values_are_gathered_by_unit() -> None:
     assert torch.equal(down.by_unit(down.linear.weight)[7], layer.down.weight[:, 7:8].T)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", PLAIN)
 def test_the_shape_of_a_head_survives_pruning(family: str) -> None:
     model = tiny_model(family)
     narrow_(model, KEPT)
@@ -190,7 +190,7 @@ def test_a_head_is_the_hidden_size_over_the_heads_where_nothing_else_is_said() -
     assert head_shape(tiny_config("qwen2", head_dim=16)) == (16, 2)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", PLAIN)
 def test_a_narrowed_model_is_of_its_family(family: str) -> None:
     model = tiny_model(family)
     narrow_(model, KEPT)

@@ -1,7 +1,10 @@
 """Files that are whole or not there, mistakes that name them, and hashes."""
 
+import errno
 import hashlib
 import json
+import os
+import subprocess
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -9,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from qpruner.errors import UserError
-from qpruner.files import hash_file, hash_json, read_json, reading, replacing, replacing_folder, write_json
+from qpruner.files import hash_file, hash_json, read_json, reading, replacing, replacing_folder, write_json, writing
 
 
 def cut_off(place: AbstractContextManager[Path], begin: Callable[[Path], object]) -> None:
@@ -79,3 +82,53 @@ def test_hashes_are_of_bytes_and_of_data_whatever_its_order(tmp_path: Path) -> N
     assert hash_file(tmp_path / "a") == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
     assert hash_json({"b": 1, "a": [2]}) == hash_json({"a": [2], "b": 1}) != hash_json({"a": [2], "b": 2})
     assert hash_json({"a": 1}) == hashlib.sha256(json.dumps({"a": 1}).encode()).hexdigest()
+
+
+def test_what_a_killed_process_was_writing_goes_with_the_next_write(tmp_path: Path) -> None:
+    """Of this machine, and of processes that are gone."""
+    path, machine = tmp_path / "a[1].txt", os.uname().nodename
+    gone = subprocess.Popen(["true"])
+    gone.wait()
+    left, running, elsewhere, other = (
+        tmp_path / f".{name}.{machine_of}.{process}.tmp"
+        for name, machine_of, process in (
+            ("a[1].txt", machine, gone.pid),
+            ("a[1].txt", machine, os.getppid()),
+            ("a[1].txt", f"not-{machine}", gone.pid),
+            ("a1.txt", machine, gone.pid),
+        )
+    )
+    for temporary in (left, running, elsewhere, other):
+        temporary.write_text("ha")
+    with replacing(path) as temporary:
+        temporary.write_text("whole")
+    assert {*tmp_path.iterdir()} == {path, running, elsewhere, other} and path.read_text() == "whole"
+
+
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (OSError(errno.ENOSPC, "x"), "No space left on device"),
+        (OSError(errno.EDQUOT, "x"), "Disk quota exceeded"),
+        (RuntimeError("I/O error: x (os error 27)"), "File too large"),  # as libraries in Rust say it
+        (OSError("4352 requested and 1744 written"), "No space left on device"),  # as NumPy says it
+    ],
+)
+def test_a_lack_of_room_is_told_with_the_place_and_the_remedy(error: Exception, told: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=rf"^Cannot write '{tmp_path}': {told}\..* Take another\.$"):
+        fail_in(writing(tmp_path, "Take another."), error)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [OSError(errno.EACCES, "not yours"), RuntimeError("(os error 13)"), UserError("Something else (os error 28)")],
+)
+def test_other_errors_stay_as_they_are(error: Exception, tmp_path: Path) -> None:
+    with pytest.raises(type(error)) as caught:
+        fail_in(writing(tmp_path), error)
+    assert caught.value is error
+
+
+def fail_in(place: AbstractContextManager[None], error: Exception) -> None:
+    with place:
+        raise error

@@ -1,10 +1,12 @@
+import gc
+import weakref
 from pathlib import Path
 
 import torch
 from safetensors import safe_open
 from torch import nn
 
-from qpruner.memory import num_parameters, peak_meaning, read_peak, reset_peak, tensor_bytes
+from qpruner.memory import let_go, num_parameters, peak_meaning, read_peak, reset_peak, tensor_bytes
 from qpruner.pretrained import load_model
 
 
@@ -39,3 +41,22 @@ def test_peak_sees_what_was_freed_and_forgets_when_told() -> None:
     reset_peak(device)
     assert (read_peak(device) or 0) < peak
     assert peak_meaning(device) == "resident set of the process"
+
+
+def test_what_refers_to_itself_is_let_go_and_what_was_there_is_not_looked_at() -> None:
+    class Node:
+        def __init__(self) -> None:
+            self.itself = self
+
+    gc.disable()
+    try:
+        before = weakref.ref(Node())
+        with let_go():
+            inside, kept = weakref.ref(Node()), Node()
+            assert gc.get_freeze_count() > 0
+        assert inside() is None and before() is not None and kept.itself is kept
+        assert gc.get_freeze_count() == 0  # Python looks at all again, in its own time
+    finally:
+        gc.enable()
+    gc.collect()
+    assert before() is None

@@ -11,7 +11,7 @@ import peft
 import pytest
 import torch
 from safetensors.torch import save_file
-from support.families import FAMILIES, logits_of, random_tokens
+from support.families import FAMILIES, KEPT_EXPERTS, MIXTURES, logits_of, random_tokens
 from support.quantized import CPU, pruned
 from transformers import AttentionInterface, AttentionMaskInterface, AutoModel, AutoModelForCausalLM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -40,8 +40,11 @@ TABLE = Precision("affine", 4, 32)
 SCRIPT = Path(__file__).parent / "support/without_qpruner.py"
 
 
-def write(folder: Path, family: str, *, tables: Precision = DENSE, layers: Any = LAYERS, kept: Any = KEPT) -> Any:
+def write(folder: Path, family: str, *, tables: Precision = DENSE, layers: Any = LAYERS, kept: Any = None) -> Any:
     """A compressed folder, and the model that was written there."""
+    if family in MIXTURES:  # whose down has one precision, as experts keep different channels
+        layers = [[replace(precision, leading=None) for precision in precisions] for precisions in layers]
+    kept = kept or (KEPT_EXPERTS if family in MIXTURES else KEPT)
     model, plan = pruned(family, [dict(zip(UNITS, precisions, strict=True)) for precisions in layers], kept)
     plan = replace(plan, embedding=tables, head=tables)
     quantize_(model, plan, None, device=CPU)

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from support.calibration import calibration
+from support.disks import files_end_at
 from support.families import logits_of, tiny_model
 from support.fits import finetuner, fit
 from torch import Tensor, nn
@@ -69,9 +70,10 @@ def test_an_empty_tensor_stays_as_it_is(tmp_path: Path) -> None:
     assert Offload(tmp_path).shelve(empty) is empty
 
 
-def test_a_disk_that_takes_nothing_is_told(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"Cannot write 16 bytes of the model to .*gone.*--run.dir"):
-        Offload(tmp_path / "gone").shelve(torch.zeros(4))
+def test_a_full_disk_is_told_and_nothing_is_left_there(tmp_path: Path) -> None:
+    with files_end_at(1000), pytest.raises(UserError, match=rf"Cannot write '{tmp_path}': .*Make room there"):
+        Offload(tmp_path).shelve(torch.zeros(1000))
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_weights_go_into_files_once_and_packed_ones_never(tmp_path: Path) -> None:
@@ -152,8 +154,7 @@ COMPRESSIONS: dict[str, Callable[[], list[Any]]] = {
 }
 
 
-@pytest.mark.parametrize("name", COMPRESSIONS)
-@pytest.mark.parametrize("dtype", ["auto", "bfloat16"])
+@pytest.mark.parametrize(("name", "dtype"), [*((name, "auto") for name in COMPRESSIONS), ("sequential", "bfloat16")])
 def test_a_fit_makes_the_same_of_it(
     tmp_path: Path, tiny_llama: Path, stories: StoriesDataModule, name: str, dtype: Any
 ) -> None:

@@ -3,7 +3,7 @@
 from typing import Any
 
 import pytest
-from support.families import KEPT, tiny_config, tiny_model
+from support.families import KEPT, KEPT_EXPERTS, MIXTURES, tiny_config, tiny_model
 from torch import nn
 
 from qpruner.anatomy import FAMILIES
@@ -31,5 +31,5 @@ def test_outline_has_the_parameters_of_the_model(family: str, changes: dict[str,
 @pytest.mark.parametrize("family", FAMILIES)
 def test_outline_of_layers_that_differ(family: str) -> None:
     model = tiny_model(family)
-    narrow_(model, KEPT)
+    narrow_(model, KEPT_EXPERTS if family in MIXTURES else KEPT)
     assert shapes(outline_of(model.config)) == shapes(model)

@@ -107,9 +107,12 @@ def test_what_examples_import_is_there(text: str) -> None:
             assert [name.name for name in node.names if not hasattr(module, name.name)] == []
 
 
+OF_OTHERS = ("llama_cpp", "dask_jobqueue")
+
+
 def imported(name: str) -> Any:
-    """A module that an example imports; engines of others need not be installed here."""
-    return import_module(name) if name.partition(".")[0] != "llama_cpp" else pytest.importorskip(name)
+    """A module that an example imports; engines and clusters of others need not be installed here."""
+    return pytest.importorskip(name) if name.partition(".")[0] in OF_OTHERS else import_module(name)
 
 
 def test_every_configuration_is_told_of() -> None:

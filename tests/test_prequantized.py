@@ -7,10 +7,11 @@ from typing import Any
 import bitsandbytes
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from support.bases import FOUR_BITS, copy_base, save_quantized
+from support.families import tiny_config
 from torch import Tensor
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, GptOssForCausalLM
 
 from qpruner.errors import UserError
 from qpruner.pretrained import check_model, load_config, load_model
@@ -83,7 +84,43 @@ def test_weights_in_fp8_become_dense(tiny_llama: Path, tmp_path: Path) -> None:
     assert "quantization_config" not in model.config.to_dict()
 
 
-@pytest.mark.parametrize("method", ["gptq", "awq", "hqq", "quanto", "torchao", "mxfp4", "bitnet", "exl2", None])
+def in_mxfp4(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Weights [E, in, out] as gpt-oss is published, and what they mean: blocks of 32 inputs share a power of two.
+
+    Blocks [E, out, in / 32, 16] of two codes a byte, the lower one first; scales [E, out, in / 32], plus 127.
+    """
+    values = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6])
+    blocks = weight.mT.unflatten(2, (-1, 32))  # [E, out, in / 32, 32]
+    exponents = (blocks.abs().amax(-1, keepdim=True) / 6).log2().ceil()
+    codes = (blocks / exponents.exp2()).unsqueeze(-1).sub(values).abs().argmin(-1)
+    meant = (values[codes] * exponents.exp2()).flatten(2).mT
+    low, high = codes.unflatten(-1, (16, 2)).unbind(-1)
+    return (high * 16 + low).to(torch.uint8), (exponents.squeeze(-1) + 127).to(torch.uint8), meant
+
+
+def test_experts_in_mxfp4_become_dense(tmp_path: Path) -> None:
+    stock = GptOssForCausalLM(tiny_config("gpt_oss", intermediate_size=32)).eval()
+    stock.save_pretrained(tmp_path / "base")
+    tensors = load_file(tmp_path / "base/model.safetensors")
+    state = stock.state_dict()
+    for name in [name for name in tensors if name.endswith(("gate_up_proj", "down_proj"))]:
+        tensors[f"{name}_blocks"], tensors[f"{name}_scales"], meant = in_mxfp4(tensors.pop(name))
+        state[name].copy_(meant)
+    save_file(tensors, tmp_path / "base/model.safetensors", {"format": "pt"})
+    config = json.loads((tmp_path / "base/config.json").read_text())
+    unconverted = ["model.layers.*.self_attn", "model.layers.*.mlp.router", "model.embed_tokens", "lm_head"]
+    config["quantization_config"] = {"quant_method": "mxfp4", "modules_to_not_convert": unconverted}
+    (tmp_path / "base/config.json").write_text(json.dumps(config))
+    check_model(str(tmp_path / "base"), trust_remote_code=False)
+    notes: list[str] = []
+    model = load_model(str(tmp_path / "base"), dtype="float32", trust_remote_code=False, say=notes.append)
+    assert "is quantized (mxfp4)" in notes[0] and "made dense in float32" in notes[0]
+    with torch.no_grad():
+        torch.testing.assert_close(model(TOKENS).logits, stock(TOKENS).logits, rtol=1e-4, atol=1e-4)
+    assert not hasattr(model.config, "quantization_config")
+
+
+@pytest.mark.parametrize("method", ["gptq", "awq", "hqq", "quanto", "torchao", "bitnet", "exl2", None])
 def test_methods_that_are_not_undone(method: str | None, tiny_llama: Path, tmp_path: Path) -> None:
     entry = {"quant_method": method, "bits": 4}
     folder = copy_base(tiny_llama, tmp_path / "base", quantization_config=entry)

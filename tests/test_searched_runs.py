@@ -27,6 +27,7 @@ from qpruner.records.report import scalars
 from qpruner.records.search import Proposer, SearchResults, pareto_front, variants_table
 from qpruner.search.ledger import TrialRecord
 from qpruner.search.proposals import LocalProposals, OptimizerFailed, Proposal
+from qpruner.search.trainer import Search
 from qpruner.search.trial import TrialRunner
 
 TRIALS, SEEDS = 4, 2
@@ -388,6 +389,28 @@ def test_a_search_needs_a_budget_text_and_a_validation_split(
         path.write_text(yaml.safe_dump({**config, **changes}))
         with pytest.raises(UserError, match=said):
             run(["search", "--config", str(path)])
+
+
+def test_a_trial_that_only_the_ledger_saw_is_shown_when_the_search_goes_on(
+    arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As after a kill between the record of a trial and its curve."""
+    show = Search.show_trial
+
+    def killed(search: Search, record: TrialRecord) -> None:
+        if record.number == 1:
+            raise InterruptedError
+        show(search, record)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Search, "show_trial", killed)
+        with pytest.raises(InterruptedError):
+            run(["search", *arguments])
+    run(["search", *arguments])
+    folder = RunFolder(tmp_path / "runs" / "x")
+    losses = [loss for _, loss in outcomes(folder.ledger)]
+    for tag, values in {"loss": losses, "best": [min(losses[: number + 1]) for number in range(TRIALS)]}.items():
+        assert scalars(folder.tensorboard, f"search/{tag}") == [*enumerate(map(pytest.approx, values))]
 
 
 def test_a_folder_and_a_ledger_belong_to_one_search(

@@ -6,7 +6,8 @@ projections, add its line to `FAMILIES`:
     "llama": Family("LlamaForCausalLM", "LlamaConfig"),
 
 and, where the family differs, the fields of `Family` that say so: other names, norms and biases; projections that are
-stacked in one linear (`fused`); norms over all heads (``wide_norms``); widths that its modules remember (``widths``).
+stacked in one linear (`fused`); norms over all heads (``wide_norms``); experts (``mixture``); widths that its modules
+remember (``widths``).
 The tests run over the whole table; a tiny configuration of the family goes to ``EXPLICIT`` of
 ``tests/support/families.py``.
 """
@@ -17,8 +18,8 @@ from typing import Any, Literal
 
 from qpruner.errors import UserError
 
-Width = Literal["query_heads", "kv_groups", "query_channels", "key_channels", "ffn_channels"]
-"""A width of a layer: numbers of heads or FFN channels, or the channels of its query or key heads."""
+Width = Literal["query_heads", "kv_groups", "query_channels", "key_channels", "ffn_channels", "experts"]
+"""A width of a layer: numbers of heads, FFN channels or experts, or the channels of its query or key heads."""
 
 SEPARATE = {
     **{name: f"self_attn.{name}_proj" for name in ("q", "k", "v", "o")},
@@ -31,6 +32,34 @@ AROUND_EACH = ("input_layernorm", "post_attention_layernorm", "pre_feedforward_l
 def biased(attention: str | None = "attention_bias", mlp: str | None = "mlp_bias") -> dict[str, str | None]:
     """Biases on all projections, each kind as a field of the configuration says; always where it is None."""
     return {**dict.fromkeys("qkvo", attention), **dict.fromkeys(("gate", "up", "down"), mlp)}
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """Where the experts of a family's layers are. Their linears are separate ones; see `qpruner.experts`.
+
+    Args:
+        router: path in a layer to the module that sends tokens to experts, with a row of its weight for each.
+        names: names of an expert's linears: gate, up and down.
+        number_field: field of the configuration that holds the number of experts.
+        channels_field: field of the configuration that holds the number of an expert's FFN channels.
+        path: path in a layer to the list of experts.
+        biased_router: whether the router has a bias.
+        stored_path: name of the block of router and experts in published files; None where it is that in the layer.
+    """
+
+    router: str
+    number_field: str
+    names: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj")
+    channels_field: str = "intermediate_size"
+    path: str = "mlp.experts"
+    biased_router: bool = False
+    stored_path: str | None = None
+
+    @property
+    def block(self) -> str:
+        """Path in a layer to the block of router and experts."""
+        return self.path.rpartition(".")[0]
 
 
 @dataclass(frozen=True)
@@ -50,6 +79,9 @@ class Family:
         layer_norms: path in a layer to each norm over the hidden size.
         head_norms: path in a layer to each norm over one head. Such norms belong to every head alike.
         wide_norms: path in a layer to the norm over all heads that a projection makes, by projection.
+        head_entries: path in a layer to each parameter with an entry for every query head.
+        mixture: where the experts of its layers are; None where layers have none. Where the configuration says so, a
+            layer has a plain FFN all the same, at the paths of ``projections``.
         normed_outputs: whether a norm is taken of what o and down give before it is added to the hidden states.
         last_norm: path to the norm before the head.
         norm: the class in torch whose parameters the norms over the hidden size have.
@@ -75,6 +107,8 @@ class Family:
     layer_norms: tuple[str, ...] = BEFORE_EACH
     head_norms: tuple[str, ...] = ()
     wide_norms: Mapping[str, str] = field(default_factory=dict)
+    head_entries: tuple[str, ...] = ()
+    mixture: Mixture | None = None
     normed_outputs: bool = False
     last_norm: str = "model.norm"
     norm: Literal["RMSNorm", "LayerNorm"] = "RMSNorm"
@@ -84,6 +118,15 @@ class Family:
     free_heads: bool = True
     widths: Mapping[str, Width] = field(default_factory=dict)
     reads_config: tuple[str, ...] = ()
+
+    def path(self, name: str) -> str:
+        """Path in a layer to the linear of a projection, such as ``q``, or ``experts.3.down`` of the fourth expert."""
+        kind, _, of_expert = name.partition(".")
+        if self.mixture is None or kind != "experts":
+            return self.projections[name]
+        number, projection = of_expert.split(".")
+        names = dict(zip(("gate", "up", "down"), self.mixture.names, strict=True))
+        return f"{self.mixture.path}.{number}.{names[projection]}"
 
     def fused(self, names: tuple[str, ...]) -> list[tuple[str, ...]]:
         """Projections of which those that are stacked in one linear stand together; missing ones are left out."""
@@ -116,6 +159,36 @@ FAMILIES = {
         layer_norms=("post_attention_layernorm", "post_feedforward_layernorm"),
         normed_outputs=True,
         wide_norms={"q": "self_attn.q_norm", "k": "self_attn.k_norm"},
+    ),
+    "mixtral": Family(
+        "MixtralForCausalLM",
+        "MixtralConfig",
+        biases={},
+        mixture=Mixture("mlp.gate", "num_local_experts", ("w1", "w3", "w2"), stored_path="block_sparse_moe"),
+        widths={"mlp.gate.num_experts": "experts"},
+    ),
+    "qwen3_moe": Family(
+        "Qwen3MoeForCausalLM",
+        "Qwen3MoeConfig",
+        head_norms=("self_attn.q_norm", "self_attn.k_norm"),
+        mixture=Mixture("mlp.gate", "num_local_experts", channels_field="moe_intermediate_size"),
+        widths={"mlp.gate.num_experts": "experts"},
+    ),
+    "olmoe": Family(
+        "OlmoeForCausalLM",
+        "OlmoeConfig",
+        wide_norms={"q": "self_attn.q_norm", "k": "self_attn.k_norm"},
+        mixture=Mixture("mlp.gate", "num_experts"),
+        free_heads=False,
+        widths={"mlp.gate.num_experts": "experts"},
+    ),
+    "gpt_oss": Family(
+        "GptOssForCausalLM",
+        "GptOssConfig",
+        biases={**dict.fromkeys("qkvo", "attention_bias"), **dict.fromkeys(("gate", "up", "down"))},
+        head_entries=("self_attn.sinks",),
+        mixture=Mixture("mlp.router", "num_local_experts", biased_router=True),
+        widths={"mlp.router.num_experts": "experts"},
     ),
     "phi3": Family(
         "Phi3ForCausalLM",
@@ -161,6 +234,22 @@ def is_compressible(config: Any) -> bool:
     """Whether a model is of a family that can be pruned and quantized, by its configuration."""
     name: str = config.model_type
     return name.removeprefix(COMPRESSED) in FAMILIES
+
+
+def refuse_experts(model: Any, what: str, remedy: str) -> None:
+    """Makes sure that the layers of a model have no experts.
+
+    Args:
+        model: causal language model.
+        what: what cannot be done to experts, as the message begins.
+        remedy: what to ask for instead.
+
+    Raises:
+        UserError: they have.
+    """
+    name = model.config.model_type.removeprefix(COMPRESSED)
+    if name in FAMILIES and FAMILIES[name].mixture is not None:
+        raise UserError(f"{what} does not work on mixtures of experts, as {name} is. Use {remedy}.")
 
 
 def family_of(config: Any) -> tuple[str, Family]:

@@ -1,14 +1,14 @@
 """The decoder layers of a model: their projections, their removable units, and their widths."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
 
 from qpruner.anatomy.coupled import Coupled, WideNorm, by_linear
-from qpruner.anatomy.families import FAMILIES, Width, family_of
-from qpruner.plan import Architecture
+from qpruner.anatomy.families import FAMILIES, Family, Width, family_of
+from qpruner.plan import Architecture, by_expert
 
 MEMBERS = {"qkv": ("q", "k", "v"), "o": ("o",), "gate_up": ("gate", "up"), "down": ("down",)}
 """The projections of each quantization unit."""
@@ -21,14 +21,63 @@ def unit_linears(model: nn.Module) -> list[dict[str, tuple[str, ...]]]:
         UserError: an unsupported family.
     """  # [layers]
     _, family = family_of(model.config)
-    num_layers = len(model.get_submodule(family.layers))  # type: ignore[arg-type]
     return [
         {
-            unit: tuple(f"{family.layers}.{number}.{family.projections[first]}" for first, *_ in family.fused(names))
-            for unit, names in MEMBERS.items()
+            unit: tuple(f"{family.layers}.{number}.{path}" for path in paths)
+            for unit, paths in unit_paths(family, num_experts(family, block)).items()
         }
-        for number in range(num_layers)
+        for number, block in enumerate(decoder_blocks(model))
     ]
+
+
+def unit_paths(family: Family, experts: int) -> dict[str, tuple[str, ...]]:
+    """The paths in a layer to the linears of each quantization unit, those of one expert after the other.
+
+    Args:
+        family: anatomy of the layer.
+        experts: number of the layer's experts; 0 where it has a plain FFN.
+    """
+
+    def paths(names: tuple[str, ...]) -> Iterator[str]:
+        if experts and names[0] not in ("q", "o"):
+            for number in range(experts):
+                yield from (family.path(f"experts.{number}.{name}") for name in names)
+        else:
+            yield from (family.projections[first] for first, *_ in family.fused(names))
+
+    return {unit: tuple(paths(names)) for unit, names in MEMBERS.items()}
+
+
+def num_experts(family: Family, block: nn.Module) -> int:
+    """Number of experts of a layer; 0 where it has a plain FFN."""
+    if family.mixture is None or not has_module(block, family.mixture.path):
+        return 0
+    experts: Any = block.get_submodule(family.mixture.path)
+    return len(experts)
+
+
+def has_module(module: nn.Module, path: str) -> bool:
+    """Whether a module has another at a dotted path, as a layer has a router among others that have none."""
+    for name in path.split("."):
+        if name not in module._modules:
+            return False
+        module = module.get_submodule(name)
+    return True
+
+
+@dataclass(frozen=True)
+class FeedForward:
+    """The linears of an FFN, or of one expert of a mixture.
+
+    Args:
+        up: linear of the intermediate channels.
+        down: linear back to the hidden size.
+        gate: linear of the gate; None in an MLP without one.
+    """
+
+    up: nn.Linear
+    down: nn.Linear
+    gate: nn.Linear | None = None
 
 
 @dataclass(frozen=True)
@@ -37,14 +86,17 @@ class DecoderLayer:
 
     A KV group is a key-value head with the query heads that read it; an FFN channel is a row of gate and up with a
     column of down. With multi-head attention a group is one head, with multi-query attention there is one group.
-    Projections that are stacked in one linear are the same module here.
+    Projections that are stacked in one linear are the same module here. The channels of a mixture of experts are
+    counted through all of its experts, which are equally wide; the parts of an expert are called ``experts.3.down``.
 
     Args:
         head_dim: channels of a head.
         queries_per_group: query heads to a key-value head.
-        gate: linear of the gate; None in an MLP without one.
+        ffns: linears of the FFN, or of each expert.
+        router: module that sends tokens to experts; None in a layer with a plain FFN.
         q_norm: norm over all query heads; None without one.
         k_norm: norm over all key heads; None without one.
+        head_entries: parameters with an entry for each query head.
     """
 
     head_dim: int
@@ -53,11 +105,11 @@ class DecoderLayer:
     k: nn.Linear
     v: nn.Linear
     o: nn.Linear
-    up: nn.Linear
-    down: nn.Linear
-    gate: nn.Linear | None = None
+    ffns: tuple[FeedForward, ...]
+    router: nn.Module | None = None
     q_norm: nn.Module | None = None
     k_norm: nn.Module | None = None
+    head_entries: tuple[nn.Parameter, ...] = ()
 
     @property
     def kv_groups(self) -> int:
@@ -65,7 +117,34 @@ class DecoderLayer:
 
     @property
     def ffn_channels(self) -> int:
-        return self.down.in_features
+        return len(self.ffns) * self.channels_of_each
+
+    @property
+    def channels_of_each(self) -> int:
+        """FFN channels, or those of each expert."""
+        return self.ffns[0].down.in_features
+
+    @property
+    def experts(self) -> int:
+        """Number of experts; 0 where there is a plain FFN."""
+        return 0 if self.router is None else len(self.ffns)
+
+    @property
+    def up(self) -> nn.Linear:
+        return self._only.up
+
+    @property
+    def down(self) -> nn.Linear:
+        return self._only.down
+
+    @property
+    def gate(self) -> nn.Linear | None:
+        return self._only.gate
+
+    @property
+    def _only(self) -> FeedForward:
+        assert self.router is None, "experts have a down each"
+        return self.ffns[0]
 
     @property
     def linears(self) -> dict[str, nn.Linear]:
@@ -77,14 +156,40 @@ class DecoderLayer:
     def group_weights(self) -> tuple[Coupled, ...]:
         """What a KV group owns."""
         queries = self.queries_per_group * self.head_dim
-        rows = self._rows({"q": queries, "k": self.head_dim, "v": self.head_dim}, self.kv_groups)
+        linears = {"q": self.q, "k": self.k, "v": self.v}
+        rows = _rows(linears, {"q": queries, "k": self.head_dim, "v": self.head_dim}, self.kv_groups)
         return *rows, Coupled("o", self.o, 1, queries, self.kv_groups)
 
     @property
     def channel_weights(self) -> tuple[Coupled, ...]:
-        """What an FFN channel owns."""
-        rows = self._rows({"gate": 1, "up": 1}, self.ffn_channels)
-        return *rows, Coupled("down", self.down, 1, 1, self.ffn_channels)
+        """What FFN channels own, of one expert after the other."""
+        return tuple(part for parts in self.channel_weights_of_each for part in parts)
+
+    @property
+    def channel_weights_of_each(self) -> tuple[tuple[Coupled, ...], ...]:
+        """What the channels of the FFN, or of each expert, own; units are counted from the first one of the expert."""
+        of_each = []
+        for number, ffn in enumerate(self.ffns):
+            before = "" if self.router is None else f"experts.{number}."
+            channels = ffn.down.in_features
+            linears = {f"{before}{name}": linear for name in ("gate", "up") if (linear := getattr(ffn, name))}
+            rows = _rows(linears, dict.fromkeys(linears, 1), channels)
+            of_each.append((*rows, Coupled(f"{before}down", ffn.down, 1, 1, channels)))
+        return tuple(of_each)
+
+    def channels_by_ffn(self, channels: Sequence[int]) -> dict[int, Sequence[int]]:
+        """Some FFN channels, counted from the first one of their expert, by the number of the expert, as they come.
+
+        Those of a plain FFN are all of number 0.
+        """
+        if self.router is None:
+            return {0: channels}
+        return {**by_expert(channels, self.channels_of_each)}
+
+    @property
+    def outputs(self) -> tuple[Coupled, ...]:
+        """What has the columns of units: o, and the down of the FFN or of each expert."""
+        return self.group_weights[-1], *(parts[-1] for parts in self.channel_weights_of_each)
 
     @property
     def wide_norms(self) -> tuple[WideNorm, ...]:
@@ -92,16 +197,16 @@ class DecoderLayer:
         norms = {"q": self.q_norm, "k": self.k_norm}
         return tuple(WideNorm(norm, part) for part in self.group_weights if (norm := norms.get(part.name)) is not None)
 
-    def _rows(self, widths: Mapping[str, int], num_units: int) -> list[Coupled]:
-        """Projections that make units, each a block of rows below those that are stacked above it."""
-        below: dict[int, int] = {}
-        parts = []
-        for name, width in widths.items():
-            if (linear := getattr(self, name)) is not None:
-                start = below.get(id(linear), 0)
-                parts.append(Coupled(name, linear, 0, width, num_units, start))
-                below[id(linear)] = start + num_units * width
-        return parts
+
+def _rows(linears: Mapping[str, nn.Linear], widths: Mapping[str, int], num_units: int) -> list[Coupled]:
+    """Projections that make units, each a block of rows below those that are stacked above it."""
+    below: dict[int, int] = {}
+    parts = []
+    for name, linear in linears.items():
+        start = below.get(id(linear), 0)
+        parts.append(Coupled(name, linear, 0, widths[name], num_units, start))
+        below[id(linear)] = start + num_units * widths[name]
+    return parts
 
 
 def decoder_blocks(model: nn.Module) -> list[nn.Module]:
@@ -121,14 +226,31 @@ def decoder_layers(model: nn.Module) -> list[DecoderLayer]:
     Raises:
         UserError: an unsupported family.
     """
-    config: Any = model.config
-    _, family = family_of(config)
-    paths = {**family.projections, **{f"{name}_norm": path for name, path in family.wide_norms.items()}}
-    blocks: list[Any] = [*decoder_blocks(model)]
-    return [
-        DecoderLayer(*head_shape(config), **{name: block.get_submodule(path) for name, path in paths.items()})
-        for block in blocks
-    ]
+    _, family = family_of(model.config)
+    shape = head_shape(model.config)
+    return [_decoder_layer(family, shape, block) for block in decoder_blocks(model)]
+
+
+def _decoder_layer(family: Family, shape: tuple[int, int], block: Any) -> DecoderLayer:
+    attention = {name: family.projections[name] for name in ("q", "k", "v", "o")}
+    norms = {f"{name}_norm": path for name, path in family.wide_norms.items()}
+    experts = num_experts(family, block)
+    ffns = (
+        [
+            {name: family.path(f"experts.{number}.{name}") for name in ("gate", "up", "down")}
+            for number in range(experts)
+        ]
+        if experts
+        else [{name: path for name, path in family.projections.items() if name in ("gate", "up", "down")}]
+    )
+    router = family.mixture.router if experts and family.mixture is not None else None
+    return DecoderLayer(
+        *shape,
+        ffns=tuple(FeedForward(**{name: block.get_submodule(path) for name, path in ffn.items()}) for ffn in ffns),
+        router=None if router is None else block.get_submodule(router),
+        head_entries=tuple(block.get_parameter(path) for path in family.head_entries),
+        **{name: block.get_submodule(path) for name, path in (attention | norms).items()},
+    )
 
 
 def head_shape(config: Any) -> tuple[int, int]:
@@ -144,17 +266,29 @@ def architecture_of(config: Any) -> Architecture:
     Raises:
         UserError: an unsupported family.
     """
-    name, _ = family_of(config)
+    name, family = family_of(config)
     head_dim, queries_per_group = head_shape(config)
     layers = list(config.per_layer_config)
+    experts = [_experts(config, number, layer) for number, layer in enumerate(layers)]
     return Architecture(
         model_type=name,
         hidden_size=config.hidden_size,
         head_dim=head_dim,
         queries_per_group=queries_per_group,
         kv_groups=tuple(_kv_groups(layer) for layer in layers),
-        ffn_channels=tuple(_ffn_channels(layer) for layer in layers),
+        ffn_channels=tuple(_ffn_channels(layer, number) for layer, number in zip(layers, experts, strict=True)),
+        experts=() if family.mixture is None else tuple(experts),
+        experts_per_token=0 if family.mixture is None else config.num_experts_per_tok,
     )
+
+
+def _experts(config: Any, number: int, layer_config: Any) -> int:
+    mixture = family_of(config)[1].mixture
+    plain = number in (getattr(config, "mlp_only_layers", None) or ())  # Qwen3-MoE alone knows the two
+    if mixture is None or plain or (number + 1) % getattr(config, "decoder_sparse_step", 1):
+        return 0
+    count: int = getattr(layer_config, mixture.number_field)
+    return count
 
 
 def _kv_groups(layer_config: Any) -> int:
@@ -163,8 +297,11 @@ def _kv_groups(layer_config: Any) -> int:
     return number
 
 
-def _ffn_channels(layer_config: Any) -> int:
-    number: int | None = getattr(layer_config, family_of(layer_config)[1].channels_field)
+def _ffn_channels(layer_config: Any, experts: int) -> int:
+    _, family = family_of(layer_config)
+    if experts and family.mixture is not None:
+        return experts * int(getattr(layer_config, family.mixture.channels_field))
+    number: int | None = getattr(layer_config, family.channels_field)
     return 4 * int(layer_config.hidden_size) if number is None else number
 
 
@@ -177,21 +314,25 @@ def widths_of(layer: DecoderLayer) -> dict[Width, int]:
         "query_channels": query_heads * layer.head_dim,
         "key_channels": layer.kv_groups * layer.head_dim,
         "ffn_channels": layer.ffn_channels,
+        "experts": layer.experts,
     }
 
 
 def unit_shapes(widths: Architecture, layer: int) -> dict[str, tuple[tuple[int, int], ...]]:
     """Shapes [out, in] of the weights of each quantization unit of a layer."""
     family = FAMILIES[widths.model_type]
-    hidden, channels = widths.hidden_size, widths.ffn_channels[layer]
+    hidden, channels, experts = widths.hidden_size, widths.channels_of_each(layer), widths.num_experts(layer)
     keys = widths.kv_groups[layer] * widths.head_dim
     queries = keys * widths.queries_per_group
     rows = {"q": queries, "k": keys, "v": keys, "o": hidden, "gate": channels, "up": channels, "down": hidden}
     inputs = {"o": queries, "down": channels}
-    return {
-        unit: tuple((sum(rows[name] for name in stack), inputs.get(stack[0], hidden)) for stack in family.fused(names))
-        for unit, names in MEMBERS.items()
-    }
+
+    def shapes(names: tuple[str, ...]) -> tuple[tuple[int, int], ...]:
+        if experts and names[0] not in ("q", "o"):
+            return tuple((rows[name], inputs.get(name, hidden)) for name in names) * experts
+        return tuple((sum(rows[name] for name in stack), inputs.get(stack[0], hidden)) for stack in family.fused(names))
+
+    return {unit: shapes(names) for unit, names in MEMBERS.items()}
 
 
 def unit_parameters(layer: DecoderLayer) -> tuple[int, int]:
@@ -204,7 +345,17 @@ def unit_parameters(layer: DecoderLayer) -> tuple[int, int]:
         )
 
     of_norms = sum(norm.of.width for norm in layer.wide_norms)
-    return count(layer.group_weights) + of_norms, count(layer.channel_weights)
+    of_entries = len(layer.head_entries) * layer.queries_per_group
+    return count(layer.group_weights) + of_norms + of_entries, count(layer.channel_weights_of_each[0])
+
+
+def expert_parameters(layer: DecoderLayer) -> int:
+    """Parameters that go with one expert, its row of the router included."""
+    ffn = layer.channel_weights_of_each[0]
+    down = ffn[-1].linear
+    of_router = 0 if layer.router is None else sum(p[0].numel() for p in layer.router.parameters(recurse=False))
+    of_bias = 0 if down.bias is None else down.bias.numel()
+    return layer.channels_of_each * unit_parameters(layer)[1] + of_bias + of_router
 
 
 def _has_unit_bias(coupled: Coupled) -> bool:

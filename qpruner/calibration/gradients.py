@@ -18,10 +18,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from qpruner.anatomy import decoder_layers
 from qpruner.calibration.blocks import BlockRunner, block_runner, linears_within, watching_gradients
 from qpruner.calibration.text import Calibration, micro_batches
 from qpruner.errors import UserError
-from qpruner.likelihood import nll_of_targets
+from qpruner.likelihood import causal_model, nll_of_targets
 from qpruner.processes import Processes
 
 Consume = Callable[[str, Tensor, Tensor | None], Tensor]
@@ -81,6 +82,10 @@ def blocks_backward(
     Yields:
         The linears of a block, at work, once all text has passed backward through it.
     """
+    if any(layer.experts for layer in decoder_layers(causal_model(model))):
+        # Which sequence the tokens are of that reach an expert is not told, so that each sequence passes alone.
+        alone = [one for batch in calibration.batches for one in micro_batches(batch.tokens, 1, batch.first)]
+        calibration = replace(calibration, batches=alone)
     with block_runner(model, calibration) as runner:
         entering = [runner.embed()]
         for number in range(len(runner.blocks) - 1):

@@ -11,7 +11,7 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from qpruner.anatomy import family_of
+from qpruner.anatomy import family_of, refuse_experts
 from qpruner.dense_copy import TokenizerFiles
 from qpruner.errors import UserError, listed
 from qpruner.export.bit_stream import bit_stream, codes_of_stream, words
@@ -97,6 +97,7 @@ class CompressedTensors:
     module = None
 
     def check(self, source: Source) -> None:
+        refuse_experts(source.network, f"--format {self.name}", "--format dense")
         linears = _linears(source)
         if not linears:
             raise UserError("No linear of this model is quantized. Export it with --format dense.")

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qpruner.anatomy import architecture_of, family_of
+from qpruner.anatomy import architecture_of, family_of, refuse_experts
 from qpruner.dense_copy import TokenizerFiles
 from qpruner.errors import UserError
 from qpruner.export.bit_stream import bit_stream, codes_of_stream, words
@@ -68,6 +68,7 @@ class Mlx:
     module = None
 
     def check(self, source: Source) -> None:
+        refuse_experts(source.network, f"--format {self.name}", "--format dense")
         config, unequal = source.dense_config, source.config.is_heterogeneous
         family, _ = family_of(config)
         if family not in EQUAL or (unequal and family not in UNEQUAL):

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qpruner.anatomy import architecture_of, family_of
+from qpruner.anatomy import architecture_of, family_of, refuse_experts
 from qpruner.dense_copy import TokenizerFiles
 from qpruner.export.groups import rounded
 from qpruner.export.source import LowRank, Source
@@ -54,7 +54,8 @@ class Onnx:
     module = "onnxscript"
 
     def check(self, source: Source) -> None:
-        """Every model that is compressed is a graph."""
+        """Every model that is compressed is a graph, unless which experts work depends on the text."""
+        refuse_experts(source.network, "--format onnx", "--format dense")
 
     def write(self, source: Source, folder: Path, dtype: torch.dtype) -> Written:
         import onnx_ir

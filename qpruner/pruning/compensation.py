@@ -1,7 +1,9 @@
 """What pruning took away is made up for by the weights that stay, in closed form, on text.
 
 The linears that write into the hidden states, ``o`` and ``down`` of each layer, are changed by least squares (see
-`qpruner.calibration.regression`), layer by layer in the order in which text passes. What a linear's outputs lack is
+`qpruner.calibration.regression`), layer by layer in the order in which text passes. Experts stay as they are: where
+routers send tokens changes as layers before them do, so that what an expert got before tells little of what it lacks.
+What a linear's outputs lack is
 
 - local: what the dense linear gives for the dense model's inputs, less what the narrowed one gives for the part of them
   that it still gets. Layers know nothing of each other.
@@ -68,11 +70,11 @@ class Stream:
             entering: hidden states that enter the layer, [B, T, H].
             seen: what the linears got and gave.
         """  # name: [B, T, H], float32
-        outputs = {name: seen[name].outputs.float() for name in ("o", "down")}
+        outputs = {name: of_linear.outputs.float() for name, of_linear in seen.items()}
         if self.normed:
             return outputs
         behind_o = entering.to(outputs["o"]) / self.scale + outputs["o"]
-        return {"o": behind_o, "down": behind_o + outputs["down"]}
+        return {"o": behind_o} | ({"down": behind_o + outputs["down"]} if "down" in outputs else {})
 
 
 @dataclass(frozen=True)
@@ -84,7 +86,7 @@ class Seen:
 
 
 class OutputLinears:
-    """The two linears of one layer, of the dense model or of the narrowed one, seen at work.
+    """The two linears of one layer, of the dense model or of the narrowed one, seen at work; of a mixture ``o`` alone.
 
     Args:
         runner: runner of the model.
@@ -93,7 +95,9 @@ class OutputLinears:
     """
 
     def __init__(self, runner: BlockRunner, number: int, layer: DecoderLayer) -> None:
-        self.linears: dict[str, nn.Linear] = {"o": layer.o, "down": layer.down}
+        self.linears: dict[str, nn.Linear] = {"o": layer.o}
+        if not layer.experts:
+            self.linears["down"] = layer.down
         self._runner, self._number = runner, number
 
     def keep(self, tensor: Tensor) -> Tensor:
@@ -177,6 +181,11 @@ def _places_of(units: Sequence[int], among: Sequence[int]) -> list[int]:
     return [places[unit] for unit in units]
 
 
+def compensated_widths(layer: DecoderLayer) -> list[int]:
+    """Numbers of inputs of the linears of a layer that compensation changes."""
+    return [layer.o.in_features] + ([] if layer.experts else [layer.down.in_features])
+
+
 def check_text(config: CalibrationConfig, widest: int) -> None:
     """Makes sure that text is enough for least squares.
 
@@ -204,7 +213,8 @@ def describe(fits: Mapping[str, Fit], num_tokens: int) -> str:
     changed = [fit for fit in fits.values() if fit.change is not None]
     left = [1 - fit.after / fit.before for fit in changed]
     gained = f"; what these lacked on held-out text is {sum(left) / len(left):.1%} less in the mean" if left else ""
-    return f"Compensated {len(changed)} of {len(fits)} linears on {num_tokens:,} tokens{gained}."
+    experts = "" if any(name.endswith("down") for name in fits) else "; experts stay as they are"
+    return f"Compensated {len(changed)} of {len(fits)} linears on {num_tokens:,} tokens{gained}{experts}."
 
 
 def _lost(
@@ -232,8 +242,9 @@ def _lost(
 def _places(layer: DecoderLayer, units: tuple[Sequence[int], Sequence[int]]) -> dict[str, Tensor]:
     """The inputs of the linears of a dense layer that belong to some units."""
     groups, channels = units
-    parts = {part.name: part for part in (*layer.group_weights, *layer.channel_weights)}
-    return {"o": parts["o"].places(groups), "down": parts["down"].places(channels)}
+    parts = {part.name: part for part in layer.outputs}
+    places = {"o": parts["o"].places(groups)}
+    return places | ({} if layer.experts else {"down": parts["down"].places(channels)})
 
 
 class SplitSums:

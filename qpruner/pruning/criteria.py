@@ -33,6 +33,7 @@ adjusted.
 g, F, G, Var and x are those of the whole text, however it was cut to pass through the model.
 """
 
+from collections.abc import Sequence
 from typing import Literal, get_args
 
 import torch
@@ -87,20 +88,23 @@ def wanda(coupled: Coupled, input_norm: Tensor) -> Tensor:
     return sum_by_unit(coupled, coupled.linear.weight.detach().abs() * input_norm)
 
 
-def fluctuation(coupled: Coupled, variance: Tensor) -> Tensor:
+def fluctuation(parts: Sequence[Coupled], variances: Sequence[Tensor]) -> Tensor:
     """How much of the output varies with a unit's inputs, in standard deviations from the mean of its layer.
 
     As FLAP has it (arXiv 2312.11983): columns of a weight score Var(x_j) ||W_:j||^2, are standardised over the
-    weight, so that layers and kinds compare, and averaged over a unit.
+    weight, so that layers and kinds compare, and averaged over a unit. The experts of a mixture are one weight, side by
+    side; an input channel of one of them is zero for tokens that do not reach it.
 
     Args:
-        coupled: weight whose columns belong to units, of o or down.
-        variance: variance of each input channel over all calibration tokens, [in].
+        parts: weight whose columns belong to units, of o or down; of a mixture, the down of each expert.
+        variances: variance of each input channel of these over all calibration tokens, [in].
     """  # [units], of any sign
-    columns = variance * coupled.linear.weight.detach().double().square().sum(0)
+    columns = torch.cat(
+        [v * part.linear.weight.detach().double().square().sum(0) for part, v in zip(parts, variances, strict=True)]
+    )
     spread = columns.std(correction=0)
     standardised = (columns - columns.mean()) / torch.where(spread > 0, spread, 1.0)
-    return standardised[coupled.block].view(coupled.num_units, coupled.width).mean(1)
+    return standardised.view(-1, parts[0].width).mean(1)
 
 
 def aggregate(scores: list[Tensor], how: Aggregate) -> Tensor:

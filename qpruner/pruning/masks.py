@@ -1,6 +1,7 @@
 """Masks that make units of a model act as if they were gone, while its weights keep their shapes."""
 
 from collections.abc import Sequence
+from copy import copy
 from typing import Any, Self
 
 import torch
@@ -18,7 +19,8 @@ class UnitMasks:
     A unit reaches the rest of the model through its columns of ``o`` or ``down`` alone, so that it is enough to mask
     the inputs of these two: what is masked equals what is narrowed (LoRAPrune, arXiv 2305.18403, equation 13). Where a
     norm runs over all heads (OLMo2), a group also counts in that norm's mean square, so that its inputs are masked,
-    too, and its outputs scaled as narrowing scales them.
+    too, and its outputs scaled as narrowing scales them. An expert of which no channel is alive gets no tokens, which
+    go to the best of the others.
 
     Args:
         model: model with its adapters on it, on any device.
@@ -26,7 +28,7 @@ class UnitMasks:
 
     def __init__(self, model: Any) -> None:
         layers = decoder_layers(model)
-        self._masked = [(layer.group_weights[-1], layer.channel_weights[-1]) for layer in layers]  # o and down
+        self._layers = layers
         self._norms = [layer.wide_norms for layer in layers]
         self._handles: list[RemovableHandle] = []
         self.kept: Kept = [(list(range(layer.kv_groups)), list(range(layer.ffn_channels))) for layer in layers]
@@ -39,10 +41,16 @@ class UnitMasks:
         """
         self.remove()
         self.kept = kept
-        for coupled, norms, places in zip(self._masked, self._norms, kept, strict=True):
-            for part, alive in zip(coupled, places, strict=True):
+        for layer, norms, places in zip(self._layers, self._norms, kept, strict=True):
+            groups, channels = places
+            by_ffn = layer.channels_by_ffn(channels)
+            o, *downs = layer.outputs
+            masked = [(o, groups), *((down, by_ffn.get(number, ())) for number, down in enumerate(downs))]
+            for part, alive in masked:
                 if len(alive) < part.num_units:
                     self._handles.append(part.linear.register_forward_pre_hook(_InputMask.of(part, alive)))
+            if layer.router is not None and len(by_ffn) < layer.experts:
+                self._handles.append(layer.router.register_forward_hook(_OtherExperts(list(by_ffn))))
             for norm in norms:
                 if len(groups := places[0]) < norm.of.num_units:
                     share = len(groups) / norm.of.num_units  # of the channels: the mean still runs over all
@@ -74,6 +82,27 @@ class _InputMask:
         x, *rest = inputs
         self.mask = self.mask.to(x.device)
         return x * self.mask, *rest
+
+
+class _OtherExperts:
+    """A hook by which a router sends tokens only to some experts, as one without the rows of the others would.
+
+    Args:
+        alive: numbers of the experts that tokens may be sent to.
+    """
+
+    def __init__(self, alive: Sequence[int]) -> None:
+        self.alive = torch.tensor(alive)
+
+    def __call__(self, module: nn.Module, inputs: tuple[Tensor, ...], output: Any) -> tuple[Tensor, ...]:
+        alive = self.alive = self.alive.to(inputs[0].device)
+        narrow = copy(module)
+        narrow._parameters = {
+            name: nn.Parameter(entries[alive], requires_grad=False)
+            for name, entries in module.named_parameters(recurse=False)
+        }
+        logits, weights, places = narrow.forward(*inputs)
+        return logits, weights, alive[places]
 
 
 class _OutputScale:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from qpruner.anatomy import decoder_blocks, decoder_layers, family_of
 from qpruner.errors import UserError, listed
-from qpruner.offload import offload_of
+from qpruner.offload import opened
 from qpruner.quantization.packed import PackedLinear
 
 
@@ -51,9 +51,8 @@ def reorder_hidden_(model: Any, places: Sequence[int]) -> None:
         return again[id(parameter)]
 
     for module, axis in holders:
-        _permute_(module, axis, permuted)
-        if (offload := offload_of(model)) is not None:
-            offload.shelve_(module)
+        with opened(model, module):
+            _permute_(module, axis, permuted)
 
 
 def _permute_(module: nn.Module, axis: int, permuted: Callable[[nn.Parameter, int], nn.Parameter]) -> None:
@@ -75,12 +74,15 @@ def _holders(model: Any) -> Iterator[tuple[nn.Module, int]]:
         for path in family.layer_norms:
             yield block.get_submodule(path), 0
         for name, linear in layer.linears.items():
-            yield linear, 0 if name in ("o", "down") else 1
+            yield linear, 0 if name.endswith(("o", "down")) else 1
+        if layer.router is not None:
+            yield layer.router, 1
 
 
 def _of_heads(model: Any) -> Iterator[Tensor]:
-    """The parameters of norms over heads, which have no part in the order of hidden channels."""
+    """The parameters that belong to heads, which have no part in the order of hidden channels."""
     _, family = family_of(model.config)
     for block in decoder_blocks(model):
         for path in (*family.head_norms, *family.wide_norms.values()):
             yield from block.get_submodule(path).parameters()
+        yield from (block.get_parameter(path) for path in family.head_entries)

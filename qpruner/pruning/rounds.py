@@ -5,10 +5,11 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from qpruner.anatomy import decoder_layers, num_linear_parameters, unit_parameters
+from qpruner.anatomy import decoder_layers, expert_parameters, num_linear_parameters, unit_parameters
 from qpruner.errors import UserError
 from qpruner.memory import num_parameters, tensor_bytes
 from qpruner.plan import Architecture, CompressionPlan, format_ranges
+from qpruner.pruning.mixtures import gather, keep
 from qpruner.pruning.scores import LayerScores
 from qpruner.pruning.selection import (
     Kept,
@@ -17,7 +18,6 @@ from qpruner.pruning.selection import (
     Widths,
     competing_widths,
     default_round_to,
-    keep_highest,
     local_widths,
     part_way,
 )
@@ -56,15 +56,16 @@ def prune_(
     check_ratio(ratio, supply, total)
     goal = local_widths(supply, round(total * ratio), multiple)
     for number in range(1, rounds + 1):
-        scores = score(model)
+        scores, layers = score(model), decoder_layers(model)
         if selection.scope == "local":
             widths = part_way(supply, goal, number / rounds)
         else:
             remove = round(total * ratio * number / rounds) - (total - num_parameters(model))
             offers = supplies(model, selection, dense)
             last = number == rounds
-            widths = competing_widths(scores, offers, remove, multiple, uniform=selection.uniform, last=last)
-        narrow(keep_highest(scores, widths))
+            of_units = gather(scores, layers, selection.mixtures)
+            widths = competing_widths(of_units, offers, remove, multiple, uniform=selection.uniform, last=last)
+        narrow(keep(scores, widths, layers, selection.mixtures))
     if num_parameters(model) == total:
         raise less_than_a_step(ratio, model, selection)
 
@@ -99,7 +100,9 @@ def check_ratio(ratio: float, offers: Sequence[Supply], total: int) -> None:
 
 
 def round_to(model: Any, selection: SelectionConfig) -> int:
-    """What FFN widths of a model become multiples of."""
+    """What FFN widths of a model become multiples of; where whole experts go, 1."""
+    if selection.mixtures == "experts" and any(layer.experts for layer in decoder_layers(model)):
+        return 1
     return selection.round_to or default_round_to(model.config.hidden_size)
 
 
@@ -123,27 +126,30 @@ def supplies(model: Any, selection: SelectionConfig, dense: Architecture | None 
     alone = {number % len(layers) for number in selection.leave_alone}
     if len(alone) == len(layers):
         raise UserError("selection.leave_alone names every layer, so that nothing can be pruned. Leave fewer alone.")
-    widths = {(layer.kv_groups, layer.ffn_channels) for layer in layers}
+    widths = {(layer.kv_groups, layer.ffn_channels, layer.experts) for layer in layers}
     if selection.uniform and len(widths) > 1:
+        told = sorted({(groups, channels) for groups, channels, _ in widths})
         raise UserError(
-            f"selection.uniform is true, but the layers already differ: {sorted(widths)} KV groups and FFN channels. "
+            f"selection.uniform is true, but the layers already differ: {told} KV groups and FFN channels. "
             f"Start from a model whose layers are equal, or drop the option."
         )
     offers = []
     for number, layer in enumerate(layers):
         least_groups = max(1, _ceil(selection.floor * dense.kv_groups[number]))
-        least_channels = max(1, _ceil(selection.floor * dense.ffn_channels[number] / multiple)) * multiple
+        of_group, of_channel = unit_parameters(layer)
+        units, of_unit, in_unit = layer.ffn_channels, of_channel, 1
+        all_units, fewest = dense.ffn_channels[number], 1
+        if layer.experts and selection.mixtures == "experts":
+            units, of_unit, in_unit = layer.experts, expert_parameters(layer), layer.channels_of_each
+            all_units, fewest = dense.num_experts(number), dense.experts_per_token
+        elif layer.experts:
+            units, of_unit, in_unit = layer.channels_of_each, layer.experts * of_channel, layer.experts
+            all_units = dense.channels_of_each(number)
+        least_units = max(fewest, _ceil(selection.floor * all_units / multiple) * multiple, multiple)
         if number in alone:
-            least_groups, least_channels = layer.kv_groups, layer.ffn_channels
-        offers.append(
-            Supply(
-                layer.kv_groups,
-                layer.ffn_channels,
-                *unit_parameters(layer),
-                min(least_groups, layer.kv_groups),
-                min(least_channels, layer.ffn_channels),
-            )
-        )
+            least_groups, least_units = layer.kv_groups, units
+        least_groups, least_units = min(least_groups, layer.kv_groups), min(least_units, units)
+        offers.append(Supply(layer.kv_groups, units, of_group, of_unit, least_groups, least_units, in_unit))
     if not any(supply.parameters for supply in offers):
         raise UserError(
             f"With selection.floor {selection.floor} and FFN widths in multiples of {multiple} nothing can be removed. "
@@ -204,12 +210,16 @@ def describe(plan: CompressionPlan, before: Size, after: Size, asked: str, asked
         alone.append(f"layers {format_ranges(meant)}, as asked")
     if spared := [number for number in whole if number not in meant]:
         alone.append(f"layers {format_ranges(spared)}, whose units were worth more than those of others")
+    of_experts = [pair for pair in zip(widths.experts, dense.experts, strict=True) if pair[1]]
+    kept_experts, all_experts = zip(*of_experts, strict=True) if of_experts else ((), ())
+    experts = f" in {_range(kept_experts)} of {_range(all_experts)} experts" if of_experts else ""
     return (
         f"Pruned {before.parameters:,} to {after.parameters:,} parameters, {before.num_bytes:,} to "
         f"{after.num_bytes:,} bytes: {1 - after.parameters / before.parameters:.2%} of all ({asked}), "
         f"{1 - after.in_linears / before.in_linears:.2%} of the decoder linears. "
         f"Layers keep {_range(widths.kv_groups)} of {_range(dense.kv_groups)} KV groups and "
-        f"{_range(widths.ffn_channels)} of {_range(dense.ffn_channels)} FFN channels. Left alone: {'; '.join(alone)}."
+        f"{_range(widths.ffn_channels)} of {_range(dense.ffn_channels)} FFN channels{experts}. "
+        f"Left alone: {'; '.join(alone)}."
     )
 
 
@@ -254,6 +264,10 @@ def legal_ratios(model: Any, selection: SelectionConfig, step: float) -> Iterato
         removed, widths = legal(target)
         if removed > last:
             last = removed
-            pruned = [kept for kept, offer in zip(widths, offers, strict=True) if offer.parameters]
+            pruned = [
+                (groups, units * offer.channels_of_unit)
+                for (groups, units), offer in zip(widths, offers, strict=True)
+                if offer.parameters
+            ]
             groups, channels = zip(*pruned, strict=True)
             yield LegalRatio(removed / total, total - removed, removed / linears, _range(groups), _range(channels))

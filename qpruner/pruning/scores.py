@@ -7,13 +7,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qpruner.anatomy import Coupled, by_linear, decoder_layers, unit_parameters
+from qpruner.anatomy import Coupled, by_linear, decoder_blocks, decoder_layers, refuse_experts, unit_parameters
 from qpruner.calibration.gates import squared_gate_gradients
 from qpruner.calibration.gradients import gradient_sums
 from qpruner.calibration.gram import MASSIVE_POSITIONS, Gram, input_grams
 from qpruner.calibration.norms import input_norms, input_variances
 from qpruner.calibration.text import Calibration
 from qpruner.errors import UserError
+from qpruner.offload import opened
 from qpruner.pruning.criteria import (
     GRADIENT_CRITERIA,
     SECOND_ORDER,
@@ -61,6 +62,7 @@ def score_units(
     Raises:
         UserError: a score is not finite; see also `gradient_sums` and `input_grams`.
     """
+    check_criterion(model, criterion)
     match criterion:
         case "fisher" | "flap" | "reconstruction":
             assert calibration is not None
@@ -78,9 +80,22 @@ def score_units(
         return aggregate([scores[f"{number}.{part.name}"] for part in parts], how)
 
     return [
-        LayerScores(together(number, layer.group_weights), together(number, layer.channel_weights))
+        LayerScores(
+            together(number, layer.group_weights),
+            torch.cat([together(number, parts) for parts in layer.channel_weights_of_each]),
+        )
         for number, layer in enumerate(layers)
     ]
+
+
+def check_criterion(model: Any, criterion: Criterion) -> None:
+    """Makes sure that the units of a model can be scored by a criterion.
+
+    Raises:
+        UserError: a mixture of experts, by ``reconstruction``.
+    """
+    if criterion == "reconstruction":
+        refuse_experts(model, f"The criterion {criterion!r}", "another, such as fisher")
 
 
 def needs_text(criterion: Criterion) -> bool:
@@ -97,18 +112,24 @@ def _check_finite(criterion: Criterion, scores: dict[str, Tensor]) -> None:
 
 
 def _outputs(model: Any) -> dict[str, Coupled]:
-    """The projections that have their units' columns: o and down of each layer, in turn."""
+    """The projections that have their units' columns: o and down of each layer, or of each of its experts, in turn."""
     return {
-        f"{number}.{part.name}": part
-        for number, layer in enumerate(decoder_layers(model))
-        for part in (*layer.group_weights, *layer.channel_weights)
-        if part.axis == 1
+        f"{number}.{part.name}": part for number, layer in enumerate(decoder_layers(model)) for part in layer.outputs
     }
 
 
+def _by_layer(model: Any, scores: dict[str, Tensor]) -> list[LayerScores]:
+    """What was found of each of `_outputs`, layer by layer."""
+    layers = []
+    for number, layer in enumerate(decoder_layers(model)):
+        of_groups, *of_channels = (scores[f"{number}.{part.name}"] for part in layer.outputs)
+        layers.append(LayerScores(of_groups, torch.cat(of_channels)))
+    return layers
+
+
 def _fisher(model: Any, calibration: Calibration) -> list[LayerScores]:
-    scores = {name: score.cpu() for name, score in squared_gate_gradients(model, _outputs(model), calibration).items()}
-    return [LayerScores(scores[f"{number}.o"], scores[f"{number}.down"]) for number in range(len(scores) // 2)]
+    scores = squared_gate_gradients(model, _outputs(model), calibration)
+    return _by_layer(model, {name: score.cpu() for name, score in scores.items()})
 
 
 def _reconstruction(model: Any, calibration: Calibration) -> list[LayerScores]:
@@ -129,18 +150,22 @@ def _flap(model: Any, calibration: Calibration) -> list[LayerScores]:
     Here steps compete by score per parameter, so that scores are multiplied by parameters; and scores are at least 0,
     so that all are shifted by the lowest. Neither changes the ranking.
     """
-    parts = _outputs(model)
-    variances = input_variances(model, {name: part.linear for name, part in parts.items()}, calibration)
-    deviations = {
-        name: fluctuation(part, variances[name].to(part.linear.weight.device)).cpu() for name, part in parts.items()
-    }
+    variances = input_variances(model, {name: part.linear for name, part in _outputs(model).items()}, calibration)
+    layers, blocks, deviations = decoder_layers(model), decoder_blocks(model), {}
+    for number, (block, layer) in enumerate(zip(blocks, layers, strict=True)):
+        o, *downs = layer.outputs
+        for kind, parts in (("o", [o]), ("down", downs)):
+            home = parts[0].linear.weight.device
+            of_parts = [variances[f"{number}.{part.name}"].to(home) for part in parts]
+            with opened(model, block):
+                deviations[f"{number}.{kind}"] = fluctuation(parts, of_parts).cpu()
     _check_finite("flap", deviations)
     lowest = torch.cat([*deviations.values()]).min()
     return [
         LayerScores(
             (deviations[f"{number}.o"] - lowest) * of_group, (deviations[f"{number}.down"] - lowest) * of_channel
         )
-        for number, (of_group, of_channel) in enumerate(map(unit_parameters, decoder_layers(model)))
+        for number, (of_group, of_channel) in enumerate(map(unit_parameters, layers))
     ]
 
 
@@ -163,11 +188,20 @@ def _weight_scores(
     model: Any, coupled: dict[str, Coupled], criterion: WeightCriterion, calibration: Calibration | None, seed: int
 ) -> dict[str, Tensor]:
     """The score of each unit by each of its coupled weights."""  # name: [units]
+
+    def of_weight(part: Coupled, power: int) -> Tensor:
+        with opened(model, part.linear):
+            return magnitude(part, power)
+
+    def with_norms(part: Coupled, norms: Tensor) -> Tensor:
+        with opened(model, part.linear):
+            return wanda(part, norms.to(part.linear.weight.device))
+
     match criterion:
         case "random":
             return {name: _random(part, derive_seed(seed, "random scores", name)) for name, part in coupled.items()}
         case "magnitude_l1" | "magnitude_l2":
-            return {name: magnitude(part, 1 if criterion == "magnitude_l1" else 2) for name, part in coupled.items()}
+            return {name: of_weight(part, 1 if criterion == "magnitude_l1" else 2) for name, part in coupled.items()}
     assert calibration is not None
     # Text passes through each linear once, whatever number of projections is stacked in it.
     part_names = {id(part): name for name, part in coupled.items()}
@@ -175,11 +209,7 @@ def _weight_scores(
     linears = {name: stack[0].linear for name, stack in stacks.items()}
     if criterion == "wanda":
         norms = input_norms(model, linears, calibration)
-        return {
-            part_names[id(part)]: wanda(part, norms[name].to(part.linear.weight.device))
-            for name, stack in stacks.items()
-            for part in stack
-        }
+        return {part_names[id(part)]: with_norms(part, norms[name]) for name, stack in stacks.items() for part in stack}
 
     def by_unit(name: str, gradient: Tensor, squared: Tensor | None) -> Tensor:
         elements = element_scores(criterion, linears[name].weight.detach().float(), gradient, squared)

@@ -26,7 +26,10 @@ Kept = list[tuple[list[int], list[int]]]
 """[layers], places of the KV groups and of the FFN channels that stay."""
 
 Widths = list[tuple[int, int]]
-"""[layers], numbers of KV groups and of FFN channels."""
+"""[layers], numbers of KV groups and of FFN channels, or of what goes together of a mixture of experts."""
+
+ByExpert = Literal["channels", "experts"]
+"""What goes of a mixture: channels of each of its experts, or whole experts."""
 
 
 @dataclass(frozen=True)
@@ -39,6 +42,8 @@ class SelectionConfig:
         leave_alone: numbers of layers, from 0, that stay whole; negative ones count from the last.
         floor: share of the units of a layer that always stays, in (0, 1).
         round_to: FFN widths become multiples of it; default ``hidden_size / 32`` down to a power of two, at most 128.
+        mixtures: what goes of a mixture of experts: ``channels``, as many of each expert, or whole ``experts``, of
+            which as many stay as a token is sent to, however low the floor. No matter to models without experts.
     """
 
     scope: Literal["local", "global"] = "global"
@@ -46,6 +51,7 @@ class SelectionConfig:
     leave_alone: Sequence[int] = ()
     floor: float = 0.1
     round_to: int | None = None
+    mixtures: ByExpert = "channels"
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "leave_alone", tuple(self.leave_alone))  # a list from YAML compares as a tuple
@@ -71,11 +77,12 @@ class Supply:
 
     Args:
         kv_groups: number of KV groups that the layer has.
-        ffn_channels: number of FFN channels that the layer has.
+        ffn_channels: number of FFN channels that the layer has; of a mixture of experts, of what goes together.
         group_parameters: parameters that go with one KV group.
         channel_parameters: parameters that go with one FFN channel.
         least_groups: number of KV groups that must stay; all of them in a layer that is left alone.
         least_channels: number of FFN channels that must stay, a legal width.
+        channels_of_unit: FFN channels that go together; 1 in a layer with a plain FFN.
     """
 
     kv_groups: int
@@ -84,6 +91,7 @@ class Supply:
     channel_parameters: int
     least_groups: int
     least_channels: int
+    channels_of_unit: int = 1
 
     @property
     def parameters(self) -> int:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from qpruner.anatomy import (
     Coupled,
     DecoderLayer,
+    Family,
     WideNorm,
     architecture_of,
     by_linear,
@@ -17,10 +18,11 @@ from qpruner.anatomy import (
     family_of,
 )
 from qpruner.anatomy.coupled import within
+from qpruner.anatomy.families import Mixture
 from qpruner.anatomy.layers import widths_of
 from qpruner.errors import UserError
 from qpruner.modeling_compressed import layer_config
-from qpruner.offload import settled
+from qpruner.offload import opened
 from qpruner.plan import Architecture, CompressionPlan, describe_differences
 from qpruner.pruning.order import reorder_hidden_
 from qpruner.pruning.widths import set_config, with_widths
@@ -48,7 +50,8 @@ def narrow_(model: Any, kept: Sequence[tuple[Sequence[int], Sequence[int]]]) -> 
 
     Rows of q, k, v, gate and up go with their biases; o and down lose columns, so their biases stay. Norms over one
     head (Qwen3) belong to every head alike and stay; those over all heads (OLMo2) narrow, see `norm_scale`. Packed
-    linears stay packed; where their scales run across what goes, the rest is rounded anew.
+    linears stay packed; where their scales run across what goes, the rest is rounded anew. An expert of which no
+    channel is kept goes with its row of the router.
 
     Args:
         model: causal language model of a supported family, without adapters, on any device, also meta.
@@ -61,26 +64,15 @@ def narrow_(model: Any, kept: Sequence[tuple[Sequence[int], Sequence[int]]]) -> 
     _, family = family_of(model.config)
     rounded: dict[str, float] = {}
     for number, (block, layer) in enumerate(zip(decoder_blocks(model), decoder_layers(model), strict=True)):
-        groups = kept[number][0]
-        for norm in layer.wide_norms:
-            if _changes(groups, norm.of.num_units):
-                narrow_norm_(norm, groups)
-        for stack, units in _stacks(layer, kept[number]):
-            first = stack[0]
-            if not _changes(units, first.num_units):
-                continue
-            if not isinstance(first.linear, PackedLinear):
-                keep_units_(stack, units)
-                continue
-            packed, change = _keep_packed(stack, first.linear, units)
-            block.set_submodule(family.projections[first.name], packed)
-            if change:
-                rounded[f"{number}.{'_'.join(part.name for part in stack)}"] = change
-        settled(model, number)
+        with opened(model, block):
+            changes = _narrow_layer_(block, layer, family, kept[number])
+        rounded |= {f"{number}.{projections}": change for projections, change in changes.items()}
     set_config(model, with_widths(model.config, stated_by_weights(model)))
     for number, (block, layer) in enumerate(zip(decoder_blocks(model), decoder_layers(model), strict=True)):
         widths = widths_of(layer)
         for path, width in family.widths.items():
+            if not widths[width]:  # there are no experts
+                continue
             owner, _, name = path.rpartition(".")
             setattr(block.get_submodule(owner), name, widths[width])
         for path in family.reads_config:
@@ -89,6 +81,36 @@ def narrow_(model: Any, kept: Sequence[tuple[Sequence[int], Sequence[int]]]) -> 
     # It reads a number of heads, to no end, as it stretches positions for long texts. An outline of a model has none.
     if family.rotary is not None and family.rotary in dict(model.named_modules()):
         model.get_submodule(family.rotary).config = layer_config(model.config, 0)
+    return rounded
+
+
+def _narrow_layer_(
+    block: nn.Module, layer: DecoderLayer, family: Family, kept: tuple[Sequence[int], Sequence[int]]
+) -> dict[str, float]:
+    """Keeps only some of the units of one layer; returns the relative change of each linear that was rounded anew."""
+    groups, experts = kept[0], list(layer.channels_by_ffn(kept[1]))
+    rounded: dict[str, float] = {}
+    for norm in layer.wide_norms:
+        if _changes(groups, norm.of.num_units):
+            narrow_norm_(norm, groups)
+    if _changes(groups, layer.kv_groups):
+        index = within(groups, layer.queries_per_group)
+        for path in family.head_entries:
+            owner, _, name = path.rpartition(".")
+            _keep_entries_(block.get_submodule(owner), name, index)
+    for stack, units in _stacks(layer, kept):
+        first = stack[0]
+        if not _changes(units, first.num_units):
+            continue
+        if not isinstance(first.linear, PackedLinear):
+            keep_units_(stack, units)
+            continue
+        packed, change = _keep_packed(stack, first.linear, units)
+        block.set_submodule(family.path(first.name), packed)
+        if change:
+            rounded["_".join(part.name for part in stack)] = change
+    if layer.router is not None and family.mixture is not None:
+        _keep_experts_(block, family.mixture, layer.router, experts)
     return rounded
 
 
@@ -101,9 +123,42 @@ def _stacks(
     layer: DecoderLayer, kept: tuple[Sequence[int], Sequence[int]]
 ) -> Iterator[tuple[list[Coupled], Sequence[int]]]:
     """The projections of each linear of a layer, and the units of their kind that are kept."""
-    for parts, units in zip((layer.group_weights, layer.channel_weights), kept, strict=True):
+    groups, channels = kept
+    kinds: list[tuple[tuple[Coupled, ...], Sequence[int]]] = [(layer.group_weights, groups)]
+    of_each = layer.channel_weights_of_each
+    kinds += [(of_each[number], units) for number, units in layer.channels_by_ffn(channels).items()]
+    for parts, units in kinds:
         for stack in by_linear(parts):
             yield stack, units
+
+
+def _keep_experts_(block: nn.Module, mixture: Mixture, router: nn.Module, experts: Sequence[int]) -> None:
+    """Keeps only some of the experts of a layer, in an order, with their rows of the router."""
+    everyone: Any = block.get_submodule(mixture.path)
+    if _changes(experts, len(everyone)):
+        block.set_submodule(mixture.path, type(everyone)(everyone[number] for number in experts))
+        for name, _ in list(router.named_parameters(recurse=False)):
+            _keep_entries_(router, name, torch.tensor(experts))
+
+
+def _keep_entries_(module: nn.Module, name: str, index: Tensor) -> None:
+    parameter = module.get_parameter(name)
+    setattr(module, name, _sliced(parameter, 0, index.to(parameter.device)))
+
+
+def first_units(whole: Architecture, widths: Architecture) -> list[tuple[Sequence[int], Sequence[int]]]:
+    """The first units of each layer, as many as an architecture has: of the first experts the first channels.
+
+    Args:
+        whole: architecture whose units are counted, at least as wide.
+        widths: numbers of units.
+    """  # [layers]
+    kept: list[tuple[Sequence[int], Sequence[int]]] = []
+    for number, groups in enumerate(widths.kv_groups):
+        channels, each = range(widths.channels_of_each(number)), whole.channels_of_each(number)
+        starts = range(0, max(1, widths.num_experts(number)) * each, each)
+        kept.append((range(groups), [start + channel for start in starts for channel in channels]))
+    return kept
 
 
 def keep_units_(stack: Sequence[Coupled], units: Sequence[int]) -> None:
@@ -184,7 +239,7 @@ def narrow_factors(
     narrower = dict(factors)
     for number, layer in enumerate(decoder_layers(model)):
         for stack, units in _stacks(layer, kept[number]):
-            name = f"{family.layers}.{number}.{family.projections[stack[0].name]}"
+            name = f"{family.layers}.{number}.{family.path(stack[0].name)}"
             if name in factors:
                 lora_A, lora_B = factors[name]
                 index = places_of(stack, units).to(lora_A.device)
@@ -203,4 +258,6 @@ def stated_by_weights(model: Any) -> Architecture:
         queries_per_group=stated.queries_per_group,
         kv_groups=tuple(layer.kv_groups for layer in layers),
         ffn_channels=tuple(layer.ffn_channels for layer in layers),
+        experts=tuple(layer.experts for layer in layers) if stated.experts else (),
+        experts_per_token=stated.experts_per_token,
     )

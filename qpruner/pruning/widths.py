@@ -17,7 +17,7 @@ from huggingface_hub.dataclasses import strict
 from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 
-from qpruner.anatomy import FAMILIES, family_of, head_shape
+from qpruner.anatomy import FAMILIES, Family, family_of, head_shape
 from qpruner.modeling_compressed import config_class
 from qpruner.plan import Architecture
 
@@ -70,10 +70,12 @@ def with_widths(config: Any, widths: Architecture) -> Any:
         {
             heads_field(config): groups * queries_per_group,
             **({anatomy.groups_field: groups} if anatomy.groups_field else {}),
-            anatomy.channels_field: channels,
+            **ffn_fields(anatomy, widths, number),
         }
-        for groups, channels in zip(widths.kv_groups, widths.ffn_channels, strict=True)
+        for number, groups in enumerate(widths.kv_groups)
     ]
+    # What a layer does not read, as a plain FFN a number of experts, is no difference from those that do.
+    overrides = [{**fill, **layer} for fill in [_first_of_each(overrides)] for layer in overrides]
     content["head_dim"] = head_dim
     content.pop("per_layer_config", None)
     if all(layer == overrides[0] for layer in overrides):
@@ -83,6 +85,22 @@ def with_widths(config: Any, widths: Architecture) -> Any:
     compressed = compressed_config_class(family)(**content)
     compressed._attn_implementation = config._attn_implementation
     return compressed
+
+
+def ffn_fields(anatomy: Family, widths: Architecture, number: int) -> dict[str, int]:
+    """The fields of a configuration that hold the widths of a layer's FFN, or of its experts, and what they hold."""
+    channels, experts = widths.channels_of_each(number), widths.num_experts(number)
+    if experts and anatomy.mixture is not None:
+        return {anatomy.mixture.number_field: experts, anatomy.mixture.channels_field: channels}
+    return {anatomy.channels_field: channels}
+
+
+def _first_of_each(overrides: list[dict[str, int]]) -> dict[str, int]:
+    """The value of each field in the first layer that has it."""
+    first: dict[str, int] = {}
+    for layer in overrides:
+        first = {**layer, **first}
+    return first
 
 
 def heads_field(config: Any) -> str:
@@ -97,7 +115,10 @@ def skeleton_config(config: Any) -> Any:
     content = plain_dict(config)
     content.pop("per_layer_config", None)
     if not anatomy.free_heads:
-        content[heads_field(config)] = config.hidden_size // head_shape(config)[0]
+        head_dim, queries_per_group = head_shape(config)
+        content[heads_field(config)] = config.hidden_size // head_dim
+        if anatomy.groups_field:
+            content[anatomy.groups_field] = config.hidden_size // head_dim // queries_per_group
     return compressed_config_class(family)(**content)
 
 

@@ -11,6 +11,7 @@ from qpruner.adapters.loftq import LoftQResult, loftq
 from qpruner.adapters.lora import LoRAConfig, is_target
 from qpruner.anatomy import unit_linears
 from qpruner.errors import UserError
+from qpruner.offload import opened
 from qpruner.plan import DENSE, CompressionPlan, Precision
 from qpruner.quantization.embedding import quantize_tables_
 from qpruner.quantization.formats import dequantize, format_for, quantize, rebuild
@@ -98,7 +99,8 @@ def quantize_(
         if precision == DENSE:
             continue
         linear: Any = model.get_submodule(name)
-        quantized = quantize_linear(linear, precision, name, settings, device)
+        with opened(model, linear):
+            quantized = quantize_linear(linear, precision, name, settings, device)
         if quantized.factors is not None:
             factors[name] = quantized.factors
         model.set_submodule(name, quantized.packed.to(next(model.parameters()).device).train(linear.training))

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from qpruner.anatomy import unit_linears
 from qpruner.errors import UserError
 from qpruner.files import hash_json, replacing
-from qpruner.offload import let_go, offload_of
+from qpruner.offload import offload_of, opened
 from qpruner.plan import DENSE, CompressionPlan, Precision
 from qpruner.processes import Processes
 from qpruner.quantization.apply import (
@@ -281,11 +281,10 @@ def _quantized(
         check_rank(model, dict.fromkeys([name], precisions[0]) if precisions else {}, settings)
         linear: Any = model.get_submodule(name)
         home = linear.weight.device
-        for precision in precisions:
-            tensors |= entry_of(name, quantize_linear(linear, precision, name, settings, device))
-        linear.to(home)  # on which device it was quantized is no matter of the model's
-        if offload_of(model) is not None:
-            let_go(linear.parameters())
+        with opened(model, linear):
+            for precision in precisions:
+                tensors |= entry_of(name, quantize_linear(linear, precision, name, settings, device))
+            linear.to(home)  # on which device it was quantized is no matter of the model's
     return tensors
 
 

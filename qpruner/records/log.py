@@ -2,8 +2,18 @@
 
 import logging
 import logging.handlers
+import sys
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
+
+
+class RunLog(logging.handlers.WatchedFileHandler):
+    """A log that a full disk leaves with lines missing: that ends no run, and is not told at each of them."""
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        if not isinstance(sys.exc_info()[1], OSError):
+            super().handleError(record)
 
 
 def log_to(path: Path) -> Callable[[], None]:
@@ -11,7 +21,7 @@ def log_to(path: Path) -> Callable[[], None]:
 
     A run that begins anew removes the file, and the log goes on in a new one.
     """
-    handler = logging.handlers.WatchedFileHandler(path, encoding="utf-8")
+    handler = RunLog(path, encoding="utf-8")
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric", "qpruner")]
     for logger in loggers:
@@ -20,6 +30,7 @@ def log_to(path: Path) -> Callable[[], None]:
     def stop() -> None:
         for logger in loggers:
             logger.removeHandler(handler)
-        handler.close()
+        with suppress(OSError):  # of what the disk had no room for
+            handler.close()
 
     return stop

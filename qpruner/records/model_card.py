@@ -1,5 +1,6 @@
 """The README of a compressed model's folder: what it is, how good it is, and how it is loaded."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from qpruner.files import write_text
@@ -32,13 +33,15 @@ def model_card(model: Path, name: str, summary: Summary) -> str:
     manifest = read_manifest(model)
     base, has_code = manifest["base"]["name"], CODE in manifest["files"]
     widths = CompressionPlan.read(model / "plan.json").widths
+    of_layers = [number for number in widths.experts if number]
+    experts = f" of {_between(of_layers)} experts" if of_layers else ""
     lines = ["---", "library_name: transformers", "pipeline_tag: text-generation"]
     if not Path(base).expanduser().exists() and not base.startswith(("/", "~", ".")):  # it is a name of the hub
         lines.append(f"base_model: {base}")
     lines += ["tags: [qpruner, pruning, quantization, lora]", "---", "", f"# {name}", ""]
     lines += [
         f"`{base}`, compressed by qpruner: {_between(widths.kv_groups)} KV groups and "
-        f"{_between(widths.ffn_channels)} FFN channels in each of its {widths.num_layers} layers.",
+        f"{_between(widths.ffn_channels)} FFN channels{experts} in each of its {widths.num_layers} layers.",
         "",
         table(summary),
         "",
@@ -63,6 +66,6 @@ def model_card(model: Path, name: str, summary: Summary) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _between(numbers: tuple[int, ...]) -> str:
+def _between(numbers: Sequence[int]) -> str:
     least, most = min(numbers), max(numbers)
     return str(most) if least == most else f"{least} to {most}"

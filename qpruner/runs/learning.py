@@ -10,7 +10,7 @@ from lightning.pytorch import Callback
 from lightning.pytorch.utilities import rank_zero_info
 
 from qpruner.allocation.budget import Budget, dense_weights
-from qpruner.anatomy import architecture_of, unit_shapes
+from qpruner.anatomy import architecture_of, refuse_experts, unit_shapes
 from qpruner.callbacks import MixedPrecisionQuantization, RunCheckpoint, StructuredPruning, Throughput
 from qpruner.callbacks.bits_under_budget import drop_scaffolding
 from qpruner.callbacks.compression import Compression, CompressionJob, Rehearsal
@@ -159,6 +159,7 @@ class Learning:
         config = self.model.check_base()
         self.data.check_model(config)
         skeleton = build_skeleton(config).to(held_in(config, self.model.dtype_of_base))
+        refuse_experts(skeleton, "joint", "StructuredPruning and MixedPrecisionQuantization without it")
         plan = Rehearsal(skeleton, self.model.lora).plan.with_precision(
             [dict.fromkeys(UNITS, DENSE)] * architecture_of(config).num_layers, **self.quantization.tables
         )

@@ -13,6 +13,7 @@ from qpruner.adapter_files import has_trained_adapters
 from qpruner.callbacks import PredictionsWriter
 from qpruner.datamodules.base import TokenDataModule
 from qpruner.errors import UserError
+from qpruner.files import writing
 from qpruner.folder_manifest import is_compressed
 from qpruner.joint.config import JointConfig
 from qpruner.model_folder import read_plan
@@ -263,7 +264,7 @@ class Run:
     @contextmanager
     def _locked(self) -> Iterator[None]:
         """Keeps others out of the folder and logs what is said; on rank zero."""
-        with ExitStack() as stack:
+        with writing(self.folder.path), ExitStack() as stack:  # what Lightning and TensorBoard write, too
             if is_rank_zero():
                 stack.callback(lock_folder(self.folder).release)
                 stack.callback(log_to(self.folder.log))

@@ -20,6 +20,7 @@ CONNECT_SECONDS = 15
 WORKERS_SECONDS = 60  # for a worker to come
 ANSWER_SECONDS = 10  # for an outcome, which is small, to come over the network
 KILL_SECONDS = 2
+DIED = "the worker died"
 MOST_DEATHS = 3  # of each worker, in a row, before it has prepared itself: it is no accident
 
 logger = logging.getLogger(__name__)
@@ -92,9 +93,11 @@ class Task:
 
 
 class ClusterExecutor:
-    """Hands each worker one trial at a time; a worker that dies or does not answer is replaced, and costs its trial.
+    """Hands each worker one trial at a time; a worker that dies or does not answer is replaced.
 
-    The workers are looked at every `POLL_SECONDS`. Whoever comes, also in place of another, first prepares itself.
+    A trial whose worker dies is begun once more, for it may be no fault of the trial: clusters take machines away. One
+    that two workers die with fails, as one that does not answer does at once. The workers are looked at every
+    `POLL_SECONDS`. Whoever comes, also in place of another, first prepares itself.
 
     Args:
         client: connection to the cluster.
@@ -123,10 +126,15 @@ class ClusterExecutor:
 
     def run(self, keys: Sequence[Key]) -> Iterator[tuple[int, Outcome]]:
         waiting, num_open = deque(enumerate(keys)), len(keys)
+        begun_again: set[int] = set()
         while num_open:
-            for answer in self._look():
-                num_open -= 1
-                yield answer
+            for place, outcome in self._look():
+                if outcome.why == DIED and place not in begun_again:
+                    begun_again.add(place)
+                    waiting.appendleft((place, keys[place]))
+                else:
+                    num_open -= 1
+                    yield place, outcome
             for address in [address for address, task in self._tasks.items() if task is None]:
                 if waiting:
                     place, key = waiting.popleft()
@@ -181,7 +189,7 @@ class ClusterExecutor:
         self._lose(address, why)
         task.future.cancel()  # else the scheduler keeps it for a worker of the same address
         if task.place is not None:
-            yield task.place, Outcome(why="the worker died", details=why)
+            yield task.place, Outcome(why=DIED, details=why)
             return
         self._deaths += 1
         if self._deaths == MOST_DEATHS * self.workers:

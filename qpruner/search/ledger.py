@@ -170,9 +170,14 @@ class Ledger:
         self._apply(json.loads(line))
         try:
             with self.path.open("ab", buffering=0) as file:
-                if file.write(line) != len(line):
-                    raise OSError("it took only a part of a record; is the disk full?")
-                os.fsync(file.fileno())
+                size = file.tell()
+                try:
+                    if file.write(line) != len(line):
+                        raise OSError("it took only a part of a record; is the disk full?")
+                    os.fsync(file.fileno())
+                except OSError:
+                    file.truncate(size)  # so that no half record stays, which who goes on would have to drop
+                    raise
         except OSError as error:
             raise UserError(
                 f"{str(self.path)!r} cannot be written ({error}). What it holds is safe: make room, and go on with the "

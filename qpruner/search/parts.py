@@ -17,7 +17,7 @@ from qpruner.adapters.lora import LoRAConfig, is_target
 from qpruner.allocation.budget import Budget
 from qpruner.allocation.decision import describe_price, with_choices
 from qpruner.allocation.items import Item
-from qpruner.anatomy import decoder_layers, unit_linears, unit_shapes
+from qpruner.anatomy import decoder_layers, refuse_experts, unit_linears, unit_shapes
 from qpruner.errors import UserError
 from qpruner.memory import num_parameters
 from qpruner.outline import outline_of
@@ -55,6 +55,7 @@ class Structures:
     lora: LoRAConfig
 
     def __post_init__(self) -> None:
+        refuse_experts(self.model, "search.structure", "a search of bits alone: leave search.structure out")
         if self.selection.uniform:
             raise UserError(
                 "selection.uniform is true, and search.structure gives each layer widths of its own. Drop one of both."

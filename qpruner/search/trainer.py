@@ -25,6 +25,7 @@ from qpruner.files import hash_json, write_json
 from qpruner.plan import CompressionPlan
 from qpruner.processes import Processes
 from qpruner.records.folder import RunFolder
+from qpruner.records.report import scalars
 from qpruner.records.search import SearchResults, Tried, pareto_front, ranked, show_search, write_search_report
 from qpruner.search.aim import Aim
 from qpruner.search.config import SearchConfig
@@ -134,6 +135,7 @@ class Search:
             num_trials=config.trials, workers=config.executor.workers, seed=self.module.seed, starts=self.starts,
         )  # fmt: skip
         self.already = sum(record.done for record in self.ledger.records)
+        self.show_missing()
         self.since = time.perf_counter()
         with make_executor(config.executor, self.work()) as executor:
             self.try_plans(executor)
@@ -325,17 +327,29 @@ class Search:
             f"Trial {record.number + 1} of {self.config.trials}: {outcome}{best_line}; "
             f"{left} left, about {left * rate / 60:.1f} min."
         )
-        logger = self.trainer.logger
-        if isinstance(logger, TensorBoardLogger) and record.scores is not None and best is not None:
+        self.show_trial(record)
+
+    def show_trial(self, record: TrialRecord) -> None:
+        """Shows what a trial found on TensorBoard, if there is one, and the best of the trials up to it."""
+        logger, scored = self.trainer.logger, [trial.scores for trial in self.ledger.records[: record.number + 1]]
+        if isinstance(logger, TensorBoardLogger) and record.scores is not None:
             board = logger.experiment
+            best = min(self.aim.of_scores(scores) for scores in scored if scores is not None)
             board.add_scalar("search/loss", record.scores["loss"], record.number)
-            board.add_scalar("search/best", self.aim.of_scores(best.scores), record.number)  # type: ignore[arg-type]
+            board.add_scalar("search/best", best, record.number)
             if (accuracy := self.aim.accuracy(record.scores)) is not None:
                 board.add_scalar("search/accuracy", accuracy, record.number)
             board.add_scalar("search/bytes", record.scores["bytes"], record.number)
             if self.space.structure is not None:
                 board.add_scalar("search/multiply_adds", record.scores["multiply_adds"], record.number)
             board.flush()
+
+    def show_missing(self) -> None:
+        """Shows trials of an earlier session that was killed when they were in the ledger alone."""
+        shown = {number for number, _ in scalars(self.folder.tensorboard, "search/loss")} if self.already else set()
+        for record in self.ledger.records:
+            if record.done and record.number not in shown:
+                self.show_trial(record)
 
     def compare(self, executor: Executor) -> list[Tried]:
         """The finalists and the plans that were not searched for, each with all seeds."""

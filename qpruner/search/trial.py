@@ -16,6 +16,7 @@ from qpruner.compressed import CompressedModel, State
 from qpruner.datamodules.base import TokenDataModule
 from qpruner.datamodules.splits import Split
 from qpruner.errors import UserError
+from qpruner.memory import let_go
 from qpruner.plan import CompressionPlan, Precision
 from qpruner.quantization.apply import LoftQSettings
 from qpruner.quantization.bank import open_folder
@@ -113,6 +114,10 @@ class TrialRunner:
             bytes, average_bits, multiply_adds, steps, and the seconds of assembling, training, evaluating, and of all
             together.
         """
+        with let_go():
+            return self._fitted(key)
+
+    def _fitted(self, key: Key) -> Scores:
         since = time.perf_counter()
         plan = self.plan_of(key)
         model = self._assembled(plan)

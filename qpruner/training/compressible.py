@@ -229,6 +229,8 @@ class CompressibleModule(LightningModule):
         """Puts adapters on the base unless they are there."""
         if self.compressed.state is not State.ADAPTED:
             self.compressed.attach(self.lora, seed=self.seed, gradient_checkpointing=self.gradient_checkpointing)
+            if (plan := self.compressed.plan) is not None and any(experts := plan.widths.experts):
+                rank_zero_info(f"The {sum(experts)} experts get no adapters; the other linears that are targets do.")
 
     def configure_model(self) -> None:
         self.load_base()

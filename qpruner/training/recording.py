@@ -35,6 +35,7 @@ PART_BYTES = 2**26
 TOKENS_AT_ONCE = 4096
 """Tokens of a batch of the pass, padding included; the content depends on it in its last bits."""
 DELETE = "Delete that file and run again: what it held is recorded anew."
+ROOM_FOR_TEACHER = "Make room there, give another --run.dir, or have the teacher online."
 
 
 @dataclass(frozen=True)
@@ -168,9 +169,9 @@ class Recording:
             part = self.parts[number]
             tensors = self._said(network, part, device, forward_context)
             try:
-                with replacing(part.path) as temporary:
+                with replacing(part.path, ROOM_FOR_TEACHER) as temporary:
                     save_file(tensors, temporary)
-            except (OSError, SafetensorError) as error:  # the second when the disk is full or the folder not ours
+            except (OSError, SafetensorError) as error:  # the second when the folder is not ours
                 raise self._unwritable(error) from error
 
     @torch.no_grad()
@@ -245,8 +246,7 @@ class Recording:
 
     def _unwritable(self, error: Exception) -> UserError:
         return UserError(
-            f"Cannot write what the model that teaches says in {str(self.folder)!r} ({error}). Make room there, give "
-            f"another --run.dir, or have the teacher online."
+            f"Cannot write what the model that teaches says in {str(self.folder)!r} ({error}). {ROOM_FOR_TEACHER}"
         )
 
 

@@ -7,10 +7,10 @@ import peft
 import pytest
 import torch
 import yaml
-from support.families import adapted, logits_of, tiny_model
+from support.families import PLAIN, adapted, logits_of, tiny_model
 
 from qpruner.adapters.lora import LoRAConfig, attach_adapters, is_target, target_linears
-from qpruner.anatomy import FAMILIES, architecture_of, unit_linears
+from qpruner.anatomy import architecture_of, unit_linears
 from qpruner.commands import run
 from qpruner.errors import UserError
 from qpruner.plan import UNITS, CompressionPlan, Precision
@@ -42,7 +42,7 @@ def test_adapters_are_where_peft_alone_would_put_them(targets: Any) -> None:
     assert wrapped(theirs.get_base_model()) == chosen
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", PLAIN)
 def test_without_the_option_every_projection_of_every_family_has_one(family: str) -> None:
     model = tiny_model(family)
     linears = {name for units in unit_linears(model) for names in units.values() for name in names}

@@ -131,7 +131,7 @@ def by_hand(model: Any, items: Sequence[Item], precisions: Sequence[Precision], 
     return [by_kl[0], by_loss[0], by_kl[1], by_loss[1]]
 
 
-@pytest.mark.parametrize("family", ["llama", "gemma2"])
+@pytest.mark.parametrize("family", ["llama", "gemma2", "mixtral"])
 @pytest.mark.parametrize(
     ("items", "precisions", "size"),
     [(BLOCKS, (NF4, INT8), S), (UNITS, (NF4, INT8, DENSE), 4), (BLOCKS, (NF4, DENSE), 1)],

@@ -15,7 +15,7 @@ from qpruner.allocation.observation import layer_information, observe
 from qpruner.errors import UserError
 
 CONFIG = MutualInformationConfig()
-FAMILIES = pytest.mark.parametrize("family", ["llama", "qwen2", "gemma2"])
+FAMILIES = pytest.mark.parametrize("family", ["llama", "qwen2", "gemma2", "mixtral"])
 QUIET = pytest.mark.filterwarnings("ignore:In . of . layers most of the mutual information is chance")
 
 

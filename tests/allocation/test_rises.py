@@ -162,7 +162,7 @@ def plain_first_order(model: Any, item: Item, weight_of: Any) -> Tensor:
     return torch.stack(list(changes)).sum().abs().detach()
 
 
-@FAMILIES
+@pytest.mark.parametrize("family", ["llama", "qwen2", "gemma2", "mixtral"])
 @pytest.mark.parametrize("size", [S, 4, 1])
 def test_first_order_is_the_product_of_gradient_and_rounding_error(family: str, size: int) -> None:
     model = frozen(family)

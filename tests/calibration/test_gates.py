@@ -8,10 +8,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from support.calibration import calibration, in_processes
-from support.families import random_tokens, tiny_model
+from support.families import PLAIN, random_tokens, tiny_model
 from torch import Tensor
 
-from qpruner.anatomy import FAMILIES, Coupled, decoder_layers
+from qpruner.anatomy import Coupled, decoder_layers
 from qpruner.calibration.gates import squared_gate_gradients
 from qpruner.calibration.text import Calibration
 from qpruner.errors import UserError
@@ -38,7 +38,7 @@ def multiplied(parts: dict[str, Coupled], gates: dict[str, Tensor]) -> Iterator[
         yield
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", PLAIN)
 def test_they_are_those_of_autograd(family: str) -> None:
     model, tokens = tiny_model(family).requires_grad_(False), random_tokens(5, 20)
     parts = gated_parts(model)

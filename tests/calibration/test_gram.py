@@ -5,10 +5,10 @@ from typing import Any
 import pytest
 import torch
 from support.calibration import calibration, hooks_of, in_processes
-from support.families import random_tokens, tiny_model
+from support.families import PLAIN, random_tokens, tiny_model
 from torch import Tensor, nn
 
-from qpruner.anatomy import FAMILIES, decoder_layers
+from qpruner.anatomy import decoder_layers
 from qpruner.calibration.gram import MASSIVE_POSITIONS, Gram, input_grams
 from qpruner.calibration.norms import input_variances
 from qpruner.calibration.text import Calibration
@@ -53,7 +53,7 @@ def assert_close(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
 
 
 @pytest.mark.parametrize("skip", [0, MASSIVE_POSITIONS])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", PLAIN)
 def test_sums_are_those_of_what_the_linears_receive(family: str, skip: int) -> None:
     model = tiny_model(family).requires_grad_(False)
     expected = {

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from lightning.pytorch import Trainer
+from lightning.pytorch import Callback, Trainer
 from support.fits import finetuner, fit, trainer
 
 from qpruner.callbacks import RunCheckpoint
@@ -27,7 +27,7 @@ def saved(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return steps
 
 
-@pytest.mark.parametrize(("every", "expected"), [(2, [2, 4, 5]), (1, [1, 2, 3, 4, 5, 5]), (9, [5])])
+@pytest.mark.parametrize(("every", "expected"), [(2, [2, 4, 5]), (1, [1, 2, 3, 4, 5]), (9, [5])])
 def test_it_is_written_every_few_steps_and_at_the_end(
     tiny_llama: Path, stories: StoriesDataModule, tmp_path: Path, saved: list[int], every: int, expected: list[int]
 ) -> None:
@@ -73,3 +73,44 @@ def test_writing_that_is_cut_off_leaves_the_one_before(
 def test_fewer_steps_than_one_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="every 0 steps; it must be at least 1"):
         RunCheckpoint(tmp_path / "last.ckpt", every_n_steps=0)
+
+
+@pytest.mark.parametrize(
+    ("options", "validated"),
+    [({"max_steps": 4, "val_check_interval": 2}, [2, 4]), ({"max_epochs": 1, "val_check_interval": 1.0}, [5])],
+    ids=["steps", "epochs"],
+)
+def test_a_fit_that_is_killed_in_its_last_validation_validates_again(
+    options: dict[str, Any], validated: list[int], tiny_llama: Path, stories: StoriesDataModule, tmp_path: Path
+) -> None:
+    """What was logged of it is nowhere, and a fit that goes on from its last step does nothing more."""
+    last, path = validated[-1], tmp_path / "last.ckpt"
+    seen: list[int] = []
+    killed = True
+
+    class Watching(Callback):
+        def on_validation_batch_end(self, trainer: Trainer, *_: Any) -> None:
+            if killed and trainer.global_step == last:
+                raise InterruptedError
+            if not trainer.sanity_checking:
+                seen.append(trainer.global_step)
+
+    def fitting(ckpt_path: Path | None) -> None:
+        quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+        callbacks = [Watching(), RunCheckpoint(path, every_n_steps=1)]
+        Trainer(
+            accelerator="cpu",
+            limit_val_batches=1,
+            use_distributed_sampler=False,
+            callbacks=callbacks,
+            **quiet,
+            **options,
+        ).fit(finetuner(tiny_llama), datamodule=stories, ckpt_path=ckpt_path, weights_only=True)
+
+    with pytest.raises(InterruptedError):
+        fitting(None)
+    assert torch.load(path, weights_only=True)["global_step"] == last - 1
+    killed = False
+    fitting(path)
+    assert [*dict.fromkeys(seen)] == validated  # on each of several loaders
+    assert torch.load(path, weights_only=True)["global_step"] == last

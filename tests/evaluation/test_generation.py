@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from support.families import adapted, logits_of, random_tokens
-from support.quantized import MIXED, WIDE, pruned
+from support.quantized import MIXED, pruned
 from torch import Tensor, nn
 
 import qpruner
@@ -57,7 +57,7 @@ def test_repetition_of_other_lengths() -> None:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_pruned_and_packed_models_write_with_their_cache_as_without(family: str, tmp_path: Path) -> None:
     """Each layer has another number of key-value heads; sliding windows are shorter than the text."""
-    model, plan = pruned(family, MIXED, WIDE)
+    model, plan = pruned(family, MIXED)
     quantize_(model, plan, None, device=torch.device("cpu"))
     save_base(tmp_path / "model", model, plan, base_name="dense", tokenizer=None)
     save_adapters(tmp_path / "model", adapted(model), trained=True)

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 from support.exports import source_of
-from support.families import KEPT, logits_of, random_tokens
+from support.families import KEPT, KEPT_EXPERTS, MIXTURES, logits_of, random_tokens
 from support.quantized import INT8, NF4
 
 from qpruner.anatomy import FAMILIES
@@ -20,7 +20,8 @@ AFFINE = NF4.__class__("affine", 4, 32)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_its_weights_are_those_of_the_dense_model(tmp_path: Path, family: str) -> None:
     """Logits computed from them one by one are those of the packed model with its adapters."""
-    source = source_of(tmp_path / "m", family, kept=KEPT, precision=AFFINE, embedding=INT8, lora={})
+    kept = KEPT_EXPERTS if family in MIXTURES else KEPT
+    source = source_of(tmp_path / "m", family, kept=kept, precision=AFFINE, embedding=INT8, lora={})
     expected = logits_of(load_compressed(tmp_path / "m"))
     computed = logits(source, source.weight, random_tokens())
     torch.testing.assert_close(computed, expected, rtol=1e-4, atol=1e-4)

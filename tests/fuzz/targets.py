@@ -20,7 +20,7 @@ from lightning.pytorch import Trainer
 from mutations import BYTES, damage_file, damaged_tree, entries
 from support.choice_records import RECORDS, many_records, write_records
 from support.evaluations import write_evaluation
-from support.families import HIDDEN, KEPT, VOCAB, adapted, logits_of, tiny_config, tiny_model
+from support.families import HIDDEN, KEPT, KEPT_EXPERTS, VOCAB, adapted, logits_of, tiny_config, tiny_model
 
 from qpruner.adapter_files import save_adapters
 from qpruner.adapters.lora import LoRAConfig
@@ -112,6 +112,14 @@ def make_plans(folder: Path) -> None:
     tiny_model("llama").save_pretrained(folder / "base")
 
 
+def make_plans_of_experts(folder: Path) -> None:
+    plan = CompressionPlan.dense(architecture_of(tiny_config("mixtral")), None)
+    plan.keeping(KEPT_EXPERTS).with_precision(MIXED, head=INT8).write(folder / "plan.json")
+    plan.write(folder / "other.json")
+    (folder / "base").mkdir()
+    tiny_model("mixtral").save_pretrained(folder / "base")
+
+
 def damage_plan(rng: Random, folder: Path) -> str:
     return damage_file(rng, folder / "plan.json")
 
@@ -134,6 +142,14 @@ def make_packed(folder: Path) -> None:
     quantize_(model, plan, None, device=torch.device("cpu"))
     save_base(folder / "model", model, plan, base_name="models/dense", tokenizer=None)
     save_adapters(folder / "model", adapted(model), trained=True)
+
+
+def make_packed_experts(folder: Path) -> None:
+    """Of the family whose experts have most parts."""
+    model, plan = pruned("gpt_oss", KEPT_EXPERTS)
+    plan = plan.with_precision(MIXED)
+    quantize_(model, plan, None, device=torch.device("cpu"))
+    save_base(folder / "model", model, plan, base_name="models/dense", tokenizer=None)
 
 
 def make_dense(folder: Path) -> None:
@@ -480,7 +496,9 @@ def use_recording(folder: Path) -> None:
 
 TARGETS = {
     "plan": Target(make_plans, use_plan, damage_plan),
+    "plan of experts": Target(make_plans_of_experts, use_plan, damage_plan),
     "packed model": Target(make_packed, use_models, damage_model),
+    "packed experts": Target(make_packed_experts, use_models, damage_model),
     "dense models": Target(make_dense, use_models, damage_model),
     "checkpoint": Target(make_checkpoint, use_checkpoint, damage_checkpoint),
     "runs": Target(make_runs, use_runs, damage_run),

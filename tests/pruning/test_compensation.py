@@ -5,10 +5,10 @@ from typing import Any
 import pytest
 import torch
 from support.calibration import calibration, in_processes
-from support.families import FFN, KEPT, LAYERS, adapted, random_tokens, tiny_model
+from support.families import FFN, KEPT, LAYERS, PLAIN, adapted, random_tokens, tiny_model
 from torch import Tensor
 
-from qpruner.anatomy import FAMILIES, architecture_of, decoder_blocks, decoder_layers, family_of
+from qpruner.anatomy import architecture_of, decoder_blocks, decoder_layers, family_of
 from qpruner.anatomy.coupled import within
 from qpruner.calibration.regression import Fit
 from qpruner.calibration.text import Calibration, CalibrationConfig
@@ -91,7 +91,7 @@ def _double(bias: Tensor | None) -> Tensor | None:
 
 
 @pytest.mark.parametrize("how", ["sequential", "local"])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", PLAIN)
 def test_each_linear_is_solved_on_what_the_narrowed_prefix_gives_it(family: str, how: How) -> None:
     dense, narrow = pruned(family)
     fits = compensate_(narrow, dense, KEPT, calibration(5, TEXT), how)

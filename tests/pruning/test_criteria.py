@@ -115,13 +115,13 @@ def test_fluctuation_by_hand() -> None:
     weight = [[3.0, 0.0, 3.0, 1.0], [-4.0, 2.0, 0.0, 2.0]]
     variance = torch.tensor([1.0, 10.0, 0.0, 3.0], dtype=torch.float64)
     columns = [(score - 20) / 212.5**0.5 for score in (25, 40, 0, 15)]
-    assert fluctuation(coupled(weight, 1, 1), variance).tolist() == pytest.approx(columns, rel=1e-12)
+    assert fluctuation([coupled(weight, 1, 1)], [variance]).tolist() == pytest.approx(columns, rel=1e-12)
     by_pair = [(columns[0] + columns[1]) / 2, (columns[2] + columns[3]) / 2]
-    assert fluctuation(coupled(weight, 1, 2), variance).tolist() == pytest.approx(by_pair, rel=1e-12)
+    assert fluctuation([coupled(weight, 1, 2)], [variance]).tolist() == pytest.approx(by_pair, rel=1e-12)
 
 
 def test_units_of_a_layer_that_nothing_moves_are_all_at_its_mean() -> None:
-    assert fluctuation(COLUMNS, torch.zeros(4)).tolist() == [0, 0]
+    assert fluctuation([COLUMNS], [torch.zeros(4)]).tolist() == [0, 0]
 
 
 @pytest.mark.parametrize(

@@ -5,11 +5,11 @@ from typing import Any
 
 import pytest
 import torch
-from support.families import adapted, packed, random_tokens, tiny_model
+from support.families import PLAIN, adapted, packed, random_tokens, tiny_model
 from torch import Tensor, nn
 
 from qpruner.adapters.lora import adapter_on
-from qpruner.anatomy import FAMILIES, Coupled, decoder_layers
+from qpruner.anatomy import Coupled, decoder_layers
 from qpruner.plan import Precision
 from qpruner.pruning import lora_guided
 from qpruner.pruning.lora_guided import AdapterGradients, MovingAverage, Variant, score_adapted, unit_scores
@@ -161,7 +161,7 @@ def test_a_stacked_projection_is_scored_by_its_own_rows(family: str, variant: Va
             close(found, unit_scores(alone, held.weight[rows], of_rows, of_its_rows, variant))
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", PLAIN)
 def test_units_of_every_family_are_scored(family: str) -> None:
     scores = score_adapted(backward(adapted(tiny_model(family))), "code", None)
     assert [(len(one.kv_groups), len(one.ffn_channels)) for one in scores] == [(4, 48)] * 3

@@ -4,17 +4,17 @@ from typing import Any
 
 import pytest
 import torch
-from support.families import KEPT, adapted, logits_of, random_tokens, tiny_model
+from support.families import KEPT, PLAIN, adapted, logits_of, random_tokens, tiny_model
 from torch import Tensor
 
 from qpruner.adapters.lora import LoRAConfig, adapter_on, attach_adapters, detach_adapters, set_factors_
-from qpruner.anatomy import FAMILIES, decoder_layers
+from qpruner.anatomy import decoder_layers
 from qpruner.pruning.masks import UnitMasks
 from qpruner.pruning.selection import Kept
 from qpruner.pruning.surgery import narrow_, narrow_factors
 
 VARIANTS = [
-    *((family, {}) for family in FAMILIES),
+    *((family, {}) for family in PLAIN),
     ("llama", {"attention_bias": True, "mlp_bias": True}),
     ("gemma", {"num_key_value_heads": 1}),
     ("qwen2", {"num_key_value_heads": 8}),

@@ -4,10 +4,10 @@ from typing import Any
 
 import pytest
 import torch
-from support.families import KEPT, logits_of, packed, tiny_model
+from support.families import KEPT, PLAIN, logits_of, packed, tiny_model
 from torch import nn
 
-from qpruner.anatomy import FAMILIES, architecture_of, by_linear, decoder_layers
+from qpruner.anatomy import architecture_of, by_linear, decoder_layers
 from qpruner.plan import Precision
 from qpruner.pruning.surgery import narrow_, places_of, stated_by_weights
 from qpruner.quantization.formats import dequantize, quantize
@@ -44,7 +44,7 @@ def rounded_anew(weight: torch.Tensor, precision: Precision) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("precision", [INT8, ROWS], ids=str)
-@pytest.mark.parametrize(("family", "changes"), [*((family, {}) for family in FAMILIES), ("llama", BIASED)])
+@pytest.mark.parametrize(("family", "changes"), [*((family, {}) for family in PLAIN), ("llama", BIASED)])
 def test_scales_of_whole_rows_keep_exactly_what_they_had(
     family: str, changes: dict[str, Any], precision: Precision
 ) -> None:
@@ -82,7 +82,7 @@ def test_four_bits_round_anew_what_is_left(precision: Precision) -> None:
 
 
 @pytest.mark.parametrize(
-    ("family", "precision"), [*((family, INT8) for family in FAMILIES), ("llama", NF4), ("phi3", NF4)], ids=str
+    ("family", "precision"), [*((family, INT8) for family in PLAIN), ("llama", NF4), ("phi3", NF4)], ids=str
 )
 def test_the_change_can_be_heard_in_the_logits_only_where_there_is_one(family: str, precision: Precision) -> None:
     """Against a dense model of the slices."""

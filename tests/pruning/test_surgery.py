@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 import torch
-from support.families import KEPT, VOCAB, logits_of, random_tokens, tiny_config, tiny_model
+from support.families import KEPT, PLAIN, VOCAB, logits_of, random_tokens, tiny_config, tiny_model
 from torch import Tensor
 
 from qpruner.anatomy import FAMILIES, architecture_of, decoder_blocks, decoder_layers
@@ -14,7 +14,7 @@ from qpruner.pruning.surgery import apply_pruning_, narrow_, norm_scale, stated_
 from qpruner.pruning.widths import set_config
 
 VARIANTS = [
-    *((family, {}) for family in FAMILIES),
+    *((family, {}) for family in PLAIN),
     ("llama", {"attention_bias": True, "mlp_bias": True}),
     ("qwen3", {"attention_bias": True}),
     ("gemma", {"num_key_value_heads": 1}),
@@ -154,7 +154,7 @@ def test_greedy_generation_is_the_same_with_and_without_cache(family: str, chang
     torch.testing.assert_close(alone_logits, cached_logits[1:], rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", PLAIN)
 def test_later_tokens_do_not_change_earlier_logits(family: str) -> None:
     model, tokens = narrowed(family), random_tokens()
     changed = tokens.clone()
@@ -174,7 +174,7 @@ def test_the_sliding_window_is_still_there() -> None:
     torch.testing.assert_close(after[:, 22:], before[:, 22:], rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("family", [family for family in FAMILIES if family != "gemma2"])
+@pytest.mark.parametrize("family", [family for family in PLAIN if family != "gemma2"])
 def test_sdpa_equals_eager(family: str) -> None:
     # Gemma2 caps its attention scores, which sdpa cannot.
     model, mask = narrowed(family), torch.ones(2, 12, dtype=torch.long)
@@ -190,7 +190,7 @@ def test_sdpa_equals_eager(family: str) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated")
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", PLAIN)
 def test_gradient_checkpointing_gives_the_same_gradients(family: str) -> None:
     gradients, calls = [], []
     for checkpointing in (False, True):
@@ -206,7 +206,7 @@ def test_gradient_checkpointing_gives_the_same_gradients(family: str) -> None:
         torch.testing.assert_close(gradients[1][name], gradient, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", PLAIN)
 def test_a_copy_is_the_same_model_with_weights_of_its_own(family: str) -> None:
     model = narrowed(family)
     expected = logits_of(model)
@@ -218,7 +218,7 @@ def test_a_copy_is_the_same_model_with_weights_of_its_own(family: str) -> None:
     assert stated_by_weights(copied) == architecture_of(copied.config)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", PLAIN)
 def test_narrowing_twice_is_narrowing_once(family: str) -> None:
     second = [((0, 2), range(1, 30)), ((0,), range(0, 23, 3)), ((1, 3), (0,))]
     composed = [
@@ -238,7 +238,7 @@ def test_narrowing_twice_is_narrowing_once(family: str) -> None:
         assert torch.equal(logits_of(twice), logits_of(once))
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", PLAIN)
 def test_keeping_everything_changes_nothing(family: str) -> None:
     model = tiny_model(family)
     expected, before = logits_of(model), list(model.parameters())
@@ -247,7 +247,7 @@ def test_keeping_everything_changes_nothing(family: str) -> None:
     assert torch.equal(logits_of(model), expected)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", PLAIN)
 def test_every_part_has_the_new_configuration(family: str) -> None:
     model = narrowed(family)
     readers = {
@@ -293,7 +293,7 @@ def test_a_model_on_the_meta_device_is_narrowed_too() -> None:
     assert all(p.is_meta for p in model.parameters())
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", PLAIN)
 @pytest.mark.parametrize("tied", [True, False])
 def test_embeddings_stay_as_they_were_tied(family: str, tied: bool) -> None:
     model = narrowed(family, tie_word_embeddings=tied)
@@ -308,7 +308,7 @@ def plan_for(model: Any) -> CompressionPlan:
     return CompressionPlan.dense(architecture_of(model.config), None)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", PLAIN)
 def test_a_plan_is_carried_out(family: str) -> None:
     model = tiny_model(family)
     plan = plan_for(model).keeping(KEPT)
@@ -341,7 +341,7 @@ def test_a_plan_of_another_family_is_refused() -> None:
         apply_pruning_(tiny_model("llama"), plan_for(tiny_model("mistral")))
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", PLAIN)
 def test_a_model_that_was_pruned_is_not_pruned_again(family: str) -> None:
     model = tiny_model(family)
     plan = plan_for(model).keeping(KEPT)
@@ -350,7 +350,7 @@ def test_a_model_that_was_pruned_is_not_pruned_again(family: str) -> None:
         apply_pruning_(model, plan)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", PLAIN)
 def test_a_configuration_that_lies_about_the_weights_is_refused(family: str) -> None:
     model = narrowed(family)
     set_config(model, tiny_config(family))

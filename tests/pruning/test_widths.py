@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from support.families import HIDDEN, KEPT, logits_of, tiny_config, tiny_model
+from support.families import HIDDEN, KEPT, PLAIN, logits_of, tiny_config, tiny_model
 from transformers import AutoModelForCausalLM
 
 from qpruner.anatomy import FAMILIES, architecture_of
@@ -107,7 +107,7 @@ def test_a_gemma2_that_does_not_divide_stays_a_type_of_ours(tmp_path: Path) -> N
     assert (content["num_attention_heads"], content["num_key_value_heads"], content["head_dim"]) == (6, 3, 16)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", PLAIN)
 def test_a_dense_model_stays_what_it_is(family: str) -> None:
     config = tiny_config(family)
     same = portable_config(with_widths(config, architecture_of(config)))
@@ -118,7 +118,7 @@ def test_a_dense_model_stays_what_it_is(family: str) -> None:
     assert found == expected
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", PLAIN)
 def test_unequal_layers_stand_in_per_layer_config(tmp_path: Path, family: str) -> None:
     model, content = saved(tmp_path / "model", family, KEPT)
     assert content["model_type"] == f"compressed_{family}"
@@ -141,7 +141,7 @@ def test_unequal_channels_alone_make_layers_unequal() -> None:
     assert made.is_heterogeneous and architecture_of(made) == widths
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", PLAIN)
 def test_layers_that_become_equal_stand_in_the_usual_fields(family: str) -> None:
     unequal = with_widths(tiny_config(family), replace(architecture_of(tiny_config(family)), kv_groups=(4, 3, 2)))
     equal = with_widths(unequal, replace(architecture_of(unequal), kv_groups=(2, 2, 2)))
@@ -154,7 +154,7 @@ def test_layers_that_become_equal_stand_in_the_usual_fields(family: str) -> None
         assert portable_config(equal).model_type == family
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", PLAIN)
 @pytest.mark.parametrize("kv_groups", [(4, 4, 3), (3, 3, 3), (2, 2, 2)])
 def test_all_else_in_the_configuration_survives(family: str, kv_groups: tuple[int, ...]) -> None:
     rotary = LLAMA3 if family != "phi3" else {"rope_type": "default", "rope_theta": 5e5, "partial_rotary_factor": 0.5}
@@ -188,7 +188,7 @@ def test_all_else_in_the_configuration_survives(family: str, kv_groups: tuple[in
 
 @pytest.mark.parametrize(
     ("family", "implementation"),
-    [(family, kind) for family in FAMILIES for kind in ("eager", "sdpa") if (family, kind) != ("gemma2", "sdpa")],
+    [(family, kind) for family in PLAIN for kind in ("eager", "sdpa") if (family, kind) != ("gemma2", "sdpa")],
 )
 def test_the_attention_implementation_survives(family: str, implementation: str) -> None:
     for kept in (KEPT, THREE):
@@ -198,7 +198,7 @@ def test_the_attention_implementation_survives(family: str, implementation: str)
         assert model.config._attn_implementation == implementation
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", PLAIN)
 def test_the_original_configuration_is_left_alone(family: str) -> None:
     config = tiny_config(family)
     before = config.to_dict()
@@ -206,7 +206,7 @@ def test_the_original_configuration_is_left_alone(family: str) -> None:
     assert config.to_dict() == before
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", PLAIN)
 def test_our_configuration_is_the_familys_own_with_any_head_count(family: str) -> None:
     made = compressed_config_class(family)
     assert issubclass(made, getattr(transformers, FAMILIES[family].config_class))

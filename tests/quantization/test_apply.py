@@ -4,12 +4,12 @@ from typing import Any
 
 import pytest
 import torch
-from support.families import KEPT, LAYERS
+from support.families import KEPT, LAYERS, PLAIN
 from support.linears import quantize_dequantize
 from support.quantized import CPU, INT8, MIXED, NF4, equal, pruned, settings
 from torch import Tensor
 
-from qpruner.anatomy import FAMILIES, unit_linears
+from qpruner.anatomy import unit_linears
 from qpruner.errors import UserError
 from qpruner.memory import num_parameters
 from qpruner.plan import DENSE, UNITS, CompressionPlan
@@ -22,7 +22,7 @@ def weights(model: Any, plan: CompressionPlan) -> dict[str, Tensor]:
     return {name: model.get_submodule(name).weight.detach().clone() for name in linear_precisions(model, plan)}
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", PLAIN)
 def test_every_linear_has_the_precision_of_its_unit(family: str) -> None:
     model, plan = pruned(family)
     dense, size = weights(model, plan), num_parameters(model)
@@ -41,7 +41,7 @@ def test_every_linear_has_the_precision_of_its_unit(family: str) -> None:
     assert num_parameters(model) == size
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", PLAIN)
 @pytest.mark.parametrize("num_iterations", [1, 3])
 def test_factors_bring_every_linear_nearer_to_its_weight(family: str, num_iterations: int) -> None:
     """With alpha four times r."""

@@ -263,11 +263,9 @@ def test_a_layer_that_fails_on_one_rank_ends_the_work_of_all(
 
     monkeypatch.setattr(banks, "save_file", save)
     answers = of_two_ranks(tmp_path, tmp_path)
-    assert isinstance(answers[rank], OSError)
-    told = answers[1 - rank]
-    assert isinstance(told, UserError) and str(told) == (
-        f"Process {rank} failed: OSError: [Errno 28] No space left on device"
-    )
+    for told in answers:
+        assert isinstance(told, UserError)
+        assert str(told).startswith(f"Cannot write '{tmp_path}/layer-00{layer}.safetensors': No space left on device")
     assert sorted(modified(tmp_path)) == [f"layer-00{number}.safetensors" for number in left]  # for the next time
 
 

@@ -4,6 +4,7 @@ import os
 import signal
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -85,6 +86,18 @@ def test_a_worker_that_dies_costs_its_trial_only(executors: dict[str, Executor],
     first, dead, last, other = outcomes(executors[kind], {"sleep": 0.5}, {"do": how}, {}, {})
     assert dead.why == "the worker died"
     assert first.scores and last.scores and other.scores
+    wait_for_two_workers(executors[kind])
+
+
+@pytest.mark.parametrize("kind", KINDS[1:])
+def test_a_trial_whose_worker_dies_is_begun_once_more(
+    executors: dict[str, Executor], kind: str, tmp_path: Path
+) -> None:
+    lasting = {"choices": [0.5], "do": "die once", "file": str(tmp_path / "begun")}
+    found = dict(executors[kind].run([lasting, {"choices": [0.3], "sleep": 0.3}]))
+    assert [found[place].scores for place in (0, 1)] == [{"loss": pytest.approx(0.04)}, {"loss": 0.0}]
+    processes = (tmp_path / "begun").read_text().split()
+    assert len(processes) == len({*processes}) == 2
     wait_for_two_workers(executors[kind])
 
 

@@ -1,5 +1,6 @@
 """One trial: the same numbers whatever came before, those of a fit by hand, and the bytes of the folder of a run."""
 
+import gc
 import pickle
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -7,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from lightning.pytorch import Trainer
 from support.searches import finetuner, predictions, pruning, quantization, search_of, stories_of, trainer
 
 from qpruner.adapters.lora import LoRAConfig
@@ -127,6 +129,22 @@ def test_a_trial_that_breaks_leaves_nothing_to_the_next(runner: TrialRunner, mon
     assert runner.base.state is State.QUANTIZED
     assert not any("lora" in name for name, _ in runner.base.named_parameters())
     assert without_time(runner(key(OTHER))) == expected
+
+
+def test_a_trial_leaves_no_trainer_and_no_moments(runner: TrialRunner) -> None:
+    """They refer to each other, and Python alone would let them go after a hundred trials."""
+
+    def left() -> int:
+        return sum(isinstance(thing, Trainer | torch.optim.Optimizer) for thing in gc.get_objects())
+
+    gc.collect()
+    before = left()
+    gc.disable()
+    try:
+        runner(key(PLAIN))
+        assert left() == before
+    finally:
+        gc.enable()
 
 
 def test_scores_are_those_of_a_fit_by_hand(work: TrialWork, runner: TrialRunner, tiny_llama: Path) -> None:

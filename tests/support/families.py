@@ -8,12 +8,33 @@ import transformers
 from qpruner.adapters.lora import LoRAConfig, attach_adapters
 from qpruner.anatomy import FAMILIES, architecture_of
 from qpruner.conv1d import conv1d_to_linear_
+from qpruner.experts import experts_to_linears_
 from qpruner.plan import UNITS, CompressionPlan, Precision
 from qpruner.quantization.apply import quantize_
 
 HIDDEN, LAYERS, FFN, VOCAB = 64, 3, 48, 100
 KEPT = [((0, 2, 3), (0, 1, *range(5, 40))), ((1,), tuple(range(3, 48, 2))), ((0, 1, 2, 3), (7,))]
 """A pruning of the default tiny model in which no two layers end equal."""
+PLAIN = [family for family, anatomy in FAMILIES.items() if anatomy.mixture is None]
+MIXTURES = [family for family in FAMILIES if family not in PLAIN]
+"""Families whose layers have one FFN, and those whose layers have experts."""
+
+EACH, TOP_K = 12, 2
+
+
+def in_experts(places: dict[int, Any]) -> tuple[int, ...]:
+    """FFN channels as plans count them, of places within each of some experts."""
+    return tuple(expert * EACH + place for expert, of_expert in places.items() for place in of_expert)
+
+
+KEPT_EXPERTS = [
+    ((0, 2, 3), in_experts({0: (0, 3, 4, 11), 2: range(1, 5), 3: range(8, 12)})),
+    ((1,), in_experts({1: range(EACH), 3: range(EACH)})),
+    ((0, 1, 2, 3), in_experts({0: (7,), 1: (3,), 2: (0,), 3: (11,)})),
+]
+"""The like of `KEPT` for a mixture: of three experts a third, of two all channels, of four one each."""
+EXPERTS = {"num_local_experts": 4, "num_experts_per_tok": TOP_K, "intermediate_size": EACH}
+"""4 experts of 12 channels, 48 in all, as the other families have."""
 
 SPECIAL = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 EXPLICIT: dict[str, dict[str, Any]] = {
@@ -38,6 +59,22 @@ EXPLICIT: dict[str, dict[str, Any]] = {
     },
     "smollm3": {**SPECIAL, "head_dim": 16, "no_rope_layers": [1, 0, 1]},
     "olmo2": {**SPECIAL, "head_dim": 16, "rms_norm_eps": 1e-8},
+    "mixtral": {"head_dim": 16, "sliding_window": 8, **EXPERTS},
+    "qwen3_moe": {
+        **EXPERTS,
+        "head_dim": 16,
+        "intermediate_size": FFN,
+        "moe_intermediate_size": EACH,
+        "norm_topk_prob": True,
+    },
+    "olmoe": {**SPECIAL, **EXPERTS, "rms_norm_eps": 1e-8},  # 64 / 8 = 8
+    "gpt_oss": {
+        **EXPERTS,
+        "head_dim": 16,
+        "sliding_window": 8,
+        "swiglu_limit": 1.0,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10_000.0},
+    },
     "phi3": {**SPECIAL, "head_dim": 16, "sliding_window": 8, "partial_rotary_factor": 0.5},
     "gpt2": {**SPECIAL, "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0},
 }
@@ -82,8 +119,11 @@ def tiny_model(family: str, **changes: Any) -> Any:
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(3)
-        model = conv1d_to_linear_(getattr(transformers, FAMILIES[family].model_class)(tiny_config(family, **changes)))
+        model = getattr(transformers, FAMILIES[family].model_class)(tiny_config(family, **changes))
+        experts_to_linears_(conv1d_to_linear_(model))
         for name, parameter in model.named_parameters():
+            if name.endswith(("gate.weight", "router.weight", "sinks")):
+                parameter.data = torch.randn_like(parameter) / 4
             if "norm" in name or ".ln_" in name or name.endswith("bias"):
                 parameter.data += 0.2 * torch.randn_like(parameter)
     return model.eval()

@@ -12,7 +12,7 @@ import sys
 import tempfile
 from functools import cache
 from pathlib import Path
-from threading import Timer
+from threading import RLock, Timer
 from typing import Any
 
 from support import environment
@@ -50,6 +50,7 @@ def _next_command() -> list[str]:
     import peft  # noqa: F401
     import tensorboard  # noqa: F401
     import torch
+    from tqdm import tqdm
     from transformers.models.llama import modeling_llama  # noqa: F401
 
     from qpruner import cli, datamodules  # noqa: F401
@@ -58,6 +59,7 @@ def _next_command() -> list[str]:
 
     quieten()
     torch.set_num_threads(1)
+    tqdm.set_lock(RLock())  # its own lock is one of all copies, who would wait for one that was killed with it
     for line in sys.stdin:
         if child := os.fork():
             print(child, flush=True)

@@ -8,7 +8,7 @@ from qpruner.anatomy import architecture_of
 from qpruner.plan import DENSE, UNITS, CompressionPlan, Precision
 from qpruner.pruning.surgery import apply_pruning_
 from qpruner.quantization.apply import Factors, LoftQSettings
-from support.families import tiny_model
+from support.families import KEPT_EXPERTS, MIXTURES, tiny_model
 
 CPU = torch.device("cpu")
 
@@ -29,8 +29,9 @@ def settings(**changes: Any) -> LoftQSettings:
     return LoftQSettings(**{"rank": 4, "scale": 4.0, "targets": ALL, "num_iterations": 1, "seed": 0} | changes)
 
 
-def pruned(family: str, precision: Any = MIXED, kept: Any = WIDE) -> tuple[Any, CompressionPlan]:
+def pruned(family: str, precision: Any = MIXED, kept: Any = None) -> tuple[Any, CompressionPlan]:
     model = tiny_model(family)
+    kept = kept or (KEPT_EXPERTS if family in MIXTURES else WIDE)
     plan = CompressionPlan.dense(architecture_of(model.config), None).keeping(kept).with_precision(precision)
     apply_pruning_(model, plan)
     return model, plan

@@ -46,6 +46,11 @@ class Toy:
             match key.get("do"):
                 case "die":
                     os._exit(3)
+                case "die once":
+                    with (begun := Path(key["file"])).open("a") as file:
+                        file.write(f"{os.getpid()}\n")
+                    if len(begun.read_text().split()) == 1:
+                        os._exit(3)
                 case "kill":
                     os.kill(os.getpid(), 9)
                 case "raise":

@@ -28,6 +28,13 @@ def logits_of(model: Any, tokens: torch.Tensor) -> torch.Tensor:
     return model(input_ids=tokens, use_cache=False).logits
 
 
+def same(logits: torch.Tensor, expected: torch.Tensor, model: Any) -> bool:
+    """Whether logits are equal; with experts nearly, as products of few rows depend on where tensors lie in memory."""
+    if hasattr(model.config, "num_experts_per_tok"):
+        return torch.allclose(logits, expected, rtol=1e-5, atol=1e-5)
+    return torch.equal(logits, expected)
+
+
 def try_folder(folder: Path) -> dict[str, Any]:
     inputs = load_file(folder / "inputs.safetensors")
     tokens, expected = inputs["tokens"], inputs["logits"]
@@ -50,10 +57,10 @@ def try_folder(folder: Path) -> dict[str, Any]:
     return {
         "class": type(model).__name__,
         "told": {name: sorted(map(str, names)) for name, names in told.items() if names},
-        "identical": torch.equal(logits_of(model, tokens), expected),
-        "copied": torch.equal(logits_of(copy.deepcopy(model), tokens), expected),
-        "saved again": torch.equal(logits_of(again, tokens), expected),
-        "body": torch.equal(states, of_body),
+        "identical": same(logits_of(model, tokens), expected, model),
+        "copied": same(logits_of(copy.deepcopy(model), tokens), expected, model),
+        "saved again": same(logits_of(again, tokens), expected, model),
+        "body": same(states, of_body, model),
         "eager": (eager - expected).abs().max().item(),
         "dtype": [str(model.dtype), str(halves.dtype), str(logits_of(halves, tokens).dtype)],
         "codes": sorted({str(part.dtype) for part in halves.parameters()}),
