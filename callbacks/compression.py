@@ -178,8 +178,8 @@ class CompressionInSetup(Compression):
     """Compresses the base in ``setup`` of a fit, before adapters and optimizers exist.
 
     Does so once: where the base comes compressed from the folder that it is kept in, nothing is done. What an earlier
-    fit of the run left is made one dense base before. Of several processes of a run, the first does alone what all would
-    do alike, and the others take what it keeps.
+    fit of the run left is made one dense base before. Of several processes of a run, the first does alone what all
+    would do alike, and the others take what it keeps.
     """
 
     leaves: ClassVar[State]
