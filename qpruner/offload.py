@@ -11,7 +11,6 @@ of it is written to a file, and the system may take back the memory that holds c
 
 import ctypes
 import mmap
-import os
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -192,11 +191,12 @@ def choose(choice: OffloadChoice, num_bytes: int, device: torch.device) -> tuple
     """
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else _available()
     needed = WHOLE * num_bytes
-    offloads = choice == "always" or (choice == "auto" and needed > free)
+    offloads = choice == "always" or (choice == "auto" and free is not None and needed > free)
     how = "block by block from files" if offloads else "as a whole"
+    room = "does not say what it has" if free is None else f"has {free:,}"
     return offloads, (
         f"The model is worked on {how} (offload {choice}): its dense weights take {num_bytes:,} bytes, work as a whole "
-        f"up to {needed:,}, and {'the CPU' if device.type == 'cpu' else device} has {free:,} free."
+        f"up to {needed:,}, and {'the system' if device.type == 'cpu' else device} {room} free."
     )
 
 
@@ -205,13 +205,13 @@ def tensors_of(module: nn.Module) -> list[Tensor]:
     return [*module.parameters(), *module.buffers()]
 
 
-def _available() -> int:
-    """Bytes of memory that a process can have without swapping; of Linux what it says, elsewhere what is unused."""
+def _available() -> int | None:
+    """Bytes of memory that a process can have without swapping; None where no system like Linux tells."""
     try:
         lines = Path("/proc/meminfo").read_text().splitlines()
-        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
-    except (OSError, StopIteration):
-        return os.sysconf("SC_AVPHYS_PAGES") * mmap.PAGESIZE
+    except OSError:
+        return None
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable")), None)
 
 
 def _mapped_from_files() -> list[tuple[int, int]]:

@@ -170,11 +170,14 @@ def test_a_fit_makes_the_same_of_it(
     assert [key for key in never if not torch.equal(always[key], never[key])] == []
 
 
-def test_only_what_is_left_of_memory_decides() -> None:
+def test_only_what_is_left_of_memory_decides(monkeypatch: pytest.MonkeyPatch) -> None:
     assert choose("auto", 2**20, CPU)[0] is False
     offloads, reason = choose("auto", 2**50, CPU)
     assert offloads and "block by block from files (offload auto)" in reason and f"{2**50:,}" in reason
     assert choose("always", 1, CPU)[0] and not choose("never", 2**50, CPU)[0]
+    monkeypatch.setattr("qpruner.offload._available", lambda: None)  # as on other systems than Linux
+    offloads, reason = choose("auto", 2**50, CPU)
+    assert not offloads and reason.endswith("and the system does not say what it has free.")
 
 
 def test_a_base_in_another_number_format_never_is_whole_in_memory(tmp_path: Path, tiny_llama: Path) -> None:
