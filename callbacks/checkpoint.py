@@ -23,8 +23,8 @@ class RunCheckpoint(Checkpoint):
     on_train_start
         Makes the folder and looks whether the disk has room.
     on_train_batch_end
-        Writes the checkpoint after every ``every_n_steps`` optimizer steps; not after the last one, behind which the
-        fit is still validated: a fit that goes on from there would end without.
+        Writes the checkpoint after every ``every_n_steps`` optimizer steps, or a step later where the model is
+        validated after that one: a fit that goes on from there would do without, and its curve, too.
     on_train_end
         Writes it once more.
 
@@ -42,10 +42,10 @@ class RunCheckpoint(Checkpoint):
             raise UserError(f"A checkpoint is to be written every {every_n_steps} steps; it must be at least 1.")
         self.path = Path(path)
         self.every_n_steps = every_n_steps
-        self._saved_step = 0  # no checkpoint is wanted before the first step
+        self._step, self._due = 0, False  # no checkpoint is wanted before the first step
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._saved_step = trainer.global_step
+        self._step, self._due = trainer.global_step, False
         if trainer.is_global_zero:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             # Weights and the two moments of AdamW, twice, because the old file stays until the new one is whole.
@@ -60,8 +60,11 @@ class RunCheckpoint(Checkpoint):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        due = trainer.global_step % self.every_n_steps == 0 and trainer.global_step != self._saved_step
-        if due and not _is_last_step(trainer):
+        if trainer.global_step == self._step:  # in the middle of a step of several micro-batches
+            return
+        self._step = trainer.global_step
+        waited, self._due = self._due, self._due or self._step % self.every_n_steps == 0
+        if self._due and (waited or not _is_validated(trainer)):
             self.save(trainer)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -82,10 +85,10 @@ class RunCheckpoint(Checkpoint):
             if trainer.is_global_zero:
                 temporary.unlink(missing_ok=True)
         trainer.strategy.barrier("run_checkpoint")
-        self._saved_step = trainer.global_step
+        self._due = False
 
 
-def _is_last_step(trainer: Trainer) -> bool:
-    """Whether the fit has made its last optimizer step, as far as its options say."""
-    ends_epochs = trainer.is_last_batch and trainer.current_epoch + 1 == trainer.max_epochs
-    return ends_epochs or trainer.global_step == trainer.max_steps
+def _is_validated(trainer: Trainer) -> bool:
+    """Whether the model is validated after the batch that has just ended."""
+    loop = trainer.fit_loop
+    return loop._data_fetcher is not None and loop.epoch_loop._should_check_val_fx(loop._data_fetcher)

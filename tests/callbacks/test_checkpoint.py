@@ -27,7 +27,7 @@ def saved(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return steps
 
 
-@pytest.mark.parametrize(("every", "expected"), [(2, [2, 4, 5]), (1, [1, 2, 3, 4, 5]), (9, [5])])
+@pytest.mark.parametrize(("every", "expected"), [(2, [2, 4, 5]), (1, [1, 2, 3, 4, 5, 5]), (9, [5])])
 def test_it_is_written_every_few_steps_and_at_the_end(
     tiny_llama: Path, stories: StoriesDataModule, tmp_path: Path, saved: list[int], every: int, expected: list[int]
 ) -> None:
@@ -76,21 +76,26 @@ def test_fewer_steps_than_one_are_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("options", "validated"),
-    [({"max_steps": 4, "val_check_interval": 2}, [2, 4]), ({"max_epochs": 1, "val_check_interval": 1.0}, [5])],
-    ids=["steps", "epochs"],
+    ("options", "at", "validated"),
+    [
+        ({"max_steps": 4, "val_check_interval": 2}, 2, [2, 4]),
+        ({"max_steps": 4, "val_check_interval": 2}, 4, [2, 4]),
+        ({"max_epochs": 2, "val_check_interval": 1.0}, 5, [5, 10]),
+        ({"max_epochs": 2, "val_check_interval": 1.0}, 10, [5, 10]),
+    ],
+    ids=["steps", "last step", "epoch", "last epoch"],
 )
-def test_a_fit_that_is_killed_in_its_last_validation_validates_again(
-    options: dict[str, Any], validated: list[int], tiny_llama: Path, stories: StoriesDataModule, tmp_path: Path
+def test_a_fit_that_is_killed_in_a_validation_validates_again(
+    options: dict[str, Any], at: int, validated: list[int], tiny_llama: Path, stories: StoriesDataModule, tmp_path: Path
 ) -> None:
-    """What was logged of it is nowhere, and a fit that goes on from its last step does nothing more."""
-    last, path = validated[-1], tmp_path / "last.ckpt"
+    """What was logged of it is nowhere, and a fit that goes on from the step before it does not validate."""
+    path = tmp_path / "last.ckpt"
     seen: list[int] = []
     killed = True
 
     class Watching(Callback):
         def on_validation_batch_end(self, trainer: Trainer, *_: Any) -> None:
-            if killed and trainer.global_step == last:
+            if killed and trainer.global_step == at:
                 raise InterruptedError
             if not trainer.sanity_checking:
                 seen.append(trainer.global_step)
@@ -109,8 +114,19 @@ def test_a_fit_that_is_killed_in_its_last_validation_validates_again(
 
     with pytest.raises(InterruptedError):
         fitting(None)
-    assert torch.load(path, weights_only=True)["global_step"] == last - 1
+    assert torch.load(path, weights_only=True)["global_step"] == at - 1
     killed = False
     fitting(path)
     assert [*dict.fromkeys(seen)] == validated  # on each of several loaders
-    assert torch.load(path, weights_only=True)["global_step"] == last
+    assert torch.load(path, weights_only=True)["global_step"] == validated[-1]
+
+
+def test_a_fit_that_is_validated_after_each_step_has_checkpoints_too(
+    tiny_llama: Path, stories: StoriesDataModule, tmp_path: Path, saved: list[int]
+) -> None:
+    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+    validates = {"limit_val_batches": 1, "val_check_interval": 1, "max_steps": 5}
+    checkpoint = RunCheckpoint(tmp_path / "last.ckpt", every_n_steps=2)
+    running = Trainer(accelerator="cpu", use_distributed_sampler=False, callbacks=[checkpoint], **quiet, **validates)
+    running.fit(finetuner(tiny_llama), datamodule=stories)
+    assert saved == [3, 5, 5]
