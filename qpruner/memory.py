@@ -95,7 +95,7 @@ def check_free(needed: int, device: torch.device, remedy: str) -> None:
 
 
 @contextmanager
-def let_go() -> Iterator[None]:
+def freeing_cycles() -> Iterator[None]:
     """Frees, at its end, what was made inside and refers to itself, as a Trainer, its optimizers and their moments do.
 
     Python would look for that when a quarter of all objects are new: after a hundred fits in a process that has

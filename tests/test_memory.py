@@ -6,7 +6,7 @@ import torch
 from safetensors import safe_open
 from torch import nn
 
-from qpruner.memory import let_go, num_parameters, peak_meaning, read_peak, reset_peak, tensor_bytes
+from qpruner.memory import freeing_cycles, num_parameters, peak_meaning, read_peak, reset_peak, tensor_bytes
 from qpruner.pretrained import load_model
 
 
@@ -51,7 +51,7 @@ def test_what_refers_to_itself_is_let_go_and_what_was_there_is_not_looked_at() -
     gc.disable()
     try:
         before = weakref.ref(Node())
-        with let_go():
+        with freeing_cycles():
             inside, kept = weakref.ref(Node()), Node()
             assert gc.get_freeze_count() > 0
         assert inside() is None and before() is not None and kept.itself is kept

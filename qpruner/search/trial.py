@@ -16,7 +16,7 @@ from qpruner.compressed import CompressedModel, State
 from qpruner.datamodules.base import TokenDataModule
 from qpruner.datamodules.splits import Split
 from qpruner.errors import UserError
-from qpruner.memory import let_go
+from qpruner.memory import freeing_cycles
 from qpruner.plan import CompressionPlan, Precision
 from qpruner.quantization.apply import LoftQSettings
 from qpruner.quantization.bank import open_folder
@@ -114,7 +114,7 @@ class TrialRunner:
             bytes, average_bits, multiply_adds, steps, and the seconds of assembling, training, evaluating, and of all
             together.
         """
-        with let_go():
+        with freeing_cycles():
             return self._fitted(key)
 
     def _fitted(self, key: Key) -> Scores:
