@@ -28,8 +28,9 @@ def choose_offload(
     folder: Path,
     say: Callable[[str], object],
 ) -> Offload | None:
-    """What puts the blocks of a base into files while it is compressed; None to hold it whole, as also where it is not
-    fetched yet, so that its size is not known.
+    """What puts the blocks of a base into files while it is compressed; None to hold it whole.
+
+    That is also so of bases that are packed, or of an unknown family, or not fetched yet, whose size is not known.
 
     Args:
         base: folder, hub name, or ``qpruner/stories``.
@@ -40,14 +41,21 @@ def choose_offload(
         folder: folder of the files.
         say: function that is told what was chosen, and why.
     """
-    num_bytes = None
-    if choice != "never":
-        num_bytes = weight_bytes(base, dtype, trust_remote_code=trust_remote_code)
-    if num_bytes is None:
+    if choice == "never" or _is_packed(base):
+        return None
+    config = model_folder.read_base_config(base, trust_remote_code=trust_remote_code)
+    num_bytes = weight_bytes(base, config, dtype)
+    if num_bytes is None or not is_compressible(config):
         return None
     offloads, reason = choose(choice, num_bytes, device)
     say(reason)
     return Offload(folder) if offloads else None
+
+
+def _is_packed(base: str) -> bool:
+    """Whether a base holds codes, which are small enough to be whole."""
+    folder = Path(resolve(base))
+    return is_compressed(folder) and model_folder.read_plan(folder).quantized
 
 
 @dataclass(frozen=True)

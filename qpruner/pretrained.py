@@ -322,11 +322,10 @@ def _holds_codes(name: str, config: Any) -> bool:
     return not files or stores_codes(files)  # those of the hub may not be here yet
 
 
-def weight_bytes(name: str, dtype: DType, *, trust_remote_code: bool = False) -> int | None:
-    """About how many bytes the weights of a model take in memory; None where its files are not here yet."""
+def weight_bytes(name: str, config: Any, dtype: DType) -> int | None:
+    """About how many bytes the dense weights of a model take in memory; None where its files are not here yet."""
     if (folder := _local_folder(name)) is None:
         return None
-    config = load_config(name, trust_remote_code=trust_remote_code)
     stored = sum(file.stat().st_size for file in weight_files(folder))
     return stored * held_in(config, dtype).itemsize // stored_in(config).itemsize
 

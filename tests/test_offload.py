@@ -20,6 +20,7 @@ from qpruner.callbacks import MixedPrecisionQuantization, StructuredPruning
 from qpruner.compressed import CompressedModel
 from qpruner.datamodules import StoriesDataModule
 from qpruner.errors import UserError
+from qpruner.memory import place_
 from qpruner.offload import (
     Offload,
     _mapped_from_files,
@@ -110,6 +111,18 @@ def test_of_a_whole_model_nothing_moves() -> None:
     block = decoder_blocks(model)[0]
     with at_work(block, ELSEWHERE, offload_of(model)):
         assert {tensor.dtype for tensor in tensors_of(block)} == {torch.float32}
+
+
+def test_room_is_asked_for_what_is_outside_and_the_largest_block(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[int] = []
+    monkeypatch.setattr("qpruner.memory.check_free", lambda needed, device, remedy: asked.append(needed))
+    model = tiny_model("llama").requires_grad_(False)
+    offload_(model, Offload(tmp_path))
+    block = sum(tensor.nbytes for tensor in tensors_of(decoder_blocks(model)[0]))
+    place_(model, CPU)  # where all of it is
+    assert asked == [block]
 
 
 @pytest.mark.parametrize("family", FAMILIES)

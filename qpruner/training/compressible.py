@@ -15,21 +15,14 @@ from qpruner.adapters.lora import LoRAConfig
 from qpruner.compressed import CompressedModel, State
 from qpruner.datamodules.base import TokenDataModule
 from qpruner.dense_base import choose_offload
-from qpruner.errors import UserError, brief, listed
+from qpruner.errors import UserError
 from qpruner.folder_manifest import is_compressed, read_checked_manifest
-from qpruner.model_folder import read_base_config, read_plan
+from qpruner.model_folder import read_base_config
 from qpruner.offload import Offload, OffloadChoice
 from qpruner.plan import CompressionPlan
-from qpruner.pretrained import (
-    DType,
-    check_model,
-    held_in,
-    is_reachable,
-    model_fingerprint,
-    resolve,
-)
+from qpruner.pretrained import DType, check_model, held_in, model_fingerprint, resolve
 from qpruner.processes import of_first
-from qpruner.training.kept_bases import identity_in, keep_by_hash, keeping_folder
+from qpruner.training.kept_bases import keep_by_hash
 from qpruner.training.sharding import FSDP2, ShardedStrategy, is_sharded, whole
 
 T = TypeVar("T")
@@ -37,17 +30,12 @@ T = TypeVar("T")
 BASES = "compressed_bases"
 """Folder under the Trainer's ``default_root_dir`` that keeps the bases of fits without a folder of their own."""
 
-LOADED_FROM = "loaded_from"
-"""Path of the checkpoint, beside its options, as `load_from_checkpoint` reads it."""
-
 
 class CompressibleModule(LightningModule):
-    """Holds a `CompressedModel` for a fit: loads it, keeps its base, and finds it again for a checkpoint.
+    """Holds a `CompressedModel` for a fit: loads it, and keeps its base.
 
     The base is loaded by `load_base` and gets its adapters by `attach_adapters`, both at most once; `configure_model`
-    calls them, and a callback that compresses calls the first in its ``setup`` and acts before the second. A checkpoint
-    holds adapters and masks, and names the folder that keeps the base, with its hash; a compressed base is never made
-    again from what made it.
+    calls them, and a callback that compresses calls the first in its ``setup`` and acts before the second.
 
     Which base is loaded: the one that ``kept_in`` keeps, else the one that ``continues_from`` keeps, with its trained
     adapters, else the dense one. Compressed by callbacks, it is written to ``kept_in`` by `KeepModel`; in a fit without
@@ -349,161 +337,3 @@ class CompressibleModule(LightningModule):
     def _tokenizer(self) -> Any:
         data = self._trainer and self.trainer.datamodule  # type: ignore[attr-defined]
         return getattr(data, "tokenizer", None)
-
-    # Checkpoints.
-
-    @classmethod
-    def load_from_checkpoint(cls, checkpoint_path: Any, *args: Any, **kwargs: Any) -> Self:
-        """As Lightning has it; the base may lie near the checkpoint by now, whatever folder that names."""
-        # Lightning puts what it is given among the checkpoint's options, and the hook sees those and not the path.
-        kwargs[LOADED_FROM] = str(checkpoint_path)
-        return super().load_from_checkpoint(checkpoint_path, *args, **kwargs)
-
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        trained = {name for name, parameter in self.named_parameters() if parameter.requires_grad}
-        checkpoint["state_dict"] = {name: t for name, t in checkpoint["state_dict"].items() if name in trained}
-        compressed = self.compressed
-        dense = compressed.base_state is State.DENSE  # known by its own files, kept or not
-        checkpoint["base"] = {
-            "name": compressed.base,
-            "dense_sha256": compressed.base_sha256,
-            "sha256": compressed.identity,
-            "folder": None if dense or compressed.kept is None else str(compressed.kept.path.absolute()),
-        }
-        checkpoint["trains_grids"] = self.trains_grids
-        checkpoint["masks"] = compressed.masks and [
-            tuple(torch.tensor(places) for places in layer) for layer in compressed.masks.kept
-        ]
-        # Beside the hyper-parameters, which `load_from_checkpoint` overwrites with what it is given.
-        checkpoint["lora"] = self.hparams["lora"]
-
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Finds the base that a checkpoint's adapters were trained on, and makes sure that they fit.
-
-        Raises:
-            UserError: another base, a base that is not there any more, adapters of another kind or shape, or scales and
-                minima of the base in place of adapters, or adapters in place of these.
-        """
-        self._find_base(checkpoint)
-        self.check_adapters(checkpoint)
-        self._check_trained_parts(bool(checkpoint.get("trains_grids")))
-        self.configure_model()
-        self._check_state(checkpoint["state_dict"])
-        if masks := checkpoint.get("masks"):
-            self.compressed.mask([(groups.tolist(), channels.tolist()) for groups, channels in masks])
-
-    def _find_base(self, checkpoint: dict[str, Any]) -> None:
-        entry = checkpoint["base"]
-        folder = self._folder_of(checkpoint)
-        if self.held is None and folder is not None and (self.kept_in is None or not is_compressed(self.kept_in)):
-            if is_reachable(self.base):
-                self.check_trained_on(checkpoint, self._of_first(lambda: model_fingerprint(self.base)))
-            self._open_kept(folder, entry["sha256"])
-            return
-        self.load_base()
-        self.check_trained_on(checkpoint, self.compressed.base_sha256)
-        if self.compressed.identity == entry["sha256"]:
-            return
-        if folder is None:
-            raise _other_base("that was not compressed")
-        if self.compressed.base_state is not State.DENSE and (
-            not is_compressed(folder) or read_plan(folder) != self.compressed.plan
-        ):
-            raise _other_base("that was compressed by another plan")
-        self._open_kept(folder, entry["sha256"])
-
-    def _folder_of(self, checkpoint: dict[str, Any]) -> Path | None:
-        """The folder that keeps the base of a checkpoint: the one that it names, else one near it with the same base.
-
-        None for a dense base.
-        """
-        entry = checkpoint["base"]
-        if entry["folder"] is None:
-            return None
-        path = checkpoint["hyper_parameters"].get(LOADED_FROM) or (self._trainer and self.trainer.ckpt_path)
-        roots = [] if self._trainer is None else [Path(self.trainer.default_root_dir)]
-        return keeping_folder(Path(entry["folder"]), entry["sha256"], Path(path) if path else None, roots, BASES)
-
-    def _open_kept(self, folder: Path, sha256: str) -> None:
-        """Takes the base of a checkpoint.
-
-        Raises:
-            UserError: it is not in its folder any more.
-        """
-        there = identity_in(folder)
-        if there != sha256:
-            what = "is not there any more" if there is None else f"is another one by now (SHA-256 {there})"
-            raise UserError(
-                f"The checkpoint was trained on the compressed base in {str(folder)!r} (SHA-256 {sha256}), which "
-                f"{what}. Put that folder back; the base cannot be made again from its plan."
-            )
-        self.open_base(folder)
-
-    def check_trained_on(self, checkpoint: dict[str, Any], base_sha256: str | None) -> None:
-        """Makes sure that the adapters of a checkpoint were trained on a base.
-
-        Raises:
-            UserError: they were not.
-        """
-        trained_on = checkpoint["base"]["dense_sha256"]
-        if trained_on != base_sha256:
-            raise UserError(
-                f"The checkpoint's adapters were trained on another base model ({trained_on}) than {self.base!r} "
-                f"({base_sha256}). Give the base they were trained on as --model.base."
-            )
-
-    def check_adapters(self, checkpoint: dict[str, Any]) -> None:
-        """Makes sure that the adapters of a checkpoint are of the kind of the module's.
-
-        Raises:
-            UserError: they are not.
-        """
-        stored, ours = checkpoint["lora"], self.hparams["lora"]
-        if different := [key for key in ("r", "alpha", "target_modules") if stored[key] != ours[key]]:
-            differences = ", ".join(f"{key} {brief(stored[key])} there, {brief(ours[key])} here" for key in different)
-            raise UserError(
-                f"The checkpoint's adapters are of another kind: {differences}. Use the --model.lora of its run."
-            )
-
-    def _check_trained_parts(self, grids: bool) -> None:
-        """Makes sure that a fit trains what the fit of a checkpoint did; outside of a fit, whatever that was is taken.
-
-        Args:
-            grids: whether that was scales and minima of the base rather than adapters.
-
-        Raises:
-            UserError: it does not.
-        """
-        if grids != self.trains_grids and self._trainer is not None and self.trainer.state.fn == TrainerFn.FITTING:
-            there, here = ("base's scales and minima", "adapters")[:: 1 if grids else -1]
-            raise UserError(
-                f"The checkpoint is of a fit that trains the {there}, and this fit trains the {here}. Give both the "
-                f"same callbacks, or begin a new fit."
-            )
-        self.trains_grids = grids
-
-    def _check_state(self, state: dict[str, torch.Tensor]) -> None:
-        """Makes sure that a checkpoint holds each adapter of the model, in its shape, and nothing else.
-
-        Raises:
-            UserError: it does not.
-        """
-        # What is missing would keep its start in silence, since the base is missing, too.
-        trained = {name: factor for name, factor in self.named_parameters() if factor.requires_grad}
-        fitting = {
-            name
-            for name, factor in trained.items()
-            if name in state and state[name].shape == factor.shape and state[name].is_floating_point()
-        }
-        if wrong := sorted((trained.keys() | state.keys()) - fitting):
-            raise UserError(
-                f"The checkpoint's adapters are not those of the model: {listed(wrong)} are missing, of another shape "
-                f"or too many. Copy the checkpoint again, or begin a new fit."
-            )
-
-
-def _other_base(how: str) -> UserError:
-    return UserError(
-        f"The checkpoint's adapters were trained on a base {how}. Compress it as the run of the checkpoint did, or "
-        f"begin a new fit."
-    )

@@ -25,7 +25,7 @@ from qpruner.pretrained import EMBEDDED, DType
 from qpruner.seeds import derive_seed
 from qpruner.training.answers import answers
 from qpruner.training.checkpoint_file import REMEDY, read_checkpoint
-from qpruner.training.compressible import CompressibleModule
+from qpruner.training.checkpointed import CheckpointedModule
 from qpruner.training.distillation import DistillationConfig, Losses, distillation_losses
 from qpruner.training.evaluation import Measures
 from qpruner.training.finite import LossWatch, all_finite, broken_names, not_finite, tensors_of
@@ -46,7 +46,7 @@ OVERFLOW = re.compile(
 """What torch says of numbers that are not finite."""
 
 
-class LoRAFinetuner(CompressibleModule):
+class LoRAFinetuner(CheckpointedModule):
     """Recovers a causal language model by training LoRA adapters; the base never changes.
 
     Where `GridPolishing` asks for it, a fit trains the scales and minima of the packed base in place of the adapters.

@@ -28,7 +28,7 @@ from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy, Stra
 from qpruner.datamodules.base import TokenDataModule
 from qpruner.errors import UserError
 from qpruner.pretrained import is_reachable, model_fingerprint
-from qpruner.training.compressible import CompressibleModule
+from qpruner.training.checkpointed import CheckpointedModule
 from qpruner.training.distillation import DistillationConfig
 from qpruner.training.evaluation import num_batches
 from qpruner.training.sharding import FSDP2, ShardedStrategy, splits
@@ -210,7 +210,7 @@ def logged_metrics(
     return names
 
 
-def check_checkpoint(module: CompressibleModule, path: str, *, is_first: bool) -> None:
+def check_checkpoint(module: CheckpointedModule, path: str, *, is_first: bool) -> None:
     """Finds that a file that the user named is no checkpoint of a fit, or of one with other adapters or another base.
 
     Args:

@@ -7,7 +7,6 @@ import torch
 from support.families import tiny_model
 
 from qpruner.calibration.text import CalibrationConfig
-from qpruner.callbacks import calibration
 from qpruner.callbacks.calibration import calibration_of
 from qpruner.datamodules import StoriesDataModule
 from qpruner.errors import UserError
@@ -50,7 +49,7 @@ def test_a_model_without_room_on_the_device_stays(stories: StoriesDataModule, mo
     def full(model: torch.nn.Module, device: torch.device) -> None:
         raise UserError(f"no room on {device}")
 
-    monkeypatch.setattr(calibration, "check_room", full)
+    monkeypatch.setattr("qpruner.memory.check_room", full)
     model = tiny_model("llama")
     with pytest.raises(UserError, match="no room on meta"):
         calibration_of(model, stories, CONFIG, Processes.alone("meta"), "x")
