@@ -25,6 +25,7 @@ def choose_offload(
     dtype: DType,
     trust_remote_code: bool,
     device: torch.device,
+    num_processes: int,
     folder: Path,
     say: Callable[[str], object],
 ) -> Offload | None:
@@ -38,6 +39,7 @@ def choose_offload(
         dtype: number format of the weights in memory.
         trust_remote_code: whether code that comes with the model may run.
         device: device that computes.
+        num_processes: processes of this machine that compress together.
         folder: folder of the files.
         say: function that is told what was chosen, and why.
     """
@@ -47,7 +49,7 @@ def choose_offload(
     num_bytes = weight_bytes(base, config, dtype)
     if num_bytes is None or not is_compressible(config):
         return None
-    offloads, reason = choose(choice, num_bytes, device)
+    offloads, reason = choose(choice, num_bytes, device, num_processes)
     say(reason)
     return Offload(folder) if offloads else None
 

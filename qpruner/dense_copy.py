@@ -85,6 +85,7 @@ def merged_by_blocks(model: Any, dtype: torch.dtype, folder: Path) -> Any:
     if not offloads:
         return merge_(model, dtype)
     print(reason)
+    model.cpu()  # files are of host memory
     offload = Offload(folder)
     merged = merge_(model, dtype, done=offload.shelve_)
     offload_(merged, offload)

@@ -5,6 +5,7 @@ import glob
 import hashlib
 import json
 import os
+import platform
 import re
 import shutil
 from collections.abc import Iterator
@@ -73,11 +74,11 @@ def replacing(path: Path, remedy: str = MAKE_ROOM) -> Iterator[Path]:
     Raises:
         UserError: the disk has no room; ``path`` is left as it was.
     """
-    machine = os.uname().nodename
-    for left in path.parent.glob(f".{glob.escape(path.name)}.{glob.escape(machine)}.*.tmp"):
-        if not _runs(left.name.split(".")[-2]):
+    beginning = f".{path.name}.{platform.node()}."
+    for left in path.parent.glob(f"{glob.escape(beginning)}*.tmp"):
+        if not _runs(left.name.removeprefix(beginning).removesuffix(".tmp")):
             left.unlink(missing_ok=True)
-    temporary = path.with_name(f".{path.name}.{machine}.{os.getpid()}.tmp")
+    temporary = path.with_name(f"{beginning}{os.getpid()}.tmp")
     try:
         with writing(path, remedy):
             yield temporary
@@ -89,10 +90,12 @@ def replacing(path: Path, remedy: str = MAKE_ROOM) -> Iterator[Path]:
 
 
 def _runs(process: str) -> bool:
-    """Whether there is a process of a number, on this machine."""
+    """Whether there may be a process of a number, on this machine; what is no number is another machine's affair."""
+    if os.name == "nt" or not process.isdecimal():  # Windows has no signal that asks and does nothing else
+        return True
     try:
         os.kill(int(process), 0)
-    except (ProcessLookupError, ValueError):
+    except ProcessLookupError:
         return False
     except OSError:  # of somebody else
         pass

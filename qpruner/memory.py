@@ -70,7 +70,7 @@ def place_(model: Any, device: torch.device) -> None:
         return
     outside = outside_blocks(model)
     largest = max(sum(tensor.nbytes for tensor in tensors_of(block)) for block in decoder_blocks(causal_model(model)))
-    check_free(sum(tensor.nbytes for tensor in outside if tensor.device != device) + largest, device, LARGER)
+    check_free(sum(tensor.nbytes for tensor in outside if tensor.device.type != device.type) + largest, device, LARGER)
     for tensor in outside:
         tensor.data = tensor.data.to(device)
 

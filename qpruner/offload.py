@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from qpruner.anatomy import decoder_blocks
+from qpruner.errors import UserError
 from qpruner.files import writing
 from qpruner.likelihood import causal_model
 
@@ -77,8 +78,13 @@ class Offload:
 
 
 def offload_(model: Any, offload: Offload | None) -> None:
-    """Lets the blocks of a model, whose weights are frozen, lie in files from here on, or none of them any more."""
+    """Lets the blocks of a model, whose weights are frozen, lie in files from here on, or none of them any more.
+
+    A model that no longer is offloaded is in host memory, from where it may be moved as a whole.
+    """
     causal = causal_model(model)
+    if offload is None and offload_of(model) is not None:
+        causal.to("cpu")  # what is no block was on the device that computes
     causal.offload_of_qpruner = offload  # of the model, so that a copy with the same tensors has it, too
     if offload is not None:
         offload.folder.mkdir(parents=True, exist_ok=True)
@@ -128,17 +134,18 @@ def at_work(block: nn.Module, device: torch.device, offload: Offload | None) -> 
     if offload is None:
         yield
         return
-    homes = {id(tensor): tensor.data for tensor in tensors_of(block)}
-    home = next(iter(homes.values())).device
+    # With the tensors themselves: one that goes meanwhile would leave its id to one that comes.
+    homes = {id(tensor): (tensor, tensor.data) for tensor in tensors_of(block)}
+    home = next(data.device for _, data in homes.values())
     try:
         for tensor in tensors_of(block):
             tensor.data = tensor.data.to(device)
         yield
     finally:
         for tensor in tensors_of(block):
-            tensor.data = homes[id(tensor)] if id(tensor) in homes else tensor.data.to(home)
+            tensor.data = homes[id(tensor)][1] if id(tensor) in homes else tensor.data.to(home)
         offload.shelve_(block)
-        let_go((*homes.values(), *tensors_of(block)))
+        let_go((*(data for _, data in homes.values()), *tensors_of(block)))
 
 
 @contextmanager
@@ -181,17 +188,24 @@ def let_go(tensors: Iterable[Tensor]) -> None:
                 advise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), PAGEOUT)
 
 
-def choose(choice: OffloadChoice, num_bytes: int, device: torch.device) -> tuple[bool, str]:
+def choose(choice: OffloadChoice, num_bytes: int, device: torch.device, num_processes: int = 1) -> tuple[bool, str]:
     """Whether a model is offloaded, and why, in a sentence.
 
     Args:
         choice: what was asked for.
         num_bytes: bytes of the dense weights.
         device: device that computes.
+        num_processes: processes of this machine that hold the model, in host memory each what becomes of the weights.
+
+    Raises:
+        UserError: ``always``, on another system than Linux.
     """
+    knows = sys.platform == "linux"  # which memory holds copies of files
+    if choice == "always" and not knows:
+        raise UserError("--model.offload always needs Linux. Use never, and a device with room for the whole model.")
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else _available()
-    needed = WHOLE * num_bytes
-    offloads = choice == "always" or (choice == "auto" and free is not None and needed > free)
+    needed = num_bytes * (WHOLE if device.type == "cuda" else WHOLE - 1 + num_processes)
+    offloads = choice == "always" or (choice == "auto" and knows and free is not None and needed > free)
     how = "block by block from files" if offloads else "as a whole"
     room = "does not say what it has" if free is None else f"has {free:,}"
     return offloads, (

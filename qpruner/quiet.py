@@ -3,6 +3,8 @@
 import logging
 import threading
 import warnings
+from collections.abc import Callable
+from functools import partial
 
 NOISE = (
     "\N{ELECTRIC LIGHT BULB} Tip:",
@@ -27,10 +29,10 @@ def quieten() -> None:
         logging.getLogger(name).addFilter(lambda record: not record.getMessage().startswith(NOISE))
     for category, message in WARNINGS:
         warnings.filterwarnings("ignore", message, category)
-    threading.excepthook = _told_elsewhere
+    threading.excepthook = partial(_told_elsewhere, threading.excepthook)
 
 
-def _told_elsewhere(failed: threading.ExceptHookArgs) -> None:
+def _told_elsewhere(others: Callable[[threading.ExceptHookArgs], object], failed: threading.ExceptHookArgs) -> None:
     """Leaves out the end of TensorBoard's thread, as on a full disk: who next gives it something has the same error."""
     if not type(failed.thread).__module__.startswith("tensorboard."):
-        threading.__excepthook__(failed)
+        others(failed)

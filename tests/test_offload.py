@@ -106,6 +106,29 @@ def test_a_block_at_work_is_on_the_device_and_then_where_it_was(tmp_path: Path) 
     )
 
 
+def test_what_comes_while_a_block_is_at_work_is_not_taken_for_what_went(tmp_path: Path) -> None:
+    """An object that comes may get the id of one that went."""
+    block = nn.ModuleList(nn.Linear(8, 8).requires_grad_(False) for _ in range(40))
+    with at_work(block, CPU, Offload(tmp_path)):
+        for number in range(40):
+            block[number] = nn.Linear(3, 2).requires_grad_(False)
+            block[number].weight.fill_(number)
+    assert [(linear.weight.shape, float(linear.weight[0, 0])) for linear in block] == [
+        (torch.Size([2, 3]), number) for number in range(40)
+    ]
+
+
+def test_a_model_that_is_offloaded_no_longer_is_in_one_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_model("llama").requires_grad_(False)
+    moved: list[Any] = []
+    monkeypatch.setattr(model, "to", moved.append)
+    offload_(model, None)
+    offload_(model, Offload(tmp_path))
+    assert moved == []
+    offload_(model, None)
+    assert moved == ["cpu"] and offload_of(model) is None
+
+
 def test_of_a_whole_model_nothing_moves() -> None:
     model = tiny_model("llama")
     block = decoder_blocks(model)[0]
@@ -188,9 +211,15 @@ def test_only_what_is_left_of_memory_decides(monkeypatch: pytest.MonkeyPatch) ->
     offloads, reason = choose("auto", 2**50, CPU)
     assert offloads and "block by block from files (offload auto)" in reason and f"{2**50:,}" in reason
     assert choose("always", 1, CPU)[0] and not choose("never", 2**50, CPU)[0]
-    monkeypatch.setattr("qpruner.offload._available", lambda: None)  # as on other systems than Linux
+    free = 10 * 2**30
+    monkeypatch.setattr("qpruner.offload._available", lambda: free)
+    assert [choose("auto", free // 5, CPU, number)[0] for number in (1, 4, 5)] == [False, False, True]
+    monkeypatch.setattr("qpruner.offload._available", lambda: None)
+    monkeypatch.setattr("sys.platform", "darwin")
     offloads, reason = choose("auto", 2**50, CPU)
     assert not offloads and reason.endswith("and the system does not say what it has free.")
+    with pytest.raises(UserError, match="--model.offload always needs Linux"):
+        choose("always", 1, CPU)
 
 
 def test_a_base_in_another_number_format_never_is_whole_in_memory(tmp_path: Path, tiny_llama: Path) -> None:

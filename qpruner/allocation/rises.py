@@ -106,16 +106,16 @@ def _rises(
     for number in range(len(runner.blocks)):
         with runner.working(number):
             for cell, hidden in changed.items():
-                changed[cell] = runner.keep_at_hand(runner.call(number, 0, hidden))
+                changed[cell] = runner.keep(runner.call(number, 0, hidden))
             for row, item in enumerate(items):
                 if item.layer != number:
                     continue
                 names = item.linears(runner.model)
                 for column, precision in enumerate(precisions):
                     bank.place_(runner.model, names, precision)
-                    changed[row, column] = runner.keep_at_hand(runner.call(number, 0, dense))
+                    changed[row, column] = runner.keep(runner.call(number, 0, dense))
                 bank.place_(runner.model, names, DENSE)
-            dense = runner.keep_at_hand(runner.call(number, 0, dense))
+            dense = runner.keep(runner.call(number, 0, dense))
     reference = log_probabilities(runner, dense)
     sums = torch.zeros(2, len(items), len(precisions), dtype=torch.float64, device=tokens.device)
     for (row, column), hidden in changed.items():

@@ -114,10 +114,6 @@ class BlockRunner:
         """A tensor off the device until it is wanted again: in host memory, or of an offloaded model in a file."""
         return tensor.detach().cpu() if self._offload is None else self._offload.shelve(tensor.detach().cpu())
 
-    def keep_at_hand(self, tensor: Tensor) -> Tensor:
-        """As `keep`, but on the device where that holds the whole model: for states that are soon wanted again."""
-        return tensor.detach() if self._offload is None else self.keep(tensor)
-
     def call(self, number: int, place: int, hidden: Tensor) -> Tensor:
         """What a block makes of hidden states, with gradients if the caller has them.
 

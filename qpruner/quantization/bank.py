@@ -280,11 +280,12 @@ def _quantized(
     for name in names:
         check_rank(model, dict.fromkeys([name], precisions[0]) if precisions else {}, settings)
         linear: Any = model.get_submodule(name)
-        home = linear.weight.device
+        homes = [(parameter, parameter.data) for parameter in linear.parameters()]
         with opened(model, linear):
             for precision in precisions:
                 tensors |= entry_of(name, quantize_linear(linear, precision, name, settings, device))
-            linear.to(home)  # on which device it was quantized is no matter of the model's
+            for parameter, home in homes:  # on which device it was quantized is no matter of the model's
+                parameter.data = home
     return tensors
 
 

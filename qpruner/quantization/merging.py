@@ -59,3 +59,4 @@ def _untie_adapted_head_(base: Any) -> None:
         if isinstance(linear, PackedLinear):
             linear.become_dense_()
         linear.weight = nn.Parameter(linear.weight.detach().clone(), requires_grad=False)
+        base.config.tie_word_embeddings = False

@@ -159,6 +159,7 @@ def _prepared_base(
             dtype=module.dtype_of_base,
             trust_remote_code=module.trust_remote_code,
             device=processes.device,
+            num_processes=processes.world_size,
             folder=folder.path,
             say=rank_zero_info,
         )

@@ -184,6 +184,7 @@ class CompressibleModule(LightningModule):
             dtype=self.dtype_of_base,
             trust_remote_code=self.trust_remote_code,
             device=self.trainer.strategy.root_device,
+            num_processes=self.trainer.num_devices,
             folder=Path(self.trainer.default_root_dir) if self.kept_in is None else self.kept_in.parent,
             say=rank_zero_info,
         )
