@@ -103,6 +103,7 @@ def test_report_is_made_again_from_the_folder(arguments: list[str], tmp_path: Pa
         run(["report", str(tmp_path)])
 
 
+@pytest.mark.slow  # one kill at each of many moments is in test_killed_runs.py
 def test_killed_four_times_and_repeated_equals_uninterrupted(arguments: list[str], tmp_path: Path) -> None:
     """kill -9 while training, in validation, in the middle of writing a checkpoint and before it takes its place."""
     fit = ["fit", *arguments]

@@ -95,7 +95,7 @@ ALLOWED: dict[str, set[str]] = {
         "adapter_files", "anatomy", "conv1d", "errors", "experts", "files", "folder_manifest", "memory", "plan",
         "pretrained", "pruning", "quantization", "reference_logits", "remote_code", "schema", "tensor_files",
     },
-    "offload": {"anatomy", "files", "likelihood"},
+    "offload": {"anatomy", "errors", "files", "likelihood"},
     "options": {"callbacks", "datamodules", "errors"},
     "outline": {"anatomy"},
     "plan": {"errors", "files", "precision", "ranges"},

@@ -89,7 +89,7 @@ CUTS = [("batch", number) for number in range(EPOCHS * BATCHES)] + [("validation
 
 @pytest.mark.parametrize(
     ("accumulate", "optimizer", "cuts"),
-    [(1, "adamw", CUTS), (2, "adamw", CUTS[::2]), (1, "adamw_8bit", CUTS[3::5])],
+    [(1, "adamw", CUTS), (2, "adamw", CUTS[::5]), (1, "adamw_8bit", CUTS[3::5])],
     ids=["plain", "accumulated", "8bit"],
 )
 def test_cut_off_anywhere_and_resumed_equals_uninterrupted(
