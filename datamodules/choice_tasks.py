@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from qpruner.datamodules.documents import Skipped, kind, read_file
+from qpruner.datamodules.documents import NOT_UNICODE, Skipped, is_unicode, kind, read_file
 from qpruner.datamodules.questions import Question, find_task
 from qpruner.errors import UserError
 from qpruner.files import hash_file, hash_json
@@ -95,7 +95,7 @@ def read_task(folder: Path, name: str, part: Part, items: int | None = None) -> 
         if items is not None and len(questions) == items:
             break
         try:
-            questions.append(task.question(record))
+            questions.append(_checked(task.question(record)))
         except UserError as error:
             raise UserError(f"{path.parent / where}: {error}") from error
         names.append(place)
@@ -107,6 +107,17 @@ def read_task(folder: Path, name: str, part: Part, items: int | None = None) -> 
         )
     source = ", ".join(f"{path} sha256:{hash_file(path)[:16]}" for path in paths)
     return TaskQuestions(tuple(questions), tuple(names), source)
+
+
+def _checked(question: Question) -> Question:
+    """The question.
+
+    Raises:
+        UserError: a text that no tokenizer takes.
+    """
+    if not all(map(is_unicode, (*question.contexts, *question.continuations))):
+        raise UserError(f"It is a question {NOT_UNICODE}. Mend its text, or leave it out.")
+    return question
 
 
 def _file_of(folder: Path, split: str) -> Path | None:

@@ -35,11 +35,11 @@ def local_data(tmp_path: Path) -> dict[str, list[str]]:
     (tmp_path / "alpaca.json").write_text(json.dumps(records))
     for split in ("train", "validation", "test"):
         (tmp_path / f"{split}.txt").write_text(f"The {split} split has words and words. " * 400)
-    words = ["wind", "rain", "snow", "heat", "fog", "hail", "frost", "sleet", "dew", "ice"]  # half of them choose
+    words = [f"wind {number}" for number in range(40)]  # about half of them choose
     questions = {
         "boolq": [{"passage": f"There is {word} today.", "question": f"is there {word}", "label": 1} for word in words],
         "winogrande": [
-            {"sentence": f"The {word} came because _ was late.", "option1": "sun", "option2": "it", "answer": "2"}
+            {"sentence": f"The {word} came because _ was late.", "option1": word, "option2": "it", "answer": "2"}
             for word in words
         ],
     }

@@ -120,6 +120,7 @@ SINGLE = {"text": ["a"], "label": ["A"]}
         ("arc_easy", RECORDS["arc_easy"][0] | {"answerKey": "A", "choices": SINGLE}, "at least two options; it has 1"),
         ("winogrande", RECORDS["winogrande"][0] | {"sentence": "No gap."}, "no gap"),
         ("hellaswag", RECORDS["hellaswag"][0] | {"endings": ["a", ""], "label": 0}, "Option 2 of 2 is empty"),
+        ("piqa", RECORDS["piqa"][0] | {"sol2": "half \ud800"}, "with half a surrogate pair, which is no Unicode text"),
     ],
 )
 def test_a_record_that_is_no_question_is_named_by_file_and_line(
