@@ -19,11 +19,15 @@ from what rounding left, and a recovery of equal length. Shares are of the 16-bi
     searched               widths of layers and bits by a search of short fits
     searched-from-joint    the same, begun at the plan that gates have learned
 
-Perplexities are of the packed model without adapters, and of the recovered one with them. ``seconds`` and ``megabytes``
-are those of deciding; ``kept`` is the share of the decoder's weights that stays.
+Perplexities are of the packed model without adapters, and of the recovered one with them. ``seconds`` are those
+of deciding; ``kept`` is the share of the decoder's weights that stays. With ``--banks`` the codes of the dense model in
+all widths, and what each width costs, are made once for all rows of a base and seed; ``seconds`` then lack them.
 """
 
 import argparse
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -78,6 +82,7 @@ def main() -> None:
     parser.add_argument("--group", type=int, default=64)
     parser.add_argument("--text", type=int, nargs=2, default=[128, 256], metavar=("SEQUENCES", "LENGTH"))
     parser.add_argument("--deciding-text", type=int, nargs=2, default=[16, 128], metavar=("SEQUENCES", "LENGTH"))
+    parser.add_argument("--banks", type=Path, help="folder that keeps banks of the dense model for further rows")
     parser.add_argument("--learning", type=int, default=200, help="steps in which gates learn")
     parser.add_argument("--trials", type=int, default=24, help="of searches, of 20 steps each")
     parser.add_argument("--lr", type=float, default=3e-4)
@@ -116,7 +121,10 @@ def measure(given: argparse.Namespace, key: Row) -> Row:
         callbacks = [*carried_out(given, plan, key), after]
         module, data = described(given, key["seed"]), text_data(given, key["seed"])
         trainer = recovery(given.steps, callbacks, folder)
-        trainer.fit(module, datamodule=data)
+        with banked(given, key["seed"], RunFolder(Path(folder) / "fit")) as place:
+            if key["method"] == "unpruned-mixed":  # the others decide on a model of their own, or have decided
+                callbacks[0].folder = place  # type: ignore[attr-defined]
+            trainer.fit(module, datamodule=data)
         done = module.compressed.known_plan()
         return {
             "bits": round(module.compressed.average_bits or 0, 3),
@@ -127,6 +135,28 @@ def measure(given: argparse.Namespace, key: Row) -> Row:
             "recovered": reports(trainer, module),
             "seconds": round(seconds, 1),
         }
+
+
+@contextmanager
+def banked(given: argparse.Namespace, seed: int, place: RunFolder) -> Iterator[RunFolder]:
+    """The folder of a run meanwhile takes what earlier rows measured of the dense model, and leaves it for later ones.
+
+    A link in the place of the bank outlives that runs remove it when they are done.
+    """
+    if given.banks is None:
+        yield place
+        return
+    kept: Path = given.banks / f"{name_of(given.base)}-{seed}-{'-'.join(map(str, given.widths))}"
+    kept.mkdir(parents=True, exist_ok=True)
+    place.path.mkdir(parents=True)
+    place.bank.symlink_to((kept / "bank").absolute())
+    (kept / "bank").mkdir(exist_ok=True)
+    measured = kept / place.sensitivities.name
+    if measured.exists():
+        shutil.copyfile(measured, place.sensitivities)
+    yield place
+    if place.sensitivities.exists():
+        shutil.copyfile(place.sensitivities, measured)
 
 
 def described(given: argparse.Namespace, seed: int) -> LoRAFinetuner:
@@ -204,7 +234,8 @@ def learned(
     place = RunFolder(folder / "run")
     data = text_data(given, seed)
     learning = Learning.of(place, described(given, seed), data, callbacks, config)
-    learning.run({**QUIET}, checkpoint_every_n_steps=10**6)
+    with banked(given, seed, learning.part):
+        learning.run({**QUIET}, checkpoint_every_n_steps=10**6)
     return CompressionPlan.read(place.learned_plan)
 
 

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from qpruner.adapter_files import ADAPTER_CONFIG, has_adapters, load_adapters
 from qpruner.anatomy import COMPRESSED, FAMILIES, architecture_of, family_of
+from qpruner.architecture import MOST_LAYERS
 from qpruner.conv1d import conv1d_to_linear_
 from qpruner.errors import UserError, brief, cut, listed
 from qpruner.experts import experts_to_linears_
@@ -41,7 +42,7 @@ from qpruner.folder_manifest import (
     read_checked_manifest,
 )
 from qpruner.memory import tensor_bytes
-from qpruner.plan import MOST_LAYERS, CompressionPlan, describe_differences
+from qpruner.plan import CompressionPlan, describe_differences
 from qpruner.pretrained import (
     hold_in_,
     load_config,

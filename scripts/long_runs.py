@@ -74,7 +74,7 @@ def slope(values: Sequence[float]) -> float:
 
 def measured_run(kind: str, folder: Path, base: str | None, number: int, samples: Path) -> None:
     """Runs the command in this process, and samples it."""
-    from qpruner.search.trainer import Search
+    from qpruner.search.progress import Progress
     from qpruner.training.module import LoRAFinetuner
 
     model = Path(base) if base else tiny_base(folder / "base")
@@ -93,13 +93,13 @@ def measured_run(kind: str, folder: Path, base: str | None, number: int, samples
                 file.write(json.dumps(row) + "\n")
 
     if kind == "search":
-        report = Search.report_trial
+        report = Progress.report
 
-        def reported(search: Search, record: Any) -> None:
-            report(search, record)
+        def reported(progress: Progress, record: Any) -> None:
+            report(progress, record)
             sample(record.number + 1)
 
-        Search.report_trial = reported  # type: ignore[method-assign]
+        Progress.report = reported  # type: ignore[method-assign]
     else:
         end = LoRAFinetuner.on_train_batch_end
 

@@ -42,7 +42,8 @@ ALLOWED: dict[str, set[str]] = {
     "allocation": {
         "anatomy", "calibration", "errors", "likelihood", "plan", "pricing", "quantization", "schema", "seeds",
     },
-    "anatomy": {"errors", "plan"},
+    "anatomy": {"architecture", "errors", "plan"},
+    "architecture": {"errors", "ranges"},
     "calibration": {"anatomy", "errors", "likelihood", "offload", "processes"},
     "auto_classes": {"anatomy", "modeling_compressed", "remote_code"},
     "callbacks": {
@@ -92,13 +93,13 @@ ALLOWED: dict[str, set[str]] = {
     "merge_command": {"dense_copy", "options"},
     "model_files": {"errors", "files", "folder_manifest", "schema"},
     "model_folder": {
-        "adapter_files", "anatomy", "conv1d", "errors", "experts", "files", "folder_manifest", "memory", "plan",
-        "pretrained", "pruning", "quantization", "reference_logits", "remote_code", "schema", "tensor_files",
+        "adapter_files", "anatomy", "architecture", "conv1d", "errors", "experts", "files", "folder_manifest", "memory",
+        "plan", "pretrained", "pruning", "quantization", "reference_logits", "remote_code", "schema", "tensor_files",
     },
     "offload": {"anatomy", "errors", "files", "likelihood"},
     "options": {"callbacks", "datamodules", "errors"},
     "outline": {"anatomy"},
-    "plan": {"errors", "files", "precision", "ranges"},
+    "plan": {"architecture", "errors", "files", "precision", "ranges"},
     "plan_command": {
         "allocation", "anatomy", "errors", "files", "memory", "model_folder", "options", "outline", "plan",
         "pretrained", "pricing", "pruning", "records",

@@ -26,8 +26,8 @@ from qpruner.records.folder import RunFolder
 from qpruner.records.report import scalars
 from qpruner.records.search import Proposer, SearchResults, pareto_front, variants_table
 from qpruner.search.ledger import TrialRecord
+from qpruner.search.progress import Progress
 from qpruner.search.proposals import LocalProposals, OptimizerFailed, Proposal
-from qpruner.search.trainer import Search
 from qpruner.search.trial import TrialRunner
 
 TRIALS, SEEDS = 4, 2
@@ -395,15 +395,15 @@ def test_a_trial_that_only_the_ledger_saw_is_shown_when_the_search_goes_on(
     arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As after a kill between the record of a trial and its curve."""
-    show = Search.show_trial
+    show = Progress.show
 
-    def killed(search: Search, record: TrialRecord) -> None:
+    def killed(progress: Progress, record: TrialRecord) -> None:
         if record.number == 1:
             raise InterruptedError
-        show(search, record)
+        show(progress, record)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Search, "show_trial", killed)
+        patch.setattr(Progress, "show", killed)
         with pytest.raises(InterruptedError):
             run(["search", *arguments])
     run(["search", *arguments])

@@ -8,7 +8,7 @@ from torch import nn
 
 from qpruner.anatomy.coupled import Coupled, WideNorm, by_linear
 from qpruner.anatomy.families import FAMILIES, Family, Width, family_of
-from qpruner.plan import Architecture, by_expert
+from qpruner.architecture import Architecture, by_expert
 
 MEMBERS = {"qkv": ("q", "k", "v"), "o": ("o",), "gate_up": ("gate", "up"), "down": ("down",)}
 """The projections of each quantization unit."""

@@ -3,11 +3,19 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+from lightning.pytorch import Callback
 from lightning.pytorch.utilities import rank_zero_info
 
 from qpruner.allocation.decision import Allocation
 from qpruner.callbacks.bits_under_budget import Allocator
-from qpruner.callbacks.compression import CompressionInSetup, CompressionJob, check_dense, check_order, told
+from qpruner.callbacks.compression import (
+    Compression,
+    CompressionInSetup,
+    CompressionJob,
+    check_dense,
+    check_order,
+    told,
+)
 from qpruner.callbacks.quantization import MixedPrecisionQuantization
 from qpruner.compressed import CompressedModel
 from qpruner.datamodules.base import TokenDataModule
@@ -228,3 +236,30 @@ def _write_reference(dense: CompressedModel, data: TokenDataModule, processes: P
 def _is_reference_of(base_sha256: str | None, folder: RunFolder) -> bool:
     """Whether the predictions that are kept are those of a dense model."""
     return folder.reference.exists() and Reference.read(folder.reference).base == base_sha256
+
+
+def compressing(callbacks: Sequence[Callback]) -> tuple[list[CompressionInSetup], MixedPrecisionQuantization]:
+    """The callbacks that prune the base, and the one that has the budget.
+
+    Raises:
+        UserError: there is none that quantizes, or one that a search cannot do without a fit.
+    """
+    pruning: list[CompressionInSetup] = []
+    quantizations: list[MixedPrecisionQuantization] = []
+    for callback in callbacks:
+        if isinstance(callback, MixedPrecisionQuantization):
+            quantizations.append(callback)
+        elif isinstance(callback, CompressionInSetup):
+            pruning.append(callback)
+        elif isinstance(callback, Compression):
+            raise UserError(
+                f"{type(callback).__name__} changes the base in the course of a fit, and a search does so before its "
+                f"trials. Search with StructuredPruning, or `qpruner merge` a run that did so in training and search "
+                f"on its result."
+            )
+    if len(quantizations) != 1:
+        raise UserError(
+            f"A search spends one budget, and {len(quantizations)} callbacks quantize: add MixedPrecisionQuantization, "
+            f"with a budget, to the callbacks once."
+        )
+    return pruning, quantizations[0]

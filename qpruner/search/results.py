@@ -1,9 +1,12 @@
 """From the records of trials to what a person reads."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from statistics import mean
 
+from qpruner.files import write_json
+from qpruner.plan import CompressionPlan
+from qpruner.records.folder import RunFolder
 from qpruner.records.search import Proposer, Tried
 from qpruner.search.aim import Aim
 from qpruner.search.ledger import Key, Ledger, TrialRecord
@@ -54,3 +57,24 @@ def proposers(ledger: Ledger) -> list[Proposer]:
         for record, end in zip(ledger.optimizers, ends, strict=True)
         if end > record.first
     ]
+
+
+def write_front(folder: RunFolder, front: Sequence[Tried], plan_of: Callable[[Tried], CompressionPlan]) -> None:
+    """Writes the plan of each point of a front, and a list of them.
+
+    Args:
+        folder: folder of the search.
+        front: points that no other is better than in all that is traded.
+        plan_of: gives the plan of a point.
+    """
+    folder.plans.mkdir(exist_ok=True)
+    entries = []
+    for point in front:
+        path = folder.plans / f"{point.name.replace(' ', '-')}.json"
+        plan_of(point).write(path)
+        entries.append(
+            {"name": point.name, "plan": f"{folder.plans.name}/{path.name}",
+             "bytes": point.num_bytes, "multiply_adds": point.multiply_adds, "average_bits": point.average_bits,
+             "loss": point.loss, "accuracy": point.accuracy}
+        )  # fmt: skip
+    write_json(folder.pareto, entries)

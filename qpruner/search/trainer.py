@@ -1,6 +1,5 @@
 """The Trainer that also searches: `fit`, `validate`, `test` and `predict` of Lightning, and `search`."""
 
-import time
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from functools import cached_property
@@ -10,32 +9,30 @@ from typing import Any
 
 import numpy as np
 import torch
-from lightning.pytorch import Callback, Trainer
+from lightning.pytorch import Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_warn
 
 from qpruner.allocation.decision import Allocation, Method
 from qpruner.allocation.solving import Choice
-from qpruner.callbacks.compression import Compression, CompressionInSetup
-from qpruner.callbacks.quantization import MixedPrecisionQuantization
 from qpruner.datamodules.base import TokenDataModule
 from qpruner.datamodules.choices import ChoiceExamples
 from qpruner.errors import UserError
-from qpruner.files import hash_json, write_json
+from qpruner.files import hash_json
 from qpruner.plan import CompressionPlan
 from qpruner.processes import Processes
 from qpruner.records.folder import RunFolder
-from qpruner.records.report import scalars
 from qpruner.records.search import SearchResults, Tried, pareto_front, ranked, show_search, write_search_report
 from qpruner.search.aim import Aim
 from qpruner.search.config import SearchConfig
 from qpruner.search.executors import check_executor, make_executor
-from qpruner.search.ledger import Key, Ledger, Scores, TrialRecord
+from qpruner.search.ledger import Key, Ledger, Scores
 from qpruner.search.loop import Judge, finish_started, run_listed, run_trials
-from qpruner.search.preparation import prepare
+from qpruner.search.preparation import compressing, prepare
+from qpruner.search.progress import Progress
 from qpruner.search.proposals import OptimizerFailed, Point, Score, open_proposals
 from qpruner.search.rehearsal import check_runs
-from qpruner.search.results import named, proposers, timed, tried
+from qpruner.search.results import named, proposers, timed, tried, write_front
 from qpruner.search.space import SearchSpace
 from qpruner.search.speed import measured
 from qpruner.search.structured import part_of
@@ -134,9 +131,11 @@ class Search:
             self.ledger, config.optimizer, self.space, self.judge(),
             num_trials=config.trials, workers=config.executor.workers, seed=self.module.seed, starts=self.starts,
         )  # fmt: skip
-        self.already = sum(record.done for record in self.ledger.records)
-        self.show_missing()
-        self.since = time.perf_counter()
+        self.progress = Progress(
+            self.ledger, self.aim, config.trials, self.trainer.logger, self.folder.tensorboard,
+            searches_widths=self.space.structure is not None,
+        )  # fmt: skip
+        self.progress.show_missing()
         with make_executor(config.executor, self.work()) as executor:
             self.try_plans(executor)
             variants = self.compare(executor)
@@ -230,7 +229,7 @@ class Search:
         config = self.config
         if len(self.ledger.records) >= config.trials:
             finish_started(
-                self.ledger, executor, num_trials=config.trials, score_of=self.score, on_trial=self.report_trial
+                self.ledger, executor, num_trials=config.trials, score_of=self.score, on_trial=self.progress.report
             )
             return
         settings = settings_of(self.ledger.optimizers[-1], self.space, self.module.seed, self.starts)
@@ -244,7 +243,7 @@ class Search:
                     workers=config.executor.workers,
                     key_of=lambda point: self.key(self.space.decode(np.array([point]))[0].tolist(), 0, config.steps),
                     judge=self.judge(),
-                    on_trial=self.report_trial,
+                    on_trial=self.progress.report,
                 )
         except OptimizerFailed as error:
             safe = sum(record.done for record in self.ledger.records)
@@ -303,53 +302,6 @@ class Search:
             "trainer": self.settings.options,
             "prior": hash_json(asdict(self.prior)),
         }
-
-    def describe(self, scores: Scores) -> str:
-        """What a plan is compared by, for a person."""
-        accuracy = self.aim.accuracy(scores)
-        return ("" if accuracy is None else f"accuracy {accuracy:.1%}, ") + f"loss {scores['loss']:.4f}"
-
-    def report_trial(self, record: TrialRecord) -> None:
-        """Says how a trial went, and how long the others may take."""
-        done = [trial for trial in self.ledger.records if trial.done]
-        left = self.config.trials - len(done)
-        rate = (time.perf_counter() - self.since) / (len(done) - self.already)
-        succeeded = [trial for trial in done if trial.scores is not None]
-        if record.scores is None:
-            outcome = f"failed: {record.why}"
-        else:
-            outcome = f"{self.describe(record.scores)}, {record.scores['bytes']:,} bytes"
-        if record.repeats is not None:
-            outcome = f"the plan of trial {record.repeats + 1} again, {outcome}"
-        best = min(succeeded, key=lambda trial: self.aim.of_scores(trial.scores), default=None)  # type: ignore[arg-type]
-        best_line = "" if best is None else f"; best so far trial {best.number + 1}, {self.describe(best.scores)}"  # type: ignore[arg-type]
-        rank_zero_info(
-            f"Trial {record.number + 1} of {self.config.trials}: {outcome}{best_line}; "
-            f"{left} left, about {left * rate / 60:.1f} min."
-        )
-        self.show_trial(record)
-
-    def show_trial(self, record: TrialRecord) -> None:
-        """Shows what a trial found on TensorBoard, if there is one, and the best of the trials up to it."""
-        logger, scored = self.trainer.logger, [trial.scores for trial in self.ledger.records[: record.number + 1]]
-        if isinstance(logger, TensorBoardLogger) and record.scores is not None:
-            board = logger.experiment
-            best = min(self.aim.of_scores(scores) for scores in scored if scores is not None)
-            board.add_scalar("search/loss", record.scores["loss"], record.number)
-            board.add_scalar("search/best", best, record.number)
-            if (accuracy := self.aim.accuracy(record.scores)) is not None:
-                board.add_scalar("search/accuracy", accuracy, record.number)
-            board.add_scalar("search/bytes", record.scores["bytes"], record.number)
-            if self.space.structure is not None:
-                board.add_scalar("search/multiply_adds", record.scores["multiply_adds"], record.number)
-            board.flush()
-
-    def show_missing(self) -> None:
-        """Shows trials of an earlier session that was killed when they were in the ledger alone."""
-        shown = {number for number, _ in scalars(self.folder.tensorboard, "search/loss")} if self.already else set()
-        for record in self.ledger.records:
-            if record.done and record.number not in shown:
-                self.show_trial(record)
 
     def compare(self, executor: Executor) -> list[Tried]:
         """The finalists and the plans that were not searched for, each with all seeds."""
@@ -422,18 +374,7 @@ class Search:
             parts=tuple(map(str, parts)),
             units=tuple(part.counts[-1] for part in parts),
         )
-        self.folder.plans.mkdir(exist_ok=True)
-        for point in front:
-            self.plan(point).write(self.folder.plans / plan_name(point))
-        write_json(
-            self.folder.pareto,
-            [
-                {"name": point.name, "plan": f"{self.folder.plans.name}/{plan_name(point)}",
-                 "bytes": point.num_bytes, "multiply_adds": point.multiply_adds, "average_bits": point.average_bits,
-                 "loss": point.loss, "accuracy": point.accuracy}
-                for point in front
-            ],
-        )  # fmt: skip
+        write_front(self.folder, front, self.plan)
         self.plan(results.winner).write(self.folder.plan)
         write_search_report(self.folder, results)
         if isinstance(self.trainer.logger, TensorBoardLogger):
@@ -450,35 +391,3 @@ class Search:
     def plan(self, chosen: Tried) -> CompressionPlan:
         """The plan of choices, and of units where widths are searched."""
         return self.prepared.candidates.plan({"choices": chosen.choices, "units": chosen.units})
-
-
-def compressing(callbacks: Sequence[Callback]) -> tuple[list[CompressionInSetup], MixedPrecisionQuantization]:
-    """The callbacks that prune the base, and the one that has the budget.
-
-    Raises:
-        UserError: there is none that quantizes, or one that a search cannot do without a fit.
-    """
-    pruning: list[CompressionInSetup] = []
-    quantizations: list[MixedPrecisionQuantization] = []
-    for callback in callbacks:
-        if isinstance(callback, MixedPrecisionQuantization):
-            quantizations.append(callback)
-        elif isinstance(callback, CompressionInSetup):
-            pruning.append(callback)
-        elif isinstance(callback, Compression):
-            raise UserError(
-                f"{type(callback).__name__} changes the base in the course of a fit, and a search does so before its "
-                f"trials. Search with StructuredPruning, or `qpruner merge` a run that did so in training and search "
-                f"on its result."
-            )
-    if len(quantizations) != 1:
-        raise UserError(
-            f"A search spends one budget, and {len(quantizations)} callbacks quantize: add MixedPrecisionQuantization, "
-            f"with a budget, to the callbacks once."
-        )
-    return pruning, quantizations[0]
-
-
-def plan_name(point: Tried) -> str:
-    """File name of the plan of a point of the front."""
-    return f"{point.name.replace(' ', '-')}.json"

@@ -17,10 +17,11 @@ from qpruner.errors import UserError
 from qpruner.files import read_json
 from qpruner.plan import CompressionPlan
 from qpruner.records.search import SearchResults
-from qpruner.search.config import SearchConfig
 from qpruner.search.ledger import Key, Ledger, OptimizerRecord, TrialRecord
+from qpruner.search.preparation import compressing
+from qpruner.search.progress import Progress
 from qpruner.search.structure import Part, Structure
-from qpruner.search.trainer import Search, SearchTrainer, compressing
+from qpruner.search.trainer import Search, SearchTrainer
 from qpruner.search.workers import Outcome
 from qpruner.training.module import LoRAFinetuner
 
@@ -222,13 +223,13 @@ def test_a_trial_is_reported_with_the_best_so_far_and_the_time_left(
     prepared: Search, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with_trials(prepared, Scored(fails=[PLANS[1]]))
-    prepared.config = SearchConfig(trials=10)
-    prepared.already, prepared.since = 1, 100.0
-    monkeypatch.setattr("qpruner.search.trainer.time.perf_counter", lambda: 130.0)  # three trials in 30 seconds
+    progress = Progress(prepared.ledger, prepared.aim, 10, None, prepared.folder.tensorboard, searches_widths=False)
+    progress.already, progress.since = 1, 100.0
+    monkeypatch.setattr("qpruner.search.progress.time.perf_counter", lambda: 130.0)  # three trials in 30 seconds
     records = prepared.ledger.records
     with caplog.at_level(logging.INFO):
-        prepared.report_trial(records[3])
-        prepared.report_trial(records[1])
+        progress.report(records[3])
+        progress.report(records[1])
     best = f"best so far trial 3, loss {loss_of(PLANS[2]):.4f}; 6 left, about 1.0 min."
     assert f"Trial 4 of 10: loss {loss_of(PLANS[3]):.4f}, 1,000 bytes; {best}" in caplog.text
     assert f"Trial 2 of 10: failed: out of memory; {best}" in caplog.text
