@@ -1,21 +1,24 @@
-"""What a step costs in which gates are learned, against a forward and backward pass through the frozen dense model.
+"""What a step costs in which gates are learned, against a pass through the frozen dense model and a step of LoRA.
 
     python benchmarks/learning_speed.py --base MODEL --train TRAIN.jsonl
     python benchmarks/learning_speed.py --base MODEL --train TRAIN.jsonl --widths 2 4 --lifts --passes 20
 
-Both see the same batch, alternately, so that what else the machine does meets both. The plain pass has slopes down to
-the embeddings, as a fit of adapters does, and none of weights. Printed are the medians, their ratio, and the bytes that
-the bank of all widths takes beside the 16-bit weights of the decoder's units.
+All see the same batch, in turn, so that what else the machine does meets all. The plain pass is forward and backward,
+with slopes down to the embeddings and none of weights; the step of LoRA trains adapters of the default rank on the
+dense model. Printed are the medians, their ratios, the peak memory of a step above what is held between steps, and the
+bytes that the bank of all widths takes beside the 16-bit weights of the decoder's units.
 """
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from statistics import median
 from time import perf_counter
 
 import torch
+from measured import Cost
 from studies import text_data
 
+from qpruner.adapters.lora import LoRAConfig
 from qpruner.compressed import CompressedModel
 from qpruner.joint.config import JointConfig
 from qpruner.joint.learner import Ground, PlanLearner
@@ -61,8 +64,8 @@ def main() -> None:
             nll = token_nll(network, batch["input_ids"], batch["labels"], batch["attention_mask"])
             (nll.sum() / (batch["labels"] != IGNORED).sum()).backward()
 
-    times: dict[str, list[float]] = {"plain": []}
-    steps: dict[str, Callable[[], None]] = {"plain": plain}
+    times: dict[str, list[float]] = {"plain": [], "LoRA": []}
+    steps: dict[str, Callable[[], None]] = {"plain": plain, "LoRA": step_of_lora(given.base, batch)}
     for loss in ("cross_entropy", "kl"):
         times[loss], steps[loss] = [], step_of(JointConfig(loss=loss, lifts=given.lifts), gated, limit, batch)  # type: ignore[arg-type]
     for number in range(given.passes + 1):
@@ -73,7 +76,11 @@ def main() -> None:
                 times[name].append(perf_counter() - since)
     of_plain = median(times["plain"])
     for name, seconds in times.items():
-        print(f"{name:14s} {median(seconds):7.3f} s  {median(seconds) / of_plain:5.2f} of a plain pass")
+        cost = Cost()
+        with cost.of_work(network):
+            steps[name]()
+        print(f"{name:14s} {median(seconds):7.3f} s  {median(seconds) / of_plain:5.2f} of a plain pass  "
+              f"{cost.megabytes:6.0f} MB at its peak")  # fmt: skip
 
 
 def step_of(config: JointConfig, gated: GatedNetwork, limit: int, batch: object) -> Callable[[], None]:
@@ -87,6 +94,22 @@ def step_of(config: JointConfig, gated: GatedNetwork, limit: int, batch: object)
 
     def step() -> None:
         learner.training_step(batch, 0).backward()  # type: ignore[arg-type]
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+def step_of_lora(base: str, batch: Mapping[str, torch.Tensor]) -> Callable[[], None]:
+    """A step of a fit of adapters on the dense model, without a Trainer."""
+    model = CompressedModel.load(base, dtype="auto")
+    model.attach(LoRAConfig(), seed=0)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=1e-3)
+
+    def step() -> None:
+        nll = token_nll(model.network, batch["input_ids"], batch["labels"], batch["attention_mask"])
+        (nll.sum() / (batch["labels"] != IGNORED).sum()).backward()
         optimizer.step()
         optimizer.zero_grad()
 
