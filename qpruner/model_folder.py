@@ -150,7 +150,7 @@ def load_base(folder: str | Path, *, check_hashes: bool = True) -> KeptBase:
     with reading(folder, COPY_AGAIN):
         if plan.quantized:
             rebuild_linears_(model, linear_precisions(model, plan), state)
-            rebuild_tables_(model, plan.embedding, plan.head, state, dtype=config.dtype)
+            rebuild_tables_(model, plan.embedding, plan.head, state)
         try:
             left = model.load_state_dict(state, strict=False, assign=True)
         except RuntimeError as error:  # another shape, or no floating point

@@ -23,7 +23,7 @@ works wherever they are installed. What it has to know of a model stands in ``co
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache, wraps
-from typing import Any, cast
+from typing import Any, ClassVar, Self, cast
 
 import torch
 from torch import Tensor, nn
@@ -44,26 +44,15 @@ CHUNK = 2**20
 """Weights that are unpacked at a time: few enough that one step finds in the cache what the one before left there."""
 SCALE_GROUP = 256
 """Scales that share a scale of their own in double quantization of NF4 and FP4."""
+NF4 = (
+    -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453,
+    -0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0,
+    0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
+    0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
+)  # fmt: skip
+"""Quantiles of the normal distribution scaled to [-1, 1], with an exact zero."""
 CODE_BOOKS: dict[str, tuple[float, ...]] = {
-    # Quantiles of the normal distribution scaled to [-1, 1], with an exact zero.
-    "nf4": (
-        -1.0,
-        -0.6961928009986877,
-        -0.5250730514526367,
-        -0.39491748809814453,
-        -0.28444138169288635,
-        -0.18477343022823334,
-        -0.09105003625154495,
-        0.0,
-        0.07958029955625534,
-        0.16093020141124725,
-        0.24611230194568634,
-        0.33791524171829224,
-        0.44070982933044434,
-        0.5626170039176941,
-        0.7229568362236023,
-        1.0,
-    ),
+    "nf4": NF4,
     # Sign, two bits of exponent and one of mantissa, over 12.
     "fp4": tuple(sign * value / 12 for sign in (1, -1) for value in (0, 0.0625, 8, 12, 4, 6, 2, 3)),
 }
@@ -71,6 +60,12 @@ LEADING = "leading_"
 """What the names of the leading segment's tensors begin with."""
 
 State = Mapping[str, Tensor]
+
+
+def parted(state: State) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """The tensors of the leading columns of a weight, and of those behind them."""
+    leading = {name.removeprefix(LEADING): tensor for name, tensor in state.items() if name.startswith(LEADING)}
+    return leading, {name: tensor for name, tensor in state.items() if not name.startswith(LEADING)}
 
 
 def bytes_of_row(columns: int, bits: int) -> int:
@@ -136,14 +131,7 @@ def uniform_values(
 ) -> Tensor:
     """Weights [out, columns] = scale * code + minimum, rounded once from float32.
 
-    Args:
-        codes: packed codes, uint8 [out, bytes of a row].
-        scales: scales [out, m], float32.
-        minima: minima [out, m], float32.
-        columns: number of weights of a row.
-        bits: bits of a code.
-        group: weights that share a scale; -1 for a whole row.
-        dtype: dtype of the weights.
+    Of codes uint8 [out, bytes of a row], and of scales and minima float32 [out, m] for groups of so many columns.
     """
     scales, minima = scales.unsqueeze(2), minima.unsqueeze(2)  # [out, m, 1]
     group = columns if group == ROW else group
@@ -176,30 +164,21 @@ def blockwise4_codes(codes: Tensor, name: str) -> Tensor:
     return pairs.index_select(0, codes.int()).flatten()
 
 
-def blockwise4_values(state: State, out_features: int, in_features: int, name: str, group: int) -> Tensor:
-    """Weights [out, in] in blocks of a code book, which run across the ends of rows; float32."""
-    number = out_features * in_features
-    values = blockwise4_codes(state["codes"], name)[:number]
-    scales = blockwise4_scales(state, torch.arange(-(-number // group), device=values.device))
-    return (values * scales.repeat_interleave(group)[:number]).view(out_features, in_features)
-
-
-def blockwise4_rows(state: State, places: Tensor, shape: tuple[int, int], name: str, group: int) -> Tensor:
-    """Some rows [n] of `blockwise4_values`; float32 [n, in]. Only these are unpacked where blocks end with rows."""
-    out_features, in_features = shape
-    if in_features % group:  # blocks run across the ends of rows, and so may bytes
-        return blockwise4_values(state, out_features, in_features, name, group)[places]
+def blockwise4_values(
+    state: State, out_features: int, in_features: int, name: str, group: int, places: Tensor | None = None
+) -> Tensor:
+    """Weights [out, in] in blocks of a code book, which run across the ends of rows, or some rows [n]; float32."""
+    if places is None or in_features % group:  # and so may bytes
+        number = out_features * in_features
+        values = blockwise4_codes(state["codes"], name)[:number]
+        scales = blockwise4_scales(state, torch.arange(-(-number // group), device=values.device))
+        values = (values * scales.repeat_interleave(group)[:number]).view(out_features, in_features)
+        return values if places is None else values[places]
     per_row = in_features // group
     blocks = places.unsqueeze(1) * per_row + torch.arange(per_row, device=places.device)  # [n, blocks of a row]
     values = blockwise4_codes(state["codes"].view(out_features, -1)[places].flatten(), name)
     scales = blockwise4_scales(state, blocks).unsqueeze(2)
     return (values.view(len(places), per_row, group) * scales).view(len(places), in_features)
-
-
-def int8_values(state: State, dtype: torch.dtype) -> Tensor:
-    """Weights [out, in] of int8 codes and a scale for every row, rounded once from float32."""
-    codes = state["codes"].to(dtype)  # exact in all of them
-    return codes.mul_((state["scales"] * (1 / 127)).unsqueeze(1))  # in float32, then rounded
 
 
 def _kept(make: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -293,24 +272,33 @@ def group_of(precision: Precision) -> int:
     return precision["group"] or 64
 
 
-def values(state: State, out_features: int, in_features: int, precision: Precision, dtype: torch.dtype) -> Tensor:
-    """The weight [out, in] that packed tensors mean, rounded once from float32."""
+def values(
+    state: State,
+    out_features: int,
+    in_features: int,
+    precision: Precision,
+    dtype: torch.dtype,
+    places: Tensor | None = None,
+    blockwise4: Callable[[State, int, int, str, int, Tensor | None], Tensor] = blockwise4_values,
+) -> Tensor:
+    """The weight [out, in] that packed tensors mean, or its rows at some places [n], rounded once from float32.
+
+    Where groups end with rows, no more than these is unpacked. What is in blocks of a code book may be read by another
+    function than this file's, which gives the same numbers.
+    """
     if leading := precision.get("leading"):
-        first = {name.removeprefix(LEADING): part for name, part in state.items() if name.startswith(LEADING)}
-        rest = {name: part for name, part in state.items() if not name.startswith(LEADING)}
-        columns = leading["columns"]
-        return torch.cat(
-            [
-                values(first, out_features, columns, leading["precision"], dtype),
-                values(rest, out_features, in_features - columns, {**precision, "leading": None}, dtype),
-            ],
-            dim=1,
-        )
+        columns, (first, rest) = leading["columns"], parted(state)
+        behind, precision = in_features - columns, {**precision, "leading": None}
+        led = values(first, out_features, columns, leading["precision"], dtype, places, blockwise4)
+        return torch.cat([led, values(rest, out_features, behind, precision, dtype, places, blockwise4)], dim=1)
     name, bits, group = precision["format"], precision["bits"], group_of(precision)
-    if name == "int8":
-        return int8_values(state, dtype)
     if name.startswith(tuple(CODE_BOOKS)):
-        return blockwise4_values(state, out_features, in_features, name.removesuffix("-double"), group).to(dtype)
+        return blockwise4(state, out_features, in_features, name.removesuffix("-double"), group, places).to(dtype)
+    if places is not None:
+        state = {part: tensor[places] if tensor.dim() else tensor for part, tensor in state.items()}
+    if name == "int8":
+        codes = state["codes"].to(dtype)  # exact in all of them
+        return codes.mul_((state["scales"] * (1 / 127)).unsqueeze(1))  # in float32, then rounded
     grid = uniform_scales_and_minima(state, bits, name.startswith("symmetric"))
     return uniform_values(state["codes"], *grid, in_features, bits, group, dtype)
 
@@ -354,52 +342,55 @@ class UnpackedWeight(Tensor):
 
 
 class PackedTable(nn.Module):
-    """A frozen linear that unpacks its weight for every product, and computes in the dtype of its input.
+    """A frozen linear ``x W^T + b`` that unpacks W for every product, and computes in the dtype of x.
 
     Reading ``weight`` unpacks it; reading ``weight.data``, as those do who are going to write to it, makes the linear
     dense for good, so that what is merged into it is not lost. As it is it holds the table of an embedding, also where
     that is the head, too: it is no linear to PEFT, whose adapters would be of no use there.
 
     Args:
+        state: codes and scales by name, and what else a subclass has, in their order.
         out_features: rows of the weight.
         in_features: columns of the weight.
-        precision: format, bits, group and leading columns.
-        bias: whether it has a bias.
+        entry: format, bits, group and leading columns.
+        bias: bias [out], or None.
+        dtype: dtype of the weight as others see it, or when the linear becomes dense; follows ``to``.
     """
 
     bias: nn.Parameter | None
+    parameter: ClassVar[type[nn.Parameter]] = nn.Parameter
 
-    def __init__(self, out_features: int, in_features: int, precision: Precision, bias: bool) -> None:
+    def __init__(
+        self,
+        state: State,
+        out_features: int,
+        in_features: int,
+        entry: Precision,
+        bias: nn.Parameter | None,
+        dtype: torch.dtype,
+    ) -> None:
         nn.Module.__init__(self)  # that of `nn.Linear`, which may come next, makes a weight
-        self.out_features, self.in_features, self.precision = out_features, in_features, dict(precision)
-        self.dtype = torch.get_default_dtype()  # that of the weight as others see it; follows ``to``
-        tensors = layout(out_features, in_features, precision)
-        self.names = tuple(tensors)
-        for name, tensor in tensors.items():  # no buffers: DDP sends these around at every step
-            empty = torch.empty(tensor.shape, dtype=tensor.dtype)
-            self.register_parameter(name, nn.Parameter(empty, requires_grad=False))
-        self.register_parameter("bias", nn.Parameter(torch.empty(out_features), requires_grad=False) if bias else None)
+        self.out_features, self.in_features, self.entry, self.dtype = out_features, in_features, entry, dtype
+        self.names = tuple(layout(out_features, in_features, entry))
+        for name, tensor in state.items():  # no buffers: DDP sends these around at every step
+            self.register_parameter(name, self.parameter(tensor, requires_grad=False))
+        self.register_parameter("bias", bias)
+
+    def packed(self) -> dict[str, Tensor]:
+        """Codes and scales by name: the module's own storage, not copies."""
+        return {name: self.get_parameter(name).data for name in self.names}
 
     def unpack(self, dtype: torch.dtype) -> Tensor:
         """The weight [out, in], rounded once from float32."""
-        state = {name: self.get_parameter(name).data for name in self.names}
-        return values(state, self.out_features, self.in_features, self.precision, dtype)
+        return values(self.packed(), self.out_features, self.in_features, self.entry, dtype)
 
     def rows(self, places: Tensor, dtype: torch.dtype) -> Tensor:
         """Some rows [n] of the weight; [n, in]."""
-        if self.precision.get("leading"):
-            return self.unpack(dtype)[places]
-        state = {name: self.get_parameter(name).data for name in self.names}
-        if (name := self.precision["format"]).startswith(tuple(CODE_BOOKS)):
-            shape, book = (self.out_features, self.in_features), name.removesuffix("-double")
-            return blockwise4_rows(state, places, shape, book, group_of(self.precision)).to(dtype)
-        chosen = {name: tensor[places] if tensor.dim() else tensor for name, tensor in state.items()}
-        return values(chosen, len(places), self.in_features, self.precision, dtype)
+        return values(self.packed(), self.out_features, self.in_features, self.entry, dtype, places)
 
     def forward(self, x: Tensor) -> Tensor:  # [.., in] -> [.., out]
         bias = None if self.bias is None else self.bias.to(x.dtype)
-        product: Tensor = UnpackedProduct.apply(x, bias, self.unpack)  # type: ignore[no-untyped-call]
-        return product
+        return cast(Tensor, UnpackedProduct.apply(x, bias, self.unpack))  # type: ignore[no-untyped-call]
 
     @property
     def weight(self) -> Tensor:
@@ -408,8 +399,8 @@ class PackedTable(nn.Module):
         weight.linear = self
         return weight
 
-    def become_dense_(self, weight: Tensor) -> nn.Linear:
-        """Turns into a dense linear that holds a weight [out, in].
+    def become_dense_(self, weight: Tensor | None = None) -> nn.Linear:
+        """Turns into a dense linear of a weight [out, in], as a ``LazyLinear`` does; by default of that of its codes.
 
         Raises:
             TypeError: it is the table of an embedding.
@@ -419,22 +410,30 @@ class PackedTable(nn.Module):
                 "The embedding of this model is packed, so its weight cannot be written to. Read `weight`, which is "
                 "unpacked, or make a dense copy of the model first."
             )
+        dense = self.unpack(self.dtype) if weight is None else weight.detach()
+        dense = dense.to(self.dtype, copy=isinstance(weight, nn.Parameter))  # which stays another's
         bias = self.bias
-        for name in (*self.names, "bias", "precision", "dtype", "names"):
-            delattr(self, name)
+        self._parameters.clear()
+        del self.entry, self.dtype, self.names
         linear = cast(nn.Linear, self)
         linear.__class__ = nn.Linear
-        linear.weight = nn.Parameter(weight, requires_grad=False)
+        linear.weight = nn.Parameter(dense, requires_grad=False)
         linear.register_parameter("bias", bias)
         return linear
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "PackedTable":
-        before = {name: self.get_parameter(name).data for name in self.names}
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        if name == "weight" and param is not None:  # assigned by others
+            self.become_dense_(param)
+        else:
+            super().register_parameter(name, param)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        before = self.packed()
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         self.dtype = fn(torch.empty(0, dtype=self.dtype)).dtype
-        for name, tensor in before.items():  # a cast of the model is none of the scales'
+        for name, tensor in before.items():  # a cast of the model is none of the scales', split among devices or not
             if (moved := self.get_parameter(name)).dtype != tensor.dtype:
-                self.register_parameter(name, nn.Parameter(tensor.to(moved.device), requires_grad=False))
+                self.register_parameter(name, self.parameter(tensor.to(moved.device), requires_grad=False))
         return self
 
 
@@ -446,28 +445,22 @@ class CompressedEmbedding(nn.Module):
     """A frozen embedding whose rows are those of a packed linear, which with tied embeddings is the head itself.
 
     Args:
-        table: linear whose weight [vocabulary, hidden] is the table.
+        table: linear whose weight [vocabulary, hidden] is the table; rows have its dtype.
         scale: what the rows are multiplied by.
     """
 
     def __init__(self, table: PackedTable, scale: float) -> None:
         super().__init__()
         self.table, self.scale = table, scale
-        self.dtype = torch.get_default_dtype()
 
     def forward(self, ids: Tensor) -> Tensor:  # [..] -> [.., hidden]
-        rows = self.table.rows(ids.flatten(), self.dtype)
-        return rows.view(*ids.shape, self.table.in_features) * torch.tensor(self.scale, dtype=self.dtype)
+        rows = self.table.rows(ids.flatten(), self.table.dtype)
+        return rows.view(*ids.shape, self.table.in_features) * torch.tensor(self.scale, dtype=rows.dtype)
 
     @property
     def weight(self) -> Tensor:
         """The table as others see it."""
         return self.table.weight
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "CompressedEmbedding":
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        self.dtype = fn(torch.empty(0, dtype=self.dtype)).dtype
-        return self
 
 
 # Mixtures of experts.
@@ -496,9 +489,8 @@ class Expert(nn.Module):
         super().__init__()
         hidden, channels = sizes
         self.names, self.clamped, self.activation = names, clamped, activation
-        for name, (inputs, outputs) in zip(
-            names, ((hidden, channels), (hidden, channels), (channels, hidden)), strict=True
-        ):
+        shapes = (hidden, channels), (hidden, channels), (channels, hidden)
+        for name, (inputs, outputs) in zip(names, shapes, strict=True):
             self.add_module(name, nn.Linear(inputs, outputs, bias=bias))
 
     def forward(self, x: Tensor) -> Tensor:  # [.., hidden] -> [.., hidden]
@@ -711,17 +703,22 @@ def compress_(model: Any, compression: Mapping[str, Any]) -> None:
     for path, shape in _inside(model, compression.get("parameters", {})):
         owner, _, name = path.rpartition(".")
         setattr(model.get_submodule(owner), name, nn.Parameter(model.get_parameter(path).new_empty(shape)))
+    tie_(model)
+    for path, value in _inside(model, compression["attributes"]):
+        owner, _, name = path.rpartition(".")
+        setattr(model.get_submodule(owner), name, value)
+    for path, number in _inside(model, compression["layer_configs"]):
+        model.get_submodule(path).config = layer_config(model.config, number)
+
+
+def tie_(model: Any) -> None:
+    """Makes the head of a model with tied embeddings the table of its packed embedding; others stay as they are."""
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     if isinstance(embedding, CompressedEmbedding) and head is not None and model.config.tie_word_embeddings:
         names = {id(part): name for name, part in model.named_modules()}
         model.set_output_embeddings(embedding.table)
         model._tied_weights_keys = {names[id(head)]: f"{names[id(embedding)]}.table"}
         model.all_tied_weights_keys = model.get_expanded_tied_weights_keys()
-    for path, value in _inside(model, compression["attributes"]):
-        owner, _, name = path.rpartition(".")
-        setattr(model.get_submodule(owner), name, value)
-    for path, number in _inside(model, compression["layer_configs"]):
-        model.get_submodule(path).config = layer_config(model.config, number)
 
 
 def _inside(model: Any, by_path: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
@@ -745,7 +742,11 @@ def _replacement(module: Any, entry: Mapping[str, Any]) -> nn.Module:
         if isinstance(module, nn.Linear) or "linear" in entry:
             return nn.Linear(shape[1], shape[0], bias=has_bias)
         return type(module)(*shape)  # GPT-2's Conv1D, whose weight lies as [in, out]
+    (rows, columns), dtype = shape, torch.get_default_dtype()
     precision = {name: entry.get(name) for name in ("format", "bits", "group", "leading")}
+    like = layout(rows, columns, precision)
+    state = {name: torch.empty(tensor.shape, dtype=tensor.dtype) for name, tensor in like.items()}
     if isinstance(module, nn.Embedding):
-        return CompressedEmbedding(PackedTable(shape[0], shape[1], precision, bias=False), entry["scale"])
-    return CompressedLinear(shape[0], shape[1], precision, has_bias)
+        return CompressedEmbedding(PackedTable(state, rows, columns, precision, None, dtype), entry["scale"])
+    bias = nn.Parameter(torch.empty(rows), requires_grad=False) if has_bias else None
+    return CompressedLinear(state, rows, columns, precision, bias, dtype)

@@ -1,7 +1,7 @@
 """How weights are held: a number format, bits and groups, and where the first columns are held otherwise."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Self
 
@@ -98,7 +98,7 @@ class Precision:
         return data
 
     @classmethod
-    def of_data(cls, data: dict[str, Any]) -> Self:
+    def of_data(cls, data: Mapping[str, Any]) -> Self:
         """Reads what `to_data` gave.
 
         Raises:

@@ -14,10 +14,8 @@ from qpruner.anatomy import COMPRESSED, FAMILIES, Family, decoder_blocks, family
 from qpruner.anatomy.layers import has_module, num_experts
 from qpruner.experts import experts_to_linears_
 from qpruner.files import read_json
-from qpruner.precision import Precision
+from qpruner.modeling_compressed import CompressedEmbedding, CompressedLinear, PackedTable
 from qpruner.pruning.widths import heads_field, skeleton_config
-from qpruner.quantization.embedding import PackedEmbedding
-from qpruner.quantization.packed import PackedLinear
 
 CODE = Path(modeling_compressed.__file__).name
 
@@ -125,10 +123,10 @@ def _modules(network: Any, usual: nn.Module) -> Iterator[tuple[str, dict[str, An
     """What is told of each module that is not as usual, by its path."""
     tables: set[nn.Module] = set()
     for name, module in network.named_modules():
-        if isinstance(module, PackedEmbedding):
+        if isinstance(module, CompressedEmbedding):
             tables.add(module.table)
-            yield name, _packed(module.table) | {"scale": module.exact_scale}
-        elif isinstance(module, PackedLinear):
+            yield name, _packed(module.table) | {"scale": module.scale}
+        elif isinstance(module, CompressedLinear):
             if module not in tables:
                 yield name, _packed(module)
         elif isinstance(weight := getattr(module, "weight", None), nn.Parameter):
@@ -142,9 +140,8 @@ def _modules(network: Any, usual: nn.Module) -> Iterator[tuple[str, dict[str, An
                 yield name, {"shape": list(weight.shape)}
 
 
-def _packed(linear: PackedLinear) -> dict[str, Any]:
-    precision: Precision = linear.precision
-    return {"shape": [linear.out_features, linear.in_features], **precision.to_data()}
+def _packed(linear: PackedTable) -> dict[str, Any]:
+    return {"shape": [linear.out_features, linear.in_features], **linear.entry}
 
 
 def _attribute(block: nn.Module, path: str) -> Any:

@@ -18,10 +18,12 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from qpruner.model_folder import load_base, save_base
-from qpruner.modeling_compressed import CompressedLinear, config_class
+from qpruner.modeling_compressed import CompressedEmbedding, CompressedLinear, PackedTable, config_class
 from qpruner.plan import DENSE, UNITS, Precision
 from qpruner.precision import Leading
 from qpruner.quantization.apply import quantize_
+from qpruner.quantization.packed import PackedLinear
+from qpruner.remote_code import load_by_transformers
 
 TWO, ONE = Precision("affine-double", 2, 32), Precision("affine", 1, -1)
 LED = Precision("affine-double", 3, 32, Leading(6, Precision("int8", 8)))
@@ -154,6 +156,44 @@ def test_other_engines_can_put_in_their_attention(tmp_path: Path) -> None:
         expected = network.model(input_ids=random_tokens(), use_cache=False).last_hidden_state
     torch.testing.assert_close(states, expected)
     assert calls == [(6, 3), (2, 1), (8, 4)]  # query and key heads of each layer
+
+
+@pytest.mark.parametrize("family", ["gemma2", "qwen3_moe"])
+def test_what_qpruner_loads_is_of_the_classes_of_the_file(tmp_path: Path, family: str) -> None:
+    network = write(tmp_path / "model", family, tables=TABLE)
+    loaded = load_by_transformers(tmp_path / "model")
+    ours, files = (dict(one.named_modules()) for one in (network, loaded))
+    kinds = (CompressedLinear, PackedTable, CompressedEmbedding)
+    packed = {name for name, module in ours.items() if isinstance(module, kinds)}
+    assert packed == {name for name, module in files.items() if isinstance(module, kinds)} and len(packed) > 20
+    for name in packed:
+        one, other = ours[name], files[name]
+        assert isinstance(one, type(other))
+        if isinstance(one, CompressedEmbedding):
+            assert one.scale == other.scale and torch.equal(one(random_tokens()), other(random_tokens()))
+            assert one.table.state_dict().keys() == other.table.state_dict().keys()
+            continue
+        assert one.packed().keys() == other.packed().keys() and one.dtype == other.dtype
+        assert all(torch.equal(tensor, other.packed()[part]) for part, tensor in one.packed().items())
+        for dtype in (torch.float32, torch.bfloat16):
+            assert torch.equal(one.unpack(dtype), other.unpack(dtype))
+            places = torch.tensor([one.out_features - 1, 0])
+            assert torch.equal(one.rows(places, dtype), one.unpack(dtype)[places])
+    linears = [module for module in ours.values() if isinstance(module, PackedLinear)]
+    assert linears and all(isinstance(module, CompressedLinear) for module in linears)
+
+
+def test_a_weight_that_is_assigned_makes_a_linear_dense(tmp_path: Path) -> None:
+    write(tmp_path / "model", "qwen2")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "model", trust_remote_code=True).bfloat16()
+    first, second = (model.model.layers[0].self_attn.get_submodule(name) for name in ("q_proj", "k_proj"))
+    names, bias, given = set(first.state_dict()), first.bias, torch.nn.Parameter(torch.randn(first.weight.shape))
+    first.weight = given
+    assert type(first) is torch.nn.Linear and "codes" in names and set(first.state_dict()) == {"weight", "bias"}
+    assert torch.equal(first.weight, given.bfloat16()) and first.bias is bias and not first.weight.requires_grad
+    expected = second.unpack(torch.float32).bfloat16()
+    assert second.become_dense_() is second and torch.equal(second.weight, expected)
+    assert vars(second).keys() - vars(torch.nn.Linear(1, 1)).keys() == {"_is_hf_initialized"}  # of transformers
 
 
 def adapted(folder: Path) -> Any:

@@ -122,7 +122,7 @@ ALLOWED: dict[str, set[str]] = {
     "records": {"allocation", "errors", "files", "folder_manifest", "plan", "schema"},
     "ranges": {"errors"},
     "reference_logits": {"errors", "folder_manifest", "offload", "tensor_files"},
-    "remote_code": {"anatomy", "experts", "files", "modeling_compressed", "precision", "pruning", "quantization"},
+    "remote_code": {"anatomy", "experts", "files", "modeling_compressed", "pruning"},
     "report_command": {"errors", "options", "records"},
     "runs": {
         "adapter_files", "allocation", "anatomy", "callbacks", "compressed", "datamodules", "errors", "files",

@@ -144,6 +144,11 @@ class Adapter:
     lora_B: nn.Parameter
     scale: float
 
+    @property
+    def product(self) -> torch.Tensor:
+        """What it adds to the weight of its linear; float32 [out, in]."""
+        return self.scale * (self.lora_B.detach().float() @ self.lora_A.detach().float())
+
 
 def adapter_on(linear: Any) -> Adapter | None:
     """The adapter on a linear of a PEFT model; None where there is none."""
@@ -209,13 +214,18 @@ def set_factors_(model: Any, factors: Mapping[str, tuple[torch.Tensor, torch.Ten
             layer.lora_B["default"].weight.copy_(lora_B)
 
 
-def factors_of(model: Any) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
-    """A [r, in] and B [out, r] of each adapter of a PEFT model by the name of its linear in the model below."""
+def adapters_of(model: Any) -> dict[str, Adapter]:
+    """Each adapter of a PEFT model by the name of its linear in the model below."""
     return {
-        name: (adapter.lora_A.detach(), adapter.lora_B.detach())
+        name: adapter
         for name, module in model.get_base_model().named_modules()
         if (adapter := adapter_on(module)) is not None
     }
+
+
+def factors_of(model: Any) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    """A [r, in] and B [out, r] of each adapter of a PEFT model by the name of its linear in the model below."""
+    return {name: (adapter.lora_A.detach(), adapter.lora_B.detach()) for name, adapter in adapters_of(model).items()}
 
 
 def detach_adapters(model: Any) -> tuple[Any, dict[str, tuple[torch.Tensor, torch.Tensor]]]:

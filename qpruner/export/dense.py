@@ -1,16 +1,17 @@
 """Export to a dense model of 16 bits in the layout of Hugging Face, with the adapters in its weights."""
 
+import copy
 from pathlib import Path
 
 import torch
-from torch import nn
 
 from qpruner.dense_copy import TokenizerFiles, check_finite
 from qpruner.export.source import Source
 from qpruner.export.written import Written
 from qpruner.folder_manifest import Step, entries_of, read_manifest
-from qpruner.model_folder import build_skeleton, save_base
+from qpruner.model_folder import save_base
 from qpruner.plan import DENSE, UNITS
+from qpruner.quantization.merging import make_dense_
 
 
 class Dense:
@@ -24,20 +25,13 @@ class Dense:
         """Every model that is compressed can be made dense."""
 
     def write(self, source: Source, folder: Path, dtype: torch.dtype) -> Written:
-        network = build_skeleton(source.dense_config)
-        for name in source.names():
-            module, _, kind = name.rpartition(".")
-            setattr(network.get_submodule(module), kind, nn.Parameter(source.weight(name).to(dtype), False))
-        network.tie_weights()
-        network.config.dtype = dtype
+        network = make_dense_(copy.deepcopy(source.network), source.adapters, dtype)
         name = str(dtype).removeprefix("torch.")
         check_finite(network, f"the dense model in {name}", "Export with --dtype bfloat16.")
-        if source.network.can_generate():
-            network.generation_config = source.network.generation_config
         manifest = read_manifest(source.folder)
         save_base(
             folder,
-            network.eval(),
+            network,
             source.plan.with_precision([dict.fromkeys(UNITS, DENSE)] * len(source.plan.layers)),
             base_name=manifest["base"]["name"],
             state="merged",

@@ -6,8 +6,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from qpruner.adapters.lora import Adapter
 from qpruner.export.gguf_names import Entry
-from qpruner.export.source import LowRank, Source
+from qpruner.export.source import Source
 
 
 @dataclass(frozen=True)
@@ -25,7 +26,7 @@ class Factors:
     lora_B: Tensor
 
 
-def alpha_of(adapters: Mapping[str, LowRank]) -> float:
+def alpha_of(adapters: Mapping[str, Adapter]) -> float:
     """The alpha that a file states for all adapters: that of the first."""
     first = next(iter(adapters.values()))
     return first.scale * len(first.lora_A)

@@ -11,10 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from qpruner.adapters.lora import Adapter
 from qpruner.anatomy import architecture_of, family_of, refuse_experts
 from qpruner.dense_copy import TokenizerFiles
 from qpruner.export.groups import rounded
-from qpruner.export.source import LowRank, Source
+from qpruner.export.source import Source
 from qpruner.export.written import Written
 from qpruner.folder_manifest import CONFIG, entries_of
 from qpruner.model_folder import build_skeleton
@@ -221,7 +222,7 @@ class _Weights:
                 self._replace(multiply, out)
             self.graph.remove(node, safe=True)
 
-    def _adapted(self, builder: Any, name: str, adapter: LowRank, x: Any) -> Any:
+    def _adapted(self, builder: Any, name: str, adapter: Adapter, x: Any) -> Any:
         up, down = (_stored(name, factor, self.dtype) for factor in _factors(adapter))
         inner = builder.node("MatMul", x, builder.floats(f"{name}.lora_A", down.T))
         return builder.node("MatMul", inner, builder.floats(f"{name}.lora_B", up.T))
@@ -247,7 +248,7 @@ def _packed(source: Source, name: str) -> PackedLinear | None:
     return packed
 
 
-def _factors(adapter: LowRank) -> tuple[Tensor, Tensor]:
+def _factors(adapter: Adapter) -> tuple[Tensor, Tensor]:
     """The factors B [O, r], which the scale of the adapter is in, and A [r, I]."""
     return adapter.scale * adapter.lora_B.float(), adapter.lora_A.float()
 

@@ -13,12 +13,12 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from qpruner.export.groups import GroupedWeight, GroupLayout
-from qpruner.modeling_compressed import code_book
+from qpruner.modeling_compressed import code_book, parted
 from qpruner.quantization.bit_packing import pack
 from qpruner.quantization.blockwise4 import Blockwise4
 from qpruner.quantization.formats import format_for, rebuild
 from qpruner.quantization.packed import PackedLinear
-from qpruner.quantization.segments import leading_of, parted
+from qpruner.quantization.segments import leading_of
 
 WIDTHS = (2, 4, 8)
 """Bits of a code that onnxruntime multiplies with; one that is chosen from a table has eight."""
@@ -150,7 +150,7 @@ def looked_up(builder: Builder, name: str, packed: PackedLinear) -> Value:
 def segments(packed: PackedLinear) -> tuple[PackedLinear, PackedLinear]:
     """The leading columns of a linear of two segments, and those behind them, as linears."""
     leading, states = leading_of(packed.precision, packed.in_features), parted(packed.packed())
-    rows, dtype, behind = packed.out_features, packed.like.dtype, packed.in_features - leading.columns
+    rows, dtype, behind = packed.out_features, packed.dtype, packed.in_features - leading.columns
     first = rebuild(states[0], rows, leading.columns, precision=leading.precision, bias=None, dtype=dtype)
     return first, rebuild(states[1], rows, behind, precision=packed.precision.rest, bias=None, dtype=dtype)
 

@@ -10,7 +10,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from qpruner.adapters.lora import adapter_on, detach_adapters
+from qpruner.adapters.lora import Adapter, adapters_of, detach_adapters
 from qpruner.anatomy import family_of
 from qpruner.dense_copy import check_finite, model_folder
 from qpruner.model_folder import load_compressed, read_plan
@@ -18,26 +18,6 @@ from qpruner.plan import CompressionPlan
 from qpruner.quantization.embedding import PackedEmbedding
 from qpruner.quantization.formats import dequantize
 from qpruner.quantization.packed import PackedLinear
-
-
-@dataclass(frozen=True)
-class LowRank:
-    """A trained adapter: ``scale * B A`` is added to the weight of its linear.
-
-    Args:
-        lora_A: factor A, [r, in].
-        lora_B: factor B, [out, r].
-        scale: number that the product is multiplied by.
-    """
-
-    lora_A: Tensor
-    lora_B: Tensor
-    scale: float
-
-    @property
-    def product(self) -> Tensor:
-        """What is added to the weight; float32 [out, in]."""
-        return self.scale * (self.lora_B.float() @ self.lora_A.float())
 
 
 @dataclass(frozen=True)
@@ -57,7 +37,7 @@ class Source:
     folder: Path
     network: Any
     plan: CompressionPlan
-    adapters: Mapping[str, LowRank]
+    adapters: Mapping[str, Adapter]
 
     @classmethod
     def read(cls, folder: Path) -> Self:
@@ -71,11 +51,7 @@ class Source:
         check_finite(model, f"the model in {str(folder)!r}", "Train again with a lower --model.optimizer.lr.")
         if not hasattr(model, "peft_config"):
             return cls(folder, model, plan, {})
-        adapters = {
-            name: LowRank(adapter.lora_A.detach(), adapter.lora_B.detach(), adapter.scale)
-            for name, module in model.get_base_model().named_modules()
-            if (adapter := adapter_on(module)) is not None
-        }
+        adapters = adapters_of(model)
         return cls(folder, detach_adapters(model)[0].eval(), plan, adapters)
 
     @property
@@ -132,7 +108,7 @@ class Source:
         held: nn.Parameter = getattr(self.network.get_submodule(module), kind)
         return held.detach().float()
 
-    def adapter(self, name: str) -> LowRank | None:
+    def adapter(self, name: str) -> Adapter | None:
         """The adapter on a parameter; None where there is none."""
         module, _, kind = name.rpartition(".")
         return self.adapters.get(module) if kind == "weight" else None

@@ -5,19 +5,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from qpruner.modeling_compressed import (
-    SCALE_GROUP,
-    blockwise4_rows,
-    blockwise4_scales,
-    blockwise4_values,
-    code_book,
-    layout,
-    scale_code_book,
-)
+from qpruner.modeling_compressed import SCALE_GROUP, blockwise4_scales, blockwise4_values, code_book, scale_code_book
 from qpruner.plan import Precision
-from qpruner.quantization.packed import PackedLinear
 
 
 @dataclass(frozen=True)
@@ -57,9 +48,6 @@ class Blockwise4:
     def groups(self) -> tuple[int, ...]:
         return (64, 32, 128, 256, 512, 1024)
 
-    def layout(self, out_features: int, in_features: int, precision: Precision) -> dict[str, Tensor]:
-        return layout(out_features, in_features, precision.to_data())
-
     def encode(self, weight: Tensor, precision: Precision) -> dict[str, Tensor]:
         codes, state = _bitsandbytes().functional.quantize_4bit(
             weight.float().contiguous(), blocksize=self.group(precision), quant_type=self.code_book
@@ -77,52 +65,10 @@ class Blockwise4:
             "scale_offset": offset,
         }
 
-    def decode(self, state: Mapping[str, Tensor], out_features: int, in_features: int, precision: Precision) -> Tensor:
-        return blockwise4_values(state, out_features, in_features, self.code_book, self.group(precision))
-
-    def unpack(
-        self,
-        state: Mapping[str, Tensor],
-        out_features: int,
-        in_features: int,
-        precision: Precision,
-        dtype: torch.dtype,
-    ) -> Tensor:
-        bnb = _bitsandbytes()
-        codes, scales = state["codes"], state.get("scales")
-        if scales is None:
-            scales = bnb.functional.dequantize_blockwise(state["scale_codes"], _scale_state(state))
-            scales = scales + state["scale_offset"]
-        # The kernel is told of a matrix with a block in each row, or of one long row: these it reads rightly. It knows
-        # three dtypes, and leaves memory as it is for others.
-        group, length = self.group(precision), 2 * codes.numel()
-        shape = (1, length) if length % group else (length // group, group)
-        values = torch.ops.bitsandbytes.dequantize_4bit(
-            codes.view(-1, 1), scales, group, self.code_book, shape, torch.float32
-        )
-        return values.flatten()[: out_features * in_features].view(out_features, in_features).to(dtype)
-
-    def decode_rows(
-        self, state: Mapping[str, Tensor], rows: Tensor, out_features: int, in_features: int, precision: Precision
-    ) -> Tensor:
-        shape = out_features, in_features
-        return blockwise4_rows(state, rows, shape, self.code_book, self.group(precision))
-
     def take(
         self, state: Mapping[str, Tensor], axis: int, index: Tensor, in_features: int, precision: Precision
     ) -> None:
         return None  # blocks run across columns, and from the end of a row into the next
-
-    def build(
-        self,
-        state: Mapping[str, Tensor],
-        out_features: int,
-        in_features: int,
-        precision: Precision,
-        bias: nn.Parameter | None,
-        dtype: torch.dtype,
-    ) -> PackedLinear:
-        return Blockwise4Linear(state, out_features, in_features, precision, bias, dtype, self)
 
     def group(self, precision: Precision) -> int:
         return precision.group or self.groups[0]
@@ -133,44 +79,53 @@ class Blockwise4:
         return blockwise4_scales(state, torch.arange(len(blocks), device=blocks.device))
 
 
-class Blockwise4Linear(PackedLinear):
-    """A linear in blocks of four-bit floats; CUDA multiplies by the kernels of bitsandbytes.
+def unpack_blocks(
+    state: Mapping[str, Tensor],
+    out_features: int,
+    in_features: int,
+    name: str,
+    group: int,
+    places: Tensor | None = None,
+) -> Tensor:
+    """What `blockwise4_values` gives, bit for bit; whole weights by the kernel of bitsandbytes, which is faster."""
+    if places is not None:
+        return blockwise4_values(state, out_features, in_features, name, group, places)
+    bnb = _bitsandbytes()
+    codes, scales = state["codes"], state.get("scales")
+    if scales is None:
+        scales = bnb.functional.dequantize_blockwise(state["scale_codes"], _scale_state(state))
+        scales = scales + state["scale_offset"]
+    # The kernel is told of a matrix with a block in each row, or of one long row: these it reads rightly. It knows
+    # three dtypes, and leaves memory as it is for others.
+    length = 2 * codes.numel()
+    shape = (1, length) if length % group else (length // group, group)
+    values = torch.ops.bitsandbytes.dequantize_4bit(codes.view(-1, 1), scales, group, name, shape, torch.float32)
+    return values.flatten()[: out_features * in_features].view(out_features, in_features)
 
-    On CPUs it unpacks with torch. The ``Linear4bit`` of bitsandbytes would rewrite its weight in place at the first
-    forward in evaluation where there is AVX512-BF16, after which no gradient passes through it, silently; with AVX512
-    its kernel mixes up scales when ``in`` is a multiple of 32 but not of the group; and it computes for good in the
-    dtype of the first input that it sees.
 
+def multiply_blocks(
+    x: Tensor, bias: Tensor | None, state: Mapping[str, Tensor], out_features: int, name: str, group: int
+) -> Tensor:
+    """The product ``x W^T + b`` [.., out] of a weight in blocks, on CUDA by the kernels of bitsandbytes.
+
+    Not for CPUs, where its ``Linear4bit`` would rewrite its weight in place at the first forward in evaluation where
+    there is AVX512-BF16, after which no gradient passes through it, silently; with AVX512 its kernel mixes up scales
+    when ``in`` is a multiple of 32 but not of the group.
     """
+    told = quant_state(state, (out_features, x.shape[-1]), name, group, x.dtype)
+    product: Tensor = _bitsandbytes().matmul_4bit(x, state["codes"].view(-1, 1), bias=bias, quant_state=told)
+    return product
 
-    number_format: Blockwise4
 
-    def forward(self, x: Tensor) -> Tensor:
-        if not x.is_cuda:
-            return super().forward(x)
-        bias = None if self.bias is None else self.bias.to(x.dtype)
-        packed = self.packed()
-        bnb = _bitsandbytes()
-        return bnb.matmul_4bit(x, packed["codes"].view(-1, 1), bias=bias, quant_state=self.state_of(packed, x.dtype))
-
-    def state_of(self, packed: Mapping[str, Tensor], dtype: torch.dtype) -> Any:
-        """What bitsandbytes has to know of the codes, for products in a dtype and their backward pass."""
-        number_format = self.number_format
-        scales: dict[str, Any] = {"absmax": packed.get("scales")}
-        if number_format.double:
-            scales = {
-                "absmax": packed["scale_codes"],
-                "offset": packed["scale_offset"],
-                "state2": _scale_state(packed),
-            }
-        return _bitsandbytes().functional.QuantState(
-            shape=torch.Size((self.out_features, self.in_features)),
-            code=code_book(number_format.code_book, packed["codes"].device),
-            blocksize=number_format.group(self.precision),
-            quant_type=number_format.code_book,
-            dtype=dtype,
-            **scales,
-        )
+def quant_state(state: Mapping[str, Tensor], shape: tuple[int, int], name: str, group: int, dtype: torch.dtype) -> Any:
+    """What bitsandbytes has to know of the codes of a weight [out, in], for products in a dtype and their gradients."""
+    scales: dict[str, Any] = {"absmax": state.get("scales")}
+    if "scale_codes" in state:
+        scales = {"absmax": state["scale_codes"], "offset": state["scale_offset"], "state2": _scale_state(state)}
+    code = code_book(name, state["codes"].device)
+    return _bitsandbytes().functional.QuantState(
+        shape=torch.Size(shape), code=code, blocksize=group, quant_type=name, dtype=dtype, **scales
+    )
 
 
 def _bitsandbytes() -> Any:

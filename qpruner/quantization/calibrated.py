@@ -34,6 +34,7 @@ from qpruner.calibration.input_sums import InputSums
 from qpruner.calibration.output_gradients import output_weights
 from qpruner.calibration.text import Calibration
 from qpruner.errors import listed
+from qpruner.modeling_compressed import values
 from qpruner.plan import DENSE, CompressionPlan, Precision
 from qpruner.quantization.apply import Factors, LoftQSettings, check_rank, linear_precisions
 from qpruner.quantization.calibrated_inputs import BlockInputs, CalibratedConfig, SplitSums
@@ -182,14 +183,14 @@ class Packing:
             else:
                 rounded = round_weight(target, number_format, precision, decide.hessian, rounding, name=name)
                 by_text = number_format.pack(rounded.codes, rounded.grid)
-            plain, calibrated = (number_format.decode(each, *shape, precision) for each in (state, by_text))
-            outcome = Outcome.of(*(_error(weight, values, sums.held_out) for values in (plain, calibrated)))
+            plain, calibrated = (values(each, *shape, precision.to_data(), torch.float32) for each in (state, by_text))
+            outcome = Outcome.of(*(_error(weight, held, sums.held_out) for held in (plain, calibrated)))
             state = by_text if outcome.kept else state
         factors = None
         if self._adapters is not None and is_target(name, self._adapters.targets):
-            values = number_format.decode(state, *shape, precision)
+            held = values(state, *shape, precision.to_data(), torch.float32)
             hessian = decide.hessian.mean(0) if self._config.adapters == "calibrated" else None
-            factors = self._start(name, target, values, hessian, self._adapters)
+            factors = self._start(name, target, held, hessian, self._adapters)
         return RoundedLinear({part: tensor.cpu() for part, tensor in state.items()}, factors, outcome)
 
     def _start(

@@ -14,45 +14,32 @@ from torch import Tensor, nn
 
 from qpruner.anatomy import family_of
 from qpruner.errors import UserError
+from qpruner.modeling_compressed import CompressedEmbedding, tie_
 from qpruner.plan import DENSE, Precision
-from qpruner.quantization.formats import dequantize_rows, quantize
+from qpruner.quantization.formats import quantize
 from qpruner.quantization.model import rebuild_linear
 from qpruner.quantization.packed import PackedLinear
 
 
-class PackedEmbedding(nn.Module):
-    """A frozen embedding that reads its rows from a packed linear, whose weight [vocabulary, hidden] is the table.
+class PackedEmbedding(CompressedEmbedding):
+    """The embedding of a compressed folder, which can become dense again, and whose tied head may.
 
     Args:
-        table: linear whose weight is the table; with tied embeddings the head itself.
+        table: linear whose weight [vocabulary, hidden] is the table; with tied embeddings the head itself.
         dense: embedding that is replaced, with the rows of the table; its weight is let go.
-        dtype: dtype of the rows that it gives; follows ``to``.
     """
 
-    scale: Tensor  # [], that the rows are multiplied by
-
-    def __init__(self, table: PackedLinear, dense: nn.Embedding, dtype: torch.dtype) -> None:
-        super().__init__()
-        self.table = table
+    def __init__(self, table: PackedLinear, dense: nn.Embedding) -> None:
         # Gemma's families multiply by the root of the hidden size, in the dtype of the weight.
-        scale = getattr(dense, "embed_scale", torch.ones(()))
-        self.register_buffer("scale", scale.to(table.packed()["codes"].device, dtype), persistent=False)
+        super().__init__(table, getattr(dense, "scalar_embed_scale", 1.0))
         dense.weight = None  # type: ignore[assignment]
         self._without_weight = (dense,)  # in a tuple, so that it is no part of the model
 
     def forward(self, ids: Tensor) -> Tensor:  # [..] -> [.., hidden]
-        table: Any = self.table
-        if isinstance(table, PackedLinear):
-            rows = dequantize_rows(table, ids.flatten()).to(self.scale.dtype)
-        else:  # since something wrote to the weight of a tied head
-            rows = table.weight[ids.flatten()]
-        return rows.view(*ids.shape, self.table.in_features) * self.scale
-
-    @property
-    def exact_scale(self) -> float:
-        """What the rows are multiplied by, before it is rounded to their dtype."""
-        scale: float = getattr(self._without_weight[0], "scalar_embed_scale", 1.0)
-        return scale
+        if isinstance(self.table, PackedLinear):
+            return super().forward(ids)
+        weight = self.table.weight  # since something wrote to the weight of a tied head
+        return weight[ids] * torch.tensor(self.scale, dtype=weight.dtype)
 
     def unpacked_(self) -> nn.Embedding:
         """The embedding that it was made from, with the weight of the table, which is dense from now on."""
@@ -103,12 +90,10 @@ def quantize_tables_(model: Any, embedding: Precision, head: Precision, *, devic
     def packed(name: str, dense: nn.Linear, precision: Precision) -> PackedLinear:
         return quantize(dense.to(device), precision).to(home)
 
-    _replace_(model, table_precisions(model.config, embedding, head), packed, dtype=model.dtype)
+    _replace_(model, table_precisions(model.config, embedding, head), packed)
 
 
-def rebuild_tables_(
-    model: Any, embedding: Precision, head: Precision, state: Mapping[str, Tensor], *, dtype: torch.dtype
-) -> None:
+def rebuild_tables_(model: Any, embedding: Precision, head: Precision, state: Mapping[str, Tensor]) -> None:
     """Puts packed tables from a state dict in the place of dense ones, whose weights are not read.
 
     Args:
@@ -116,7 +101,6 @@ def rebuild_tables_(
         embedding: precision of the embedding.
         head: precision of the head.
         state: state dict of the model that was saved; packed tables take its tensors over without a copy.
-        dtype: dtype of what the embedding gives, which its codes do not tell.
 
     Raises:
         UserError: as `quantize_tables_`, or the state lacks a tensor or has one of another shape.
@@ -125,7 +109,7 @@ def rebuild_tables_(
     def packed(name: str, dense: nn.Linear, precision: Precision) -> PackedLinear:
         return rebuild_linear(name, dense, precision, state)
 
-    _replace_(model, table_precisions(model.config, embedding, head), packed, dtype=dtype)
+    _replace_(model, table_precisions(model.config, embedding, head), packed)
 
 
 def unpack_embedding_(model: Any) -> None:
@@ -147,8 +131,6 @@ def _replace_(
     model: Any,
     precisions: Mapping[str, Precision],
     packed: Callable[[str, nn.Linear, Precision], PackedLinear],
-    *,
-    dtype: torch.dtype,
 ) -> None:
     _, family = family_of(model.config)
     for name, precision in precisions.items():
@@ -159,11 +141,8 @@ def _replace_(
             model.set_submodule(name, packed(name, dense, precision))
             continue
         table = packed(f"{name}.table", _as_linear(dense), precision)
-        model.set_submodule(name, PackedEmbedding(table, dense, dtype))
-        if model.config.tie_word_embeddings:
-            model.set_submodule(family.head, table)
-            model._tied_weights_keys = {family.head: f"{name}.table"}
-            model.all_tied_weights_keys = model.get_expanded_tied_weights_keys()
+        model.set_submodule(name, PackedEmbedding(table, dense))
+        tie_(model)
 
 
 def _as_linear(embedding: nn.Embedding) -> nn.Linear:

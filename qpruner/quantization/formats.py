@@ -8,19 +8,21 @@ import torch
 from torch import Tensor, nn
 
 from qpruner.errors import UserError, nearest
+from qpruner.modeling_compressed import layout
 from qpruner.plan import DENSE, ROW, Precision
 from qpruner.quantization.blockwise4 import Blockwise4
 from qpruner.quantization.grid import AnyGrid
 from qpruner.quantization.int8 import Int8
 from qpruner.quantization.packed import PackedLinear
-from qpruner.quantization.segments import GridSegments, Segments
+from qpruner.quantization.segments import GridSegments, Segments, leading_of
 from qpruner.quantization.uniform import Uniform
 
 
 class Format(Protocol):
-    """A number format: which widths it has, how it lays out a weight, and the linear that computes with it.
+    """A number format: which widths it has, and how a weight comes to be held in it.
 
-    A state is a set of tensors by name, as ``layout`` describes them. Everything after ``encode`` is exact.
+    A state is a set of tensors by name. How they are laid out and what they mean, `qpruner.modeling_compressed` says
+    (``layout``, ``values``). Everything after ``encode`` is exact.
     """
 
     @property
@@ -34,29 +36,8 @@ class Format(Protocol):
     def groups(self) -> Sequence[int | None]:
         """Weights per scale that are offered, the default first; None where the format leaves no choice."""
 
-    def layout(self, out_features: int, in_features: int, precision: Precision) -> dict[str, Tensor]:
-        """The state of a weight of that shape as tensors without storage (on the meta device)."""
-
     def encode(self, weight: Tensor, precision: Precision) -> dict[str, Tensor]:
         """The state nearest to a weight [out, in] of any float dtype, on its device."""
-
-    def decode(self, state: Mapping[str, Tensor], out_features: int, in_features: int, precision: Precision) -> Tensor:
-        """The weight of a state, by torch alone; float32 [out, in]."""
-
-    def unpack(
-        self,
-        state: Mapping[str, Tensor],
-        out_features: int,
-        in_features: int,
-        precision: Precision,
-        dtype: torch.dtype,
-    ) -> Tensor:
-        """What ``decode`` gives, rounded once to a dtype, by the fastest means; for every product of a linear."""
-
-    def decode_rows(
-        self, state: Mapping[str, Tensor], rows: Tensor, out_features: int, in_features: int, precision: Precision
-    ) -> Tensor:
-        """Some rows [n] of what ``decode`` gives; float32 [n, in]."""
 
     def take(
         self, state: Mapping[str, Tensor], axis: int, index: Tensor, in_features: int, precision: Precision
@@ -65,17 +46,6 @@ class Format(Protocol):
 
         Of columns it is in the precision that `Precision.of_columns` gives.
         """
-
-    def build(
-        self,
-        state: Mapping[str, Tensor],
-        out_features: int,
-        in_features: int,
-        precision: Precision,
-        bias: nn.Parameter | None,
-        dtype: torch.dtype,
-    ) -> PackedLinear:
-        """A linear on the tensors of a state, which it takes over without a copy."""
 
 
 @runtime_checkable
@@ -93,7 +63,7 @@ class GridFormat(Format, Protocol):
         """
 
     def pack(self, codes: Tensor, grid: Any) -> dict[str, Tensor]:
-        """The state of codes uint8 [out, in] on a grid of `storable`; ``decode`` gives ``grid.values(codes)``."""
+        """The state of codes uint8 [out, in] on a grid of `storable`; they mean ``grid.values(codes)``."""
 
     def grid(self, state: Mapping[str, Tensor], precision: Precision) -> AnyGrid:
         """The grid of a state."""
@@ -199,12 +169,6 @@ def dequantize(module: PackedLinear) -> Tensor:
     return module.unpack(torch.float32)
 
 
-def dequantize_rows(module: PackedLinear, rows: Tensor) -> Tensor:
-    """Some rows [n] of the weight that a packed linear computes with; float32 [n, in]."""
-    number_format = format_for(module.precision)
-    return number_format.decode_rows(module.packed(), rows, module.out_features, module.in_features, module.precision)
-
-
 def narrowed(module: PackedLinear, axis: int, index: Tensor) -> PackedLinear:
     """Some rows or columns of a packed linear, packed likewise, with the bias that goes with them.
 
@@ -227,8 +191,7 @@ def narrowed(module: PackedLinear, axis: int, index: Tensor) -> PackedLinear:
     bias = None if module.bias is None else module.bias.detach()
     if bias is not None:
         bias = bias[index] if axis == 0 else bias.clone()
-    dtype = module.like.dtype
-    return rebuild(state, *shape, precision=precision, bias=bias, dtype=dtype).train(module.training)
+    return rebuild(state, *shape, precision=precision, bias=bias, dtype=module.dtype).train(module.training)
 
 
 def num_bytes(out_features: int, in_features: int, precision: Precision) -> int:
@@ -237,8 +200,19 @@ def num_bytes(out_features: int, in_features: int, precision: Precision) -> int:
     Raises:
         UserError: no format offers the precision.
     """
-    layout = format_for(precision).layout(out_features, in_features, precision)
-    return sum(tensor.nbytes for tensor in layout.values())
+    return sum(tensor.nbytes for tensor in layout_of(out_features, in_features, precision).values())
+
+
+def layout_of(out_features: int, in_features: int, precision: Precision) -> dict[str, Tensor]:
+    """The state of a weight of that shape as tensors without storage (on the meta device).
+
+    Raises:
+        UserError: no format offers the precision, or the weight has no more columns than are to lead.
+    """
+    format_for(precision)
+    if precision.leading is not None:
+        leading_of(precision, in_features)
+    return layout(out_features, in_features, precision.to_data())
 
 
 def rebuild(
@@ -263,9 +237,8 @@ def rebuild(
     Raises:
         UserError: no format offers the precision, or a tensor is missing or not of the shape and dtype of the layout.
     """
-    number_format = format_for(precision)
-    layout = number_format.layout(out_features, in_features, precision)
-    for name, expected in layout.items():
+    expected_state = layout_of(out_features, in_features, precision)
+    for name, expected in expected_state.items():
         given = state.get(name)
         if given is None or given.shape != expected.shape or given.dtype != expected.dtype:
             actual = "missing" if given is None else f"{given.dtype} {list(given.shape)}"
@@ -275,5 +248,5 @@ def rebuild(
                 "the plan that it was saved with, or quantize again."
             )
     frozen = None if bias is None else nn.Parameter(bias, requires_grad=False)
-    packed = {name: state[name] for name in layout}
-    return number_format.build(packed, out_features, in_features, precision, frozen, dtype)
+    packed = {name: state[name] for name in expected_state}
+    return PackedLinear(packed, out_features, in_features, precision, frozen, dtype)

@@ -4,11 +4,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from qpruner.modeling_compressed import int8_values, layout
 from qpruner.plan import Precision
-from qpruner.quantization.packed import PackedLinear
 
 
 @dataclass(frozen=True)
@@ -41,34 +39,12 @@ class Int8:
     def groups(self) -> tuple[None]:
         return (None,)
 
-    def layout(self, out_features: int, in_features: int, precision: Precision) -> dict[str, Tensor]:
-        return layout(out_features, in_features, precision.to_data())
-
     def encode(self, weight: Tensor, precision: Precision) -> dict[str, Tensor]:
         # Not by bitsandbytes, which rounds the weight to float16 first.
         weight = weight.float().contiguous()
         scales = weight.abs().amax(dim=1)  # [out]
         steps = torch.where(scales > 0, scales, 1.0).unsqueeze(1)  # rows of zeros: not 0 / 0
         return {"codes": (weight / steps * 127).round().to(torch.int8), "scales": scales}
-
-    def decode(self, state: Mapping[str, Tensor], out_features: int, in_features: int, precision: Precision) -> Tensor:
-        return int8_values(state, torch.float32)
-
-    def unpack(
-        self,
-        state: Mapping[str, Tensor],
-        out_features: int,
-        in_features: int,
-        precision: Precision,
-        dtype: torch.dtype,
-    ) -> Tensor:
-        return int8_values(state, dtype)
-
-    def decode_rows(
-        self, state: Mapping[str, Tensor], rows: Tensor, out_features: int, in_features: int, precision: Precision
-    ) -> Tensor:
-        chosen = {name: tensor[rows] for name, tensor in state.items()}
-        return self.decode(chosen, len(rows), in_features, precision)
 
     def take(
         self, state: Mapping[str, Tensor], axis: int, index: Tensor, in_features: int, precision: Precision
@@ -78,14 +54,3 @@ class Int8:
             "codes": state["codes"].index_select(axis, index),
             "scales": scales[index] if axis == 0 else scales.clone(),
         }
-
-    def build(
-        self,
-        state: Mapping[str, Tensor],
-        out_features: int,
-        in_features: int,
-        precision: Precision,
-        bias: nn.Parameter | None,
-        dtype: torch.dtype,
-    ) -> PackedLinear:
-        return PackedLinear(state, out_features, in_features, precision, bias, dtype, self)

@@ -4,59 +4,66 @@ Always dense: packed into the base's formats again, the merged weights would be 
 adapters gave.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from peft.tuners.lora import LoraLayer
 from torch import nn
 
+from qpruner.adapters.lora import Adapter, adapters_of, detach_adapters
+from qpruner.anatomy import family_of
 from qpruner.pretrained import hold_in_
 from qpruner.quantization.embedding import unpack_embedding_
 from qpruner.quantization.packed import PackedLinear
 
 
 def merge_(model: Any, dtype: torch.dtype, done: Callable[[nn.Module], object] = lambda linear: None) -> Any:
-    """Makes a PEFT model dense, in place, with its active adapters added to their linears in float32, and returns it.
-
-    One linear after the other is made dense and rounded to the dtype, so that never more than one is in float32.
+    """Makes a PEFT model dense, in place, with its adapters in its weights, and returns the model below.
 
     Args:
         model: a PEFT model, or one without adapters; packed or not.
         dtype: dtype of the merged model.
         done: called with each linear that was packed or had an adapter, once it is dense.
     """
-    adapted = hasattr(model, "merge_and_unload")
-    base = model.get_base_model() if adapted else model
-    for module in base.modules():
+    if not hasattr(model, "peft_config"):
+        return make_dense_(model, {}, dtype, done)
+    adapters = adapters_of(model)
+    return make_dense_(detach_adapters(model)[0], adapters, dtype, done)
+
+
+def make_dense_(
+    network: Any,
+    adapters: Mapping[str, Adapter],
+    dtype: torch.dtype,
+    done: Callable[[nn.Module], object] = lambda linear: None,
+) -> Any:
+    """Makes a model without adapters dense, in place, with adapters added to its linears in float32, and returns it.
+
+    One linear after the other is made dense and rounded to the dtype, so that never more than one is in float32. A head
+    that gets an adapter is tied no more; the embedding keeps the weight.
+
+    Args:
+        network: model of transformers; packed or not.
+        adapters: adapters by the name of their linear.
+        dtype: dtype of the dense model.
+        done: called with each linear that was packed or has an adapter, once it is dense.
+    """
+    for module in network.modules():
         if isinstance(module, PackedLinear):
             module.to(torch.float32)  # what codes are unpacked to
-    unpack_embedding_(base)
-    if adapted:
-        _untie_adapted_head_(base)
-    within: set[nn.Module] = set()  # linears below adapters, which come with these
-    for module in list(base.modules()):
-        if module in within:
-            continue
-        linear = module.get_base_layer() if isinstance(module, LoraLayer) else module
+    unpack_embedding_(network)
+    if network.config.tie_word_embeddings and family_of(network.config)[1].head in adapters:
+        head = network.get_output_embeddings()
+        head.weight = nn.Parameter(head.weight.detach().clone(), requires_grad=False)
+        network.config.tie_word_embeddings = False
+    for name, linear in list(network.named_modules()):
+        adapter = adapters.get(name)
         if isinstance(linear, PackedLinear):
             linear.become_dense_()
-        elif not isinstance(module, LoraLayer):
+        elif adapter is None:
             continue
-        if isinstance(module, LoraLayer):
-            within.add(linear)
-            hold_in_(linear, torch.float32)
-            module.merge()
+        hold_in_(linear, torch.float32)
+        if adapter is not None:
+            linear.weight.data += adapter.product
         done(hold_in_(linear, dtype))
-    return hold_in_(model.unload() if adapted else base, dtype)
-
-
-def _untie_adapted_head_(base: Any) -> None:
-    """Gives a head that has adapters a weight of its own; the embedding, which has none of them, keeps the tied one."""
-    head = base.get_output_embeddings()
-    if base.config.tie_word_embeddings and hasattr(head, "base_layer"):
-        linear = head.get_base_layer()
-        if isinstance(linear, PackedLinear):
-            linear.become_dense_()
-        linear.weight = nn.Parameter(linear.weight.detach().clone(), requires_grad=False)
-        base.config.tie_word_embeddings = False
+    return hold_in_(network, dtype)

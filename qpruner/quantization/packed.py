@@ -1,38 +1,26 @@
-"""The linear that every format makes: frozen, its weight held as codes and scales."""
+"""The linear that holds packed weights while a model is worked on: that of a compressed folder, and what this takes."""
 
-from collections.abc import Callable, Mapping
-from typing import Any, Protocol, Self, cast
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from qpruner.modeling_compressed import UnpackedProduct
+from qpruner.modeling_compressed import CODE_BOOKS, CompressedLinear, group_of, values
 from qpruner.plan import Precision
+from qpruner.quantization.blockwise4 import multiply_blocks, unpack_blocks
 from qpruner.quantization.weight import Frozen, PackedWeight
 
 
-class Unpacking(Protocol):
-    """What a linear asks of its number format."""
+class PackedLinear(CompressedLinear):
+    """The linear of a compressed folder, as a tool that changes models needs it.
 
-    def unpack(
-        self,
-        state: Mapping[str, Tensor],
-        out_features: int,
-        in_features: int,
-        precision: Precision,
-        dtype: torch.dtype,
-    ) -> Tensor:
-        """The weight [out, in] of a state, rounded once from float32."""
-
-
-class PackedLinear(nn.Linear):
-    """A frozen linear ``x W^T + b`` that computes in the dtype of ``x``; W is held in a packed number format.
-
-    It multiplies with exactly the weight that its codes and scales mean, in training and in evaluation.
+    It multiplies with exactly the weight that its codes and scales mean, in training and in evaluation; four-bit floats
+    are read by the kernels of bitsandbytes, which on CUDA multiply, too.
 
     Its state dict holds the tensors of ``packed``, in the layout that the format documents, and ``bias``, so that a
     model with packed linears is saved and loaded as any other. To others, such as PEFT, it is a linear as any other,
-    too: its ``weight`` can be read, and once it is written to the linear is dense; see `PackedWeight`.
+    too: its ``weight`` can be read, and only once it is written to the linear is dense; see `PackedWeight`.
 
     Args:
         state: codes and scales by name, taken over without a copy.
@@ -41,10 +29,10 @@ class PackedLinear(nn.Linear):
         precision: precision that the state was made in.
         bias: bias [out], or None.
         dtype: dtype of the weight when others see it, or when the linear becomes dense; follows ``to``.
-        number_format: number format of the state.
     """
 
-    precision: Precision
+    like: Frozen
+    parameter: ClassVar[type[nn.Parameter]] = Frozen
 
     def __init__(
         self,
@@ -54,33 +42,28 @@ class PackedLinear(nn.Linear):
         precision: Precision,
         bias: nn.Parameter | None,
         dtype: torch.dtype,
-        number_format: Unpacking,
     ) -> None:
-        nn.Module.__init__(self)  # that of `nn.Linear` makes a weight
-        self.in_features, self.out_features = in_features, out_features
-        self.precision, self.number_format = precision, number_format
-        # An empty parameter has the dtype, so that casts of the model reach it. Transformers takes the dtype of a model
-        # from its first parameter of floats, which in a packed embedding would be the scales.
+        # Transformers takes the dtype of a model from its first parameter of floats, which in a packed embedding would
+        # be the scales: an empty one goes before them.
         device = next(iter(state.values())).device
-        self.like = Frozen(torch.empty(0, dtype=dtype, device=device))
-        self._packed = tuple(state)
-        # No buffers: those DDP would send around at every step.
-        for name, tensor in state.items():
-            self.register_parameter(name, Frozen(tensor))
-        self.register_parameter("bias", bias)
+        state = {"like": torch.empty(0, dtype=dtype, device=device), **state}
+        super().__init__(state, out_features, in_features, precision.to_data(), bias, dtype)
 
-    def packed(self) -> dict[str, Tensor]:
-        """Codes and scales by name: the module's own storage, not copies."""
-        return {name: self.get_parameter(name).data for name in self._packed}
+    @property
+    def precision(self) -> Precision:
+        """The precision that it is held in."""
+        return Precision.of_data(self.entry)
 
     def unpack(self, dtype: torch.dtype) -> Tensor:
-        """The weight [out, in], rounded once from float32."""
-        return self.number_format.unpack(self.packed(), self.out_features, self.in_features, self.precision, dtype)
+        shape = self.out_features, self.in_features
+        return values(self.packed(), *shape, self.entry, dtype, blockwise4=unpack_blocks)
 
     def forward(self, x: Tensor) -> Tensor:  # [.., in] -> [.., out]
+        name = self.entry["format"].removesuffix("-double")
+        if not x.is_cuda or name not in CODE_BOOKS or "leading" in self.entry:
+            return super().forward(x)
         bias = None if self.bias is None else self.bias.to(x.dtype)
-        product: Tensor = UnpackedProduct.apply(x, bias, self.unpack)  # type: ignore[no-untyped-call]
-        return product
+        return multiply_blocks(x, bias, self.packed(), self.out_features, name, group_of(self.entry))
 
     @property
     def weight(self) -> Tensor:
@@ -92,42 +75,8 @@ class PackedLinear(nn.Linear):
         if not (isinstance(weight, PackedWeight) and weight.linear is self):
             self.become_dense_(weight)
 
-    def become_dense_(self, weight: Tensor | None = None) -> nn.Linear:
-        """Turns into a dense linear, the way a ``LazyLinear`` of torch turns into one.
-
-        Args:
-            weight: weight of the dense linear, [out, in], cast to the dtype of ``like``; default the one that the codes
-                mean, so that only the dtype rounds.
-        """
-        dense = self.unpack(torch.float32) if weight is None else weight
-        dense = dense.detach().to(self.like.dtype, copy=isinstance(weight, nn.Parameter))
-        bias = self.bias
-        for name in ("like", *self._packed, "bias"):
-            delattr(self, name)
-        for name in ("precision", "number_format", "_packed"):
-            vars(self).pop(name, None)
-        linear = cast(nn.Linear, self)
-        linear.__class__ = nn.Linear
-        linear.weight = nn.Parameter(dense, requires_grad=False)
-        linear.register_parameter("bias", bias)
-        return linear
-
-    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
-        if name == "weight" and param is not None:  # assigned by others
-            self.become_dense_(param)
-        else:
-            super().register_parameter(name, param)
-
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, {self.precision}"
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        before = self.packed()
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        for name, tensor in before.items():  # a cast of the model is none of the scales'
-            if (moved := self.get_parameter(name)).dtype != tensor.dtype:
-                self.register_parameter(name, Frozen(tensor.to(moved.device)))
-        return self
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         for name, tensor in self._stored().items():
@@ -149,7 +98,7 @@ class PackedLinear(nn.Linear):
             if given is None:
                 missing_keys.append(prefix + name)
             elif given.shape != tensor.shape or (
-                given.dtype != tensor.dtype and name in self._packed
+                given.dtype != tensor.dtype and name in self.names
             ):  # casts alter codes
                 error_msgs.append(
                     f"{prefix}{name} is {given.dtype} {list(given.shape)}, but {self.precision} of "

@@ -76,12 +76,12 @@ class PolishedLinear(PackedLinear):
         number_format: format of the packed linear.
     """
 
-    number_format: GridFormat
     ways: nn.Parameter | None
 
     def __init__(self, packed: PackedLinear, number_format: GridFormat) -> None:
         shape = packed.out_features, packed.in_features
-        super().__init__(packed.packed(), *shape, packed.precision, packed.bias, packed.like.dtype, number_format)
+        super().__init__(packed.packed(), *shape, packed.precision, packed.bias, packed.dtype)
+        self.number_format = number_format
         zeros = torch.zeros_like(self.start.scales)
         self.growths = nn.Parameter(zeros)
         self.register_parameter("ways", None if number_format.symmetric else nn.Parameter(zeros.clone()))
@@ -119,7 +119,7 @@ class PolishedLinear(PackedLinear):
 
     def _rebuilt(self, state: dict[str, Tensor]) -> PackedLinear:
         shape = self.out_features, self.in_features
-        linear = rebuild(state, *shape, precision=self.precision, bias=self.bias, dtype=self.like.dtype)
+        linear = rebuild(state, *shape, precision=self.precision, bias=self.bias, dtype=self.dtype)
         return linear.train(self.training)
 
     def _stored(self) -> dict[str, Tensor]:

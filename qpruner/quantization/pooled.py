@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qpruner.adapters.lora import Adapter, adapter_on, detach_adapters
+from qpruner.adapters.lora import Adapter, adapters_of, detach_adapters
 from qpruner.errors import UserError
 from qpruner.plan import DENSE, Precision
 from qpruner.quantization.grid import groups_of_columns
@@ -75,10 +75,7 @@ def check_foldable(model: Any) -> None:
     """
     if not hasattr(model, "peft_config"):
         raise UserError("This model has no adapters to fold into its packed weights. Leave --packed out.")
-    for name, module in model.get_base_model().named_modules():
-        adapter = adapter_on(module)
-        if adapter is None:
-            continue
+    for name, adapter in adapters_of(model).items():
         base = adapter.base
         if not (isinstance(base, PackedLinear) and base.precision.format == FORMAT and base.precision.leading is None):
             held = base.precision if isinstance(base, PackedLinear) else DENSE
@@ -113,12 +110,11 @@ def fold_(model: Any) -> Any:
 
 def _adapters(model: Any) -> list[tuple[Adapter, PackedLinear]]:
     adapters = []
-    for name, module in model.get_base_model().named_modules():
-        if (adapter := adapter_on(module)) is not None:
-            base = adapter.base
-            check_poolable(name, base.precision if isinstance(base, PackedLinear) else DENSE)
-            assert isinstance(base, PackedLinear)
-            adapters.append((adapter, base))
+    for name, adapter in adapters_of(model).items():
+        base = adapter.base
+        check_poolable(name, base.precision if isinstance(base, PackedLinear) else DENSE)
+        assert isinstance(base, PackedLinear)
+        adapters.append((adapter, base))
     return adapters
 
 

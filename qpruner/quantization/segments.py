@@ -9,14 +9,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from qpruner.errors import UserError
-from qpruner.modeling_compressed import LEADING, layout
+from qpruner.modeling_compressed import LEADING, parted
 from qpruner.plan import Leading, Precision
 from qpruner.quantization.grid import AnyGrid, Grid, GridOfTwo
 from qpruner.quantization.grid_search import Levels
-from qpruner.quantization.packed import PackedLinear
 
 if TYPE_CHECKING:
     from qpruner.quantization.formats import Format, GridFormat
@@ -49,41 +48,10 @@ class Segments:
     def groups(self) -> tuple[int | None, ...]:
         return tuple(self.rest.groups)
 
-    def layout(self, out_features: int, in_features: int, precision: Precision) -> dict[str, Tensor]:
-        leading_of(precision, in_features)
-        return layout(out_features, in_features, precision.to_data())
-
     def encode(self, weight: Tensor, precision: Precision) -> dict[str, Tensor]:
         leading = leading_of(precision, weight.shape[1])
         first = self.leading.encode(weight[:, : leading.columns], leading.precision)
         return joined(first, self.rest.encode(weight[:, leading.columns :], precision.rest))
-
-    def decode(self, state: Mapping[str, Tensor], out_features: int, in_features: int, precision: Precision) -> Tensor:
-        leading, (first, rest) = leading_of(precision, in_features), parted(state)
-        behind = in_features - leading.columns
-        values = self.leading.decode(first, out_features, leading.columns, leading.precision)
-        return torch.cat([values, self.rest.decode(rest, out_features, behind, precision.rest)], 1)
-
-    def unpack(
-        self,
-        state: Mapping[str, Tensor],
-        out_features: int,
-        in_features: int,
-        precision: Precision,
-        dtype: torch.dtype,
-    ) -> Tensor:
-        leading, (first, rest) = leading_of(precision, in_features), parted(state)
-        behind = in_features - leading.columns
-        values = self.leading.unpack(first, out_features, leading.columns, leading.precision, dtype)
-        return torch.cat([values, self.rest.unpack(rest, out_features, behind, precision.rest, dtype)], 1)
-
-    def decode_rows(
-        self, state: Mapping[str, Tensor], rows: Tensor, out_features: int, in_features: int, precision: Precision
-    ) -> Tensor:
-        leading, (first, rest) = leading_of(precision, in_features), parted(state)
-        behind = in_features - leading.columns
-        values = self.leading.decode_rows(first, rows, out_features, leading.columns, leading.precision)
-        return torch.cat([values, self.rest.decode_rows(rest, rows, out_features, behind, precision.rest)], 1)
 
     def take(
         self, state: Mapping[str, Tensor], axis: int, index: Tensor, in_features: int, precision: Precision
@@ -104,17 +72,6 @@ class Segments:
         taken = self.leading.take(first, axis, indices[0], leading.columns, leading.precision)
         others = self.rest.take(rest, axis, indices[1], behind, precision.rest)
         return None if taken is None or others is None else joined(taken, others)
-
-    def build(
-        self,
-        state: Mapping[str, Tensor],
-        out_features: int,
-        in_features: int,
-        precision: Precision,
-        bias: nn.Parameter | None,
-        dtype: torch.dtype,
-    ) -> PackedLinear:
-        return PackedLinear(state, out_features, in_features, precision, bias, dtype, self)
 
 
 @dataclass(frozen=True)
@@ -181,9 +138,3 @@ def leading_of(precision: Precision, in_features: int) -> Leading:
 def joined(leading: Mapping[str, Tensor], rest: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """One state of those of both segments."""
     return {**{LEADING + name: tensor for name, tensor in leading.items()}, **rest}
-
-
-def parted(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """The states of the leading segment and of the rest."""
-    leading = {name.removeprefix(LEADING): tensor for name, tensor in state.items() if name.startswith(LEADING)}
-    return leading, {name: tensor for name, tensor in state.items() if not name.startswith(LEADING)}

@@ -4,11 +4,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional
 
 from qpruner.modeling_compressed import (
-    layout,
     uniform_scales,
     uniform_scales_and_minima,
     uniform_values,
@@ -17,7 +16,6 @@ from qpruner.modeling_compressed import (
 from qpruner.plan import ROW, Precision
 from qpruner.quantization.bit_packing import pack
 from qpruner.quantization.grid import Grid, groups_of_columns, inverse
-from qpruner.quantization.packed import PackedLinear
 
 LARGEST = torch.finfo(torch.float16).max
 LAST = 255
@@ -80,9 +78,6 @@ class Uniform:
     def groups(self) -> tuple[int, ...]:
         return (64, 32, 128, ROW)
 
-    def layout(self, out_features: int, in_features: int, precision: Precision) -> dict[str, Tensor]:
-        return layout(out_features, in_features, precision.to_data())
-
     def encode(self, weight: Tensor, precision: Precision) -> dict[str, Tensor]:
         weight = weight.float()
         scales, minima = self._spans(weight, precision)
@@ -105,25 +100,6 @@ class Uniform:
 
     def pack(self, codes: Tensor, grid: Grid) -> dict[str, Tensor]:
         return {"codes": pack(codes, grid.bits), **self._stored(grid.scales, grid.minima, grid.bits)}
-
-    def decode(self, state: Mapping[str, Tensor], out_features: int, in_features: int, precision: Precision) -> Tensor:
-        return self.unpack(state, out_features, in_features, precision, torch.float32)
-
-    def decode_rows(
-        self, state: Mapping[str, Tensor], rows: Tensor, out_features: int, in_features: int, precision: Precision
-    ) -> Tensor:
-        chosen = {name: tensor[rows] if tensor.dim() else tensor for name, tensor in state.items()}
-        return self.unpack(chosen, len(rows), in_features, precision, torch.float32)
-
-    def unpack(
-        self,
-        state: Mapping[str, Tensor],
-        out_features: int,
-        in_features: int,
-        precision: Precision,
-        dtype: torch.dtype,
-    ) -> Tensor:
-        return self.values(state, self.grid(state, precision), in_features, dtype)
 
     def grid(self, state: Mapping[str, Tensor], precision: Precision) -> Grid:
         return Grid(
@@ -150,17 +126,6 @@ class Uniform:
         codes = unpack_codes(state["codes"], in_features, precision.bits).index_select(1, index)
         scales = {name: tensor[:, taken] if tensor.dim() else tensor.clone() for name, tensor in state.items()}
         return {**scales, "codes": pack(codes, precision.bits)}
-
-    def build(
-        self,
-        state: Mapping[str, Tensor],
-        out_features: int,
-        in_features: int,
-        precision: Precision,
-        bias: nn.Parameter | None,
-        dtype: torch.dtype,
-    ) -> PackedLinear:
-        return PackedLinear(state, out_features, in_features, precision, bias, dtype, self)
 
     def group(self, precision: Precision) -> int:
         return precision.group or self.groups[0]

@@ -45,7 +45,7 @@ class PackedWeight(Tensor):
     def data(self) -> Tensor:
         """What the linear holds: unpacked, or by now dense."""
         held = self.linear.weight
-        return held.data if isinstance(held, nn.Parameter) else UnpackedWeight.of(self.linear, self.dtype)
+        return held.data if isinstance(held, nn.Parameter) else WatchedWeight.of(self.linear, self.dtype)
 
     @data.setter
     def data(self, weight: Tensor) -> None:
@@ -74,7 +74,7 @@ class PackedWeight(Tensor):
         return func(*args, **kwargs)
 
 
-class UnpackedWeight(Tensor):
+class WatchedWeight(Tensor):
     """An unpacked weight, or a part of it, that a packed linear takes over when it is written to."""
 
     linear: Unpackable

@@ -1,14 +1,17 @@
 """Export to a dense folder of 16 bits."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from support.exports import source_of
-from support.families import KEPT, logits_of, random_tokens
+from support.families import KEPT, KEPT_EXPERTS, logits_of, random_tokens
 from support.quantized import INT8, NF4
 from transformers import AutoModelForCausalLM
 
+from qpruner.dense_copy import merge_run
 from qpruner.errors import UserError
 from qpruner.export.dense import Dense
 from qpruner.export.source import Source
@@ -48,6 +51,31 @@ def test_a_tied_head_with_an_adapter_has_a_weight_of_its_own(tmp_path: Path) -> 
     again = Source.read(tmp_path / "out")
     assert not again.tied
     assert torch.equal(again.weight("lm_head.weight"), source.weight("lm_head.weight").bfloat16().float())
+
+
+@pytest.mark.parametrize(
+    ("family", "changes"),
+    [
+        ("qwen2", {"precision": NF4, "embedding": INT8}),
+        ("gemma2", {"precision": INT8, "embedding": INT8, "tie_word_embeddings": True}),
+        ("gpt2", {}),
+        ("llama", {"tie_word_embeddings": True, "lora": {"target_modules": ["lm_head", "q_proj"]}}),
+        ("mixtral", {"precision": NF4, "kept": KEPT_EXPERTS}),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_a_merge_of_the_run_gives_the_same_tensors(tmp_path: Path, family: str, changes: dict[str, Any]) -> None:
+    source = source_of(tmp_path / "m", family, **{"kept": KEPT, "lora": {}, **changes})
+    Dense().write(source, tmp_path / "exported", torch.bfloat16)
+    merge_run(tmp_path / "m", tmp_path / "merged", "bfloat16")
+    exported, merged = (load_file(tmp_path / name / "model.safetensors") for name in ("exported", "merged"))
+    assert exported.keys() == merged.keys()
+    assert all(torch.equal(tensor, merged[name]) for name, tensor in exported.items())
+    for name in source.adapters:
+        base, held = (source.base(f"{name}.weight"), exported[f"{name}.weight"].float())
+        assert not torch.equal(held, base.bfloat16().float()), name
+    configs = (read_json(tmp_path / name / "config.json") for name in ("exported", "merged"))
+    assert next(configs) == next(configs)
 
 
 def test_what_float16_cannot_hold_is_told(tmp_path: Path) -> None:

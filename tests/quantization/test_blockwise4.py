@@ -6,8 +6,8 @@ from torch import Tensor, nn
 
 from qpruner.modeling_compressed import CODE_BOOKS, scale_code_book
 from qpruner.plan import Precision
-from qpruner.quantization.blockwise4 import Blockwise4
-from qpruner.quantization.formats import dequantize, quantize
+from qpruner.quantization.blockwise4 import quant_state
+from qpruner.quantization.formats import dequantize, layout_of, quantize
 
 SCALE_BOOK = scale_code_book(torch.device("cpu"))
 NAMES = ["nf4", "nf4-double", "fp4", "fp4-double"]
@@ -63,7 +63,8 @@ def test_layout_is_that_of_bitsandbytes() -> None:
     for name in NAMES:
         module = quantize(nn.Linear(64, 32), Precision(name, 4))
         packed, x = module.packed(), torch.randn(3, 64)
-        state = module.state_of(packed, torch.float32)  # which CUDA multiplies by
+        book = name.removesuffix("-double")
+        state = quant_state(packed, (32, 64), book, 64, torch.float32)  # which CUDA multiplies by
         assert torch.equal(dequantize(module), bnb.functional.dequantize_4bit(packed["codes"].view(-1, 1), state))
         assert torch.equal(bnb.matmul_4bit(x, packed["codes"], state, bias=module.bias), module(x))
         codes, state = bnb.functional.quantize_4bit(
@@ -144,4 +145,4 @@ def test_groups_are_64_when_nothing_is_said() -> None:
     linear = random_linear(64, 32)
     silent, said = (quantize(linear, Precision("fp4", 4, group)).packed() for group in (None, 64))
     assert all(torch.equal(silent[key], said[key]) for key in said)
-    assert Blockwise4("fp4").layout(32, 64, Precision("fp4", 4))["scales"].shape == (32,)
+    assert layout_of(32, 64, Precision("fp4", 4))["scales"].shape == (32,)

@@ -1,6 +1,7 @@
 """Packed embeddings and heads, tied and untied, against tables that were decoded as a whole."""
 
 import copy
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,8 @@ from safetensors.torch import load_file
 from support.families import FAMILIES, HIDDEN, LAYERS, VOCAB, logits_of, random_tokens, tiny_config, tiny_model
 from support.linears import quantize_dequantize
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from qpruner.adapters.lora import LoRAConfig, attach_adapters
 from qpruner.anatomy import architecture_of
@@ -25,7 +28,7 @@ from qpruner.plan_command import diff_plans, show_plan
 from qpruner.pricing import price
 from qpruner.quantization.apply import LoftQSettings, quantize_
 from qpruner.quantization.embedding import PackedEmbedding, quantize_tables_
-from qpruner.quantization.formats import dequantize, dequantize_rows, num_bytes, quantize
+from qpruner.quantization.formats import dequantize, num_bytes, quantize
 from qpruner.quantization.packed import PackedLinear
 from qpruner.training.module import LoRAFinetuner
 
@@ -65,21 +68,32 @@ def payload(folder: Path) -> int:
 def test_some_rows_are_those_of_the_whole_weight(precision: Precision, hidden: int) -> None:
     packed = quantize(nn.Linear(hidden, 300, bias=False), precision)
     rows = torch.tensor([299, 0, 7, 7, 31])
-    assert torch.equal(dequantize_rows(packed, rows), dequantize(packed)[rows])
-    assert dequantize_rows(packed, rows[:0]).shape == (0, hidden)
+    for dtype in (torch.float32, torch.bfloat16):
+        assert torch.equal(packed.rows(rows, dtype), dequantize(packed)[rows].to(dtype))
+    assert packed.rows(rows[:0], torch.float32).shape == (0, hidden)
 
 
-def test_whole_rows_are_read_without_the_rest_of_the_table(
-    precision: Precision, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    leading = precision.leading
-    behind = 0 if leading is None else leading.columns
-    packed = quantize(nn.Linear(behind + 1024, 50, bias=False), precision)
-    decoded: list[int] = []
-    for name in ("qpruner.quantization.int8.Int8.decode", "qpruner.quantization.blockwise4.Blockwise4.decode"):
-        monkeypatch.setattr(name, lambda self, state, *shape: decoded.append(len(state["codes"])) or torch.zeros(2, 1))
-    dequantize_rows(packed, torch.tensor([3, 4]))
-    assert decoded == ([2] if INT8 in (precision, leading and leading.precision) else [])
+class Largest(TorchDispatchMode):
+    """Numbers of the largest tensor that is made, and is no view of one that was there before."""
+
+    def __init__(self, before: Iterable[Tensor]) -> None:
+        super().__init__()
+        self.before, self.size = {tensor.untyped_storage().data_ptr() for tensor in before}, 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        made = [one for one in tree_leaves(result) if isinstance(one, Tensor)]
+        new = [one.numel() for one in made if one.untyped_storage().data_ptr() not in self.before]
+        self.size = max([self.size, *new])
+        return result
+
+
+def test_whole_rows_are_read_without_the_rest_of_the_table(precision: Precision) -> None:
+    columns = 1024 + (0 if precision.leading is None else precision.leading.columns)
+    packed = quantize(nn.Linear(columns, 50, bias=False), precision)
+    with Largest(packed.parameters()) as largest:
+        packed.rows(torch.tensor([3, 4]), torch.float32)
+    assert largest.size == 2 * columns
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

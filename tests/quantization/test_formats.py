@@ -13,6 +13,7 @@ from qpruner.quantization.formats import (
     FORMATS,
     dequantize,
     format_for,
+    layout_of,
     num_bytes,
     quantize,
     rebuild,
@@ -48,7 +49,7 @@ def test_bytes_are_known_before_the_work(precision: Precision, out: int, width: 
     assume(precision.leading is None or precision.leading.columns < width)
     state = quantize(random_linear(width, out, dtype), precision).packed()
     assert num_bytes(out, width, precision) == sum(tensor.nbytes for tensor in state.values())
-    layout = format_for(precision).layout(out, width, precision)
+    layout = layout_of(out, width, precision)
     assert {name: (t.dtype, t.shape) for name, t in layout.items()} == {
         name: (t.dtype, t.shape) for name, t in state.items()
     }

@@ -6,6 +6,7 @@ from typing import get_args
 import pytest
 import torch
 from support.grids import HalfGrid, choose_grid
+from support.linears import meant_by
 from torch import Tensor
 
 from qpruner.errors import UserError
@@ -54,11 +55,11 @@ def test_minmax_is_what_formats_encode(number_format: Uniform, group: int) -> No
     """But for codes of weights in the middle of two values, where a format rounds by scales not yet stored."""
     weight, precision = drawn(20, 70), Precision(number_format.name, 4, group)
     grid = choose_grid(weight, number_format, precision, "minmax")
-    values = number_format.decode(number_format.encode(weight, precision), *weight.shape, precision)
+    values = meant_by(number_format.encode(weight, precision), weight.shape, precision)
     same = grid.values(grid.round(weight)) == values
     assert same.float().mean() > 0.98
     packed = number_format.pack(grid.round(weight), grid)
-    assert torch.equal(number_format.decode(packed, *weight.shape, precision), grid.values(grid.round(weight)))
+    assert torch.equal(meant_by(packed, weight.shape, precision), grid.values(grid.round(weight)))
 
 
 @pytest.mark.parametrize("importance", [None, counts(32)])

@@ -60,6 +60,16 @@ def test_what_was_merged_can_be_packed_again_and_saved(tmp_path: Any) -> None:
     assert 0 < (logits_of(merged) - before).norm() / before.norm() < 0.3
 
 
+def test_the_sum_is_that_of_peft() -> None:
+    models = [adapted(tiny_model("llama").requires_grad_(False)) for _ in range(2)]
+    ours, expected = merge_(models[0], torch.float32).state_dict(), models[1].merge_and_unload().state_dict()
+    assert ours.keys() == expected.keys()
+    for name, tensor in expected.items():
+        torch.testing.assert_close(ours[name], tensor, rtol=1e-6, atol=1e-7)
+    up, before = "model.layers.1.mlp.up_proj.weight", tiny_model("llama").state_dict()
+    assert (ours[up] - before[up]).abs().mean() > 0.01
+
+
 def test_one_linear_at_a_time_becomes_dense_and_is_rounded() -> None:
     model = adapted(quantized(tiny_model("llama")), target_modules=["q_proj", "down_proj"])
     blocks = model.get_base_model().model.layers

@@ -6,6 +6,7 @@ from typing import get_args
 import pytest
 import torch
 from support.grids import HalfGrid, choose_grid, correlated
+from support.linears import meant_by
 from torch import Tensor
 
 from qpruner.errors import UserError
@@ -101,7 +102,7 @@ def test_formats_pack_what_was_rounded(number_format: Uniform, group: int, act_o
     )
     assert error(weight, calibrated.values, hessian) < 0.9 * error(weight, nearest.values, hessian)
     packed = number_format.pack(calibrated.codes, calibrated.grid)
-    assert torch.equal(number_format.decode(packed, 24, 100, precision), calibrated.values)
+    assert torch.equal(meant_by(packed, (24, 100), precision), calibrated.values)
 
 
 @pytest.mark.parametrize("act_order", [False, True])
@@ -235,12 +236,12 @@ def test_two_segments_are_never_worse_than_nearest_and_stored_as_rounded(precisi
         weight, hessian = drawn(24, 150, seed), hessian_of(150, seed)
         config = RoundingConfig(act_order=act_order)
         rounded = round_weight(weight, number_format, precision, hessian, config)
-        plain = number_format.decode(number_format.encode(weight, precision), 24, 150, precision)
+        plain = meant_by(number_format.encode(weight, precision), (24, 150), precision)
         nearest = round_weight(weight, number_format, precision, hessian, replace(config, method="nearest"))
         assert error(weight, rounded.values, hessian) < error(weight, nearest.values, hessian)
         assert error(weight, nearest.values, hessian) < error(weight, plain, hessian)
         state = number_format.pack(rounded.codes, rounded.grid)
-        assert torch.equal(number_format.decode(state, 24, 150, precision), rounded.values)
+        assert torch.equal(meant_by(state, (24, 150), precision), rounded.values)
         assert torch.equal(number_format.codes(state, 150, precision), rounded.codes)
 
 

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from support.linears import quantize_dequantize, random_linear
+from support.linears import meant_by, quantize_dequantize, random_linear
 from torch import Tensor
 
 from qpruner.modeling_compressed import unpack_codes as unpack
@@ -78,7 +78,7 @@ def test_codes_on_the_stored_grid_are_packed_without_loss(precision: Precision) 
     grid = one.storable(torch.rand(len(weight), groups) / 10, -torch.rand(len(weight), groups) / 5, precision)
     codes = grid.round(weight)
     state = one.pack(codes, grid)
-    decoded = one.decode(state, *weight.shape, precision)
+    decoded = meant_by(state, weight.shape, precision)
     assert torch.equal(decoded, grid.values(codes))
     stored = [grid.scales] if one.symmetric else [grid.scales, grid.minima]
     assert all(torch.equal(tensor.half().float(), tensor) for tensor in stored)
@@ -91,7 +91,7 @@ def test_errors_are_at_most_half_a_step(precision: Precision) -> None:
     """Of weights whose spread differs by 100 from row to row; scales that are stored in eight bits miss some."""
     weight, one = random_weight(), FORMATS[precision.format]
     state = one.encode(weight, precision)
-    decoded = one.decode(state, *weight.shape, precision)
+    decoded = meant_by(state, weight.shape, precision)
     scales = one.storable(*one._spans(weight, precision), precision).scales.abs()
     steps = scales.repeat_interleave(172 if precision.group == -1 else 32, dim=1)[:, :172]
     errors = (decoded - weight).abs() / steps

@@ -1,9 +1,12 @@
 """Linears and LoRA on them, for every format."""
 
+from collections.abc import Mapping, Sequence
+
 import peft
 import torch
 from torch import Tensor, nn
 
+from qpruner.modeling_compressed import values
 from qpruner.plan import Leading, Precision
 from qpruner.quantization.formats import format_for
 
@@ -28,8 +31,13 @@ PRECISIONS = [
 
 def quantize_dequantize(weight: Tensor, precision: Precision) -> Tensor:
     """What a precision makes of a weight [out, in]; float32 of the same shape."""
-    number_format = format_for(precision)
-    return number_format.decode(number_format.encode(weight, precision), *weight.shape, precision)
+    return meant_by(format_for(precision).encode(weight, precision), weight.shape, precision)
+
+
+def meant_by(state: Mapping[str, Tensor], shape: Sequence[int], precision: Precision) -> Tensor:
+    """The weight that a state means, by torch alone; float32 [out, in]."""
+    out_features, in_features = shape
+    return values(state, out_features, in_features, precision.to_data(), torch.float32)
 
 
 def random_linear(in_features: int, out_features: int, dtype: torch.dtype = torch.float32) -> nn.Linear:
