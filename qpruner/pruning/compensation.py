@@ -229,13 +229,17 @@ def _lost(
     """What each linear lost of the outputs that it gave; the states pass on to the next dense layer."""
     device = calibration.processes.device
     sums = {name: SplitSums(linear.in_features, linear.out_features, device) for name, linear in narrow.linears.items()}
+
+    def add(name: str, place: int, seen: dict[str, Seen]) -> None:
+        inputs = seen[name].inputs[..., places[name].to(seen[name].inputs.device)]
+        with torch.no_grad(), calibration.processes.forward_context():
+            reached = narrow.linears[name](inputs)
+        missing = seen[name].outputs.float() - reached.float()
+        sums[name].add(calibration.batches[place], inputs, missing, stream.behind(states[place], seen)[name])
+
     for place, (output, seen) in enumerate(dense.work(states)):
-        for name, linear in narrow.linears.items():
-            inputs = seen[name].inputs[..., places[name].to(seen[name].inputs.device)]
-            with torch.no_grad(), calibration.processes.forward_context():
-                reached = linear(inputs)
-            missing = seen[name].outputs.float() - reached.float()
-            sums[name].add(calibration.batches[place], inputs, missing, stream.behind(states[place], seen)[name])
+        for name in sums:
+            add(name, place, seen)
         states[place] = dense.keep(output)
     return sums
 
@@ -260,11 +264,17 @@ def _lacked(
     """What a linear's outputs lack of the targets, which are used up."""
     linear = narrow.linears[name]
     sums = SplitSums(linear.in_features, linear.out_features, calibration.processes.device)
-    for place, (_, seen) in enumerate(narrow.work(states)):
+
+    def add(
+        place: int, seen: dict[str, Seen]
+    ) -> None:  # a function, so that nothing is left when the block works again
         target = targets[place].pop(name).to(calibration.processes.device)
         missing, inputs = target - stream.behind(states[place], seen)[name], seen[name].inputs
-        seen.clear()  # only what is wanted stays in memory beside the sums
+        seen.clear()
         sums.add(calibration.batches[place], inputs, missing, target)
+
+    for place, (_, seen) in enumerate(narrow.work(states)):
+        add(place, seen)
     return sums
 
 
