@@ -8,7 +8,10 @@ Arithmetic on shapes alone; no weight is made. What is counted:
     whole       compression of a model as a whole: twice its 16-bit weights (`qpruner.offload`)
     by block    compression block by block: 16-bit embedding and head, the largest block before and after pruning,
                 activations of 4096 tokens, and a chunk of logits with its gradient
-    + least squares   the same, with compensation or rounding by text: float64 sums of the widest linear, five times
+    + compensation    the same, with float64 matrices of the widest linear, by inputs and by outputs: inputs by inputs
+                two (sums that decide beside those held out, or beside the factor), inputs by outputs four
+    + by text   the same, with rounding by text and adapters that start by it: inputs by inputs eight (sums that decide,
+                and what an eigendecomposition takes), inputs by outputs two
     recovery    packed weights, adapters with gradients and two moments of Adam in float32, hidden states of
                 ``--tokens`` tokens for each layer (gradient checkpointing), activations of one block, a chunk of logits
     running     packed weights, adapters, and keys and values of 4096 tokens
@@ -55,7 +58,8 @@ class Needs:
     dense: int
     whole: int
     by_block: int
-    least_squares: int
+    compensation: int
+    by_text: int
     recovery: int
     running: int
 
@@ -70,15 +74,14 @@ def main() -> None:
     rows, fits = [], []
     for name, shape in MODELS.items():
         needs = needs_of(shape, given)
-        needed = needs.whole, needs.by_block, needs.least_squares, needs.recovery, needs.running
+        needed = needs.whole, needs.by_block, needs.compensation, needs.by_text, needs.recovery, needs.running
         rows.append([name, f"{needs.dense / GB:.1f}", *(f"{num / GB:.1f}" for num in needed)])
         fits.append([name, *map(smallest, needed)])
     print(f"{given.ratio:.0%} pruned, {given.bits} bits, rank {given.rank}, {given.tokens} tokens; GB of 10^9 bytes")
-    print(
-        markdown_table(["model", "16-bit weights", "whole", "by block", "+ least squares", "recovery", "running"], rows)
-    )
+    stages = ["whole", "by block", "+ compensation", "+ by text", "recovery", "running"]
+    print(markdown_table(["model", "16-bit weights", *stages], rows))
     print("\nSmallest device, in GB:")
-    print(markdown_table(["model", "whole", "by block", "+ least squares", "recovery", "running"], fits))
+    print(markdown_table(["model", *stages], fits))
 
 
 def needs_of(shape: tuple[int, int, int, int, int, int], given: argparse.Namespace) -> Needs:
@@ -104,7 +107,7 @@ def needs_of(shape: tuple[int, int, int, int, int, int], given: argparse.Namespa
     priced = price(dense, plan, rank=given.rank, targets=ALL_LINEAR)  # narrows the model
     narrow = tensor_bytes(decoder_blocks(dense)[0])
     down = decoder_layers(dense)[0].down
-    sums = 8 * (5 * down.in_features**2 + 2 * down.in_features * hidden)  # two kinds of sums, and what solves them
+    square, rectangle = 8 * down.in_features**2, 8 * down.in_features * hidden
     logits = 16 * LOGITS_AT_ONCE
     by_block = outside + block + narrow + activations(4096, hidden, ffn) + logits
     head_dim = hidden // heads
@@ -112,7 +115,8 @@ def needs_of(shape: tuple[int, int, int, int, int, int], given: argparse.Namespa
         dense_bytes,
         WHOLE * dense_bytes,
         by_block,
-        by_block + sums,
+        by_block + 2 * square + 4 * rectangle,
+        by_block + 8 * square + 2 * rectangle,
         priced.units
         + priced.rest
         + 4 * priced.adapters  # weights, gradients, two moments

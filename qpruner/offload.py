@@ -77,6 +77,41 @@ class Offload:
                 parameter.data = self.shelve(parameter.data)
 
 
+class Shelf:
+    """Tensors that lie in files but for the times that something works with them.
+
+    Args:
+        tensors: tensors, which nobody writes to from here on.
+        offload: what puts tensors into files; None to leave them as they are.
+
+    Raises:
+        UserError: the disk has no room.
+    """
+
+    def __init__(self, tensors: Iterable[Tensor], offload: Offload | None) -> None:
+        self._places = [] if offload is None else [(tensor, tensor.device) for tensor in tensors]
+        for tensor, _ in self._places:
+            assert offload is not None
+            tensor.data = offload.shelve(tensor.data.cpu())
+        self._let_go()
+
+    @contextmanager
+    def taken(self) -> Iterator[None]:
+        """The tensors where they were."""
+        homes = [tensor.data for tensor, _ in self._places]
+        try:
+            for tensor, device in self._places:
+                tensor.data = tensor.data.to(device)
+            yield
+        finally:
+            for (tensor, _), home in zip(self._places, homes, strict=True):
+                tensor.data = home
+            self._let_go()
+
+    def _let_go(self) -> None:
+        let_go(tensor for tensor, _ in self._places if tensor.numel())
+
+
 def offload_(model: Any, offload: Offload | None) -> None:
     """Lets the blocks of a model, whose weights are frozen, lie in files from here on, or none of them any more.
 

@@ -23,6 +23,7 @@ from qpruner.errors import UserError
 from qpruner.memory import place_
 from qpruner.offload import (
     Offload,
+    Shelf,
     _mapped_from_files,
     at_work,
     choose,
@@ -42,6 +43,11 @@ CPU = torch.device("cpu")
 ELSEWHERE: Any = torch.float64
 """What tensors are moved to in place of a second device, which a machine without an accelerator lacks."""
 TEXT = CalibrationConfig(num_sequences=12, length=16, batch_size=64)
+
+
+def shelved_files() -> int:
+    """Files without a name that are mapped into this process."""
+    return Path("/proc/self/maps").read_text().count(".offload-")
 
 
 def lies_in_file(tensor: Tensor) -> bool:
@@ -75,6 +81,35 @@ def test_a_full_disk_is_told_and_nothing_is_left_there(tmp_path: Path) -> None:
     with files_end_at(1000), pytest.raises(UserError, match=rf"Cannot write '{tmp_path}': .*Make room there"):
         Offload(tmp_path).shelve(torch.zeros(1000))
     assert list(tmp_path.iterdir()) == []
+
+
+def test_tensors_on_a_shelf_lie_in_files_and_are_gone_with_it(tmp_path: Path) -> None:
+    tensors = [torch.arange(4000, dtype=torch.float64).view(50, 80), torch.ones(()), torch.empty(3, 0)]
+    expected, pointers = [tensor.clone() for tensor in tensors], [tensor.data_ptr() for tensor in tensors]
+    Shelf(tensors, None)
+    assert [tensor.data_ptr() for tensor in tensors] == pointers
+    before = shelved_files()
+    shelf = Shelf(tensors, Offload(tmp_path))
+    for _ in range(2):
+        assert all(map(lies_in_file, tensors[:2])) and shelved_files() == before + 2
+        with shelf.taken():
+            assert all(torch.equal(*pair) for pair in zip(tensors, expected, strict=True))
+    assert list(tmp_path.iterdir()) == []
+    del shelf, tensors
+    assert shelved_files() == before
+
+
+def test_tensors_on_a_shelf_come_to_their_device_and_go_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tensor = torch.arange(6.0)
+    shelf = Shelf([tensor], Offload(tmp_path))
+    let_go_of: list[int] = []
+    monkeypatch.setattr("qpruner.offload.let_go", lambda tensors: let_go_of.extend(t.data_ptr() for t in tensors))
+    shelf._places = [(tensor, ELSEWHERE)]
+    home = tensor.data_ptr()
+    with shelf.taken():
+        assert tensor.dtype is ELSEWHERE and tensor.sum() == 15
+        assert let_go_of == []
+    assert tensor.dtype is torch.float32 and tensor.data_ptr() == home and let_go_of == [home]
 
 
 def test_weights_go_into_files_once_and_packed_ones_never(tmp_path: Path) -> None:

@@ -119,9 +119,10 @@ def roots(hessian: Tensor, damping: float) -> tuple[Tensor, Tensor]:
     """  # float32, found in float64
     hessian = hessian.double()
     mean = hessian.diagonal().mean()
-    identity = torch.eye(len(hessian), dtype=hessian.dtype, device=hessian.device)
-    relative = torch.where(mean > 0, hessian / mean, identity)
-    values, vectors = torch.linalg.eigh(relative + damping * identity)
+    relative = hessian / mean if mean > 0 else torch.eye(len(hessian), dtype=hessian.dtype, device=hessian.device)
+    relative.diagonal().add_(damping)
+    values, vectors = torch.linalg.eigh(relative)
+    del relative
     # Above the damping but for rounding errors, which a square root must not meet below zero.
     values = values.clamp_min(damping / 2).sqrt()
     return ((vectors * values) @ vectors.T).float(), ((vectors / values) @ vectors.T).float()

@@ -36,7 +36,7 @@ from qpruner.anatomy import decoder_blocks, family_of
 from qpruner.calibration.text import Calibration
 from qpruner.errors import UserError
 from qpruner.likelihood import Head, causal_model, hidden_states
-from qpruner.offload import at_work, offload_of
+from qpruner.offload import at_work, let_go, offload_of
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ class BlockRunner:
         self._device = calibration.processes.device
         self.context = calibration.processes.forward_context
         self._calls: list[list[BlockCall]] = []
-        self._offload = offload_of(model)
+        self.offload = offload_of(model)
         self._working: set[int] = set()
 
     @torch.no_grad()
@@ -103,7 +103,7 @@ class BlockRunner:
         if number in self._working:
             yield self.blocks[number]
             return
-        with at_work(self.blocks[number], self._device, self._offload):
+        with at_work(self.blocks[number], self._device, self.offload):
             self._working.add(number)
             try:
                 yield self.blocks[number]
@@ -112,7 +112,7 @@ class BlockRunner:
 
     def keep(self, tensor: Tensor) -> Tensor:
         """A tensor off the device until it is wanted again: in host memory, or of an offloaded model in a file."""
-        return tensor.detach().cpu() if self._offload is None else self._offload.shelve(tensor.detach().cpu())
+        return tensor.detach().cpu() if self.offload is None else self.offload.shelve(tensor.detach().cpu())
 
     def call(self, number: int, place: int, hidden: Tensor) -> Tensor:
         """What a block makes of hidden states, with gradients if the caller has them.
@@ -135,7 +135,9 @@ class BlockRunner:
         """
         with self.working(number):
             for place in range(len(states)):
-                yield self.call(number, place, states[place])
+                hidden = states[place]
+                yield self.call(number, place, hidden)
+                self._let_go(hidden)
 
     def backward(
         self, number: int, states: Sequence[Tensor], slope: Callable[[int, Tensor], Tensor]
@@ -156,6 +158,7 @@ class BlockRunner:
                 at_output = slope(place, output.detach()).to(self._device)
                 (at_input,) = torch.autograd.grad(output, leaf, at_output)
                 yield at_input
+                self._let_go(hidden)
 
     def last(self, hidden: Tensor) -> Tensor:
         """What the head gets when the last block gives hidden states [B, T, H]."""  # [B, T, H]
@@ -167,6 +170,11 @@ class BlockRunner:
         """What the head says of hidden states [..., H] that `last` gave; `Head.chunks` says of how many at a time."""
         with self.context():
             return self.head(last)
+
+    def _let_go(self, hidden: Tensor) -> None:
+        """Lets the memory go that holds a copy of kept states, which are not wanted for a while."""
+        if self.offload is not None:
+            let_go([hidden])
 
     def _unknown(self, where: str) -> UserError:
         return UserError(

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from qpruner.calibration.blocks import block_runner, linears_within, watching
+from qpruner.calibration.products import add_gram_
 from qpruner.calibration.text import Calibration
 from qpruner.errors import UserError
 
@@ -100,7 +101,7 @@ class _BlockSums:
         seen = inputs[:, self._skip :].flatten(0, 1).float()  # [tokens, in]
         products, sums = self._sums[name]
         with torch.autocast(seen.device.type, enabled=False):  # products in single precision, their sums in double
-            products += seen.T @ seen
+            add_gram_(products, seen)
         sums += seen.sum(0, dtype=torch.float64)
 
     def take(self, name: str) -> tuple[Tensor, Tensor]:

@@ -12,6 +12,7 @@ from typing import Self
 import torch
 from torch import Tensor
 
+from qpruner.calibration.products import add_gram_, add_products_
 from qpruner.processes import Processes
 
 
@@ -31,6 +32,10 @@ class InputSums:
     cross: Tensor | None
     dense: Tensor | None
 
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        return tuple(tensor for tensor in (self.hessian, self.cross, self.dense) if tensor is not None)
+
     @classmethod
     def none(cls, num_groups: int, num_inputs: int, device: torch.device, *, cross: bool, dense: bool) -> Self:
         """The sums over no token; ``cross`` and ``dense`` say whether these are wanted."""
@@ -48,16 +53,14 @@ class InputSums:
             dense_inputs: what it gets in the dense model, [N, I]; None where that does not matter.
             weights: how much each token counts for each group of rows, [N, G]; at least 0.
         """
-        for group, roots in enumerate(weights.float().sqrt().unbind(1)):
-            seen = inputs.float() * roots.unsqueeze(1)
-            self.hessian[group] += seen.T @ seen
+        for group, roots in enumerate(torch.split(weights.float().sqrt(), 1, 1)):
+            add_gram_(self.hessian[group], inputs, roots)
             if dense_inputs is None:
                 continue
-            true = dense_inputs.float() * roots.unsqueeze(1)
             if self.cross is not None:
-                self.cross[group] += true.T @ seen
+                add_products_(self.cross[group], dense_inputs, inputs, roots)
             if self.dense is not None:
-                self.dense[group] += true.T @ true
+                add_gram_(self.dense[group], dense_inputs, roots)
 
     def over(self, processes: Processes) -> "InputSums":
         """The sums over the tokens of all processes."""

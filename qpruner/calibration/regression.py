@@ -11,12 +11,14 @@ Shapes: N tokens, I inputs of the linear, O outputs.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Self
 
 import torch
 from torch import Tensor
 
+from qpruner.calibration.products import add_gram_, add_products_, pieces
+from qpruner.offload import Offload, Shelf
 from qpruner.processes import Processes
 
 RIDGES = (1e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0, 10.0)
@@ -66,16 +68,18 @@ class Sums:
             weights: how much each token counts, [N]; above 0.
         """
         roots = weights.float().sqrt().unsqueeze(1)
-        inputs, missing = inputs.float() * roots, missing.float() * roots
         self.tokens.add_(roots.square().sum(dtype=torch.float64))
-        self.gram.add_(inputs.T @ inputs)
-        self.cross.add_(inputs.T @ missing)
-        self.inputs.add_((inputs * roots).sum(0, dtype=torch.float64))
-        self.missing.add_((missing * roots).sum(0, dtype=torch.float64))
-        self.squares.add_(missing.square().sum(dtype=torch.float64))
+        add_gram_(self.gram, inputs, roots)
+        add_products_(self.cross, inputs, missing, roots)
+        for total, values in ((self.inputs, inputs), (self.missing, missing)):
+            for channels, piece in pieces(values, roots):
+                total[channels] += (piece * roots).sum(0, dtype=torch.float64)
+        self.squares.add_((missing * roots).float().square().sum(dtype=torch.float64))
 
-    def __add__(self, other: "Sums") -> "Sums":
-        return Sums(*(mine + theirs for mine, theirs in zip(self.tensors, other.tensors, strict=True)))
+    def merge_(self, other: "Sums") -> None:
+        """Adds the sums over other tokens."""
+        for mine, theirs in zip(self.tensors, other.tensors, strict=True):
+            mine.add_(theirs)
 
     @property
     def size(self) -> Tensor:
@@ -91,7 +95,7 @@ class Sums:
         error = (
             self.squares
             - 2 * (change.weight.T * self.cross).sum()
-            + ((change.weight @ self.gram) * change.weight).sum()
+            + (change.weight @ self.gram).mul_(change.weight).sum()
         )
         if change.bias is not None:
             left = change.weight @ self.inputs - self.missing
@@ -105,15 +109,16 @@ class Sums:
             ridge: weight of the square of the change, in units of the mean of the diagonal of X^T X; above 0.
             bias: whether the linear has a bias, which changes, too.
         """
-        gram, cross = self.gram, self.cross
+        # The largest matrices of a compensation: column by column, as LAPACK has them, all of it is done in place.
+        gram, solution = (sums.mT.clone(memory_format=torch.contiguous_format).mT for sums in (self.gram, self.cross))
         if bias:
-            gram = gram - torch.outer(self.inputs, self.inputs) / self.tokens
-            cross = cross - torch.outer(self.inputs, self.missing) / self.tokens
-        damping = ridge * gram.diagonal().mean() + torch.finfo(gram.dtype).tiny
-        damped = gram.clone()
-        damped.diagonal().add_(damping)
-        torch.linalg.cholesky(damped, out=damped)  # in place: these are the largest matrices of a compensation
-        weight = torch.cholesky_solve(cross, damped).T
+            gram -= torch.outer(self.inputs, self.inputs).div_(self.tokens)
+            solution -= torch.outer(self.inputs, self.missing).div_(self.tokens)
+        gram.diagonal().add_(ridge * gram.diagonal().mean() + torch.finfo(gram.dtype).tiny)
+        factor = torch.linalg.cholesky(gram, out=gram)
+        torch.linalg.solve_triangular(factor, solution, upper=False, out=solution)
+        torch.linalg.solve_triangular(factor.mT, solution, upper=True, out=solution)
+        weight = solution.T
         return Change(weight, (self.missing - weight @ self.inputs) / self.tokens if bias else None)
 
 
@@ -129,45 +134,55 @@ class Change:
     weight: Tensor
     bias: Tensor | None
 
+    def cpu(self) -> "Change":
+        """The same in host memory, where every process can take it from."""
+        return Change(self.weight.cpu(), None if self.bias is None else self.bias.cpu())
+
 
 @dataclass(frozen=True)
 class Fit:
-    """The best change of a linear, and what it does.
+    """What the best change of a linear does.
 
     Args:
-        change: change of the linear; None where none was better than nothing.
-        ridge: ridge of the change; 0 where there is none.
+        ridge: ridge of the change; 0 where no change was better than nothing.
         before: weighted mean square of what the outputs lacked on held-out tokens.
         after: the same, once the linear is changed by what the other tokens asked for.
     """
 
-    change: Change | None
     ridge: float
     before: float
     after: float
 
-    def cpu(self) -> "Fit":
-        """The same in host memory, where every process can take it from."""
-        change = self.change
-        if change is not None:
-            change = Change(change.weight.cpu(), None if change.bias is None else change.bias.cpu())
-        return replace(self, change=change)
+    @property
+    def changes(self) -> bool:
+        """Whether there is a change."""
+        return self.ridge > 0
 
 
-def fit(sums: Sums, held_out: Sums, *, bias: bool) -> Fit:
+def fit_(sums: Sums, held_out: Sums, *, bias: bool, offload: Offload | None = None) -> tuple[Change | None, Fit]:
     """The change by the ridge that is best on held-out tokens, made from all tokens; nothing is one of the choices.
 
     A ridge takes a Cholesky factorization, a third of I^3 multiplications; one eigendecomposition for all of them takes
     about nine I^3, and leaves each ridge as many products besides, so that seven factorizations are the cheaper path.
 
     Args:
-        sums: tokens that changes are made from.
+        sums: tokens that changes are made from; afterwards the held-out ones are among them where there is a change.
         held_out: tokens that choose among them.
         bias: whether the linear has a bias, which changes, too.
+        offload: what puts the held-out sums into files while a change is made; None to let them stay.
     """
     before = float(held_out.squares / held_out.size)
-    errors = {ridge: held_out.error(sums.change(ridge, bias=bias)) for ridge in RIDGES}
+    shelf = Shelf(held_out.tensors, offload)
+
+    def error(ridge: float) -> float:
+        change = sums.change(ridge, bias=bias)
+        with shelf.taken():
+            return held_out.error(change)
+
+    errors = {ridge: error(ridge) for ridge in RIDGES}
     best = min(errors, key=lambda ridge: errors[ridge])
     if not errors[best] < before:
-        return Fit(None, 0.0, before, before)
-    return Fit((sums + held_out).change(best, bias=bias), best, before, errors[best])
+        return None, Fit(0.0, before, before)
+    with shelf.taken():
+        sums.merge_(held_out)
+    return sums.change(best, bias=bias), Fit(best, before, errors[best])

@@ -29,10 +29,11 @@ from torch import Tensor, nn
 
 from qpruner.anatomy import DecoderLayer, decoder_layers, family_of
 from qpruner.calibration.blocks import BlockRunner, block_runner, watching
-from qpruner.calibration.regression import Fit, Sums, fit
+from qpruner.calibration.regression import Change, Fit, Sums, fit_
 from qpruner.calibration.text import Calibration, CalibrationConfig, MicroBatch
 from qpruner.errors import UserError
 from qpruner.likelihood import causal_model
+from qpruner.offload import Offload
 from qpruner.plan import CompressionPlan
 from qpruner.processes import Processes
 from qpruner.pruning.selection import Kept
@@ -114,6 +115,7 @@ class OutputLinears:
         with watching(self.linears, see):
             for output in self._runner.outputs(self._number, states):
                 yield output, seen
+                seen.clear()
 
 
 def compensate_(model: Any, dense: Any, kept: Kept, calibration: Calibration, how: How) -> dict[str, Fit]:
@@ -131,7 +133,7 @@ def compensate_(model: Any, dense: Any, kept: Kept, calibration: Calibration, ho
         What was done to each linear, by ``layer.projection``.
     """
     fits: dict[str, Fit] = {}
-    stream = Stream.of(model)
+    stream, processes = Stream.of(model), calibration.processes
     layers = list(zip(decoder_layers(causal_model(dense)), decoder_layers(causal_model(model)), kept, strict=True))
     with block_runner(dense, calibration) as before, block_runner(model, calibration) as after:
         dense_states = before.embed()
@@ -141,23 +143,22 @@ def compensate_(model: Any, dense: Any, kept: Kept, calibration: Calibration, ho
             if how == "local":
                 with after.working(number):
                     missing = _lost(dense_layer, narrow, dense_states, _places(whole, units), calibration, stream)
-                    for projection, sums in missing.items():
-                        name = f"{number}.{projection}"
-                        fits[name] = _change_(name, narrow.linears[projection], sums, calibration.processes)
+                    for name, linear in narrow.linears.items():
+                        fits[f"{number}.{name}"] = _change_(
+                            f"{number}.{name}", linear, missing.pop(name), processes, after.offload
+                        )
                 continue
-            targets = []
-            for place, (output, seen) in enumerate(dense_layer.work(dense_states)):
-                behind = stream.behind(dense_states[place], seen)
-                targets.append({name: after.keep(hidden) for name, hidden in behind.items()})
-                dense_states[place] = before.keep(output)
+            targets = _targets(dense_layer, dense_states, stream)
             with after.working(number):
                 for name, linear in narrow.linears.items():
-                    sums = SplitSums(linear.in_features, linear.out_features, calibration.processes.device)
-                    for place, (_, seen) in enumerate(narrow.work(states)):
-                        reached = stream.behind(states[place], seen)[name]
-                        target = targets[place][name].to(reached)
-                        sums.add(calibration.batches[place], seen[name].inputs, target - reached, target)
-                    fits[f"{number}.{name}"] = _change_(f"{number}.{name}", linear, sums, calibration.processes)
+                    # No sums have a name here, so that those of a linear are gone when the next one's come about.
+                    fits[f"{number}.{name}"] = _change_(
+                        f"{number}.{name}",
+                        linear,
+                        _lacked(narrow, name, states, targets, calibration, stream),
+                        processes,
+                        after.offload,
+                    )
                 for place, (output, _) in enumerate(narrow.work(states)):
                     states[place] = after.keep(output)
     return fits
@@ -210,7 +211,7 @@ def check_text(config: CalibrationConfig, widest: int) -> None:
 
 def describe(fits: Mapping[str, Fit], num_tokens: int) -> str:
     """What compensation did, in one line."""
-    changed = [fit for fit in fits.values() if fit.change is not None]
+    changed = [fit for fit in fits.values() if fit.changes]
     left = [1 - fit.after / fit.before for fit in changed]
     gained = f"; what these lacked on held-out text is {sum(left) / len(left):.1%} less in the mean" if left else ""
     experts = "" if any(name.endswith("down") for name in fits) else "; experts stay as they are"
@@ -228,14 +229,52 @@ def _lost(
     """What each linear lost of the outputs that it gave; the states pass on to the next dense layer."""
     device = calibration.processes.device
     sums = {name: SplitSums(linear.in_features, linear.out_features, device) for name, linear in narrow.linears.items()}
+
+    def add(name: str, place: int, seen: dict[str, Seen]) -> None:
+        inputs = seen[name].inputs[..., places[name].to(seen[name].inputs.device)]
+        with torch.no_grad(), calibration.processes.forward_context():
+            reached = narrow.linears[name](inputs)
+        missing = seen[name].outputs.float() - reached.float()
+        sums[name].add(calibration.batches[place], inputs, missing, stream.behind(states[place], seen)[name])
+
     for place, (output, seen) in enumerate(dense.work(states)):
-        for name, linear in narrow.linears.items():
-            inputs = seen[name].inputs[..., places[name].to(seen[name].inputs.device)]
-            with torch.no_grad(), calibration.processes.forward_context():
-                reached = linear(inputs)
-            missing = seen[name].outputs.float() - reached.float()
-            sums[name].add(calibration.batches[place], inputs, missing, stream.behind(states[place], seen)[name])
+        for name in sums:
+            add(name, place, seen)
         states[place] = dense.keep(output)
+    return sums
+
+
+def _targets(dense: OutputLinears, states: list[Tensor], stream: Stream) -> list[dict[str, Tensor]]:
+    """What the dense model has behind each linear, for each micro-batch; the states pass on to the next dense layer."""
+    targets = []
+    for place, (output, seen) in enumerate(dense.work(states)):
+        targets.append({name: dense.keep(hidden) for name, hidden in stream.behind(states[place], seen).items()})
+        states[place] = dense.keep(output)
+    return targets
+
+
+def _lacked(
+    narrow: OutputLinears,
+    name: str,
+    states: list[Tensor],
+    targets: list[dict[str, Tensor]],
+    calibration: Calibration,
+    stream: Stream,
+) -> "SplitSums":
+    """What a linear's outputs lack of the targets, which are used up."""
+    linear = narrow.linears[name]
+    sums = SplitSums(linear.in_features, linear.out_features, calibration.processes.device)
+
+    def add(
+        place: int, seen: dict[str, Seen]
+    ) -> None:  # a function, so that nothing is left when the block works again
+        target = targets[place].pop(name).to(calibration.processes.device)
+        missing, inputs = target - stream.behind(states[place], seen)[name], seen[name].inputs
+        seen.clear()
+        sums.add(calibration.batches[place], inputs, missing, target)
+
+    for place, (_, seen) in enumerate(narrow.work(states)):
+        add(place, seen)
     return sums
 
 
@@ -274,29 +313,35 @@ class SplitSums:
         return {"decide": self.sums.over(processes), "held_out": self.held_out.over(processes)}
 
 
-def _change_(name: str, linear: nn.Linear, sums: SplitSums, processes: Processes) -> Fit:
+def _change_(name: str, linear: nn.Linear, sums: SplitSums, processes: Processes, offload: Offload | None) -> Fit:
     """Changes a linear, or what an adapter lies on, by what all processes saw."""
     base: nn.Linear = getattr(linear, "base_layer", linear)
     decides, held_out = sums.over(processes).values()
-    if not all(bool(tensor.isfinite().all()) for tensor in (*decides.tensors, *held_out.tensors)):
+    # Of sums in float64 over numbers in float32 the sum is finite where all are, and takes no memory.
+    if not all(bool(tensor.sum().isfinite()) for tensor in (*decides.tensors, *held_out.tensors)):
         raise UserError(
             f"What reaches {name} (layer.projection) in compensation is not finite, or what it should give is not. "
             f"Use --model.dtype bfloat16 or float32, another base model, or compensation none."
         )
-    best = processes.of_first(lambda: fit(decides, held_out, bias=base.bias is not None).cpu())
-    add_(base, best)
-    return best
+
+    def find() -> tuple[Change | None, Fit]:
+        change, told = fit_(decides, held_out, bias=base.bias is not None, offload=offload)
+        return None if change is None else change.cpu(), told
+
+    change, told = processes.of_first(find)
+    add_(base, change)
+    return told
 
 
-def add_(linear: nn.Linear, best: Fit) -> None:
-    """Adds the best change to a linear; a dense model that shares its tensors stays as it is."""
-    if best.change is not None:
-        linear.weight = _added(linear.weight, best.change.weight)
-        if best.change.bias is not None:
-            linear.bias = _added(linear.bias, best.change.bias)
+def add_(linear: nn.Linear, change: Change | None) -> None:
+    """Adds a change, if any, to a linear; a dense model that shares its tensors stays as it is."""
+    if change is not None:
+        linear.weight = _added(linear.weight, change.weight)
+        if change.bias is not None:
+            linear.bias = _added(linear.bias, change.bias)
 
 
 def _added(parameter: Tensor, change: Tensor) -> nn.Parameter:
     """The sum, as a parameter of its own: a dense model may have the one that was."""
-    total = parameter.detach().double() + change.to(parameter.device)
+    total = parameter.detach().double().add_(change.to(parameter.device))
     return nn.Parameter(total.to(parameter.dtype), requires_grad=False)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from qpruner.anatomy import decoder_layers
 from qpruner.calibration.blocks import block_runner
-from qpruner.calibration.regression import Fit, Sums, fit
+from qpruner.calibration.regression import Change, Fit, Sums, fit_
 from qpruner.calibration.text import Calibration
 from qpruner.likelihood import causal_model
 from qpruner.pruning.compensation import OutputLinears, SplitSums, Stream
@@ -58,7 +58,9 @@ def gather_sums(model: Any, calibration: Calibration, consume: Callable[[int, di
             )
 
 
-def fit_without(tensors: Mapping[str, Tensor], projection: str, weight: Tensor, stay: Tensor, *, bias: bool) -> Fit:
+def fit_without(
+    tensors: Mapping[str, Tensor], projection: str, weight: Tensor, stay: Tensor, *, bias: bool
+) -> tuple[Change | None, Fit]:
     """The best change of a linear once some of its inputs are gone; as `compensate_` by ``local``.
 
     Args:
@@ -75,7 +77,7 @@ def fit_without(tensors: Mapping[str, Tensor], projection: str, weight: Tensor, 
         _sums_without({part: tensors[f"{projection}/{split}/{part}"].double() for part in PARTS}, stay, go, lost)
         for split in ("decide", "held_out")
     )
-    return fit(decide, held_out, bias=bias)
+    return fit_(decide, held_out, bias=bias)
 
 
 def _sums_without(dense: Mapping[str, Tensor], stay: Tensor, go: Tensor, lost: Tensor) -> Sums:

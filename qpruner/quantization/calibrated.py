@@ -79,8 +79,9 @@ def calibrate_(
     """Packs the linears of a model as a plan says, rounded by text; the same on all processes.
 
     Beside the model it holds the hidden states of the text twice, and of one block the inputs of its linears and their
-    sums: in float64 four matrices [I, I] for each group of outputs. The text passes through each block six times. Where
-    the loss counts it passes once more through the model and back, with the states before every block in host memory.
+    sums: in float64 five matrices [I, I] for each group of outputs, of which three are held out and, of a model that is
+    offloaded, lie in files. The text passes through each block six times. Where the loss counts it passes once more
+    through the model and back, with the states before every block in host memory.
 
     Args:
         model: narrowed and dense model, on the device that computes.
@@ -184,7 +185,8 @@ class Packing:
                 rounded = round_weight(target, number_format, precision, decide.hessian, rounding, name=name)
                 by_text = number_format.pack(rounded.codes, rounded.grid)
             plain, calibrated = (values(each, *shape, precision.to_data(), torch.float32) for each in (state, by_text))
-            outcome = Outcome.of(*(_error(weight, held, sums.held_out) for held in (plain, calibrated)))
+            with sums.shelf.taken():
+                outcome = Outcome.of(*(_error(weight, held, sums.held_out) for held in (plain, calibrated)))
             state = by_text if outcome.kept else state
         factors = None
         if self._adapters is not None and is_target(name, self._adapters.targets):

@@ -15,6 +15,7 @@ from qpruner.calibration.gram import MASSIVE_POSITIONS
 from qpruner.calibration.input_sums import InputSums
 from qpruner.calibration.text import Calibration, CalibrationConfig
 from qpruner.errors import UserError, check_ranges
+from qpruner.offload import Shelf
 from qpruner.quantization.rounding import RoundingConfig
 
 Tokens = Literal["equal", "skip", "normed"]
@@ -83,10 +84,17 @@ class CalibratedConfig:
 
 @dataclass(frozen=True)
 class SplitSums:
-    """The sums over the sequences that decide, and over those that are held out."""
+    """The sums over the sequences that decide, and over those that are held out.
+
+    Args:
+        decide: sums that codes are made from.
+        held_out: sums that codes are judged by.
+        shelf: where the held-out sums of a model that is offloaded lie, until they are taken.
+    """
 
     decide: InputSums
     held_out: InputSums
+    shelf: Shelf
 
 
 class BlockInputs:
@@ -169,27 +177,32 @@ class BlockInputs:
                 yield name, shared
 
     def _summed(self, unit: str, seen: list[Tensor], num_inputs: int, of_outputs: list[Tensor] | None) -> SplitSums:
+        # One after the other, so that the first may lie in a file when the second come about.
+        held_out = self._part(unit, seen, num_inputs, of_outputs, held_out=True)
+        shelf = Shelf(held_out.tensors, self._runner.offload)
+        return SplitSums(self._part(unit, seen, num_inputs, of_outputs, held_out=False), held_out, shelf)
+
+    def _part(
+        self, unit: str, seen: list[Tensor], num_inputs: int, of_outputs: list[Tensor] | None, *, held_out: bool
+    ) -> InputSums:
         processes = self._calibration.processes
         groups = self._config.output_groups if of_outputs is not None else 1
         beside_dense = self._config.rounding.alpha > 0
-        parts = [  # the dense model's own products are only wanted to tell an error on held-out text
-            InputSums.none(groups, num_inputs, processes.device, cross=beside_dense, dense=dense)
-            for dense in (False, beside_dense)
-        ]
+        # The dense model's own products are only wanted to tell an error on held-out text.
+        sums = InputSums.none(groups, num_inputs, processes.device, cross=beside_dense, dense=beside_dense and held_out)
         for place, batch in enumerate(self._calibration.batches):
             weights = self._token_weights(unit, place, by_loss=of_outputs is not None)  # [B, T, 1]
             if of_outputs is not None:
                 weights = weights * of_outputs[place]
             numbers = batch.first + torch.arange(len(batch.tokens))
-            held_out = numbers % HELD_OUT == HELD_OUT - 1
-            for sums, rows in zip(parts, (~held_out, held_out), strict=True):
-                dense = self._dense_inputs[unit][place][rows].flatten(0, 1) if beside_dense else None
-                sums.add_(
-                    seen[place][rows].flatten(0, 1).to(processes.device),
-                    None if dense is None else dense.to(processes.device),
-                    weights[rows].flatten(0, 1).to(processes.device),
-                )
-        return SplitSums(*(sums.over(processes) for sums in parts))
+            rows = (numbers % HELD_OUT == HELD_OUT - 1) == held_out
+            dense = self._dense_inputs[unit][place][rows].flatten(0, 1) if beside_dense else None
+            sums.add_(
+                seen[place][rows].flatten(0, 1).to(processes.device),
+                None if dense is None else dense.to(processes.device),
+                weights[rows].flatten(0, 1).to(processes.device),
+            )
+        return sums.over(processes)
 
     def _token_weights(self, unit: str, place: int, *, by_loss: bool) -> Tensor:
         """How much each token of a micro-batch counts beside what the loss says of it, [B, T, 1]."""

@@ -49,10 +49,11 @@ def damped(hessian: Tensor, damping: float) -> Tensor:
         hessian: X^T X, [..., I, I].
         damping: what is added, in units of the mean of the diagonal; above 0.
     """
-    hessian = hessian.double()
-    mean = hessian.diagonal(dim1=-2, dim2=-1).mean(-1)
-    added = torch.where(mean > 0, damping * mean, 1.0)
-    return hessian + added[..., None, None] * torch.eye(hessian.shape[-1], dtype=hessian.dtype, device=hessian.device)
+    hessian = hessian.to(torch.float64, copy=True)
+    diagonal = hessian.diagonal(dim1=-2, dim2=-1)
+    mean = diagonal.mean(-1, keepdim=True)
+    diagonal += torch.where(mean > 0, damping * mean, 1.0)
+    return hessian
 
 
 @dataclass(frozen=True)

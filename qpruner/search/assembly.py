@@ -97,7 +97,8 @@ class Assembly:
                     tensors = load_file(sums_path(self.sums, number)) if tensors is None else tensors
                     linear: nn.Linear = getattr(narrow, part.name)
                     bias = linear.bias is not None
-                    add_(linear, fit_without(tensors, part.name, part.linear.weight, part.places(units), bias=bias))
+                    change, _ = fit_without(tensors, part.name, part.linear.weight, part.places(units), bias=bias)
+                    add_(linear, change)
 
     def _linears(self, network: Any, kept: Kept) -> Iterator[tuple[str, nn.Linear, bool, Tensor | None]]:
         """Each linear: its name, itself, whether it is rows that go rather than columns, and the places that stay."""

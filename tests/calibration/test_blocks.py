@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from qpruner.anatomy import FAMILIES, decoder_blocks, family_of
 from qpruner.calibration.blocks import block_runner, linears_within, watching, watching_gradients
 from qpruner.calibration.text import Calibration
 from qpruner.errors import UserError
+from qpruner.offload import Offload, offload_
 from qpruner.processes import Processes
 
 S, T = 5, 20  # more tokens than the sliding windows of the tiny models
@@ -167,6 +169,27 @@ def test_outputs_may_take_the_place_of_inputs() -> None:
             for place, output in enumerate(runner.outputs(number, states)):
                 states[place] = output
     assert all(map(torch.equal, states, expected[-1]))
+
+
+def test_kept_states_are_let_go_once_a_block_had_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    gone: list[int] = []
+    monkeypatch.setattr(
+        "qpruner.calibration.blocks.let_go", lambda tensors: gone.extend(tensor.data_ptr() for tensor in tensors)
+    )
+    model = frozen("llama")
+    with block_runner(model, calibration()) as runner:
+        states = runner.embed()
+        list(runner.outputs(0, states))
+        assert gone == []  # in memory they stay
+    offload_(model, Offload(tmp_path))
+    with block_runner(model, calibration()) as runner:
+        states = runner.embed()
+        pointers = [hidden.data_ptr() for hidden in states]
+        for place, _ in enumerate(runner.outputs(0, states)):
+            assert gone == pointers[:place]
+        assert gone == pointers
+        list(runner.backward(0, states, lambda _, output: output))
+        assert gone == 2 * pointers
 
 
 def test_a_block_may_be_changed_before_the_text_goes_on() -> None:

@@ -24,17 +24,19 @@ def test_changes_are_those_of_a_local_compensation_on_text(family: str) -> None:
     sums: dict[int, dict[str, Tensor]] = {}
     gather_sums(dense, calibration(7, TEXT), sums.__setitem__)
     assert list(sums) == list(range(LAYERS))
-    for number, (layer, (groups, channels)) in enumerate(zip(decoder_layers(dense), KEPT, strict=True)):
+    layers = zip(decoder_layers(dense), decoder_layers(narrow), KEPT, strict=True)
+    for number, (layer, changed, (groups, channels)) in enumerate(layers):
         for coupled, units in ((layer.group_weights[-1], groups), (layer.channel_weights[-1], channels)):
-            linear = coupled.linear
+            linear, other = coupled.linear, getattr(changed, coupled.name)
             stay = coupled.places(units)
-            change = fit_without(sums[number], coupled.name, linear.weight, stay, bias=linear.bias is not None)
-            other = expected[f"{number}.{coupled.name}"]
-            assert change.ridge == other.ridge
-            assert change.before == pytest.approx(other.before, rel=1e-4)
-            assert change.after == pytest.approx(other.after, rel=1e-4)
-            if other.change is not None:
-                assert change.change is not None
-                torch.testing.assert_close(change.change.weight, other.change.weight, rtol=1e-3, atol=1e-5)
-                if other.change.bias is not None:
-                    torch.testing.assert_close(change.change.bias, other.change.bias, rtol=1e-3, atol=1e-5)
+            change, fit = fit_without(sums[number], coupled.name, linear.weight, stay, bias=linear.bias is not None)
+            on_text = expected[f"{number}.{coupled.name}"]
+            assert fit.ridge == on_text.ridge
+            assert fit.before == pytest.approx(on_text.before, rel=1e-4)
+            assert fit.after == pytest.approx(on_text.after, rel=1e-4)
+            assert (change is not None) == on_text.changes
+            if change is not None:
+                moved = other.weight.double() - linear.weight[:, stay].double()
+                torch.testing.assert_close(moved, change.weight, rtol=1e-3, atol=1e-5)
+                if change.bias is not None:
+                    torch.testing.assert_close((other.bias - linear.bias).double(), change.bias, rtol=1e-3, atol=1e-5)
