@@ -16,6 +16,7 @@ from qpruner.datamodules import StoriesDataModule, TextDataModule
 from qpruner.datamodules.base import LoaderConfig, TokenDataModule
 from qpruner.datamodules.loader import EvaluationLoader
 from qpruner.datamodules.rows import TextExamples, TokenRows
+from qpruner.files import hash_file
 from qpruner.pretrained import EMBEDDED, model_fingerprint
 from qpruner.pruning.selection import SelectionConfig
 from qpruner.training.evaluation import evaluate
@@ -47,7 +48,8 @@ def name_of(base: str) -> str:
 def complete(given: argparse.Namespace, keys: Sequence[Row], measure: Callable[[Row], Row]) -> list[Row]:
     """The rows of the file, after those that it lacks were measured and added, one by one.
 
-    With ``--part`` those of a part are measured, and added to a file of its own, for others to work on the rest.
+    With ``--part`` those of a part are measured, and added to a file of its own, for others to work on the rest. A row
+    says which text it is from; those that do not are from before rows did, and count for any.
     """
     target: Path = given.rows
     if getattr(given, "part", None):
@@ -59,13 +61,19 @@ def complete(given: argparse.Namespace, keys: Sequence[Row], measure: Callable[[
     if given.table:
         return rows
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-    for key in keys:
-        if not any(key.items() <= row.items() for row in rows):
+    text = {"train": text_of(given.train)} if given.train else {}
+    for key in [key | text for key in keys]:
+        if not any(key.items() <= (text | row).items() for row in rows):
             rows.append(key | measure(key))
             with target.open("a") as file:
                 file.write(json.dumps(rows[-1]) + "\n")
             print(json.dumps(rows[-1]), flush=True)
     return rows
+
+
+def text_of(file: str) -> str:
+    """What rows call a text: its name, with the beginning of its hash."""
+    return f"{Path(file).name}-{hash_file(Path(file))[:8]}"
 
 
 def uncompensated(ratio: float, **changes: Any) -> StructuredPruning:
