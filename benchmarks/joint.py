@@ -285,7 +285,11 @@ def table(rows: list[Row]) -> str:
             f"{row['kept']:.0%}",
             f"{row['of_budget']:.1%}",
             f"{row['bytes'] / 1e6:.1f}",
-            *(f"{row[when][text]:,.2f}" for when in ("quantized", "recovered") for text in texts),
+            *(
+                f"{row[when][text]:,.2f}" if text in row[when] else "-"
+                for when in ("quantized", "recovered")
+                for text in texts
+            ),
             f"{row['seconds']:.0f}",
         ]
         for row in sorted(rows, key=lambda row: (row["base"], -row["share"]))
