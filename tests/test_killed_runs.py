@@ -31,8 +31,9 @@ def killed_and_repeated_equals_uninterrupted(config: dict[str, Any], folder: Pat
         for name in ("plan.json", "model.safetensors", "adapter/adapter_model.safetensors"):
             assert (one.model / name).read_bytes() == (other.model / name).read_bytes()
         assert scalars(one.tensorboard, "train/loss") == scalars(other.tensorboard, "train/loss")
-        names = [sorted(path.name for path in folder.phase_folder.iterdir()) for folder in (one, other)]
-        assert names[0] == names[1]  # nothing half written stays behind
+        for mine, expected_there in ((one.phase_folder, other.phase_folder), (one.model, other.model)):
+            names = [sorted(path.name for path in place.iterdir()) for place in (mine, expected_there)]
+            assert names[0] == names[1]  # nothing half written stays behind
     trained, expected = adapters(pieces.path), adapters(whole.path)
     assert all(torch.equal(trained[name], tensor) for name, tensor in expected.items())
     kept = ("name", "parameters", "tensor_bytes", "average_bits", "results")
@@ -65,7 +66,7 @@ def test_a_fit_that_prunes_and_quantizes(config_that_allocates: dict[str, Any], 
     """The pruned base kept and sensitivities not measured; the packed one half in its place; then to the end."""
     moments = [
         "swapping 1", "measuring 1", "adapters 1", "swapping 2", "dropping 1", "training 4", "adapters 1",
-        "reporting 1", "ending 1",
+        "reporting 1", "card 1", "ending 1",
     ]  # fmt: skip
     killed_and_repeated_equals_uninterrupted(config_that_allocates, tmp_path, moments)
 

@@ -13,13 +13,13 @@ CARD = "README.md"
 CODE = "modeling_compressed.py"
 
 
-def write_model_card(folder: RunFolder) -> None:
-    """Writes the card of a run's model, with the figures of its summary; nothing where the run keeps no model.
+def write_model_card(folder: RunFolder, summary: Summary) -> None:
+    """Writes the card of a run's model, with the figures of a summary; nothing where the run keeps no model.
 
     The manifest does not list it, so that a person may go on with it.
     """
     if is_compressed(folder.model):
-        write_text(folder.model / CARD, model_card(folder.model, folder.path.name, Summary.read(folder.summary)))
+        write_text(folder.model / CARD, model_card(folder.model, folder.path.name, summary))
 
 
 def model_card(model: Path, name: str, summary: Summary) -> str:

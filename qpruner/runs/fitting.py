@@ -132,8 +132,8 @@ class PhasedFit:
         if folder.phase is None:
             write_report(folder)
             summary = replace(Summary.read(folder.summary), finished=True)
-            summary.write(folder.summary)
-            write_model_card(folder)
+            write_model_card(folder, summary)
+            summary.write(folder.summary)  # last of what is written: a run that says so is not gone on with
             show_summary(summary)
             print(f"Report: {folder.report}")
         phase.end()

@@ -32,7 +32,7 @@ def run(tiny_llama: Path, tmp_path: Path) -> RunFolder:
 
 
 def test_the_card_has_the_figures_and_loads_the_model(run: RunFolder, tiny_llama: Path) -> None:
-    write_model_card(run)
+    write_model_card(run, SUMMARY)
     text = (run.model / "README.md").read_text()
     _, head, body = text.split("---\n", 2)
     assert yaml.safe_load(head) == {  # of a base in a folder no name on the hub
@@ -55,5 +55,5 @@ def test_a_run_without_a_model_has_no_card(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path / "none")
     folder.path.mkdir()
     SUMMARY.write(folder.summary)
-    write_model_card(folder)
+    write_model_card(folder, SUMMARY)
     assert list(tmp_path.rglob("README.md")) == []

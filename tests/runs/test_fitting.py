@@ -163,6 +163,24 @@ def test_a_fit_that_was_cut_off_goes_on_from_the_checkpoint_of_its_phase(fits: A
     assert seen.fits == [(None, "pruned", 0), (checkpoint, "pruned", 1), (None, "quantized", 0)]
 
 
+def test_a_run_is_not_called_over_before_its_model_has_a_card(
+    fits: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = RunFolder(tmp_path / "run")
+    card = folder.model / "README.md"
+
+    def cut_off(*_: Any) -> None:
+        raise InterruptedError
+
+    with monkeypatch.context() as patch:
+        patch.setattr("qpruner.records.model_card.write_text", cut_off)
+        with pytest.raises(InterruptedError):
+            run(fits(StructuredPruning(**PRUNING)))
+    assert not folder.finished
+    run(fits(StructuredPruning(**PRUNING)), continues=True)
+    assert folder.finished and card.read_text().count("StructuredPruning") == 1
+
+
 def test_what_only_a_phase_that_is_over_needed_goes_in_the_next_session(fits: Any, tmp_path: Path) -> None:
     """Cut off between the two, the first phase could not drop it itself."""
     seen, first = Seen(), RunFolder(tmp_path / "run", 1)

@@ -79,6 +79,8 @@ match moment:
         quantization.drop_scaffolding = at_call(int(number), quantization.drop_scaffolding, die)
     case "reporting":  # with all that a fit leaves written, and the run not called over
         fitting.write_report = at_call(int(number), fitting.write_report, die)
+    case "card":  # of a model that has none yet
+        fitting.write_model_card = at_call(int(number), fitting.write_model_card, die)
     case "ending":  # of a phase
         Phase.end = at_call(int(number), Phase.end, die)  # type: ignore[method-assign]
     case "writing":
