@@ -16,6 +16,7 @@ from qpruner.datamodules import StoriesDataModule, TextDataModule
 from qpruner.datamodules.base import LoaderConfig, TokenDataModule
 from qpruner.datamodules.loader import EvaluationLoader
 from qpruner.datamodules.rows import TextExamples, TokenRows
+from qpruner.datamodules.sources import Source
 from qpruner.files import hash_file
 from qpruner.pretrained import EMBEDDED, model_fingerprint
 from qpruner.pruning.selection import SelectionConfig
@@ -61,7 +62,7 @@ def complete(given: argparse.Namespace, keys: Sequence[Row], measure: Callable[[
     if given.table:
         return rows
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-    text = {"train": text_of(given.train)} if given.train else {}
+    text = {"train": text_of(given.train)}
     for key in [key | text for key in keys]:
         if not any(key.items() <= (text | row).items() for row in rows):
             rows.append(key | measure(key))
@@ -71,9 +72,12 @@ def complete(given: argparse.Namespace, keys: Sequence[Row], measure: Callable[[
     return rows
 
 
-def text_of(file: str) -> str:
-    """What rows call a text: its name, with the beginning of its hash."""
-    return f"{Path(file).name}-{hash_file(Path(file))[:8]}"
+def text_of(spec: str | None) -> str:
+    """What rows call a text: its name, with the beginning of its hash; without one, the embedded stories."""
+    if spec is None:
+        return "stories"
+    path = Path(spec)
+    return f"{path.name}-{(hash_file(path) if path.is_file() else Source(spec, 'train').fingerprint())[:8]}"
 
 
 def uncompensated(ratio: float, **changes: Any) -> StructuredPruning:

@@ -265,9 +265,8 @@ def _lacked(
     linear = narrow.linears[name]
     sums = SplitSums(linear.in_features, linear.out_features, calibration.processes.device)
 
-    def add(
-        place: int, seen: dict[str, Seen]
-    ) -> None:  # a function, so that nothing is left when the block works again
+    # A function, so that nothing is left when the block works again.
+    def add(place: int, seen: dict[str, Seen]) -> None:
         target = targets[place].pop(name).to(calibration.processes.device)
         missing, inputs = target - stream.behind(states[place], seen)[name], seen[name].inputs
         seen.clear()
@@ -343,5 +342,5 @@ def add_(linear: nn.Linear, change: Change | None) -> None:
 
 def _added(parameter: Tensor, change: Tensor) -> nn.Parameter:
     """The sum, as a parameter of its own: a dense model may have the one that was."""
-    total = parameter.detach().double().add_(change.to(parameter.device))
+    total = parameter.detach().to(torch.float64, copy=True).add_(change.to(parameter.device))
     return nn.Parameter(total.to(parameter.dtype), requires_grad=False)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from qpruner.anatomy import architecture_of, decoder_blocks, decoder_layers, family_of
 from qpruner.anatomy.coupled import within
-from qpruner.calibration.regression import Fit
+from qpruner.calibration.regression import Change, Fit
 from qpruner.calibration.text import Calibration, CalibrationConfig
 from qpruner.errors import UserError
 from qpruner.offload import Offload, offload_, tensors_of
@@ -19,6 +19,7 @@ from qpruner.plan import CompressionPlan
 from qpruner.pruning.compensation import (
     HELD_OUT,
     How,
+    add_,
     check_text,
     compensate_,
     describe,
@@ -275,3 +276,13 @@ def test_a_line_says_what_was_done() -> None:
         f"Compensated {len(changed)} of 6 linears on 480 tokens; what these lacked on held-out text is {mean:.1%} less "
         f"in the mean."
     )
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64], ids=str)
+def test_a_dense_model_of_the_same_tensors_stays_as_it_is(dtype: torch.dtype) -> None:
+    linear = torch.nn.Linear(3, 2).to(dtype)
+    weight, bias = linear.weight.data.fill_(2), linear.bias.data.fill_(3)
+    add_(linear, Change(torch.full((2, 3), 0.5, dtype=torch.float64), torch.ones(2, dtype=torch.float64)))
+    assert (weight == 2).all() and (bias == 3).all()
+    assert (linear.weight == 2.5).all() and (linear.bias == 4).all()
+    assert linear.weight.dtype == linear.bias.dtype == dtype
