@@ -151,9 +151,19 @@ class Adapter:
 
 
 def adapter_on(linear: Any) -> Adapter | None:
-    """The adapter on a linear of a PEFT model; None where there is none."""
+    """The adapter on a linear of a PEFT model; None where there is none.
+
+    Raises:
+        UserError: it is more than ``scale * B A``, as that of DoRA, or it has a bias.
+    """
     if not hasattr(linear, "lora_A"):
         return None
+    if linear.lora_variant or any(linear.lora_bias.values()):
+        kinds = ", ".join(type(variant).__name__ for variant in linear.lora_variant.values()) or "LoRA with biases"
+        raise UserError(
+            f"An adapter of this model is of another kind than LoRA's two factors: {kinds}. Merge it by PEFT's "
+            f"`merge_and_unload`, or train adapters of --model.lora."
+        )
     return Adapter(
         linear.get_base_layer(),
         linear.lora_A["default"].weight,

@@ -9,7 +9,7 @@ import torch
 import yaml
 from support.families import PLAIN, adapted, logits_of, tiny_model
 
-from qpruner.adapters.lora import LoRAConfig, attach_adapters, is_target, target_linears
+from qpruner.adapters.lora import LoRAConfig, adapters_of, attach_adapters, is_target, target_linears
 from qpruner.anatomy import architecture_of, unit_linears
 from qpruner.commands import run
 from qpruner.errors import UserError
@@ -103,6 +103,14 @@ def test_a_broken_pattern_is_refused_at_once() -> None:
 def test_ends_of_names_are_whole_parts() -> None:
     assert is_target("model.layers.0.mlp.up_proj", ["up_proj"]) and is_target("up_proj", ["up_proj"])
     assert not is_target("model.layers.0.mlp.up_proj", ["p_proj"])
+
+
+@pytest.mark.parametrize("kind", ["use_dora", "lora_bias"])
+def test_adapters_that_are_more_than_two_factors_are_refused(kind: str) -> None:
+    config = peft.LoraConfig(target_modules=["o_proj"], task_type="CAUSAL_LM", **{kind: True})
+    model = peft.get_peft_model(tiny_model("olmo2" if kind == "use_dora" else "qwen2"), config)
+    with pytest.raises(UserError, match="DoraLinearVariant" if kind == "use_dora" else "LoRA with biases"):
+        adapters_of(model)
 
 
 def test_adapters_on_a_tied_head_stay_on_the_head_when_merged() -> None:
