@@ -185,7 +185,7 @@ def test_an_unknown_key_in_a_file_is_named_with_the_nearest(config: dict[str, An
 
 
 def test_a_mistake_ends_the_program_with_status_2_and_without_a_traceback(arguments: list[str]) -> None:
-    done = in_own_process("-m", "qpruner", "fit", *arguments, "--model.lora.rank", "3")
+    done = in_fork("-m", "qpruner", "fit", *arguments, "--model.lora.rank", "3")
     assert done.returncode == 2
     assert "qpruner: error: There is no option 'model.lora.rank'" in done.stderr
     assert "Traceback" not in done.stderr

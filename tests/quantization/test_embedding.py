@@ -10,7 +10,7 @@ import torch
 from lightning.pytorch import Trainer
 from safetensors.torch import load_file
 from support.families import FAMILIES, HIDDEN, LAYERS, VOCAB, logits_of, random_tokens, tiny_config, tiny_model
-from support.linears import quantize_dequantize
+from support.linears import PRECISIONS, quantize_dequantize
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -118,7 +118,11 @@ def test_the_embedding_follows_a_cast_of_the_model() -> None:
     torch.testing.assert_close(after.float(), before, rtol=2**-7, atol=0)
 
 
-@pytest.mark.parametrize(("family", "tied"), EACH)
+@pytest.mark.parametrize(
+    ("family", "tied", "precision"),
+    [(*each, INT8) for each in EACH] + [("llama", tied, one) for tied in (True, False) for one in PRECISIONS],
+    ids=str,
+)
 def test_the_model_computes_with_the_rounded_tables(family: str, tied: bool, precision: Precision) -> None:
     model, reference = (tiny_model(family, tie_word_embeddings=tied) for _ in range(2))
     round_tables_(reference, precision)
@@ -135,8 +139,10 @@ def test_head_logits_are_those_of_the_dequantized_weight(precision: Precision) -
     torch.testing.assert_close(model.lm_head(hidden), hidden @ dequantize(model.lm_head).T)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize(("family", "tied"), EACH)
+@pytest.mark.parametrize(
+    ("family", "tied", "dtype"),
+    [(*each, torch.bfloat16) for each in EACH] + [("gemma2", tied, torch.float32) for tied in (True, False)],
+)
 def test_a_folder_gives_the_same_logits_and_costs_its_price(
     tmp_path: Path, family: str, tied: bool, dtype: torch.dtype
 ) -> None:
