@@ -25,6 +25,10 @@ torch.set_num_threads(1)  # in models as small as these a second thread only wai
 def _own_cache_and_seed(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """No test reads what another or the user left behind; all of them share the tokens of this session."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.getbasetemp() / "cache"))
+    # Where transformers keeps code that comes with a model: a package, which Python imports once from one place.
+    modules = str(tmp_path_factory.getbasetemp() / "modules")
+    monkeypatch.setenv("HF_MODULES_CACHE", modules)
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", modules)
     # A fit without a folder of its own keeps its base under the working directory.
     monkeypatch.setattr("qpruner.training.compressible.BASES", str(tmp_path_factory.mktemp("bases")))
     torch.manual_seed(0)

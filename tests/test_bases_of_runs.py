@@ -1,7 +1,6 @@
 """Fits, plans and merges of bases that are quantized, bring code of their own, or do not fit their tokenizer."""
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -77,15 +76,6 @@ def with_code(base: Path, folder: Path, model_type: str) -> Path:
     return copy_base(
         base, folder, files=files, model_type=model_type, auto_map=auto_map, architectures=["OwnForCausalLM"]
     )
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _code_in_a_place_of_its_own(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Transformers copies code that comes with a model to a package, which Python imports once from one place."""
-    with pytest.MonkeyPatch.context() as patch:
-        modules = str(tmp_path_factory.mktemp("modules"))
-        patch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", modules)
-        yield
 
 
 def test_a_base_that_cannot_be_loaded_is_told_before_the_run_folder_is_claimed(
