@@ -84,7 +84,10 @@ def test_adapters_in_float16_stop_the_fit_and_nothing_is_kept(arguments: list[st
 
 
 # After step 4 there is a validation, which the checkpoint of that step waits for; it then is that of step 5.
-@pytest.mark.parametrize(("step", "value", "kept"), [(1, math.inf, None), (6, math.nan, 5), (7, -math.inf, 6)])
+@pytest.mark.parametrize(
+    ("step", "value", "kept"),
+    [(1, math.inf, None), (6, math.nan, 5), pytest.param(7, -math.inf, 6, marks=pytest.mark.slow)],
+)
 def test_a_loss_is_named_by_its_step_and_the_run_goes_on_from_the_checkpoint_before(
     arguments: list[str],
     tmp_path: Path,

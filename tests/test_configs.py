@@ -98,7 +98,16 @@ def stand_in(folder: Path, layers: int) -> Path:
             path,
             marks=[pytest.mark.slow]
             if path.stem.endswith(
-                ("_30", "_50", "qwen3_06b", "llama32_1b", "loraprune_llama2_7b", "qpruner2_llama2_7b_20", "llm_pruner")
+                (
+                    "_30",
+                    "_50",
+                    "qwen3_06b",
+                    "llama32_1b",
+                    "loraprune_llama2_7b",
+                    "qpruner2_llama2_7b_20",
+                    "llm_pruner",
+                    "alpaca",
+                )
             )
             or path.stem
             in ("qpruner_llama2_7b_20", "joint", "low_bits", "budget")  # whose runs have tests of their own

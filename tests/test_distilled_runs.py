@@ -66,6 +66,7 @@ def test_the_dense_model_teaches_all_phases_and_says_it_once(
     assert [row["results"] for row in stages(cut.path)] == [row["results"] for row in stages(whole.path)]
 
 
+@pytest.mark.slow
 def test_options_stand_in_files_and_on_the_command_line(
     arguments: list[str], config: dict[str, Any], tmp_path: Path
 ) -> None:

@@ -81,6 +81,7 @@ def test_the_embedded_model_by_default(here: Path, capsys: pytest.CaptureFixture
     assert "Once ‖" in (place / "report.md").read_text()
 
 
+@pytest.mark.slow
 def test_a_run_is_what_its_own_test_says(
     config: dict[str, Any], folder: Path, tmp_path: Path, here: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -230,6 +230,7 @@ def test_a_checkpoint_that_is_given_begins_the_first_phase_alone(arguments: list
     assert [row["results"] for row in stages(folder.path)] == [row["results"] for row in summary["stages"]]
 
 
+@pytest.mark.slow
 def test_evaluation_measures_what_there_is(arguments: list[str], tmp_path: Path) -> None:
     """In the middle of pruning with its masks, then the result of each phase; all as the run measured them."""
     folder = RunFolder(tmp_path / "runs" / "x")

@@ -153,6 +153,7 @@ def test_killed_and_continued_equals_uninterrupted(
     assert pieces.plan.read_text() == whole.plan.read_text()
 
 
+@pytest.mark.slow
 def test_a_plan_is_among_the_first_that_are_tried(
     arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

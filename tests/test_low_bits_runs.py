@@ -127,6 +127,7 @@ def test_two_gloo_ranks_round_as_one(arguments: list[str], tmp_path: Path, one_t
             assert first["results"] == pytest.approx(second["results"], rel=1e-3)
 
 
+@pytest.mark.slow
 def test_a_plan_is_carried_out_with_the_calibration_that_is_configured_and_changes_of_it_are_refused(
     arguments: list[str], tmp_path: Path
 ) -> None:

@@ -97,6 +97,7 @@ def test_test_measures_dense_quantized_and_recovered_again(arguments: list[str],
         assert stage["results"] == pytest.approx(expected["results"], rel=1e-6)
 
 
+@pytest.mark.slow
 def test_killed_and_repeated_equals_uninterrupted(config: dict[str, Any], tmp_path: Path) -> None:
     """Before the base is kept, before the first step and after a checkpoint; the base is quantized twice in all."""
     path = tmp_path / "config.yaml"

@@ -272,6 +272,7 @@ def test_longer_fits_of_finalists_are_a_rung(arguments: list[str], tmp_path: Pat
     assert [one.scores["steps"] for one in records(folder.variants) if one.scores] == [2] * len(plans)
 
 
+@pytest.mark.slow
 def test_a_finished_search_goes_on_to_more_trials(arguments: list[str], tmp_path: Path) -> None:
     few = ["search", *arguments, "--search.finalists", "1", "--search.finalist_seeds", "1"]
     run([*few, "--search.trials", "2"])
@@ -413,6 +414,7 @@ def test_a_trial_that_only_the_ledger_saw_is_shown_when_the_search_goes_on(
         assert scalars(folder.tensorboard, f"search/{tag}") == [*enumerate(map(pytest.approx, values))]
 
 
+@pytest.mark.slow
 def test_a_folder_and_a_ledger_belong_to_one_search(
     arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -67,6 +67,7 @@ def check(source: Source, folder: Path, dtype: torch.dtype = torch.float16) -> N
     assert written.predicted_bytes < size < written.predicted_bytes + 200_000  # its nodes
 
 
+@pytest.mark.slow
 def test_codes_adapters_and_widths_of_each_layer(tmp_path: Path) -> None:
     changes = {"num_hidden_layers": 2, "tie_word_embeddings": True}
     source = source_of(

@@ -209,8 +209,7 @@ def test_generation_uses_the_packed_tables(tied: bool) -> None:
     assert torch.equal(model.generate(random_tokens(), **options), reference.generate(random_tokens(), **options))
 
 
-@pytest.mark.parametrize("tied", [True, False])
-@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize(("tied", "checkpointing"), [(True, False), (False, True)])
 def test_adapters_train_between_packed_tables_and_evaluation_changes_nothing(
     precision: Precision, tied: bool, checkpointing: bool
 ) -> None:

@@ -67,7 +67,7 @@ def test_each_worker_has_the_environment_of_its_own(monkeypatch: pytest.MonkeyPa
     assert dict(os.environ) == before
 
 
-@pytest.mark.parametrize("how", ["SIGKILL", "SIGINT", "SIGTERM"])
+@pytest.mark.parametrize("how", ["SIGKILL", pytest.param("SIGINT", marks=pytest.mark.slow), "SIGTERM"])
 def test_workers_end_with_the_search_however_it_ends(how: str) -> None:
     """While each is at a trial that never answers."""
     search = subprocess.Popen(

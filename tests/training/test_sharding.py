@@ -27,6 +27,8 @@ from qpruner.training.sharding import ShardedStrategy, is_sharded, part_of, shar
 
 RANKS = 2
 AFFINE = Precision("affine", 4, 32)
+QUICK = ("llama", "gemma2", "gpt2", "mixtral")
+"""Families that the quick tests split: of plain layers, of further norms, with biases, and of experts."""
 
 
 def step_of(family: str, rows: torch.Tensor) -> tuple[Any, torch.Tensor]:
@@ -41,7 +43,10 @@ def bytes_of_layers(model: Any) -> int:
     return sum(part.numel() * part.element_size() for part in parts)
 
 
-@pytest.mark.parametrize("family", EXPLICIT)
+@pytest.mark.parametrize(
+    "family",
+    [pytest.param(family, marks=[] if family in QUICK else [pytest.mark.slow]) for family in EXPLICIT],
+)
 def test_losses_and_gradients_are_those_of_a_whole_model(family: str, tmp_path: Path) -> None:
     """Of rank 3, adapters have rows that two devices cannot share alike; the loss is the mean over both."""
     rows = random_tokens(4)
