@@ -110,7 +110,13 @@ def stand_in(folder: Path, layers: int) -> Path:
                 )
             )
             or path.stem
-            in ("qpruner_llama2_7b_20", "joint", "low_bits", "budget")  # whose runs have tests of their own
+            in (
+                "qpruner_llama2_7b_20",
+                "joint",
+                "low_bits",
+                "budget",
+                "loraprune",
+            )  # whose runs have tests of their own
             else [],
         )
         for path in CONFIGS

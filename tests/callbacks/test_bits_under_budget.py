@@ -233,7 +233,7 @@ def test_a_fit_holds_the_plan_that_its_budget_buys(
 
 
 @METHODS
-@pytest.mark.parametrize("loftq_iterations", [0, 2])
+@pytest.mark.parametrize("loftq_iterations", [pytest.param(0, marks=pytest.mark.slow), 2])
 def test_with_a_folder_and_without_the_fit_is_the_same(
     tiny_llama: Path, stories: StoriesDataModule, tmp_path: Path, method: Any, loftq_iterations: int
 ) -> None:

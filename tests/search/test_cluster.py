@@ -205,6 +205,7 @@ def test_a_scheduler_that_goes_fails_no_trial() -> None:
                 next(trials)
 
 
+@pytest.mark.slow
 def test_a_cluster_with_too_few_workers(
     executors: dict[str, Executor], address: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -67,7 +67,9 @@ def test_each_worker_has_the_environment_of_its_own(monkeypatch: pytest.MonkeyPa
     assert dict(os.environ) == before
 
 
-@pytest.mark.parametrize("how", ["SIGKILL", pytest.param("SIGINT", marks=pytest.mark.slow), "SIGTERM"])
+@pytest.mark.parametrize(
+    "how", ["SIGKILL", *(pytest.param(how, marks=pytest.mark.slow) for how in ("SIGINT", "SIGTERM"))]
+)
 def test_workers_end_with_the_search_however_it_ends(how: str) -> None:
     """While each is at a trial that never answers."""
     search = subprocess.Popen(
@@ -102,6 +104,7 @@ def is_alive(pid: int) -> bool:
         return False
 
 
+@pytest.mark.slow
 def test_a_script_without_a_main_part_is_told_so(tmp_path: Path) -> None:
     script = tmp_path / "search.py"
     script.write_text(
