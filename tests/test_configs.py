@@ -26,6 +26,8 @@ LAYERS = {
     **{"llama32_1b": 16, "qwen3_06b": 28},
 }
 """Of the models that configurations are for; 32 where nothing is said."""
+QUICK = ("quickstart", "text")
+"""Configurations that `make test` runs; most others have other numbers, or runs with tests of their own."""
 
 
 @pytest.fixture
@@ -93,32 +95,7 @@ def stand_in(folder: Path, layers: int) -> Path:
 @pytest.mark.parametrize(
     "path",
     [
-        # Other numbers in the configuration for 20 %, another family in the one for a Llama of 1 B.
-        pytest.param(
-            path,
-            marks=[pytest.mark.slow]
-            if path.stem.endswith(
-                (
-                    "_30",
-                    "_50",
-                    "qwen3_06b",
-                    "llama32_1b",
-                    "loraprune_llama2_7b",
-                    "qpruner2_llama2_7b_20",
-                    "llm_pruner",
-                    "alpaca",
-                )
-            )
-            or path.stem
-            in (
-                "qpruner_llama2_7b_20",
-                "joint",
-                "low_bits",
-                "budget",
-                "loraprune",
-            )  # whose runs have tests of their own
-            else [],
-        )
+        pytest.param(path, marks=[] if path.stem in QUICK else [pytest.mark.slow])
         for path in CONFIGS
         if path not in SEARCHES
     ],
