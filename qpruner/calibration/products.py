@@ -23,7 +23,7 @@ def add_products_(total: Tensor, left: Tensor, right: Tensor, roots: Tensor | No
 
 
 def add_gram_(total: Tensor, values: Tensor, roots: Tensor | None = None) -> None:
-    """Adds X^T D X, of which what lies above the diagonal is what lies below it; see `add_products_`."""
+    """Adds X^T D X; of two blocks on either side of the diagonal one is computed. See `add_products_`."""
     for rows, of_rows in pieces(values, roots):
         for columns, of_columns in pieces(values[:, : rows.stop], roots):
             products = of_rows.T @ of_columns

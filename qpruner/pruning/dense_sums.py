@@ -85,7 +85,7 @@ def _sums_without(dense: Mapping[str, Tensor], stay: Tensor, go: Tensor, lost: T
     gram, inputs = dense["gram"], dense["inputs"]
     of_gone = gram[go]
     return Sums(
-        dense["tokens"],
+        dense["tokens"].clone(),  # others are merged into what it returns
         gram[stay][:, stay],
         of_gone[:, stay].T @ lost.T,
         inputs[stay],

@@ -29,7 +29,10 @@ def test_changes_are_those_of_a_local_compensation_on_text(family: str) -> None:
         for coupled, units in ((layer.group_weights[-1], groups), (layer.channel_weights[-1], channels)):
             linear, other = coupled.linear, getattr(changed, coupled.name)
             stay = coupled.places(units)
-            change, fit = fit_without(sums[number], coupled.name, linear.weight, stay, bias=linear.bias is not None)
+            given = {name: tensor.double() for name, tensor in sums[number].items()}
+            before = {name: tensor.clone() for name, tensor in given.items()}
+            change, fit = fit_without(given, coupled.name, linear.weight, stay, bias=linear.bias is not None)
+            assert all(torch.equal(given[name], tensor) for name, tensor in before.items())  # for the next plan
             on_text = expected[f"{number}.{coupled.name}"]
             assert fit.ridge == on_text.ridge
             assert fit.before == pytest.approx(on_text.before, rel=1e-4)
