@@ -22,6 +22,7 @@ from what rounding left, and a recovery of equal length. Shares are of the 16-bi
 Perplexities are of the packed model without adapters, and of the recovered one with them. ``seconds`` are those
 of deciding; ``kept`` is the share of the decoder's weights that stays. With ``--banks`` the codes of the dense model in
 all widths, and what each width costs, are made once for all rows of a base and seed; ``seconds`` then lack them.
+With ``--models`` the recovered model of each row is kept for ``qpruner evaluate``, in a folder such as ``joint-0.15-0``.
 """
 
 import argparse
@@ -42,7 +43,7 @@ from studies import Row, add_arguments, complete, name_of, recovery, text_data
 from qpruner.allocation.budget import Budget, dense_weights
 from qpruner.allocation.decision import DecidingConfig
 from qpruner.calibration.text import CalibrationConfig
-from qpruner.callbacks import MixedPrecisionQuantization, PlannedPruning, StructuredPruning
+from qpruner.callbacks import KeepModel, MixedPrecisionQuantization, PlannedPruning, StructuredPruning
 from qpruner.datamodules import TextDataModule
 from qpruner.datamodules.base import LoaderConfig
 from qpruner.joint.config import JointConfig
@@ -83,6 +84,7 @@ def main() -> None:
     parser.add_argument("--text", type=int, nargs=2, default=[128, 256], metavar=("SEQUENCES", "LENGTH"))
     parser.add_argument("--deciding-text", type=int, nargs=2, default=[16, 128], metavar=("SEQUENCES", "LENGTH"))
     parser.add_argument("--banks", type=Path, help="folder that keeps banks of the dense model for further rows")
+    parser.add_argument("--models", type=Path, help="folder that keeps the recovered model of each row")
     parser.add_argument("--learning", type=int, default=200, help="steps in which gates learn")
     parser.add_argument("--trials", type=int, default=24, help="of searches, of 20 steps each")
     parser.add_argument("--lr", type=float, default=3e-4)
@@ -118,7 +120,7 @@ def measure(given: argparse.Namespace, key: Row) -> Row:
         seconds = perf_counter() - since
         reports = partial(perplexities, given)
         after = AfterCompression(None, reports)
-        callbacks = [*carried_out(given, plan, key), after]
+        callbacks = [*carried_out(given, plan, key), after, *keeping(given, key)]
         module, data = described(given, key["seed"]), text_data(given, key["seed"])
         trainer = recovery(given.steps, callbacks, folder)
         with banked(given, key["seed"], RunFolder(Path(folder) / "fit")) as place:
@@ -182,6 +184,14 @@ def carried_out(given: argparse.Namespace, plan: CompressionPlan | list[L.Callba
     if isinstance(plan, list):
         return plan
     return [PlannedPruning(plan), MixedPrecisionQuantization.of_plan(plan, quantization(given, key["share"]))]
+
+
+def keeping(given: argparse.Namespace, key: Row) -> list[L.Callback]:
+    """What keeps the model of a row, if that is wanted."""
+    if given.models is None:
+        return []
+    folder = given.models / f"{key['method'].replace(':', '-')}-{key['share']:g}-{key['seed']}"
+    return [KeepModel(folder, folder)]
 
 
 def plan_of(given: argparse.Namespace, key: Row, folder: Path) -> CompressionPlan | list[L.Callback]:

@@ -1,7 +1,7 @@
 """What callbacks that compress the base have in common."""
 
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
@@ -59,6 +59,10 @@ class Rehearsal:
     @property
     def plan(self) -> CompressionPlan:
         return self._dense.keeping(first_units(self._dense.architecture, architecture_of(self.model.config)))
+
+    def rank_adapters(self, ranks: Iterable[int | None]) -> None:
+        """Says the rank of the adapters of each layer; None for that of all adapters."""
+        self._dense = self._dense.with_ranks(ranks)
 
     def prune(self, ratio: float, selection: SelectionConfig) -> None:
         """Narrows the model as pruning would, where that does not depend on scores.

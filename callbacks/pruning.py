@@ -154,8 +154,8 @@ class PlannedPruning(CompressionInSetup):
         Narrows the base, once; one that comes from the folder that it is kept in is narrow already.
 
     Args:
-        plan: plan that is carried out, as far as it says which units stay and in which order, and in which order the
-            channels of the hidden states come.
+        plan: plan that is carried out, as far as it says which units stay and in which order, in which order the
+            channels of the hidden states come, and what ranks adapters have.
         compensation: what the weights that stay make up for; see `StructuredPruning`.
         compensation_text: calibration text of the compensation.
 
@@ -189,6 +189,7 @@ class PlannedPruning(CompressionInSetup):
         if self._prunes:
             self.compensating.check(rehearsal.model)
         apply_pruning_(rehearsal.model, self.plan)
+        rehearsal.rank_adapters(self.plan.ranks)
 
     def check_text(self, data: TokenDataModule) -> None:
         if self._prunes:
@@ -212,6 +213,7 @@ class PlannedPruning(CompressionInSetup):
         if self.plan.hidden is not None:
             model.reorder(self.plan.hidden)  # before the dense model is remembered, which it is compared with
         dense = self.compensating.remember(model) if self._prunes else None
+        model.rank_adapters(self.plan.ranks)
         model.prune([(list(layer.kv_groups), list(layer.ffn_channels)) for layer in self.plan.layers])
         self.compensating.apply(model, dense, job.data, job.processes)
         rank_zero_info(describe(model.known_plan(), before, Size.of(model.network), "as the plan says", ()))

@@ -19,7 +19,7 @@ from qpruner.datamodules.base import TokenDataModule
 from qpruner.errors import UserError
 from qpruner.memory import tensor_bytes
 from qpruner.plan import DENSE, UNITS, CompressionPlan, Precision
-from qpruner.quantization.apply import LoftQSettings, check_rank, linear_precisions
+from qpruner.quantization.apply import LoftQSettings, check_rank, linear_precisions, starts_of
 from qpruner.quantization.calibrated_inputs import CalibratedConfig
 from qpruner.quantization.calibrated_layers import CalibratedLayers
 from qpruner.quantization.embedding import table_precisions
@@ -169,7 +169,7 @@ class MixedPrecisionQuantization(CompressionInSetup):
             self.allocator.check(rehearsal, self.tables)
         elif rehearsal.exact:
             settings = LoftQSettings.of(rehearsal.lora, self.loftq_iterations, seed=0)  # nothing is drawn
-            check_rank(rehearsal.model, linear_precisions(rehearsal.model, plan), settings)
+            check_rank(rehearsal.model, starts_of(rehearsal.model, plan, settings))
         if self.calibrated is not None:
             refuse_experts(rehearsal.model, CALIBRATED, "the nearest values: leave calibrated out")
             if self.plan is None:  # which says the formats; some have what others lack

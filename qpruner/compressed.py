@@ -1,6 +1,6 @@
 """A language model under compression: what it is now, what was done to it, and the folder that keeps it."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from enum import StrEnum
@@ -29,7 +29,7 @@ from qpruner.pruning.order import reorder_hidden_
 from qpruner.pruning.rounds import Size
 from qpruner.pruning.selection import Kept
 from qpruner.pruning.surgery import narrow_, narrow_factors, stated_by_weights
-from qpruner.quantization.apply import Factors, LoftQSettings, quantize_
+from qpruner.quantization.apply import Factors, LoftQSettings, adapter_ranks, quantize_
 from qpruner.quantization.bank import Bank
 from qpruner.quantization.calibrated import Calibrated, calibrate_
 from qpruner.quantization.calibrated_inputs import CalibratedConfig
@@ -321,6 +321,15 @@ class CompressedModel(nn.Module):
         self._changed(self.base_state if self.base_state is State.QUANTIZED else State.PRUNED)
         return size, rounded
 
+    def rank_adapters(self, ranks: Iterable[int | None]) -> None:
+        """Says the rank of the adapters that each layer is going to have.
+
+        Args:
+            ranks: [layers], rank of a layer's adapters; None for that of all adapters.
+        """
+        self._expect("given the ranks of its adapters", BARE)
+        self.plan = self.known_plan().with_ranks(ranks)
+
     def reorder(self, places: Sequence[int]) -> None:
         """Puts the channels of the residual stream into another order, in which the model computes the same.
 
@@ -421,7 +430,7 @@ class CompressedModel(nn.Module):
         """Puts adapters on the base, the only parameters that train.
 
         Args:
-            lora: rank and place of the adapters.
+            lora: rank and place of the adapters; the plan may have another rank for a layer.
             seed: seed of the adapters that start at random.
             gradient_checkpointing: whether activations are computed again in the backward pass.
 
@@ -435,7 +444,7 @@ class CompressedModel(nn.Module):
             self.network.gradient_checkpointing_enable({"use_reentrant": False})
         if self._adapter_files is not None:
             adapter_files.check_adapters(self._adapter_files, rank=lora.r, alpha=lora.alpha)
-        self.network = attach_adapters(self.network, lora, seed=seed)
+        self._attach(lora, seed)
         self._lora = lora, seed
         if not lora.pooled:
             set_factors_(self.network, self.initial_adapters)
@@ -580,6 +589,11 @@ class CompressedModel(nn.Module):
             self.masks.remove()  # linears without an adapter outlive it, hooks and all
             self.masks = None
 
+    def _attach(self, lora: LoRAConfig, seed: int) -> None:
+        ranks = {} if self.plan is None else adapter_ranks(self.network, self.plan)
+        given = {name: rank for name, rank in ranks.items() if rank is not None}
+        self.network = attach_adapters(self.network, lora, seed=seed, ranks=given)
+
     @contextmanager
     def _without_adapters(self, kept: Kept | None = None) -> Iterator[None]:
         """The base alone meanwhile; afterwards its adapters are on it again, in their dtype.
@@ -597,7 +611,7 @@ class CompressedModel(nn.Module):
         if kept is not None:
             factors = narrow_factors(self.network, factors, kept)
         yield
-        self.network = attach_adapters(self.network, lora, seed=seed)
+        self._attach(lora, seed)
         set_factors_(self.network, factors)
         for factor in self.network.parameters():
             if factor.requires_grad:

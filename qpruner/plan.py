@@ -45,14 +45,16 @@ class LayerPlan:
             experts: with 48 of them each, those of expert 2 are 96-143. An expert of which none is kept is gone; the
             others keep as many, each where it has them, and come one after the other in the order that they get.
         precision: precision of each of the `UNITS`.
+        rank: rank of the adapters on its linears, at least 1; None for the ``r`` that the adapters of a run have.
 
     Raises:
-        UserError: no unit, a unit twice, what is no number of a unit, or units without a precision.
+        UserError: no unit, a unit twice, what is no number of a unit, units without a precision, or what is no rank.
     """
 
     kv_groups: tuple[int, ...]
     ffn_channels: tuple[int, ...]
     precision: Mapping[str, Precision]
+    rank: int | None = None
 
     def __post_init__(self) -> None:
         for name in ("kv_groups", "ffn_channels"):
@@ -66,6 +68,11 @@ class LayerPlan:
         if self.precision.keys() != set(UNITS):
             raise UserError(
                 f"A layer has a precision for each of {', '.join(UNITS)}; found {cut(', '.join(self.precision))}."
+            )
+        if self.rank is not None and (type(self.rank) is not int or self.rank < 1):
+            raise UserError(
+                f"The rank of a layer's adapters is a whole number of at least 1, not {brief(self.rank)}. Leave it out "
+                f"for --model.lora.r."
             )
 
 
@@ -140,7 +147,8 @@ class CompressionPlan:
             o, down = (layer.precision[unit] for unit in ("o", "down"))
             precision = {**layer.precision, "o": o.of_columns(groups, heads), "down": down.of_columns(channels)}
             kv_groups = tuple(layer.kv_groups[place] for place in groups)
-            layers.append(LayerPlan(kv_groups, tuple(layer.ffn_channels[place] for place in channels), precision))
+            ffn_channels = tuple(layer.ffn_channels[place] for place in channels)
+            layers.append(replace(layer, kv_groups=kv_groups, ffn_channels=ffn_channels, precision=precision))
         return replace(self, layers=tuple(layers))
 
     def reordered(self, places: Sequence[int]) -> "CompressionPlan":
@@ -170,6 +178,20 @@ class CompressionPlan:
             embedding=embedding,
             head=head,
         )
+
+    def with_ranks(self, ranks: Iterable[int | None]) -> "CompressionPlan":
+        """The plan whose layers have adapters of these ranks.
+
+        Args:
+            ranks: [layers], rank of the adapters of each layer; None for that of all adapters.
+        """
+        layers = zip(self.layers, ranks, strict=True)
+        return replace(self, layers=tuple(replace(layer, rank=rank) for layer, rank in layers))
+
+    @property
+    def ranks(self) -> list[int | None]:
+        """[layers], rank of the adapters of each layer; None for that of all adapters."""
+        return [layer.rank for layer in self.layers]
 
     @property
     def quantized(self) -> bool:
@@ -232,7 +254,9 @@ class CompressionPlan:
         layers = ",\n".join(
             f'    {{"kv_groups": {json.dumps(format_ranges(layer.kv_groups))},\n'
             f'     "ffn_channels": {json.dumps(format_ranges(layer.ffn_channels))},\n'
-            f'     "precision": {json.dumps({unit: layer.precision[unit].to_data() for unit in UNITS})}}}'
+            f'     "precision": {json.dumps({unit: layer.precision[unit].to_data() for unit in UNITS})}'
+            + ("" if layer.rank is None else f', "rank": {layer.rank}')
+            + "}"
             for layer in self.layers
         )
         return "{\n" + ",\n".join([*lines, f'  "layers": [\n{layers}\n  ]']) + "\n}\n"
@@ -351,11 +375,12 @@ def _expect_columns(what: str, precision: Precision, columns: int) -> None:
 
 
 def _read_layer(content: dict[str, Any], *, ascending: bool) -> LayerPlan:
-    _expect_keys(content, {"kv_groups", "ffn_channels", "precision"})
+    _expect_keys(content, {"kv_groups", "ffn_channels", "precision"} | ({"rank"} & content.keys()))
     return LayerPlan(
         parse_ranges(content["kv_groups"], ascending=ascending),
         parse_ranges(content["ffn_channels"], ascending=ascending),
         {unit: Precision.of_data(precision) for unit, precision in content["precision"].items()},
+        content.get("rank"),
     )
 
 

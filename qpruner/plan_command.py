@@ -31,7 +31,7 @@ def show(plan: Path) -> None:
 
 def show_plan(plan: CompressionPlan) -> None:
     """Prints what a plan keeps."""
-    dense = plan.architecture
+    dense, ranked = plan.architecture, any(plan.ranks)
     rows = [
         [
             str(number),
@@ -39,12 +39,18 @@ def show_plan(plan: CompressionPlan) -> None:
             f"{len(layer.ffn_channels)} of {dense.ffn_channels[number]}{_experts(plan, number)}"
             f"{_order(layer.ffn_channels)}",
             *(str(layer.precision[unit]) for unit in UNITS),
+            *([_rank(layer)] if ranked else []),
         ]
         for number, layer in enumerate(plan.layers)
     ]
     print(f"A plan for a {dense.model_type} of {dense.num_layers} layers, hidden size {dense.hidden_size}.")
     print(f"Embedding {plan.embedding}, head {plan.head}." + _order_of_hidden(plan) + "\n")
-    print(markdown_table(["layer", "KV groups", "FFN channels", *UNITS], rows))
+    print(markdown_table(["layer", "KV groups", "FFN channels", *UNITS, *(["rank"] if ranked else [])], rows))
+
+
+def _rank(layer: LayerPlan) -> str:
+    """The rank of a layer's adapters, as a person reads it."""
+    return "lora.r" if layer.rank is None else str(layer.rank)
 
 
 def _experts(plan: CompressionPlan, number: int) -> str:
@@ -109,6 +115,8 @@ def _changes(before: LayerPlan, after: LayerPlan) -> list[str]:
         for unit in UNITS
         if before.precision[unit] != after.precision[unit]
     ]
+    if before.rank != after.rank:
+        changes.append(f"rank of the adapters {_rank(before)} becomes {_rank(after)}")
     return changes
 
 

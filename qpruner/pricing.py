@@ -9,9 +9,9 @@ import torch
 from qpruner.adapters.lora import is_target
 from qpruner.anatomy import unit_linears, unit_shapes
 from qpruner.memory import tensor_bytes
-from qpruner.plan import DENSE, Architecture, CompressionPlan, Precision
+from qpruner.plan import DENSE, UNITS, Architecture, CompressionPlan, Precision
 from qpruner.pruning.surgery import apply_pruning_
-from qpruner.quantization.apply import linear_precisions
+from qpruner.quantization.apply import adapter_ranks, linear_precisions
 from qpruner.quantization.embedding import table_precisions
 from qpruner.quantization.formats import num_bytes
 
@@ -60,7 +60,7 @@ def price(model: torch.nn.Module, plan: CompressionPlan, *, rank: int = 0, targe
         model: dense model, of the plan's architecture and in the dtype that dense parts will be stored in; narrowed in
             place. Its weights may lie on the meta device.
         plan: plan to price.
-        rank: r of the adapters; 0 for none.
+        rank: r of the adapters where the plan has no other for a layer; 0 for no adapters.
         targets: linears that get adapters, as ``target_modules`` of `LoRAConfig`.
 
     Raises:
@@ -77,6 +77,7 @@ def price_narrowed(
     linears: dict[str, Any] = {
         name: model.get_submodule(name) for units in unit_linears(model) for names in units.values() for name in names
     }
+    ranks = adapter_ranks(model, plan)
     in_units = weight_bytes_in_units = weights = adapters = 0
     for name, precision in linear_precisions(model, plan).items():
         linear = linears[name]
@@ -85,8 +86,8 @@ def price_narrowed(
         weight_bytes_in_units += stored
         in_units += stored + tensor_bytes(linear) - dense_bytes
         weights += linear.weight.numel()
-        if is_target(name, targets):
-            adapters += rank * sum(shape) * ADAPTER_BYTES
+        if rank and is_target(name, targets):
+            adapters += (ranks[name] or rank) * sum(shape) * ADAPTER_BYTES
     rest = tensor_bytes(model) - sum(map(tensor_bytes, linears.values()))
     for name, precision in table_precisions(model.config, plan.embedding, plan.head).items():
         table: Any = model.get_submodule(name).weight
@@ -114,6 +115,24 @@ def weight_bytes(shape: tuple[int, int], precision: Precision, dense_size: int) 
     """
     out_features, in_features = shape
     return out_features * in_features * dense_size if precision == DENSE else num_bytes(*shape, precision)
+
+
+def bytes_of_rank_one(model: torch.nn.Module, widths: Architecture, number: int, targets: Sequence[str] | str) -> int:
+    """Bytes of the adapters on a layer's linears for each rank that they have.
+
+    Args:
+        model: model whose linears have the names that targets are compared with.
+        widths: widths of its layers.
+        number: number of the layer.
+        targets: linears that get adapters, as ``target_modules`` of `LoRAConfig`.
+    """
+    names, shapes = unit_linears(model)[number], unit_shapes(widths, number)
+    return ADAPTER_BYTES * sum(
+        sum(shape)
+        for unit in UNITS
+        for name, shape in zip(names[unit], shapes[unit], strict=True)
+        if is_target(name, targets)
+    )
 
 
 def average_bits(plan: CompressionPlan, dense_size: int) -> float:

@@ -2,15 +2,20 @@
 
 import json
 from collections.abc import Callable
-from itertools import pairwise
+from itertools import chain, pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
+from peft import PeftModel
 from support.forks import in_fork
 from support.runs import KILL_AT, payload
+from transformers import AutoConfig, AutoModelForCausalLM
 
+from qpruner.adapters.lora import LoRAConfig
+from qpruner.anatomy import architecture_of
 from qpruner.commands import run
 from qpruner.errors import UserError
 from qpruner.files import read_json
@@ -18,6 +23,7 @@ from qpruner.plan import UNITS, CompressionPlan
 from qpruner.quantization.formats import precision_of
 from qpruner.records.folder import RunFolder
 from qpruner.records.search import SearchResults, pareto_front, trials_table, variants_table
+from qpruner.search.parts import price_of_plan
 from qpruner.search.trial import TrialRunner
 
 TRIALS = 4
@@ -127,6 +133,53 @@ def test_a_search_of_widths_and_bits_records_what_it_tried_and_its_plan_is_carri
     assert sum(stored) == results.winner.num_bytes
     run(["plan", "check", str(folder.plan), "--base", str(tiny_llama)])
     assert f"A token costs {results.winner.scores['multiply_adds']:,} multiply-adds" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "searches_widths", [pytest.param(True, marks=pytest.mark.slow, id="widths"), pytest.param(False, id="bits")]
+)
+def test_ranks_of_adapters_are_searched_and_carried_out(
+    changed: Callable[..., list[str]], tmp_path: Path, tiny_llama: Path, searches_widths: bool
+) -> None:
+    """The fit of the winner has its bytes, and PEFT alone gives the adapters the ranks of its plan."""
+    config, lora = AutoConfig.from_pretrained(tiny_llama), LoRAConfig(r=4)
+    whole = CompressionPlan.dense(architecture_of(config), None)
+    at_four = whole.with_precision([dict.fromkeys(UNITS, precision_of(4, 32, {4: "affine"}))] * 2)
+    budget = price_of_plan(config, torch.float32, at_four, lora).total - (6000 if searches_widths else 0)
+
+    def change(content: dict[str, Any]) -> None:
+        content["model"]["lora"]["r"] = 4
+        content["trainer"]["callbacks"][1]["init_args"]["budget"] = {"bytes": budget}
+        content["search"] |= {"ranks": [1, 4, 2], "trials": 6, "optimizer": "random"}
+        if not searches_widths:
+            content["search"].pop("structure")
+            content["trainer"]["callbacks"].pop(0)
+
+    run(["search", *changed(change)])
+    folder = RunFolder(tmp_path / "runs" / "x")
+    results = SearchResults.read(folder.results)
+    assert results.ranked == ("0", "1") and bool(results.parts) == searches_widths
+    assert len({one.ranks for one in results.trials}) > 1
+    assert {*chain(*(one.ranks for one in results.trials))} <= {1, 2, 4}
+    assert all(one.num_bytes <= budget for one in results.trials)
+    assert "ranks of adapters" in variants_table(results)
+    unsearched = next(one for one in results.variants if one.name == "uniform")
+    assert unsearched.ranks == ((1, 1) if searches_widths else (4, 4))
+    lower = {one.name: one for one in results.trials if one.ranks != (4, 4)}
+    row = next(row for row in read_json(folder.pareto) if row["name"] in lower)
+    tried, plan = lower[row["name"]], CompressionPlan.read(path := folder.path / row["plan"])
+    assert tuple(plan.ranks) == tried.ranks
+    fit = changed(lambda content: (change(content), content.pop("search")))
+    run(["fit", *fit, "--run.name", "fitted", "--plan", str(path)])
+    fitted = RunFolder(tmp_path / "runs" / "fitted")
+    assert CompressionPlan.read(fitted.plan) == plan
+    stored = [payload(fitted.model / name) for name in ("model.safetensors", "adapter/adapter_model.safetensors")]
+    assert sum(stored) == tried.num_bytes
+    base = AutoModelForCausalLM.from_pretrained(fitted.model, trust_remote_code=True)
+    adapted = PeftModel.from_pretrained(base, fitted.model / "adapter")
+    for number, rank in enumerate(plan.ranks):
+        layer = adapted.get_base_model().model.layers[number].self_attn.q_proj
+        assert len(layer.lora_A["default"].weight) == rank and layer.scaling["default"] == lora.alpha / lora.r
 
 
 @pytest.mark.slow

@@ -173,6 +173,22 @@ def test_an_order_of_the_hidden_channels_composes() -> None:
         replace(PLAN, hidden=(0.0, *range(1, 64)))
 
 
+def test_ranks_are_written_and_read_and_stay_with_their_layer() -> None:
+    plan = PLAN.with_ranks([3, None])
+    text = plan.to_json()
+    assert '"down": {"format": "int", "bits": 8, "group": -1}}, "rank": 3},' in text and text.count("rank") == 1
+    assert CompressionPlan.from_json(text) == plan and plan.ranks == [3, None]
+    assert plan.keeping([((0,), (1,)), ((0,), (0,))]).ranks == [3, None]
+    assert plan.with_precision([dict.fromkeys(UNITS, DENSE)] * 2).ranks == [3, None]
+    assert plan.with_ranks([None, None]).to_json() == TEXT
+
+
+@pytest.mark.parametrize("rank", [0, -1, 2.0, True, "4"])
+def test_a_rank_is_a_whole_number_from_1(rank: Any) -> None:
+    with pytest.raises(UserError, match="whole number of at least 1, not .* Leave it out for --model.lora.r"):
+        CompressionPlan.from_json(altered(lambda c: c["layers"][1].update(rank=rank)))
+
+
 # What is refused.
 
 

@@ -31,6 +31,18 @@ def test_show_says_what_leads_and_what_is_reordered(tmp_path: Path, capsys: pyte
     ]
 
 
+def test_ranks_of_adapters_are_shown_where_a_layer_has_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    ranked = PLAN.with_ranks([None, 4])
+    ranked.write(tmp_path / "plan.json")
+    run(["plan", "show", str(tmp_path / "plan.json")])
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in capsys.readouterr().out.splitlines()]
+    assert rows[-4][-1] == "rank" and [row[-1] for row in rows[-2:]] == ["lora.r", "4"]
+    PLAN.write(tmp_path / "before")
+    with pytest.raises(SystemExit):
+        run(["plan", "diff", str(tmp_path / "before"), str(tmp_path / "plan.json")])
+    assert capsys.readouterr().out == "layer 1: rank of the adapters lora.r becomes 4\n"
+
+
 def test_diff_says_what_stands_in_another_order(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     first = replace(PLAN.layers[0], kv_groups=(0, 2), ffn_channels=(8, 5, 0, 1), precision=UNTOUCHED.precision)
     other = replace(PLAN, layers=(first, UNTOUCHED), hidden=None)

@@ -172,15 +172,22 @@ def adapter_on(linear: Any) -> Adapter | None:
     )
 
 
-def attach_adapters(model: Any, config: LoRAConfig, *, seed: int) -> Any:
+def attach_adapters(model: Any, config: LoRAConfig, *, seed: int, ranks: Mapping[str, int] | None = None) -> Any:
     """Wraps the model in PEFT adapters, the only parameters that are left to train, in float32.
+
+    Args:
+        model: model of transformers.
+        config: rank, scale and place of the adapters.
+        seed: seed of the adapters that start at random.
+        ranks: rank of the adapter of a linear where it is another than that of ``config``, by the linear's name; its
+            output is scaled like that of the others.
 
     Raises:
         UserError: as `target_linears`.
     """
     import peft
 
-    targets = config.target_modules
+    targets, ranks = config.target_modules, ranks or {}
     names = target_linears(model, targets)
     if isinstance(targets, str) and targets.lower() == ALL_LINEAR:  # which is more to PEFT where tables are packed
         targets = sorted({name.rpartition(".")[2] for name in names})
@@ -188,6 +195,8 @@ def attach_adapters(model: Any, config: LoRAConfig, *, seed: int) -> Any:
     lora = peft.LoraConfig(
         r=config.r,
         lora_alpha=config.alpha,
+        rank_pattern={re.escape(name): rank for name, rank in ranks.items()},
+        alpha_pattern={re.escape(name): config.alpha / config.r * rank for name, rank in ranks.items()},
         lora_dropout=config.dropout,
         target_modules=targets if isinstance(targets, str) else list(targets),
         exclude_modules=OF_EXPERTS if has_experts else None,

@@ -1,7 +1,7 @@
 """Carries out the precisions of a plan on a model, with adapters that start from what rounding left."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Self
 
 import torch
@@ -70,6 +70,33 @@ def linear_precisions(model: nn.Module, plan: CompressionPlan) -> dict[str, Prec
     }
 
 
+def adapter_ranks(model: nn.Module, plan: CompressionPlan) -> dict[str, int | None]:
+    """The rank that a plan has for the adapter of each linear of a model's layers, by name; None where it says none."""
+    return {
+        name: layer.rank
+        for layer, units in zip(plan.layers, unit_linears(model), strict=True)
+        for names in units.values()
+        for name in names
+    }
+
+
+def starts_of(
+    model: nn.Module, plan: CompressionPlan, settings: LoftQSettings | None
+) -> dict[str, LoftQSettings | None]:
+    """How the adapter starts of each linear that a plan packs, in the rank that the plan has for its layer; by name.
+
+    Args:
+        model: model that the plan is for.
+        plan: plan that says the precision of each linear, and may say the rank of a layer.
+        settings: settings where the plan says no rank; None where adapters start from zero.
+    """
+    packed = [name for name, precision in linear_precisions(model, plan).items() if precision != DENSE]
+    if settings is None:
+        return dict.fromkeys(packed)
+    ranks = adapter_ranks(model, plan)
+    return {name: replace(settings, rank=ranks[name] or settings.rank) for name in packed}
+
+
 def quantize_(
     model: Any,
     plan: CompressionPlan,
@@ -92,15 +119,14 @@ def quantize_(
         UserError: no format offers a precision, the rank is above that of a linear, or tied tables differ in precision.
     """
     precisions = linear_precisions(model, plan)
-    check_rank(model, precisions, settings)
+    starts = starts_of(model, plan, settings)
+    check_rank(model, starts)
     quantize_tables_(model, plan.embedding, plan.head, device=device)
     factors: dict[str, Factors] = {}
-    for name, precision in precisions.items():
-        if precision == DENSE:
-            continue
+    for name, start in starts.items():
         linear: Any = model.get_submodule(name)
         with opened(model, linear):
-            quantized = quantize_linear(linear, precision, name, settings, device)
+            quantized = quantize_linear(linear, precisions[name], name, start, device)
         if quantized.factors is not None:
             factors[name] = quantized.factors
         model.set_submodule(name, quantized.packed.to(next(model.parameters()).device).train(linear.training))
@@ -140,23 +166,26 @@ def quantize_with_adapter(
     )
 
 
-def check_rank(model: nn.Module, precisions: Mapping[str, Precision], settings: LoftQSettings | None) -> None:
+def check_rank(model: nn.Module, starts: Mapping[str, LoftQSettings | None]) -> None:
     """Makes sure that no adapter has a higher rank than its linear.
 
+    Args:
+        model: model that the linears are of.
+        starts: how the adapter of each linear starts, by the linear's name; None where it starts from zero.
+
     Raises:
-        UserError: one does; it is named, with the highest rank that all allow.
+        UserError: one does; of these the narrowest is named, with the highest rank that it allows.
     """
-    if settings is None:
-        return
-    linears: dict[str, Any] = {name: model.get_submodule(name) for name in precisions if precisions[name] != DENSE}
-    ranks = {
-        name: min(linear.in_features, linear.out_features)
-        for name, linear in linears.items()
-        if is_target(name, settings.targets)
-    }
-    if ranks and settings.rank > min(ranks.values()):
-        name = min(ranks, key=lambda candidate: ranks[candidate])
+    too_high = {}
+    for name, start in starts.items():
+        linear: Any = model.get_submodule(name)
+        highest = min(linear.in_features, linear.out_features)
+        if start is not None and is_target(name, start.targets) and start.rank > highest:
+            too_high[name] = start.rank, highest
+    if too_high:
+        name = min(too_high, key=lambda candidate: too_high[candidate][1])
+        rank, highest = too_high[name]
         raise UserError(
-            f"LoRA rank {settings.rank} is above that of {name}, which is {ranks[name]}. Lower --model.lora.r to at "
-            f"most {ranks[name]}, or prune less."
+            f"LoRA rank {rank} is above that of {name}, which is {highest}. Lower --model.lora.r to at most {highest}, "
+            f"or the rank that a plan has for this layer, or prune less."
         )

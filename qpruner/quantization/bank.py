@@ -33,6 +33,7 @@ from qpruner.quantization.apply import (
     Factors,
     LoftQSettings,
     Quantized,
+    adapter_ranks,
     check_rank,
     linear_precisions,
     quantize_linear,
@@ -113,21 +114,30 @@ class Bank:
     def assemble_(self, model: nn.Module, plan: CompressionPlan) -> dict[str, Factors]:
         """Puts every linear of the model into the precision of a plan, whatever plan was assembled before.
 
+        Where the plan has a lower rank for a layer than the bank, adapters start from the leading part of the bank's.
+
         Args:
             model: model that the bank was made for, without adapters; its tables are left alone.
-            plan: plan whose widths the model has.
+            plan: plan whose widths the model has, and whose ranks are none above that of the bank.
 
         Returns:
             The factors that adapters start from, by the name of their linear.
 
         Raises:
-            UserError: the bank does not hold a precision.
+            UserError: the bank does not hold a precision, or the plan has a rank above that of the bank.
         """
         factors: dict[str, Factors] = {}
+        ranks = adapter_ranks(model, plan)
         for name, precision in linear_precisions(model, plan).items():
             self.place_(model, [name], precision)
             if (start := self.factors(name, precision)) is not None:
-                factors[name] = start
+                lora_A, lora_B = start
+                if (ranks[name] or 0) > len(lora_A):
+                    raise UserError(
+                        f"The plan has adapters of rank {ranks[name]} on {name}, and the bank was filled for "
+                        f"{len(lora_A)}. Raise --model.lora.r to the highest rank of the plan."
+                    )
+                factors[name] = lora_A[: ranks[name]], lora_B[:, : ranks[name]]
         return factors
 
     def _entry(self, name: str, precision: Precision) -> Mapping[str, Tensor]:
@@ -212,7 +222,7 @@ def fill_folder(
     def look() -> list[int]:
         folder.mkdir(parents=True, exist_ok=True)
         for number in layers:
-            check_rank(model, dict.fromkeys(names[number], wanted[0]) if wanted else {}, settings)
+            check_rank(model, dict.fromkeys(names[number] if wanted else [], settings))
         return [number for number in layers if not _holds(_path(folder, number), names[number], wanted, origin)]
 
     def check_disk(missing: Sequence[int]) -> None:
@@ -278,7 +288,7 @@ def _quantized(
     """The tensors of some linears in all precisions."""
     tensors: dict[str, Tensor] = {}
     for name in names:
-        check_rank(model, dict.fromkeys([name], precisions[0]) if precisions else {}, settings)
+        check_rank(model, dict.fromkeys([name] if precisions else [], settings))
         linear: Any = model.get_submodule(name)
         homes = [(parameter, parameter.data) for parameter in linear.parameters()]
         with opened(model, linear):
@@ -299,7 +309,7 @@ def _rounded(
 ) -> Iterator[tuple[int, dict[str, Tensor]]]:
     """The tensors of some layers in all precisions, rounded by text, layer by layer; the same on all processes."""
     for number in layers:
-        check_rank(model, dict.fromkeys(names[number], precisions[0]) if precisions else {}, settings)
+        check_rank(model, dict.fromkeys(names[number] if precisions else [], settings))
     for number, layer in rounded_layers(model, precisions, text, settings, layers):
         tensors: dict[str, Tensor] = {}
         for (name, precision), linear in layer.items():

@@ -36,7 +36,7 @@ from qpruner.calibration.text import Calibration
 from qpruner.errors import listed
 from qpruner.modeling_compressed import values
 from qpruner.plan import DENSE, CompressionPlan, Precision
-from qpruner.quantization.apply import Factors, LoftQSettings, check_rank, linear_precisions
+from qpruner.quantization.apply import Factors, LoftQSettings, check_rank, linear_precisions, starts_of
 from qpruner.quantization.calibrated_inputs import BlockInputs, CalibratedConfig, SplitSums
 from qpruner.quantization.calibrated_layers import CalibratedLayers, Layer, Outcome, RoundedLinear
 from qpruner.quantization.embedding import quantize_tables_
@@ -96,12 +96,13 @@ def calibrate_(
             finite.
     """
     precisions = {name: each for name, each in linear_precisions(model, plan).items() if each != DENSE}
-    check_rank(model, precisions, adapters)
+    starts = starts_of(model, plan, adapters)
+    check_rank(model, starts)
     weights: dict[str, list[Tensor]] = {}
     if config.output_groups:
         linears = {name: model.get_submodule(name) for name in precisions}
         weights = output_weights(model, linears, calibration, config.output_groups)
-    packing = Packing(model, config, adapters)
+    packing = Packing(model, config, starts)
     result = Calibrated()
     with block_runner(model, calibration) as runner:
         dense_states = runner.embed()
@@ -144,11 +145,11 @@ class Packing:
     Args:
         model: model whose linears are packed, one after the other.
         config: options of the rounding.
-        adapters: how adapters start; None to start them at zero.
+        starts: how the adapter of each linear starts, by the linear's name; None to start it at zero.
     """
 
-    def __init__(self, model: Any, config: CalibratedConfig, adapters: LoftQSettings | None) -> None:
-        self._model, self._config, self._adapters = model, config, adapters
+    def __init__(self, model: Any, config: CalibratedConfig, starts: Mapping[str, LoftQSettings | None]) -> None:
+        self._model, self._config, self._starts = model, config, starts
 
     def place(self, name: str, precision: Precision, state: Mapping[str, Tensor]) -> None:
         """Puts a packed linear into the place of a dense one."""
@@ -188,11 +189,11 @@ class Packing:
             with sums.shelf.taken():
                 outcome = Outcome.of(*(_error(weight, held, sums.held_out) for held in (plain, calibrated)))
             state = by_text if outcome.kept else state
-        factors = None
-        if self._adapters is not None and is_target(name, self._adapters.targets):
+        factors, start = None, self._starts[name]
+        if start is not None and is_target(name, start.targets):
             held = values(state, *shape, precision.to_data(), torch.float32)
             hessian = decide.hessian.mean(0) if self._config.adapters == "calibrated" else None
-            factors = self._start(name, target, held, hessian, self._adapters)
+            factors = self._start(name, target, held, hessian, start)
         return RoundedLinear({part: tensor.cpu() for part, tensor in state.items()}, factors, outcome)
 
     def _start(

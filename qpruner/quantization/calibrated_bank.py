@@ -80,7 +80,7 @@ def rounded_layers(
     weights: dict[str, list[Tensor]] = {}
     if config.output_groups:
         weights = output_weights(model, linears, calibration, config.output_groups)
-    packing = Packing(model, config, adapters)
+    packing = Packing(model, config, dict.fromkeys(linears, adapters))
 
     def in_each(name: str, sums: SplitSums) -> dict[tuple[str, Precision], RoundedLinear]:
         return {(name, precision): packing.round(name, precision, sums) for precision in precisions}

@@ -1,6 +1,7 @@
 """Pictures of a search: what each trial has, and what the trials cost and bring."""
 
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -9,33 +10,46 @@ if TYPE_CHECKING:
 
 
 def trials_figure(results: "SearchResults") -> "Figure":
-    """The bits of every trial, items downwards, with its loss above."""
+    """The bits of every trial, items downwards, with its loss above, and below what else was searched."""
     from matplotlib.figure import Figure
 
-    figure = Figure(
-        figsize=(max(6, 1.5 + 0.3 * len(results.trials)), 3 + 0.25 * (len(results.items) + len(results.parts))),
-        layout="constrained",
-    )
-    heights = [1, max(1, len(results.items) / 8), *([max(1, len(results.parts) / 8)] if results.parts else [])]
-    above, below, *others = figure.subplots(len(heights), 1, sharex=True, height_ratios=heights)
-    numbers = range(len(results.trials))
-    losses = [trial.loss for trial in results.trials]
+    trials = results.trials
+    panels: list[tuple[Sequence[str], list[Sequence[float]], dict[str, Any], str]] = [
+        (
+            results.items,
+            [[results.bits[choice] for choice in trial.choices] for trial in trials],
+            {"cmap": "YlOrBr", "vmin": 0, "vmax": 20},
+            f"more of {', '.join(map(str, results.bits))} bits",
+        ),
+        (
+            results.parts,
+            [[kept / whole for kept, whole in zip(trial.units, results.units, strict=True)] for trial in trials],
+            {"cmap": "YlGn", "vmin": 0, "vmax": 1},
+            "more units kept",
+        ),
+        (
+            [f"layer {layer}" for layer in results.ranked],
+            [trial.ranks for trial in trials],
+            {"cmap": "PuBu", "vmin": 0},
+            "a higher rank of the adapters",
+        ),
+    ]
+    panels = [panel for panel in panels if panel[0]]
+    rows = sum(len(names) for names, *_ in panels)
+    figure = Figure(figsize=(max(6, 1.5 + 0.3 * len(trials)), 3 + 0.25 * rows), layout="constrained")
+    heights = [1, *(max(1, len(names) / 8) for names, *_ in panels)]
+    above, *others = figure.subplots(len(heights), 1, sharex=True, height_ratios=heights)
+    numbers = range(len(trials))
+    losses = [trial.loss for trial in trials]
     above.plot(numbers, losses, "o-", markersize=3)
     above.step(numbers, [min(losses[: end + 1]) for end in numbers], where="post", color="#c98f3d", label="best so far")
     above.set_ylabel("validation loss")
     above.legend()
-    bits = [[results.bits[choice] for choice in trial.choices] for trial in results.trials]
-    below.imshow(list(zip(*bits, strict=True)), aspect="auto", cmap="YlOrBr", vmin=0, vmax=20)
-    below.set_yticks(range(len(results.items)), results.items, fontsize=7)
-    below.set_xticks(numbers, [trial.name.removeprefix("trial ") for trial in results.trials], fontsize=7)
-    below.set_xlabel(f"trial; dark is more of {', '.join(map(str, results.bits))} bits")
-    for axes in others:
-        shares = [
-            [kept / whole for kept, whole in zip(trial.units, results.units, strict=True)] for trial in results.trials
-        ]
-        axes.imshow(list(zip(*shares, strict=True)), aspect="auto", cmap="YlGn", vmin=0, vmax=1)
-        axes.set_yticks(range(len(results.parts)), results.parts, fontsize=7)
-        axes.set_xlabel("trial; dark is more units kept")
+    for axes, (names, values, colours, dark) in zip(others, panels, strict=True):
+        axes.imshow(list(zip(*values, strict=True)), aspect="auto", **colours)
+        axes.set_yticks(range(len(names)), names, fontsize=7)
+        axes.set_xticks(numbers, [trial.name.removeprefix("trial ") for trial in trials], fontsize=7)
+        axes.set_xlabel(f"trial; dark is {dark}")
     return figure
 
 

@@ -31,6 +31,7 @@ class Tried:
         accuracies: weighted accuracy of each seed, where the search looks at tasks.
         value: what the search minimizes, from the means over seeds; None for the loss.
         units: how many units of each part of layers stay, where widths are searched.
+        ranks: rank of the adapters of each layer that has any, where ranks are searched.
 
     Raises:
         UserError: no losses, or a score ``kl`` or an accuracy that is no number.
@@ -45,6 +46,7 @@ class Tried:
     accuracies: tuple[float, ...] = ()
     value: float | None = None
     units: tuple[int, ...] = ()
+    ranks: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         if not self.losses:
@@ -121,10 +123,11 @@ class SearchResults(Record):
         proposers: optimizers that proposed the trials, in order.
         parts: KV groups or FFN channels of layers, where widths are searched.
         units: how many units each part has before any go.
+        ranked: numbers of the layers whose adapters have ranks of their own, where ranks are searched.
 
     Raises:
-        UserError: no variants, no proposers, or a plan that does not have one of the bits for each item and at least
-            one unit of each part.
+        UserError: no variants, no proposers, or a plan that does not have one of the bits for each item, at least one
+            unit of each part and a rank for each ranked layer.
     """
 
     remedy = "Restore the file, or delete it and continue the search: it is made anew."
@@ -141,6 +144,7 @@ class SearchResults(Record):
     proposers: tuple[Proposer, ...]
     parts: tuple[str, ...] = ()
     units: tuple[int, ...] = ()
+    ranked: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if not self.variants or not self.proposers:
@@ -156,6 +160,11 @@ class SearchResults(Record):
                 raise UserError(
                     f"{plan.name!r} keeps {brief(plan.units)} units; it must keep at least one of each part, and at "
                     f"most all: {brief(self.units)}."
+                )
+            if len(plan.ranks) != len(self.ranked) or min(plan.ranks, default=1) < 1:
+                raise UserError(
+                    f"{plan.name!r} has adapters of the ranks {brief(plan.ranks)}; it must have one of at least 1 for "
+                    f"each of {len(self.ranked)} layers."
                 )
         if len(self.parts) != len(self.units):
             raise UserError(f"There are {len(self.parts)} parts of layers, and numbers of units of {len(self.units)}.")
@@ -245,12 +254,14 @@ def variants_table(results: SearchResults) -> str:
             _number(variant.scores.get("kl")),
             "".join(str(results.bits[choice]) + " " for choice in variant.choices).strip(),
             *([_count(variant.multiply_adds), *_kept(results, variant)] if results.parts else []),
+            *([" ".join(map(str, variant.ranks))] if results.ranked else []),
         ]
         for variant in results.variants
     ]
     accuracy = ["validation accuracy"] if looks_at_tasks else []
     structure = ["multiply-adds", "KV groups", "FFN channels"] if results.parts else []
-    columns = ["plan", "bytes", "average bits", *accuracy, "validation loss", "KL to dense", "bits", *structure]
+    ranks = ["ranks of adapters"] if results.ranked else []
+    columns = ["plan", "bytes", "average bits", *accuracy, "validation loss", "KL to dense", "bits", *structure, *ranks]
     return markdown_table(columns, rows)
 
 
@@ -308,7 +319,7 @@ def write_search_report(folder: RunFolder, results: SearchResults) -> None:
     save_figure(trials_figure(results), folder.trials_picture)
     save_figure(front_figure(results), folder.pareto_picture)
     seeds = len(results.winner.losses)
-    plans = len({(trial.choices, trial.units) for trial in results.trials})
+    plans = len({(trial.choices, trial.units, trial.ranks) for trial in results.trials})
     weighed = "loss, bytes and multiply-adds for a token at once" if results.trades_time else "both loss and bytes"
     compared = " Plans are compared by accuracy in steps of its standard error, and within a step by loss."
     lines = [
@@ -361,6 +372,7 @@ def show_search(logger: Any, results: SearchResults) -> None:
     board.add_text("search/variants", variants_table(results))
     for trial in results.trials:
         chosen = {item: results.bits[choice] for item, choice in zip(results.items, trial.choices, strict=True)}
+        chosen |= {f"layer {layer} rank": rank for layer, rank in zip(results.ranked, trial.ranks, strict=True)}
         measured = {"search/trial_loss": trial.loss, "search/trial_bytes": trial.num_bytes}
         if results.trades_time:
             measured["search/trial_multiply_adds"] = trial.multiply_adds or 0

@@ -14,6 +14,7 @@ from qpruner.plan import CompressionPlan, Precision
 from qpruner.pruning.scores import LayerScores
 from qpruner.pruning.selection import Kept, keep_highest
 from qpruner.search.ledger import Key
+from qpruner.search.ranks import Ranks
 from qpruner.search.structure import Kind, Structure
 
 
@@ -63,20 +64,23 @@ class Candidates:
         items: items that get bits.
         precisions: precision that each choice of an item stands for.
         ranking: which units stay where widths are searched; None where they are not.
+        ranks: ranks that adapters may have, where these are searched; None where they are not.
     """
 
     base: CompressionPlan
     items: tuple[Item, ...]
     precisions: tuple[Precision, ...]
     ranking: Ranking | None = None
+    ranks: Ranks | None = None
 
     def plan(self, key: Key) -> CompressionPlan:
-        """The plan of a key's ``choices``, and of its ``units`` where widths are searched."""
+        """The plan of a key's ``choices``, of its ``units`` where widths are searched, and of its ``ranks``."""
         plan = self.base if self.ranking is None else self.base.keeping(self.ranking.kept(key["units"]))
+        plan = plan if self.ranks is None else self.ranks.carried_out(plan, key["ranks"])
         return with_choices(plan, self.items, [self.precisions[choice] for choice in key["choices"]])
 
     def row(self, plan: CompressionPlan, structure: Structure) -> list[int]:
-        """The row of a plan: its numbers of units and its bits, or the nearest to these that a search has.
+        """The row of a plan: its numbers of units, bits and ranks, or the nearest to these that a search has.
 
         Args:
             plan: plan for the model that the base was made of.
@@ -90,7 +94,7 @@ class Candidates:
             bits = [plan.layers[item.layer].precision[unit].bits for unit in item.units]
             mean = sum(bits) / len(bits)
             row.append(min(range(len(self.precisions)), key=lambda place: abs(self.precisions[place].bits - mean)))
-        return row
+        return row if self.ranks is None else [*row, *self.ranks.nearest(plan)]
 
 
 def write_scores(path: Path, scores: Sequence[LayerScores], made_from: str) -> None:

@@ -1,5 +1,6 @@
 """What a search is asked for."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from qpruner.errors import UserError
@@ -33,9 +34,12 @@ class SearchConfig:
         executor: how and where trials run.
         structure: how wide layers may be, where that is searched together with bits; null to prune the base once and
             search bits alone.
+        ranks: ranks that the adapters of a layer may have, at least two, where these are searched, too; the highest is
+            ``r`` of the module's ``lora``, and the budget is one of bytes, against which adapters count. Empty to have
+            ``r`` everywhere.
 
     Raises:
-        UserError: a number out of its range.
+        UserError: a number out of its range, or ranks between which there is no choice.
     """
 
     optimizer: str = "bayesian"
@@ -49,8 +53,15 @@ class SearchConfig:
     finalist_steps: int | None = None
     executor: ExecutorConfig = ExecutorConfig()
     structure: StructureConfig | None = None
+    ranks: Sequence[int] = ()
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "ranks", tuple(self.ranks))  # a list from YAML compares as a tuple
+        if self.ranks and (len(set(self.ranks)) < max(2, len(self.ranks)) or min(self.ranks) < 1):
+            raise UserError(
+                f"search.ranks is {list(self.ranks)}; it names at least two ranks from 1 on, each once, such as "
+                f"[2, 4, 8]. Leave it out for --model.lora.r in all layers."
+            )
         for name, least in (("trials", 1), ("steps", 0), ("finalists", 1), ("finalist_seeds", 1)):
             if getattr(self, name) < least:
                 raise UserError(f"search.{name} is {getattr(self, name)}; it must be at least {least}.")

@@ -22,11 +22,12 @@ from qpruner.errors import UserError
 from qpruner.memory import num_parameters
 from qpruner.outline import outline_of
 from qpruner.plan import Architecture, CompressionPlan, Precision
-from qpruner.pricing import ADAPTER_BYTES, Price, price_narrowed, weight_bytes
+from qpruner.pricing import ADAPTER_BYTES, Price, bytes_of_rank_one, price_narrowed, weight_bytes
 from qpruner.pruning.rounds import round_to, supplies
 from qpruner.pruning.scores import LayerScores
 from qpruner.pruning.selection import SelectionConfig, Supply, Widths, competing_widths, local_widths
 from qpruner.pruning.widths import with_widths
+from qpruner.search.ranks import Ranks
 from qpruner.search.structure import Integers, Kind, Part, Structure, StructureConfig
 
 UNITS_OF: dict[Kind, tuple[str, ...]] = {"kv_groups": ("qkv", "o"), "ffn_channels": ("gate_up", "down")}
@@ -43,6 +44,7 @@ class Structures:
         config: how wide layers may be.
         selection: layers that are left alone, and what FFN widths are multiples of.
         lora: adapters that the model is going to have.
+        ranks: ranks that adapters may have, where these are searched; None where they are not.
 
     Raises:
         UserError: layers that must end equal, or no part of which anything can go.
@@ -53,6 +55,7 @@ class Structures:
     config: StructureConfig
     selection: SelectionConfig
     lora: LoRAConfig
+    ranks: Ranks | None = None
 
     def __post_init__(self) -> None:
         refuse_experts(self.model, "search.structure", "a search of bits alone: leave search.structure out")
@@ -141,6 +144,7 @@ class Structures:
             ]
             for item in items
         ]
+        changes += [] if self.ranks is None else [self._rank_changes(number, parts) for number in self.ranks.layers]
         allowed = budget.most_multiply_adds(self.plan)
         if allowed is not None:
             allowed -= _multiply_adds_of(self.plan.widths) - sum(part.multiply_adds[-1] for part in parts)
@@ -148,6 +152,8 @@ class Structures:
 
     def limit(self, items: Sequence[Item], precisions: Sequence[Precision], budget: Budget) -> int:
         """The most bytes that items may take in a model that is not pruned; what else is gone of it counts as less.
+
+        Where ranks are searched, what adapters take above the lowest is an item's.
 
         Args:
             items: items that get bits.
@@ -187,7 +193,8 @@ class Structures:
                 f"deciding.widths, or leave fewer layers alone."
             )
         of_items = sum(item.num_bytes(self.plan.widths, precisions[0], self.model.dtype.itemsize) for item in items)
-        return budget.limit(whole, self.plan) - (whole.unit_weight_bytes - of_items)
+        of_ranks = 0 if self.ranks is None else self.ranks.most_bytes
+        return budget.limit(whole, self.plan) - (whole.unit_weight_bytes - of_items) + of_ranks
 
     @property
     def least(self) -> Architecture:
@@ -239,11 +246,26 @@ class Structures:
         )
         return table - table[-1]
 
+    def _rank_changes(self, layer: int, parts: Sequence[Part]) -> list[tuple[int, Integers]]:
+        """The parts of a layer, each with the bytes of the layer's adapters above those of the lowest rank, [counts,
+        ranks], less those that they have where all units of the part stay.
+        """
+        assert self.ranks is not None
+        changes = []
+        for place, part in enumerate(parts):
+            if part.layer == layer:
+                sizes = [
+                    bytes_of_rank_one(self.model, self._with(layer, part.kind, count), layer, self.lora.target_modules)
+                    for count in part.counts
+                ]
+                changes.append((place, np.outer(np.array(sizes) - sizes[-1], self.ranks.steps)))
+        return changes
+
     def _rest(
         self, number: int, kind: Kind, counts: Sequence[int], items: Sequence[Item], budget: Budget
     ) -> tuple[int, ...]:
         """[counts], bytes that are none of an item's, less those that all units have: of units that stay as they are;
-        and where a budget is of all bytes, of adapters, biases and norms.
+        and where a budget is of all bytes, of adapters in their lowest rank, of biases and norms.
         """
         with_bits = {unit for item in items if item.layer == number for unit in item.units}
         names = unit_linears(self.model)[number]
@@ -251,6 +273,7 @@ class Structures:
         weights = layer.group_weights if kind == "kv_groups" else layer.channel_weights
         of_unit = sum(part.width for part in weights if part.axis == 0 and part.linear.bias is not None)
         of_unit += sum(norm.of.width for norm in layer.wide_norms) if kind == "kv_groups" else 0
+        least_rank = self.lora.r if self.ranks is None else self.ranks.choices[0]
         totals = []
         for count in counts:
             shapes = unit_shapes(self._with(number, kind, count), number)
@@ -260,7 +283,7 @@ class Structures:
                     if unit not in with_bits:
                         total += weight_bytes(shape, self.plan.layers[number].precision[unit], dense_size)
                     if budget.bytes is not None and is_target(name, self.lora.target_modules):
-                        total += self.lora.r * sum(shape) * ADAPTER_BYTES
+                        total += least_rank * sum(shape) * ADAPTER_BYTES
             totals.append(total + (of_unit * count * dense_size if budget.bytes is not None else 0))
         return tuple(total - totals[-1] for total in totals)
 

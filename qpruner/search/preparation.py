@@ -6,7 +6,8 @@ from dataclasses import dataclass, replace
 from lightning.pytorch import Callback
 from lightning.pytorch.utilities import rank_zero_info
 
-from qpruner.allocation.decision import Allocation
+from qpruner.allocation.decision import Allocation, Method
+from qpruner.allocation.solving import Choice
 from qpruner.callbacks.bits_under_budget import Allocator
 from qpruner.callbacks.compression import (
     Compression,
@@ -29,9 +30,11 @@ from qpruner.pretrained import is_reachable, model_fingerprint
 from qpruner.processes import Processes
 from qpruner.records.folder import RunFolder
 from qpruner.search.candidates import Candidates, Ranking
+from qpruner.search.ranks import Ranks, check_ranks_of_search
 from qpruner.search.reference import Reference
+from qpruner.search.space import SearchSpace
 from qpruner.search.structure import StructureConfig
-from qpruner.search.structured import Structured, part_of, prepare_structures, scoring_callback
+from qpruner.search.structured import Structured, part_of, prepare_structures, price_of_bits, scoring_callback
 from qpruner.training.module import LoRAFinetuner
 
 
@@ -46,6 +49,7 @@ class Preparation:
         prior: allocation that the search starts from: its plan, and what it costs to depart from it.
         loftq_iterations: LoftQ's iterations with which the bank was filled.
         structured: what a search of widths needs; None where layers are as wide as the base has them.
+        ranks: ranks that adapters may have, where these are searched; None where they are not.
     """
 
     base_sha256: str | None
@@ -54,17 +58,61 @@ class Preparation:
     prior: Allocation
     loftq_iterations: int
     structured: Structured | None = None
+    ranks: Ranks | None = None
 
     @property
     def limit(self) -> int:
         """The most bytes that items may take, in layers as wide as the base has them."""
-        return self.prior.for_items if self.structured is None else self.structured.limit
+        if self.structured is not None:
+            return self.structured.limit
+        return self.prior.for_items + (0 if self.ranks is None else self.ranks.most_bytes)
 
     @property
     def candidates(self) -> Candidates:
         """The plans that a search tries."""
         items = tuple(decision.item for decision in self.prior.decisions)
-        return Candidates(self.base, items, self.precisions, self.ranking)
+        return Candidates(self.base, items, self.precisions, self.ranking, self.ranks)
+
+    def space(self, prior: Allocation, *, spends: bool = False) -> SearchSpace:
+        """The plans within the budget.
+
+        Args:
+            prior: what a method of allocation decides, which is the origin of the space.
+            spends: whether the share of the bytes that are spent is one more coordinate.
+        """
+        choices = [
+            [Choice(*pair) for pair in zip(decision.sizes, decision.costs, strict=True)] for decision in prior.decisions
+        ]
+        levels: list[Sequence[float]] = [
+            [precision.bits for precision in decision.choices] for decision in prior.decisions
+        ]
+        if self.ranks is not None:
+            choices += self.ranks.items(price_of_bits(prior))
+            levels += [self.ranks.choices] * len(self.ranks.layers)
+        structure = None if self.structured is None else self.structured.structure
+        return SearchSpace(choices, levels, self.limit, spends, structure)
+
+    def unsearched(self, folder: RunFolder) -> dict[str, list[int]]:
+        """Rows of the plans that nobody searched for, by the method that decided on their bits.
+
+        Where widths are searched these are in the widths, and the ranks, that the search starts from; else adapters
+        have their highest rank.
+
+        Args:
+            folder: folder of the search.
+        """
+        rows: dict[str, list[int]] = {}
+        methods: tuple[Method, ...] = ("uniform", "mutual_information", self.prior.method)
+        highest = [] if self.ranks is None else [len(self.ranks.choices) - 1] * len(self.ranks.layers)
+        for method in methods:
+            name = method.replace("_", " ")
+            if self.structured is None:
+                allocation = Allocation.read(part_of(folder, method).allocation)
+                rows[name] = [*(decision.chosen for decision in allocation.decisions), *highest]
+            else:
+                space, items = self.space(self.structured.priors[method]), len(self.prior.decisions)
+                rows[name] = space.origin(alike=items if method == "uniform" else 0)
+        return rows
 
     @property
     def ranking(self) -> Ranking | None:
@@ -85,6 +133,7 @@ def prepare(
     processes: Processes,
     folder: RunFolder,
     structure: StructureConfig | None = None,
+    ranks: Sequence[int] = (),
     start: CompressionPlan | None = None,
 ) -> Preparation:
     """Prunes the base, decides as those do that do not search, and fills the bank, unless an earlier session did.
@@ -97,6 +146,7 @@ def prepare(
         processes: processes that compute.
         folder: folder of the search.
         structure: how wide layers may be, where that is searched; the base is not pruned then.
+        ranks: ranks that adapters may have, where these are searched.
         start: plan that such a search is to try among the first; None for none.
 
     Raises:
@@ -108,15 +158,19 @@ def prepare(
     for callback in pruning:
         callback.check_text(data)
     check_text(allocator, data)
+    if ranks:
+        check_ranks_of_search(ranks, module.lora, allocator)
     model = _prepared_base(module, data, pruning if scoring is None else [], processes, folder)
     plan = model.known_plan()
     plan = plan.with_precision([dict.fromkeys(UNITS, DENSE)] * len(plan.layers), **quantization.tables)
     job = CompressionJob(model, data, processes, module.lora, module.seed, keep_in=folder.base)
+    offered = Ranks.of(ranks, model.network, module.lora) if ranks else None
     if structure is not None and scoring is not None:
-        structured = prepare_structures(replace(job, folder=folder), plan, scoring, allocator, structure, start)
+        job = replace(job, folder=folder)
+        structured = prepare_structures(job, plan, scoring, allocator, structure, offered, start)
         prior = structured.priors[allocator.method]
         iterations = allocator.loftq_iterations
-        return Preparation(model.base_sha256, model.identity, plan, prior, iterations, structured)
+        return Preparation(model.base_sha256, model.identity, plan, prior, iterations, structured, offered)
     for method in dict.fromkeys(("uniform", "mutual_information", allocator.method)):
         part = part_of(folder, method)
         part.path.mkdir(parents=True, exist_ok=True)
@@ -124,7 +178,7 @@ def prepare(
     part = part_of(folder, allocator.method)
     allocator.bank(replace(job, folder=part), plan)
     prior = Allocation.read(part.allocation)
-    return Preparation(model.base_sha256, model.identity, plan, prior, allocator.loftq_iterations)
+    return Preparation(model.base_sha256, model.identity, plan, prior, allocator.loftq_iterations, ranks=offered)
 
 
 def allocator_of(quantization: MixedPrecisionQuantization) -> Allocator:

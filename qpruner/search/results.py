@@ -27,6 +27,7 @@ def tried(name: str, records: Sequence[TrialRecord], aim: Aim) -> Tried:
         name=name,
         choices=tuple(records[0].key["choices"]),
         units=tuple(records[0].key.get("units", ())),
+        ranks=tuple(records[0].key.get("ranks", ())),
         num_bytes=scores[0]["bytes"],
         average_bits=scores[0]["average_bits"],
         losses=losses,
@@ -44,9 +45,9 @@ def timed(plans: Sequence[Tried], speeds: Sequence[dict[str, float]]) -> list[Tr
     ]
 
 
-def named(key: Key) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """What tells the plan of a key from others: its choices, and its units where widths are searched."""
-    return tuple(key["choices"]), tuple(key.get("units", ()))
+def named(key: Key) -> tuple[tuple[int, ...], ...]:
+    """What tells the plan of a key from others: its choices, and its units and ranks where these are searched."""
+    return tuple(key["choices"]), tuple(key.get("units", ())), tuple(key.get("ranks", ()))
 
 
 def proposers(ledger: Ledger) -> list[Proposer]:

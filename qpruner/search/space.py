@@ -26,8 +26,8 @@ them, sorted, decodes a thousand points at once. Every plan to which no upgrade 
 before bits are, since it changes the sizes of all choices; see `qpruner.search.structure`. Rates stay what they are: an
 item that lost a tenth of its weights has a tenth less to save, in a tenth less bytes.
 
-**Further dimensions.** A coordinate is a multiplier of gains, so whatever has a size and a cost can join: the LoRA rank
-of a layer as one more item with choices of its own, a further format as one more choice.
+**Further dimensions.** A coordinate is a multiplier of gains, so whatever has a size and a cost can join: the rank of a
+layer's adapters is one more item with choices of its own (`qpruner.search.ranks`), a further format one more choice.
 
 **Sources.** Majorant: Barlow, Bartholomew, Bremner and Brunk 1972, "Statistical inference under order restrictions",
 the min-max formula. Greedy: Zhou et al. 2024, QPruner (arXiv 2412.11629).
@@ -157,17 +157,19 @@ class SearchSpace:
             stopped[rows, item] |= ~fits
         return np.concatenate([structures, taken], axis=1)
 
-    def origin(self, *, alike: bool = False) -> list[int]:
+    def origin(self, *, alike: int = 0) -> list[int]:
         """The plan of the origin, which is the prior's.
 
         Args:
-            alike: whether all items are to have the same choice, the widest that fits.
+            alike: number of items, the first ones, that are to have the same choice instead, the widest that fits with
+                the others in their smallest.
         """  # [parts + items]
         (plan,) = self.decode(np.zeros((1, self.dimension)))
         if alike:
-            most = min(len(item) for item in self.choices)
+            most = min(len(item) for item in self.choices[:alike])
             rows = np.tile(plan, (most, 1))
-            rows[:, self.num_parts :] = np.arange(most)[:, None]
+            rows[:, self.num_parts :] = 0
+            rows[:, self.num_parts : self.num_parts + alike] = np.arange(most)[:, None]
             plan = rows[np.flatnonzero(self.sizes(rows) <= self.limit)[-1]]
         row: list[int] = plan.tolist()
         return row
@@ -235,8 +237,9 @@ class SearchSpace:
             if self.structure is None:
                 total = total + costs[taken]
             else:
-                whole = np.array([choice.size for choice in item])
-                left = sizes[np.arange(len(plans)), taken] / whole[taken]
+                whole = np.array([choice.size for choice in item])[taken]
+                left = sizes[np.arange(len(plans)), taken] / np.maximum(whole, 1)
+                left[whole == 0] = 1.0  # what takes nothing cannot take less
                 total = total + costs.min() + (costs[taken] - costs.min()) * left
         return total
 

@@ -23,11 +23,12 @@ from qpruner.plan import CompressionPlan
 from qpruner.pruning.rounds import asked_for
 from qpruner.pruning.scores import LayerScores, needs_text, score_units
 from qpruner.pruning.widths import with_widths
-from qpruner.quantization.apply import LoftQSettings, check_rank, linear_precisions
+from qpruner.quantization.apply import LoftQSettings, check_rank, starts_of
 from qpruner.records.folder import RunFolder
 from qpruner.search.assembly import has_sums, keep_sums
 from qpruner.search.candidates import Ranking, read_scores, write_scores
 from qpruner.search.parts import Structures, price_of_plan
+from qpruner.search.ranks import Ranks
 from qpruner.search.structure import Structure, StructureConfig
 
 NO_LIMIT = Budget(share=1e6)
@@ -70,6 +71,11 @@ def scoring_callback(pruning: Sequence[CompressionInSetup]) -> StructuredPruning
     )
 
 
+def price_of_bits(prior: Allocation) -> float:
+    """Cost of the smallest widths in all items instead of the largest; 1 where these cost the same."""
+    return sum(max(decision.costs) - min(decision.costs) for decision in prior.decisions) or 1.0
+
+
 def part_of(folder: RunFolder, method: Method) -> RunFolder:
     """Where a search keeps what one method of allocation decided."""
     return RunFolder(folder.prior / method)
@@ -81,6 +87,7 @@ def prepare_structures(
     scoring: StructuredPruning,
     allocator: Allocator,
     config: StructureConfig,
+    ranks: Ranks | None,
     start: CompressionPlan | None = None,
 ) -> Structured:
     """Scores units, gathers sums, measures what bits cost and fills the bank, unless an earlier session did.
@@ -91,6 +98,7 @@ def prepare_structures(
         scoring: callback that says which units stay, and where the search starts.
         allocator: what spends the budget.
         config: how wide layers may be.
+        ranks: ranks that adapters may have, where these are searched; None where they are not.
         start: plan that is to be tried among the first; None for none.
 
     Raises:
@@ -102,13 +110,13 @@ def prepare_structures(
     if start is not None:
         start.check(plan.architecture, job.model.base_sha256)
     items = allocator.items(plan)
-    structures = Structures(network, plan, config, scoring.selection, job.lora)
+    structures = Structures(network, plan, config, scoring.selection, job.lora, ranks)
     precisions = in_order(plan, items, allocator.precisions, network.dtype.itemsize)
     limit = structures.limit(items, precisions, allocator.budget)  # before what takes long, as is the next
     narrowest = outline_of(with_widths(network.config, structures.least))
     packed = with_choices(plan, items, [precisions[0]] * len(items))
     loftq = LoftQSettings.of(job.lora, allocator.loftq_iterations, job.seed)
-    check_rank(narrowest, linear_precisions(narrowest, packed), loftq)
+    check_rank(narrowest, starts_of(narrowest, packed, loftq))
     scores = _scores(job, scoring)
     if compensates := scoring.compensating.how != "none":
         _sums(job, scoring)
@@ -137,7 +145,6 @@ def prepare_structures(
         )
         priors[method] = replace(allocation, budget=str(allocator.budget))
     allocator.bank(replace(job, folder=part_of(folder, allocator.method)), plan)
-    costs = [decision.costs for decision in priors[allocator.method].decisions]
     origin = structures.start(scoring.ratio, scores)
     structure = structures.structure(
         items,
@@ -145,7 +152,7 @@ def prepare_structures(
         allocator.budget,
         start=origin,
         scores=scores,
-        price_of_all=sum(max(item) - min(item) for item in costs) or 1.0,
+        price_of_all=price_of_bits(priors[allocator.method]),
     )
     parts = tuple((part.layer, part.kind) for part in structure.parts)
     rank_zero_info(

@@ -13,8 +13,6 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_warn
 
-from qpruner.allocation.decision import Allocation, Method
-from qpruner.allocation.solving import Choice
 from qpruner.datamodules.base import TokenDataModule
 from qpruner.datamodules.choices import ChoiceExamples
 from qpruner.errors import UserError
@@ -33,7 +31,6 @@ from qpruner.search.progress import Progress
 from qpruner.search.proposals import OptimizerFailed, Point, Score, open_proposals
 from qpruner.search.rehearsal import check_runs
 from qpruner.search.results import named, proposers, timed, tried, write_front
-from qpruner.search.space import SearchSpace
 from qpruner.search.speed import measured
 from qpruner.search.structured import part_of
 from qpruner.search.succession import settings_of, succeed
@@ -165,24 +162,10 @@ class Search:
         processes = replace(alone, precision=str(self.trainer.precision))
         self.prepared = prepare(
             self.module, self.data, self.pruning, self.quantization, processes, self.folder, self.config.structure,
-            self.start,
+            self.config.ranks, self.start,
         )  # fmt: skip
         self.prior = self.prepared.prior
-        self.space = self.space_of(self.prior)
-
-    def space_of(self, prior: Allocation) -> SearchSpace:
-        """The plans within the budget, whose origin is what a method of allocation decides."""
-        structured = self.prepared.structured
-        return SearchSpace(
-            choices=[
-                [Choice(*pair) for pair in zip(decision.sizes, decision.costs, strict=True)]
-                for decision in prior.decisions
-            ],
-            levels=[[precision.bits for precision in decision.choices] for decision in prior.decisions],
-            limit=self.prepared.limit,
-            spends=self.config.front,
-            structure=None if structured is None else structured.structure,
-        )
+        self.space = self.prepared.space(self.prior, spends=self.config.front)
 
     @cached_property
     def start(self) -> CompressionPlan | None:
@@ -221,6 +204,7 @@ class Search:
             max_seconds=self.config.max_seconds,
             recorded_in=self.folder.teacher,
             ranking=self.prepared.ranking,
+            ranks=self.prepared.ranks,
             sums=self.folder.structure if structured is not None and structured.compensates else None,
         )
 
@@ -260,9 +244,14 @@ class Search:
             repetition: number of the seed, from 0.
             steps: optimizer steps of the trial.
         """
-        parts, structure = self.space.num_parts, self.space.structure
-        key: Key = {"choices": list(plan[parts:]), "steps": steps, "seed": self.module.seed + repetition}
-        return key if structure is None else {"units": structure.counts(plan[:parts]), **key}
+        structure, ranks = self.space.structure, self.prepared.ranks
+        ends = self.space.num_parts, self.space.num_parts + len(self.prior.decisions)
+        key: Key = {"choices": list(plan[slice(*ends)]), "steps": steps, "seed": self.module.seed + repetition}
+        if structure is not None:
+            key["units"] = structure.counts(plan[: ends[0]])
+        if ranks is not None:
+            key["ranks"] = [ranks.choices[place] for place in plan[ends[1] :]]
+        return key
 
     def judge(self) -> Judge:
         worst = [1e6, float(self.space.limit)]
@@ -283,8 +272,9 @@ class Search:
         options = asdict(self.config)
         if self.config.score == "loss":  # as when there was no other
             del options["score"]
-        if self.config.structure is None:
-            del options["structure"]
+        for name in ("structure", "ranks"):
+            if not getattr(self.config, name):
+                del options[name]
         start = {} if self.start is None else {"start": hash_json(self.start.to_json())}  # its units, whatever its name
         return {
             "part": part,
@@ -322,7 +312,7 @@ class Search:
             ]
             for trial in finalists
         }
-        for name, row in self.unsearched().items():
+        for name, row in self.prepared.unsearched(self.folder).items():
             plans.setdefault(name, [self.key(row, number, steps) for number in range(seeds)])
         keys = list(chain.from_iterable(plans.values()))
         ledger = Ledger.open(self.folder.variants, self.identity("variants"))
@@ -333,22 +323,6 @@ class Search:
             if records := [record for record in repeated if record.scores is not None]:
                 variants.append(tried(name, records, self.aim))
         return variants
-
-    def unsearched(self) -> dict[str, list[int]]:
-        """Rows of the plans that nobody searched for, by the method that decided on their bits.
-
-        Where widths are searched these are in the widths that the search starts from.
-        """
-        rows: dict[str, list[int]] = {}
-        methods: tuple[Method, ...] = ("uniform", "mutual_information", self.prior.method)
-        for method in methods:
-            name, structured = method.replace("_", " "), self.prepared.structured
-            if structured is None:
-                allocation = Allocation.read(part_of(self.folder, method).allocation)
-                rows[name] = [decision.chosen for decision in allocation.decisions]
-            else:
-                rows[name] = self.space_of(structured.priors[method]).origin(alike=method == "uniform")
-        return rows
 
     def finish(self, variants: Sequence[Tried]) -> SearchResults:
         """Writes the results, the winner's plan, the front and the report."""
@@ -373,6 +347,7 @@ class Search:
             proposers=tuple(proposers(self.ledger)),
             parts=tuple(map(str, parts)),
             units=tuple(part.counts[-1] for part in parts),
+            ranked=() if self.prepared.ranks is None else tuple(map(str, self.prepared.ranks.layers)),
         )
         write_front(self.folder, front, self.plan)
         self.plan(results.winner).write(self.folder.plan)
@@ -389,5 +364,5 @@ class Search:
         return timed(trials, [speeds.per_token(plan) for plan in plans])
 
     def plan(self, chosen: Tried) -> CompressionPlan:
-        """The plan of choices, and of units where widths are searched."""
-        return self.prepared.candidates.plan({"choices": chosen.choices, "units": chosen.units})
+        """The plan of choices, and of units and ranks where these are searched."""
+        return self.prepared.candidates.plan({"choices": chosen.choices, "units": chosen.units, "ranks": chosen.ranks})

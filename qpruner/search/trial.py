@@ -24,6 +24,7 @@ from qpruner.search.assembly import Assembly
 from qpruner.search.candidates import Candidates, Ranking
 from qpruner.search.ledger import Key, Scores
 from qpruner.search.parts import price_of_plan
+from qpruner.search.ranks import Ranks
 from qpruner.search.reference import Reference
 from qpruner.search.trial_trainer import TrialTrainer
 from qpruner.training.evaluation import evaluate
@@ -51,6 +52,7 @@ class TrialWork:
         max_seconds: seconds after which a fit ends, whatever its steps; None for steps alone.
         recorded_in: folder of what a teacher says of training rows, where trials learn from one.
         ranking: which units stay where widths are searched; None where they are those of the base.
+        ranks: ranks that adapters may have, where these are searched; None where they are not.
         sums: folder of what makes up for units that go; None where nothing does.
         split: split that scores; a search never changes it.
     """
@@ -68,6 +70,7 @@ class TrialWork:
     max_seconds: float | None = None
     recorded_in: Path | None = None
     ranking: Ranking | None = None
+    ranks: Ranks | None = None
     sums: Path | None = None
     split: Split = "validation"
 
@@ -87,7 +90,7 @@ class TrialRunner:
         self.base = CompressedModel.open(work.base, check_hashes=False)
         network, plan = self.base.network, self.base.known_plan()
         self.plan = plan.with_precision([layer.precision for layer in plan.layers], **work.tables)
-        self.candidates = Candidates(self.plan, work.items, work.precisions, work.ranking)
+        self.candidates = Candidates(self.plan, work.items, work.precisions, work.ranking, work.ranks)
         self.config, self.dtype = network.config, network.dtype
         module = LoRAFinetuner(**work.options)  # with the seed of the search, which the bank has, too
         self.loftq = LoftQSettings.of(module.lora, work.loftq_iterations, module.seed)
@@ -107,7 +110,7 @@ class TrialRunner:
 
         Args:
             key: ``choices`` (for each item, the place of its precision), ``steps`` and ``seed``; where widths are
-                searched ``units``, too: how many of each part stay.
+                searched ``units``, too: how many of each part stay; and ``ranks`` of adapters where these are.
 
         Returns:
             Loss, perplexity and kl (to the dense model) in nats per token, accuracy where there is a choice task,

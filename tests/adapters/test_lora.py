@@ -105,6 +105,18 @@ def test_ends_of_names_are_whole_parts() -> None:
     assert not is_target("model.layers.0.mlp.up_proj", ["p_proj"])
 
 
+def test_an_adapter_of_another_rank_is_scaled_as_the_others() -> None:
+    ranks = {"model.layers.1.mlp.up_proj": 5, "model.layers.2.self_attn.q_proj": 1}
+    model = attach_adapters(tiny_model("llama"), LoRAConfig(r=2, alpha=6.0), seed=0, ranks=ranks)
+    adapters = adapters_of(model)
+    assert {name: len(adapter.lora_A) for name, adapter in adapters.items()} == dict.fromkeys(adapters, 2) | ranks
+    assert {adapter.scale for adapter in adapters.values()} == {3.0}
+    # Not those of layer 11 and the like, and of no matter where all have one rank.
+    assert len(adapters["model.layers.1.mlp.gate_proj"].lora_A) == 2
+    plain = attach_adapters(tiny_model("llama"), LoRAConfig(r=2, alpha=6.0), seed=0).peft_config["default"]
+    assert (plain.rank_pattern, plain.alpha_pattern) == ({}, {})
+
+
 @pytest.mark.parametrize("kind", ["use_dora", "lora_bias"])
 def test_adapters_that_are_more_than_two_factors_are_refused(kind: str) -> None:
     config = peft.LoraConfig(target_modules=["o_proj"], task_type="CAUSAL_LM", **{kind: True})

@@ -1,5 +1,6 @@
 """A plan carried out on narrowed models of every family, and what the adapters start from."""
 
+import copy
 from typing import Any
 
 import pytest
@@ -83,6 +84,23 @@ def test_only_targets_get_factors() -> None:
     quantize_(other, plan, None, device=CPU)
     held = [dequantize(m.get_submodule("model.layers.0.self_attn.q_proj")) for m in (model, other)]
     assert torch.equal(*held)
+
+
+def test_adapters_start_in_the_rank_that_a_plan_has_for_their_layer() -> None:
+    plain = quantize_(*pruned("llama"), settings(rank=3), device=CPU)
+    other = quantize_(*pruned("llama"), settings(rank=2), device=CPU)
+    model, plan = pruned("llama")
+    factors = quantize_(model, plan.with_ranks([2, None, 2]), settings(rank=3), device=CPU)
+    of_layer_1 = [name for name in factors if name.startswith("model.layers.1.")]
+    assert of_layer_1 and equal(
+        {name: factors[name] for name in of_layer_1}, {name: plain[name] for name in of_layer_1}
+    )
+    others = factors.keys() - of_layer_1
+    assert others and equal({name: factors[name] for name in others}, {name: other[name] for name in others})
+    narrow, plan = pruned("llama", [dict.fromkeys(UNITS, NF4)] * LAYERS, KEPT)  # one channel in the last layer
+    quantize_(copy.deepcopy(narrow), plan.with_ranks([None, None, 1]), settings(rank=2), device=CPU)
+    with pytest.raises(UserError, match=r"rank 2 is above that of model\.layers\.2.*, or the rank that a plan has"):
+        quantize_(narrow, plan.with_ranks([None, None, 2]), settings(rank=1), device=CPU)
 
 
 @pytest.mark.parametrize("num_iterations", [1, 2])

@@ -109,6 +109,21 @@ def test_assembled_plans_are_those_quantized_afresh(
     assert all(model.get_submodule(name) is linear for name, linear in linears.items())
 
 
+def test_a_lower_rank_starts_from_the_leading_part_which_is_what_it_would_be_afresh() -> None:
+    model, plan = dense()
+    start = settings(rank=3)
+    bank = fill(model, [NF4], start, device=CPU)
+    plan = plan.with_precision([dict.fromkeys(UNITS, NF4)] * LAYERS).with_ranks([1, None, 2])
+    expected = quantize_(copy.deepcopy(model), plan, start, device=CPU)
+    factors = bank.assemble_(model, plan)
+    assert [len(factors[Q_PROJ.replace("1", str(layer))][0]) for layer in range(LAYERS)] == [1, 3, 2]
+    for name, (lora_A, lora_B) in factors.items():
+        assert (lora_A.shape, lora_B.shape) == tuple(tensor.shape for tensor in expected[name])
+        torch.testing.assert_close(lora_B @ lora_A, expected[name][1] @ expected[name][0], rtol=1e-3, atol=1e-5)
+    with pytest.raises(UserError, match=r"adapters of rank 4 on .* filled for 3\. Raise --model\.lora\.r"):
+        bank.assemble_(model, plan.with_ranks([4, None, None]))
+
+
 def test_linears_weights_and_factors_by_name() -> None:
     model, _ = dense()
     weight, start = model.get_submodule(Q_PROJ).weight.detach(), settings(num_iterations=2)

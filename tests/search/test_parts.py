@@ -22,6 +22,7 @@ from qpruner.pruning.selection import SelectionConfig
 from qpruner.quantization.formats import precision_of
 from qpruner.search.candidates import Candidates, Ranking
 from qpruner.search.parts import Structures, price_of_plan
+from qpruner.search.ranks import Ranks
 from qpruner.search.space import SearchSpace
 from qpruner.search.structure import StructureConfig
 
@@ -41,6 +42,7 @@ class Searched:
         config: how wide layers may be.
         selection: layers that stay whole, and what FFN widths are multiples of.
         spends: whether a share of the bytes is a coordinate.
+        ranks: ranks that adapters may have; none where they are not searched.
     """
 
     def __init__(
@@ -53,6 +55,7 @@ class Searched:
         config: StructureConfig = StructureConfig(least=0.25),  # noqa: B008
         selection: SelectionConfig = SELECTION,
         spends: bool = False,
+        ranks: Sequence[int] = (),
     ) -> None:
         changes = {"attention_bias": True, "mlp_bias": True} if family == "llama" else {}
         self.config = tiny_config(family, **changes)
@@ -65,7 +68,8 @@ class Searched:
             LayerScores(*(torch.rand(count, generator=generator).double() for count in counts))
             for counts in zip(widths.kv_groups, widths.ffn_channels, strict=True)
         ]
-        self.structures = Structures(model, self.base, config, selection, LORA)
+        offered = Ranks.of(ranks, model, LORA) if ranks else None
+        self.structures = Structures(model, self.base, config, selection, LORA, offered)
         limit = self.structures.limit(self.items, PRECISIONS, budget)
         self.start = self.structures.start(0.2, self.scores)
         costs = np.random.default_rng(0).uniform(0.5, 1, len(self.items))
@@ -76,20 +80,23 @@ class Searched:
             [
                 [Choice(item.num_bytes(widths, precision, 2), cost / 2**precision.bits) for precision in PRECISIONS]
                 for item, cost in zip(self.items, costs, strict=True)
-            ],
-            [[2, 4, 8]] * len(self.items),
+            ]
+            + ([] if offered is None else offered.items(1.0)),
+            [[2, 4, 8]] * len(self.items) + ([] if offered is None else [offered.choices] * len(offered.layers)),
             limit,
             spends,
             structure,
         )
         parts = tuple((part.layer, part.kind) for part in structure.parts)
-        self.candidates = Candidates(self.base, self.items, PRECISIONS, Ranking(parts, self.scores))
+        self.candidates = Candidates(self.base, self.items, PRECISIONS, Ranking(parts, self.scores), offered)
 
     def plan(self, decoded: Any) -> CompressionPlan:
         assert self.space.structure is not None
-        parts = self.space.num_parts
+        parts, ranks = self.space.num_parts, self.candidates.ranks
+        ends = parts, parts + len(self.items)
         units = self.space.structure.counts(decoded[:parts])
-        return self.candidates.plan({"units": units, "choices": list(decoded[parts:])})
+        chosen = [] if ranks is None else [ranks.choices[place] for place in decoded[ends[1] :]]
+        return self.candidates.plan({"units": units, "choices": list(decoded[slice(*ends)]), "ranks": chosen})
 
     def price(self, plan: CompressionPlan) -> Price:
         return price_of_plan(self.config, torch.bfloat16, plan, LORA)
@@ -136,6 +143,32 @@ def test_every_point_is_a_plan_within_the_budget_whose_bytes_are_known(
                 len(layer.ffn_channels) % searched.structures.multiple
             )
     assert len(widths) > 10
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_ranks_of_adapters_count_to_the_byte(family: str) -> None:
+    """Of what layers of any width leave of the budget, and with the least of all within it."""
+    dense = Searched(Budget(share=1.0), family=family)
+    whole = dense.price(dense.base)
+    budget = Budget(bytes=whole.total - int(0.8 * whole.unit_weight_bytes))
+    searched = Searched(budget, family=family, ranks=(2, 1))
+    space = searched.space
+    assert space.structure is not None
+    points = 3 * np.random.default_rng(1).standard_normal((3000, space.dimension))
+    points[0], points[1, :], points[2, :] = 0, 1e300, -1e300
+    decoded = np.unique(space.decode(points), axis=0)
+    ranks, widths = set(), set()
+    for row, size in zip(decoded[::10], space.sizes(decoded[::10]), strict=True):
+        plan = searched.plan(row)
+        cost = searched.price(plan)
+        assert space.limit - size == budget.limit(cost, plan) - cost.unit_weight_bytes >= 0
+        ranks.add(tuple(plan.ranks))
+        widths.add(plan.widths)
+        assert searched.candidates.row(plan, space.structure) == list(row)
+    assert len(ranks) == 2**LAYERS and len(widths) > 10
+    # The prior takes a rank for worth its bytes by what these save elsewhere.
+    costs = space.costs(np.array([[0] * space.dimension, [0] * (space.dimension - 1) + [1]])[:, 1:])
+    assert costs[1] < costs[0]
 
 
 def test_the_price_from_shapes_is_that_of_the_model() -> None:
