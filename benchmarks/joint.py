@@ -22,7 +22,7 @@ from what rounding left, and a recovery of equal length. Shares are of the 16-bi
 Perplexities are of the packed model without adapters, and of the recovered one with them. ``seconds`` are those
 of deciding; ``kept`` is the share of the decoder's weights that stays. With ``--banks`` the codes of the dense model in
 all widths, and what each width costs, are made once for all rows of a base and seed; ``seconds`` then lack them.
-With ``--models`` the recovered model of each row is kept for ``qpruner evaluate``, in a folder such as ``joint-0.15-0``.
+With ``--models`` the recovered model of each row is kept for ``qpruner evaluate``, in a folder as ``joint-0.15-0``.
 """
 
 import argparse
