@@ -256,7 +256,7 @@ def searched(
     callbacks: list[L.Callback],
     structure: StructureConfig | None = None,
 ) -> CompressionPlan:
-    """The plan that a search of short fits finds; it chooses on rows that are held out of the training text."""
+    """The plan that a search of short fits finds; ``--validation`` chooses, or what is held out of the text."""
     place = RunFolder(folder / "search")
     for callback in callbacks:
         callback.folder = place  # type: ignore[attr-defined]
@@ -264,7 +264,8 @@ def searched(
     data = TextDataModule(
         tokenizer=given.base,
         train=given.train,
-        held_out=0.05,
+        validation=given.validation,
+        held_out=0.0 if given.validation else 0.05,
         layout="packed",
         max_length=given.max_length,
         loader=LoaderConfig(batch_size=given.batch_size),

@@ -158,7 +158,7 @@ def test_ranks_of_adapters_are_searched_and_carried_out(
     run(["search", *changed(change)])
     folder = RunFolder(tmp_path / "runs" / "x")
     results = SearchResults.read(folder.results)
-    assert results.ranked == ("0", "1") and bool(results.parts) == searches_widths
+    assert results.ranked == (0, 1) and bool(results.parts) == searches_widths
     assert len({one.ranks for one in results.trials}) > 1
     assert {*chain(*(one.ranks for one in results.trials))} <= {1, 2, 4}
     assert all(one.num_bytes <= budget for one in results.trials)

@@ -144,7 +144,7 @@ class SearchResults(Record):
     proposers: tuple[Proposer, ...]
     parts: tuple[str, ...] = ()
     units: tuple[int, ...] = ()
-    ranked: tuple[str, ...] = ()
+    ranked: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         if not self.variants or not self.proposers:

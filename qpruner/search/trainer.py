@@ -347,7 +347,7 @@ class Search:
             proposers=tuple(proposers(self.ledger)),
             parts=tuple(map(str, parts)),
             units=tuple(part.counts[-1] for part in parts),
-            ranked=() if self.prepared.ranks is None else tuple(map(str, self.prepared.ranks.layers)),
+            ranked=() if self.prepared.ranks is None else self.prepared.ranks.layers,
         )
         write_front(self.folder, front, self.plan)
         self.plan(results.winner).write(self.folder.plan)
