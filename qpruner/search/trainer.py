@@ -158,6 +158,7 @@ class Search:
         Raises:
             UserError: see `qpruner.search.preparation.prepare`.
         """
+        self.folder.path.mkdir(parents=True, exist_ok=True)  # of a run it is there; from Python perhaps not
         alone = Processes.alone(self.trainer.strategy.root_device, self.trainer.precision_plugin.forward_context)
         processes = replace(alone, precision=str(self.trainer.precision))
         self.prepared = prepare(

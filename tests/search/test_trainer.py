@@ -59,8 +59,8 @@ def folder(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("searched")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.getbasetemp() / "cache"))
-        search_of(tiny_llama, path).prepare()
-    return path
+        search_of(tiny_llama, path / "new").prepare()
+    return path / "new"
 
 
 @pytest.fixture
