@@ -116,7 +116,8 @@ class Search:
         if self.quantization.calibrated is not None:
             rank_zero_warn(
                 "MixedPrecisionQuantization.calibrated is left out of a search, whose trials round each weight to its "
-                "nearest value. `qpruner fit --plan` rounds the plan that is chosen by text."
+                "nearest value. `qpruner fit --plan` rounds the plan that is chosen by text. Below 4 bits that is so "
+                "much better that a search takes more bits than such a plan needs: learn it by a section joint instead."
             )
         self.prepare()
         if self.space.is_single:

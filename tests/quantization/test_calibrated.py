@@ -215,6 +215,21 @@ def test_adapters_start_from_what_rounding_left_of_the_outputs() -> None:
     assert nearest == pytest.approx(float(torch.linalg.svdvals(left)[8:].norm()), rel=1e-3)
 
 
+def test_adapters_start_in_the_rank_that_a_plan_has_for_their_layer() -> None:
+    model, dense = (tiny_model("llama").requires_grad_(False) for _ in range(2))
+    plain = RoundingConfig(method="nearest", grid="minmax", alpha=0.0)
+    config = CalibratedConfig(rounding=plain, output_groups=0, adapters="weight")
+    plan = plan_of(model, TWO_BITS).with_ranks([None, 3, 1])
+    factors = rounded(model, config, plan=plan, adapters=LoftQSettings(8, 2.0, "all-linear", 1, 0)).factors
+    for layer, rank in enumerate((8, 3, 1)):
+        name = unit_linears(dense)[layer]["down"][0]
+        lora_A, lora_B = factors[name]
+        assert len(lora_A) == rank
+        left = dense.get_submodule(name).weight - dequantize(model.get_submodule(name))
+        tail = torch.linalg.svdvals(left)[rank:].norm()
+        torch.testing.assert_close((left - 2.0 * lora_B @ lora_A).norm(), tail, rtol=1e-3, atol=1e-4)
+
+
 def states_of(model: Any) -> dict[str, Tensor]:
     modules = {name: module for name, module in model.named_modules() if isinstance(module, PackedLinear)}
     return {f"{name}/{part}": tensor for name, module in modules.items() for part, tensor in module.packed().items()}
