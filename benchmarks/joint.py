@@ -172,10 +172,15 @@ def quantization(given: argparse.Namespace, share: float, **options: Any) -> Mix
         widths=given.widths, granularity="unit", measure="kl", calibration=CalibrationConfig(*given.deciding_text)
     )
     return MixedPrecisionQuantization(
-        **{"allocation": "sensitivity", "budget": Budget(share=share), "deciding": deciding, **options},
+        **{
+            "allocation": "sensitivity",
+            "budget": Budget(share=share),
+            "deciding": deciding,
+            "calibrated": CalibratedConfig(text=CalibrationConfig(*given.text)),
+            **options,
+        },
         formats=dict.fromkeys(given.widths, "affine-double"),
         group=given.group,
-        calibrated=CalibratedConfig(text=CalibrationConfig(*given.text)),
     )
 
 
@@ -212,9 +217,9 @@ def plan_of(given: argparse.Namespace, key: Row, folder: Path) -> CompressionPla
             return searched(given, seed, folder, [pruning, mixed])
         case "gates-mixed":
             in_16_bits = quantization(
-                given, 1 - float(ratio), allocation="uniform", deciding=DecidingConfig(widths=(16,))
+                given, 1 - float(ratio), allocation="uniform", deciding=DecidingConfig(widths=(16,)), calibrated=None
             )
-            learnt = learned(given, seed, folder, [pruning, replaced(in_16_bits)], JointConfig(steps=given.learning))
+            learnt = learned(given, seed, folder, [pruning, in_16_bits], JointConfig(steps=given.learning))
             return [PlannedPruning(learnt), mixed]
         case "searched":
             return searched(given, seed, folder, [pruning, mixed], StructureConfig())
@@ -229,12 +234,6 @@ def plan_of(given: argparse.Namespace, key: Row, folder: Path) -> CompressionPla
     assert name == "joint", f"There is no method {method!r}."
     options = {option: value for change in changes for option, value in CHANGES[change].items()}
     return learned(given, seed, folder, [pruning, mixed], JointConfig(steps=given.learning, **options))
-
-
-def replaced(quantization: MixedPrecisionQuantization) -> MixedPrecisionQuantization:
-    """A budget for structure alone: nothing is rounded."""
-    quantization.calibrated = None
-    return quantization
 
 
 def learned(

@@ -22,7 +22,7 @@ from qpruner.plan import DENSE, UNITS, CompressionPlan, Precision
 from qpruner.pricing import Price, price_narrowed
 from qpruner.quantization.apply import LoftQSettings
 from qpruner.quantization.bank import Bank, fill, fill_folder
-from qpruner.quantization.calibrated_bank import BankText
+from qpruner.quantization.calibrated_bank import BankText, TextRounding
 from qpruner.quantization.calibrated_inputs import CalibratedConfig
 from qpruner.records.folder import RunFolder
 
@@ -39,7 +39,9 @@ class Allocator:
         config: how to decide.
         precisions: precisions to choose from.
         loftq_iterations: LoftQ's iterations with which linears are quantized.
-        calibrated: how the linears whose costs are measured are rounded by text; None to the nearest values.
+        calibrated: how the linears of the bank are rounded by text; None to the nearest values.
+        for_trials: whether plans are fitted as the bank has them, with what adapters start from; else a plan that text
+            rounds is rounded afresh, once it is decided on, and that gives the start of its adapters.
 
     Raises:
         UserError: ``marginal`` by first order.
@@ -51,6 +53,7 @@ class Allocator:
     precisions: Sequence[Precision]
     loftq_iterations: int
     calibrated: CalibratedConfig | None = None
+    for_trials: bool = False
 
     def __post_init__(self) -> None:
         if self.method == "marginal" and self.config.measure == "first_order":
@@ -219,21 +222,27 @@ class Allocator:
         )
 
     def _loftq(self, job: CompressionJob) -> LoftQSettings | None:
-        if self.calibrated is not None:
-            return None  # the plan that is decided on is rounded afresh, and its adapters start from that
+        if self.calibrated is not None and not self.for_trials:
+            return None
         return LoftQSettings.of(job.lora, self.loftq_iterations, job.seed)
 
-    def _text(self, job: CompressionJob) -> BankText | None:
-        """What rounds the linears of the bank."""
+    def rounding(self, job: CompressionJob) -> TextRounding | None:
+        """How text rounds the linears of the bank; None where each weight goes to the nearest value."""
         if self.calibrated is None:
             return None
-        calibration = calibration_of(job.model.network, job.data, self.calibrated.text, job.processes, CALIBRATED)
         made_from = {
             "text_sha256": job.data and job.data.fingerprint()["train"]["sha256"],
             "text_seed": job.data and job.data.seed,
             "computed_in": job.processes.precision,
         }
-        return BankText(self.calibrated, calibration, made_from)
+        return TextRounding(self.calibrated, made_from)
+
+    def _text(self, job: CompressionJob) -> BankText | None:
+        """What rounds the linears of the bank, with the text."""
+        if (rounding := self.rounding(job)) is None:
+            return None
+        text = calibration_of(job.model.network, job.data, rounding.config.text, job.processes, CALIBRATED)
+        return BankText(rounding.config, rounding.made_from, text)
 
     def _origin(self, job: CompressionJob) -> dict[str, Any]:
         """What sensitivities are measured on: the base, by the hash of the folder that keeps it, text, and options."""

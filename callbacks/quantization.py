@@ -1,7 +1,7 @@
 """Quantizes the base before the fit that recovers it, and starts the adapters from what rounding left."""
 
 from collections.abc import Mapping, Sequence, Set
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from typing import Any, Self
 
 from lightning.pytorch import LightningModule, Trainer
@@ -74,7 +74,7 @@ class MixedPrecisionQuantization(CompressionInSetup):
         deciding: how bits are decided under a budget.
         calibrated: how weights are rounded by text, in formats that have a grid, which 4 bits then have by default;
             left out, each weight goes to its nearest value. ``sensitivity`` and ``marginal`` measure what linears cost
-            that are rounded by text, too. Trials of a search are made with weights at their nearest values.
+            that are rounded by text, too, and trials of a search have such linears.
 
     Raises:
         UserError: bits, formats or groups that are not offered, bits beside a budget or an allocation without one, tied
@@ -134,7 +134,9 @@ class MixedPrecisionQuantization(CompressionInSetup):
         if group not in (groups := sorted({size for one in FORMATS for size in one.groups if size is not None})):
             raise UserError(f"group is {group}; number formats offer {', '.join(map(str, groups))} (-1: a whole row).")
         self.allocator = (
-            None if budget is None else Allocator(allocation, budget, deciding, precisions, loftq_iterations)
+            None
+            if budget is None
+            else Allocator(allocation, budget, deciding, precisions, loftq_iterations, calibrated)
         )
 
     @classmethod
@@ -263,8 +265,7 @@ class MixedPrecisionQuantization(CompressionInSetup):
             plan = plan.with_precision(self.precision(plan.architecture.num_layers), **self.tables)
         else:
             plan = plan.with_precision([dict.fromkeys(UNITS, DENSE)] * len(plan.layers), **self.tables)
-            # A search, which takes the allocator as it is, rounds plainly.
-            plan, bank = replace(self.allocator, calibrated=self.calibrated).allocate(job, plan)
+            plan, bank = self.allocator.allocate(job, plan)
         loftq = LoftQSettings.of(job.lora, self.loftq_iterations, job.seed)
         if self.calibrated is None:
             model.quantize(plan, loftq, device=device, bank=bank)

@@ -47,6 +47,7 @@ def config(config_that_prunes: dict[str, Any]) -> dict[str, Any]:
         "deciding": {"granularity": "unit", "calibration": {"num_sequences": 8, "length": 12, "batch_size": 2}},
         "formats": {4: "affine"},
         "group": 32,
+        "calibrated": {"text": {"num_sequences": 16, "length": 12}},
     }
     callbacks = config_that_prunes["trainer"]["callbacks"]
     callbacks.append({"class_path": "MixedPrecisionQuantization", "init_args": quantization})

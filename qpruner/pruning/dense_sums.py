@@ -80,6 +80,18 @@ def fit_without(
     return fit_(decide, held_out, bias=bias)
 
 
+def grams_among(tensors: Mapping[str, Tensor], projection: str, stay: Tensor) -> tuple[Tensor, Tensor]:
+    """X_K^T D X_K of the inputs that stay, over the sequences that decide and those that are held out, [n, n] each.
+
+    Args:
+        tensors: sums of its layer, from `gather_sums`.
+        projection: ``o`` or ``down``.
+        stay: places of the inputs that stay, [n].
+    """
+    decide, held_out = (tensors[f"{projection}/{split}/gram"][stay][:, stay] for split in ("decide", "held_out"))
+    return decide.double(), held_out.double()
+
+
 def _sums_without(dense: Mapping[str, Tensor], stay: Tensor, go: Tensor, lost: Tensor) -> Sums:
     """Sums of a linear without some inputs, whose weights [out, gone] are what it lost."""
     gram, inputs = dense["gram"], dense["inputs"]

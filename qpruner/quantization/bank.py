@@ -38,7 +38,7 @@ from qpruner.quantization.apply import (
     linear_precisions,
     quantize_linear,
 )
-from qpruner.quantization.calibrated_bank import BankText, rounded_layers
+from qpruner.quantization.calibrated_bank import BankText, TextRounding, rounded_layers
 from qpruner.quantization.formats import dequantize, num_bytes, rebuild
 from qpruner.quantization.packed import PackedLinear
 
@@ -258,7 +258,12 @@ def fill_folder(
 
 
 def open_folder(
-    folder: Path, model: nn.Module, settings: LoftQSettings | None, *, base: str | None, text: BankText | None = None
+    folder: Path,
+    model: nn.Module,
+    settings: LoftQSettings | None,
+    *,
+    base: str | None,
+    text: TextRounding | None = None,
 ) -> Bank:
     """The bank that `fill_folder` left; arguments as there.
 
@@ -313,19 +318,19 @@ def _rounded(
     for number, layer in rounded_layers(model, precisions, text, settings, layers):
         tensors: dict[str, Tensor] = {}
         for (name, precision), linear in layer.items():
-            tensors |= _tensors(name, precision, linear.state, linear.factors)
+            tensors |= entry_of_state(name, precision, linear.state, linear.factors)
         yield number, tensors
 
 
 def entry_of(name: str, quantized: Quantized) -> dict[str, Tensor]:
     """The tensors of a linear that was quantized, by the names that a bank has for them."""
-    return _tensors(name, quantized.packed.precision, quantized.packed.packed(), quantized.factors)
+    return entry_of_state(name, quantized.packed.precision, quantized.packed.packed(), quantized.factors)
 
 
-def _tensors(
+def entry_of_state(
     name: str, precision: Precision, state: Mapping[str, Tensor], factors: Factors | None
 ) -> dict[str, Tensor]:
-    """The tensors of a linear in a precision, as the bank names them."""
+    """The tensors of a linear in a precision, and of what its adapter starts from, by a bank's names."""
     parts = {**state, **({} if factors is None else dict(zip(("lora_A", "lora_B"), factors, strict=True)))}
     return {f"{_key(name, precision)}/{part}": tensor.detach().cpu().contiguous() for part, tensor in parts.items()}
 
@@ -339,11 +344,10 @@ def _path(folder: Path, number: int) -> Path:
     return folder / f"layer-{number:03d}.safetensors"
 
 
-def _origin(base: str | None, settings: LoftQSettings | None, dtype: torch.dtype, text: BankText | None) -> str:
+def _origin(base: str | None, settings: LoftQSettings | None, dtype: torch.dtype, text: TextRounding | None) -> str:
     """What tells a bank from those of other models, settings and texts."""
     start = None if settings is None else asdict(settings)
-    by_text = [] if text is None else [asdict(text.config), text.made_from]
-    return hash_json([base, start, str(dtype), *by_text])
+    return hash_json([base, start, str(dtype), *([] if text is None else text.origin)])
 
 
 def _holds(path: Path, names: Iterable[str], precisions: Sequence[Precision], origin: str) -> bool:

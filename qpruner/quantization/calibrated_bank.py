@@ -13,7 +13,7 @@ tokens.
 """
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -31,18 +31,32 @@ from qpruner.quantization.calibrated_layers import RoundedLinear
 
 
 @dataclass(frozen=True)
-class BankText:
-    """How the codes of a bank are rounded by text.
+class TextRounding:
+    """How the codes of a bank are rounded by text; plain data, without the text itself.
 
     Args:
         config: options of the rounding, of which ``rounding.alpha`` does not count.
-        calibration: this process's share of the text.
         made_from: plain data that tells the text and how the model computes on it, for a bank that is kept.
     """
 
     config: CalibratedConfig
-    calibration: Calibration
     made_from: Mapping[str, Any]
+
+    @property
+    def origin(self) -> list[Any]:
+        """What tells it from other roundings."""
+        return [asdict(self.config), self.made_from]
+
+
+@dataclass(frozen=True)
+class BankText(TextRounding):
+    """The same with the text, by which a bank is filled.
+
+    Args:
+        calibration: this process's share of the text.
+    """
+
+    calibration: Calibration
 
 
 def rounded_layers(

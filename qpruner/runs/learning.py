@@ -189,7 +189,7 @@ class Learning:
         plan = plan.with_precision([dict.fromkeys(UNITS, DENSE)] * len(plan.layers), **self.quantization.tables)
         space, limits = self._space(model.network, plan)
         job = CompressionJob(model, self.data, processes, described.lora, described.seed, folder=self.part)
-        of_codes = replace(allocator, loftq_iterations=0, calibrated=self.quantization.calibrated)
+        of_codes = replace(allocator, loftq_iterations=0)
         bank = of_codes.bank(job, plan)
         place_(model.network, processes.device)  # gates learn on the model as a whole
         gated = GatedNetwork(model.network, bank, space)

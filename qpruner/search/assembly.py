@@ -4,9 +4,13 @@ Weights that stay are slices of the dense ones. Rows of q, k, v, gate and up lie
 their codes are taken from there where a format can give rows exactly; o and down lose columns and are changed by what
 makes up for these, from sums that were seen once in the dense model, and are quantized anew. Linears of parts that stay
 whole are the bank's. The start of adapters is that of LoftQ on the narrowed weights.
+
+Where text rounded the bank, the same sums, of the inputs that stay, round o and down, and say what their adapters start
+from; the start of an adapter of which rows stay is what the bank has for these rows.
 """
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,21 +22,46 @@ from torch import Tensor, nn
 from qpruner.adapters.loftq import loftq
 from qpruner.adapters.lora import is_target
 from qpruner.anatomy import by_linear, decoder_layers, family_of
+from qpruner.calibration.input_sums import InputSums
 from qpruner.calibration.text import Calibration
 from qpruner.compressed import CompressedModel, State
 from qpruner.files import replacing
+from qpruner.offload import Shelf
 from qpruner.plan import DENSE, CompressionPlan, Precision
 from qpruner.pruning.compensation import add_, places_among, shared_copy
-from qpruner.pruning.dense_sums import fit_without, gather_sums
+from qpruner.pruning.dense_sums import fit_without, gather_sums, grams_among
 from qpruner.pruning.selection import Kept
 from qpruner.pruning.surgery import narrow_, places_of
 from qpruner.quantization.apply import LoftQSettings, Quantized, linear_precisions, quantize_linear
-from qpruner.quantization.bank import Bank, entry_of
+from qpruner.quantization.bank import Bank, entry_of, entry_of_state
+from qpruner.quantization.calibrated import Packing
+from qpruner.quantization.calibrated_inputs import CalibratedConfig, SplitSums
 from qpruner.quantization.embedding import quantize_tables_
 from qpruner.quantization.formats import dequantize, format_for, rebuild
 from qpruner.quantization.packed import PackedLinear
 
 CPU = torch.device("cpu")
+
+
+@dataclass(frozen=True)
+class NarrowedLinear:
+    """A linear of the model of a plan.
+
+    Args:
+        name: name of the linear.
+        linear: linear itself, dense.
+        layer: number of its layer.
+        projection: what it is within the layer, such as ``down``.
+        loses_rows: whether it is rows that go with units, rather than columns.
+        stay: places of the rows or columns that stay; None where all do.
+    """
+
+    name: str
+    linear: nn.Linear
+    layer: int
+    projection: str
+    loses_rows: bool
+    stay: Tensor | None
 
 
 class Assembly:
@@ -43,7 +72,9 @@ class Assembly:
         plan: plan of the dense model, with the precisions of its tables.
         bank: bank of the dense model.
         settings: settings of LoftQ with which the bank was filled; None where adapters start from zero.
-        sums: folder that `keep_sums` filled; None to slice weights and change none.
+        sums: folder that `keep_sums` filled; None where weights are slices, to the nearest values.
+        compensates: whether weights that stay make up for those that go.
+        by_text: how text rounded the bank; None where each weight went to the nearest value.
     """
 
     def __init__(
@@ -53,8 +84,12 @@ class Assembly:
         bank: Bank,
         settings: LoftQSettings | None,
         sums: Path | None,
+        *,
+        compensates: bool,
+        by_text: CalibratedConfig | None,
     ) -> None:
         self.base, self.plan, self.bank, self.settings, self.sums = base, plan, bank, settings, sums
+        self.compensates, self.by_text = compensates, by_text
         quantize_tables_(base.network, plan.embedding, plan.head, device=CPU)
 
     def __call__(self, plan: CompressionPlan) -> CompressedModel:
@@ -69,13 +104,19 @@ class Assembly:
         kept = places_among(self.plan, plan)
         network = shared_copy(self.base.network)
         narrow_(network, kept)
-        if self.sums is not None:
+        if self.compensates:
             self._compensate_(network, kept)
         tensors: dict[str, Tensor] = {}
         precisions = linear_precisions(network, plan)
-        for name, linear, rows, stay in self._linears(network, kept):
-            if precisions[name] != DENSE:
-                tensors |= self._entry(name, linear, precisions[name], rows, stay)
+        for linear in self._linears(network, kept):
+            if (precision := precisions[linear.name]) == DENSE:
+                continue
+            if linear.stay is None:
+                tensors |= self.bank.entry(linear.name, precision)
+            elif self.by_text is not None and not linear.loses_rows:
+                tensors |= self._rounded(network, linear, precision, linear.stay, self.by_text)
+            else:
+                tensors |= self._quantized(linear, precision, linear.stay)
         model = CompressedModel(
             network,
             base=self.base.base,
@@ -100,8 +141,7 @@ class Assembly:
                     change, _ = fit_without(tensors, part.name, part.linear.weight, part.places(units), bias=bias)
                     add_(linear, change)
 
-    def _linears(self, network: Any, kept: Kept) -> Iterator[tuple[str, nn.Linear, bool, Tensor | None]]:
-        """Each linear: its name, itself, whether it is rows that go rather than columns, and the places that stay."""
+    def _linears(self, network: Any, kept: Kept) -> "Iterator[NarrowedLinear]":
         _, family = family_of(network.config)
         pairs = zip(decoder_layers(self.base.network), decoder_layers(network), kept, strict=True)
         for number, (dense, narrow, (groups, channels)) in enumerate(pairs):
@@ -110,28 +150,40 @@ class Assembly:
                     first = stack[0]
                     name = f"{family.layers}.{number}.{family.projections[first.name]}"
                     stay = places_of(stack, units) if len(units) < first.num_units else None
-                    yield name, getattr(narrow, first.name), first.axis == 0, stay
+                    linear = getattr(narrow, first.name)
+                    yield NarrowedLinear(name, linear, number, first.name, first.axis == 0, stay)
 
-    def _entry(
-        self, name: str, linear: nn.Linear, precision: Precision, rows: bool, stay: Tensor | None
-    ) -> dict[str, Tensor]:
-        """The tensors of a linear of the narrowed model."""
-        if stay is None:
-            return self.bank.entry(name, precision)
-        packed = self._taken(name, linear, precision, stay) if rows else None
+    def _quantized(self, narrowed: "NarrowedLinear", precision: Precision, stay: Tensor) -> dict[str, Tensor]:
+        """The tensors of a linear of which some rows or columns stay, to the nearest values or from the bank."""
+        name, linear = narrowed.name, narrowed.linear
+        packed = self._taken(name, linear, precision, stay) if narrowed.loses_rows else None
         if packed is None:
             return entry_of(name, quantize_linear(linear, precision, name, self.settings, CPU))
         if self.settings is None or not is_target(name, self.settings.targets):
             return entry_of(name, Quantized(packed, None))
+        if self.by_text is not None:
+            whole = self.bank.factors(name, precision)
+            return entry_of(name, Quantized(packed, None if whole is None else (whole[0], whole[1][stay])))
         start = loftq(
             linear.weight, lambda _: packed, dequantize, name=name, num_iterations=1,
             rank=self.settings.rank, scale=self.settings.scale, seed=self.settings.seed,
         )  # fmt: skip
         return entry_of(name, Quantized(packed, (start.lora_A, start.lora_B)))
 
+    def _rounded(
+        self, network: Any, narrowed: "NarrowedLinear", precision: Precision, stay: Tensor, config: CalibratedConfig
+    ) -> dict[str, Tensor]:
+        """The tensors of a linear of which some columns stay, rounded by what the dense model's sums say of these."""
+        assert self.sums is not None
+        grams = grams_among(load_file(sums_path(self.sums, narrowed.layer)), narrowed.projection, stay)
+        decide, held_out = (InputSums(gram[None], None, None) for gram in grams)
+        packing = Packing(network, config, {narrowed.name: self.settings})
+        rounded = packing.round(narrowed.name, precision, SplitSums(decide, held_out, Shelf((), None)))
+        return entry_of_state(narrowed.name, precision, rounded.state, rounded.factors)
+
     def _taken(self, name: str, linear: nn.Linear, precision: Precision, stay: Tensor) -> PackedLinear | None:
         """Rows of the bank's codes; None where they are not to be had, or are of weights that LoftQ has changed."""
-        if self.settings is not None and self.settings.num_iterations > 1:
+        if self.by_text is None and self.settings is not None and self.settings.num_iterations > 1:
             return None
         whole = self.bank.linear(name, precision)
         assert isinstance(whole, PackedLinear)

@@ -28,6 +28,7 @@ from qpruner.offload import Offload
 from qpruner.plan import DENSE, UNITS, CompressionPlan, Precision
 from qpruner.pretrained import is_reachable, model_fingerprint
 from qpruner.processes import Processes
+from qpruner.quantization.calibrated_bank import TextRounding
 from qpruner.records.folder import RunFolder
 from qpruner.search.candidates import Candidates, Ranking
 from qpruner.search.ranks import Ranks, check_ranks_of_search
@@ -48,6 +49,7 @@ class Preparation:
         base: plan of the pruned base, dense but for its tables.
         prior: allocation that the search starts from: its plan, and what it costs to depart from it.
         loftq_iterations: LoftQ's iterations with which the bank was filled.
+        rounding: how text rounded the linears of the bank; None where each weight went to the nearest value.
         structured: what a search of widths needs; None where layers are as wide as the base has them.
         ranks: ranks that adapters may have, where these are searched; None where they are not.
     """
@@ -57,6 +59,7 @@ class Preparation:
     base: CompressionPlan
     prior: Allocation
     loftq_iterations: int
+    rounding: TextRounding | None = None
     structured: Structured | None = None
     ranks: Ranks | None = None
 
@@ -152,10 +155,10 @@ def prepare(
     Raises:
         UserError: no budget, too little text, or what pruning and allocation refuse.
     """
-    allocator = allocator_of(quantization)
+    allocator = replace(allocator_of(quantization), for_trials=True)
     check_order([*pruning, quantization])
     scoring = None if structure is None else scoring_callback(pruning)
-    for callback in pruning:
+    for callback in (*pruning, quantization):
         callback.check_text(data)
     check_text(allocator, data)
     if ranks:
@@ -169,16 +172,29 @@ def prepare(
         job = replace(job, folder=folder)
         structured = prepare_structures(job, plan, scoring, allocator, structure, offered, start)
         prior = structured.priors[allocator.method]
-        iterations = allocator.loftq_iterations
-        return Preparation(model.base_sha256, model.identity, plan, prior, iterations, structured, offered)
+    else:
+        structured, prior = None, _allocated(allocator, job, plan, folder)
+    return Preparation(
+        model.base_sha256,
+        model.identity,
+        plan,
+        prior,
+        allocator.loftq_iterations,
+        allocator.rounding(job),
+        structured,
+        offered,
+    )
+
+
+def _allocated(allocator: Allocator, job: CompressionJob, plan: CompressionPlan, folder: RunFolder) -> Allocation:
+    """The prior of a search of bits alone, with what other methods decide beside it, and the bank."""
     for method in dict.fromkeys(("uniform", "mutual_information", allocator.method)):
         part = part_of(folder, method)
         part.path.mkdir(parents=True, exist_ok=True)
         replace(allocator, method=method).allocate(replace(job, folder=part), plan)
     part = part_of(folder, allocator.method)
     allocator.bank(replace(job, folder=part), plan)
-    prior = Allocation.read(part.allocation)
-    return Preparation(model.base_sha256, model.identity, plan, prior, allocator.loftq_iterations, ranks=offered)
+    return Allocation.read(part.allocation)
 
 
 def allocator_of(quantization: MixedPrecisionQuantization) -> Allocator:

@@ -118,7 +118,7 @@ def check_ranks_of_search(ranks: Sequence[int], lora: LoRAConfig, allocator: All
             f"The budget is {allocator.budget}, in which adapters do not count, so that the highest of search.ranks is "
             f"always the best. Give the budget in bytes, such as bytes: 900 MiB, or leave search.ranks out."
         )
-    if allocator.loftq_iterations > 1:
+    if allocator.loftq_iterations > 1 and allocator.calibrated is None:
         raise UserError(
             f"loftq_iterations is {allocator.loftq_iterations}; with more than 1 the codes of a linear depend on the "
             f"rank of its adapter, and search.ranks would need them for each. Give 1 or 0."

@@ -12,6 +12,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from qpruner.allocation.budget import Budget
 from qpruner.allocation.decision import Allocation, Method, decide, in_order, with_choices
+from qpruner.calibration.text import CalibrationConfig
 from qpruner.callbacks import StructuredPruning
 from qpruner.callbacks.bits_under_budget import Allocator
 from qpruner.callbacks.calibration import calibration_of
@@ -118,8 +119,12 @@ def prepare_structures(
     loftq = LoftQSettings.of(job.lora, allocator.loftq_iterations, job.seed)
     check_rank(narrowest, starts_of(narrowest, packed, loftq))
     scores = _scores(job, scoring)
-    if compensates := scoring.compensating.how != "none":
-        _sums(job, scoring)
+    compensates, rounding = scoring.compensating.how != "none", allocator.calibrated
+    if compensates:
+        scoring.compensating.check(network)
+        _sums(job, scoring.compensating.text)
+    elif rounding is not None:
+        _sums(job, rounding.text)
     if scoring.compensating.how == "sequential":
         rank_zero_warn(
             "StructuredPruning.compensation is sequential, which takes text for each plan; trials make up for what "
@@ -179,13 +184,11 @@ def _scores(job: CompressionJob, scoring: StructuredPruning) -> list[LayerScores
     return scores
 
 
-def _sums(job: CompressionJob, scoring: StructuredPruning) -> None:
+def _sums(job: CompressionJob, text: CalibrationConfig) -> None:
     assert job.folder is not None
-    text = scoring.compensating.text
     made_from = _made_from(job, {"compensation_text": asdict(text)})
-    scoring.compensating.check(job.model.network)
     if not has_sums(job.folder.structure, range(len(job.model.known_plan().layers)), made_from):
-        calibration = calibration_of(job.model.network, job.data, text, job.processes, "Compensation in trials")
+        calibration = calibration_of(job.model.network, job.data, text, job.processes, "Assembling trials")
         keep_sums(job.folder.structure, job.model.network, calibration, made_from)
 
 

@@ -113,12 +113,6 @@ class Search:
             rank_zero_warn(
                 "search.max_seconds makes trials depend on how fast they run: this search cannot be repeated."
             )
-        if self.quantization.calibrated is not None:
-            rank_zero_warn(
-                "MixedPrecisionQuantization.calibrated is left out of a search, whose trials round each weight to its "
-                "nearest value. `qpruner fit --plan` rounds the plan that is chosen by text. Below 4 bits that is so "
-                "much better that a search takes more bits than such a plan needs: learn it by a section joint instead."
-            )
         self.prepare()
         if self.space.is_single:
             rank_zero_warn(
@@ -191,7 +185,8 @@ class Search:
 
     def work(self) -> TrialWork:
         """What workers get; the rows of the data each reads from the cache."""
-        structured = self.prepared.structured
+        structured, rounding = self.prepared.structured, self.prepared.rounding
+        compensates = structured is not None and structured.compensates
         return TrialWork(
             base=self.folder.base,
             bank=part_of(self.folder, self.prior.method).bank,
@@ -207,7 +202,9 @@ class Search:
             recorded_in=self.folder.teacher,
             ranking=self.prepared.ranking,
             ranks=self.prepared.ranks,
-            sums=self.folder.structure if structured is not None and structured.compensates else None,
+            rounding=rounding,
+            sums=self.folder.structure if compensates or rounding is not None else None,
+            compensates=compensates,
         )
 
     def try_plans(self, executor: Executor) -> None:

@@ -20,6 +20,7 @@ from qpruner.memory import freeing_cycles
 from qpruner.plan import CompressionPlan, Precision
 from qpruner.quantization.apply import LoftQSettings
 from qpruner.quantization.bank import open_folder
+from qpruner.quantization.calibrated_bank import TextRounding
 from qpruner.search.assembly import Assembly
 from qpruner.search.candidates import Candidates, Ranking
 from qpruner.search.ledger import Key, Scores
@@ -53,7 +54,9 @@ class TrialWork:
         recorded_in: folder of what a teacher says of training rows, where trials learn from one.
         ranking: which units stay where widths are searched; None where they are those of the base.
         ranks: ranks that adapters may have, where these are searched; None where they are not.
-        sums: folder of what makes up for units that go; None where nothing does.
+        rounding: how text rounded the linears of the bank; None where each weight went to the nearest value.
+        sums: folder of the sums of the dense model, for what follows from units that go; None where nothing does.
+        compensates: whether weights that stay make up for units that go.
         split: split that scores; a search never changes it.
     """
 
@@ -71,7 +74,9 @@ class TrialWork:
     recorded_in: Path | None = None
     ranking: Ranking | None = None
     ranks: Ranks | None = None
+    rounding: TextRounding | None = None
     sums: Path | None = None
+    compensates: bool = False
     split: Split = "validation"
 
     def prepare(self) -> "TrialRunner":
@@ -94,7 +99,7 @@ class TrialRunner:
         self.config, self.dtype = network.config, network.dtype
         module = LoRAFinetuner(**work.options)  # with the seed of the search, which the bank has, too
         self.loftq = LoftQSettings.of(module.lora, work.loftq_iterations, module.seed)
-        self.bank = open_folder(work.bank, network, self.loftq, base=self.base.identity)
+        self.bank = open_folder(work.bank, network, self.loftq, base=self.base.identity, text=work.rounding)
         self.reference = Reference.read(work.reference)
         self.data = work.data.for_another_trainer()
         self.data.check_model(network.config)
@@ -103,7 +108,15 @@ class TrialRunner:
         # Where widths are searched each trial has a model of its own; else they all have one, whose linears change.
         self.assembly = None
         if work.ranking is not None:
-            self.assembly = Assembly(self.base, self.plan, self.bank, self.loftq, work.sums)
+            self.assembly = Assembly(
+                self.base,
+                self.plan,
+                self.bank,
+                self.loftq,
+                work.sums,
+                compensates=work.compensates,
+                by_text=None if work.rounding is None else work.rounding.config,
+            )
 
     def __call__(self, key: Key) -> Scores:
         """Evaluates one plan.

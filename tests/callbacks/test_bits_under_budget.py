@@ -401,7 +401,7 @@ def test_costs_are_those_of_linears_that_text_has_rounded(
     module = fit(in_folder(tiny_llama, tmp_path), stories, callback)
     measured = Sensitivities.read(RunFolder(tmp_path).sensitivities)
     alone, network = Processes.alone(), CompressedModel.load(str(tiny_llama), dtype="auto").network
-    text = BankText(BY_TEXT, Calibration.share(stories.calibration(8, 12), alone, 4096), {})
+    text = BankText(BY_TEXT, {}, Calibration.share(stories.calibration(8, 12), alone, 4096))
     bank = fill(network, measured.precisions, None, device=alone.device, text=text)
     items = items_of(2, "unit", ())
     deciding = Calibration.share(stories.calibration(6, 12), alone, 4)

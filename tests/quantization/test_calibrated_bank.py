@@ -47,7 +47,7 @@ def frozen(family: str = "llama") -> Any:
 
 
 def by(config: CalibratedConfig, text: Calibration | None = None, name: str = "a") -> BankText:
-    return BankText(config, text or calibration(5, TEXT), {"text": name})
+    return BankText(config, {"text": name}, text or calibration(5, TEXT))
 
 
 def in_folder(

@@ -1,24 +1,29 @@
 """Models that are put together without text, against the dense model that is pruned, compensated and quantized."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from support.searches import finetuner, stories_of
 from torch import Tensor
 
-from qpruner.calibration.text import Calibration
+from qpruner.calibration.text import Calibration, CalibrationConfig
 from qpruner.compressed import CompressedModel
 from qpruner.memory import tensor_bytes
-from qpruner.plan import UNITS, CompressionPlan, Precision
+from qpruner.plan import DENSE, UNITS, CompressionPlan, Precision
 from qpruner.processes import Processes
 from qpruner.pruning.compensation import shared_copy
 from qpruner.quantization.apply import LoftQSettings
 from qpruner.quantization.bank import fill
-from qpruner.quantization.formats import dequantize, precision_of
+from qpruner.quantization.calibrated_bank import BankText
+from qpruner.quantization.calibrated_inputs import CalibratedConfig
+from qpruner.quantization.formats import dequantize, format_for, precision_of
 from qpruner.quantization.packed import PackedLinear
+from qpruner.quantization.rounding import RoundingConfig, round_weight
 from qpruner.search.assembly import Assembly, has_sums, keep_sums, sums_path
 
 CPU = torch.device("cpu")
@@ -57,7 +62,8 @@ def assembly(base: Path, sums: Path | None, iterations: int) -> Assembly:
     module, model = finetuner(base), whole(base)
     settings = LoftQSettings.of(module.lora, iterations, 3)
     bank = fill(model.network, PRECISIONS, settings, device=CPU)
-    return Assembly(model, mixed(model.known_plan()), bank, settings, sums)
+    plan = mixed(model.known_plan())
+    return Assembly(model, plan, bank, settings, sums, compensates=sums is not None, by_text=None)
 
 
 def by_hand(base: Path, compensated: bool, iterations: int) -> CompressedModel:
@@ -68,6 +74,12 @@ def by_hand(base: Path, compensated: bool, iterations: int) -> CompressedModel:
         model.compensate(dense, before, text_of(base), "local")
     model.quantize(mixed(model.known_plan()), LoftQSettings.of(finetuner(base).lora, iterations, 3), device=CPU)
     return model
+
+
+def packed(model: CompressedModel, name: str) -> PackedLinear:
+    linear = model.network.get_submodule(name)
+    assert isinstance(linear, PackedLinear)
+    return linear
 
 
 def weights(model: CompressedModel) -> Iterator[tuple[str, Tensor]]:
@@ -101,6 +113,73 @@ def test_an_assembled_model_is_the_one_that_is_made_step_by_step(
         for factor, other in zip(factors, expected.initial_adapters[name], strict=True):
             if not (name.endswith(("o_proj", "down_proj")) and compensated):
                 torch.testing.assert_close(factor, other)
+
+
+BY_TEXT = CalibratedConfig(RoundingConfig(alpha=0.0), text=CalibrationConfig(16, 12))
+
+
+def assembly_by_text(base: Path, sums: Path, config: CalibratedConfig, *, compensates: bool = True) -> Assembly:
+    module, model = finetuner(base), whole(base)
+    settings = LoftQSettings.of(module.lora, 1, 3)
+    bank = fill(model.network, PRECISIONS, settings, device=CPU, text=BankText(config, {}, text_of(base)))
+    plan = mixed(model.known_plan())
+    return Assembly(model, plan, bank, settings, sums, compensates=compensates, by_text=config)
+
+
+@pytest.mark.parametrize("compensates", [False, True])
+def test_what_loses_columns_is_rounded_by_the_sums_of_the_inputs_that_stay(
+    compensates: bool, tiny_llama: Path, sums: Path
+) -> None:
+    assemble = assembly_by_text(tiny_llama, sums, BY_TEXT, compensates=compensates)
+    to_nearest = assembly(tiny_llama, sums if compensates else None, 0)
+    plan = mixed(assemble.plan.keeping(KEPT))
+    model, nearest = assemble(plan), to_nearest(plan)
+    name, stay = "model.layers.0.mlp.down_proj", torch.tensor(KEPT[0][1])
+    gram = load_file(sums_path(sums, 0))["down/decide/gram"].double()
+    dense = plan.with_precision([dict.fromkeys(UNITS, DENSE)] * 2, embedding=INT8, head=INT8)
+    narrow: Any = assemble(dense).network.get_submodule(name)
+    weight = narrow.weight.detach()
+    whole_weight: Any = assemble.base.network.get_submodule(name).weight
+    assert torch.equal(weight, whole_weight[:, stay]) is not compensates
+    hessian = gram[stay][:, stay]
+    number_format: Any = format_for(AFFINE)
+    expected = round_weight(weight, number_format, AFFINE, hessian, BY_TEXT.rounding).values
+
+    def error(values: Tensor) -> float:
+        lost = (values - weight).double()
+        return float(((lost @ hessian) * lost).sum())
+
+    by_text, to_nearest_value = (packed(each, name) for each in (model, nearest))
+    assert torch.equal(dequantize(by_text), expected)
+    assert error(dequantize(by_text)) < 0.8 * error(dequantize(to_nearest_value))
+
+
+def test_rows_and_starts_of_a_bank_that_text_rounded_are_taken(tiny_llama: Path, sums: Path) -> None:
+    assemble = assembly_by_text(tiny_llama, sums, BY_TEXT)
+    model = assemble(mixed(assemble.plan.keeping(KEPT)))
+    name, stay = "model.layers.1.mlp.gate_proj", torch.arange(0, 48, 2)
+    whole_rows = assemble.bank.linear(name, AFFINE)
+    assert isinstance(whole_rows, PackedLinear)
+    assert torch.equal(dequantize(packed(model, name)), dequantize(whole_rows)[stay])
+    factors, in_bank = model.initial_adapters[name], assemble.bank.factors(name, AFFINE)
+    assert in_bank is not None
+    assert torch.equal(factors[0], in_bank[0]) and torch.equal(factors[1], in_bank[1][stay])
+
+
+def test_the_start_of_an_adapter_that_loses_columns_is_nearest_in_the_outputs(tiny_llama: Path, sums: Path) -> None:
+    name, stay = "model.layers.0.mlp.down_proj", torch.tensor(KEPT[0][1])
+    hessian = load_file(sums_path(sums, 0))["down/decide/gram"].double()[stay][:, stay]
+    left = {}
+    for adapters in ("weight", "calibrated"):
+        assemble = assembly_by_text(tiny_llama, sums, replace(BY_TEXT, adapters=adapters), compensates=False)
+        model = assemble(mixed(assemble.plan.keeping(KEPT)))
+        weight: Any = assemble.base.network.get_submodule(name).weight
+        a, b = model.initial_adapters[name]
+        assert assemble.settings is not None
+        held = dequantize(packed(model, name)) + assemble.settings.scale * b @ a
+        lacking = (weight.detach()[:, stay] - held).double()
+        left[adapters] = float(((lacking @ hessian) * lacking).sum()), float(lacking.square().sum())
+    assert left["calibrated"][0] < left["weight"][0] and left["weight"][1] < left["calibrated"][1]
 
 
 def test_the_dense_model_and_its_bank_stay_as_they_are(tiny_llama: Path, sums: Path) -> None:

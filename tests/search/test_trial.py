@@ -14,14 +14,18 @@ from support.searches import finetuner, predictions, pruning, quantization, sear
 from qpruner.adapters.lora import LoRAConfig
 from qpruner.allocation.budget import Budget
 from qpruner.allocation.decision import DecidingConfig
-from qpruner.calibration.text import CalibrationConfig
+from qpruner.calibration.text import Calibration, CalibrationConfig
 from qpruner.callbacks import MixedPrecisionQuantization
 from qpruner.compressed import CompressedModel, State
 from qpruner.errors import UserError
 from qpruner.model_folder import build_skeleton, read_base_config
 from qpruner.pretrained import load_model
 from qpruner.pricing import price
+from qpruner.processes import Processes
 from qpruner.quantization.apply import LoftQSettings
+from qpruner.quantization.calibrated_bank import BankText, rounded_layers
+from qpruner.quantization.calibrated_inputs import CalibratedConfig
+from qpruner.quantization.packed import PackedLinear
 from qpruner.records.search import SearchResults
 from qpruner.search.config import SearchConfig
 from qpruner.search.ledger import Scores
@@ -236,3 +240,35 @@ def test_a_trial_whose_loss_is_not_finite_fails_and_the_next_is_as_ever(
         runner(key(PLAIN))
     monkeypatch.undo()
     assert without_time(runner(key(PLAIN))) == expected
+
+
+def test_trials_have_the_linears_and_the_starts_that_text_rounded(tiny_llama: Path, tmp_path: Path) -> None:
+    by_text = CalibratedConfig(text=CalibrationConfig(16, 12))
+    two_or_three = MixedPrecisionQuantization(
+        allocation="sensitivity",
+        budget=Budget(average_bits=3.5),
+        deciding=DecidingConfig(widths=(2, 3), granularity="unit", calibration=CalibrationConfig(6, 8)),
+        group=32,
+        calibrated=by_text,
+    )
+    search = search_of(tiny_llama, tmp_path, pruning(), two_or_three)
+    search.prepare()
+    work = search.work()
+    runner = sent(work).prepare()
+    assert runner(key(PLAIN, steps=0))["loss"] > 0
+    model = runner._assembled(runner.plan_of(key(PLAIN)))
+
+    dense, data = CompressedModel.open(work.base), stories_of(tiny_llama)
+    alone = Processes.alone()
+    text = BankText(by_text, {}, Calibration.share(data.calibration(16, 12), alone, by_text.text.batch_size))
+    starts = LoftQSettings.of(finetuner(tiny_llama).lora, 1, seed=3)
+    layers = dict(rounded_layers(dense.network, [work.precisions[0], work.precisions[1]], text, starts, {0, 1}))
+    packed = {name: each for name, each in model.network.named_modules() if isinstance(each, PackedLinear)}
+    assert len(packed) == 14
+    for name, linear in packed.items():
+        rounded = layers[int(name.split(".")[2])][name, linear.precision]
+        assert all(torch.equal(tensor, rounded.state[part]) for part, tensor in linear.packed().items()), name
+        assert rounded.factors is not None
+        assert all(map(torch.equal, model.initial_adapters[name], rounded.factors)), name
+    with pytest.raises(UserError, match="of a bank of another"):
+        replace(work, rounding=None).prepare()
