@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 from joint import described
-from measured import AfterCompression, Report, perplexities
+from measured import AfterCompression, add_report_arguments, perplexities
 from studies import Row, add_arguments, complete, name_of, recovery, text_data
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -29,9 +29,7 @@ from qpruner.records.tables import markdown_table
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_arguments(parser, steps=40)
-    parser.add_argument("--dtype", default="auto", help="number format of the base")
-    parser.add_argument("--report", type=Report.read, action="append", help="NAME=FILE or NAME=FILE:ROWS", default=[])
-    parser.add_argument("--length", type=int, help="tokens in a reported row; by default those of a training row")
+    add_report_arguments(parser)
     parser.add_argument("--bits", nargs="+", default=["2.4"], help="a width, or with a point an average")
     parser.add_argument("--widths", type=int, nargs="+", default=[2, 3, 4], help="bits to choose from")
     parser.add_argument("--iterations", type=int, default=20, help="of auto-round's gradient steps for each block")

@@ -37,7 +37,7 @@ from typing import Any
 
 import lightning as L
 import torch
-from measured import AfterCompression, Report, perplexities
+from measured import AfterCompression, add_report_arguments, perplexities
 from studies import Row, add_arguments, complete, name_of, recovery, text_data
 
 from qpruner.allocation.budget import Budget, dense_weights
@@ -73,9 +73,7 @@ CHANGES: dict[str, dict[str, Any]] = {
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_arguments(parser, steps=40)
-    parser.add_argument("--dtype", default="auto", help="number format of the base")
-    parser.add_argument("--report", type=Report.read, action="append", help="NAME=FILE or NAME=FILE:ROWS", default=[])
-    parser.add_argument("--length", type=int, help="tokens in a reported row; by default those of a training row")
+    add_report_arguments(parser)
     parser.add_argument("--shares", type=float, nargs="+", default=[0.25, 0.15, 0.1])
     parser.add_argument("--methods", nargs="+", default=["unpruned-mixed", "pruned-mixed:0.2", "joint"])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])

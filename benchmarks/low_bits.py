@@ -30,7 +30,7 @@ from typing import Any
 
 import lightning as L
 import torch
-from measured import AfterCompression, BeforeCompression, Cost, Report, perplexities
+from measured import AfterCompression, BeforeCompression, Cost, add_report_arguments, perplexities
 from studies import Row, add_arguments, complete, name_of, recovery
 
 from qpruner.allocation.budget import Budget
@@ -54,10 +54,8 @@ STARTS = ("none", "zero", "weight", "calibrated")
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_arguments(parser, steps=40)
-    parser.add_argument("--dtype", default="auto", help="number format of the base")
+    add_report_arguments(parser)
     parser.add_argument("--precision", default="32-true", help="of the Trainer")
-    parser.add_argument("--report", type=Report.read, action="append", help="NAME=FILE or NAME=FILE:ROWS", default=[])
-    parser.add_argument("--length", type=int, help="tokens in a reported row; by default those of a training row")
     parser.add_argument("--ratios", type=float, nargs="+", default=[0.0], help="of all parameters, pruned before")
     parser.add_argument("--sizes", nargs="+", default=["4", "3", "2"], metavar="SIZE")
     parser.add_argument("--methods", nargs="+", default=["nearest", "default"], metavar="METHOD")

@@ -45,6 +45,13 @@ class Report:
         return round(evaluated_on(trainer, module, data, min(number, self.rows or number))["perplexity"], 3)
 
 
+def add_report_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of a study that measures perplexity on texts."""
+    parser.add_argument("--dtype", default="auto", help="number format of the base")
+    parser.add_argument("--report", type=Report.read, action="append", help="NAME=FILE or NAME=FILE:ROWS", default=[])
+    parser.add_argument("--length", type=int, help="tokens in a reported row; by default those of a training row")
+
+
 def perplexities(given: argparse.Namespace, trainer: L.Trainer, module: L.LightningModule) -> dict[str, float]:
     """Perplexity on each reported text."""
     return {report.name: report.perplexity(given, trainer, module) for report in given.report}

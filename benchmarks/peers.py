@@ -33,7 +33,7 @@ import lightning as L
 import torch
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from lora_guided import EARLY
-from measured import AfterCompression, BeforeCompression, Cost, Report, perplexities
+from measured import AfterCompression, BeforeCompression, Cost, add_report_arguments, perplexities
 from peer_packages import PEERS
 from studies import Row, add_arguments, complete, name_of, recovery
 
@@ -66,10 +66,8 @@ CRITERIA = {
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_arguments(parser, steps=100)
-    parser.add_argument("--dtype", default="auto", help="number format of the base")
+    add_report_arguments(parser)
     parser.add_argument("--precision", default="32-true", help="of the Trainer")
-    parser.add_argument("--report", type=Report.read, action="append", help="NAME=FILE or NAME=FILE:ROWS", default=[])
-    parser.add_argument("--length", type=int, help="tokens in a reported row; by default those of a training row")
     parser.add_argument("--methods", nargs="+", default=list(METHODS), metavar="METHOD", help="several parts with +")
     parser.add_argument("--ratios", type=float, nargs="+", default=[0.2, 0.5])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
