@@ -6,11 +6,13 @@ makes up for these, from sums that were seen once in the dense model, and are qu
 whole are the bank's. The start of adapters is that of LoftQ on the narrowed weights.
 
 Where text rounded the bank, the same sums, of the inputs that stay, round o and down, and say what their adapters start
-from; the start of an adapter of which rows stay is what the bank has for these rows.
+from; the start of an adapter of which rows stay is what the bank has for these rows. That takes a second for thousands
+of inputs, so that what was rounded once is kept beside the sums, for all trials that have the same units there.
 """
 
+import shutil
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +27,7 @@ from qpruner.anatomy import by_linear, decoder_layers, family_of
 from qpruner.calibration.input_sums import InputSums
 from qpruner.calibration.text import Calibration
 from qpruner.compressed import CompressedModel, State
-from qpruner.files import replacing
+from qpruner.files import hash_json, replacing
 from qpruner.offload import Shelf
 from qpruner.plan import DENSE, CompressionPlan, Precision
 from qpruner.pruning.compensation import add_, places_among, shared_copy
@@ -49,7 +51,8 @@ class NarrowedLinear:
 
     Args:
         name: name of the linear.
-        linear: linear itself, dense.
+        linear: linear itself, not packed.
+        dense: linear of the dense model that it comes from.
         layer: number of its layer.
         projection: what it is within the layer, such as ``down``.
         loses_rows: whether it is rows that go with units, rather than columns.
@@ -58,6 +61,7 @@ class NarrowedLinear:
 
     name: str
     linear: nn.Linear
+    dense: nn.Linear
     layer: int
     projection: str
     loses_rows: bool
@@ -104,19 +108,15 @@ class Assembly:
         kept = places_among(self.plan, plan)
         network = shared_copy(self.base.network)
         narrow_(network, kept)
-        if self.compensates:
-            self._compensate_(network, kept)
         tensors: dict[str, Tensor] = {}
         precisions = linear_precisions(network, plan)
         for linear in self._linears(network, kept):
-            if (precision := precisions[linear.name]) == DENSE:
-                continue
-            if linear.stay is None:
-                tensors |= self.bank.entry(linear.name, precision)
-            elif self.by_text is not None and not linear.loses_rows:
-                tensors |= self._rounded(network, linear, precision, linear.stay, self.by_text)
-            else:
-                tensors |= self._quantized(linear, precision, linear.stay)
+            precision = precisions[linear.name]
+            if linear.stay is not None and not linear.loses_rows:
+                tensors |= self._of_columns(network, linear, precision, linear.stay)
+            elif precision != DENSE:
+                whole = linear.stay is None
+                tensors |= self.bank.entry(linear.name, precision) if whole else self._of_rows(linear, precision)
         model = CompressedModel(
             network,
             base=self.base.base,
@@ -128,19 +128,6 @@ class Assembly:
         model.quantize(plan, self.settings, device=CPU, bank=Bank(network, tensors))
         return model
 
-    def _compensate_(self, network: Any, kept: Kept) -> None:
-        assert self.sums is not None
-        pairs = zip(decoder_layers(self.base.network), decoder_layers(network), kept, strict=True)
-        for number, (dense, narrow, (groups, channels)) in enumerate(pairs):
-            tensors: dict[str, Tensor] | None = None
-            for part, units in ((dense.group_weights[-1], groups), (dense.channel_weights[-1], channels)):
-                if len(units) < part.num_units:
-                    tensors = load_file(sums_path(self.sums, number)) if tensors is None else tensors
-                    linear: nn.Linear = getattr(narrow, part.name)
-                    bias = linear.bias is not None
-                    change, _ = fit_without(tensors, part.name, part.linear.weight, part.places(units), bias=bias)
-                    add_(linear, change)
-
     def _linears(self, network: Any, kept: Kept) -> "Iterator[NarrowedLinear]":
         _, family = family_of(network.config)
         pairs = zip(decoder_layers(self.base.network), decoder_layers(network), kept, strict=True)
@@ -151,12 +138,13 @@ class Assembly:
                     name = f"{family.layers}.{number}.{family.projections[first.name]}"
                     stay = places_of(stack, units) if len(units) < first.num_units else None
                     linear = getattr(narrow, first.name)
-                    yield NarrowedLinear(name, linear, number, first.name, first.axis == 0, stay)
+                    yield NarrowedLinear(name, linear, first.linear, number, first.name, first.axis == 0, stay)
 
-    def _quantized(self, narrowed: "NarrowedLinear", precision: Precision, stay: Tensor) -> dict[str, Tensor]:
-        """The tensors of a linear of which some rows or columns stay, to the nearest values or from the bank."""
-        name, linear = narrowed.name, narrowed.linear
-        packed = self._taken(name, linear, precision, stay) if narrowed.loses_rows else None
+    def _of_rows(self, narrowed: "NarrowedLinear", precision: Precision) -> dict[str, Tensor]:
+        """The tensors of a linear of which some rows stay."""
+        name, linear, stay = narrowed.name, narrowed.linear, narrowed.stay
+        assert stay is not None
+        packed = self._taken(name, linear, precision, stay)
         if packed is None:
             return entry_of(name, quantize_linear(linear, precision, name, self.settings, CPU))
         if self.settings is None or not is_target(name, self.settings.targets):
@@ -170,16 +158,39 @@ class Assembly:
         )  # fmt: skip
         return entry_of(name, Quantized(packed, (start.lora_A, start.lora_B)))
 
-    def _rounded(
-        self, network: Any, narrowed: "NarrowedLinear", precision: Precision, stay: Tensor, config: CalibratedConfig
+    def _of_columns(
+        self, network: Any, narrowed: "NarrowedLinear", precision: Precision, stay: Tensor
     ) -> dict[str, Tensor]:
-        """The tensors of a linear of which some columns stay, rounded by what the dense model's sums say of these."""
-        assert self.sums is not None
-        grams = grams_among(load_file(sums_path(self.sums, narrowed.layer)), narrowed.projection, stay)
-        decide, held_out = (InputSums(gram[None], None, None) for gram in grams)
-        packing = Packing(network, config, {narrowed.name: self.settings})
-        rounded = packing.round(narrowed.name, precision, SplitSums(decide, held_out, Shelf((), None)))
-        return entry_of_state(narrowed.name, precision, rounded.state, rounded.factors)
+        """The tensors of a linear of which some columns stay, none where it is dense; it makes up for the others."""
+        name, linear, projection = narrowed.name, narrowed.linear, narrowed.projection
+        known = self._rounded_path(narrowed, precision, stay)
+        if known is not None and known.exists() and linear.bias is None:  # which compensation changes, too
+            return load_file(known)
+        sums = {} if self.sums is None else read_sums(self.sums, narrowed.layer, projection)
+        if self.compensates:
+            bias = linear.bias is not None
+            change, _ = fit_without(sums, projection, narrowed.dense.weight, stay, bias=bias)
+            add_(linear, change)
+        if precision == DENSE:
+            return {}
+        if self.by_text is None or known is None:
+            return entry_of(name, quantize_linear(linear, precision, name, self.settings, CPU))
+        decide, held_out = (InputSums(gram[None], None, None) for gram in grams_among(sums, projection, stay))
+        packing = Packing(network, self.by_text, {name: self.settings})
+        rounded = packing.round(name, precision, SplitSums(decide, held_out, Shelf((), None)))
+        tensors = entry_of_state(name, precision, rounded.state, rounded.factors)
+        known.parent.mkdir(exist_ok=True)
+        with replacing(known) as temporary:
+            save_file(tensors, temporary)
+        return tensors
+
+    def _rounded_path(self, narrowed: "NarrowedLinear", precision: Precision, stay: Tensor) -> Path | None:
+        """File of what text makes of these inputs of a linear, for all trials; None where text does not round it."""
+        if self.by_text is None or self.sums is None or precision == DENSE:
+            return None
+        settings = None if self.settings is None else asdict(self.settings)
+        told = [asdict(precision), stay.tolist(), settings, asdict(self.by_text), self.compensates]
+        return rounded_folder(self.sums) / f"{narrowed.name}-{hash_json(told)[:16]}.safetensors"
 
     def _taken(self, name: str, linear: nn.Linear, precision: Precision, stay: Tensor) -> PackedLinear | None:
         """Rows of the bank's codes; None where they are not to be had, or are of weights that LoftQ has changed."""
@@ -204,12 +215,20 @@ def keep_sums(folder: Path, model: Any, calibration: Calibration, made_from: str
         made_from: hash of what they are made from.
     """
     folder.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(rounded_folder(folder), ignore_errors=True)  # by other sums
 
     def keep(number: int, tensors: dict[str, Tensor]) -> None:
         with replacing(sums_path(folder, number)) as temporary:
             save_file(tensors, temporary, {"made_from": made_from})
 
     gather_sums(model, calibration, keep)
+
+
+def read_sums(folder: Path, number: int, projection: str) -> dict[str, Tensor]:
+    """The sums of one linear of a layer, named as in the file."""
+    with safe_open(sums_path(folder, number), framework="pt") as file:
+        names = [name for name in file.keys() if name.startswith(f"{projection}/")]  # noqa: SIM118  # no mapping
+        return {name: file.get_tensor(name) for name in names}
 
 
 def has_sums(folder: Path, layers: Sequence[int], made_from: str) -> bool:
@@ -227,3 +246,8 @@ def has_sums(folder: Path, layers: Sequence[int], made_from: str) -> bool:
 def sums_path(folder: Path, number: int) -> Path:
     """File of the sums of a layer."""
     return folder / f"sums-{number:03d}.safetensors"
+
+
+def rounded_folder(folder: Path) -> Path:
+    """Folder of the linears that were rounded by the sums of a folder."""
+    return folder / "rounded"

@@ -1,5 +1,6 @@
 """Models that are put together without text, against the dense model that is pruned, compensated and quantized."""
 
+import shutil
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -19,6 +20,7 @@ from qpruner.processes import Processes
 from qpruner.pruning.compensation import shared_copy
 from qpruner.quantization.apply import LoftQSettings
 from qpruner.quantization.bank import fill
+from qpruner.quantization.calibrated import Packing
 from qpruner.quantization.calibrated_bank import BankText
 from qpruner.quantization.calibrated_inputs import CalibratedConfig
 from qpruner.quantization.formats import dequantize, format_for, precision_of
@@ -164,6 +166,32 @@ def test_rows_and_starts_of_a_bank_that_text_rounded_are_taken(tiny_llama: Path,
     factors, in_bank = model.initial_adapters[name], assemble.bank.factors(name, AFFINE)
     assert in_bank is not None
     assert torch.equal(factors[0], in_bank[0]) and torch.equal(factors[1], in_bank[1][stay])
+
+
+def test_what_was_rounded_once_is_there_for_other_trials(
+    tiny_llama: Path, sums: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mine = tmp_path / "sums"
+    shutil.copytree(sums, mine, ignore=shutil.ignore_patterns("rounded"))
+    rounded: list[str] = []
+    round_it = Packing.round
+    monkeypatch.setattr(Packing, "round", lambda *args: rounded.append(args[1]) or round_it(*args))
+    assemble = assembly_by_text(tiny_llama, mine, BY_TEXT)
+    rounded.clear()  # those of the bank
+    first = assemble(mixed(assemble.plan.keeping(KEPT)))
+    columns = ["model.layers.0.self_attn.o_proj", "model.layers.0.mlp.down_proj"]  # all groups of layer 1 stay
+    assert rounded == columns  # and its down is dense
+    again = assemble(mixed(assemble.plan.keeping([((1,), (*range(4, 30), 40)), (range(1), range(9))])))
+    assert rounded == [*columns, "model.layers.1.self_attn.o_proj"]
+    for name in columns:
+        assert torch.equal(dequantize(packed(first, name)), dequantize(packed(again, name)))
+        assert all(map(torch.equal, first.initial_adapters[name], again.initial_adapters[name]))
+    others = assembly_by_text(tiny_llama, mine, replace(BY_TEXT, adapters="weight"))
+    rounded.clear()
+    others(mixed(others.plan.keeping(KEPT)))
+    assert rounded == columns
+    keep_sums(mine, whole(tiny_llama).network, text_of(tiny_llama), "another text")
+    assert not (mine / "rounded").exists()
 
 
 def test_the_start_of_an_adapter_that_loses_columns_is_nearest_in_the_outputs(tiny_llama: Path, sums: Path) -> None:
