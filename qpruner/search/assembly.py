@@ -3,11 +3,11 @@
 Weights that stay are slices of the dense ones. Rows of q, k, v, gate and up lie in the bank of the dense model, so that
 their codes are taken from there where a format can give rows exactly; o and down lose columns and are changed by what
 makes up for these, from sums that were seen once in the dense model, and are quantized anew. Linears of parts that stay
-whole are the bank's. The start of adapters is that of LoftQ on the narrowed weights.
+whole are the bank's. The start of adapters is that of LoftQ on the narrowed weights. What loses columns takes seconds
+for thousands of inputs; it is kept beside the sums, for all trials that have the same units there.
 
 Where text rounded the bank, the same sums, of the inputs that stay, round o and down, and say what their adapters start
-from; the start of an adapter of which rows stay is what the bank has for these rows. That takes a second for thousands
-of inputs, so that what was rounded once is kept beside the sums, for all trials that have the same units there.
+from; the start of an adapter of which rows stay is what the bank has for these rows.
 """
 
 import shutil
@@ -163,7 +163,7 @@ class Assembly:
     ) -> dict[str, Tensor]:
         """The tensors of a linear of which some columns stay, none where it is dense; it makes up for the others."""
         name, linear, projection = narrowed.name, narrowed.linear, narrowed.projection
-        known = self._rounded_path(narrowed, precision, stay)
+        known = None if self.sums is None or precision == DENSE else self._known(self.sums, narrowed, precision, stay)
         if known is not None and known.exists() and linear.bias is None:  # which compensation changes, too
             return load_file(known)
         sums = {} if self.sums is None else read_sums(self.sums, narrowed.layer, projection)
@@ -173,24 +173,25 @@ class Assembly:
             add_(linear, change)
         if precision == DENSE:
             return {}
-        if self.by_text is None or known is None:
-            return entry_of(name, quantize_linear(linear, precision, name, self.settings, CPU))
-        decide, held_out = (InputSums(gram[None], None, None) for gram in grams_among(sums, projection, stay))
-        packing = Packing(network, self.by_text, {name: self.settings})
-        rounded = packing.round(name, precision, SplitSums(decide, held_out, Shelf((), None)))
-        tensors = entry_of_state(name, precision, rounded.state, rounded.factors)
-        known.parent.mkdir(exist_ok=True)
-        with replacing(known) as temporary:
-            save_file(tensors, temporary)
+        if self.by_text is None:
+            tensors = entry_of(name, quantize_linear(linear, precision, name, self.settings, CPU))
+        else:
+            decide, held_out = (InputSums(gram[None], None, None) for gram in grams_among(sums, projection, stay))
+            packing = Packing(network, self.by_text, {name: self.settings})
+            rounded = packing.round(name, precision, SplitSums(decide, held_out, Shelf((), None)))
+            tensors = entry_of_state(name, precision, rounded.state, rounded.factors)
+        if known is not None:
+            known.parent.mkdir(exist_ok=True)
+            with replacing(known) as temporary:
+                save_file(tensors, temporary)
         return tensors
 
-    def _rounded_path(self, narrowed: "NarrowedLinear", precision: Precision, stay: Tensor) -> Path | None:
-        """File of what text makes of these inputs of a linear, for all trials; None where text does not round it."""
-        if self.by_text is None or self.sums is None or precision == DENSE:
-            return None
+    def _known(self, sums: Path, narrowed: "NarrowedLinear", precision: Precision, stay: Tensor) -> Path:
+        """File of a linear with these inputs, for all trials that have them."""
         settings = None if self.settings is None else asdict(self.settings)
-        told = [asdict(precision), stay.tolist(), settings, asdict(self.by_text), self.compensates]
-        return rounded_folder(self.sums) / f"{narrowed.name}-{hash_json(told)[:16]}.safetensors"
+        by_text = None if self.by_text is None else asdict(self.by_text)
+        told = [asdict(precision), stay.tolist(), settings, by_text, self.compensates]
+        return columns_folder(sums) / f"{narrowed.name}-{hash_json(told)[:16]}.safetensors"
 
     def _taken(self, name: str, linear: nn.Linear, precision: Precision, stay: Tensor) -> PackedLinear | None:
         """Rows of the bank's codes; None where they are not to be had, or are of weights that LoftQ has changed."""
@@ -215,7 +216,7 @@ def keep_sums(folder: Path, model: Any, calibration: Calibration, made_from: str
         made_from: hash of what they are made from.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    shutil.rmtree(rounded_folder(folder), ignore_errors=True)  # by other sums
+    shutil.rmtree(columns_folder(folder), ignore_errors=True)  # of other sums
 
     def keep(number: int, tensors: dict[str, Tensor]) -> None:
         with replacing(sums_path(folder, number)) as temporary:
@@ -248,6 +249,6 @@ def sums_path(folder: Path, number: int) -> Path:
     return folder / f"sums-{number:03d}.safetensors"
 
 
-def rounded_folder(folder: Path) -> Path:
-    """Folder of the linears that were rounded by the sums of a folder."""
-    return folder / "rounded"
+def columns_folder(folder: Path) -> Path:
+    """Folder of the linears that lost columns and were changed or rounded by the sums of a folder."""
+    return folder / "columns"

@@ -172,7 +172,7 @@ def test_what_was_rounded_once_is_there_for_other_trials(
     tiny_llama: Path, sums: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     mine = tmp_path / "sums"
-    shutil.copytree(sums, mine, ignore=shutil.ignore_patterns("rounded"))
+    shutil.copytree(sums, mine, ignore=shutil.ignore_patterns("columns"))
     rounded: list[str] = []
     round_it = Packing.round
     monkeypatch.setattr(Packing, "round", lambda *args: rounded.append(args[1]) or round_it(*args))
@@ -191,7 +191,7 @@ def test_what_was_rounded_once_is_there_for_other_trials(
     others(mixed(others.plan.keeping(KEPT)))
     assert rounded == columns
     keep_sums(mine, whole(tiny_llama).network, text_of(tiny_llama), "another text")
-    assert not (mine / "rounded").exists()
+    assert not (mine / "columns").exists()
 
 
 def test_the_start_of_an_adapter_that_loses_columns_is_nearest_in_the_outputs(tiny_llama: Path, sums: Path) -> None:
