@@ -122,6 +122,7 @@ def swept(weight: Tensor, codes: Tensor, hessian: Tensor, grid: AnyGrid, spans: 
     columns, numbers = weight.shape[1], numbers_of(spans, weight.device).tolist()
     whole, pivots = hessian.float(), hessian.diagonal().tolist()
     scales, minima = grid.scales.T.contiguous(), grid.minima.T.contiguous()  # [M, O]
+    inverses = inverse(scales)
     # A column is a row of what follows: its weights lie side by side in memory.
     values = grid.values(codes).T.contiguous()
     now = codes.T.float().contiguous()
@@ -132,7 +133,7 @@ def swept(weight: Tensor, codes: Tensor, hessian: Tensor, grid: AnyGrid, spans: 
         for j in range(first, last):
             scale, minimum = scales[numbers[j]], minima[numbers[j]]
             wanted = torch.add(values[j], slopes[j], alpha=1 / pivots[j])
-            torch.mul(wanted - minimum, inverse(scale), out=now[j])
+            torch.mul(wanted - minimum, inverses[numbers[j]], out=now[j])
             now[j].add_(0.5).floor_().clamp_(0, spans[numbers[j]].top)
             torch.sub(torch.addcmul(minimum, scale, now[j]), values[j], out=changes[j - first])
             slopes[first:last].addr_(whole[first:last, j], changes[j - first], alpha=-1)
