@@ -1,4 +1,4 @@
-"""What a compensation of every pruned model needs of the text, seen once in the dense model.
+"""What compensation and rounding of every pruned model need of the text, seen once in the dense model.
 
 Compensation by ``local`` (see `qpruner.pruning.compensation`) asks what a linear of the dense model loses when some of
 its inputs go. With K the inputs that stay, G those that go, and H = X^T D X of the dense inputs X over tokens that
@@ -6,7 +6,8 @@ weigh D, all that its least squares needs follows from H and the sums s = X^T D 
 
     X_K^T D X_K = H_KK,   X_K^T D E = H_KG W_G^T,   |E|^2 = tr(W_G H_GG W_G^T),   E^T D 1 = W_G s_G,
 
-where E = X_G W_G^T is what goes from the outputs. Where there is no ridge, the weight becomes W H_:K H_KK^-1.
+where E = X_G W_G^T is what goes from the outputs. Where there is no ridge, the weight becomes W H_:K H_KK^-1. H_KK is
+also the Hessian by which `qpruner.quantization.rounding` rounds the weights that stay.
 """
 
 from collections.abc import Callable, Mapping

@@ -28,7 +28,7 @@ from torch import Tensor
 
 from qpruner.adapters.calibrated import calibrated_start
 from qpruner.adapters.lora import is_target
-from qpruner.anatomy import unit_linears
+from qpruner.anatomy import refuse_experts, unit_linears
 from qpruner.calibration.blocks import block_runner
 from qpruner.calibration.input_sums import InputSums
 from qpruner.calibration.output_gradients import output_weights
@@ -146,9 +146,13 @@ class Packing:
         model: model whose linears are packed, one after the other.
         config: options of the rounding.
         starts: how the adapter of each linear starts, by the linear's name; None to start it at zero.
+
+    Raises:
+        UserError: the layers of the model have experts.
     """
 
     def __init__(self, model: Any, config: CalibratedConfig, starts: Mapping[str, LoftQSettings | None]) -> None:
+        refuse_experts(model, "Rounding by text", "the nearest values: leave calibrated out")
         self._model, self._config, self._starts = model, config, starts
 
     def place(self, name: str, precision: Precision, state: Mapping[str, Tensor]) -> None:

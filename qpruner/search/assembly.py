@@ -3,8 +3,8 @@
 Weights that stay are slices of the dense ones. Rows of q, k, v, gate and up lie in the bank of the dense model, so that
 their codes are taken from there where a format can give rows exactly; o and down lose columns and are changed by what
 makes up for these, from sums that were seen once in the dense model, and are quantized anew. Linears of parts that stay
-whole are the bank's. The start of adapters is that of LoftQ on the narrowed weights. What loses columns takes seconds
-for thousands of inputs; it is kept beside the sums, for all trials that have the same units there.
+whole are the bank's. The start of adapters is that of LoftQ on the narrowed weights. To pack what loses columns takes
+seconds for thousands of inputs; it is kept beside the sums, for all trials that have the same units there.
 
 Where text rounded the bank, the same sums, of the inputs that stay, round o and down, and say what their adapters start
 from; the start of an adapter of which rows stay is what the bank has for these rows.
@@ -39,7 +39,7 @@ from qpruner.quantization.bank import Bank, entry_of, entry_of_state
 from qpruner.quantization.calibrated import Packing
 from qpruner.quantization.calibrated_inputs import CalibratedConfig, SplitSums
 from qpruner.quantization.embedding import quantize_tables_
-from qpruner.quantization.formats import dequantize, format_for, rebuild
+from qpruner.quantization.formats import dequantize, format_for, quantize, rebuild
 from qpruner.quantization.packed import PackedLinear
 
 CPU = torch.device("cpu")
@@ -94,6 +94,7 @@ class Assembly:
     ) -> None:
         self.base, self.plan, self.bank, self.settings, self.sums = base, plan, bank, settings, sums
         self.compensates, self.by_text = compensates, by_text
+        self.sums_from = None if sums is None else _made_from(sums_path(sums, 0))
         quantize_tables_(base.network, plan.embedding, plan.head, device=CPU)
 
     def __call__(self, plan: CompressionPlan) -> CompressedModel:
@@ -128,7 +129,7 @@ class Assembly:
         model.quantize(plan, self.settings, device=CPU, bank=Bank(network, tensors))
         return model
 
-    def _linears(self, network: Any, kept: Kept) -> "Iterator[NarrowedLinear]":
+    def _linears(self, network: Any, kept: Kept) -> Iterator[NarrowedLinear]:
         _, family = family_of(network.config)
         pairs = zip(decoder_layers(self.base.network), decoder_layers(network), kept, strict=True)
         for number, (dense, narrow, (groups, channels)) in enumerate(pairs):
@@ -140,18 +141,19 @@ class Assembly:
                     linear = getattr(narrow, first.name)
                     yield NarrowedLinear(name, linear, first.linear, number, first.name, first.axis == 0, stay)
 
-    def _of_rows(self, narrowed: "NarrowedLinear", precision: Precision) -> dict[str, Tensor]:
+    def _of_rows(self, narrowed: NarrowedLinear, precision: Precision) -> dict[str, Tensor]:
         """The tensors of a linear of which some rows stay."""
         name, linear, stay = narrowed.name, narrowed.linear, narrowed.stay
         assert stay is not None
         packed = self._taken(name, linear, precision, stay)
+        if self.by_text is not None:
+            whole = self.bank.factors(name, precision)
+            factors = None if whole is None else (whole[0], whole[1][stay])
+            return entry_of(name, Quantized(packed or quantize(linear, precision), factors))
         if packed is None:
             return entry_of(name, quantize_linear(linear, precision, name, self.settings, CPU))
         if self.settings is None or not is_target(name, self.settings.targets):
             return entry_of(name, Quantized(packed, None))
-        if self.by_text is not None:
-            whole = self.bank.factors(name, precision)
-            return entry_of(name, Quantized(packed, None if whole is None else (whole[0], whole[1][stay])))
         start = loftq(
             linear.weight, lambda _: packed, dequantize, name=name, num_iterations=1,
             rank=self.settings.rank, scale=self.settings.scale, seed=self.settings.seed,
@@ -159,38 +161,46 @@ class Assembly:
         return entry_of(name, Quantized(packed, (start.lora_A, start.lora_B)))
 
     def _of_columns(
-        self, network: Any, narrowed: "NarrowedLinear", precision: Precision, stay: Tensor
+        self, network: Any, narrowed: NarrowedLinear, precision: Precision, stay: Tensor
     ) -> dict[str, Tensor]:
         """The tensors of a linear of which some columns stay, none where it is dense; it makes up for the others."""
+        if self.sums is None or precision == DENSE:
+            return self._of_columns_anew(network, narrowed, precision, stay)
+        known = self._known(self.sums, narrowed, precision, stay)
+        if (tensors := _read(known)) is not None:
+            if (bias := tensors.pop("bias", None)) is not None:
+                narrowed.linear.bias = nn.Parameter(bias, requires_grad=False)
+            return tensors
+        tensors = self._of_columns_anew(network, narrowed, precision, stay)
+        bias = narrowed.linear.bias
+        known.parent.mkdir(exist_ok=True)
+        with replacing(known) as temporary:
+            save_file(tensors | ({} if bias is None else {"bias": bias.detach().contiguous()}), temporary)
+        return tensors
+
+    def _of_columns_anew(
+        self, network: Any, narrowed: NarrowedLinear, precision: Precision, stay: Tensor
+    ) -> dict[str, Tensor]:
         name, linear, projection = narrowed.name, narrowed.linear, narrowed.projection
-        known = None if self.sums is None or precision == DENSE else self._known(self.sums, narrowed, precision, stay)
-        if known is not None and known.exists() and linear.bias is None:  # which compensation changes, too
-            return load_file(known)
         sums = {} if self.sums is None else read_sums(self.sums, narrowed.layer, projection)
         if self.compensates:
-            bias = linear.bias is not None
-            change, _ = fit_without(sums, projection, narrowed.dense.weight, stay, bias=bias)
+            has_bias = linear.bias is not None
+            change, _ = fit_without(sums, projection, narrowed.dense.weight, stay, bias=has_bias)
             add_(linear, change)
         if precision == DENSE:
             return {}
         if self.by_text is None:
-            tensors = entry_of(name, quantize_linear(linear, precision, name, self.settings, CPU))
-        else:
-            decide, held_out = (InputSums(gram[None], None, None) for gram in grams_among(sums, projection, stay))
-            packing = Packing(network, self.by_text, {name: self.settings})
-            rounded = packing.round(name, precision, SplitSums(decide, held_out, Shelf((), None)))
-            tensors = entry_of_state(name, precision, rounded.state, rounded.factors)
-        if known is not None:
-            known.parent.mkdir(exist_ok=True)
-            with replacing(known) as temporary:
-                save_file(tensors, temporary)
-        return tensors
+            return entry_of(name, quantize_linear(linear, precision, name, self.settings, CPU))
+        decide, held_out = (InputSums(gram[None], None, None) for gram in grams_among(sums, projection, stay))
+        packing = Packing(network, self.by_text, {name: self.settings})
+        rounded = packing.round(name, precision, SplitSums(decide, held_out, Shelf((), None)))
+        return entry_of_state(name, precision, rounded.state, rounded.factors)
 
-    def _known(self, sums: Path, narrowed: "NarrowedLinear", precision: Precision, stay: Tensor) -> Path:
+    def _known(self, sums: Path, narrowed: NarrowedLinear, precision: Precision, stay: Tensor) -> Path:
         """File of a linear with these inputs, for all trials that have them."""
         settings = None if self.settings is None else asdict(self.settings)
         by_text = None if self.by_text is None else asdict(self.by_text)
-        told = [asdict(precision), stay.tolist(), settings, by_text, self.compensates]
+        told = [asdict(precision), stay.tolist(), settings, by_text, self.compensates, self.sums_from]
         return columns_folder(sums) / f"{narrowed.name}-{hash_json(told)[:16]}.safetensors"
 
     def _taken(self, name: str, linear: nn.Linear, precision: Precision, stay: Tensor) -> PackedLinear | None:
@@ -207,7 +217,7 @@ class Assembly:
 
 
 def keep_sums(folder: Path, model: Any, calibration: Calibration, made_from: str) -> None:
-    """Writes the sums of a dense model's layers into a folder, one file each.
+    """Writes the sums of a dense model's layers into a folder, one file each, and removes what other sums led to.
 
     Args:
         folder: folder to write to.
@@ -216,7 +226,7 @@ def keep_sums(folder: Path, model: Any, calibration: Calibration, made_from: str
         made_from: hash of what they are made from.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    shutil.rmtree(columns_folder(folder), ignore_errors=True)  # of other sums
+    shutil.rmtree(columns_folder(folder), ignore_errors=True)
 
     def keep(number: int, tensors: dict[str, Tensor]) -> None:
         with replacing(sums_path(folder, number)) as temporary:
@@ -234,14 +244,24 @@ def read_sums(folder: Path, number: int, projection: str) -> dict[str, Tensor]:
 
 def has_sums(folder: Path, layers: Sequence[int], made_from: str) -> bool:
     """Whether the sums of these layers are there, whole, and made from this."""
-    for number in layers:
-        try:
-            with safe_open(sums_path(folder, number), framework="pt") as file:
-                if (file.metadata() or {}).get("made_from") != made_from:
-                    return False
-        except (SafetensorError, OSError):  # not there, or cut off
-            return False
-    return True
+    return all(_made_from(sums_path(folder, number)) == made_from for number in layers)
+
+
+def _made_from(path: Path) -> str | None:
+    """What a file of sums says that it is made from; None where it is not there, or cut off."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            return (file.metadata() or {}).get("made_from")
+    except (SafetensorError, OSError):
+        return None
+
+
+def _read(path: Path) -> dict[str, Tensor] | None:
+    """The tensors of a file; None where it is not there, or cut off."""
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError):
+        return None
 
 
 def sums_path(folder: Path, number: int) -> Path:

@@ -175,14 +175,14 @@ def prepare(
     else:
         structured, prior = None, _allocated(allocator, job, plan, folder)
     return Preparation(
-        model.base_sha256,
-        model.identity,
-        plan,
-        prior,
-        allocator.loftq_iterations,
-        allocator.rounding(job),
-        structured,
-        offered,
+        base_sha256=model.base_sha256,
+        kept_sha256=model.identity,
+        base=plan,
+        prior=prior,
+        loftq_iterations=allocator.loftq_iterations,
+        rounding=allocator.rounding(job),
+        structured=structured,
+        ranks=offered,
     )
 
 

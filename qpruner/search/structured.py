@@ -122,9 +122,9 @@ def prepare_structures(
     compensates, rounding = scoring.compensating.how != "none", allocator.calibrated
     if compensates:
         scoring.compensating.check(network)
-        _sums(job, scoring.compensating.text)
+        _sums(job, {"compensation_text": asdict(scoring.compensating.text)}, scoring.compensating.text)
     elif rounding is not None:
-        _sums(job, rounding.text)
+        _sums(job, {"calibrated_text": asdict(rounding.text)}, rounding.text)
     if scoring.compensating.how == "sequential":
         rank_zero_warn(
             "StructuredPruning.compensation is sequential, which takes text for each plan; trials make up for what "
@@ -184,9 +184,9 @@ def _scores(job: CompressionJob, scoring: StructuredPruning) -> list[LayerScores
     return scores
 
 
-def _sums(job: CompressionJob, text: CalibrationConfig) -> None:
+def _sums(job: CompressionJob, told: dict[str, object], text: CalibrationConfig) -> None:
     assert job.folder is not None
-    made_from = _made_from(job, {"compensation_text": asdict(text)})
+    made_from = _made_from(job, told)
     if not has_sums(job.folder.structure, range(len(job.model.known_plan().layers)), made_from):
         calibration = calibration_of(job.model.network, job.data, text, job.processes, "Assembling trials")
         keep_sums(job.folder.structure, job.model.network, calibration, made_from)

@@ -1,5 +1,6 @@
 """The Trainer that also searches: `fit`, `validate`, `test` and `predict` of Lightning, and `search`."""
 
+import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from functools import cached_property
@@ -22,6 +23,7 @@ from qpruner.processes import Processes
 from qpruner.records.folder import RunFolder
 from qpruner.records.search import SearchResults, Tried, pareto_front, ranked, show_search, write_search_report
 from qpruner.search.aim import Aim
+from qpruner.search.assembly import columns_folder
 from qpruner.search.config import SearchConfig
 from qpruner.search.executors import check_executor, make_executor
 from qpruner.search.ledger import Key, Ledger, Scores
@@ -187,6 +189,7 @@ class Search:
         """What workers get; the rows of the data each reads from the cache."""
         structured, rounding = self.prepared.structured, self.prepared.rounding
         compensates = structured is not None and structured.compensates
+        has_sums = compensates or (structured is not None and rounding is not None)
         return TrialWork(
             base=self.folder.base,
             bank=part_of(self.folder, self.prior.method).bank,
@@ -203,7 +206,7 @@ class Search:
             ranking=self.prepared.ranking,
             ranks=self.prepared.ranks,
             rounding=rounding,
-            sums=self.folder.structure if compensates or rounding is not None else None,
+            sums=self.folder.structure if has_sums else None,
             compensates=compensates,
         )
 
@@ -275,9 +278,11 @@ class Search:
             if not getattr(self.config, name):
                 del options[name]
         start = {} if self.start is None else {"start": hash_json(self.start.to_json())}  # its units, whatever its name
+        rounding = {} if self.prepared.rounding is None else {"rounding": hash_json(self.prepared.rounding.origin)}
         return {
             "part": part,
             **start,
+            **rounding,
             "search": {name: value for name, value in options.items() if name not in free},
             "model": dict(self.module.hparams),
             "base_sha256": self.prepared.base_sha256,
@@ -353,6 +358,7 @@ class Search:
         write_search_report(self.folder, results)
         if isinstance(self.trainer.logger, TensorBoardLogger):
             show_search(self.trainer.logger, results)
+        shutil.rmtree(columns_folder(self.folder.structure), ignore_errors=True)
         results.write(self.folder.results)  # last: with it the search is finished
         return results
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from support.searches import finetuner, stories_of
 from torch import Tensor
 
@@ -186,12 +186,46 @@ def test_what_was_rounded_once_is_there_for_other_trials(
     for name in columns:
         assert torch.equal(dequantize(packed(first, name)), dequantize(packed(again, name)))
         assert all(map(torch.equal, first.initial_adapters[name], again.initial_adapters[name]))
+    other_bits = assemble.plan.keeping(KEPT).with_precision([dict.fromkeys(UNITS, INT8)] * 2, embedding=INT8, head=INT8)
+    rounded.clear()
+    assemble(other_bits)
+    assert rounded == [*columns, "model.layers.1.mlp.down_proj"]  # in other bits they are others
     others = assembly_by_text(tiny_llama, mine, replace(BY_TEXT, adapters="weight"))
     rounded.clear()
     others(mixed(others.plan.keeping(KEPT)))
     assert rounded == columns
     keep_sums(mine, whole(tiny_llama).network, text_of(tiny_llama), "another text")
     assert not (mine / "columns").exists()
+
+
+def test_columns_of_other_sums_are_not_taken_nor_damaged_ones(tiny_llama: Path, sums: Path, tmp_path: Path) -> None:
+    mine = tmp_path / "sums"
+    shutil.copytree(sums, mine, ignore=shutil.ignore_patterns("columns"))
+    plan = mixed(whole(tiny_llama).known_plan().keeping(KEPT))
+    name = "model.layers.0.mlp.down_proj"
+    expected = dequantize(packed(assembly_by_text(tiny_llama, mine, BY_TEXT)(plan), name))
+    files = sorted((mine / "columns").iterdir())
+    for path in files:
+        path.write_bytes(path.read_bytes()[:100])
+    assert torch.equal(dequantize(packed(assembly_by_text(tiny_llama, mine, BY_TEXT)(plan), name)), expected)
+    sums_of = load_file(sums_path(mine, 0))
+    sums_of["down/decide/gram"] = torch.eye(48)
+    save_file(sums_of, sums_path(mine, 0), {"made_from": "others"})
+    assert not torch.equal(dequantize(packed(assembly_by_text(tiny_llama, mine, BY_TEXT)(plan), name)), expected)
+    assert len(list((mine / "columns").iterdir())) == 2 * len(files)
+
+
+def test_nf4_rows_start_where_the_bank_does(tiny_llama: Path, sums: Path) -> None:
+    """Rows of blocks that cross them are not to be had and are quantized anew, to the nearest values."""
+    assemble = assembly_by_text(tiny_llama, sums, BY_TEXT)
+    plan = assemble.plan.keeping(KEPT).with_precision([dict.fromkeys(UNITS, NF4)] * 2, embedding=INT8, head=INT8)
+    model = assemble(plan)
+    name, stay = "model.layers.1.mlp.gate_proj", torch.arange(0, 48, 2)
+    rows: Any = assemble.base.network.get_submodule(name).weight
+    state = format_for(NF4).encode(rows.detach()[stay], NF4)
+    assert all(torch.equal(tensor, packed(model, name).packed()[part]) for part, tensor in state.items())
+    in_bank = assemble.bank.factors(name, NF4)
+    assert in_bank is not None and torch.equal(model.initial_adapters[name][1], in_bank[1][stay])
 
 
 def test_the_start_of_an_adapter_that_loses_columns_is_nearest_in_the_outputs(tiny_llama: Path, sums: Path) -> None:
