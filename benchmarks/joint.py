@@ -14,8 +14,8 @@ from what rounding left, and a recovery of equal length. Shares are of the 16-bi
     gates-mixed:R          units chosen by gates in 16 bits, projected to 1 - R of the bytes as GRASPrune has it, then
                            bits by unit, as before
     start                  the plan that gates begin with, by Fisher information: nothing learned
-    joint, joint+lifts ..  gates over both; ``+hyper``, ``+penalty``, ``+lifts``, ``+kl``, ``+text`` and ``+straight``
-                           change how they learn
+    joint, joint+lifts ..  gates over both; ``+hyper``, ``+penalty``, ``+lifts``, ``+text`` and ``+straight`` change how
+                           they learn, wherever gates do
     searched               widths of layers and bits by a search of short fits
     searched-from-joint    the same, begun at the plan that gates have learned
 
@@ -64,7 +64,6 @@ CHANGES: dict[str, dict[str, Any]] = {
     "hyper": {"gates": "hypernetwork"},
     "penalty": {"constraint": "penalty"},
     "lifts": {"lifts": True},
-    "kl": {"loss": "kl"},
     "text": {"loss": "cross_entropy"},
     "straight": {"estimator": "straight_through"},
 }
@@ -199,7 +198,9 @@ def keeping(given: argparse.Namespace, key: Row) -> list[L.Callback]:
 
 def plan_of(given: argparse.Namespace, key: Row, folder: Path) -> CompressionPlan | list[L.Callback]:
     """The plan of a method, or the callbacks that make it."""
-    share, (method, _, ratio), seed = key["share"], key["method"].partition(":"), key["seed"]
+    share, (name, _, ratio), seed = key["share"], key["method"].partition(":"), key["seed"]
+    method, *changes = name.split("+")
+    config = JointConfig(given.learning, **{k: v for change in changes for k, v in CHANGES[change].items()})
     uniform, mixed = quantization(given, share, allocation="uniform"), quantization(given, share)
     pruning = StructuredPruning(float(ratio or 0.2))
     match method:
@@ -217,21 +218,20 @@ def plan_of(given: argparse.Namespace, key: Row, folder: Path) -> CompressionPla
             in_16_bits = quantization(
                 given, 1 - float(ratio), allocation="uniform", deciding=DecidingConfig(widths=(16,)), calibrated=None
             )
-            learnt = learned(given, seed, folder, [pruning, in_16_bits], JointConfig(steps=given.learning))
+            learnt = learned(given, seed, folder, [pruning, in_16_bits], config)
             return [PlannedPruning(learnt), mixed]
         case "searched":
             return searched(given, seed, folder, [pruning, mixed], StructureConfig())
         case "searched-from-joint":
-            start = learned(given, seed, folder / "learned", [pruning, mixed], JointConfig(steps=given.learning))
+            start = learned(given, seed, folder / "learned", [pruning, mixed], config)
             start.write(folder / "start.json")
-            config = StructureConfig(start=str(folder / "start.json"))
-            return searched(given, seed, folder, [pruning, mixed], config)
+            structure = StructureConfig(start=str(folder / "start.json"))
+            return searched(given, seed, folder, [pruning, mixed], structure)
         case "start":
             return learned(given, seed, folder, [pruning, mixed], JointConfig(steps=1, lr=1e-9))
-    name, *changes = method.split("+")
-    assert name == "joint", f"There is no method {method!r}."
-    options = {option: value for change in changes for option, value in CHANGES[change].items()}
-    return learned(given, seed, folder, [pruning, mixed], JointConfig(steps=given.learning, **options))
+        case "joint":
+            return learned(given, seed, folder, [pruning, mixed], config)
+    raise ValueError(f"There is no method {method!r}.")
 
 
 def learned(

@@ -46,8 +46,8 @@ class JointConfig:
         constraint: ``projection``, every step opens as many gates as the budget allows; ``penalty``, gates are drawn to
             the budget by ``penalty * |log(bytes / budget)|`` in the loss, and projected at the end.
         penalty: weight of that term, above 0.
-        loss: ``cross_entropy``, of the text; ``kl``, divergence of the compressed model's predictions from the dense
-            model's, at the cost of a forward pass of that.
+        loss: ``kl``, divergence of the compressed model's predictions from the dense model's; ``cross_entropy``, of the
+            text, which spares the forward pass of the dense model.
         lr: learning rate of AdamW, above 0, which falls evenly to 0; by default 0.02, and 0.001 for a
             hypernetwork.
         temperature: temperature of the noise by which gates are sampled in training, in units of a logit, above 0; it
@@ -72,7 +72,7 @@ class JointConfig:
     gates: Literal["layers", "plain", "hypernetwork"] = "plain"
     constraint: Literal["projection", "penalty"] = "projection"
     penalty: float = 6.0
-    loss: Literal["cross_entropy", "kl"] = "cross_entropy"
+    loss: Literal["cross_entropy", "kl"] = "kl"
     lr: float | None = None
     temperature: float = 0.4
     estimator: Estimator = "reinmax"
