@@ -28,6 +28,7 @@ def config(phased_config: dict[str, Any]) -> dict[str, Any]:
     return phased_config
 
 
+@pytest.mark.slow
 def test_the_dense_model_teaches_all_phases_and_says_it_once(
     arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

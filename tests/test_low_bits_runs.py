@@ -21,7 +21,6 @@ from qpruner.model_folder import build_skeleton, load_compressed, read_base_conf
 from qpruner.plan import UNITS, CompressionPlan, Precision
 from qpruner.pricing import price
 from qpruner.records.folder import RunFolder
-from qpruner.search.trainer import Search
 from qpruner.training.module import LoRAFinetuner
 
 TWO, THREE = Precision("affine", 2, 32), Precision("affine-double", 3, 32)
@@ -223,20 +222,3 @@ def test_a_weight_that_is_not_finite_is_told_before_anything_is_rounded(
     monkeypatch.setattr("qpruner.quantization.calibrated.round_weight", None)
     with pytest.raises(UserError, match=r"1 tensors are not, model.layers.1.mlp.up_proj.weight the first. Give an"):
         run(["fit", *arguments, "--model.base", str(base)])
-
-
-def test_a_search_says_that_its_trials_are_rounded_plainly(
-    config: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def prepare(search: Search) -> None:
-        raise KeyboardInterrupt
-
-    options = config["trainer"]["callbacks"][1]["init_args"]
-    del options["bits"]
-    options |= {"budget": {"average_bits": 3.5}, "deciding": {"widths": [2, 3], "calibration": TEXT}}
-    path = tmp_path / "config.yaml"
-    path.write_text(yaml.safe_dump(config))
-    monkeypatch.setattr(Search, "prepare", prepare)
-    said = r"calibrated is left out of a search.*`qpruner fit --plan`"
-    with pytest.warns(UserWarning, match=said), pytest.raises(KeyboardInterrupt):
-        run(["search", "--config", str(path)])

@@ -247,6 +247,7 @@ def test_a_rehearsal_touches_no_run(arguments: list[str], tmp_path: Path) -> Non
     assert not (tmp_path / "runs").exists()
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_without_the_dense_model_and_without_its_plan_file(
     config: dict[str, Any], tiny_llama: Path, tmp_path: Path
 ) -> None:

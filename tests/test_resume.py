@@ -91,8 +91,8 @@ CUTS = [("batch", number) for number in range(EPOCHS * BATCHES)] + [("validation
     ("accumulate", "optimizer", "cuts"),
     [
         (1, "adamw", CUTS[::4]),
-        (2, "adamw", CUTS[::5]),
-        (1, "adamw_8bit", CUTS[3::5]),
+        pytest.param(2, "adamw", CUTS[::5], marks=pytest.mark.slow),
+        pytest.param(1, "adamw_8bit", CUTS[3::5], marks=pytest.mark.slow),
         pytest.param(1, "adamw", CUTS, marks=pytest.mark.slow),
     ],
     ids=["plain", "accumulated", "8bit", "everywhere"],
