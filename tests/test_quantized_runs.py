@@ -123,7 +123,6 @@ def test_killed_and_repeated_equals_uninterrupted(config: dict[str, Any], tmp_pa
     assert [(folder / "run.log").read_text().count("Quantized ") for folder in (whole, pieces)] == [1, 2]
 
 
-@pytest.mark.slow
 def test_two_gloo_ranks_quantize_as_one(arguments: list[str], tmp_path: Path) -> None:
     for devices, begin in (("1", in_fork), ("2", in_own_process)):
         options = ["--trainer.strategy", "ddp", "--trainer.devices", devices, "--run.name", devices]
