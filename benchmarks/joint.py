@@ -11,8 +11,8 @@ from what rounding left, and a recovery of equal length. Shares are of the 16-bi
     pruned-uniform:R       R of all parameters pruned by the default criterion, then the widest bits that fit for all
     pruned-mixed:R         the same, then bits by unit, as before
     pruned-searched:R      the same, then bits by a search of short fits (``--trials``)
-    gates-mixed:R          units chosen by gates in 16 bits, projected to 1 - R of the bytes as GRASPrune has it, then
-                           bits by unit, as before
+    gates-mixed:R          units chosen by gates, unquantized, projected to 1 - R of the bytes as GRASPrune has it;
+                           then bits by unit, as before
     start                  the plan that gates begin with, by Fisher information: nothing learned
     joint, joint+lifts ..  gates over both; ``+hyper``, ``+penalty``, ``+lifts``, ``+text`` and ``+straight`` change how
                            they learn, wherever gates do
@@ -50,6 +50,7 @@ from qpruner.joint.config import JointConfig
 from qpruner.joint.space import unit_bytes, unit_weights
 from qpruner.memory import tensor_bytes
 from qpruner.plan import CompressionPlan
+from qpruner.pretrained import held_in, load_config
 from qpruner.quantization.calibrated_inputs import CalibratedConfig
 from qpruner.records.folder import RunFolder
 from qpruner.records.tables import markdown_table
@@ -215,10 +216,15 @@ def plan_of(given: argparse.Namespace, key: Row, folder: Path) -> CompressionPla
         case "pruned-searched":
             return searched(given, seed, folder, [pruning, mixed])
         case "gates-mixed":
-            in_16_bits = quantization(
-                given, 1 - float(ratio), allocation="uniform", deciding=DecidingConfig(widths=(16,)), calibrated=None
+            size = held_in(load_config(given.base), given.dtype).itemsize  # while shares are of 16 bits
+            unquantized = quantization(
+                given,
+                (1 - float(ratio)) * size / 2,
+                allocation="uniform",
+                deciding=DecidingConfig(widths=(16,)),
+                calibrated=None,
             )
-            learnt = learned(given, seed, folder, [pruning, in_16_bits], config)
+            learnt = learned(given, seed, folder, [pruning, unquantized], config)
             return [PlannedPruning(learnt), mixed]
         case "searched":
             return searched(given, seed, folder, [pruning, mixed], StructureConfig())
