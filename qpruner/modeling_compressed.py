@@ -280,17 +280,18 @@ def values(
     dtype: torch.dtype,
     places: Tensor | None = None,
     blockwise4: Callable[[State, int, int, str, int, Tensor | None], Tensor] = blockwise4_values,
+    uniform: Callable[[Tensor, Tensor, Tensor, int, int, int, torch.dtype], Tensor] = uniform_values,
 ) -> Tensor:
     """The weight [out, in] that packed tensors mean, or its rows at some places [n], rounded once from float32.
 
-    Where groups end with rows, no more than these is unpacked. What is in blocks of a code book may be read by another
-    function than this file's, which gives the same numbers.
+    Where groups end with rows, no more than these is unpacked. What is in blocks of a code book, and what is uniform,
+    may be read by other functions than this file's, which give the same numbers.
     """
     if leading := precision.get("leading"):
         columns, (first, rest) = leading["columns"], parted(state)
         behind, precision = in_features - columns, {**precision, "leading": None}
-        led = values(first, out_features, columns, leading["precision"], dtype, places, blockwise4)
-        return torch.cat([led, values(rest, out_features, behind, precision, dtype, places, blockwise4)], dim=1)
+        led = values(first, out_features, columns, leading["precision"], dtype, places, blockwise4, uniform)
+        return torch.cat([led, values(rest, out_features, behind, precision, dtype, places, blockwise4, uniform)], 1)
     name, bits, group = precision["format"], precision["bits"], group_of(precision)
     if name.startswith(tuple(CODE_BOOKS)):
         return blockwise4(state, out_features, in_features, name.removesuffix("-double"), group, places).to(dtype)
@@ -300,7 +301,7 @@ def values(
         codes = state["codes"].to(dtype)  # exact in all of them
         return codes.mul_((state["scales"] * (1 / 127)).unsqueeze(1))  # in float32, then rounded
     grid = uniform_scales_and_minima(state, bits, name.startswith("symmetric"))
-    return uniform_values(state["codes"], *grid, in_features, bits, group, dtype)
+    return uniform(state["codes"], *grid, in_features, bits, group, dtype)
 
 
 class UnpackedProduct(torch.autograd.Function):

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from pathlib import Path
+from tempfile import mkdtemp
 from typing import Any
 
 import pytest
@@ -30,7 +31,10 @@ def _own_cache_and_seed(tmp_path_factory: pytest.TempPathFactory, monkeypatch: p
     monkeypatch.setenv("HF_MODULES_CACHE", modules)
     monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", modules)
     # A fit without a folder of its own keeps its base under the working directory.
-    monkeypatch.setattr("qpruner.training.compressible.BASES", str(tmp_path_factory.mktemp("bases")))
+    # Not `mktemp`, which counts the folders of all tests before.
+    bases = tmp_path_factory.getbasetemp() / "bases"
+    bases.mkdir(exist_ok=True)
+    monkeypatch.setattr("qpruner.training.compressible.BASES", mkdtemp(dir=bases))
     torch.manual_seed(0)
     yield
     assert not torch.distributed.is_initialized()

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from qpruner.modeling_compressed import CODE_BOOKS, CompressedLinear, group_of, values
 from qpruner.plan import Precision
 from qpruner.quantization.blockwise4 import multiply_blocks, unpack_blocks
+from qpruner.quantization.uniform_unpacking import unpack_uniform
 from qpruner.quantization.weight import Frozen, PackedWeight
 
 
@@ -16,7 +17,7 @@ class PackedLinear(CompressedLinear):
     """The linear of a compressed folder, as a tool that changes models needs it.
 
     It multiplies with exactly the weight that its codes and scales mean, in training and in evaluation; four-bit floats
-    are read by the kernels of bitsandbytes, which on CUDA multiply, too.
+    are read by the kernels of bitsandbytes, which on CUDA multiply, too, and there uniform ones by a kernel of Triton.
 
     Its state dict holds the tensors of ``packed``, in the layout that the format documents, and ``bias``, so that a
     model with packed linears is saved and loaded as any other. To others, such as PEFT, it is a linear as any other,
@@ -56,7 +57,7 @@ class PackedLinear(CompressedLinear):
 
     def unpack(self, dtype: torch.dtype) -> Tensor:
         shape = self.out_features, self.in_features
-        return values(self.packed(), *shape, self.entry, dtype, blockwise4=unpack_blocks)
+        return values(self.packed(), *shape, self.entry, dtype, blockwise4=unpack_blocks, uniform=unpack_uniform)
 
     def forward(self, x: Tensor) -> Tensor:  # [.., in] -> [.., out]
         name = self.entry["format"].removesuffix("-double")
