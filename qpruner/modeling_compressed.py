@@ -604,8 +604,8 @@ def config_class(name: str) -> type:
         "__annotations__": {},
     }
     # Without the decorator the parent's validators still run.
-    made: type = strict(type(f"Compressed{name}", (parent,), members))
-    return made
+    compressed_class: type = strict(type(f"Compressed{name}", (parent,), members))
+    return compressed_class
 
 
 @cache

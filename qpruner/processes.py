@@ -121,8 +121,8 @@ def of_first(find: Callable[[], T], *, is_first: bool, broadcast: Callable[[Any]
     answer = broadcast(answer)
     if isinstance(answer, UserError):
         raise answer
-    found: T = answer
-    return found
+    result: T = answer
+    return result
 
 
 def _told(error: Exception, who: str) -> str:

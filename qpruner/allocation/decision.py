@@ -148,13 +148,13 @@ class Allocation(Record):
         return sum(decision.costs[getattr(decision, solver)] for decision in self.decisions)
 
     def __str__(self) -> str:
-        got = dict.fromkeys(self.decisions[0].choices, 0)
+        counts = dict.fromkeys(self.decisions[0].choices, 0)
         for decision in self.decisions:
-            got[decision.precision] += 1
-        counts = ", ".join(f"{count} in {precision}" for precision, count in got.items())
+            counts[decision.precision] += 1
+        shares = ", ".join(f"{count} in {precision}" for precision, count in counts.items())
         return (
             f"Bits by {self.method.replace('_', ' ')} under a budget of {self.budget}: of {len(self.decisions)} items "
-            f"{counts}; {self.total_bytes:,} bytes in all, {self.average_bits:.2f} bits per weight of the decoder "
+            f"{shares}; {self.total_bytes:,} bytes in all, {self.average_bits:.2f} bits per weight of the decoder "
             f"linears, scales included."
         )
 

@@ -192,19 +192,19 @@ def _losses(
     shape = 2, len(contexts), len(items), len(precisions)
     sums = torch.zeros(shape, dtype=torch.float64, device=tokens.device)
     for number, context in enumerate(contexts):
-        for item, own in enumerate(context):
-            place(item, precisions[own])
+        for item, column_of_item in enumerate(context):
+            place(item, precisions[column_of_item])
         entering = _through(runner, embedded)
         of_context = after(len(runner.blocks), entering[-1])
-        for item, own in enumerate(context):
+        for item, column_of_item in enumerate(context):
             layer = items[item].layer
             for column, precision in enumerate(precisions):
-                if column == own:
+                if column == column_of_item:
                     sums[:, number, item, column] = of_context
                 else:
                     place(item, precision)
                     sums[:, number, item, column] = after(layer, entering[layer])
-            place(item, precisions[own])
+            place(item, precisions[column_of_item])
     for item in range(len(items)):
         place(item, DENSE)
     return sums

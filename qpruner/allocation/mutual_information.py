@@ -217,10 +217,10 @@ def _of_classes(x: Tensor, y: Tensor, k: int) -> float:
 
 def _distance_in_run(values: Tensor, start: Tensor, end: Tensor, k: Tensor) -> Tensor:
     """Distance from each value to its k-th nearest among those at start to end, between which values ascend."""  # [N]
-    here = torch.arange(len(values), device=values.device)
+    places = torch.arange(len(values), device=values.device)
     distance = torch.full_like(values, torch.iinfo(values.dtype).max)
     for below in range(int(k.max()) + 1):  # the k nearest are neighbours in order, some of them below
-        low, high = here - below, here - below + k
+        low, high = places - below, places - below + k
         allowed = (low >= start) & (high < end)
         reach = torch.maximum(values - values[low.clamp(min=0)], values[high.clamp(max=len(values) - 1)] - values)
         distance = torch.minimum(distance, reach.where(allowed, distance))

@@ -52,9 +52,9 @@ def observe(model: Any, calibration: Calibration, config: MutualInformationConfi
         UserError: too few samples; outputs or logits that are not finite, with the first layer that has them.
     """
     processes = calibration.processes
-    here = sum(batch.tokens.numel() for batch in calibration.batches)
+    num_tokens = sum(batch.tokens.numel() for batch in calibration.batches)
     # A process without micro-batches does not know their length.
-    count = int(processes.reduce(torch.tensor([here], dtype=torch.float64, device=processes.device)))
+    count = int(processes.reduce(torch.tensor([num_tokens], dtype=torch.float64, device=processes.device)))
     config.check_samples(count)
     with block_runner(model, calibration) as runner:
         num_layers = len(runner.blocks)

@@ -84,8 +84,10 @@ def blocks_backward(
     """
     if any(layer.experts for layer in decoder_layers(causal_model(model))):
         # Which sequence the tokens are of that reach an expert is not told, so that each sequence passes alone.
-        alone = [one for batch in calibration.batches for one in micro_batches(batch.tokens, 1, batch.first)]
-        calibration = replace(calibration, batches=alone)
+        sequences = [
+            sequence for batch in calibration.batches for sequence in micro_batches(batch.tokens, 1, batch.first)
+        ]
+        calibration = replace(calibration, batches=sequences)
     with block_runner(model, calibration) as runner:
         entering = [runner.embed()]
         for number in range(len(runner.blocks) - 1):

@@ -98,9 +98,9 @@ class Evaluator:
             part: part of all questions that they are.
         """
         before = self.evaluation.tasks.get(name)
-        asked = (len(questions.questions), questions.source, part)
-        there = before is not None and (before.items, before.source, before.split) == asked
-        return there and self.processes.of_first(items_file(self.folder, name).exists)
+        wanted = (len(questions.questions), questions.source, part)
+        is_known = before is not None and (before.items, before.source, before.split) == wanted
+        return is_known and self.processes.of_first(items_file(self.folder, name).exists)
 
     def tokenize(self, name: str, measure: Measure, questions: TaskQuestions) -> ChoiceExamples:
         """Questions as tokens, cut to what the model knows, to be given to `task`.

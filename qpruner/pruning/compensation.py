@@ -324,12 +324,12 @@ def _change_(name: str, linear: nn.Linear, sums: SplitSums, processes: Processes
         )
 
     def find() -> tuple[Change | None, Fit]:
-        change, told = fit_(decides, held_out, bias=base.bias is not None, offload=offload)
-        return None if change is None else change.cpu(), told
+        change, fit = fit_(decides, held_out, bias=base.bias is not None, offload=offload)
+        return None if change is None else change.cpu(), fit
 
-    change, told = processes.of_first(find)
+    change, fit = processes.of_first(find)
     add_(base, change)
-    return told
+    return fit
 
 
 def add_(linear: nn.Linear, change: Change | None) -> None:

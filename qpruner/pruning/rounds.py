@@ -128,9 +128,9 @@ def supplies(model: Any, selection: SelectionConfig, dense: Architecture | None 
         raise UserError("selection.leave_alone names every layer, so that nothing can be pruned. Leave fewer alone.")
     widths = {(layer.kv_groups, layer.ffn_channels, layer.experts) for layer in layers}
     if selection.uniform and len(widths) > 1:
-        told = sorted({(groups, channels) for groups, channels, _ in widths})
+        pairs = sorted({(groups, channels) for groups, channels, _ in widths})
         raise UserError(
-            f"selection.uniform is true, but the layers already differ: {told} KV groups and FFN channels. "
+            f"selection.uniform is true, but the layers already differ: {pairs} KV groups and FFN channels. "
             f"Start from a model whose layers are equal, or drop the option."
         )
     offers = []

@@ -46,8 +46,8 @@ def compressed_config_class(family: str) -> type:
         "__annotations__": {},
     }
     # Without the decorator the parent's validators still run.
-    made: type = strict(type(f"Compressed{parent.__name__}", (config_class(parent.__name__),), members))
-    return made
+    compressed_class: type = strict(type(f"Compressed{parent.__name__}", (config_class(parent.__name__),), members))
+    return compressed_class
 
 
 def __getattr__(name: str) -> type:

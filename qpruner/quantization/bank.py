@@ -365,7 +365,9 @@ def _holds(path: Path, names: Iterable[str], precisions: Sequence[Precision], or
 
 def _check_disk(folder: Path, model: nn.Module, names: Iterable[str], precisions: Sequence[Precision]) -> None:
     linears: list[Any] = [model.get_submodule(name) for name in names]
-    needed = sum(num_bytes(one.out_features, one.in_features, precision) for one in linears for precision in precisions)
+    needed = sum(
+        num_bytes(linear.out_features, linear.in_features, precision) for linear in linears for precision in precisions
+    )
     free = shutil.disk_usage(folder).free
     if needed > free:
         raise UserError(

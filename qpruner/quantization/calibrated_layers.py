@@ -87,19 +87,19 @@ class CalibratedLayers:
             return None
         try:
             with safe_open(path, framework="pt") as file:
-                told: dict[str, Any] = json.loads((file.metadata() or {}).get("layer", "{}"))
+                recorded: dict[str, Any] = json.loads((file.metadata() or {}).get("layer", "{}"))
                 tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  # no mapping
         except (SafetensorError, OSError) as error:
             warnings.warn(f"{str(path)!r} is no whole file of a calibration: {error}. It is made again.", stacklevel=2)
             return None
-        if told.get("origin") != self._origin_of(number):
+        if recorded.get("origin") != self._origin_of(number):
             warnings.warn(
                 f"{str(path)!r} was made from another base, plan or text, with other options, or after other layers "
                 f"before it. It is made again.",
                 stacklevel=2,
             )
             return None
-        outcomes = told["outcomes"]
+        outcomes = recorded["outcomes"]
         parts: dict[str, dict[str, Tensor]] = {}
         for key, tensor in tensors.items():
             name, _, part = key.rpartition("/")

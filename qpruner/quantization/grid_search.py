@@ -156,7 +156,7 @@ def search(weight: Tensor, levels: Levels, how: GridSearch, importance: Tensor |
     missing = -columns % group
     if importance is None and missing:
         importance = weight.new_ones(columns, dtype=torch.float32)
-    found = []
+    grids = []
     for first in range(0, rows, step := max(1, CHUNK // columns)):
         part = weight[first : first + step].float()
         part = pad(part, (0, missing), mode="replicate").reshape(len(part), -1, group)  # [n, M, G]
@@ -169,8 +169,8 @@ def search(weight: Tensor, levels: Levels, how: GridSearch, importance: Tensor |
             # In units of the group's mean, so that no sum of squares of small ones vanishes.
             mean = counts.mean(-1, keepdim=True)
             counts = torch.where(mean > 0, counts / mean, 1.0)
-        found.append(_Groups(part, counts, levels).search(how))
-    scales, minima = (torch.cat(parts).squeeze(-1) for parts in zip(*found, strict=True))
+        grids.append(_Groups(part, counts, levels).search(how))
+    scales, minima = (torch.cat(parts).squeeze(-1) for parts in zip(*grids, strict=True))
     return scales, minima
 
 

@@ -141,7 +141,7 @@ def round_weight(
     if config.method == "nearest":
         grid = linear.grid_of_all()
         return Rounded(grid.round(weight), grid)
-    rounded = linear.rounded_by_gptq([Factor.of(one, act_order=config.act_order, name=name) for one in hessians])
+    rounded = linear.rounded_by_gptq([Factor.of(matrix, act_order=config.act_order, name=name) for matrix in hessians])
     return linear.refined(rounded)
 
 
@@ -198,9 +198,9 @@ class _Linear:
         grouped = zip(self.cut(self.weight), self.importance, strict=True)
         return self.stored(search_segments(part, self.segments, self.config.grid, counts) for part, counts in grouped)
 
-    def stored(self, found: Iterable[tuple[Tensor, Tensor]]) -> AnyGrid:
+    def stored(self, grids: Iterable[tuple[Tensor, Tensor]]) -> AnyGrid:
         """The grid that the format stores of the scales and minima of each row group."""
-        scales, minima = (torch.cat(parts) for parts in zip(*found, strict=True))
+        scales, minima = (torch.cat(parts) for parts in zip(*grids, strict=True))
         return self.store.storable(scales, minima, self.precision)
 
     def rounded_by_gptq(self, factors: Sequence[Factor]) -> Rounded:
@@ -209,8 +209,8 @@ class _Linear:
             grid = self.grid_of_all()
             return Rounded(self.codes_on(grid, factors), grid)
         fresh = [FreshGrid(self.segments, self.config.grid, counts) for counts in self.importance]
-        codes = self._codes([one.choose for one in fresh], factors)
-        chosen = [one.chosen for one in fresh]
+        codes = self._codes([grid.choose for grid in fresh], factors)
+        chosen = [grid.chosen for grid in fresh]
         grid = self.stored(chosen)
         scales, minima = (torch.cat(parts) for parts in zip(*chosen, strict=True))
         if not (torch.equal(grid.scales, scales) and torch.equal(grid.minima, minima)):
@@ -269,8 +269,9 @@ def corrected_weight(weight: Tensor, hessian: Tensor, cross: Tensor, alpha: floa
         return weight.detach().float()
     hessians, crosses = (sums.double().view(-1, *sums.shape[-2:]) for sums in (hessian, cross))
     parts = []
-    for part, one, other in zip(weight.detach().double().tensor_split(len(hessians)), hessians, crosses, strict=True):
-        change = torch.linalg.solve(damped(one, damping), (part @ (other - one)).T).T
+    rows = weight.detach().double().tensor_split(len(hessians))
+    for part, matrix, cross_matrix in zip(rows, hessians, crosses, strict=True):
+        change = torch.linalg.solve(damped(matrix, damping), (part @ (cross_matrix - matrix)).T).T
         parts.append(part + alpha * change)
     return torch.cat(parts).float()
 
@@ -296,7 +297,7 @@ def error(
 
     def products(left: tuple[Tensor, ...], sums: Tensor, right: tuple[Tensor, ...]) -> float:
         matrices = sums.double().view(-1, *sums.shape[-2:])
-        return float(sum(((a @ one) * b).sum() for a, one, b in zip(left, matrices, right, strict=True)))
+        return float(sum(((a @ matrix) * b).sum() for a, matrix, b in zip(left, matrices, right, strict=True)))
 
     if cross is None or dense_gram is None:
         change = tuple(a - b for a, b in zip(dense, rounded, strict=True))

@@ -97,11 +97,11 @@ def distinct_names(folders: Sequence[Path]) -> list[str]:
     """The names of folders, with as much of the path before as tells them apart; the same folder again is numbered."""
     parts = [folder.expanduser().absolute().parts[1:] or (str(folder),) for folder in folders]
     names: list[str] = []
-    for number, own in enumerate(parts):
-        rivals = [other for other in parts if other != own]
-        length = next(n for n in range(1, len(own) + 1) if n == len(own) or all(own[-n:] != r[-n:] for r in rivals))
-        before = parts[:number].count(own)
-        names.append("/".join(own[-length:]) + (f" ({before + 1})" if before else ""))
+    for number, part in enumerate(parts):
+        rivals = [other for other in parts if other != part]
+        length = next(n for n in range(1, len(part) + 1) if n == len(part) or all(part[-n:] != r[-n:] for r in rivals))
+        before = parts[:number].count(part)
+        names.append("/".join(part[-length:]) + (f" ({before + 1})" if before else ""))
     return names
 
 
@@ -241,12 +241,12 @@ def describe(comparison: Comparison) -> list[str]:
     lines = [models_table(comparison), "", f"Measured: {'; '.join(measured)}."]
     lines += ["Bytes: all tensors. Average bits: of the decoder linears, scales included."]
     if comparison.tasks:
-        asked: dict[str, dict[str, None]] = {}
+        tasks_by_measure: dict[str, dict[str, None]] = {}
         for task, result in (pair for model in comparison.models.values() for pair in model.tasks.items()):
             how = f"by {result.measure}" if result.measure else "as the run reports it"
             counted = f" on {result.items:,} questions" if result.items is not None else ""
-            asked.setdefault(f"{how}{counted}", {})[task] = None
-        said = (f"{how}: {', '.join(tasks)}" for how, tasks in asked.items())
+            tasks_by_measure.setdefault(f"{how}{counted}", {})[task] = None
+        said = (f"{how}: {', '.join(tasks)}" for how, tasks in tasks_by_measure.items())
         lines += [f"Accuracies: percent ± standard error; {'; '.join(said)}."]
     for against in comparison.against_first:
         if against.tasks or against.left_out:

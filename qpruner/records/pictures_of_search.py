@@ -62,7 +62,9 @@ def front_figure(results: "SearchResults") -> "Figure":
 
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     axes = figure.subplots()
-    front = sorted((trial for trial in results.trials if trial.name in results.front), key=lambda one: one.num_bytes)
+    front = sorted(
+        (trial for trial in results.trials if trial.name in results.front), key=lambda trial: trial.num_bytes
+    )
     (sizes, losses), of_front = (
         ([trial.num_bytes for trial in trials], [trial.loss for trial in trials]) for trials in (results.trials, front)
     )

@@ -74,8 +74,8 @@ class Learning:
             UserError: a callback that decides otherwise, no budget, or a fixed ratio without one.
         """
         compressing = [callback for callback in callbacks if isinstance(callback, Compression)]
-        quantizations = [one for one in compressing if isinstance(one, MixedPrecisionQuantization)]
-        pruning = [one for one in compressing if isinstance(one, StructuredPruning)]
+        quantizations = [callback for callback in compressing if isinstance(callback, MixedPrecisionQuantization)]
+        pruning = [callback for callback in compressing if isinstance(callback, StructuredPruning)]
         if others := {*compressing} - {*quantizations, *pruning}:
             names = ", ".join(sorted(type(callback).__name__ for callback in others))
             raise UserError(
@@ -217,7 +217,7 @@ class Learning:
             prunes=selection is not None,
             lifts=self.config.lifts,
             multiple=1 if selection is None else round_to(network, selection),
-            alone=frozenset(() if selection is None else (one % len(plan.layers) for one in selection.leave_alone)),
+            alone=frozenset(() if selection is None else (layer % len(plan.layers) for layer in selection.leave_alone)),
         )
         for limit in limits:
             space.check(limit)

@@ -120,7 +120,7 @@ def carrying_out(callbacks: Sequence[Callback], plan: CompressionPlan) -> list[C
     """The callbacks, with those that decide on a compression replaced by those that carry out a plan."""
     configured = next((callback for callback in callbacks if isinstance(callback, MixedPrecisionQuantization)), None)
     quantization = [MixedPrecisionQuantization.of_plan(plan, configured)] if plan.quantized else []
-    pruning = (one for one in callbacks if isinstance(one, StructuredPruning | LoRAGuidedPruning))
+    pruning = (callback for callback in callbacks if isinstance(callback, StructuredPruning | LoRAGuidedPruning))
     compensating = next((callback.compensating for callback in pruning), None)
     others = [callback for callback in callbacks if not decides(callback)]
     return [PlannedPruning.of_plan(plan, compensating), *quantization, *others]

@@ -200,8 +200,8 @@ class Assembly:
         """File of a linear with these inputs, for all trials that have them."""
         settings = None if self.settings is None else asdict(self.settings)
         by_text = None if self.by_text is None else asdict(self.by_text)
-        told = [asdict(precision), stay.tolist(), settings, by_text, self.compensates, self.sums_from]
-        return columns_folder(sums) / f"{narrowed.name}-{hash_json(told)[:16]}.safetensors"
+        origin = [asdict(precision), stay.tolist(), settings, by_text, self.compensates, self.sums_from]
+        return columns_folder(sums) / f"{narrowed.name}-{hash_json(origin)[:16]}.safetensors"
 
     def _taken(self, name: str, linear: nn.Linear, precision: Precision, stay: Tensor) -> PackedLinear | None:
         """Rows of the bank's codes; None where they are not to be had, or are of weights that LoftQ has changed."""

@@ -278,8 +278,8 @@ def _check_kept(base: str, pruning: Sequence[CompressionInSetup], folder: RunFol
         why = f"was made of another model ({made_of}) than {base!r} ({given})"
     elif hash_json(manifest["recipe"]) != hash_json([callback.step for callback in pruning]):
         made_by = [told(step["name"], step["options"]) for step in manifest["recipe"]]
-        asked = [str(callback) for callback in pruning]
-        why = f"was made by {' and '.join(made_by) or 'nothing'}, and the search has {' and '.join(asked) or 'nothing'}"
+        steps = [str(callback) for callback in pruning]
+        why = f"was made by {' and '.join(made_by) or 'nothing'}, and the search has {' and '.join(steps) or 'nothing'}"
     else:
         return made_of
     raise UserError(

@@ -21,8 +21,8 @@ def tried(name: str, records: Sequence[TrialRecord], aim: Aim) -> Tried:
         aim: what the search minimizes.
     """
     scores = [record.scores for record in records if record.scores is not None]
-    losses = tuple(float(one["loss"]) for one in scores)
-    accuracies = tuple(accuracy for one in scores if (accuracy := aim.accuracy(one)) is not None)
+    losses = tuple(float(score["loss"]) for score in scores)
+    accuracies = tuple(accuracy for score in scores if (accuracy := aim.accuracy(score)) is not None)
     return Tried(
         name=name,
         choices=tuple(records[0].key["choices"]),

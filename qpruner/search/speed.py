@@ -51,7 +51,7 @@ class Speeds(Record):
 
     def __post_init__(self) -> None:
         for linear, passes in self.seconds.items():
-            if len(passes) != len(TOKENS) or not all(0 < one < math.inf for one in passes):
+            if len(passes) != len(TOKENS) or not all(0 < seconds < math.inf for seconds in passes):
                 raise UserError(
                     f"The seconds of {linear!r} are {list(passes)}; they are {len(TOKENS)} numbers above 0."
                 )

@@ -170,8 +170,8 @@ def prepare_structures(
 def _scores(job: CompressionJob, scoring: StructuredPruning) -> list[LayerScores]:
     assert job.folder is not None
     path = job.folder.structure / "scores.safetensors"
-    asked = {name: scoring.options[name] for name in ("criterion", "aggregate", "calibration")}
-    made_from = _made_from(job, asked | {"seed": job.seed})
+    options = {name: scoring.options[name] for name in ("criterion", "aggregate", "calibration")}
+    made_from = _made_from(job, options | {"seed": job.seed})
     if (known := read_scores(path, made_from)) is not None:
         rank_zero_info("The scores of units that this search has computed before are used again.")
         return known
@@ -184,19 +184,19 @@ def _scores(job: CompressionJob, scoring: StructuredPruning) -> list[LayerScores
     return scores
 
 
-def _sums(job: CompressionJob, told: dict[str, object], text: CalibrationConfig) -> None:
+def _sums(job: CompressionJob, options: dict[str, object], text: CalibrationConfig) -> None:
     assert job.folder is not None
-    made_from = _made_from(job, told)
+    made_from = _made_from(job, options)
     if not has_sums(job.folder.structure, range(len(job.model.known_plan().layers)), made_from):
         calibration = calibration_of(job.model.network, job.data, text, job.processes, "Assembling trials")
         keep_sums(job.folder.structure, job.model.network, calibration, made_from)
 
 
-def _made_from(job: CompressionJob, asked: dict[str, object]) -> str:
+def _made_from(job: CompressionJob, options: dict[str, object]) -> str:
     """What tells scores and sums from those of other models, texts and options."""
     return hash_json(
         {
-            **asked,
+            **options,
             "base": job.model.identity,
             "text_sha256": job.data and job.data.fingerprint()["train"]["sha256"],
             "text_seed": job.data and job.data.seed,

@@ -87,7 +87,7 @@ def check_options(trainer: Trainer, given: Mapping[str, Any]) -> None:
     Raises:
         UserError: it was given something that a trial cannot go by.
     """
-    asked = {name: given[name] for name in REFUSED if given.get(name, DEFAULTS[name]) != DEFAULTS[name]}
+    changed = {name: given[name] for name in REFUSED if given.get(name, DEFAULTS[name]) != DEFAULTS[name]}
     device = trainer.strategy.root_device
     if trainer.world_size > 1:
         raise UserError(
@@ -100,19 +100,19 @@ def check_options(trainer: Trainer, given: Mapping[str, Any]) -> None:
             f"at 1 and set the variable CUDA_VISIBLE_DEVICES={device.index}."
         )
     for name in ("devices", "num_nodes"):  # they make one device
-        asked.pop(name, None)
+        changed.pop(name, None)
     if isinstance(trainer.strategy, SingleDeviceStrategy | DDPStrategy):
-        asked.pop("strategy", None)
-    callbacks = asked.pop("callbacks", None) or []
-    asked |= {
+        changed.pop("strategy", None)
+    callbacks = changed.pop("callbacks", None) or []
+    changed |= {
         f"callbacks ({type(callback).__name__})": callback
         for callback in ([callbacks] if isinstance(callbacks, Callback) else callbacks)
         if not isinstance(callback, (Compression, *WATCHERS))
     }
-    for name, value in asked.items():
+    for name, value in changed.items():
         option = name.partition(" ")[0]
-        what = f"has {type(value).__name__}" if option == "callbacks" else f"is {value!r}"
-        raise UserError(f"--trainer.{option} {what}, and {REFUSED[option]}.")
+        as_given = f"has {type(value).__name__}" if option == "callbacks" else f"is {value!r}"
+        raise UserError(f"--trainer.{option} {as_given}, and {REFUSED[option]}.")
 
 
 @dataclass(frozen=True)

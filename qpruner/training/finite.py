@@ -14,9 +14,9 @@ NEVER = 2**62
 
 def all_finite(tensors: Iterable[Tensor]) -> bool:
     """Whether no floating-point tensor holds an infinity or a nan, as far as it lies on this device."""
-    finite = [_local(tensor).isfinite().all() for tensor in tensors if tensor.is_floating_point()]
-    devices = {one.device for one in finite}
-    return all(bool(torch.stack([one for one in finite if one.device == device]).all()) for device in devices)
+    flags = [_local(tensor).isfinite().all() for tensor in tensors if tensor.is_floating_point()]
+    devices = {flag.device for flag in flags}
+    return all(bool(torch.stack([flag for flag in flags if flag.device == device]).all()) for device in devices)
 
 
 def broken_names(tensors: Iterable[tuple[str, Tensor]]) -> list[str]:

@@ -228,7 +228,8 @@ class LoRAFinetuner(CheckpointedModule):
     def on_train_epoch_end(self) -> None:
         self.check_losses()
         self._check_trained({"adapters": self._trained_tensors()})
-        if self.global_step and self._scaler is not None and not any(one.state for one in self.trainer.optimizers):
+        has_stepped = any(optimizer.state for optimizer in self.trainer.optimizers)
+        if self.global_step and self._scaler is not None and not has_stepped:
             raise self._not_finite(f"The gradients of all {self.global_step} optimizer steps so far are")
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:

@@ -79,8 +79,8 @@ def check_teacher(config: DistillationConfig, base: str, student: Any, *, trust_
     if name != base and not is_compressed(Path(resolve(name))):
         check_model(name, trust_remote_code=trust_remote_code)
     teacher = read_base_config(name, trust_remote_code=trust_remote_code)
-    asked = [("vocab_size", "words", True), ("hidden_size", "channels", config.hidden > 0)]
-    for option, unit, matters in asked:
+    sizes = [("vocab_size", "words", True), ("hidden_size", "channels", config.hidden > 0)]
+    for option, unit, matters in sizes:
         theirs, ours = getattr(teacher.get_text_config(), option), getattr(student.get_text_config(), option)
         if matters and theirs != ours:
             remedy = "the model that it was made of" if unit == "words" else "one as wide, or distillation.hidden 0"
