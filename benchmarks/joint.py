@@ -224,7 +224,8 @@ def plan_of(given: argparse.Namespace, key: Row, folder: Path) -> CompressionPla
                 deciding=DecidingConfig(widths=(16,)),
                 calibrated=None,
             )
-            learnt = learned(given, seed, folder, [pruning, unquantized], config)
+            alone = argparse.Namespace(**{**vars(given), "banks": None})  # that of other widths stays
+            learnt = learned(alone, seed, folder, [pruning, unquantized], config)
             return [PlannedPruning(learnt), mixed]
         case "searched":
             return searched(given, seed, folder, [pruning, mixed], StructureConfig())

@@ -10,6 +10,7 @@ changes by mean(e) - D mean(x).
 Shapes: N tokens, I inputs of the linear, O outputs.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Self
@@ -102,8 +103,11 @@ class Sums:
             error = error + change.bias @ (2 * left + self.tokens * change.bias)
         return float(error / self.size)
 
-    def change(self, ridge: float, *, bias: bool) -> "Change":
-        """The change of the linear that these tokens ask for.
+    def change(self, ridge: float, *, bias: bool) -> "Change | None":
+        """The change of the linear that these tokens ask for; None where no number of float32 tells with that ridge.
+
+        Products are sums over numbers of float32. About means that are far larger than what inputs differ by, they are
+        positive with a larger ridge alone.
 
         Args:
             ridge: weight of the square of the change, in units of the mean of the diagonal of X^T X; above 0.
@@ -115,7 +119,10 @@ class Sums:
             gram -= torch.outer(self.inputs, self.inputs).div_(self.tokens)
             solution -= torch.outer(self.inputs, self.missing).div_(self.tokens)
         gram.diagonal().add_(ridge * gram.diagonal().mean() + torch.finfo(gram.dtype).tiny)
-        factor = torch.linalg.cholesky(gram, out=gram)
+        failed = torch.empty((), dtype=torch.int32, device=gram.device)
+        factor, _ = torch.linalg.cholesky_ex(gram, out=(gram, failed))
+        if failed:
+            return None
         torch.linalg.solve_triangular(factor, solution, upper=False, out=solution)
         torch.linalg.solve_triangular(factor.mT, solution, upper=True, out=solution)
         weight = solution.T
@@ -176,6 +183,8 @@ def fit_(sums: Sums, held_out: Sums, *, bias: bool, offload: Offload | None = No
 
     def error(ridge: float) -> float:
         change = sums.change(ridge, bias=bias)
+        if change is None:
+            return math.inf
         with shelf.taken():
             return held_out.error(change)
 
@@ -185,4 +194,5 @@ def fit_(sums: Sums, held_out: Sums, *, bias: bool, offload: Offload | None = No
         return None, Fit(0.0, before, before)
     with shelf.taken():
         sums.merge_(held_out)
-    return sums.change(best, bias=bias), Fit(best, before, errors[best])
+    change = sums.change(best, bias=bias)
+    return change, Fit(0.0, before, before) if change is None else Fit(best, before, errors[best])

@@ -33,6 +33,18 @@ def summed(*tokens: Tensor, pieces: int = 1) -> Sums:
     return sums
 
 
+@pytest.mark.parametrize(("offset", "changes"), [(3e3, True), (1e4, False)])
+def test_inputs_that_hardly_differ_take_a_larger_ridge_or_no_change(offset: float, changes: bool) -> None:
+    """Far from zero, float32 holds less of what inputs differ by than the smallest ridge adds, and at last nothing."""
+    sums, held_out = (summed(*draw(seed, offset=offset)) for seed in (1, 2))
+    small = [sums.change(ridge, bias=True) for ridge in RIDGES]
+    assert small[0] is None and (small[-1] is not None) == changes
+    before = float(held_out.squares / held_out.size)
+    change, best = fit_(sums, held_out, bias=True)
+    assert (change is not None) == best.changes
+    assert best.after < before if best.changes else best.after == before
+
+
 def brute_force(inputs: Tensor, missing: Tensor, weights: Tensor, ridge: float, *, bias: bool) -> tuple[Tensor, Tensor]:
     """Least squares on rows: those of the tokens, and one more for each input that asks its weight to be 0."""
     x, e, w = inputs.double(), missing.double(), weights.double().unsqueeze(1)

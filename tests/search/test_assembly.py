@@ -11,11 +11,13 @@ import torch
 from safetensors.torch import load_file, save_file
 from support.searches import finetuner, stories_of
 from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from qpruner.calibration.text import Calibration, CalibrationConfig
 from qpruner.compressed import CompressedModel
 from qpruner.memory import tensor_bytes
 from qpruner.plan import DENSE, UNITS, CompressionPlan, Precision
+from qpruner.pretrained import load_tokenizer
 from qpruner.processes import Processes
 from qpruner.pruning.compensation import shared_copy
 from qpruner.quantization.apply import LoftQSettings
@@ -213,6 +215,25 @@ def test_columns_of_other_sums_are_not_taken_nor_damaged_ones(tiny_llama: Path, 
     save_file(sums_of, sums_path(mine, 0), {"made_from": "others"})
     assert not torch.equal(dequantize(packed(assembly_by_text(tiny_llama, mine, BY_TEXT)(plan), name)), expected)
     assert len(list((mine / "columns").iterdir())) == 2 * len(files)
+
+
+def test_a_bias_that_makes_up_for_columns_is_kept_with_them(tiny_llama: Path, tmp_path: Path) -> None:
+    base, folder, name = tmp_path / "base", tmp_path / "sums", "model.layers.0.mlp.down_proj"
+    torch.manual_seed(1)
+    network = LlamaForCausalLM(LlamaConfig.from_pretrained(tiny_llama, attention_bias=True, mlp_bias=True))
+    for parameter_name, parameter in network.named_parameters():
+        if parameter_name.endswith("bias"):
+            torch.nn.init.normal_(parameter)
+    network.save_pretrained(base)
+    load_tokenizer(str(tiny_llama)).save_pretrained(base)
+    keep_sums(folder, whole(base).network, text_of(base), "text")
+    biases = []
+    for _ in range(2):
+        assemble = assembly(base, folder, 0)
+        biases.append(packed(assemble(mixed(assemble.plan.keeping(KEPT))), name).bias)
+        assert (folder / "columns").exists()  # which the second finds
+    assert not torch.equal(biases[0], whole(base).network.get_submodule(name).bias)
+    assert torch.equal(*biases)
 
 
 def test_nf4_rows_start_where_the_bank_does(tiny_llama: Path, sums: Path) -> None:
