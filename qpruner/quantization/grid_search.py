@@ -56,7 +56,9 @@ FINER = (0.1, 0.05)
 FIRST_TURNS, LAST_TURNS = 2, 6
 """Turns of codes and line from each start, and at the end."""
 CHUNK = 1 << 16
-"""Weights that are looked at together: as many as the caches of a core hold several times over."""
+"""Weights that a CPU looks at together: as many as the caches of a core hold several times over."""
+CHUNK_OF_GPU = 1 << 22
+"""Weights that any other device looks at together: enough that it is not idle while the next step is on its way."""
 
 
 @dataclass(frozen=True)
@@ -157,7 +159,8 @@ def search(weight: Tensor, levels: Levels, how: GridSearch, importance: Tensor |
     if importance is None and missing:
         importance = weight.new_ones(columns, dtype=torch.float32)
     grids = []
-    for first in range(0, rows, step := max(1, CHUNK // columns)):
+    chunk = CHUNK if weight.device.type == "cpu" else CHUNK_OF_GPU
+    for first in range(0, rows, step := max(1, chunk // columns)):
         part = weight[first : first + step].float()
         part = pad(part, (0, missing), mode="replicate").reshape(len(part), -1, group)  # [n, M, G]
         counts = torch.ones(1, 1, 1, device=weight.device)
