@@ -56,8 +56,14 @@ class PackedLinear(CompressedLinear):
         return Precision.of_data(self.entry)
 
     def unpack(self, dtype: torch.dtype) -> Tensor:
+        return self._read(dtype)
+
+    def rows(self, places: Tensor, dtype: torch.dtype) -> Tensor:
+        return self._read(dtype, places)
+
+    def _read(self, dtype: torch.dtype, places: Tensor | None = None) -> Tensor:
         shape = self.out_features, self.in_features
-        return values(self.packed(), *shape, self.entry, dtype, blockwise4=unpack_blocks, uniform=unpack_uniform)
+        return values(self.packed(), *shape, self.entry, dtype, places, unpack_blocks, unpack_uniform)
 
     def forward(self, x: Tensor) -> Tensor:  # [.., in] -> [.., out]
         name = self.entry["format"].removesuffix("-double")
