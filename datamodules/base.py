@@ -15,6 +15,7 @@ from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
+from qpruner.anatomy import learned_positions
 from qpruner.datamodules.cache import Prepared, cache_path, default_cache_dir, load, store
 from qpruner.datamodules.choice_tasks import ChoiceTasksConfig, TaskQuestions, read_task
 from qpruner.datamodules.choices import ChoiceExamples
@@ -100,6 +101,7 @@ class TokenDataModule(LightningDataModule):
         self._prepared: Prepared | None = None
         self._vocabulary: int | None = None  # tokens that the model knows, once that is told
         self._positions = DEFAULT_POSITIONS  # positions that the model knows, once that is told
+        self._learned_positions: int | None = None  # length of the model's table of positions, where it has one
         self._choices: dict[tuple[Split, int, int], list[ChoiceExamples]] = {}
 
     # What a data module must say.
@@ -159,7 +161,7 @@ class TokenDataModule(LightningDataModule):
         return self._choices[key]
 
     def check_model(self, config: Any) -> None:
-        """Hears of the model: makes sure that it has an embedding for every token of the data.
+        """Hears of the model: makes sure that it has an embedding for every token of the data, and for every position.
 
         What counts is the tokens of the rows: many tokenizers know a few more than their model, which no text has, and
         padding is masked, so that any token may stand there.
@@ -168,9 +170,15 @@ class TokenDataModule(LightningDataModule):
             config: configuration of the model.
 
         Raises:
-            UserError: the data have a token that it does not know.
+            UserError: the data have a token that it does not know, or rows longer than its table of positions.
         """
         config = config.get_text_config()
+        self._learned_positions = learned_positions(config)
+        if self._learned_positions is not None and self.max_length > self._learned_positions:
+            raise UserError(
+                f"max_length is {self.max_length}, and the model has a table of {self._learned_positions} positions. "
+                f"Give --data.max_length {self._learned_positions}."
+            )
         size = config.vocab_size
         self._positions = getattr(config, "max_position_embeddings", None) or DEFAULT_POSITIONS
         if size == self._vocabulary:
@@ -339,10 +347,15 @@ class TokenDataModule(LightningDataModule):
             world_size: number of processes.
 
         Raises:
-            UserError: less training text than that.
+            UserError: less training text than that, or sequences longer than the model's table of positions.
         """  # [num_sequences / world_size, length] int64
         if num_sequences < 1 or length < 2:
             raise UserError(f"Calibration needs at least 1 sequence of 2 tokens, not {num_sequences} of {length}.")
+        if self._learned_positions is not None and length > self._learned_positions:
+            raise UserError(
+                f"Calibration asks for sequences of {length} tokens, and the model has a table of "
+                f"{self._learned_positions} positions. Ask for shorter ones."
+            )
         rows = self.examples("train").rows
         generator = torch.Generator().manual_seed(derive_seed(self.seed, "calibration"))
         long_enough = (rows.lengths >= length).nonzero().flatten()

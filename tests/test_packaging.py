@@ -59,7 +59,7 @@ ALLOWED: dict[str, set[str]] = {
         "adapter_files", "adapters", "anatomy", "calibration", "dense_base", "errors", "files", "folder_manifest",
         "model_folder", "offload", "plan", "pretrained", "pricing", "pruning", "quantization",
     },
-    "datamodules": {"errors", "files", "likelihood", "pretrained", "seeds", "stories"},
+    "datamodules": {"anatomy", "errors", "files", "likelihood", "pretrained", "seeds", "stories"},
     "dense_base": {
         "adapter_files", "anatomy", "folder_manifest", "likelihood", "model_folder", "offload", "plan", "pretrained",
         "quantization",

@@ -1,7 +1,7 @@
 """What a decoder layer is made of, for each model family: the only place that knows a family's names."""
 
 from qpruner.anatomy.coupled import Coupled, WideNorm, by_linear
-from qpruner.anatomy.families import COMPRESSED, FAMILIES, Family, family_of, is_compressible, refuse_experts
+from qpruner.anatomy.families import COMPRESSED, FAMILIES, Family, family_of, is_compressible, learned_positions, refuse_experts
 from qpruner.anatomy.layers import (
     DecoderLayer,
     architecture_of,
@@ -31,6 +31,7 @@ __all__ = [
     "family_of",
     "head_shape",
     "is_compressible",
+    "learned_positions",
     "num_linear_parameters",
     "refuse_experts",
     "unit_linears",

@@ -236,6 +236,15 @@ def is_compressible(config: Any) -> bool:
     return name.removeprefix(COMPRESSED) in FAMILIES
 
 
+def learned_positions(config: Any) -> int | None:
+    """Number of positions in a model's table of them; None where it has no such table, or is of an unknown family."""
+    family = FAMILIES.get(config.model_type.removeprefix(COMPRESSED))
+    if family is None or family.positions is None:
+        return None
+    number: int = config.max_position_embeddings
+    return number
+
+
 def refuse_experts(model: Any, what: str, remedy: str) -> None:
     """Makes sure that the layers of a model have no experts.
 
