@@ -1,4 +1,4 @@
-"""When things happen in a Trainer; the mathematics lies in the rooms of `qpruner`."""
+"""When things happen in a Trainer; the mathematics is in the other packages of `qpruner`."""
 
 if __name__ != "qpruner.callbacks":
     raise ImportError("import qpruner.callbacks: the bare name would give its classes a second identity")

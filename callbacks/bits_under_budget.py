@@ -1,4 +1,4 @@
-"""Decides in a fit which bits a budget buys, and leaves what it found in the run folder."""
+"""Decides in a fit which bits a budget buys, and leaves its findings in the run folder."""
 
 import shutil
 from collections.abc import Mapping, Sequence
@@ -34,17 +34,18 @@ class Allocator:
     """Decides on the bits of a fit.
 
     Args:
-        method: what makes the costs.
-        budget: what may be stored.
+        method: method that determines the costs.
+        budget: limit on what is stored.
         config: how to decide.
         precisions: precisions to choose from.
-        loftq_iterations: LoftQ's iterations with which linears are quantized.
-        calibrated: how the linears of the bank are rounded by text; None to the nearest values.
-        for_trials: whether plans are fitted as the bank has them, with what adapters start from; else a plan that text
-            rounds is rounded afresh, once it is decided on, and that gives the start of its adapters.
+        loftq_iterations: number of LoftQ iterations with which linears are quantized.
+        calibrated: how the linears of the bank are rounded with calibration text; None to round to the nearest values.
+        for_trials: whether plans are fitted with the linears of the bank and the initial adapters in it; otherwise a
+            plan with calibrated rounding is rounded afresh once it is decided on, which also gives the initial
+            adapters.
 
     Raises:
-        UserError: ``marginal`` by first order.
+        UserError: method ``marginal`` with measure ``first_order``.
     """
 
     method: Method
@@ -63,10 +64,10 @@ class Allocator:
             )
 
     def check(self, rehearsal: Rehearsal, tables: Mapping[str, Precision]) -> None:
-        """Finds, before any work, that the budget is too small or that no layers are left to decide on.
+        """Checks, before any work, that the budget is large enough and that there are layers to decide on.
 
         Raises:
-            UserError: it is, or there are none; or the budget bounds multiply-adds, which bits do not change.
+            UserError: it is not, or there are none; or the budget limits multiply-adds, which bits do not change.
         """
         if not rehearsal.decides_on_widths:
             self._check_multiply_adds()
@@ -86,11 +87,12 @@ class Allocator:
         """The plan that the budget buys, and the bank that sensitivities were measured with, if any.
 
         Args:
-            job: the model, pruned and dense, and what may be used for it.
-            plan: plan of the pruned model; its tables have their precision.
+            job: job with the model, pruned and dense, and what may be used for it.
+            plan: plan of the pruned model, with the precisions of embedding and head already set.
 
         Raises:
-            UserError: the budget is below the cheapest plan or bounds multiply-adds, or too little calibration text.
+            UserError: the budget is below the cheapest plan or limits multiply-adds, or there is too little calibration
+                text.
         """
         self._check_multiply_adds()
         items = self.items(plan)
@@ -121,30 +123,30 @@ class Allocator:
         return decided, bank
 
     def measure(self, job: CompressionJob, plan: CompressionPlan) -> tuple[Sensitivities | None, Bank | None]:
-        """What the costs of the method are made of, None for ``uniform``; and the bank that it was measured with.
+        """The sensitivities behind the costs of the method, None for ``uniform``; and the bank used to measure them.
 
         Args:
-            job: the model, pruned or not, and dense, and what may be used for it.
-            plan: plan of the model; its tables have their precision.
+            job: job with the model, pruned or not, and dense, and what may be used for it.
+            plan: plan of the model, with the precisions of embedding and head already set.
 
         Raises:
-            UserError: too little calibration text.
+            UserError: there is too little calibration text.
         """
         return self._sensitivities(job, plan, self.items(plan))
 
     def items(self, plan: CompressionPlan) -> list[Item]:
-        """What gets bits of its own.
+        """The items that each get a number of bits of their own.
 
         Raises:
-            UserError: a layer to leave alone that is not there, or none but such layers.
+            UserError: a layer that is to be left alone does not exist, or all layers are to be left alone.
         """
         return items_of(plan.architecture.num_layers, self.config.granularity, self.config.leave_alone)
 
     def _check_multiply_adds(self) -> None:
-        """Makes sure that nothing is asked of bits that they cannot give.
+        """Makes sure that the budget asks for nothing that bits cannot provide.
 
         Raises:
-            UserError: the budget bounds multiply-adds.
+            UserError: the budget limits multiply-adds.
         """
         if self.budget.multiply_adds is not None:
             raise UserError(
@@ -156,7 +158,7 @@ class Allocator:
     def _sensitivities(
         self, job: CompressionJob, plan: CompressionPlan, items: Sequence[Item]
     ) -> tuple[Sensitivities | None, Bank | None]:
-        """Sensitivities that an earlier session of the run has measured, else new ones; those of rank zero on all."""
+        """The sensitivities that an earlier session of the run measured, or new ones; all ranks get those of rank 0."""
         if self.method == "uniform":
             return None, None
         job.keep()
@@ -202,7 +204,7 @@ class Allocator:
         """Every unit that is decided on, in every width; in the folder of the run if there is one.
 
         Raises:
-            UserError: too little calibration text.
+            UserError: there is too little calibration text.
         """
         settings, network, processes = self._loftq(job), job.model.network, job.processes
         layers = sorted({item.layer for item in self.items(plan)})
@@ -227,7 +229,7 @@ class Allocator:
         return LoftQSettings.of(job.lora, self.loftq_iterations, job.seed)
 
     def rounding(self, job: CompressionJob) -> TextRounding | None:
-        """How text rounds the linears of the bank; None where each weight goes to the nearest value."""
+        """How the linears of the bank are rounded with calibration text; None to round to the nearest values."""
         if self.calibrated is None:
             return None
         made_from = {
@@ -238,14 +240,14 @@ class Allocator:
         return TextRounding(self.calibrated, made_from)
 
     def _text(self, job: CompressionJob) -> BankText | None:
-        """What rounds the linears of the bank, with the text."""
+        """How the linears of the bank are rounded, together with the calibration text itself."""
         if (rounding := self.rounding(job)) is None:
             return None
         text = calibration_of(job.model.network, job.data, rounding.config.text, job.processes, CALIBRATED)
         return BankText(rounding.config, rounding.made_from, text)
 
     def _origin(self, job: CompressionJob) -> dict[str, Any]:
-        """What sensitivities are measured on: the base, by the hash of the folder that keeps it, text, and options."""
+        """What sensitivities are measured on: the base, by the hash of the folder it is saved in, text, and options."""
         loftq = self._loftq(job)
         return {
             "method": self.method,
@@ -267,14 +269,14 @@ class Allocator:
 
     @property
     def _rounding(self) -> dict[str, Any]:
-        """How the linears whose costs are measured are rounded, if any are and not to the nearest values."""
+        """How the linears whose costs are measured are rounded; empty without any, or if to the nearest values."""
         if self.calibrated is None or self.method == "mutual_information":
             return {}
         return {"calibrated": asdict(self.calibrated)}
 
 
 def drop_scaffolding(folder: RunFolder | None) -> None:
-    """Removes what led to a compressed base, once that is kept: the bank, and the layers that were rounded by text."""
+    """Removes intermediate results once the compressed base is saved: the bank and the layers rounded with text."""
     if folder is not None:
         for scaffolding in (folder.bank, folder.calibrated):
             shutil.rmtree(scaffolding, ignore_errors=True)

@@ -1,4 +1,4 @@
-"""The calibration text of one of the processes that share a model."""
+"""The calibration text of one of several processes that share a model."""
 
 from torch import Tensor, nn
 
@@ -12,14 +12,14 @@ from qpruner.processes import Processes
 def calibration_of(
     model: nn.Module, data: TokenDataModule | None, config: CalibrationConfig, processes: Processes, whose: str
 ) -> Calibration:
-    """This process's share of the text, with the model moved to the device that computes: see `place_`.
+    """This process's share of the text; moves the model to the device that computes, see `place_`.
 
     Args:
         model: network that the text passes through.
-        data: source of the text; None where there is none.
+        data: source of the text; None if there is none.
         config: options of the text: how many sequences, and how long.
         processes: processes that share the text.
-        whose: name of what needs the text, for the message where there is none.
+        whose: name of what needs the text, for the error message if there is none.
 
     Raises:
         UserError: no data module, too little text, or no room on the device.

@@ -1,4 +1,4 @@
-"""Keeps the one checkpoint that a run goes on from."""
+"""Keeps the one checkpoint from which a run resumes."""
 
 import os
 import shutil
@@ -13,28 +13,28 @@ from qpruner.files import writing
 
 
 class RunCheckpoint(Checkpoint):
-    """Writes a checkpoint every few optimizer steps and at the end of training, over the one before.
+    """Writes a checkpoint every few optimizer steps and at the end of training, replacing the previous one.
 
-    The file is whole at any moment: the new one is written beside the old one and takes its place when it is on disk.
-    A run has it without being told; in a fit without a run::
+    The file is complete at all times: the new one is written next to the old one and replaces it once it is on disk.
+    A run adds this callback by default; in a fit without a run::
 
         Trainer(callbacks=[RunCheckpoint("last.ckpt", every_n_steps=50)])
 
     on_train_start
-        Makes the folder and looks whether the disk has room.
+        Creates the folder and checks that the disk has enough space.
     on_train_batch_end
-        Writes the checkpoint after every ``every_n_steps`` optimizer steps, or a step later where the model is
-        validated after that one: a fit that goes on from there would do without, and its curve, too.
+        Writes the checkpoint after every ``every_n_steps`` optimizer steps, or one step later if the model is validated
+        after that step: a fit that resumes from there would skip this validation and lack its point of the curve.
     on_train_end
-        Writes it once more.
+        Writes the checkpoint once more.
 
     Args:
-        path: file of the checkpoint.
+        path: path of the checkpoint file.
         every_n_steps: number of optimizer steps between two checkpoints, at least 1.
 
     Raises:
-        UserError: fewer steps than 1; when the disk has no room for a checkpoint, before the first step and at any that
-            writes one, where the one before stays.
+        UserError: ``every_n_steps`` is below 1; or the disk lacks the space for a checkpoint, before the first step or
+            at any step that writes one, in which case the previous checkpoint stays.
     """
 
     def __init__(self, path: str | Path, every_n_steps: int) -> None:

@@ -1,4 +1,4 @@
-"""What callbacks that prune do about what pruning took."""
+"""How callbacks that prune compensate for what was removed."""
 
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -22,7 +22,7 @@ class Before:
     """A model before it is pruned.
 
     Args:
-        network: network, which shares all tensors with the one that is going to be pruned.
+        network: network that shares all tensors with the one that is going to be pruned.
         plan: plan of the network.
     """
 
@@ -35,8 +35,8 @@ class Compensating:
     """The options of a compensation, and its steps in the order of a fit.
 
     Args:
-        how: what the weights that stay make up for; see `qpruner.pruning.compensation`.
-        text: calibration text of the least squares.
+        how: what the remaining weights compensate for; see `qpruner.pruning.compensation`.
+        text: calibration text for the least squares.
     """
 
     how: Compensation
@@ -47,10 +47,10 @@ class Compensating:
         return {"compensation": self.how, "compensation_text": asdict(self.text)}
 
     def check(self, model: Any) -> None:
-        """Finds, before any work, that the text is too little for the widths of a model.
+        """Checks, before any work, that there is enough text for the widths of a model.
 
         Raises:
-            UserError: it is.
+            UserError: there is too little.
         """
         if self.how != "none":
             layers = decoder_layers(model)
@@ -58,23 +58,23 @@ class Compensating:
             check_text(self.text, widest)
 
     def check_text(self, data: TokenDataModule) -> None:
-        """Finds, before any work with the model, that the data are too few.
+        """Checks, before any work with the model, that there are enough data.
 
         Raises:
-            UserError: they are.
+            UserError: there are too few.
         """
         if self.how != "none":
             self._draw_text(data)
 
     def begin(self, model: CompressedModel, data: TokenDataModule | None) -> None:
-        """Makes sure that a model, once it is pruned, can be compensated.
+        """Makes sure that a model can be compensated once it is pruned.
 
         Args:
             model: model that is going to be pruned.
-            data: source of the text; None where there is none.
+            data: source of the text; None if there is none.
 
         Raises:
-            UserError: packed weights, no text or too little of it.
+            UserError: the weights are packed, or there is no text or too little of it.
         """
         if self.how != "none":
             model.check_unpacked("compensated")
@@ -82,7 +82,7 @@ class Compensating:
             self._draw_text(data)
 
     def remember(self, model: CompressedModel) -> Before | None:
-        """The model as it is, which costs no memory as long as it stays so; None where nothing is going to need it.
+        """The model in its present state, which takes no memory until it changes; None if nothing will need it.
 
         Args:
             model: model that is going to be pruned.
@@ -95,13 +95,13 @@ class Compensating:
         """Compensates a model that was pruned.
 
         Args:
-            model: model, moved to the device that computes.
-            before: what `remember` gave; None to leave the model as it is.
-            data: source of the text; None where there is none.
+            model: pruned model; it is moved to the device that computes.
+            before: result of `remember`; None to leave the model as it is.
+            data: source of the text; None if there is none.
             processes: processes that share the text.
 
         Raises:
-            UserError: no room for the dense model beside the other.
+            UserError: there is no room for the dense model next to the pruned one.
         """
         if self.how == "none" or before is None:
             return

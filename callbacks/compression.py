@@ -29,20 +29,20 @@ from qpruner.training.processes import processes_of
 
 @dataclass
 class Rehearsal:
-    """A fit without weights, in which callbacks find what cannot be had before any work is done.
+    """A dry run of a fit, without weights, in which callbacks detect impossible options before any work is done.
 
     Args:
         model: model on the meta device, as the callbacks so far would leave it.
-        lora: the adapters that it is going to have.
-        exact: whether its widths are those of the fit; they are not where they depend on scores.
-        precisions: precisions that its linears may get; none as long as nothing quantizes.
+        lora: options of the adapters that the model is going to have.
+        exact: whether the model's widths are those of the fit; they are not if they depend on scores.
+        precisions: precisions that the model's linears may get; empty as long as nothing quantizes.
         decides_on_widths: whether the widths of layers are decided later, together with bits.
 
     Attributes:
-        plan: plan of the model, all of it dense; which units are kept is made up.
+        plan: plan of the model, entirely dense; its choice of the units to keep is a placeholder.
 
     Raises:
-        UserError: the adapters have no linear to be on.
+        UserError: there is no linear for the adapters.
     """
 
     model: Any
@@ -61,14 +61,14 @@ class Rehearsal:
         return self._dense.keeping(first_units(self._dense.architecture, architecture_of(self.model.config)))
 
     def rank_adapters(self, ranks: Iterable[int | None]) -> None:
-        """Says the rank of the adapters of each layer; None for that of all adapters."""
+        """Sets the rank of the adapters of each layer; None for the rank common to all adapters."""
         self._dense = self._dense.with_ranks(ranks)
 
     def prune(self, ratio: float, selection: SelectionConfig) -> None:
-        """Narrows the model as pruning would, where that does not depend on scores.
+        """Narrows the model as pruning would, if that does not depend on scores.
 
         Raises:
-            UserError: a ratio that no legal widths reach.
+            UserError: the ratio cannot be reached by any legal widths.
         """
         offers, total = supplies(self.model, selection), num_parameters(self.model)
         check_ratio(ratio, offers, total)
@@ -81,16 +81,16 @@ class Rehearsal:
 
 @dataclass(frozen=True)
 class CompressionJob:
-    """What a callback compresses, and what it may use for that; the same from a Trainer and without one.
+    """What a callback compresses, and what it may use for that; the same with a Trainer and without one.
 
     Args:
-        model: the model, without adapters, in the memory of the CPU or of the device.
-        data: data module that calibration text comes from; None where there is none.
+        model: model without adapters, in the memory of the CPU or of the device.
+        data: data module that calibration text comes from; None if there is none.
         processes: processes that work on the model together.
-        lora: the adapters that the model is going to have.
+        lora: options of the adapters that the model is going to have.
         seed: seed of all random draws.
-        folder: folder of the run, for what is measured; None where there is no run.
-        keep_in: folder of the run that keeps the base, also one whose compression has further to go.
+        folder: folder of the run, for measurements; None without a run.
+        keep_in: folder in which the run saves the base, even one that is still to be compressed further.
     """
 
     model: CompressedModel
@@ -102,7 +102,7 @@ class CompressionJob:
     keep_in: Path | None = None
 
     def keep(self) -> None:
-        """Writes a base that was changed to the folder that keeps it, so that what is measured on it can name it."""
+        """Saves a base that was changed in its folder, so that measurements made on it can refer to it."""
         if self.model.identity is None and (folder := self.keep_in) is not None:
             tokenizer = getattr(self.data, "tokenizer", None)
             self.processes.of_first(lambda: self.model.keep(folder, tokenizer=tokenizer))
@@ -110,48 +110,48 @@ class CompressionJob:
 
 
 class Compression(Callback):
-    """Compresses the model of a LightningModule at the start of a fit or in its course."""
+    """Compresses the model of a LightningModule at the start of a fit or during it."""
 
     folder: RunFolder | None = None
-    """Folder of the run, where it leaves what it measured; nowhere when there is none."""
+    """Folder of the run, in which the callback leaves its measurements; None to leave none."""
 
     @property
     @abstractmethod
     def options(self) -> dict[str, Any]:
-        """What it was asked for, as plain data."""
+        """The options of the callback as plain data."""
 
     @abstractmethod
     def check(self, rehearsal: Rehearsal) -> None:
-        """Finds what the options ask and cannot be had, and leaves the model's widths as the fit would.
+        """Checks that the options can be satisfied, and gives the model the widths that the fit would give it.
 
         Raises:
-            UserError: something cannot be had.
+            UserError: an option cannot be satisfied.
         """
 
     def check_text(self, data: TokenDataModule) -> None:  # most need none
-        """Finds, before any work with the model, that the data are too few.
+        """Checks, before any work with the model, that there are enough data.
 
         Raises:
-            UserError: they are.
+            UserError: there are too few.
         """
 
     def check_steps(self, num_steps: float) -> None:  # most need none
-        """Finds, before any work with the model, that the fit is too short.
+        """Checks, before any work with the model, that the fit is long enough.
 
         Args:
-            num_steps: optimizer steps of the fit.
+            num_steps: number of optimizer steps of the fit.
 
         Raises:
-            UserError: it is.
+            UserError: the fit is too short.
         """
 
     @property
     def step(self) -> Step:
-        """What it does, as the recipe of the model tells it."""
+        """What the callback does, as an entry in the recipe of the model."""
         return Step(name=type(self).__name__, options=self.options)
 
     def begin(self, trainer: Trainer, pl_module: LightningModule) -> HoldsModel:
-        """The module, with its base loaded, found to be one that the callbacks of the fit can compress."""
+        """The module with its base loaded, after checking that the callbacks of the fit can compress it."""
         module = expect_holder(pl_module)
         check_order(trainer.callbacks)  # type: ignore[attr-defined]
         module.load_base()
@@ -161,7 +161,7 @@ class Compression(Callback):
         """Makes sure that the base has no adapters yet.
 
         Raises:
-            UserError: it has.
+            UserError: it has adapters already.
         """
         if model.state is State.ADAPTED:
             raise UserError(
@@ -174,29 +174,29 @@ class Compression(Callback):
 
 
 def told(name: str, options: Mapping[str, Any]) -> str:
-    """A callback and what it was asked for, for a person."""
+    """A callback and its options in readable form."""
     return f"{name}({', '.join(f'{option}={value!r}' for option, value in options.items())})"
 
 
 class CompressionInSetup(Compression):
     """Compresses the base in ``setup`` of a fit, before adapters and optimizers exist.
 
-    Does so once: where the base comes compressed from the folder that it is kept in, nothing is done. What an earlier
-    fit of the run left is made one dense base before. Of several processes of a run, the first does alone what all
-    would do alike, and the others take what it keeps.
+    This happens once: if the base is loaded from the folder it was saved in and is compressed already, nothing is done.
+    The result of an earlier fit of the run is first merged into one dense base. Among several processes of a run, the
+    first alone does work that would be identical on all of them, and the others load what it saves.
     """
 
     leaves: ClassVar[State]
-    """State in which it leaves the model."""
+    """State in which the callback leaves the model."""
 
     @property
     def shares_work(self) -> bool:
-        """Whether processes work together, each on its part of the text; else all would do the same."""
+        """Whether processes share the work, each on its part of the text; otherwise all of them would do the same."""
         return True
 
     @abstractmethod
     def compress(self, job: CompressionJob) -> None:
-        """Compresses the model, the same on all processes."""
+        """Compresses the model, identically on all processes."""
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if stage != "fit":
@@ -218,7 +218,7 @@ class CompressionInSetup(Compression):
             )
             if self.shares_work or job.processes.world_size == 1 or job.keep_in is None:
                 self._carry_out(job)
-            else:  # the others take what the first one keeps
+            else:  # the others load what the first one saves
                 alone = replace(job, processes=job.processes.first_alone())
                 job.processes.of_first(lambda: self._carry_out(alone))
                 module.keep_base(job.keep_in)
@@ -228,7 +228,7 @@ class CompressionInSetup(Compression):
         job.model.record(self.step)
 
     def is_done(self, model: CompressedModel) -> bool:
-        """Whether the base is already as this callback would leave it, or further."""
+        """Whether the base is already as this callback would leave it, or compressed further."""
         return ORDER.index(model.base_state) >= ORDER.index(self.leaves)
 
 
@@ -236,20 +236,20 @@ ORDER = [State.DENSE, State.MERGED, State.PRUNED, State.QUANTIZED]
 
 
 class CompressionInTraining(Compression):
-    """Compresses the base in the course of a fit, at whose end the base is another one."""
+    """Compresses the base during a fit, which therefore ends with a different base."""
 
     leaves: ClassVar[str]
-    """What the base is at the end of the fit, as its stage is named."""
+    """What the base is at the end of the fit, as used in the name of its stage."""
     needs_whole_model: ClassVar[str | None] = None
-    """Why the model must not be split among devices; None where it may be."""
+    """Why the model must not be split among devices; None if it may be."""
 
     def begin(self, trainer: Trainer, pl_module: LightningModule) -> HoldsModel:
-        check_callbacks(trainer, [self])  # a fit without a run has not done so before
+        check_callbacks(trainer, [self])  # a fit without a run has not checked them before
         return super().begin(trainer, pl_module)
 
     @property
     def needs_dense_base(self) -> bool:
-        """Whether it changes weights of the base, which must not be packed then."""
+        """Whether the callback changes weights of the base, which must then not be packed."""
         return False
 
 
@@ -257,7 +257,7 @@ def check_order(callbacks: Sequence[Callback]) -> None:
     """Makes sure that a fit prunes, then quantizes, then prunes or polishes in training, each at most once.
 
     Raises:
-        UserError: it does not, or it packs weights that are to be changed at its end.
+        UserError: the fit does not, or it packs weights that are to be changed at its end.
     """
     compressing = [
         callback for callback in callbacks if isinstance(callback, CompressionInSetup | CompressionInTraining)
@@ -280,12 +280,12 @@ def check_order(callbacks: Sequence[Callback]) -> None:
 
 
 def _place(callback: CompressionInSetup | CompressionInTraining) -> int:
-    """The place of a callback among those of a fit."""
+    """The position of a callback among those of a fit."""
     return 2 if isinstance(callback, CompressionInTraining) else [State.PRUNED, State.QUANTIZED].index(callback.leaves)
 
 
 def data_of(trainer: Trainer) -> TokenDataModule | None:
-    """The data module of a fit; None where it has none that gives text."""
+    """The data module of a fit; None if it has none that supplies text."""
     data = trainer.datamodule  # type: ignore[attr-defined]
     return data if isinstance(data, TokenDataModule) else None
 
@@ -294,7 +294,7 @@ def check_dense(model: CompressedModel) -> None:
     """Makes sure that the weights of the base are not packed.
 
     Raises:
-        UserError: they are.
+        UserError: they are packed.
     """
     if model.has_packed_weights():
         raise UserError(

@@ -1,4 +1,4 @@
-"""Keeps what a fit makes of a model: the base before training, base and adapters after it."""
+"""Saves what a fit produces: the base before training, and base and adapters after it."""
 
 from pathlib import Path
 
@@ -10,10 +10,10 @@ from qpruner.training.sharding import splits
 
 
 class KeepModel(Callback):
-    """Writes the compressed base before a fit trains on it, and the adapters, as trained, at the end.
+    """Saves the compressed base before a fit trains on it, and the trained adapters at the end.
 
-    Stands behind every callback that compresses, and behind one that looks whether the result is of any use: what
-    raises an error there leaves nothing kept.
+    It comes after every callback that compresses, and after any callback that checks whether the result is usable: if
+    that one raises an error, nothing is saved.
 
     ```yaml
     trainer:
@@ -23,20 +23,20 @@ class KeepModel(Callback):
     ```
 
     setup
-        The base goes to ``before_training``, where callbacks have changed it in this session, and where the Trainer is
-        going to split it among devices, after which none has it whole. One that an earlier session has kept is taken
-        from where it lies, if that is the ``kept_in`` of the module, as in a run it is.
+        Saves the base in ``before_training`` if callbacks have changed it in this session, or if the Trainer is about
+        to split it among devices, after which no device holds all of it. A base that an earlier session has saved is
+        used from where it is, provided that this is the module's ``kept_in``, as it is in a run.
     on_fit_end
-        Where the base is still that of ``before_training``, and the two folders are one, the adapters are put to it;
-        else base and adapters go to ``after_training``. That holds for a base that nothing has compressed, too, of a
-        family that can be compressed; of others nothing is written.
+        If the base is still the one in ``before_training``, and the two folders are the same, adds the adapters to it;
+        otherwise saves base and adapters in ``after_training``. This includes a base that nothing has compressed, if
+        its family can be compressed; for other families nothing is written.
 
     Args:
-        before_training: folder of the base that the fit trains on.
-        after_training: folder of the result; another one where the fit prunes while it trains.
+        before_training: folder for the base that the fit trains on.
+        after_training: folder for the result; a different one if the fit prunes during training.
 
     Raises:
-        UserError: the disk has no room.
+        UserError: there is not enough space on the disk.
     """
 
     def __init__(self, before_training: str | Path, after_training: str | Path) -> None:

@@ -33,11 +33,10 @@ from qpruner.training.processes import processes_of
 
 
 class LoRAGuidedPruning(CompressionInTraining):
-    """Removes KV groups and FFN channels while LoRA trains, by the adapters' own gradients (LoRAPrune, 2305.18403).
+    """Removes KV groups and FFN channels during LoRA training, by the adapters' gradients (LoRAPrune, 2305.18403).
 
-    No gradient of a weight of the base is ever held, which may therefore be quantized: put `MixedPrecisionQuantization`
-    before this callback. Stands behind every other callback that compresses. To quantize the result, add a phase to
-    the run.
+    No gradient of a base weight is ever stored, so the base may be quantized: put `MixedPrecisionQuantization` before
+    this callback. It comes after every other callback that compresses. To quantize the result, add a phase to the run.
 
     ```yaml
     trainer:
@@ -47,39 +46,41 @@ class LoRAGuidedPruning(CompressionInTraining):
     ```
 
     setup
-        Finds what there is to prune, and that the adapters can score it.
+        Determines what there is to prune, and checks that the adapters can score it.
     on_fit_start
-        Begins to look at the gradients of each optimizer step, after clipping: each unit is scored from the adapters'
+        Starts observing the gradients of each optimizer step, after clipping: each unit is scored from the adapters'
         weights and gradients (equation 10), and the score goes into a moving average (equation 11).
     on_train_start
-        Makes sure that the schedule goes with the number of optimizer steps.
+        Makes sure that the schedule fits the number of optimizer steps.
     on_train_batch_end
-        At an event of the schedule, masks the units of the lowest averages, more and more; what is masked stays so.
+        At each event of the schedule, masks the units with the lowest averages, more each time; masked units stay
+        masked.
     on_train_end
-        Masks what the schedule had still before it, where the fit ended early.
+        Masks whatever the schedule had not yet reached if the fit ended early.
     on_fit_end
-        Takes the masked units out of the base and of the adapters, and compensates if asked to.
+        Removes the masked units from the base and the adapters, and compensates if asked to.
     on_exception
-        Looks at nothing any more: the module may be fitted again.
+        Stops observing gradients, so that the module can be fitted again.
     state_dict, load_state_dict
-        The averages and the share of the way that is gone, in a checkpoint.
+        Keep the averages and the share of the pruning that is done in a checkpoint.
 
     Args:
-        ratio: share of all parameters of the model, as it comes, to remove, in (0, 1).
-        criterion: gradients that score: ``lora`` for those of the adapters; ``gradient`` for those of the weights
-            themselves, unclipped, at the memory of one float32 gradient for each weight, as a standard to compare with.
-        variant: how an element's gradient and weight make a score; see `qpruner.pruning.lora_guided`.
-        decay: share of the moving average that stays at each step, in [0, 1).
-        schedule: at which steps units are masked, and how many.
-        selection: how layers share what is removed. Layers do not compete without the option: these scores are of first
-            order and misjudge KV groups against channels, most of all on large models.
-        compensation: what the weights that stay make up for at the end of the fit, against the model with its adapters
-            and without masks; see `StructuredPruning`. The base must not be packed.
-        compensation_text: calibration text of the compensation.
+        ratio: share of all parameters of the incoming model to remove, in (0, 1).
+        criterion: gradients used for scoring: ``lora`` for those of the adapters; ``gradient`` for those of the weights
+            themselves, unclipped, at the memory cost of one float32 gradient per weight, as a reference to compare
+            with.
+        variant: how an element's gradient and weight are combined into a score; see `qpruner.pruning.lora_guided`.
+        decay: share of the moving average that is retained at each step, in [0, 1).
+        schedule: schedule of the steps at which units are masked, and of how many.
+        selection: how the removal is distributed over layers. By default layers do not compete: these scores are
+            first-order and misjudge KV groups relative to channels, most of all on large models.
+        compensation: what the remaining weights compensate for at the end of the fit, relative to the model with its
+            adapters and without masks; see `StructuredPruning`. The base must not be packed.
+        compensation_text: calibration text for the compensation.
 
     Raises:
-        UserError: a ratio that no legal widths reach, an unsupported model family, adapters on no linear of a kind of
-            unit, a schedule longer than the fit, or no step before an event whose gradients are finite.
+        UserError: a ratio that no legal widths reach, an unsupported model family, a kind of unit without adapters on
+            any of its linears, a schedule longer than the fit, or no step with finite gradients before an event.
     """
 
     leaves = "pruned in training"
@@ -178,14 +179,14 @@ class LoRAGuidedPruning(CompressionInTraining):
             for supply in self.gradual.dense
         ]
         self._average = MovingAverage(self.decay, zeros)
-        self._last_scores: list[LayerScores] | None = None  # of the event before
-        self._share = 0.0  # of the way that is gone
-        self._step = 0  # optimizer steps that were looked at
+        self._last_scores: list[LayerScores] | None = None  # of the previous event
+        self._share = 0.0  # of the pruning that is done
+        self._step = 0  # optimizer steps seen so far
         self._weights: WeightGradients | None = None
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         module = expect_holder(pl_module)
-        if module.compressed.masks is None:  # else they come from a checkpoint
+        if module.compressed.masks is None:  # otherwise they come from a checkpoint
             module.compressed.mask(
                 [(list(range(s.kv_groups)), list(range(s.ffn_channels))) for s in self.gradual.dense]
             )
@@ -232,7 +233,7 @@ class LoRAGuidedPruning(CompressionInTraining):
             self._prune(trainer, expect_holder(pl_module), 1.0)
 
     def _prune(self, trainer: Trainer, module: HoldsModel, share: float) -> None:
-        """Masks the units that are not to stay at a share of the way."""
+        """Masks the units that must be gone once a given share of the pruning is done."""
         if self._average.steps == 0:
             raise UserError(
                 f"The gradients of all {self._average.skipped} steps so far were not finite, so that nothing says "
@@ -248,7 +249,7 @@ class LoRAGuidedPruning(CompressionInTraining):
             same = agreement(alive, kept, self.gradual.keep(self._last_scores, alive, share))
         module.compressed.mask(kept)
         self._last_scores, self._share = scores, share
-        if share == 1:  # nothing asks for scores any more
+        if share == 1:  # scores are no longer needed
             self._observing.close()
         event = PruningEvent(trainer.global_step, self.gradual, kept, scores, same, self._average.skipped)
         rank_zero_info(event.line)

@@ -1,4 +1,4 @@
-"""Trains scales and minima of the quantized base, before adapters recover what is left to win back."""
+"""Trains scales and minima of the quantized base, before adapters recover what quality they can."""
 
 from typing import Any
 
@@ -15,13 +15,13 @@ from qpruner.training.sharding import is_sharded
 
 
 class GridPolishing(CompressionInTraining):
-    """Lets a fit train scales and minima of the packed linears, in place of the adapters, while codes stay.
+    """Makes a fit train the scales and minima of the packed linears instead of the adapters; the codes stay fixed.
 
-    The model gets no larger and no slower by it. Adapters stay as they start and act all the same: with
+    This makes the model neither larger nor slower. The adapters keep their initial values but still take effect: with
     ``loftq_iterations: 0`` they are zero, and a further phase trains them. Loss, learning rate and length are those of
-    the fit; a rate of 1e-3 moves the outermost values of a group by about a thousandth of their distance in a step.
-    Linears in formats without a grid, the embedding and the head stay as they are. Stands behind
-    `MixedPrecisionQuantization`, or alone where the base comes quantized.
+    the fit; a rate of 1e-3 moves the outermost values of a group by about a thousandth of their distance per step.
+    Linears in formats without a grid, the embedding and the head stay as they are. It comes after
+    `MixedPrecisionQuantization`, or is used alone if the base is already quantized.
 
     ```yaml
     trainer:
@@ -32,14 +32,14 @@ class GridPolishing(CompressionInTraining):
     ```
 
     With ``model.distillation: {logits: 0, hidden: 1, cross_entropy: 1}`` the loss is the error of the last hidden state
-    beside the labels. See `qpruner.quantization.polishing` for what is trained.
+    in addition to that of the labels. See `qpruner.quantization.polishing` for what is trained.
 
     setup
         Makes sure that there are scales and minima to train, and asks the module to train them.
     on_fit_end
-        Rounds them to what their formats store, so that they are a part of the base, which is then kept anew.
+        Rounds them to what their formats can store, so that they become part of the base, which is then saved anew.
     on_exception
-        Lets go of what was trained: the module may be fitted again.
+        Discards what was trained, so that the module can be fitted again.
 
     Raises:
         UserError: no linear of the base is in a number format that has a grid.
@@ -77,7 +77,7 @@ class GridPolishing(CompressionInTraining):
         module = expect_holder(pl_module)
         if module.trains_grids:
             if is_sharded(module.compressed.network):
-                module.release()  # not every process meets an error, and one alone cannot make it whole
+                module.release()  # not every process may have failed, and one alone cannot gather the model
             else:
                 module.compressed.settle(polished=False)
             module.trains_grids = False

@@ -1,4 +1,4 @@
-"""Writes what `predict` finds, in the order of the data."""
+"""Writes the results of `predict`, in the order of the data."""
 
 import json
 import math
@@ -16,19 +16,19 @@ from qpruner.files import write_text
 class PredictionsWriter(Callback):
     """Gathers the records of all ranks at the end of a prediction and writes them as JSON lines.
 
-    ``qpruner predict`` has it without being told; from Python::
+    ``qpruner predict`` adds it by default; from Python::
 
         Trainer(callbacks=[PredictionsWriter(Path("predictions.jsonl"))]).predict(module, datamodule=data)
 
     on_predict_start
-        Forgets what an earlier prediction said.
+        Discards the records of an earlier prediction.
     on_predict_batch_end
-        Takes the records of the batch.
+        Collects the records of the batch.
     on_predict_end
         Writes the records of all ranks, in the order of the data.
 
     Args:
-        path: file that is written; it appears whole at the end.
+        path: file to write; it appears at the end, complete.
     """
 
     def __init__(self, path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Makes the base narrower before the fit that recovers it."""
+"""Narrows the base before the fit that recovers it."""
 
 import hashlib
 from dataclasses import asdict
@@ -34,21 +34,23 @@ class StructuredPruning(CompressionInSetup):
     ```
 
     setup
-        Scores the units, narrows the base and lets the weights that stay make up for what went, once: where the base
-        comes from the folder that it is kept in, nothing is done and the dense model is not needed. With several
-        devices each works on its share of the micro-batches, the first decides, and all keep the same.
+        Scores the units, narrows the base and compensates the remaining weights for what was removed. This happens
+        once: if the base is loaded from the folder it was saved in, nothing is done and the dense model is not needed.
+        With several devices, each works on its share of the micro-batches, the first decides, and all keep the same
+        units.
 
     Args:
         ratio: share of all parameters to remove, in (0, 1).
-        criterion: how a unit is scored; see `qpruner.pruning.criteria`.
-        aggregate: what a unit's coupled weights make together.
+        criterion: criterion by which units are scored; see `qpruner.pruning.criteria`.
+        aggregate: how the scores of a unit's coupled weights are combined.
         rounds: number of times that units are scored and removed, at least 1; later rounds score the model that earlier
             ones left.
-        selection: how layers share what is removed.
-        calibration: calibration text for criteria that need one.
-        compensation: what the weights that stay make up for after each round: nothing, what each linear lost by itself,
-            or also what the layers before it got wrong; see `qpruner.pruning.compensation`.
-        compensation_text: calibration text of the compensation; more tokens than a layer has FFN channels.
+        selection: how the removal is distributed over layers.
+        calibration: calibration text for criteria that need it.
+        compensation: what the remaining weights compensate for after each round: nothing, the loss within each linear,
+            or also the errors of the preceding layers; see `qpruner.pruning.compensation`.
+        compensation_text: calibration text for the compensation; it must have more tokens than a layer has FFN
+            channels.
 
     Raises:
         UserError: a ratio that no legal widths reach, an unsupported model family, no room on the device, too little
@@ -81,7 +83,7 @@ class StructuredPruning(CompressionInSetup):
         self.compensating = Compensating(compensation, compensation_text)
 
     def check(self, rehearsal: Rehearsal) -> None:
-        """Finds, before any work, what the options ask and cannot be had.
+        """Checks, before any work, that the options can be satisfied.
 
         Raises:
             UserError: a ratio that no legal widths reach, or too little text.
@@ -135,7 +137,7 @@ class StructuredPruning(CompressionInSetup):
         rank_zero_info(describe(plan, before, Size.of(model.network), asked, self.selection.leave_alone))
 
     def _calibration(self, job: CompressionJob) -> Calibration | None:
-        """This device's share of the text, with the model moved to the device; None where no text is needed."""
+        """This device's share of the text, with the model moved to the device; None if no text is needed."""
         if not needs_text(self.criterion):
             return None
         return calibration_of(
@@ -144,23 +146,24 @@ class StructuredPruning(CompressionInSetup):
 
 
 class PlannedPruning(CompressionInSetup):
-    """Narrows the base and orders what stays as a plan says, instead of making one: no scores.
+    """Narrows the base, and orders the remaining units, as a given plan says; it computes no scores.
 
-    From Python, or by ``qpruner fit --plan plan.json``, which puts it in the place of what decides on a compression::
+    From Python, or by ``qpruner fit --plan plan.json``, where it replaces the callbacks that decide on a compression::
 
         Trainer(callbacks=[PlannedPruning(CompressionPlan.read(Path("plan.json")))])
 
     setup
-        Narrows the base, once; one that comes from the folder that it is kept in is narrow already.
+        Narrows the base, once; a base loaded from the folder it was saved in is narrow already.
 
     Args:
-        plan: plan that is carried out, as far as it says which units stay and in which order, in which order the
-            channels of the hidden states come, and what ranks adapters have.
-        compensation: what the weights that stay make up for; see `StructuredPruning`.
-        compensation_text: calibration text of the compensation.
+        plan: plan to carry out, as far as it says which units stay and in which order, in which order the channels of
+            the hidden states come, and what ranks adapters have.
+        compensation: what the remaining weights compensate for; see `StructuredPruning`.
+        compensation_text: calibration text for the compensation.
 
     Raises:
-        UserError: the plan is for a model of another shape or orders what cannot be ordered, or too little text.
+        UserError: the plan is for a model of another shape or reorders what cannot be reordered, or there is too little
+            text.
     """
 
     leaves = State.PRUNED
@@ -176,14 +179,14 @@ class PlannedPruning(CompressionInSetup):
 
     @classmethod
     def of_plan(cls, plan: CompressionPlan, compensating: Compensating | None) -> Self:
-        """What carries a plan out, with the compensation of the callback that would have made one, if any."""
+        """The callback that carries out a plan, with the compensation of the one that would have made it, if any."""
         return cls(plan) if compensating is None else cls(plan, compensating.how, compensating.text)
 
     def check(self, rehearsal: Rehearsal) -> None:
-        """Finds, before any work, whether the plan is for another model.
+        """Checks, before any work, that the plan is for this model.
 
         Raises:
-            UserError: it is.
+            UserError: it is for another model.
         """
         self.plan.check(architecture_of(rehearsal.model.config), None)
         if self._prunes:
@@ -211,7 +214,7 @@ class PlannedPruning(CompressionInSetup):
         if self._prunes:
             self.compensating.begin(model, job.data)
         if self.plan.hidden is not None:
-            model.reorder(self.plan.hidden)  # before the dense model is remembered, which it is compared with
+            model.reorder(self.plan.hidden)  # before the dense model, which the result is compared with, is remembered
         dense = self.compensating.remember(model) if self._prunes else None
         model.rank_adapters(self.plan.ranks)
         model.prune([(list(layer.kv_groups), list(layer.ffn_channels)) for layer in self.plan.layers])

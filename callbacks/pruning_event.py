@@ -1,4 +1,4 @@
-"""What an event of pruning in training says, to the log and to TensorBoard."""
+"""What is reported about a pruning event during training, in the log and on TensorBoard."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -15,14 +15,15 @@ from qpruner.pruning.selection import Kept
 
 @dataclass(frozen=True)
 class PruningEvent:
-    """One event.
+    """One pruning event.
 
     Args:
-        step: number of optimizer steps that were made.
+        step: number of optimizer steps taken so far.
         gradual: how the fit prunes.
-        kept: [layers], places of the KV groups and FFN channels that are alive after it.
-        scores: scores of all units by which they were chosen, [layers].
-        agreement: share of the units that went now that the scores of the event before would have sent, too.
+        kept: [layers], indices of the KV groups and FFN channels that are alive after the event.
+        scores: [layers], scores of all units, by which the kept ones were chosen.
+        agreement: share of the units removed at this event that the scores of the previous event would have removed,
+            too.
         skipped: number of steps so far whose gradients were not finite.
     """
 
@@ -35,7 +36,7 @@ class PruningEvent:
 
     @property
     def shares(self) -> tuple[float, float]:
-        """Share that is gone of all parameters, and of those of the decoder linears."""
+        """Share of all parameters that has been removed, and share of those of the decoder linears."""
         removed = self.gradual.removed(self.kept)
         return removed / self.gradual.total, removed / self.gradual.in_linears
 
@@ -53,7 +54,7 @@ class PruningEvent:
 
     @rank_zero_only
     def log(self, loggers: Iterable[Logger]) -> None:
-        """Shares of all and of each layer, and on TensorBoard histograms of the living units' scores."""
+        """Logs the overall shares and those of each layer, and on TensorBoard histograms of the alive units' scores."""
         of_all, of_linears = self.shares
         values = {
             "pruning/ratio": of_all,

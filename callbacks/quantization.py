@@ -1,4 +1,4 @@
-"""Quantizes the base before the fit that recovers it, and starts the adapters from what rounding left."""
+"""Quantizes the base before the fit that recovers it, and starts the adapters from the rounding error."""
 
 from collections.abc import Mapping, Sequence, Set
 from dataclasses import asdict
@@ -30,13 +30,13 @@ Bits = int | Sequence[int] | Mapping[str, int] | Sequence[Mapping[str, int]]
 
 
 class MixedPrecisionQuantization(CompressionInSetup):
-    """Holds each unit of the base in its number of bits, and initialises the adapters by LoftQ (arXiv 2310.08659).
+    """Quantizes each unit of the base to its number of bits, and initialises the adapters by LoftQ (arXiv 2310.08659).
 
-    Offered are 1, 2, 3, 4, 5, 6, 8 and 16 bits. 4 bits are NF4 in blocks that share a scale, 8 bits integers with a
-    scale a row, 16 bits leave a unit as it is; the others are values at equal distances, with a scale and a minimum for
-    each group of weights (``affine-double``). Units are what serving engines fuse: ``qkv``, ``o``, ``gate_up``,
-    ``down``. The embedding and the head stay as they are unless told; LoftQ does not act on them. Stands behind the
-    callback that prunes.
+    1, 2, 3, 4, 5, 6, 8 and 16 bits are available. 4 bits are NF4 in blocks that share a scale, 8 bits are integers with
+    one scale per row, and 16 bits leave a unit as it is; the others are uniformly spaced values, with a scale and a
+    minimum for each group of weights (``affine-double``). Units are the linears that serving engines fuse: ``qkv``,
+    ``o``, ``gate_up``, ``down``. The embedding and the head stay as they are by default; LoftQ does not act on them.
+    The callback comes after the one that prunes.
 
     ```yaml
     trainer:
@@ -48,39 +48,39 @@ class MixedPrecisionQuantization(CompressionInSetup):
     ```
 
     setup
-        Decides on the bits where there is a budget, quantizes the base and leaves what adapters start from, once: a
-        base that comes quantized from the folder that it is kept in stays as it is.
+        Decides on the bits if there is a budget, quantizes the base and stores the initial values of the adapters. This
+        happens once: a base loaded quantized from the folder it was saved in stays as it is.
     on_fit_start
-        Removes the bank that sensitivities were measured with and the layers that were rounded by text; the quantized
-        base is kept by now.
+        Removes the bank that sensitivities were measured with and the layers that were rounded with calibration text;
+        the quantized base has been saved by now.
 
     Args:
         bits: one number for all units; or a number for each layer; or one for each unit, as a mapping; or such a
-            mapping for each layer. Default 4. Without a budget only.
-        formats: number formats by their bits, such as ``{4: affine}``, where they shall be others: ``nf4``, ``fp4`` (4
-            bits), ``int8`` (8 bits), ``affine`` (1 to 6 and 8 bits), ``symmetric`` (2 to 6 and 8 bits); ``-double``
-            behind a name other than ``int8`` quantizes the scales, too.
-        group: number of weights that share a scale; 32, 64 or 128, in 4 bits by ``nf4`` and ``fp4`` up to 1024, and -1,
-            a whole row, by ``affine`` and ``symmetric``. ``int8`` always has a scale a row.
-        loftq_iterations: number of alternating steps of LoftQ, at least 0; with 0 the adapters start from zero, as
-            plain LoRA. Beside ``calibrated``, whose ``adapters`` say how they start, only whether it is 0 counts.
-        embedding: bits of a weight of the token embedding.
-        head: bits of a weight of the language-model head, those of the embedding where both are tied.
-        allocation: how bits are shared out under a budget: ``uniform``, all units get the widest that it buys for all;
-            ``mutual_information``, by what a layer's output tells about the prediction (QPruner, arXiv 2412.11629);
-            ``sensitivity``, by what it costs to quantize each layer alone; ``marginal``, by what that costs on average
-            while the others have random bits, too.
-        budget: what may be stored; with one, the bits are decided here.
+            mapping for each layer. Default 4. Only without a budget.
+        formats: number formats by their bits, such as ``{4: affine}``, to use instead of the default ones: ``nf4``,
+            ``fp4`` (4 bits), ``int8`` (8 bits), ``affine`` (1 to 6 and 8 bits), ``symmetric`` (2 to 6 and 8 bits); the
+            suffix ``-double`` on a name other than ``int8`` quantizes the scales, too.
+        group: number of weights that share a scale: 32, 64 or 128; for ``nf4`` and ``fp4`` in 4 bits up to 1024; for
+            ``affine`` and ``symmetric`` also -1, a whole row. ``int8`` always has one scale per row.
+        loftq_iterations: number of alternating steps of LoftQ, at least 0; with 0 the adapters start from zero, as in
+            plain LoRA. With ``calibrated``, whose ``adapters`` says how they start, only whether this is 0 matters.
+        embedding: bits per weight of the token embedding.
+        head: bits per weight of the language-model head; those of the embedding if the two are tied.
+        allocation: how bits are allocated under a budget: ``uniform``, all units get the largest width that the budget
+            allows for all; ``mutual_information``, by how much a layer's output tells about the prediction (QPruner,
+            arXiv 2412.11629); ``sensitivity``, by the cost of quantizing each layer alone; ``marginal``, by the average
+            of this cost while the others have random bits, too.
+        budget: limit on what is stored; if given, the bits are decided here.
         deciding: how bits are decided under a budget.
-        calibrated: how weights are rounded by text, in formats that have a grid, which 4 bits then have by default;
-            left out, each weight goes to its nearest value. ``sensitivity`` and ``marginal`` measure what linears cost
-            that are rounded by text, too, and trials of a search have such linears.
+        calibrated: how weights are rounded with calibration text, in formats that have a grid, which 4 bits then use by
+            default; if omitted, each weight is rounded to its nearest value. ``sensitivity`` and ``marginal`` then
+            measure the cost of linears rounded in this way, too, and the trials of a search use such linears.
 
     Raises:
-        UserError: bits, formats or groups that are not offered, bits beside a budget or an allocation without one, tied
-            embedding and head of different bits, a list of another length than the layers, a budget below the cheapest
-            plan, rounding by text in formats without a grid alone, too little calibration text, a callback that prunes
-            behind this one, or a LoRA rank above that of a linear.
+        UserError: bits, formats or groups that are not available, bits together with a budget or an allocation without
+            one, different bits for a tied embedding and head, a list whose length is not the number of layers, a budget
+            below the cheapest plan, calibrated rounding without any format that has a grid, too little calibration
+            text, a callback that prunes after this one, or a LoRA rank above that of a linear.
     """
 
     leaves = State.QUANTIZED
@@ -98,7 +98,7 @@ class MixedPrecisionQuantization(CompressionInSetup):
         deciding: DecidingConfig = DecidingConfig(),  # noqa: B008  # frozen
         calibrated: CalibratedConfig | None = None,
     ) -> None:
-        # NF4 has no grid, by which text could round.
+        # NF4 has no grid that calibrated rounding could use.
         self.formats = ({} if calibrated is None else {4: "affine-double"}) | dict(formats or {})
         self.group = group
         for width in self.formats:
@@ -141,7 +141,7 @@ class MixedPrecisionQuantization(CompressionInSetup):
 
     @classmethod
     def of_plan(cls, plan: CompressionPlan, configured: "MixedPrecisionQuantization | None") -> Self:
-        """Quantizes to the precisions of a plan, with the LoftQ and text of what was configured, if anything was."""
+        """Quantizes to the precisions of a plan, with the LoftQ and calibration options configured, if any."""
         callback = cls()
         if configured is not None:
             callback = cls(loftq_iterations=configured.loftq_iterations, calibrated=configured.calibrated)
@@ -149,12 +149,13 @@ class MixedPrecisionQuantization(CompressionInSetup):
         return callback
 
     def check(self, rehearsal: Rehearsal) -> None:
-        """Finds, before any work, what the options ask and cannot be had.
+        """Checks, before any work, that the options can be satisfied.
 
         Raises:
-            UserError: as many bits as the model has no layers, tied embedding and head of different bits, a budget
-                below the cheapest plan, a LoRA rank above that of a linear, a precision of a plan that no format
-                offers, rounding by text to no format with a grid, or by less of it than the widest linear needs.
+            UserError: a list of bits whose length is not the number of layers, different bits for a tied embedding and
+                head, a budget below the cheapest plan, a LoRA rank above that of a linear, a precision of a plan that
+                no format offers, or calibrated rounding without a format that has a grid or with less text than the
+                widest linear needs.
         """
         config = rehearsal.model.config
         table_precisions(config, **self.tables)
@@ -174,7 +175,7 @@ class MixedPrecisionQuantization(CompressionInSetup):
             check_rank(rehearsal.model, starts_of(rehearsal.model, plan, settings))
         if self.calibrated is not None:
             refuse_experts(rehearsal.model, CALIBRATED, "the nearest values: leave calibrated out")
-            if self.plan is None:  # which says the formats; some have what others lack
+            if self.plan is None:  # a plan names its formats itself, and only some have a grid
                 _check_grids({*units} if self.allocator is None else {*self.allocator.precisions})
             self.calibrated.check_text(_widest_input(rehearsal.model, plan))
 
@@ -191,7 +192,7 @@ class MixedPrecisionQuantization(CompressionInSetup):
         """The precision of each unit of each layer.
 
         Raises:
-            UserError: bits for another number of layers.
+            UserError: the list of bits is for another number of layers.
         """
         if self.plan is not None:
             return [dict(layer.precision) for layer in self.plan.layers]
@@ -219,14 +220,14 @@ class MixedPrecisionQuantization(CompressionInSetup):
 
     @property
     def tables(self) -> dict[str, Precision]:
-        """The precisions of embedding and head, by these names."""
+        """The precisions of the embedding and the head, by the names ``embedding`` and ``head``."""
         if self.plan is not None:
             return {"embedding": self.plan.embedding, "head": self.plan.head}
         return {name: self._offered(name, getattr(self, name)) for name in ("embedding", "head")}
 
     @property
     def start_of_adapters(self) -> str:
-        """What adapters start from, where not from zero."""
+        """What adapters start from, if not from zero."""
         return "LoftQ" if self.calibrated is None else "adapters"
 
     @property
@@ -284,7 +285,7 @@ class MixedPrecisionQuantization(CompressionInSetup):
     ) -> None:
         network = job.model.network
         config.check_text(_widest_input(network, plan))
-        job.keep()  # what is rounded names the base that it is made from
+        job.keep()  # the rounded layers name the base that they are made from
         calibration = calibration_of(network, job.data, config.text, job.processes, CALIBRATED)
         made_from = {
             "base": job.model.identity,
@@ -300,15 +301,15 @@ class MixedPrecisionQuantization(CompressionInSetup):
         rank_zero_info(str(job.model.quantize_by_text(plan, config, adapters, calibration, layers)))
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if trainer.is_global_zero:  # the compressed base is kept by now
+        if trainer.is_global_zero:  # the compressed base has been saved by now
             drop_scaffolding(self.folder)
 
 
 def _check_grids(precisions: Set[Precision]) -> None:
-    """Makes sure that there is something to round by text.
+    """Makes sure that there is something for calibrated rounding to do.
 
     Raises:
-        UserError: no format of these has a grid.
+        UserError: none of the formats has a grid.
     """
     formats = {precision.format: format_for(precision) for precision in precisions if precision != DENSE}
     if not any(isinstance(number_format, GridFormat) for number_format in formats.values()):
@@ -321,6 +322,6 @@ def _check_grids(precisions: Set[Precision]) -> None:
 
 
 def _widest_input(model: Any, plan: CompressionPlan) -> int:
-    """The largest number of inputs of the linears that a plan packs; 0 where it packs none."""
+    """The largest number of inputs of any linear that a plan packs; 0 if it packs none."""
     packed = [name for name, precision in linear_precisions(model, plan).items() if precision != DENSE]
     return max((model.get_submodule(name).in_features for name in packed), default=0)

@@ -27,35 +27,35 @@ from qpruner.training.sharding import is_sharded, splits
 
 
 class ResultNotFinite(NotFinite):
-    """Stops a fit whose numbers were finite and whose result is of no use all the same."""
+    """Stops a fit whose numbers stayed finite but whose result is unusable all the same."""
 
 
 class RunReport(Callback):
     """Evaluates the model on the test split before and after the fit.
 
-    A run has it without being told. It stands before every callback that changes the model, with a `MeasuredStage`
-    behind each that does so in ``setup``, and a `MeasuredEnd` behind all of them, which measures what the fit made of
-    the model. Each stage goes into ``summary.json``. Without a test split the rows stay without a perplexity.
+    A run adds it by default. It comes before every callback that changes the model. Each callback that does so in
+    ``setup`` is followed by a `MeasuredStage`, and all of them by a `MeasuredEnd`, which measures the model after the
+    fit. Each stage is recorded in ``summary.json``. Without a test split the rows have no perplexity.
 
     setup
-        Of a fit: records the manifest and measures the dense model, unless an earlier session of the run did.
+        In a fit: records the manifest, and measures the dense model unless an earlier session of the run did.
     on_fit_start
-        Measures the base with adapters that start from what rounding left, and writes ``plan.json``.
+        Measures the base with adapters that start from the rounding error, and writes ``plan.json``.
     on_train_start, on_train_end
-        Seconds and peak memory of training.
+        Measure the seconds and the peak memory of training.
     on_save_checkpoint, on_load_checkpoint
-        Carry these two over to a session that goes on.
+        Carry these two numbers over to a session that resumes the fit.
 
     Args:
-        folder: folder of the run, in the phase of the fit.
-        phase: number of the fit in the run, from 1.
+        folder: folder of the run, set to the phase of this fit.
+        phase: number of this fit within the run, from 1.
     """
 
     def __init__(self, folder: RunFolder, phase: int = 1) -> None:
         self.folder = folder
         self.phase = phase
-        self._seconds = 0.0  # of training in sessions that are over
-        self._peak: int | None = None  # of training in sessions that are over
+        self._seconds = 0.0  # of training in finished sessions
+        self._peak: int | None = None  # of training in finished sessions
         self._since: float | None = None  # when training began in this session; None while nothing trains
         self._measured = 0.0  # when the last stage was measured
 
@@ -78,7 +78,7 @@ class RunReport(Callback):
                 ],
                 devices=f"{trainer.world_size} x {trainer.strategy.root_device.type}",
             )
-        if module.compressed.base_state is State.DENSE:  # else an earlier session has measured it before
+        if module.compressed.base_state is State.DENSE:  # otherwise an earlier session has already measured it
             self.measure(trainer, "dense", seconds=loading)
 
     def measure(self, trainer: Trainer, name: str, *, seconds: float | None = None) -> None:
@@ -87,7 +87,7 @@ class RunReport(Callback):
         Args:
             trainer: Trainer of the fit.
             name: name of the stage.
-            seconds: seconds that it took to reach the stage; by default the time since the stage before was measured.
+            seconds: seconds that it took to reach the stage; by default the time since the previous stage was measured.
         """
         name = self._titled(name)
         if name not in self._measured_stages(trainer):
@@ -121,7 +121,7 @@ class RunReport(Callback):
         self._since = None
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        # In the checkpoint rather than in `state_dict`, which is not told the device.
+        # In the checkpoint rather than in `state_dict`, which does not know the device.
         seconds, peak = self._trained(trainer.strategy.root_device)
         checkpoint["run_report"] = {"seconds": seconds, "peak": peak}
 
@@ -130,10 +130,10 @@ class RunReport(Callback):
         self._seconds, self._peak = state["seconds"], state["peak"]
 
     def end(self, trainer: Trainer) -> None:
-        """Measures what the fit made of the model.
+        """Measures the model that the fit has produced.
 
         Raises:
-            ResultNotFinite: its loss or accuracy is not finite; on all ranks.
+            ResultNotFinite: the model's loss or accuracy is not finite; raised on all ranks.
         """
         module, _ = _expect(trainer, trainer.lightning_module)
         in_training = [callback for callback in compressing(trainer) if isinstance(callback, CompressionInTraining)]
@@ -159,7 +159,7 @@ class RunReport(Callback):
         return name if self.phase == 1 else f"{name} (phase {self.phase})"
 
     def _trained(self, device: torch.device) -> tuple[float, int | None]:
-        """Seconds and peak of training over all sessions up to now."""
+        """Seconds and peak memory of training over all sessions so far."""
         if self._since is None:
             return self._seconds, self._peak
         peaks = [peak for peak in (self._peak, read_peak(device)) if peak is not None]
@@ -169,7 +169,7 @@ class RunReport(Callback):
         """Measures the model as it is now.
 
         Raises:
-            UserError: its loss or accuracy is not finite, so that it is of no use to the fit.
+            UserError: the model's loss or accuracy is not finite, which makes it useless to the fit.
         """
         module, data = _expect(trainer, trainer.lightning_module)
         device = trainer.strategy.root_device
@@ -192,7 +192,7 @@ class RunReport(Callback):
         return Stage(name, *size, bits, results, seconds, peak_training, read_peak(device))
 
     def _has_room(self, trainer: Trainer, module: LoRAFinetuner, name: str) -> bool:
-        """Whether a model that is yet to be split fits on each device; whole ones are left to the evaluation."""
+        """Whether a model that is yet to be split fits on each device; all others are left to the evaluation."""
         if not splits(trainer.strategy) or is_sharded(module.model):
             return True
         device, lacks = trainer.strategy.root_device, None
@@ -206,15 +206,15 @@ class RunReport(Callback):
         return bool(fits)
 
     def _add(self, trainer: Trainer, stage: Stage) -> None:
-        """Puts a stage into the summary."""
+        """Adds a stage to the summary."""
         if trainer.is_global_zero:
-            others = (other for other in self._stages() if other.name != stage.name)  # of a session that was cut
+            others = (other for other in self._stages() if other.name != stage.name)  # of an interrupted session
             _, data = _expect(trainer, trainer.lightning_module)
             peak_of = peak_meaning(trainer.strategy.root_device)
             Summary(False, data.protocol, peak_of, (*others, stage)).write(self.folder.summary)
 
     def _measured_stages(self, trainer: Trainer) -> list[str]:
-        """Names of the stages that were measured, as rank zero has them: its view of the folder is up to date."""
+        """Names of the stages measured so far, as seen by rank zero, whose view of the folder is up to date."""
         return trainer.strategy.broadcast([stage.name for stage in self._stages()])
 
     def _stages(self) -> tuple[Stage, ...]:
@@ -222,13 +222,13 @@ class RunReport(Callback):
 
 
 class MeasuredStage(Callback):
-    """Measures what the callback before it made of the model.
+    """Measures the model as the preceding callback has left it.
 
     setup
-        Of a fit: evaluates the model on the test split, unless an earlier session of the run did.
+        In a fit: evaluates the model on the test split, unless an earlier session of the run did.
 
     Args:
-        report: report that gets the stage.
+        report: report that receives the stage.
         name: name of the stage in the table.
     """
 
@@ -242,13 +242,13 @@ class MeasuredStage(Callback):
 
 
 class MeasuredEnd(Callback):
-    """Measures what a fit made of the model, behind all callbacks that change it at the end.
+    """Measures the model that a fit has produced, after all callbacks that change it at the end.
 
     on_fit_end
         Evaluates the model on the test split; a result that is not finite is an error.
 
     Args:
-        report: report that gets the stage.
+        report: report that receives the stage.
     """
 
     def __init__(self, report: RunReport) -> None:

@@ -8,19 +8,19 @@ from torch import Tensor
 
 
 class Throughput(Callback):
-    """Logs ``train/tokens_per_second``: tokens of all ranks, without padding, by the time since it was last logged.
+    """Logs ``train/tokens_per_second``: tokens of all ranks, without padding, over the time since the last log.
 
-    A run has it without being told; in a fit without a run::
+    A run adds it by default; in a fit without a run::
 
         Trainer(callbacks=[Throughput()])
 
     on_train_start
-        Begins to count.
+        Starts counting.
     on_train_batch_end
-        Adds the tokens of the batch, and logs every ``log_every_n_steps`` batches; only then the device is waited for.
-        Loading data counts.
+        Adds the tokens of the batch, and logs every ``log_every_n_steps`` batches; only then does it wait for the
+        device. The time of loading data counts.
     on_validation_start, on_validation_end
-        Leave the time of validation out.
+        Exclude the time of validation.
     """
 
     def __init__(self) -> None:

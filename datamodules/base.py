@@ -1,4 +1,4 @@
-"""What all data modules share: tokenized splits, their cache, resumable loaders and calibration sequences."""
+"""What all data modules share: tokenized splits and their cache, resumable loaders, and calibration sequences."""
 
 import copy
 import math
@@ -29,8 +29,8 @@ from qpruner.files import hash_json
 from qpruner.pretrained import load_tokenizer
 from qpruner.seeds import derive_seed
 
-FORMAT = 2  # raised when the same text and options begin to give other rows, so that old caches are left alone
-DEFAULT_POSITIONS = 2048  # of a model that does not say how many it knows, as lm-evaluation-harness assumes
+FORMAT = 2  # raised when the same text and options begin to give different rows, so that old caches are not used
+DEFAULT_POSITIONS = 2048  # of a model that does not say how many it supports, as lm-evaluation-harness assumes
 
 
 @dataclass(frozen=True)
@@ -38,11 +38,12 @@ class LoaderConfig:
     """How rows become batches.
 
     Args:
-        batch_size: rows in a training batch, on each device.
+        batch_size: number of rows in a training batch, on each device.
         eval_tokens_per_batch: most tokens in a batch of validation, test and prediction, padding included, on each
-            device; an example is never taken apart, so that an example of more tokens is a batch of its own. Changes no
-            result.
-        num_workers: processes that prepare batches ahead; 0 prepares them in the training process. Changes no result.
+            device; an example is never split, so an example with more tokens becomes a batch of its own. Does not
+            change any result.
+        num_workers: number of processes that prepare batches ahead of time; 0 prepares them in the training process.
+            Does not change any result.
     """
 
     batch_size: int = 8
@@ -62,17 +63,17 @@ class LoaderConfig:
 class TokenDataModule(LightningDataModule):
     """A data module whose splits are rows of tokens.
 
-    Train fits and calibrates, validation chooses, test is reported. Set ``Trainer(use_distributed_sampler=False)``: the
-    loaders share the rows among the ranks themselves.
+    The training split is for fitting and calibration, the validation split for making choices, and the test split for
+    reported results. Set ``Trainer(use_distributed_sampler=False)``: the loaders themselves distribute the rows over
+    the ranks.
 
     Args:
         tokenizer: folder or hub name of the tokenizer; on the command line that of the model.
-        max_length: tokens in a row, at least 2; longer ones are cut.
+        max_length: most tokens in a row, at least 2; longer rows are truncated.
         loader: how rows become batches.
-        cache_dir: where tokenized splits are kept for the next run; default ``~/.cache/qpruner/tokens``.
-        seed: seed of the training order and of what is drawn for calibration; on the command line
-            ``--seed_everything``.
-        tasks: choice tasks that validation and test bring besides text; None for none.
+        cache_dir: folder in which tokenized splits are kept for the next run; default ``~/.cache/qpruner/tokens``.
+        seed: seed of the training order and of the draws for calibration; on the command line ``--seed_everything``.
+        tasks: choice tasks that validation and test have in addition to text; None for none.
         trust_remote_code: whether code that comes with the tokenizer may run; on the command line that of the model.
 
     Raises:
@@ -99,31 +100,31 @@ class TokenDataModule(LightningDataModule):
         self.tasks = tasks
         self.tokenizer = load_tokenizer(tokenizer, trust_remote_code=trust_remote_code)
         self._prepared: Prepared | None = None
-        self._vocabulary: int | None = None  # tokens that the model knows, once that is told
-        self._positions = DEFAULT_POSITIONS  # positions that the model knows, once that is told
-        self._learned_positions: int | None = None  # length of the model's table of positions, where it has one
+        self._vocabulary: int | None = None  # number of tokens that the model knows, once known
+        self._positions = DEFAULT_POSITIONS  # number of positions that the model supports, once known
+        self._learned_positions: int | None = None  # length of the model's table of positions, if it has one
         self._choices: dict[tuple[Split, int, int], list[ChoiceExamples]] = {}
 
-    # What a data module must say.
+    # What a data module must define.
 
     @abstractmethod
     def options(self) -> dict[str, Any]:
-        """Plain data that, with the tokenizer, determine the rows."""
+        """Plain data that, together with the tokenizer, determine the rows."""
 
     @abstractmethod
     def build(self) -> Prepared:
-        """Reads and tokenizes; called once, then the cache answers."""
+        """Reads and tokenizes the data; called once, after which the cache is used."""
 
     @property
     @abstractmethod
     def protocol(self) -> str:
-        """How text is laid out in rows, as stated beside a perplexity."""
+        """How text is laid out in rows, as stated next to a perplexity."""
 
     def questions(self, split: Split) -> dict[str, tuple[Measure, TaskQuestions]]:
-        """The choice tasks of validation or test, by name: what each is reported by, and its questions.
+        """The choice tasks of validation or test, by name: the measure that each is reported by, and its questions.
 
         Raises:
-            UserError: the files of a task are not as they should be.
+            UserError: the files of a task are invalid.
         """
         if self.tasks is None or split == "train":
             return {}
@@ -143,7 +144,7 @@ class TokenDataModule(LightningDataModule):
         return next((i for i in wanted if i is not None and (self._vocabulary is None or i < self._vocabulary)), 0)
 
     def choices(self, split: Split) -> list[ChoiceExamples]:
-        """The choice tasks of a split as tokens, cut to the positions that the model knows."""
+        """The choice tasks of a split as tokens, truncated to the number of positions that the model supports."""
         key = (split, self._positions, self.pad_token)
         if key not in self._choices:
             self._choices[key] = [
@@ -161,16 +162,17 @@ class TokenDataModule(LightningDataModule):
         return self._choices[key]
 
     def check_model(self, config: Any) -> None:
-        """Hears of the model: makes sure that it has an embedding for every token of the data, and for every position.
+        """Takes note of the model, and makes sure that it has an embedding for every token and position of the data.
 
-        What counts is the tokens of the rows: many tokenizers know a few more than their model, which no text has, and
-        padding is masked, so that any token may stand there.
+        Only tokens that occur in rows count: many tokenizers have a few more tokens than their model, which occur in no
+        text, and padding is masked, so that any token may serve for it.
 
         Args:
             config: configuration of the model.
 
         Raises:
-            UserError: the data have a token that it does not know, or rows longer than its table of positions.
+            UserError: the data contain a token that the model does not know, or rows longer than its table of
+                positions.
         """
         config = config.get_text_config()
         self._learned_positions = learned_positions(config)
@@ -197,13 +199,13 @@ class TokenDataModule(LightningDataModule):
 
     @cached_property
     def key(self) -> str:
-        """The name of the rows in the cache; found once, because it reads the data through."""
+        """The key of the rows in the cache; computed once, because that reads all of the data."""
         return hash_json(
             [FORMAT, type(self).__name__, self.max_length, tokenizer_fingerprint(self.tokenizer), self.options()]
         )
 
     def prepare_data(self) -> None:
-        """Tokenizes into the cache, unless that was done before; Lightning calls it in one process a machine."""
+        """Tokenizes into the cache, unless that was done before; Lightning calls it in one process per machine."""
         path = cache_path(self.cache_dir, self.key)
         if not path.exists():
             store(path, self.build())
@@ -226,14 +228,14 @@ class TokenDataModule(LightningDataModule):
         """The rows of a split.
 
         Raises:
-            UserError: there are no data for it.
+            UserError: there are no data for this split.
         """
         if split not in self.prepared.splits:
             raise UserError(f"There is no {split} data: give --data.init_args.{split}.")
         return TextExamples(self.prepared.splits[split], self.pad_token)
 
     def fingerprint(self) -> dict[str, Any]:
-        """What the manifest of a run says of its data."""
+        """What the manifest of a run records about its data."""
         texts = {
             split: {
                 "rows": len(rows),
@@ -250,12 +252,12 @@ class TokenDataModule(LightningDataModule):
         return texts | tasks
 
     def for_another_trainer(self, seed: int | None = None, *, keep_rows: bool = True) -> Self:
-        """The same data, that no Trainer knows yet; this data module stays as it is.
+        """A copy of the data module that is not attached to a Trainer; this data module stays as it is.
 
         Args:
             seed: seed of the training order; by default that of this data module.
             keep_rows: whether the copy has the rows that this data module has read; otherwise it reads them from the
-                cache, as where it is sent to another process.
+                cache, as it should if it is sent to another process.
         """
         other = copy.copy(self)
         other.trainer = None
@@ -266,10 +268,10 @@ class TokenDataModule(LightningDataModule):
         return other
 
     def train_dataloader(self) -> ResumableLoader:
-        """This rank's loader of the training rows; alone in the world when no Trainer is attached.
+        """This rank's loader of the training rows; that of a single process if no Trainer is attached.
 
         Raises:
-            UserError: the number of micro-batches to an optimizer step changes in the course of the fit.
+            UserError: the number of micro-batches per optimizer step changes during the fit.
         """
         callbacks: list[Any] = self.trainer.callbacks if self.trainer else []  # type: ignore[attr-defined]
         if any(isinstance(callback, GradientAccumulationScheduler) for callback in callbacks):
@@ -291,9 +293,9 @@ class TokenDataModule(LightningDataModule):
         )
 
     def num_steps(self) -> float:
-        """Optimizer steps of the attached Trainer's fit; infinite where only time ends it.
+        """Number of optimizer steps of the attached Trainer's fit; infinite if only time ends it.
 
-        It says what ``Trainer.estimated_stepping_batches`` does, and leaves the Trainer as it is.
+        It gives the same as ``Trainer.estimated_stepping_batches``, and leaves the Trainer as it is.
         """
         assert self.trainer is not None
         most = math.inf if self.trainer.max_steps == -1 else self.trainer.max_steps
@@ -302,7 +304,7 @@ class TokenDataModule(LightningDataModule):
         return min(most, self.train_dataloader().steps * max(self.trainer.max_epochs, 1))
 
     def val_dataloader(self) -> list[EvaluationLoader]:
-        # A fit without validation data is legal; `qpruner validate` without them is not.
+        # A fit is allowed to have no validation data; `qpruner validate` is not.
         if self.trainer and self.trainer.state.fn == "fit" and not self.has("validation"):
             return []
         return self.evaluation_loaders("validation")
@@ -336,18 +338,19 @@ class TokenDataModule(LightningDataModule):
     def calibration(self, num_sequences: int, length: int, rank: int = 0, world_size: int = 1) -> Tensor:
         """This rank's share of the sequences on which scores and error compensation are computed.
 
-        The sequences are the same whatever the number of ranks: drawn without repetition from the training rows that
-        are long enough, each cut at a place of its own, then dealt to the ranks in turn. Where too few rows are long
-        enough, as with short instructions, the training text is run together and cut anew.
+        The sequences do not depend on the number of ranks: they are drawn without replacement from the training rows
+        that are long enough, each is cut out at a random position, and they are dealt to the ranks in turn. If too few
+        rows are long enough, as with short instructions, the training text is concatenated and cut anew.
 
         Args:
-            num_sequences: sequences over all ranks, at least 1.
-            length: tokens in each sequence, at least 2.
-            rank: place of this process among all, from 0.
+            num_sequences: number of sequences over all ranks, at least 1.
+            length: number of tokens in each sequence, at least 2.
+            rank: rank of this process, from 0.
             world_size: number of processes.
 
         Raises:
-            UserError: less training text than that, or sequences longer than the model's table of positions.
+            UserError: there is less training text than that, or the sequences are longer than the model's table of
+                positions.
         """  # [num_sequences / world_size, length] int64
         if num_sequences < 1 or length < 2:
             raise UserError(f"Calibration needs at least 1 sequence of 2 tokens, not {num_sequences} of {length}.")
@@ -376,7 +379,7 @@ class TokenDataModule(LightningDataModule):
 
 
 def position(trainer: Trainer | None) -> tuple[int, int]:
-    """The epoch that the fit of a Trainer is in, and how many of its batches were read."""
+    """The current epoch of a Trainer's fit, and how many of its batches have been read."""
     if trainer is None:
         return 0, 0
     return trainer.current_epoch, trainer.fit_loop.epoch_loop.batch_progress.current.ready

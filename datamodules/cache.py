@@ -1,4 +1,4 @@
-"""Tokenized splits on disk, keyed by everything that they depend on."""
+"""Tokenized splits on disk, keyed by everything on which they depend."""
 
 import json
 import os
@@ -22,7 +22,7 @@ class Prepared:
 
     Args:
         splits: rows of each split that has data.
-        notes: what a person should know of how the splits came about, such as records left out.
+        notes: what the user should know about how the splits were made, such as records left out.
     """
 
     splits: dict[Split, TokenRows]
@@ -38,7 +38,7 @@ def cache_path(directory: Path, key: str) -> Path:
 
 
 def store(path: Path, prepared: Prepared) -> None:
-    """Writes the file whole or not at all.
+    """Writes the file completely or not at all.
 
     Raises:
         UserError: the folder cannot be written.
@@ -49,7 +49,7 @@ def store(path: Path, prepared: Prepared) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         with replacing(path, remedy) as temporary:
             save_file(tensors, temporary, metadata={"notes": json.dumps(prepared.notes)})
-    except (OSError, SafetensorError) as error:  # the second when the folder is not ours
+    except (OSError, SafetensorError) as error:  # the second if the folder is not ours
         raise UserError(
             f"Cannot write the token cache in {str(path.parent)!r} ({error}). Name another folder with "
             f"--data.init_args.cache_dir."
@@ -57,10 +57,10 @@ def store(path: Path, prepared: Prepared) -> None:
 
 
 def load(path: Path) -> Prepared:
-    """Reads what `store` wrote; the tensors are mapped from the file.
+    """Reads what `store` has written; the tensors are memory-mapped from the file.
 
     Raises:
-        UserError: the file is damaged or gone.
+        UserError: the file is damaged or missing.
     """
     try:
         with safe_open(path, framework="pt") as file:

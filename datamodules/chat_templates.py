@@ -1,16 +1,16 @@
-"""Chats as text, laid out by a tokenizer's chat template, and the places of what the assistant says in it.
+"""Chats as text, laid out by a tokenizer's chat template, and where in this text the assistant speaks.
 
 A response is what the model has to write: everything from the end of the generation prompt, which is what the template
-puts after the messages before it when it is asked for a response, up to and including the end-of-turn token. So tool
-calls and the thoughts that the template writes out belong to it, and the header of the turn does not. Where the
-template writes a finished turn otherwise than the generation prompt begins it (DeepSeek-R1 opens a thought there, which
-no finished turn has), the response begins where the two part. White space between the end-of-turn token and the next
-turn is nobody's, nor is what follows the last turn only (Phi-3 puts the end of text there), unless it is what ends it.
-Where a template has ``{% generation %}`` blocks and all that is said stands in them, these are the responses.
+puts after the preceding messages when it is asked for a response, up to and including the end-of-turn token. So tool
+calls and the thoughts that the template writes out belong to it, and the header of the turn does not. If the template
+writes a finished turn differently from how the generation prompt begins it (DeepSeek-R1 opens a thought there, which no
+finished turn has), the response begins where the two diverge. White space between the end-of-turn token and the next
+turn belongs to neither, nor does what follows only the last turn (Phi-3 puts the end of text there), unless it is what
+ends the turn. If a template has ``{% generation %}`` blocks and they contain all that is said, they are the responses.
 
-Templates are programs; nothing is known of them but what they render. What they leave out is found first, see `traces`:
-a chat is not learnt without a call or a text of a response. The places are found by marks, characters that stand in no
-text: one at the end of a message shows where its text comes to stand, among whatever else the template does
+Templates are programs; nothing is known about them except what they render. What they leave out is found first, see
+`traces`: a chat is not learnt if a call or a text of a response is left out. Positions are found with marks, characters
+that occur in no text: one at the end of a message shows where its text ends up, whatever else the template does
 (thoughts left out of earlier turns, tools put before the last of them, a date).
 """
 
@@ -31,9 +31,9 @@ CALLS_LEFT_OUT = "with tool calls, which the chat template leaves out"
 def lay_out(
     tokenizer: Any, conversation: Conversation, *, response_only: bool
 ) -> tuple[str, tuple[Span, ...] | None, tuple[str, ...]]:
-    """The text of a chat, the spans to be scored (none: all of it), and the fields that leave no trace in the text.
+    """The text of a chat, the spans to be scored (None: all of it), and the fields that leave no trace in the text.
 
-    Where only responses are scored, what comes after the last of them is left out.
+    If only responses are scored, what comes after the last of them is left out.
 
     Args:
         tokenizer: tokenizer with a chat template.
@@ -41,8 +41,8 @@ def lay_out(
         response_only: whether only responses are scored, and prompts are not.
 
     Raises:
-        Unusable: the template refuses the chat, leaves out a call or what else a response says, or the responses stand
-            at no place to be found.
+        Unusable: the template refuses the chat, leaves out a call or other text of a response, or the responses cannot
+            be located.
     """
     messages: Sequence[Message] = conversation.messages
     parts = conversation.parts
@@ -58,7 +58,7 @@ def lay_out(
 
     try:
         template = tokenizer.get_chat_template(tools=conversation.variables.get("tools"))
-        if "developer" not in template:  # OpenAI's name for what others call the system
+        if "developer" not in template:  # OpenAI's name for the role that others call system
             messages = [
                 {**message, "role": "system"} if message["role"] == "developer" else message for message in messages
             ]
@@ -72,10 +72,10 @@ def lay_out(
             return text, scored, _ignored(template, render, messages, conversation.variables, text, traces)
     except Unusable:
         raise
-    except Exception as error:  # a template is a program of others, which may fail over a record in any way
+    except Exception as error:  # a template is a foreign program, which may fail on a record in any way
         said = " ".join(str(error).split())[:200] or type(error).__name__
         raise Unusable(f"that the chat template refuses ({said})") from error
-    # What the template writes nothing of is an empty turn, such as thoughts alone where it leaves out thoughts.
+    # A turn of which the template writes nothing is an empty one, such as thoughts alone if it leaves out thoughts.
     spoken = tuple("prompt" if number in silent else part for number, part in enumerate(conversation.parts))
     if "response" not in spoken:
         raise Unusable("without a response of which the chat template writes anything out")
@@ -83,7 +83,7 @@ def lay_out(
 
 
 def _render(render: Render, messages: Sequence[Message]) -> tuple[Sequence[Message], str, Traces]:
-    """The messages as the template takes them, their text, and what of them stands in it."""
+    """The messages in the form that the template accepts, their text, and which parts of them appear in it."""
     first_error: Exception | None = None
     for variant in _variants(messages):
         try:
@@ -100,7 +100,7 @@ def _render(render: Render, messages: Sequence[Message]) -> tuple[Sequence[Messa
 
 
 def _variants(messages: Sequence[Message]) -> Iterator[Sequence[Message]]:
-    """The ways in which templates want calls: arguments as data or as a text, content beside them empty or null."""
+    """The forms in which templates want calls: arguments as data or as text, content next to them empty or null."""
     yield messages
     if any("tool_calls" in message for message in messages):
         yield with_text_arguments(messages)
@@ -127,7 +127,7 @@ def _scored(
     traces: Traces,
     response_only: bool,
 ) -> tuple[Span, ...] | None:
-    """The spans to be scored, or nothing where all of the text is."""
+    """The spans to be scored, or None if all of the text is."""
     if not response_only:
         never = [places.of(number) for number, part in enumerate(parts) if part == "never"]
         return _without([(0, len(places.text))], never) if never else None
@@ -140,7 +140,7 @@ def _scored(
         for number, (message, part) in enumerate(zip(places.messages, parts, strict=True))
         if message["role"] == "assistant" and part != "response"
     ]
-    # The block of another turn goes with all that is in it, such as its header, unless it holds a response as well.
+    # The block of another turn is dropped with all that is in it, such as its header, unless it also has a response.
     kept = [
         (first, last)
         for first, last in blocks
@@ -159,7 +159,7 @@ def _generation_blocks(tokenizer: Any, messages: Sequence[Message], variables: d
 
 
 def _render_as_it_is(tokenizer: Any, messages: Sequence[Message], options: dict[str, Any]) -> tuple[str, list[Span]]:
-    """The render of the very messages, and the spans of its ``{% generation %}`` blocks where options ask for them."""
+    """The render of exactly these messages, and the spans of its ``{% generation %}`` blocks if options ask for it."""
     from transformers.utils.chat_template_utils import render_jinja_template
 
     (text,), spans = render_jinja_template(
@@ -196,7 +196,7 @@ def _ignored(
 
 
 def _without(spans: Sequence[Span], others: Sequence[Span]) -> tuple[Span, ...]:
-    """What is left of spans where others are taken out."""
+    """What is left of spans once others are taken out of them."""
     left = list(spans)
     for first, last in others:
         left = [
@@ -209,7 +209,7 @@ def _without(spans: Sequence[Span], others: Sequence[Span]) -> tuple[Span, ...]:
 
 
 def _mark(message: Message) -> Message:
-    """The message with a mark at the end of what it says: of its last call's name or else of its content."""
+    """The message with a mark at the end of what it says: after the name of its last call, or else its content."""
     if calls := message.get("tool_calls"):
         function = calls[-1]["function"]
         return {
@@ -227,37 +227,37 @@ def _no_place(trait: str) -> Unusable:
 
 
 class _Places:
-    """Where the messages of a chat stand in its ``text``."""
+    """Where the messages of a chat are in its ``text``."""
 
     def __init__(self, tokenizer: Any, render: Render, messages: Sequence[Message], text: str) -> None:
         self.render = render
         self.messages = messages
         self.text = text
         added = tokenizer.added_tokens_decoder.values()
-        # Tokens that swallow the white space after them end where it ends.
+        # Tokens that absorb the white space after them end where it ends.
         self.closing = tuple(token.content for token in added if not token.rstrip)
         longest_first = sorted((re.escape(token.content) for token in added), key=len, reverse=True)
         self.token = re.compile("|".join(longest_first) or "(?!)")
         self.unit = re.compile("|".join([*longest_first, "."]), re.DOTALL)
 
     def of(self, number: int) -> Span:
-        """The span of the response that is message ``number``; its end-of-turn token included.
+        """The span of the response that is message ``number``, including its end-of-turn token.
 
         Raises:
-            Unusable: there is no such place.
+            Unusable: it cannot be located.
         """
         first, last = self._first(number), self._last(number)
         said = self.text[first:last]
         return first, first + len(said.rstrip() if said.rstrip().endswith(self.closing) else said)
 
     def _first(self, number: int) -> int:
-        """Where the generation prompt ends after which message ``number`` was said."""
+        """Where the generation prompt before message ``number`` ends."""
         if number == 0:
             return 0
         prompt = self.render(self.messages[:number], add_generation_prompt=True)
         if self.text.startswith(prompt):
             return len(prompt)
-        # The chat before is written otherwise where more comes after it: look from the end of the last message only.
+        # The preceding chat is written differently when more follows it: only look from the end of its last message.
         place = self._end_of_content(self.messages, number - 1, self.text)
         prompt_place = self._end_of_content(self.messages[:number], number - 1, prompt, add_generation_prompt=True)
         tail = prompt[prompt_place:]
@@ -273,7 +273,7 @@ class _Places:
         return place + len(shared)
 
     def _last(self, number: int) -> int:
-        """Where the turn ends that is message ``number``: from there on, the text depends on what follows."""
+        """Where the turn of message ``number`` ends: from there on, the text depends on what follows."""
         if number + 1 < len(self.messages):
             messages = self.messages[: number + 1]
             other = self.render(messages)
@@ -283,32 +283,32 @@ class _Places:
             messages = [*self.messages, {"role": "user", "content": "?"}]
             try:
                 other = self.render(messages)
-            except Exception:  # as above: some templates let nothing but its result follow a call
+            except Exception:  # as above: some templates allow nothing but its result after a call
                 return len(self.text)
             if other.startswith(self.text):
                 return len(self.text)
-        # Some templates dress the last turn of a chat: Qwen3 puts thoughts before it, Phi-3 the end of text after it.
+        # Some templates treat the last turn specially: Qwen3 puts thoughts before it, Phi-3 the end of text after it.
         place = self._end_of_content(self.messages, number, self.text)
         other_place = self._end_of_content(messages, number, other)
         ending = self._beginning(self.text[place:], other[other_place:])
         place, other_place = place + len(ending), other_place + len(ending)
         token = self.token.match(self.text, place)
         is_open = other_place < len(other) and not self.token.search(ending)
-        return token.end() if token and is_open else place  # gpt-oss ends the last turn in a token of its own
+        return token.end() if token and is_open else place  # gpt-oss ends the last turn with a token of its own
 
     def _end_of_content(self, messages: Sequence[Message], number: int, text: str, **options: Any) -> int:
-        """Where in ``text``, their render, the content of a message ends, or the name of its last call."""
+        """Where in ``text``, the render of the messages, the content of one, or the name of its last call, ends."""
         marked = [*messages]
         marked[number] = _mark(messages[number])
         rendered = self.render(marked, **options)
         if rendered.count(MARK) == 0 or rendered.replace(MARK, "") != text:
             raise _no_place(f"rewrites what the {messages[number]['role']} says")
         count = rendered.count(MARK)
-        if count > 1 and number + 1 < len(messages):  # later turns repeat it, as the results of a call its name
+        if count > 1 and number + 1 < len(messages):  # later turns repeat it, as results of a call do its name
             count = min(count, self.render(marked[: number + 1], **options).count(MARK) or count)
         return rendered.replace(MARK, "", count - 1).index(MARK)
 
     def _beginning(self, text: str, other: str) -> str:
-        """What the two have in common at their start, no token cut in two."""
+        """The common beginning of the two texts, without cutting a token in two."""
         units = self.unit.findall(text[: len(other) + 100])  # no token is longer than that
         return "".join(commonprefix([units, self.unit.findall(other)]))

@@ -1,4 +1,4 @@
-"""Choice tasks from files, and which of their questions choose and which are reported."""
+"""Choice tasks from files, and which of their questions are for making choices and which for reported results."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,25 +10,25 @@ from qpruner.errors import UserError
 from qpruner.files import hash_file, hash_json
 
 Part = Literal["validation", "test", "all"]
-"""Which questions of a task: those that choose, those that are reported, or all."""
+"""Which questions of a task: those for making choices, those for reported results, or all."""
 
 
 @dataclass(frozen=True)
 class ChoiceTasksConfig:
-    """Choice tasks from files, which validation and test bring besides text.
+    """Choice tasks from files, which validation and test have in addition to text.
 
-    ``FOLDER/TASK/`` has files named for their split, such as ``validation.jsonl`` and ``test.jsonl``, in the columns of
-    the hub. Where there is but one of the two, half of its questions choose and the other half are reported, told apart
-    by their content, so that what chooses is never reported.
+    ``FOLDER/TASK/`` has files named after their split, such as ``validation.jsonl`` and ``test.jsonl``, with the
+    columns that the data set has on the hub. If there is only one of the two, half of its questions belong to
+    validation and the other half to test; they are divided by their content, so no question is in both.
 
     Args:
         folder: folder with a folder for each task.
         names: names of the tasks: ``boolq``, ``piqa``, ``hellaswag``, ``winogrande``, ``arc_easy``, ``arc_challenge``,
             ``openbookqa``.
-        items: most questions of a task and split, the first ones in the order of the file; None for all.
+        items: most questions per task and split, the first ones in the order of the file; None for all.
 
     Raises:
-        UserError: no names, a name twice, an unknown one, or ``items`` below 1.
+        UserError: no names, a repeated name, an unknown one, or ``items`` below 1.
     """
 
     folder: str
@@ -51,8 +51,8 @@ class TaskQuestions:
 
     Args:
         questions: questions of the task.
-        names: place of each question in its file, from 0.
-        source: file they were read from, with its SHA-256.
+        names: position of each question in its file, from 0.
+        source: file that the questions were read from, with its SHA-256.
     """
 
     questions: tuple[Question, ...]
@@ -60,7 +60,7 @@ class TaskQuestions:
     source: str
 
     def fingerprint(self) -> dict[str, Any]:
-        """What the manifest of a run says of them."""
+        """What the manifest of a run records about the questions."""
         content = [[each.contexts, each.continuations, each.gold] for each in self.questions]
         return {"questions": len(self.questions), "source": self.source, "sha256": hash_json(content)}
 
@@ -71,11 +71,11 @@ def read_task(folder: Path, name: str, part: Part, items: int | None = None) -> 
     Args:
         folder: folder with a folder for each task.
         name: name of the task.
-        part: part of the questions; ``all`` takes both files where there are two, that of validation first.
-        items: most questions, the first ones; None for all.
+        part: part of the questions; ``all`` takes both files if there are two, that of validation first.
+        items: most questions to read, the first ones; None for all.
 
     Raises:
-        UserError: no such task or file, a record that is no question, or no question for the part.
+        UserError: no such task or file, a record that is not a question, or no question for the part.
     """
     task = find_task(name)
     files = {split: file for split in ("validation", "test") if (file := _file_of(folder / name, split)) is not None}
@@ -110,10 +110,10 @@ def read_task(folder: Path, name: str, part: Part, items: int | None = None) -> 
 
 
 def _checked(question: Question) -> Question:
-    """The question.
+    """The question, once its texts are checked.
 
     Raises:
-        UserError: a text that no tokenizer takes.
+        UserError: it has a text that no tokenizer accepts.
     """
     if not all(map(is_unicode, (*question.contexts, *question.continuations))):
         raise UserError(f"It is a question {NOT_UNICODE}. Mend its text, or leave it out.")
@@ -121,7 +121,7 @@ def _checked(question: Question) -> Question:
 
 
 def _file_of(folder: Path, split: str) -> Path | None:
-    """The file of a task's split: named for it, perhaps with more behind the name."""
+    """The file of a task's split: named after it, perhaps with more after the name."""
     files = sorted(file for file in folder.glob(f"{split}*") if file.is_file() and kind(file))
     if len(files) > 1:
         raise UserError(
@@ -132,5 +132,5 @@ def _file_of(folder: Path, split: str) -> Path | None:
 
 
 def _half(topic: list[str]) -> Part:
-    """The part of the questions on a topic, where both parts share a file."""
+    """The part to which questions on a topic belong if both parts share a file."""
     return "validation" if int(hash_json(topic)[:8], 16) % 2 else "test"

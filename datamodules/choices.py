@@ -1,7 +1,7 @@
-"""Questions as trees of tokens: what the options of a question begin with stands once, and is computed once.
+"""Questions as trees of tokens: the common beginning of a question's options is stored once, and computed once.
 
-Shapes: B questions of a batch, T tokens of the longest, S scored tokens of the one with most, O options of the one with
-most, E questions of a split.
+Shapes: B questions of a batch, T tokens of the longest, S scored tokens of the question with most of these, O options
+of the question with most of these, E questions of a split.
 """
 
 from collections.abc import Sequence
@@ -20,28 +20,28 @@ from qpruner.datamodules.rows import FILLER, Row, TokenRows, round_up
 from qpruner.errors import UserError
 
 NOTHING = -1
-"""The branch of padding, and the option of what is not scored."""
+"""The branch of padding, and the option of targets that are not scored."""
 
 
 @final
 class ChoiceBatch(TypedDict):
-    """Questions, a row each: first the trunk, which all its options begin with, then the rest of each, its branch.
+    """One question per row: first the trunk, with which all options begin, then the rest of each option, its branch.
 
-    A token follows on those of the trunk and on those of its own branch. The last token of an option is predicted from
-    those before it and predicts nothing, so that it is a target alone.
+    A token is preceded by the tokens of the trunk and of its own branch. The last token of an option is predicted from
+    those before it and predicts nothing itself, so it is only a target.
     """
 
     task: str
     measure: Measure
     input_ids: Tensor  # [B, T] int64
-    positions: Tensor  # [B, T] int64, place of a token in the text of its option
+    positions: Tensor  # [B, T] int64, position of a token in the text of its option
     branch: Tensor  # [B, T] int64, 0 in the trunk, o + 1 in the branch of option o, NOTHING on padding
     targets: Tensor  # [B, S] int64, tokens of the continuations
-    sources: Tensor  # [B, S] int64, where in its row the token before a target stands
+    sources: Tensor  # [B, S] int64, position in its row of the token before a target
     options: Tensor  # [B, S] int64, the option that a target belongs to, NOTHING on padding
     lengths: Tensor  # [B, O] int64, characters of each option; 0 where a question has no such option
     example: Tensor  # [B] int64, number of the question in its split; FILLER where the row fills a shard
-    gold: Tensor  # [B] int64, place of the right option
+    gold: Tensor  # [B] int64, index of the right option
 
 
 @dataclass(frozen=True)
@@ -54,11 +54,11 @@ class ChoiceExamples:
         rows: context and continuation of every option, those of a question one after the other; continuations are
             scored.
         first_option: row at which each question begins, [E + 1] int64; the last entry is the number of rows.
-        gold: place of the right option of each question, [E] int64.
-        lengths: characters of each option, [rows] int64.
-        names: name of each question: its place in the file that it came from, [E] int64.
+        gold: index of the right option of each question, [E] int64.
+        lengths: number of characters of each option, [rows] int64.
+        names: name of each question: its position in the file that it came from, [E] int64.
         pad_token: token id to pad with.
-        cut: number of questions with an option that lost tokens at its left to fit into the context of the model.
+        cut: number of questions with an option that was truncated from the left to fit into the context of the model.
     """
 
     task: str
@@ -89,11 +89,12 @@ class ChoiceExamples:
             measure: measure by which the task is reported.
             given: questions of the task.
             tokenizer: tokenizer of the model.
-            max_length: positions that the model knows; an option may have one token more, which is only predicted.
+            max_length: number of positions that the model supports; an option may have one token more, which is only
+                predicted.
             pad_token: token id to pad with.
 
         Raises:
-            UserError: an option that has no tokens of its own, or more than the model can be given.
+            UserError: an option has no tokens of its own, or more than fit into the model.
         """
         questions = given.questions
         pairs = [pair for each in questions for pair in zip(each.contexts, each.continuations, strict=True)]
@@ -129,7 +130,7 @@ class ChoiceExamples:
 
     @cached_property
     def trunks(self) -> Tensor:
-        """Tokens that all options of a question begin with and that none of them is scored on."""  # [E] int64
+        """Number of tokens that all options of a question begin with and that none is scored on."""  # [E] int64
         tokens, offsets = self.rows.tokens.numpy(), self.rows.offsets
         contexts = self.rows.lengths - self.rows.scored_tokens  # continuations are the ends of rows
         trunks = []
@@ -185,7 +186,7 @@ class ChoiceExamples:
         size = trunk
         for number, row in enumerate(options):
             start, end = self.rows.offsets[row : row + 2].tolist()
-            rest = torch.arange(trunk, end - start - 1)  # places in the text of the option
+            rest = torch.arange(trunk, end - start - 1)  # positions in the text of the option
             inputs.append(self.rows.tokens[start + trunk : end - 1])
             positions.append(rest)
             branch.append(torch.full_like(rest, number + 1))

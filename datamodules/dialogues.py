@@ -1,4 +1,4 @@
-"""Records as whole texts, with the places in them that the model is to learn to say."""
+"""Records as whole texts, with the spans of them that the model is to learn to say."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -13,7 +13,7 @@ from qpruner.errors import UserError
 
 Layout = Literal["alpaca", "chat"]
 
-# The prompts of Stanford Alpaca; models tuned on Alpaca data expect them to the letter.
+# The prompts of Stanford Alpaca; models tuned on Alpaca data expect them verbatim.
 WITH_INPUT = (
     "Below is an instruction that describes a task, paired with an input that provides further context. "
     "Write a response that appropriately completes the request."
@@ -30,8 +30,8 @@ class Dialogue:
     Args:
         text: prompt and responses.
         scored: character spans that are targets; None for all of the text.
-        complete: whether the text holds its special tokens itself, as a chat template writes them; otherwise the
-            tokenizer's own go before it and the end-of-text token after it.
+        complete: whether the text itself contains its special tokens, as written by a chat template; otherwise the
+            tokenizer's own are put before it and the end-of-text token after it.
         where: place of the record, for messages.
         unused: fields of the record that left no trace.
     """
@@ -43,7 +43,7 @@ class Dialogue:
     unused: tuple[str, ...] = ()
 
     def ends_in(self, tokens: tuple[str, ...]) -> bool:
-        """Whether something that is scored ends in one of the tokens, but for white space."""
+        """Whether any scored span ends in one of the tokens, ignoring white space."""
         spans = [(0, len(self.text))] if self.scored is None else self.scored
         return any(self.text[first:last].rstrip().endswith(tokens) for first, last in spans)
 
@@ -58,7 +58,7 @@ def to_dialogue(
     learn_chosen: bool = False,
     chat_template_kwargs: Mapping[str, Any] | None = None,
 ) -> Dialogue | str:
-    """The record as one text, or the reason why it cannot be used, which reads after "a record".
+    """The record as one text, or the reason why it cannot be used, phrased so as to follow "a record".
 
     Args:
         record: fields by name, in a format that `InstructionDataModule` lists.
@@ -66,8 +66,8 @@ def to_dialogue(
         where: place of the record, for messages.
         response_only: whether only responses are scored, and prompts are not.
         layout: how instructions are laid out, ``alpaca`` or ``chat``; see `InstructionDataModule`.
-        learn_chosen: whether ``chosen`` is the answer, where a record has it.
-        chat_template_kwargs: variables for the chat template; those of the record go before them.
+        learn_chosen: whether ``chosen`` is the answer if a record has it.
+        chat_template_kwargs: variables for the chat template; those of the record take precedence.
 
     Raises:
         UserError: the record is a chat, and the tokenizer has no chat template.
@@ -93,7 +93,7 @@ def to_dialogue(
 
 
 def _of_instruction(instruction: Instruction, tokenizer: Any, where: str) -> Dialogue:
-    """By the prompt of Alpaca; a system prompt stands where its first sentences do, earlier turns before the last."""
+    """Uses the prompt of Alpaca; a system prompt replaces its first sentences, earlier turns precede the last."""
     end_of_text = tokenizer.eos_token or ""
     text = (instruction.system or (WITH_INPUT if instruction.input else WITHOUT_INPUT)) + "\n\n"
     scored = []

@@ -1,4 +1,4 @@
-"""Reads the records of one file, whatever its format, and counts those that it had to leave out."""
+"""Reads the records of one file, whatever its format, and counts those that had to be left out."""
 
 import bz2
 import csv
@@ -20,7 +20,7 @@ from qpruner.errors import UserError
 
 TEXTUAL = (".txt", ".jsonl", ".ndjson", ".json", ".csv", ".tsv")
 TABLES = (".parquet", ".arrow", ".feather")
-COMPRESSED = (".gz", ".bz2", ".xz", ".zst")  # each behind one of the textual suffixes
+COMPRESSED = (".gz", ".bz2", ".xz", ".zst")  # each after one of the textual suffixes
 READABLE = f"{', '.join((*TEXTUAL, *TABLES))} file (the textual ones also {', '.join(COMPRESSED)})"
 MEANING = {
     ".txt": "is text in UTF-8",
@@ -33,19 +33,19 @@ MEANING = {
     ".arrow": "is a table of Apache Arrow",
     ".feather": "is a table of Apache Arrow",
 }
-UNREADABLE = (  # wrong UTF-8, JSON and tables are ValueErrors; pyarrow does not implement all that a table may use
+UNREADABLE = (  # invalid UTF-8, JSON and tables are ValueErrors; pyarrow does not implement all features of tables
     ValueError, OSError, EOFError, zlib.error, lzma.LZMAError, csv.Error, RecursionError, NotImplementedError,
 )  # fmt: skip
 LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 DELIMITERS = ",;\t|"
 NOT_UNICODE = "with half a surrogate pair, which is no Unicode text"
-ROWS = 1000  # of a table, turned into Python objects at once
+ROWS = 1000  # rows of a table that are turned into Python objects at once
 Record = dict[str, Any]
 
 
 @dataclass
 class Skipped:
-    """Records left out, by reason, with where each reason first applied."""
+    """Records left out, by reason, with the place where each reason first applied."""
 
     counts: Counter[str] = field(default_factory=Counter)
     first: dict[str, str] = field(default_factory=dict)
@@ -60,7 +60,7 @@ class Skipped:
 
 
 def kind(path: Path) -> str:
-    """The suffix that says what is inside, without that of a compression; empty where it cannot be read."""
+    """The suffix that gives the format of a file, without that of a compression; empty if it cannot be read."""
     suffix = path.suffix.lower()
     if suffix in COMPRESSED:
         inner = Path(path.stem).suffix.lower()
@@ -69,14 +69,14 @@ def kind(path: Path) -> str:
 
 
 def read_file(path: Path, skipped: Skipped) -> Iterator[tuple[str, Record]]:
-    """Every record of a file with the place it stands at; a text file is one record with the field ``text``.
+    """Every record of a file with its place in the file; a text file is one record with the field ``text``.
 
     Args:
-        path: path of a file that `kind` knows.
+        path: path of a file whose format `kind` knows.
         skipped: records left out, to which those of this file are added.
 
     Raises:
-        UserError: the file is damaged, not what its name says, or a pointer that stands for it.
+        UserError: the file is damaged, is not what its name says, or is only a pointer to the real file.
     """
     try:
         with path.open("rb") as start:
@@ -96,7 +96,7 @@ def read_file(path: Path, skipped: Skipped) -> Iterator[tuple[str, Record]]:
 
 
 def _open(path: Path) -> IO[str]:
-    # As Windows writes text, it may begin with a byte order mark and end its lines in two characters.
+    # Text written on Windows may begin with a byte order mark and end its lines in two characters.
     return io.TextIOWrapper(_open_bytes(path), encoding="utf-8-sig", errors="strict", newline=None)
 
 
@@ -146,7 +146,7 @@ def _read_json(path: Path, skipped: Skipped) -> Iterator[tuple[str, Record]]:
     except json.JSONDecodeError as error:
         if error.msg != "Extra data" or not text.lstrip().startswith("{"):
             raise
-        yield from _parse_lines(text.split("\n"), path.name, skipped)  # as many name JSON Lines
+        yield from _parse_lines(text.split("\n"), path.name, skipped)  # many JSON Lines files have this suffix
         return
     records = _records_of(content) if isinstance(content, dict) else content
     if not isinstance(records, list):
@@ -159,7 +159,7 @@ def _records_of(content: Record) -> list[Any]:
     """The records of a JSON object: a table by columns, as pandas and others write it, or else one record.
 
     Raises:
-        ValueError: its records lie deeper.
+        ValueError: its records are nested more deeply.
     """
     columns = list(content.values())
     if any(map(_is_chat, columns)):
@@ -194,12 +194,12 @@ def _checked(record: Any, where: str, skipped: Skipped) -> Iterator[tuple[str, R
 
 
 def _read_csv(path: Path, skipped: Skipped) -> Iterator[tuple[str, Record]]:
-    """Records whose fields are all text; the delimiter is the likeliest by the line with their names."""
+    """Records whose fields are all text; the delimiter is the likeliest one, judging by the line of field names."""
     csv.field_size_limit(sys.maxsize)  # a field may be a book
     with _open(path) as file:
         header = next(filter(str.strip, file), "")
         delimiter = "\t" if kind(path) == ".tsv" else _delimiter(header)
-        # Strict, or a quote that is never closed would swallow the rest of the file.
+        # Strict, because otherwise a quote that is never closed would swallow the rest of the file.
         rows = csv.reader(chain([header], file), delimiter=delimiter, strict=True)
         names = [name.strip() for name in next(rows, [])]
         if twice := [name for name in names if name and names.count(name) > 1]:
@@ -214,7 +214,7 @@ def _read_csv(path: Path, skipped: Skipped) -> Iterator[tuple[str, Record]]:
 
 def _delimiter(header: str) -> str:
     unquoted = re.sub(r'"[^"]*"', "", header)
-    return max(DELIMITERS, key=unquoted.count)  # the first of them, where there is none
+    return max(DELIMITERS, key=unquoted.count)  # the first of them if the line has none
 
 
 def _read_parquet(path: Path, skipped: Skipped) -> Iterator[tuple[str, Record]]:
@@ -225,7 +225,7 @@ def _read_parquet(path: Path, skipped: Skipped) -> Iterator[tuple[str, Record]]:
 
 
 def _read_arrow(path: Path, skipped: Skipped) -> Iterator[tuple[str, Record]]:
-    """A stream, as ``datasets`` writes it, or a file with an index at its end, which is what Feather is."""
+    """A stream, as ``datasets`` writes it, or a file with an index at its end, as Feather is."""
     import pyarrow
 
     with pyarrow.memory_map(str(path)) as memory:
@@ -250,7 +250,7 @@ def _rows(batches: Iterable[Any], name: str) -> Iterator[tuple[str, Record]]:
 
 
 def without_padding(record: Record) -> Record:
-    """A record of a table without the null fields in its structs: each struct of a column has the fields of all."""
+    """A record of a table without the null fields of its structs: each struct of a column has the fields of all."""
 
     def without(value: Any) -> Any:
         if isinstance(value, dict):
@@ -274,7 +274,7 @@ READERS: dict[str, Callable[[Path, Skipped], Iterator[tuple[str, Record]]]] = {
 
 
 def is_unicode(text: str) -> bool:
-    """Whether the text is whole characters; JSON may spell half a surrogate pair, which no tokenizer takes."""
+    """Whether the text is whole characters; JSON may hold half a surrogate pair, which no tokenizer accepts."""
     try:
         text.encode()
     except UnicodeEncodeError:

@@ -1,8 +1,8 @@
-"""Contexts and what follows them as tokens, to score the latter, exactly as lm-evaluation-harness has it.
+"""Tokenizes contexts and their continuations, to score the latter, exactly as lm-evaluation-harness does.
 
 The whole text is tokenized, and cut after as many tokens as the context has alone. So an option has the tokens that it
-has behind its context; where a token reaches across the border, the context keeps the tokens that it has alone and the
-option what is left of the whole.
+has after its context; if a token crosses the border, the context keeps the tokens that it has alone, and the option
+gets the rest of the whole.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -20,9 +20,9 @@ def encode_pair(tokenizer: Any, context: str, continuation: str) -> tuple[list[i
 def encode_pairs(tokenizer: Any, pairs: Sequence[tuple[str, str]]) -> list[tuple[list[int], list[int]]]:
     """The tokens of each context and of its continuation, at least one each; every distinct text is tokenized once.
 
-    Spaces at the end of a context go to its continuation. The tokenizer adds the special tokens that it usually adds,
-    unless a text begins with the first of them already. An empty context becomes the token that begins a text, or the
-    one that ends it where a tokenizer has no other.
+    Spaces at the end of a context are moved to its continuation. The tokenizer adds the special tokens that it usually
+    adds, unless a text already begins with the first of them. An empty context becomes the token that begins a text, or
+    the one that ends a text if the tokenizer has no other.
 
     Args:
         tokenizer: tokenizer of transformers, fast or slow.
@@ -30,7 +30,7 @@ def encode_pairs(tokenizer: Any, pairs: Sequence[tuple[str, str]]) -> list[tuple
 
     Raises:
         UserError: no token of a whole text is left for its continuation, or a context is empty and the tokenizer has
-            neither of these special tokens.
+            neither of these two special tokens.
     """
     prefix = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
     beginning = None if prefix is None else tokenizer.decode(prefix)
@@ -70,14 +70,14 @@ def encode_pairs(tokenizer: Any, pairs: Sequence[tuple[str, str]]) -> list[tuple
 
 
 def fit_length(context: list[int], continuation: list[int], length: int) -> tuple[list[int], list[int], int]:
-    """The same with so much cut from the left that a model can score it, and the number of tokens that were cut.
+    """Context and continuation, truncated from the left so that a model can score them, and the number of tokens cut.
 
-    The last token is scored and not given, so one token more than the model can be given remains.
+    The last token is scored but is no input, so one token more than the model takes as input remains.
 
     Args:
         context: tokens before the continuation.
-        continuation: tokens to score, which stay whole.
-        length: number of tokens that the model can be given at once.
+        continuation: tokens to score, which are never cut.
+        length: number of tokens that the model can take as input at once.
 
     Raises:
         UserError: the continuation alone is longer.
@@ -92,7 +92,7 @@ def fit_length(context: list[int], continuation: list[int], length: int) -> tupl
 
 
 def _without_spaces_at_the_border(context: str, continuation: str) -> tuple[str, str]:
-    """With the space at the end of the context before the continuation instead, as tokenizers expect it."""
+    """Moves the space at the end of the context to the start of the continuation, as tokenizers expect it."""
     stripped = context.rstrip()
     return stripped, context[len(stripped) :] + continuation
 

@@ -18,9 +18,9 @@ from qpruner.errors import UserError
 
 
 class InstructionDataModule(TokenDataModule):
-    """One instruction or conversation a row, cut at ``max_length`` and padded within a batch.
+    """One instruction or conversation per row, truncated to ``max_length`` tokens and padded within a batch.
 
-    Formats of records, by the fields that hold something (several names: whichever is there):
+    Formats of records, by the fields that hold something (several names: whichever exists):
 
     - Chat, laid out by the tokenizer's chat template: ``messages``, ``conversations``, ``conversation``, ``dialogue``,
       ``dialog`` or ``chat``, a list of ``{"role", "content"}`` (OpenAI, Hugging Face) or ``{"from", "value"}``
@@ -29,42 +29,43 @@ class InstructionDataModule(TokenDataModule):
       ``query``, ``problem`` or ``prompt`` (or ``input`` alone) with ``output``, ``response``, ``answer``,
       ``completion`` or ``solution``, and perhaps ``input`` or ``context``, ``system`` or ``system_prompt``,
       ``history`` (Alpaca, Dolly, LaMini, MetaMath, OpenOrca, GSM8K).
-    - Completion: ``prompt`` and ``completion`` (TRL); two texts are joined as they are, and a text or a list of
+    - Completion: ``prompt`` and ``completion`` (TRL); two texts are concatenated as they are, and a text or a list of
       messages with a list of messages is a chat of which only the completion is learnt.
-    - Any of these with ``label`` or ``kto_tag``: skipped where it is false (KTO).
+    - Any of these with ``label`` or ``kto_tag``: skipped if it is false (KTO).
     - Preference, with ``learn_chosen``: ``chosen`` in place of an answer or completion, and perhaps without a prompt;
-      ``rejected`` is left alone (TRL, UltraFeedback, ShareGPT's).
+      ``rejected`` is ignored (TRL, UltraFeedback, ShareGPT's).
 
-    Of a chat are used, too: ``system``, ``tools`` or ``functions``, ``documents``, ``enable_thinking`` and
-    ``chat_template_kwargs`` of a record; ``tool_calls``, ``reasoning_content`` and whatever else of a message the
-    template reads; and ``weight``, ``train`` or ``loss`` of a message, at 0 or false of which a turn is not scored.
-    Roles may have the names of chat templates, of ShareGPT or of others (``human``, ``gpt``, ``bot``, ``model``,
-    ``function_call``, ``observation``, ...). Empty turns are not learnt. Records that cannot be used are skipped and
-    counted, such as those of whose responses the chat template leaves out a text or a call. Fields that are not used
-    and what else the template leaves out (thoughts of earlier turns, roles that it does not know) are named. Both stand
-    in the notes on the data at the start of a run.
+    The following parts of a chat are used, too: ``system``, ``tools`` or ``functions``, ``documents``,
+    ``enable_thinking`` and ``chat_template_kwargs`` of a record; ``tool_calls``, ``reasoning_content`` and anything
+    else in a message that the template reads; and ``weight``, ``train`` or ``loss`` of a message: if this is 0 or
+    false, the turn is not scored. Roles may have the names of chat templates, of ShareGPT or of others (``human``,
+    ``gpt``, ``bot``, ``model``, ``function_call``, ``observation``, ...). Empty turns are not learnt. Records that
+    cannot be used are skipped and counted, such as those with a response of which the chat template leaves out a text
+    or a call. Fields that are not used, and whatever else the template leaves out (thoughts of earlier turns, roles
+    that it does not know), are listed. Both are reported in the notes on the data at the start of a run.
 
-    Of a response is scored what the model has to write: from the end of the generation prompt up to and including the
-    end-of-turn token (see `chat_templates`), or with the prompt of Alpaca the answer and the end-of-text token.
-    Splits are named as in `TextDataModule`.
+    What is scored of a response is what the model has to write: from the end of the generation prompt up to and
+    including the end-of-turn token (see `chat_templates`), or with the prompt of Alpaca the answer and the end-of-text
+    token. Splits are named as in `TextDataModule`.
 
     Args:
-        train: records that fit and calibrate: chats (``messages``, ``conversations``), instructions (``instruction``
-            or ``question`` with ``output``, ``response`` or ``answer``), ``prompt`` with ``completion`` or ``chosen``.
-        validation: records that choose.
-        test: records that are reported.
+        train: records for fitting and calibration: chats (``messages``, ``conversations``), instructions
+            (``instruction`` or ``question`` with ``output``, ``response`` or ``answer``), ``prompt`` with
+            ``completion`` or ``chosen``.
+        validation: records for making choices.
+        test: records for reported results.
         response_only: whether only what the assistant says is scored; otherwise the prompt is, too.
-        layout: how instructions are laid out: ``alpaca``, by the prompts of Stanford Alpaca, which need no chat
-            template; ``chat``, by the tokenizer's chat template.
-        learn_chosen: whether the ``chosen`` one of two answers is learnt, where records have preferences.
+        layout: how instructions are laid out: ``alpaca``, with the prompts of Stanford Alpaca, which need no chat
+            template; ``chat``, with the tokenizer's chat template.
+        learn_chosen: whether the ``chosen`` one of two answers is learnt if records have preferences.
         chat_template_kwargs: variables for the chat template, such as ``{"enable_thinking": false}``; those of a
-            record go before them.
+            record take precedence.
         held_out: share of the training records for each split that is not given, in [0, 0.5); at 0 there is no such
             split.
         **kwargs: options of every data module; see `TokenDataModule`.
 
     Raises:
-        UserError: no split given, a split without a usable record, or chats and no chat template.
+        UserError: no split given, a split without a usable record, or chats without a chat template.
     """
 
     def __init__(

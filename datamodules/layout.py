@@ -1,7 +1,7 @@
 """Which files of a local folder hold which split.
 
-The names that say a split are those that the Hugging Face hub understands, so that a downloaded data set has the splits
-that it has there. What the front matter of a README.md says of its data sets goes before names.
+The names that denote a split are those that the Hugging Face hub understands, so that a downloaded data set has the
+same splits as there. What the front matter of a README.md says about its data sets takes precedence over names.
 """
 
 import re
@@ -35,7 +35,7 @@ class Layout:
     Args:
         folder: folder that holds the files.
         splits: files of each split, by the name that the folder gives it.
-        unnamed: files that are named for no split.
+        unnamed: files that are named after no split.
     """
 
     folder: Path
@@ -43,9 +43,9 @@ class Layout:
     unnamed: list[Path] = field(default_factory=list)
 
     def split(self, name: str) -> str | None:
-        """What the folder calls a split, if it has it; the empty name stands for files that are named for none.
+        """The folder's name for a split, if it has it; the empty name stands for files named after no split.
 
-        Files without a name for their split are those of training.
+        Files that are named after no split belong to training.
         """
         for group in SYNONYMS.values():
             if name in group and name not in self.splits:
@@ -59,7 +59,7 @@ class Layout:
         return self.splits[split] if split else self.unnamed
 
     def describe(self, split: str) -> str:
-        """What is read of the folder, which other splits it has, and what belongs to none of them."""
+        """Describes what is read of the folder, which other splits it has, and which files belong to no split."""
         files = self.files(split)
         named = f"of the split {split!r}" if split else "named for no split"
         others = ", ".join(repr(name) for name in self.splits if name != split)
@@ -75,14 +75,14 @@ class Layout:
 
 
 def read_layout(folder: Path, config: str | None = None) -> Layout | None:
-    """The data set of a folder; None where its README asks for what only the ``datasets`` library does.
+    """The data set of a folder; None if its README asks for something that only the ``datasets`` library can do.
 
     Args:
-        folder: folder as downloaded from the hub, written by ``save_to_disk``, or any with data files in it.
-        config: name of the data set, in the README or as that of the folder that it lies in; None for the only one.
+        folder: folder as downloaded from the hub or written by ``save_to_disk``, or any other with data files in it.
+        config: name of the data set, in the README or as that of its subfolder; None for the only one.
 
     Raises:
-        UserError: no data, no such data set, or several of which none is named.
+        UserError: there are no data, there is no such data set, or there are several and none is named.
     """
     described = _described(folder)
     if config is not None and config not in described:
@@ -98,13 +98,13 @@ def read_layout(folder: Path, config: str | None = None) -> Layout | None:
 
 
 def _described(folder: Path) -> dict[str, dict[str, Any]]:
-    """What the README says of the data sets of a folder, by their names."""
+    """What the README says about the data sets of a folder, by their names."""
     import yaml
     from huggingface_hub import metadata_load
 
     try:
         front_matter = metadata_load(folder / "README.md") if (folder / "README.md").is_file() else None
-    except (ValueError, yaml.YAMLError):  # a text with lines in it, and no front matter
+    except (ValueError, yaml.YAMLError):  # a text with horizontal rules in it, but no front matter
         front_matter = None
     configs = (front_matter or {}).get("configs")
     if not isinstance(configs, list):
@@ -148,7 +148,7 @@ def _layout_of_readme(folder: Path, config: dict[str, Any]) -> Layout | None:
 
 
 def _matches(folder: Path, patterns: list[str]) -> list[Path]:
-    """The files in a folder that patterns match, where ``**`` matches files, too."""
+    """The files in a folder that match patterns, in which ``**`` matches files, too."""
     paths = [
         path.relative_to(folder)
         for pattern in map(str, patterns)
@@ -179,7 +179,7 @@ def _layout_of_names(folder: Path) -> Layout:
 
 
 def _data_files(folder: Path) -> Iterator[tuple[Path, PurePath]]:
-    """Every file with data, and the path in the folder by which it is named: its own, or that of the saved data set."""
+    """Every data file, and the path in the folder that names its split: its own, or that of the saved data set."""
     paths = [path.relative_to(folder) for path in sorted(folder.rglob("*")) if path.is_file()]
     visible = [path for path in paths if _is_visible(path)]
     saved = [
@@ -197,7 +197,7 @@ def _is_visible(path: PurePath) -> bool:
 
 
 def _saved_files(folder: Path) -> list[Path]:
-    """The files of a data set as ``save_to_disk`` wrote it; others in its folder are caches.
+    """The files of a data set as written by ``save_to_disk``; other files in its folder are caches.
 
     Raises:
         UserError: one of them is missing.
@@ -220,9 +220,9 @@ def _saved_json(path: Path, key: str) -> Any:
 
 
 def _split_and_place(path: PurePath) -> tuple[str, PurePath] | None:
-    """The split that a path names and the folder that the splits stand in, or None where it names none.
+    """The split that a path names and the folder that holds the splits, or None if the path names no split.
 
-    What stands further in goes before what stands further out.
+    Inner parts of the path take precedence over outer ones.
     """
     for part in (path, *path.parents):
         shard = SHARD.match(part.name)
@@ -233,7 +233,7 @@ def _split_and_place(path: PurePath) -> tuple[str, PurePath] | None:
 
 
 def _keyword(name: str) -> str | None:
-    """The word in a name that says a split; where several do, that of the split which must be kept from the others."""
+    """The word in a name that denotes a split; of several, that of the split which must be kept from the others."""
     words = [re.sub("(set|data|split)$", "", word) for word in re.findall(r"[^\W\d_]+", name.lower())]
     for split in ("test", "validation", "train"):
         for word in words:

@@ -1,4 +1,4 @@
-"""Loaders that shard without repetition: of training, which goes on where the fit stopped, and of evaluation."""
+"""Loaders that shard without repetition: one for training, which resumes where the fit stopped, one for evaluation."""
 
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -22,16 +22,16 @@ class Examples(Protocol):
     def collate(self, indices: Sequence[int]) -> Any: ...
 
     def num_scored(self, indices: Sequence[int]) -> int:
-        """Scored tokens of some examples together."""
+        """Total number of scored tokens of some examples."""
         ...
 
     def sizes(self) -> tuple[Tensor, Tensor]:
-        """Rows of each example, and tokens in the longest of these."""  # [E] int64, [E] int64
+        """Number of rows of each example, and number of tokens in the longest of these."""  # [E] int64, [E] int64
         ...
 
 
 class _Numbers(Dataset[int]):
-    """Maps a number to itself: an example is gathered with its batch, by `Examples.collate`."""
+    """Maps a number to itself: examples are gathered batch by batch, by `Examples.collate`."""
 
     def __getitem__(self, index: int) -> int:
         return index
@@ -40,26 +40,26 @@ class _Numbers(Dataset[int]):
 class ResumableLoader:
     """Training batches of this rank's share of the examples, epoch after epoch.
 
-    Every epoch has an order of its own, a function of the seed and its number, dealt to the ranks a batch at a time;
-    the examples that do not fill a batch on every rank wait for another epoch.
+    Every epoch has its own order, a function of the seed and of the number of the epoch, which is dealt to the ranks a
+    batch at a time; examples that do not fill a batch on every rank are left out of that epoch.
 
-    How far a fit has come is known to the loops of its Trainer, which a checkpoint holds. The loader asks for it when
-    the first batch of a pass is read and has no state, so that it may be made before a checkpoint is restored, and is
-    right with any number of workers.
+    The progress of a fit is kept by the loops of its Trainer, which are part of a checkpoint. The loader is stateless
+    and asks for the progress when the first batch of a pass is read. So it may be made before a checkpoint is restored,
+    and is right with any number of workers.
 
     Args:
         examples: examples to load.
-        batch_size: examples in a batch on one rank.
+        batch_size: number of examples in a batch on one rank.
         seed: seed of the order.
-        rank: place of this process among the ``world_size`` that share the examples, from 0.
+        rank: rank of this process among the ``world_size`` that share the examples, from 0.
         world_size: number of processes that share the examples.
-        num_workers: processes that prepare batches ahead; 0 prepares them here.
+        num_workers: number of processes that prepare batches ahead of time; 0 prepares them in this process.
         limit: number or share of the batches of an epoch that will be read; see ``Trainer(limit_train_batches)``.
-        accumulate: micro-batches to an optimizer step; the last step of an epoch may have fewer.
-        position: function that gives the epoch to read, and how many of its batches were read already.
+        accumulate: number of micro-batches per optimizer step; the last step of an epoch may have fewer.
+        position: function that gives the epoch to read, and how many of its batches have already been read.
 
     Raises:
-        UserError: there are fewer examples than one batch on every rank needs.
+        UserError: there are too few examples for one batch on every rank.
     """
 
     def __init__(
@@ -91,7 +91,7 @@ class ResumableLoader:
             )
 
     def __len__(self) -> int:
-        """Batches in an epoch, the same on every rank."""
+        """Number of batches in an epoch, the same on every rank."""
         return len(self.examples) // (self.batch_size * self.world_size)
 
     def batches(self, epoch: int) -> list[list[int]]:
@@ -107,13 +107,13 @@ class ResumableLoader:
 
     @property
     def batches_read(self) -> int:
-        """How many batches of an epoch are read."""
+        """Number of batches of an epoch that are read."""
         limit = len(self) if self.limit is None else self.limit
         return min(len(self), int(len(self) * limit) if isinstance(limit, float) else limit)
 
     @property
     def steps(self) -> int:
-        """Optimizer steps of an epoch."""
+        """Number of optimizer steps in an epoch."""
         return math.ceil(self.batches_read / self.accumulate)
 
     def read_in(self, epoch: int, steps: float) -> list[int]:
@@ -122,11 +122,11 @@ class ResumableLoader:
         return self._order(epoch)[: int(batches) * self.batch_size * self.world_size]
 
     def step_tokens(self, epoch: int) -> list[float]:
-        """Scored tokens of a micro-batch of each optimizer step, in the mean over its micro-batches and all ranks.
+        """Mean number of scored tokens per micro-batch of each optimizer step, over its micro-batches and all ranks.
 
-        A step of fewer micro-batches than others is divided by as many as these have, as Trainers do with its loss.
+        A step with fewer micro-batches is still divided by the full number of them, as Trainers do with its loss.
         """  # [optimizer steps]
-        order, size = self._order(epoch), self.batch_size * self.world_size  # examples of a micro-batch of all ranks
+        order, size = self._order(epoch), self.batch_size * self.world_size  # examples of a micro-batch on all ranks
         end = self.batches_read * size
         micro_batches = self.accumulate * self.world_size
         return [
@@ -135,40 +135,40 @@ class ResumableLoader:
         ]
 
     def __iter__(self) -> Iterator[Batch]:
-        # Being a generator, this runs at the first `next`, not at `iter`: Lightning makes iterators before it knows.
+        # As a generator, this asks for the position at the first `next`, not at `iter`, when it may not be known yet.
         epoch, first = self.position()
         step_tokens = self.step_tokens(epoch)
         batches = _gathered(self.examples, self.batches(epoch)[first:], self.num_workers)
         for number, batch in enumerate(batches, first):
             step = number // self.accumulate
-            if step < len(step_tokens):  # a reader may go on beyond the limit
+            if step < len(step_tokens):  # a reader may continue beyond the limit
                 batch["step_tokens"] = torch.tensor(step_tokens[step] or 1.0)
             yield batch
 
-    # By these Lightning knows a loader with which a fit may go on in the middle of an epoch.
+    # These methods tell Lightning that a fit can resume in the middle of an epoch with this loader.
 
     def state_dict(self) -> dict[str, Any]:
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Needs nothing of it."""
+        """Does nothing: the loader has no state."""
 
 
 class EvaluationLoader:
-    """Every example exactly once over all ranks, in batches that are filled by tokens.
+    """Every example exactly once over all ranks, in batches filled up to a number of tokens.
 
-    Examples of similar length stand together, so that little is padding. The batches come in an order that is drawn,
-    always the same, because a Trainer's ``limit_..._batches`` reads the first of them, and these shall be neither the
+    Examples of similar length are batched together, so that there is little padding. The batches come in a random but
+    fixed order, because a Trainer's ``limit_..._batches`` reads the first of them, and these should be neither the
     shortest nor the longest. A rank that runs out is given a batch of one `FILLER` example, because ranks that disagree
-    on the number of batches would wait for each other for ever.
+    on the number of batches would wait for each other forever.
 
     Args:
         examples: examples to load.
-        tokens: most tokens in a batch, padding included: rows times the longest of them. An example is never taken
-            apart, so that an example of more tokens is a batch of its own.
-        rank: place of this process among the ``world_size`` that share the examples, from 0.
+        tokens: most tokens in a batch, padding included: number of rows times length of the longest. An example is
+            never split, so an example with more tokens becomes a batch of its own.
+        rank: rank of this process among the ``world_size`` that share the examples, from 0.
         world_size: number of processes that share the examples.
-        num_workers: processes that prepare batches ahead; 0 prepares them here.
+        num_workers: number of processes that prepare batches ahead of time; 0 prepares them in this process.
     """
 
     def __init__(
@@ -181,7 +181,7 @@ class EvaluationLoader:
         self.num_workers = num_workers
 
     def __len__(self) -> int:
-        """Batches on each rank."""
+        """Number of batches on each rank."""
         return -(-len(self._all_batches) // self.world_size)
 
     def batches(self) -> list[list[int]]:
@@ -200,15 +200,15 @@ class EvaluationLoader:
 
 
 def fill_batches(rows: Tensor, longest: Tensor, tokens: int) -> list[list[int]]:
-    """Puts examples of similar length together, as many into a batch as its tokens allow.
+    """Batches examples of similar length, as many per batch as the number of tokens allows.
 
     Args:
         rows: [E], number of rows of each example.
-        longest: [E], tokens in the longest row of each example.
+        longest: [E], number of tokens in the longest row of each example.
         tokens: most tokens in a batch, padding included; see `EvaluationLoader`.
 
     Returns:
-        The numbers of the examples of each batch, from the shortest to the longest.
+        The numbers of the examples of each batch, from the shortest to the longest examples.
     """
     batches: list[list[int]] = []
     num_rows = 0
@@ -229,7 +229,7 @@ def _gathered(examples: Examples, batches: Sequence[Sequence[int]], num_workers:
         batch_sampler=batches,  # type: ignore[arg-type]
         collate_fn=examples.collate,
         num_workers=num_workers,
-        # Workers draw nothing; a generator of its own keeps the loader from drawing on the global one.
+        # Workers draw no random numbers; its own generator keeps the loader from using the global one.
         generator=torch.Generator(),
     )
     yield from loader

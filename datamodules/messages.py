@@ -1,12 +1,12 @@
-"""Messages of chats by one set of names, whatever their data set calls things."""
+"""Messages of chats under one set of names, whatever names their data set uses."""
 
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-Message = dict[str, Any]  # role, content, and what else a chat template may read, such as tool_calls
-Part = Literal["response", "prompt", "never"]  # learnt; scored where everything is; not even then
+Message = dict[str, Any]  # role, content, and anything else that a chat template may read, such as tool_calls
+Part = Literal["response", "prompt", "never"]  # learnt; scored only where everything is scored; never scored
 
 ROLES = {
     "user": ("human", "prompter"),
@@ -14,15 +14,15 @@ ROLES = {
     "system": (),
     "tool": ("function", "observation", "ipython", "function_response", "tool_response"),
 }
-"""Roles of chat templates, and what data sets call them; others are left as they are."""
+"""Roles of chat templates, and the names that data sets have for them; other roles are left as they are."""
 CALLS = ("function_call", "tool_call")  # roles of an assistant whose content is a call, as in ShareGPT with tools
 TRAINED = ("weight", "train", "loss")  # OpenAI, Axolotl, SWIFT: whether a turn is learnt
-THOUGHTS = ("reasoning_content", "thinking", "reasoning")  # all of which transformers gives to a template
+THOUGHTS = ("reasoning_content", "thinking", "reasoning")  # transformers passes all of them to a template
 TEXT_PARTS = ("text", "input_text", "output_text")
 
 
 class Unusable(ValueError):
-    """A record that cannot be used; the text says why, and reads after "a record"."""
+    """A record that cannot be used; the text says why, phrased so as to follow "a record"."""
 
 
 @dataclass(frozen=True)
@@ -30,8 +30,8 @@ class Conversation:
     """A chat in the terms of chat templates.
 
     Args:
-        messages: what was said, each with ``role`` and ``content``.
-        parts: what each message is: a response that the model is to learn, a prompt, or never scored.
+        messages: messages of the chat, each with ``role`` and ``content``.
+        parts: part that each message plays: a response that the model is to learn, a prompt, or never scored.
         variables: further variables of the template, such as ``tools``.
         unused: fields of the record that have no known meaning.
     """
@@ -43,13 +43,13 @@ class Conversation:
 
 
 def read_messages(value: Any, name: str) -> tuple[list[Message], list[Part]]:
-    """The messages in the field ``name``, and what each is to the model.
+    """The messages in the field ``name``, and the part that each plays for the model.
 
-    Names of roles and fields become those of chat templates, contents become text, calls of tools a list with their
-    arguments as data. A field of a message that is null is none.
+    Names of roles and fields become those of chat templates, contents become text, and tool calls become a list with
+    their arguments as data. A field of a message that is null counts as missing.
 
     Raises:
-        Unusable: they are no messages with role and content.
+        Unusable: the field does not hold messages with role and content.
     """
     value = parsed(value)
     if not isinstance(value, list):
@@ -61,7 +61,7 @@ def read_messages(value: Any, name: str) -> tuple[list[Message], list[Part]]:
             continue
         message = _message(entry, name)
         weights = {flag: _weight(message[flag]) for flag in TRAINED if flag in message}
-        # A turn is learnt or not: another weight stays in the message, where it is seen that nothing reads it.
+        # A turn is learnt or not: any other weight stays in the message, to be reported as a field that is not used.
         messages.append(
             {key: entry for key, entry in message.items() if key not in weights or weights[key] not in (0, 1)}
         )
@@ -86,7 +86,7 @@ def read_tools(tools: Any) -> list[Any]:
 
 
 def parsed(value: Any) -> Any:
-    """What a text of JSON stands for, where it is a list or an object; anything else as it is."""
+    """The value of a JSON text if it is a list or an object; anything else is returned as it is."""
     if isinstance(value, str) and value.lstrip().startswith(("{", "[")):
         try:
             return json.loads(value)
@@ -96,14 +96,14 @@ def parsed(value: Any) -> Any:
 
 
 def read_flag(value: Any) -> bool | None:
-    """What a truth value says, which tables without types have as a text; nothing where it is none."""
+    """A truth value, which tables without types hold as text; None if the value is no such thing."""
     if isinstance(value, str):
         return {"true": True, "false": False}.get(value.strip().lower())
     return value if isinstance(value, bool) else None
 
 
 def _weight(value: Any) -> float | None:
-    """How much a turn counts, 0 where it is not to be learnt; nothing where that cannot be read."""
+    """How much a turn counts, 0 if it is not to be learnt; None if that cannot be read."""
     if (flag := read_flag(value)) is not None:
         return float(flag)
     try:
@@ -126,19 +126,19 @@ def _message(entry: Any, name: str) -> Message:
     if role in CALLS:
         role, content, calls = "assistant", "", [content]
     if role == "tool" and not isinstance(content, str) and not _is_parts(content):
-        content = json.dumps(content, ensure_ascii=False)  # a result as data
+        content = json.dumps(content, ensure_ascii=False)  # a result that is given as data
     message = {"role": role, **extra, **_contents(content, role)}
     if tool_calls := [call for given in calls if given for call in _calls(given)]:
         message["tool_calls"] = tool_calls
     if "content" not in message:
         if not tool_calls and not any(message.get(key) for key in THOUGHTS):
             raise Unusable(f"with a message of the {role} that has no content")
-        message["content"] = ""  # null is legal beside a call
+        message["content"] = ""  # null is legal next to a call
     return message
 
 
 def _contents(content: Any, role: str) -> Message:
-    """The text of a message, and its thoughts where they are a part of its content."""
+    """The text of a message, and its thoughts if they are a part of its content."""
     if content is None:
         return {}
     if isinstance(content, str):
@@ -167,7 +167,7 @@ def _is_parts(content: Any) -> bool:
 
 
 def _calls(given: Any) -> Iterator[Message]:
-    """Calls as ``{"type": "function", "function": {"name", "arguments"}}``; they may come unwrapped, or as text."""
+    """Calls as ``{"type": "function", "function": {"name", "arguments"}}``; they may be given unwrapped, or as text."""
     given = parsed(given)
     for call in filter(None, given) if isinstance(given, list) else [given]:
         call = parsed(call)
@@ -186,7 +186,7 @@ def _calls(given: Any) -> Iterator[Message]:
 
 
 def with_text_arguments(messages: Sequence[Message]) -> tuple[Message, ...]:
-    """The messages with the arguments of their calls as a text of JSON, which some templates put down as it is."""
+    """The messages with the arguments of their calls as JSON text, which some templates write out as it is."""
 
     def as_text(call: Message) -> Message:
         arguments = call["function"]["arguments"]

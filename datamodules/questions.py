@@ -1,8 +1,8 @@
-"""Questions with options, and the tasks that are made of them: what a record becomes, as the harness has it.
+"""Questions with options, and the tasks made of them: records become questions exactly as in lm-evaluation-harness.
 
-A record has the fields that its data set has on the Hugging Face hub. Two variants of them are also read: BoolQ with a
-Boolean ``answer`` in place of ``label``, and HellaSwag whose text was cleaned before, with ``ctx`` alone in place of
-``ctx_a`` and ``ctx_b``. A label may be a number or its digits.
+A record has the fields that its data set has on the Hugging Face hub. Two variants are also read: BoolQ with a Boolean
+``answer`` in place of ``label``, and HellaSwag whose text has already been cleaned, with ``ctx`` alone in place of
+``ctx_a`` and ``ctx_b``. A label may be a number or a string of digits.
 """
 
 import re
@@ -13,7 +13,7 @@ from typing import Any, Literal
 from qpruner.errors import UserError, brief, cut, nearest
 
 Measure = Literal["acc", "acc_norm"]
-"""Which option is the answer: the likeliest, or the likeliest for its number of characters."""
+"""Which option counts as the answer: the likeliest, or the likeliest relative to its number of characters."""
 Record = Mapping[str, Any]
 
 
@@ -22,10 +22,10 @@ class Question:
     """A question with its options.
 
     Args:
-        contexts: what stands before the scored text, for each option; all the same unless the options stand there.
+        contexts: text before the scored text, for each option; the same for all unless it contains the options.
         continuations: scored text of each option, with the space before it.
-        lengths: characters of each option, by which ``acc_norm`` divides its log-likelihood.
-        gold: place of the right option, from 0.
+        lengths: number of characters of each option, by which ``acc_norm`` divides its log-likelihood.
+        gold: index of the right option, from 0.
     """
 
     contexts: tuple[str, ...]
@@ -39,9 +39,10 @@ class ChoiceTask:
     """A task of questions with options.
 
     Args:
-        question: makes a question of a record; raises a `UserError` that says what is wrong with the record.
+        question: function that makes a question of a record; raises a `UserError` that says what is wrong with it.
         measure: measure by which the task is usually reported.
-        topic: fields that say what a question is about; those that are alike in them, in any order, belong together.
+        topic: fields that say what a question is about; questions with the same values of these fields, in any order,
+            belong together.
     """
 
     question: Callable[[Record], Question]
@@ -54,7 +55,7 @@ class ChoiceTask:
 
 
 def find_task(name: str) -> ChoiceTask:
-    """The task of a name.
+    """The task with this name.
 
     Raises:
         UserError: there is none.
@@ -65,12 +66,12 @@ def find_task(name: str) -> ChoiceTask:
 
 
 def asked(context: str, options: Sequence[str], gold: int) -> Question:
-    """The question whose options go on behind one and the same context, after a space.
+    """The question whose options all continue the same context, after a space.
 
     Args:
-        context: what stands before each option.
+        context: text before each option.
         options: text of each option.
-        gold: place of the right option, from 0.
+        gold: index of the right option, from 0.
 
     Raises:
         UserError: there are fewer than two options, or one of them is empty.
@@ -107,7 +108,7 @@ def _hellaswag(record: Record) -> Question:
 
 
 def _cleaned(text: str) -> str:
-    """Without what WikiHow's mark-up left in HellaSwag: ``[title]`` ends a sentence, other brackets say nothing."""
+    """The text without remnants of WikiHow's mark-up: ``[title]`` ends a sentence, other brackets mean nothing."""
     return re.sub(r"\[.*?\]", "", text.strip().replace(" [title]", ". ")).replace("  ", " ")
 
 
@@ -130,7 +131,7 @@ def _openbookqa(record: Record) -> Question:
 
 
 def _choices(record: Record) -> tuple[list[str], int]:
-    """The options of a record and the place of the right one, which it names by a letter or a number."""
+    """The options of a record and the index of the right one, which the record names by a letter or a number."""
     choices = _field(record, "choices")
     if not isinstance(choices, Mapping):
         raise UserError(f"Field 'choices' is {brief(choices)}; it must have a list 'text' and a list 'label'.")
@@ -146,7 +147,7 @@ def _choices(record: Record) -> tuple[list[str], int]:
 
 
 def _place(record: Record, name: str, options: Sequence[str], first: int = 0) -> int:
-    """The place of the right option, from 0, of a field that counts from ``first``."""
+    """The index of the right option, from 0, given in a field that counts from ``first``."""
     value = _field(record, name)
     number = int(value) if isinstance(value, int) or (isinstance(value, str) and value.strip().isdecimal()) else None
     if number is None or not 0 <= number - first < len(options):
@@ -187,6 +188,6 @@ TASKS: dict[str, ChoiceTask] = {
 """The seven tasks of LLM-Pruner's and QPruner's tables, in order, with the prompts of lm-evaluation-harness 0.4.13.
 
 The papers do not say which accuracy they report; the measures are those that are usual for these tasks. The harness has
-no ``acc_norm`` for BoolQ and WinoGrande. With WinoGrande it is here what the harness's rule would give: the option is
-the sentence up to and with the word in the gap, and its characters are counted.
+no ``acc_norm`` for BoolQ and WinoGrande. For WinoGrande it is defined here as the harness's rule would have it: the
+option is the sentence up to and including the word in the gap, and its characters are counted.
 """

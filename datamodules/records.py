@@ -1,4 +1,4 @@
-"""Records of instruction data sets, in any of the formats that are common, as what they mean."""
+"""Interprets records of instruction data sets in any of the common formats."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -27,10 +27,10 @@ class Instruction:
     """A task and its answer, as Alpaca has them.
 
     Args:
-        instruction: what is to be done.
-        input: what the instruction is to be done with; may be empty.
-        output: the answer.
-        system: what stands in place of the usual first sentence of the prompt; may be empty.
+        instruction: text that says what is to be done.
+        input: text that the instruction is to be applied to; may be empty.
+        output: text of the answer.
+        system: text that replaces the usual first sentence of the prompt; may be empty.
         history: instructions before this one, with their answers.
         unused: fields of the record that have no known meaning.
     """
@@ -43,7 +43,7 @@ class Instruction:
     unused: tuple[str, ...] = ()
 
     def as_conversation(self) -> Conversation:
-        """The same as a chat, with the input a paragraph below the instruction."""
+        """The same as a chat, with the input as a paragraph below the instruction."""
         turns = [*self.history, ("\n\n".join(filter(None, (self.instruction, self.input))), self.output)]
         messages = [*_system(self.system), *(message for turn in turns for message in _exchange(*turn))]
         messages, parts = read_messages(messages, "messages")
@@ -52,11 +52,11 @@ class Instruction:
 
 @dataclass(frozen=True)
 class Completion:
-    """A text and how it goes on, both to the letter.
+    """A text and its continuation, both verbatim.
 
     Args:
-        prompt: how the text begins.
-        completion: what the model is to learn to write after it.
+        prompt: beginning of the text.
+        completion: text that the model is to learn to write after the prompt.
         unused: fields of the record that have no known meaning.
     """
 
@@ -66,10 +66,10 @@ class Completion:
 
 
 class _Fields:
-    """The fields of a record that hold something, taken by name; it knows which nobody took."""
+    """The fields of a record that hold something, taken by name; it keeps track of those that were never taken."""
 
     def __init__(self, record: Record) -> None:
-        # Where records of several kinds are mixed, a table has all the fields in every record: null, or not a number.
+        # If a table mixes kinds of records, each has the fields of all, those of other kinds as null or NaN.
         self._values = {str(name): value for name, value in record.items() if value is not None and value == value}
         self._values |= {name: parsed(self._values[name]) for name in CHATS if name in self._values}
         self._taken: set[str] = set()
@@ -82,7 +82,7 @@ class _Fields:
         return [name for name in CHATS if isinstance(self._values.get(name), list)]
 
     def first(self, names: Sequence[str]) -> str | None:
-        """The first of the names whose field holds something, one that is not empty where there is one."""
+        """The first of the names whose field is not empty, or else the first whose field exists."""
         there = [name for name in names if name in self._values]
         return next((name for name in there if self._values[name] not in EMPTY), there[0] if there else None)
 
@@ -94,7 +94,7 @@ class _Fields:
         return self._values[name]
 
     def take_flag(self, names: Sequence[str]) -> bool | None:
-        """What the first of the fields says that is true or false; one that holds anything else is left."""
+        """The value of the first of the fields that is true or false; fields that hold anything else are not taken."""
         for name in names:
             if (flag := read_flag(self._values.get(name))) is not None:
                 self._taken.add(name)
@@ -107,14 +107,14 @@ class _Fields:
 
 
 def read_record(record: Record, *, learn_chosen: bool = False) -> Conversation | Instruction | Completion:
-    """What a record means; `InstructionDataModule` lists the formats.
+    """Interprets a record; `InstructionDataModule` lists the formats.
 
     Args:
         record: fields of the record by name.
-        learn_chosen: whether ``chosen`` is the answer, where a record has it.
+        learn_chosen: whether ``chosen`` is the answer if a record has it.
 
     Raises:
-        Unusable: the record is in no known format, or not what its format says.
+        Unusable: the record is in no known format, or violates its format.
     """
     fields = _Fields(record)
     if learn_chosen and "chosen" in fields:
@@ -139,7 +139,7 @@ def read_record(record: Record, *, learn_chosen: bool = False) -> Conversation |
 def _pair(
     fields: _Fields, answer_name: str, answer: Any, rejected: Any = None
 ) -> Conversation | Instruction | Completion:
-    """A question and its answer, each a text or messages."""
+    """A question and its answer, each a text or a list of messages."""
     question_name = fields.first((*QUESTIONS, "input", *fields.chats))
     if question_name is None and not isinstance(answer, list):
         raise Unusable(f"{UNKNOWN}, without a question for {answer_name!r}")
@@ -169,12 +169,12 @@ def _pair(
 
 
 def _conversation(fields: _Fields, name: str, context: list[Any], said: Any) -> Conversation:
-    """The chat of ``context`` and what was ``said`` after it; what was said may repeat the context."""
+    """The chat made of ``context`` and of what was ``said`` after it, which may repeat the context."""
     before, context_parts = read_messages(context, name)
     messages, parts = read_messages(said, name)
     if messages[: len(before)] != before:
         messages, parts = before + messages, context_parts + parts
-    for number in range(len(before)):  # only what was said after it is the answer
+    for number in range(len(before)):  # only what was said after the context is the answer
         parts[number] = "never" if parts[number] == "never" else "prompt"
     if all(message["role"] != "system" for message in messages):
         system = fields.take(*SYSTEMS)
@@ -194,7 +194,7 @@ def _conversation(fields: _Fields, name: str, context: list[Any], said: Any) -> 
 
 
 def _shared(chat: list[Any], other: Any) -> list[Any]:
-    """How two chats begin alike: the prompt, where a preference has none of its own."""
+    """The common beginning of two chats: the prompt, if a preference has none of its own."""
     pairs = zip(chat, other if isinstance(other, list) else [], strict=False)
     return [message for message, _ in takewhile(lambda pair: pair[0] == pair[1], pairs)]
 

@@ -17,12 +17,12 @@ from torch.nn.utils.rnn import pad_sequence
 from qpruner.likelihood import IGNORED
 
 FILLER = -1  # the number of an example that only keeps the ranks in step
-SHORT, STEP = 64, 16  # tokens up to which a batch is as wide as its longest row, and of whose multiples it is beyond
+SHORT, STEP = 64, 16  # up to SHORT tokens a batch is as wide as its longest row, beyond that a multiple of STEP wide
 
 
 @final
 class Batch(TypedDict):
-    """What a LightningModule is given: B rows of T tokens, right-padded.
+    """The input of a LightningModule: B rows of T tokens, right-padded.
 
     The label at position t is the token *at* t, to be predicted from the positions before it; the first token of a row
     is never scored.
@@ -38,7 +38,7 @@ class Batch(TypedDict):
 
 @dataclass(frozen=True)
 class Row:
-    """One row: its token ids, which of them are targets, and the bytes of text each stands for (zeros: unknown)."""
+    """One row: its token ids, which of them are targets, and the bytes of text of each token (zeros: unknown)."""
 
     tokens: np.ndarray  # [T] int32
     scored: np.ndarray  # [T] bool
@@ -61,12 +61,12 @@ class Row:
 
 @dataclass(frozen=True)
 class TokenRows:
-    """The rows of a split laid end to end, so that they are stored and mapped into memory as they are.
+    """The rows of a split laid end to end, so that they can be stored and memory-mapped as they are.
 
     Args:
         tokens: [N] int32, token ids.
         scored: [N] bool, whether a token is a target.
-        num_bytes: [N] int32, bytes of text that a token stands for; zeros where unknown.
+        num_bytes: [N] int32, bytes of text that a token stands for; zeros if unknown.
         offsets: [R + 1] int64, where each row begins; the last entry is N.
     """
 
@@ -95,31 +95,31 @@ class TokenRows:
 
     @cached_property
     def longest(self) -> int:
-        """Tokens of the longest row, beyond which a model may know no positions."""
+        """Number of tokens of the longest row; beyond it a model may have no positions."""
         return int(self.lengths.max()) if len(self) else 0
 
     @cached_property
     def scored_tokens(self) -> Tensor:
-        """Targets in each row, without its first token, which nothing predicts."""  # [R] int64
+        """Number of targets in each row, without its first token, which nothing predicts."""  # [R] int64
         counts = torch.zeros(len(self), dtype=torch.int64)
         filled = self.lengths > 0
         if filled.any():
             firsts = self.offsets[:-1][filled]
-            # Row by row, because a running sum over all tokens would take eight times as much memory as they do.
+            # Row by row, because a running sum over all tokens would take eight times as much memory as these flags.
             sums = np.add.reduceat(self.scored.numpy(), firsts.numpy(), dtype=np.int64)
             counts[filled] = torch.from_numpy(sums) - self.scored[firsts].long()
         return counts
 
     @property
     def num_scored(self) -> int:
-        """Targets in all rows."""
+        """Number of targets in all rows."""
         return int(self.scored_tokens.sum())
 
     def pad(self, indices: Sequence[int], pad_token: int) -> Batch:
         """The rows with these numbers as a batch; a `FILLER` or an empty row becomes one unscored token.
 
-        Long batches get one of few widths: for each shape that matrices have, oneDNN compiles kernels of its own and
-        keeps them, and the heap falls to pieces that fit no other.
+        Long batches get one of a few widths: oneDNN compiles and keeps separate kernels for each shape of matrices, and
+        the heap is fragmented into pieces that fit no other.
         """
         bounds = [self.offsets[i : i + 2].tolist() if i != FILLER else (0, 0) for i in indices]
         rows = [slice(first, last) if first < last else slice(0, 0) for first, last in bounds]
@@ -151,7 +151,7 @@ class TokenRows:
 
 
 def round_up(length: int) -> int:
-    """The width of a batch whose longest row has a number of tokens: long ones are multiples of `STEP`."""
+    """The width of a batch whose longest row has ``length`` tokens: large widths are multiples of `STEP`."""
     return length if length <= SHORT else -(-length // STEP) * STEP
 
 

@@ -22,9 +22,9 @@ class Place:
     """Where a spec points to on this machine.
 
     Args:
-        path: file or folder that the records are in.
-        config: data set in the folder, when the spec names one.
-        split: split of the data set, when the spec names one.
+        path: file or folder that holds the records.
+        config: data set in the folder, if the spec names one.
+        split: split of the data set, if the spec names one.
         slice: part of the split, such as ``[:10%]``; empty for all of it.
     """
 
@@ -42,8 +42,8 @@ class Source:
         spec: spec of a local file (``.txt``, ``.jsonl``, ``.ndjson``, ``.json``, ``.csv``, ``.tsv``, each also as
             ``.gz``, ``.bz2``, ``.xz`` or ``.zst``, ``.parquet``, ``.arrow``, ``.feather``), or of a local folder or a
             hub data set as ``NAME``, ``NAME@SPLIT`` or ``NAME:CONFIG@SPLIT``.
-        split: split to read when the spec names none.
-        is_named: whether the user asked for this split; otherwise it only stands beside one that the user asked for.
+        split: split to read if the spec names none.
+        is_named: whether the user asked for this split; otherwise it only lies next to one that the user asked for.
     """
 
     spec: str
@@ -57,17 +57,18 @@ class Source:
 
     @cached_property
     def layout(self) -> Layout | None:
-        """The files of a local folder; None for all else, and for a folder that the ``datasets`` library must read."""
+        """The files of a local folder; None for anything else, and if the ``datasets`` library must read the folder."""
         if self.place is None or not self.place.path.is_dir():
             return None
         return read_layout(self.place.path, self.place.config)
 
     @cached_property
     def files(self) -> list[Path] | None:
-        """The local files; None where the ``datasets`` library loads the data.
+        """The local files; None if the ``datasets`` library loads the data.
 
         Raises:
-            UserError: not there, not readable, without the split, or several data sets of which none is named.
+            UserError: the files do not exist, are not readable or lack the split, or there are several data sets and
+                none is named.
         """
         if self.layout is not None:
             return self.layout.files(self._split_of(self.layout))
@@ -80,14 +81,14 @@ class Source:
         return [self.place.path]
 
     def sibling(self, split: Split) -> "Source | None":
-        """Another split of the same local folder, if it has it and the spec names none."""
+        """Another split of the same local folder, if the folder has it and the spec names no split."""
         if self.layout is None or self.place is None or self.place.split is not None or not self.layout.split(split):
             return None
         return Source(self.spec, split, is_named=False)
 
     @property
     def selection(self) -> str | None:
-        """What is read of a local folder with splits, for a person; None where that is all of it."""
+        """What is read of a local folder with splits, in readable form; None if all of the folder is read."""
         if self.layout is None or not self.layout.splits:
             return None
         return self.layout.describe(self._split_of(self.layout))
@@ -97,22 +98,22 @@ class Source:
         return f"The split {self._split_of(layout)!r} of {self.spec!r}" if layout and layout.splits else repr(self.spec)
 
     def fingerprint(self) -> str:
-        """Changes when the content does; of the name of a local file only what it says of format and split counts."""
+        """A hash that changes with the content; of a local file's name only the parts for format and split count."""
         if self.place is None:
             with self._explained():
                 return str(self._dataset()._fingerprint)
         files, chosen = self.files, [self.selection, self.place.slice]
-        if files is None:  # which of them are read is the matter of the library
+        if files is None:  # the library decides which of them are read
             files = sorted(file for file in self.place.path.rglob("*") if file.is_file())
             chosen = [self.place.config, self.place.split or self.split, self.place.slice]
         content = [[kind(file), hash_file(file)] for file in files]
         return hash_json([*chosen, content] if any(chosen) else content)
 
     def records(self, skipped: Skipped) -> Iterator[tuple[str, Record]]:
-        """Every record with the place it stands at; a text file is one record with the field ``text``.
+        """Every record with its place in the source; a text file is one record with the field ``text``.
 
         Raises:
-            UserError: no such file or data set, or nothing in it.
+            UserError: there is no such file or data set, or it is empty.
         """
         records = self._library_records() if self.files is None else _read_files(self.files, skipped)
         if self.place is not None and self.place.slice:
@@ -125,7 +126,7 @@ class Source:
             raise UserError(f"{self} holds no records{f': {skipped}' if skipped.counts else ''}.")
 
     def _split_of(self, layout: Layout) -> str:
-        """What a folder calls the split that is read; the empty name stands for files that are named for none."""
+        """The folder's name for the split that is read; the empty name stands for files named after no split."""
         named = self.place and self.place.split
         if not layout.splits and not named:
             return ""  # all of the folder
@@ -156,7 +157,7 @@ class Source:
 
     @contextmanager
     def _explained(self) -> Iterator[None]:
-        """Makes a user's error of what the ``datasets`` library raises."""
+        """Turns errors of the ``datasets`` library into a `UserError`."""
         try:
             yield
         except Exception as error:  # many kinds, all of which mean the same to the user
@@ -169,12 +170,12 @@ class Source:
 
 
 def find_place(spec: str) -> Place | None:
-    """Where a spec points to on this machine; None when it may be a hub data set.
+    """Where a spec points to on this machine; None if it may be a hub data set.
 
-    A path that is there is taken as it is, whatever signs are in it.
+    A path that exists is taken as it is, whatever characters it contains.
 
     Raises:
-        UserError: the spec looks like a path, and nothing is there.
+        UserError: the spec looks like a path, but nothing is there.
     """
     if (path := Path(spec).expanduser()).exists():
         return Place(path)
@@ -193,10 +194,10 @@ def find_place(spec: str) -> Place | None:
 
 
 def take(part: str, records: list[tuple[str, Record]]) -> list[tuple[str, Record]]:
-    """A slice of records, written as the ``datasets`` library does it: ``[:10%]``, ``[100:200]``, ``[-5:]``.
+    """A slice of records, written as in the ``datasets`` library: ``[:10%]``, ``[100:200]``, ``[-5:]``.
 
     Raises:
-        UserError: not written so, or beyond the records.
+        UserError: the slice is malformed, or beyond the records.
     """
     import datasets
 

@@ -1,4 +1,4 @@
-"""Three splits, disjoint by content: train fits and calibrates, validation chooses, test is reported."""
+"""Three splits, disjoint by content: train to fit and calibrate, validation to choose, test to report."""
 
 import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -17,7 +17,7 @@ class SplitError(UserError):
 
     Args:
         message: message for the user.
-        splits: splits of which any may be at fault.
+        splits: splits any of which may be at fault.
     """
 
     def __init__(self, message: str, *splits: Split) -> None:
@@ -27,7 +27,7 @@ class SplitError(UserError):
 
 @contextmanager
 def at_fault(split: Split) -> Iterator[None]:
-    """Makes a mistake of a user one of this split."""
+    """Attributes a user's mistake to this split."""
     try:
         yield
     except UserError as error:
@@ -35,17 +35,17 @@ def at_fault(split: Split) -> Iterator[None]:
 
 
 def hold_out(given: Mapping[Split, Sequence[T]], content: Callable[[T], str], share: float) -> dict[Split, list[T]]:
-    """Fills missing validation and test splits from the training one.
+    """Fills missing validation and test splits from the training split.
 
-    A record goes by the hash of its content, so that equal records stay together and adding records moves none.
+    The hash of its content decides on a record, so equal records stay together and adding records moves none.
 
     Args:
         given: records of the splits that the user named.
-        content: function that makes the text by which two records are the same.
+        content: function that gives the text by which records are compared.
         share: share of the training records for each missing split, in [0, 0.5); at 0 they stay missing.
 
     Raises:
-        UserError: when a split is missing and the training split has too few records to give any.
+        UserError: a split is missing and the training split has too few records to fill it.
     """
     splits: dict[Split, list[T]] = {split: list(records) for split, records in given.items()}
     missing = [split for split in SPLITS[1:] if split not in given]
@@ -70,7 +70,7 @@ def hold_out(given: Mapping[Split, Sequence[T]], content: Callable[[T], str], sh
 def make_disjoint(
     splits: Mapping[Split, Sequence[T]], content: Callable[[T], str]
 ) -> tuple[dict[Split, list[T]], dict[Split, int]]:
-    """Takes from train what is in validation or test, and from validation what is in test; the counts say how many.
+    """Removes from train what is in validation or test, and from validation what is in test; also counts these.
 
     Raises:
         SplitError: nothing is left of a split.

@@ -19,20 +19,21 @@ from qpruner.stories import Story, generate_stories
 class StoriesDataModule(TokenDataModule):
     """Small English stories made by `qpruner.stories`; nothing is read or downloaded.
 
-    The three splits share no story, whatever the seed. Validation and test bring a choice task, ``endings``: the right
-    ending of a story against one with a value that the story tells nowhere, where there is one.
+    The three splits share no story, whatever the seed. Validation and test have a choice task, ``endings``: the right
+    ending of a story against one with a value that the story does not mention, if there is one.
 
     Args:
-        num_train: number of stories that fit and calibrate, at least 1.
-        num_validation: number of stories that choose, at least 1.
-        num_test: number of stories that are reported, at least 1.
-        num_choices: most two-choice endings in validation and in test each, as many as the split has stories for; 0 for
-            none.
-        story_seed: seed of the stories; another gives other stories.
+        num_train: number of stories for fitting and calibration, at least 1.
+        num_validation: number of stories for making choices, at least 1.
+        num_test: number of stories for reported results, at least 1.
+        num_choices: most two-choice endings in validation and in test each, limited by the number of stories in the
+            split; 0 for none.
+        story_seed: seed of the stories; different seeds give different stories.
         layout: ``packed`` joins the stories with the tokenizer's end-of-text token and cuts them into rows of exactly
-            ``max_length`` (the rest is dropped); ``per_document`` gives each a row, cut at ``max_length``.
-        end_token: whether a ``per_document`` row that is not cut ends with the end-of-text token, as a target; packed
-            rows have it between stories.
+            ``max_length`` tokens (the rest is dropped); ``per_document`` gives each a row, truncated to ``max_length``
+            tokens.
+        end_token: whether a ``per_document`` row that is not truncated ends with the end-of-text token, as a target;
+            packed rows have it between stories.
         **kwargs: options of every data module; see `TokenDataModule`.
 
     Raises:
@@ -67,7 +68,7 @@ class StoriesDataModule(TokenDataModule):
         return layout_protocol(self.layout, self.max_length)
 
     def options(self) -> dict[str, Any]:
-        # A few stories stand for the grammar, so that a new grammar does not meet the old one's cache.
+        # A few stories stand for the grammar, so that a new grammar does not use the cache of the old one.
         sample = [story.text for story in generate_stories("train", num_stories=20, seed=self.story_seed)]
         return {
             "stories": dict(self.num_stories),
@@ -98,7 +99,7 @@ class StoriesDataModule(TokenDataModule):
         return list(generate_stories(split, num_stories=self.num_stories[split], seed=self.story_seed))
 
     def questions(self, split: Split) -> dict[str, tuple[Measure, TaskQuestions]]:
-        """The endings of the stories of validation and test, and the tasks that were asked for."""
+        """The endings of the stories of validation and test, and the tasks that were requested."""
         questions: dict[str, tuple[Measure, TaskQuestions]] = {}
         if split != "train" and self.num_choices:
             questions["endings"] = ("acc", ending_questions(self.stories(split)[: self.num_choices], self.seed))
@@ -111,7 +112,8 @@ def ending_questions(stories: Sequence[Story], seed: int, other: Literal["untold
     Args:
         stories: stories to end.
         seed: seed of the coins.
-        other: whether the other ending has what the story tells nowhere, or what it tells of something else.
+        other: whether the other ending has a value that the story does not mention (``untold``), or one that it
+            mentions about something else (``told``).
     """
     coins = torch.randint(2, (len(stories),), generator=torch.Generator().manual_seed(seed)).tolist()
     questions = []

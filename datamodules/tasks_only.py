@@ -11,7 +11,7 @@ from qpruner.errors import UserError
 
 
 class ChoiceTasksDataModule(TokenDataModule):
-    """Choice tasks and no text, to measure what a model can do.
+    """Choice tasks without text, to measure what a model can do.
 
     ::
 

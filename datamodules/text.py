@@ -1,4 +1,4 @@
-"""Plain text: files or a hub data set, packed into blocks or one document a row."""
+"""Plain text: files or a hub data set, packed into blocks or with one document per row."""
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
@@ -22,20 +22,21 @@ class TextDataModule(TokenDataModule):
     """Documents as language-model rows.
 
     Each split is a local file (text, JSON Lines, JSON, CSV, Parquet or Arrow; see `Source`), or a local folder or a hub
-    data set as ``NAME``, ``NAME@SPLIT`` or ``NAME:CONFIG@SPLIT``. Of a folder whose files are named for splits only the
-    one asked for is read. A split that is not given is that of the folder which ``train`` names, if it has one
-    that can be used, and else held out of the training documents by their content. Documents that stand in two splits
-    are taken out of the one that fits or chooses.
+    data set given as ``NAME``, ``NAME@SPLIT`` or ``NAME:CONFIG@SPLIT``. If the files of a folder are named after
+    splits, only the requested one is read. A split that is not given is taken from the folder that ``train`` names, if
+    this has a usable one, and is otherwise held out of the training documents by their content. Documents that occur in
+    two splits are removed from the earlier of the two, in the order of train, validation and test.
 
     Args:
-        train: documents that fit and calibrate; needed by ``fit`` only.
-        validation: documents that choose.
-        test: documents that are reported.
+        train: documents for fitting and calibration; needed by ``fit`` only.
+        validation: documents for making choices.
+        test: documents for reported results.
         layout: ``packed`` joins the documents with the tokenizer's end-of-text token and cuts them into rows of
-            exactly ``max_length`` (the rest is dropped); ``per_document`` gives each a row, cut at ``max_length``.
-        separator: what stands between two documents in a text file, such as ``<|endoftext|>``; without it a text file
-            is one document. White space around a separated document is dropped.
-        end_token: whether a ``per_document`` row that is not cut ends with the end-of-text token, as a target;
+            exactly ``max_length`` tokens (the rest is dropped); ``per_document`` gives each a row, truncated to
+            ``max_length`` tokens.
+        separator: text between two documents in a text file, such as ``<|endoftext|>``; without it a text file is one
+            document. White space around a separated document is dropped.
+        end_token: whether a ``per_document`` row that is not truncated ends with the end-of-text token, as a target;
             packed rows have it between documents.
         text_column: name of the field that holds the text of a record.
         held_out: share of the training documents for each split that is not given, in [0, 0.5); at 0 there is no such
@@ -133,10 +134,10 @@ class TextDataModule(TokenDataModule):
 
 
 def named_sources(*, held_out: float, **specs: str | None) -> dict[Split, Source]:
-    """The splits that the user named, and those that stand beside train in the folder that it names.
+    """The splits that the user named, and those that lie next to train in the folder that it names.
 
     Raises:
-        UserError: none was named, a local one is not there, or the share to hold out is not in [0, 0.5).
+        UserError: none was named, a local one does not exist, or the share to hold out is not in [0, 0.5).
     """
     sources = {split: Source(spec, split) for split in SPLITS if (spec := specs[split]) is not None}
     if not sources:
@@ -144,7 +145,7 @@ def named_sources(*, held_out: float, **specs: str | None) -> dict[Split, Source
     if not 0 <= held_out < 0.5:
         raise UserError(f"held_out is {held_out}; it must be at least 0 and less than 0.5.")
     for source in sources.values():
-        _ = source.files  # a path that is not there is told before anything is loaded
+        _ = source.files  # a path that does not exist is reported before anything is loaded
     beside = {split: sources["train"].sibling(split) for split in SPLITS if split not in sources and "train" in sources}
     return sources | {split: source for split, source in beside.items() if source is not None}
 
@@ -152,7 +153,7 @@ def named_sources(*, held_out: float, **specs: str | None) -> dict[Split, Source
 def without_useless_splits(
     name: str, sources: Mapping[Split, Source], build: Callable[[Mapping[Split, Source]], Prepared]
 ) -> Prepared:
-    """What is built of the sources, but of those that nobody named only where nothing is wrong with them.
+    """Builds from the sources, without those that the user did not name if something is wrong with them.
 
     Raises:
         UserError: something is wrong with the others.
@@ -174,10 +175,10 @@ def without_useless_splits(
 def rows_of_text(
     tokenizer: Any, texts: list[str], *, layout: Layout, end_token: bool, max_length: int, skipped: Skipped
 ) -> TokenRows:
-    """The documents as rows; alone in a row, one with fewer than two tokens has nothing to predict and is skipped.
+    """The documents as rows; one that is alone in a row and has fewer than two tokens predicts nothing and is skipped.
 
     Raises:
-        UserError: in the packed layout, fewer tokens than fill a row; in the other, no document of two tokens.
+        UserError: in the packed layout, too few tokens to fill a row; in the other, no document of two tokens.
     """
     documents = tokenize(tokenizer, texts, special_tokens=True)
     if layout == "per_document":
@@ -204,7 +205,7 @@ def ended(row: Row, end_token: int | None) -> Row:
     """The row with the end-of-text token as a last target, which teaches the model to stop."""
     if end_token is None:
         return row
-    body = row[:-1] if row.ends_with(end_token) else row  # a tokenizer may add it itself, and not as a target
+    body = row[:-1] if row.ends_with(end_token) else row  # a tokenizer may add the token itself, but not as a target
     return Row(
         np.append(body.tokens, np.int32(end_token)),
         np.append(body.scored, True),
@@ -225,7 +226,7 @@ def notes(
     rows: dict[Split, TokenRows],
     sources: Mapping[Split, Source],
 ) -> tuple[str, ...]:
-    """What a person should know of how the splits came about."""
+    """What the user should know about how the splits were made."""
     lines = [f"{name}: {split}: {source.selection}" for split, source in sources.items() if source.selection]
     lines += [
         f"{name}: {split}: {len(rows[split]):,} rows, {len(rows[split].tokens):,} tokens"
@@ -242,14 +243,14 @@ def notes(
 
 
 def unended_rows(layout: Layout, end_token: bool) -> str | None:
-    """What is not ended where the tokenizer has no end-of-text token; nothing where none was asked for."""
+    """What lacks an end if the tokenizer has no end-of-text token; None if no such token was asked for."""
     if layout == "packed":
         return "documents follow each other in a row with nothing between them"
     return "no row ends with one" if end_token else None
 
 
 def missing_end(tokenizer: Any, unended: str | None) -> tuple[str, ...]:
-    """What a person should know when rows are to be ended and the tokenizer has no token for it."""
+    """What the user should know if rows are to be ended but the tokenizer has no token for that."""
     if unended is None or tokenizer.eos_token_id is not None:
         return ()
     return (

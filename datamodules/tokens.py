@@ -1,4 +1,4 @@
-"""Text to rows of tokens, with the bytes of text that each token stands for."""
+"""Converts text to rows of tokens, with the number of bytes of text that each token stands for."""
 
 import json
 from collections.abc import Iterable, Iterator, Sequence
@@ -10,11 +10,11 @@ from qpruner.datamodules.rows import Row
 from qpruner.errors import UserError
 from qpruner.files import hash_json
 
-# A tokenizer needs some 200 bytes for each character that it is given at once, and works on one text with one thread.
-BATCH = 1_000_000  # characters handed to the tokenizer at once
+# A tokenizer needs about 200 bytes for each character passed in one call, and uses a single thread per text.
+BATCH = 1_000_000  # characters passed to the tokenizer at once
 WINDOW = 100_000  # characters after which a text is continued in another piece
 OVERLAP = 5_000  # characters that a piece shares with the next one
-AGREEMENT = 32  # tokens on either side of a seam that both pieces must have alike
+AGREEMENT = 32  # tokens on either side of a seam that must be the same in both pieces
 
 
 def tokenize(
@@ -26,17 +26,18 @@ def tokenize(
 ) -> Iterator[Row]:
     """A row for each text.
 
-    Long texts are tokenized in overlapping pieces, joined where they agree; the tokens are those of the whole text.
+    Long texts are tokenized in overlapping pieces that are joined where they agree; the tokens are those of the whole
+    text.
 
     Args:
         tokenizer: tokenizer of transformers; with a slow one (no offsets) the bytes are unknown.
-        texts: texts to tokenize, each a row.
-        special_tokens: whether the tokenizer adds what it adds to a text, such as ``<s>`` at its start.
-        scored_from: for each text the character spans that are targets, None for all of the text; empty for all of
-            every text.
+        texts: texts to tokenize, each into one row.
+        special_tokens: whether the tokenizer adds its special tokens to a text, such as ``<s>`` at its start.
+        scored_from: for each text the character spans that are targets, None for all of the text; empty if all of every
+            text is a target.
 
     Raises:
-        UserError: spans are given and the tokenizer has no offsets.
+        UserError: spans are given and the tokenizer provides no offsets.
     """
     fast = bool(tokenizer.is_fast)
     if not fast and any(spans is not None for spans in scored_from):
@@ -58,10 +59,10 @@ def tokenize(
 
 
 def bytes_per_token(text: str, offsets: np.ndarray) -> np.ndarray:
-    """UTF-8 bytes of ``text`` that each token adds to what the tokens before it cover.
+    """Number of UTF-8 bytes of ``text`` that each token adds to those covered by the tokens before it.
 
-    Summing what is *added* counts every byte of the text once, although tokenizers may leave a space outside every
-    token, or give the several tokens of one character the same offsets.
+    Summing what is *added* counts every byte of the text once, although tokenizers may leave a space outside all
+    tokens, or give the same offsets to several tokens of one character.
 
     Args:
         text: text that was tokenized.
@@ -74,11 +75,11 @@ def bytes_per_token(text: str, offsets: np.ndarray) -> np.ndarray:
 
 
 def tokenizer_fingerprint(tokenizer: Any) -> str:
-    """Changes when the tokenizer would give other tokens or another chat."""
+    """A hash that changes when the tokenizer would give different tokens or lay out chats differently."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     content: Any = [type(tokenizer).__name__, sorted(tokenizer.get_vocab().items())]
     if backend is not None:
-        # Truncation and padding are state, which every call to the tokenizer sets.
+        # Truncation and padding are mere state, which every call to the tokenizer sets.
         content = json.loads(backend.to_str()) | {"truncation": None, "padding": None}
     return hash_json([content, tokenizer.chat_template, {k: str(v) for k, v in tokenizer.special_tokens_map.items()}])
 
@@ -99,12 +100,12 @@ def _encode(
 
 
 def in_batches(texts: Iterable[str]) -> Iterator[list[str]]:
-    """The texts in their order, a batch as much as a tokenizer should be handed at once."""
+    """The texts in order, in batches as large as a tokenizer should be given at once."""
     batch: list[str] = []
     size = 0
     for text in texts:
         batch.append(text)
-        size += len(text) + 100  # a text takes room even when it is empty
+        size += len(text) + 100  # even an empty text takes memory
         if size > BATCH:
             yield batch
             batch, size = [], 0
@@ -115,7 +116,7 @@ def in_batches(texts: Iterable[str]) -> Iterator[list[str]]:
 def _row(
     text: str, tokens: np.ndarray, offsets: np.ndarray | None, start: int, spans: Sequence[tuple[int, int]] | None
 ) -> tuple[Row, np.ndarray]:
-    """The row of the stretch ``text`` that begins at character ``start``, and where its tokens end, see `_covered`."""
+    """The row of the piece ``text`` that begins at character ``start``, and where its tokens end, see `_covered`."""
     scored = np.ones(len(tokens), dtype=np.bool_)
     if offsets is None:
         return Row(tokens, scored, np.zeros(len(tokens), dtype=np.int32)), np.zeros(len(tokens), dtype=np.int64)
@@ -125,10 +126,10 @@ def _row(
 
 
 def _join(pieces: Sequence[tuple[Row, np.ndarray]], starts: Sequence[int]) -> Row | None:
-    """The pieces of a text, beginning at these characters, as one; nothing where two do not agree at their seam.
+    """The pieces of a text, beginning at these characters, as one row; None if two do not agree at their seam.
 
-    The seam lies in the middle of what two pieces share, far from where either was cut off, and so from what a
-    tokenizer does differently at the start and at the end of a text.
+    The seam lies in the middle of the overlap of two pieces, far from where either was cut off, and thus from anything
+    that a tokenizer does differently at the start or the end of a text.
     """
     parts: list[Row] = []
     first = 0
@@ -148,15 +149,15 @@ def _join(pieces: Sequence[tuple[Row, np.ndarray]], starts: Sequence[int]) -> Ro
 
 
 def _covered(offsets: np.ndarray) -> np.ndarray:
-    """The character before which a token, or one before it, ends; those of special tokens stand at 0."""  # [T] int64
+    """The furthest character at which a token or one before it ends; special tokens end at 0."""  # [T] int64
     return np.maximum.accumulate(offsets[:, 1]) if len(offsets) else np.empty(0, dtype=np.int64)
 
 
 def _inside(offsets: np.ndarray, start: int, spans: Sequence[tuple[int, int]]) -> np.ndarray:
-    """Which tokens end in one of the spans; so a token that straddles the border to a response belongs to it.
+    """Which tokens end in one of the spans; a token that straddles the start of a response thus belongs to it.
 
-    Where a token begins says nothing: some tokenizers trim spaces off the offsets, and nothing is left of a token of
-    spaces. The end of a special token that the tokenizer added is 0.
+    The start of a token is not reliable: some tokenizers trim spaces off the offsets, which leaves nothing of a token
+    of spaces. The end of a special token that the tokenizer added is 0.
     """
     ends = offsets[:, 1] + start
     inside = np.zeros(len(offsets), dtype=np.bool_)

@@ -1,8 +1,8 @@
-"""What of a chat leaves a trace in the text that a chat template makes of it.
+"""Which parts of a chat leave a trace in the text that a chat template makes of it.
 
-Templates are programs: some leave out what is said beside a call, thoughts of earlier turns, every call but the first,
-or roles that they do not know. Each text of each message gets a mark of its own, a character that stands in no text. A
-text whose mark does not come out is lost if the render stays the same whatever stands in its place.
+Templates are programs: some leave out what is said next to a call, thoughts of earlier turns, every call but the first,
+or roles that they do not know. Each text of each message gets a mark of its own, a character that occurs in no text. A
+text whose mark does not appear in the render is lost if the render stays the same whatever replaces the text.
 """
 
 import re
@@ -14,9 +14,9 @@ from qpruner.datamodules.messages import THOUGHTS, Message
 Span = tuple[int, int]  # of characters: the first, and the one after the last
 Render = Callable[..., str]  # render(messages, add_generation_prompt=False)
 
-FIRST_MARK = 0xF0000  # where the planes for private use begin, says Unicode
+FIRST_MARK = 0xF0000  # where Unicode's planes for private use begin
 MARK = LAST_MARK = "\U0010fffd"
-# A thought may lack its beginning, which the generation prompt of some models writes.
+# A thought may lack its beginning, which is part of the generation prompt of some models.
 THOUGHT = re.compile(r"(<think>.*?</think>|\A(?:(?!<think>).)*?</think>)", re.DOTALL)
 THOUGHT_IN_CONTENT = "content (<think>)"
 
@@ -27,7 +27,7 @@ class Piece:
 
     Args:
         message: number of the message, from 0.
-        field: field of the message, as a person would name it.
+        field: field of the message, under a readable name.
     """
 
     message: int
@@ -40,12 +40,12 @@ class Piece:
 
 @dataclass(frozen=True)
 class Traces:
-    """Where the pieces of a chat stand in its render.
+    """Where the pieces of a chat are in its render.
 
     Args:
-        pieces: all pieces that are not blank, in their order.
+        pieces: all pieces that are not blank, in order.
         lost: for each piece, whether it leaves no trace.
-        places: for each piece, the characters at which it ends; None where marks disturb the template.
+        places: for each piece, the characters at which it ends; None if marks disturb the template.
     """
 
     pieces: tuple[Piece, ...]
@@ -59,7 +59,7 @@ class Traces:
         return [piece for piece, is_lost in zip(self.pieces, self.lost, strict=True) if not is_lost]
 
     def are_within(self, message: int, blocks: Sequence[Span]) -> bool:
-        """Whether all that is said in a message stands in one of the blocks; of thoughts it may be left to them."""
+        """Whether all that is said in a message is in the blocks; thoughts count only if nothing else is said."""
         if self.places is None:
             return True
         kept = [
@@ -71,7 +71,7 @@ class Traces:
         return all(any(self._is_within(place, blocks) for place in places) for places in said if places)
 
     def touch(self, message: int, block: Span) -> bool:
-        """Whether any of a message stands in the block."""
+        """Whether any part of a message is in the block."""
         pairs = zip(self.pieces, self.places or (), strict=False)
         return any(
             self._is_within(place, [block]) for piece, places in pairs if piece.message == message for place in places
@@ -83,9 +83,9 @@ class Traces:
 
 
 def find_traces(render: Render, messages: Sequence[Message], text: str) -> Traces:
-    """Which pieces of the messages stand in ``text``, their render, and where."""
+    """Which pieces of the messages appear in ``text``, their render, and where."""
     pieces: list[Piece] = []
-    # Fonts of icons have signs of their own there, which may stand in a text: marks come after those.
+    # Icon fonts use characters in this range, which may occur in a text: marks come after those.
     first_mark = max([FIRST_MARK, *(ord(sign) + 1 for sign in set(text) if sign < LAST_MARK)])
     marks = re.compile(f"[{chr(first_mark)}-{LAST_MARK}]")
 
@@ -96,7 +96,7 @@ def find_traces(render: Render, messages: Sequence[Message], text: str) -> Trace
     marked = _changed(messages, mark)
     try:
         rendered = render(marked)
-    except Exception:  # a template may fail over what it does not expect in any way
+    except Exception:  # a template may fail in any way on what it does not expect
         rendered = ""
     places: list[list[int]] = [[] for _ in pieces]
     for count, match in enumerate(marks.finditer(rendered)):
@@ -107,10 +107,10 @@ def find_traces(render: Render, messages: Sequence[Message], text: str) -> Trace
 
 
 def is_same(render: Render, changed: Sequence[Message], text: str) -> bool:
-    """Whether changed messages come out as the same text, but for white space."""
+    """Whether changed messages are rendered to the same text, except for white space."""
     try:
         return render(changed).split() == text.split()
-    except Exception:  # as above: it reads what it cannot do without
+    except Exception:  # as above: the template needs what was changed
         return False
 
 
@@ -132,7 +132,7 @@ def _is_lost(render: Render, messages: Sequence[Message], number: int, text: str
 
 
 def _changed(messages: Sequence[Message], change: Callable[[Piece, str], str]) -> list[Message]:
-    """The messages with every piece of them changed, always in the same order."""
+    """The messages with each of their pieces changed, always in the same order."""
 
     def change_one(number: int, message: Message) -> Message:
         def to(field: str, said: str) -> str:

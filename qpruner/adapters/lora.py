@@ -1,4 +1,4 @@
-"""LoRA adapters on the projections of a decoder, by PEFT."""
+"""LoRA adapters on the projections of a decoder, using PEFT."""
 
 import math
 import re
@@ -14,9 +14,9 @@ from qpruner.errors import UserError, brief, check_ranges
 from qpruner.seeds import derive_seed
 
 ALL_LINEAR = "all-linear"
-"""What stands in place of names for every linear but the language-model head, and but those of experts."""
+"""What stands in place of names for every linear except the language-model head and those of experts."""
 OF_EXPERTS = r".*\.experts\.\d+\..*"
-"""Names of linears of experts, which get no adapters: there are hundreds, and each sees few tokens of a batch."""
+"""Names of the linears of experts, which get no adapters: there are hundreds, and each sees few tokens of a batch."""
 
 
 @dataclass(frozen=True)
@@ -27,10 +27,10 @@ class LoRAConfig:
         r: rank of the adapters, at least 1.
         alpha: scale of the adapters; their output is multiplied by ``alpha / r``.
         dropout: probability with which an input of the adapters is zeroed in training, in [0, 1).
-        target_modules: the linears that get adapters: ends of their names, such as ``q_proj``; a regular expression
-            for the whole of a name; or ``all-linear``, all but the language-model head. What their names are depends on
-            the family: ``q_proj`` of a Llama is a part of ``qkv_proj`` in a Phi-3 and of ``c_attn`` in a GPT-2. The
-            experts of a mixture get none.
+        target_modules: linears that get adapters: the ends of their names, such as ``q_proj``; a regular expression
+            for the whole name; or ``all-linear``, all except the language-model head. Names depend on the family:
+            ``q_proj`` of a Llama is a part of ``qkv_proj`` in a Phi-3 and of ``c_attn`` in a GPT-2. The experts of a
+            mixture get none.
         pooled: whether an adapter adds the same number to all weights of a group, so that `qpruner merge --packed`
             folds it into the group's minimum and the model stays packed (QA-LoRA). All linears with adapters are then
             held in the format ``affine``, and the adapters start from zero.
@@ -66,7 +66,7 @@ class LoRAConfig:
 
 
 def is_target(name: str, targets: Sequence[str] | str) -> bool:
-    """Whether the linear of a decoder's layer that has this name gets an adapter; by the rules of PEFT.
+    """Whether the linear of a decoder layer with this name gets an adapter, by the rules of PEFT.
 
     Args:
         name: name of the linear in the model.
@@ -83,9 +83,9 @@ def target_linears(model: Any, targets: Sequence[str] | str) -> list[str]:
     """The names of the linears of a model that get adapters.
 
     Raises:
-        UserError: a target is the end of no linear's name, or a pattern matches none, or something else than linears.
+        UserError: a target is the end of no linear's name, or a pattern matches no linear or something else.
     """
-    tables = {id(module) for module in model.get_input_embeddings().modules()}  # packed, it holds a linear
+    tables = {id(module) for module in model.get_input_embeddings().modules()}  # a packed one holds a linear
     linears = [
         name
         for name, module in model.named_modules()
@@ -136,7 +136,7 @@ class Adapter:
         base: linear below the adapter.
         lora_A: factor A, [r, in].
         lora_B: factor B, [out, r].
-        scale: what the forward pass multiplies B A by.
+        scale: factor by which the forward pass multiplies B A.
     """
 
     base: nn.Module
@@ -146,15 +146,15 @@ class Adapter:
 
     @property
     def product(self) -> torch.Tensor:
-        """What it adds to the weight of its linear; float32 [out, in]."""
+        """What the adapter adds to the weight of its linear; float32 [out, in]."""
         return self.scale * (self.lora_B.detach().float() @ self.lora_A.detach().float())
 
 
 def adapter_on(linear: Any) -> Adapter | None:
-    """The adapter on a linear of a PEFT model; None where there is none.
+    """The adapter on a linear of a PEFT model; None if there is none.
 
     Raises:
-        UserError: it is more than ``scale * B A``, as that of DoRA, or it has a bias.
+        UserError: the adapter is more than ``scale * B A``, as with DoRA, or has a bias.
     """
     if not hasattr(linear, "lora_A"):
         return None
@@ -173,14 +173,14 @@ def adapter_on(linear: Any) -> Adapter | None:
 
 
 def attach_adapters(model: Any, config: LoRAConfig, *, seed: int, ranks: Mapping[str, int] | None = None) -> Any:
-    """Wraps the model in PEFT adapters, the only parameters that are left to train, in float32.
+    """Wraps the model in PEFT adapters, which are the only parameters left to train, in float32.
 
     Args:
         model: model of transformers.
-        config: rank, scale and place of the adapters.
-        seed: seed of the adapters that start at random.
-        ranks: rank of the adapter of a linear where it is another than that of ``config``, by the linear's name; its
-            output is scaled like that of the others.
+        config: rank, scale and targets of the adapters.
+        seed: seed of the random initialisation of the adapters.
+        ranks: rank of a linear's adapter if it differs from that of ``config``, by the name of the linear; its output
+            is scaled like that of the others.
 
     Raises:
         UserError: as `target_linears`.
@@ -189,7 +189,7 @@ def attach_adapters(model: Any, config: LoRAConfig, *, seed: int, ranks: Mapping
 
     targets, ranks = config.target_modules, ranks or {}
     names = target_linears(model, targets)
-    if isinstance(targets, str) and targets.lower() == ALL_LINEAR:  # which is more to PEFT where tables are packed
+    if isinstance(targets, str) and targets.lower() == ALL_LINEAR:  # to PEFT this is more if the embedding is packed
         targets = sorted({name.rpartition(".")[2] for name in names})
     has_experts = any(re.fullmatch(OF_EXPERTS, name) for name, _ in model.named_modules())
     lora = peft.LoraConfig(
@@ -202,7 +202,7 @@ def attach_adapters(model: Any, config: LoRAConfig, *, seed: int, ranks: Mapping
         exclude_modules=OF_EXPERTS if has_experts else None,
         task_type=peft.TaskType.CAUSAL_LM,
     )
-    # Every rank and every resumed run draws the same A, whatever was drawn before.
+    # Every process and every resumed run draws the same A, whatever was drawn before.
     naming = _of_unknown_type(model.config) if has_experts else nullcontext()
     with torch.random.fork_rng(devices=[]), naming:
         torch.manual_seed(derive_seed(seed, "adapters"))
@@ -211,7 +211,7 @@ def attach_adapters(model: Any, config: LoRAConfig, *, seed: int, ranks: Mapping
 
 @contextmanager
 def _of_unknown_type(config: Any) -> Iterator[None]:
-    """Meanwhile PEFT does not know the family, of whose FFNs it would take all linears for those of fused experts."""
+    """Hides the family from PEFT meanwhile, which would take all linears of its FFNs for those of fused experts."""
     config.model_type = f"qpruner_{config.model_type}"
     try:
         yield
@@ -223,7 +223,7 @@ def set_factors_(model: Any, factors: Mapping[str, tuple[torch.Tensor, torch.Ten
     """Starts the adapters of some linears from given factors A [r, in] and B [out, r].
 
     Args:
-        model: PEFT model, whose adapters get the factors.
+        model: PEFT model whose adapters get the factors.
         factors: factors A [r, in] and B [out, r] by the name of the linear in the model below PEFT.
     """
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""How many bytes a model may take, said in one of three ways, and how many multiply-adds a token may cost."""
+"""How many bytes a model may take, given in one of three ways, and how many multiply-adds a token may cost."""
 
 import math
 import re
@@ -17,27 +17,28 @@ BYTES_IN: dict[str, int] = {
     **{f"{prefix}B": 1000**power for power, prefix in enumerate(POWERS, 1)},
     **{f"{prefix.upper()}iB": 1024**power for power, prefix in enumerate(POWERS, 1)},
 }
-"""What units stand for; read without regard to case."""
+"""Number of bytes in each unit; units are case-insensitive."""
 
 AMOUNT = re.compile(r"\s*(?P<number>[\d._]+(?:e\+?\d{1,2})?)\s*(?P<unit>[a-z]*)\s*", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
 class Budget:
-    """What a model may take: bytes, said in exactly one of three ways, and multiply-adds besides where these count.
+    """What a model may take: bytes, given in exactly one of three ways, and additionally multiply-adds if these count.
 
     Args:
-        bytes: bytes of all that is stored: decoder linears, embedding, head, norms and adapters. A whole number, or one
-            with a unit: ``1.5 GB`` is 1,500,000,000 bytes and ``900 MiB`` is 900 * 1,048,576.
+        bytes: bytes of everything that is stored: decoder linears, embedding, head, norms and adapters. A whole number,
+            or a number with a unit: ``1.5 GB`` is 1,500,000,000 bytes and ``900 MiB`` is 900 * 1,048,576.
         average_bits: bits per weight of the decoder linears, scales included.
-        share: share of the bytes that the decoder linears of the dense, unpruned model take in 16 bits. Above 1 where
-            that is to be no limit.
+        share: share of the bytes that the decoder linears of the dense, unpruned model take in 16 bits. Above 1 to set
+            no limit.
         multiply_adds: share, in (0, 1], of the multiply-adds that a token costs in the decoder linears of the dense,
-            unpruned model. Only narrower layers save any, so that it takes something that decides on widths of layers.
+            unpruned model. Only narrower layers save any, so it requires something that decides on the widths of
+            layers.
 
     Raises:
-        UserError: none or several of the three given, an amount that is not above 0, an unknown unit, or a share of
-            multiply-adds above 1.
+        UserError: none or several of the three are given, an amount is not above 0, a unit is unknown, or a share of
+            multiply-adds is above 1.
     """
 
     bytes: int | str | None = None
@@ -63,16 +64,16 @@ class Budget:
             )
 
     def limit(self, price: Price, plan: CompressionPlan) -> int:
-        """The most bytes that the weights in the decoder's units may take, scales included and biases not.
+        """The most bytes that the weights in the decoder's units may take, scales included and biases excluded.
 
-        An average or a share that was read off a plan gives the bytes of that plan, however it was rounded in a float.
+        An average or a share that was read off a plan gives the bytes of that plan, however it was rounded as a float.
 
         Args:
-            price: price of any plan of the pruned model's widths, with the adapters to come.
-            plan: plan of these widths.
+            price: price of any plan with the pruned model's widths, including the adapters to come.
+            plan: plan with these widths.
 
         Returns:
-            The most bytes that `Price.unit_weight_bytes` may be; 0 or less where all else takes more than the budget.
+            The largest allowed `Price.unit_weight_bytes`; 0 or less if everything else takes more than the budget.
         """
         if self.bytes is not None:
             return parse_bytes(self.bytes) - (price.total - price.unit_weight_bytes)
@@ -82,7 +83,7 @@ class Budget:
         return _most(self.share, 1, 2 * dense_weights(plan))
 
     def most_multiply_adds(self, plan: CompressionPlan) -> int | None:
-        """The most multiply-adds that a token may cost in the decoder linears; None for any number of them.
+        """The most multiply-adds that a token may cost in the decoder linears; None if there is no limit.
 
         Args:
             plan: plan of the model, pruned or not.
@@ -102,16 +103,16 @@ class Budget:
 
 
 def parse_bytes(amount: int | str) -> int:
-    """Bytes of an amount such as ``1.5 GB``, rounded down.
+    """Number of bytes in an amount such as ``1.5 GB``, rounded down.
 
     Raises:
-        UserError: not a positive amount, or in a unit that is unknown.
+        UserError: the amount is not positive, or its unit is unknown.
     """
     units = {unit.lower(): size for unit, size in BYTES_IN.items()}
     parsed = AMOUNT.fullmatch(str(amount))
     try:
         size = math.floor(Fraction(parsed["number"]) * units[parsed["unit"].lower()]) if parsed else 0
-    except (ValueError, KeyError):  # two points in a number; a unit that there is not
+    except (ValueError, KeyError):  # two decimal points in a number; an unknown unit
         size = 0
     if size < 1:
         raise UserError(
@@ -122,7 +123,7 @@ def parse_bytes(amount: int | str) -> int:
 
 
 def dense_weights(plan: CompressionPlan) -> int:
-    """Weights in the units of all layers before anything was pruned."""
+    """Number of weights in the units of all layers before pruning."""
     return sum(
         out_features * in_features
         for layer in range(plan.architecture.num_layers)

@@ -17,12 +17,12 @@ from qpruner.pricing import Price
 from qpruner.schema import Record
 
 TRIFLE = 1e-6
-"""Share of what the choice of an item makes on average, by which twice the bits are better where costs are equal."""
+"""Discount for twice the bits, as a share of the average range of an item's costs; it decides where costs are equal."""
 
 Method = Literal["uniform", "mutual_information", "sensitivity", "marginal"]
 Solver = Literal["exact", "greedy"]
 Counted = Literal["kl", "loss", "first_order", "mutual information"]
-"""What costs count, as a person reads it."""
+"""What costs measure, in readable form."""
 
 
 @dataclass(frozen=True)
@@ -30,19 +30,20 @@ class DecidingConfig:
     """How bits are decided under a budget.
 
     Args:
-        widths: bits to choose from, of those that `MixedPrecisionQuantization` offers.
+        widths: bits to choose from, among those that `MixedPrecisionQuantization` offers.
         granularity: whether each ``block`` gets a width, or each ``unit`` of a block.
         leave_alone: numbers of layers, from 0, that stay in 16 bits; negative ones count from the last.
-        solver: ``exact``, the optimum of the knapsack problem, or ``greedy``, the upgrades of QPruner.
-        measure: the sensitivity that counts: the rise of ``loss`` or ``kl``, measured, or of loss by ``first_order``,
-            which there is of each item alone only.
-        contexts: number of random assignments of bits to all items among which ``marginal`` measures each item, even
-            and at least 2; its work grows with them.
+        solver: how the bits are chosen: ``exact``, the optimum of the knapsack problem, or ``greedy``, the upgrades of
+            QPruner.
+        measure: sensitivity that counts: the measured rise of ``loss`` or ``kl``, or the rise of the loss estimated by
+            ``first_order``, which only exists for each item alone.
+        contexts: number of random assignments of bits to all items in which ``marginal`` measures each item, even and
+            at least 2; the work grows with this number.
         mutual_information: how mutual information is estimated.
         calibration: calibration text on which mutual information or sensitivities are measured.
 
     Raises:
-        UserError: no widths, or one twice; contexts that do not come in pairs.
+        UserError: no widths, or a repeated one; contexts that do not come in pairs.
     """
 
     widths: Sequence[int] = (4, 8)
@@ -68,19 +69,19 @@ class DecidingConfig:
 
 @dataclass(frozen=True)
 class Decision:
-    """What one item got.
+    """What was decided for one item.
 
     Args:
         item: item that was decided on.
-        choices: precisions that it may be held in, fewest bytes first.
-        sizes: bytes of its weights in each precision.
-        costs: what each precision costs the model, lower is better; for mutual information ``-I log2(bits)``.
-        chosen: place of the precision that it got.
-        greedy: place of the precision that the greedy upgrades give it.
-        exact: place of the precision that the optimum gives it.
+        choices: precisions that the item may be held in, fewest bytes first.
+        sizes: bytes of the item's weights in each precision.
+        costs: cost of each precision to the model, lower is better; for mutual information ``-I log2(bits)``.
+        chosen: index of the precision that the item got.
+        greedy: index of the precision that the greedy upgrades give the item.
+        exact: index of the precision that the optimum gives the item.
 
     Raises:
-        UserError: no choices, not a size and a cost for each, or a place that is none of theirs.
+        UserError: there are no choices, not a size and a cost for each, or an index is out of range.
     """
 
     item: Item
@@ -107,14 +108,14 @@ class Decision:
 
 @dataclass(frozen=True)
 class Allocation(Record):
-    """Who got which bits under a budget, and why; JSON in ``allocation.json``.
+    """Which item got which bits under a budget, and why; JSON in ``allocation.json``.
 
     Args:
-        method: method that made the costs.
+        method: method that determined the costs.
         measure: measure of the costs: ``kl``, ``loss``, ``first_order`` or ``mutual information``; None for
             ``uniform``.
         solver: solver whose solution was taken.
-        budget: budget as a person reads it.
+        budget: budget in readable form.
         limit: bytes that the budget leaves for the weights in the decoder linears.
         for_items: bytes of this limit that are left for the items.
         total_bytes: bytes of all tensors, adapters included, once the plan is carried out.
@@ -174,15 +175,15 @@ def decide(
     """The plan that a budget buys.
 
     Args:
-        plan: plan of the pruned model; items get their precision, its other units and its tables keep theirs.
+        plan: plan of the pruned model; items get a precision, its other units, its embedding and its head keep theirs.
         items: items to decide on.
         precisions: precisions to choose from.
-        budget: what may be stored.
-        method: what makes the costs; ``uniform`` gives all items the same.
+        budget: limit on what is stored.
+        method: method that determines the costs; ``uniform`` gives all items the same precision.
         config: how to decide.
         sensitivities: sensitivities of the items; None for ``uniform``.
         dense_size: bytes of one dense weight.
-        price_of: prices a plan of the pruned model.
+        price_of: function that prices a plan of the pruned model.
 
     Raises:
         UserError: the budget is below the cheapest plan, which is named.
@@ -229,8 +230,8 @@ def decide(
 def _choices(
     sizes: Sequence[Sequence[int]], costs: Sequence[Sequence[float]], order: Sequence[Precision]
 ) -> list[list[Choice]]:
-    """The choices of each item, with a trifle off for more bits: where they save nothing that was found, they are
-    still better than bytes that nobody has.
+    """The choices of each item, with a small discount for more bits: even if they save no measured cost, they are
+    better than bytes left unused.
     """
     trifle = TRIFLE * sum(max(item) - min(item) for item in costs) / len(costs) or 1.0
     return [
@@ -274,7 +275,7 @@ def affordable(
 
 
 def with_choices(plan: CompressionPlan, items: Sequence[Item], precisions: Sequence[Precision]) -> CompressionPlan:
-    """The plan whose items are held in these precisions."""
+    """The plan with its items held in these precisions."""
     layers = list(plan.layers)
     for item, precision in zip(items, precisions, strict=True):
         held = dict(layers[item.layer].precision) | dict.fromkeys(item.units, precision)

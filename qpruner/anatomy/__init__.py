@@ -1,7 +1,15 @@
 """What a decoder layer is made of, for each model family: the only place that knows a family's names."""
 
 from qpruner.anatomy.coupled import Coupled, WideNorm, by_linear
-from qpruner.anatomy.families import COMPRESSED, FAMILIES, Family, family_of, is_compressible, learned_positions, refuse_experts
+from qpruner.anatomy.families import (
+    COMPRESSED,
+    FAMILIES,
+    Family,
+    family_of,
+    is_compressible,
+    learned_positions,
+    refuse_experts,
+)
 from qpruner.anatomy.layers import (
     DecoderLayer,
     architecture_of,

@@ -14,10 +14,10 @@ from qpruner.joint.gates import Estimator
 class JointConfig:
     """Learns which units stay and which width each has, by gates on the frozen dense model, before a run's first fit.
 
-    What may be decided is read off the callbacks of the run: ``StructuredPruning`` says that units may go, which layers
-    are left alone and what widths are multiples of; ``MixedPrecisionQuantization`` has the budget, the widths
-    (``deciding.widths``) and their number formats. The plan that is learned takes their place: it is carried out, with
-    the compensation and the rounding by text that they ask for, and recovered. So the variants of the paper are
+    What may be decided follows from the callbacks of the run: ``StructuredPruning`` says that units may go, which
+    layers are left alone and what widths are multiples of; ``MixedPrecisionQuantization`` has the budget, the widths
+    (``deciding.widths``) and their number formats. The learned plan takes their place: it is carried out, with the
+    compensation and the calibrated rounding that they ask for, and recovered. So the variants of the paper are
 
     - structure and precision (TOGA): both callbacks;
     - precision alone (TOGA-q): no ``StructuredPruning``, and ``lifts: true``;
@@ -36,36 +36,38 @@ class JointConfig:
     ```
 
     Sources: La et al. 2026 (arXiv:2606.07819), as far as it is known; Gao et al. 2024, DISP-LLM (arXiv:2410.11988);
-    GRASPrune (arXiv:2604.19398). `qpruner.joint` says what is whose.
+    GRASPrune (arXiv:2604.19398). `qpruner.joint` says which idea comes from where.
 
     Args:
-        steps: optimizer steps in which gates are learned, each on a batch of the training split; at least 1. Of the
-            states on the way, at the start and after each tenth, the best on the ``start_rows`` is taken.
-        gates: ``plain``, a parameter for each gate; ``layers``, one for all KV groups and one for all FFN channels of a
-            layer, whose order stays that of the start; ``hypernetwork``, a small recurrent network emits all of them.
-        constraint: ``projection``, every step opens as many gates as the budget allows; ``penalty``, gates are drawn to
-            the budget by ``penalty * |log(bytes / budget)|`` in the loss, and projected at the end.
-        penalty: weight of that term, above 0.
-        loss: ``kl``, divergence of the compressed model's predictions from the dense model's; ``cross_entropy``, of the
-            text, which spares the forward pass of the dense model.
-        lr: learning rate of AdamW, above 0, which falls evenly to 0; by default 0.02, and 0.001 for a
+        steps: number of optimizer steps in which gates are learned, each on a batch of the training split; at least 1.
+            Of the states at the start and after each tenth of the steps, the best on the ``start_rows`` is taken.
+        gates: how gates are parametrized: ``plain``, a parameter for each gate; ``layers``, one for all KV groups and
+            one for all FFN channels of a layer, which keep their initial order; ``hypernetwork``, a small recurrent
+            network emits all of them.
+        constraint: how gates are kept within the budget: ``projection``, every step opens as many gates as the budget
+            allows; ``penalty``, gates are drawn to the budget by ``penalty * |log(bytes / budget)|`` in the loss, and
+            projected at the end.
+        penalty: weight of the penalty term in the loss, above 0.
+        loss: loss that gates are learned with: ``kl``, the divergence of the compressed model's predictions from the
+            dense model's; ``cross_entropy``, that of the text, which saves the forward pass of the dense model.
+        lr: initial learning rate of AdamW, above 0, which falls linearly to 0; by default 0.02, and 0.001 for a
             hypernetwork.
-        temperature: temperature of the noise by which gates are sampled in training, in units of a logit, above 0; it
-            falls evenly to a tenth.
-        estimator: slope by which gates learn: ``reinmax``, right for losses that are quadratic between open and closed;
-            ``straight_through``, that of a Gumbel-sigmoid.
+        temperature: initial temperature of the noise with which gates are sampled in training, in units of a logit,
+            above 0; it falls linearly to a tenth.
+        estimator: gradient estimator of the gates: ``reinmax``, right for losses that are quadratic between open and
+            closed; ``straight_through``, that of a Gumbel-sigmoid.
         lifts: whether input channels of a linear may be held in the widest precision while the others have that of
-            their unit; channels are then reordered so that the former come first.
-        fixed_ratio: whether as many parameters are pruned as ``StructuredPruning.ratio`` says, and only where is
-            learned.
-        start_rows: number of training rows by whose Fisher information gates begin, and by whose loss their states are
-            compared, at least 1: those that an epoch reads last, so that steps fewer than an epoch has do not learn
-            from them. A split of fewer rows gives all.
-        further_budgets: budgets that the same gates learn plans for, in turns; only with a hypernetwork, which is told
-            the budget.
+            their unit; channels are then reordered so that the lifted ones come first.
+        fixed_ratio: whether the share of pruned parameters is fixed to ``StructuredPruning.ratio``, and only where to
+            prune is learned.
+        start_rows: number of training rows whose Fisher information initialises the gates, and whose loss compares
+            their states, at least 1. They are the rows that an epoch reads last, so that a fit shorter than an epoch
+            does not learn from them. If the split has fewer rows, all are used.
+        further_budgets: further budgets for which the same gates learn plans, in turns; only with a hypernetwork, which
+            takes the budget as input.
 
     Raises:
-        UserError: a value out of its range, or further budgets with plain gates.
+        UserError: a value out of its range, or further budgets without a hypernetwork.
     """
 
     steps: int = 200

@@ -1,8 +1,8 @@
-"""The gates that are learned: what emits their logits, and how logits become gates that are open or closed.
+"""The gates that are learned: the modules that emit their logits, and how logits become open or closed gates.
 
-A logit says how much a gate is worth for the bytes that it costs, as a logarithm; a threshold, the same for all gates,
-says from which worth on gates are open. So the threshold is what a byte costs: the dual of the budget, and moving it
-leads from the cheapest plan to the dearest.
+A logit is the logarithm of a gate's worth per byte that it costs; gates are open if their worth is above a threshold,
+the same for all gates. So the threshold is the price of a byte: the dual variable of the budget, and moving it leads
+from the cheapest plan to the most expensive.
 """
 
 from collections.abc import Mapping, Sequence
@@ -16,7 +16,7 @@ from qpruner.joint.space import Gates
 OF_UNITS = ("groups", "channels", "lifted_groups", "lifted_channels")
 """Kinds with a gate for each KV group or FFN channel."""
 INPUT, HIDDEN = 32, 64
-"""Numbers of each input of the hypernetwork, and of the state of its recurrent network in each direction."""
+"""Dimension of each input of the hypernetwork, and of the state of its recurrent network in each direction."""
 
 
 class PlainGates(nn.Module):
@@ -36,13 +36,14 @@ class PlainGates(nn.Module):
 
 
 class LayerGates(nn.Module):
-    """A parameter for what all units of a layer are worth, and one for each other gate.
+    """A parameter for the worth of all units of a layer, and one for each other gate.
 
-    Which units of a layer stay is left to the start; the slopes of its thousands of channels, mostly noise, add up.
+    The initial logits decide which units of a layer stay; the gradients of its thousands of channels, mostly noise, are
+    summed.
 
     Args:
         shapes: shape of each kind of gates.
-        sizes: numbers of gates of each layer, by the kind.
+        sizes: number of gates in each layer, by kind.
     """
 
     def __init__(self, shapes: Mapping[str, tuple[int, ...]], sizes: Mapping[str, Sequence[int]]) -> None:
@@ -63,17 +64,17 @@ class LayerGates(nn.Module):
 class Hypernetwork(nn.Module):
     """Emits all gates from a recurrent network over the layers, so that what one gate learns reaches the others.
 
-    Frozen random inputs [L, 1, 32] and the logarithm of the budget go through a bidirectional GRU of 64 numbers a
+    Frozen random inputs [L, 1, 32] and the logarithm of the budget go through a bidirectional GRU with 64 units per
     direction, a layer norm, GELU, and a linear without bias for each layer.
 
     Source: Gao et al., DISP-LLM, 2024 (arXiv:2410.11988), its code; one step of the recurrent network is a layer here
-    and a mask there, and the budget as an input is ours.
+    and a mask there, and the budget as an input is our addition.
 
     Args:
         shapes: shape of each kind of gates.
-        sizes: numbers of gates of each layer, by the kind; kinds that are missing belong to no layer, and their gates
-            are parameters.
-        seed: seed of the frozen inputs and of the start.
+        sizes: number of gates in each layer, by kind; kinds that are missing belong to no layer, and their gates are
+            parameters.
+        seed: seed of the frozen inputs and of the initial parameters.
     """
 
     inputs: Tensor
@@ -92,7 +93,7 @@ class Hypernetwork(nn.Module):
             self.norm = nn.LayerNorm(2 * HIDDEN)
             self.heads = nn.ModuleList(nn.Linear(2 * HIDDEN, number, bias=False) for number in per_layer)
         for parameter in self.heads.parameters():
-            nn.init.zeros_(parameter)  # begins where the start of the logits is
+            nn.init.zeros_(parameter)  # begins at the start of the logits
 
     def forward(self, budget: float) -> Gates:
         """What is added to the start of the logits, for the logarithm of a budget."""
@@ -111,21 +112,21 @@ Estimator = Literal["reinmax", "straight_through"]
 
 
 def sampled(logits: Gates, temperature: float, generator: torch.Generator) -> Gates:
-    """Logits with logistic noise of a temperature; the same on all processes whose generator is."""
+    """Logits with logistic noise of a temperature; the same on all processes that have the same generator."""
     return {kind: values + temperature * _logistic(values, generator) for kind, values in logits.items()}
 
 
 def opened(logits: Gates, noisy: Gates, temperature: float, estimator: Estimator) -> Gates:
-    """Gates of 0 and 1, with a slope through which their logits learn.
+    """Gates of 0 and 1, with a gradient through which their logits learn.
 
     An open gate is a sample of a Bernoulli variable with p = sigmoid(logit / temperature). ``straight_through`` takes
     the slope of the sigmoid at the noisy logit (Gumbel-sigmoid). ``reinmax`` takes that of the expected loss, to second
-    order: with g the slope of the loss in the gate, known at the sample alone, g(0) and g(1) each have half the weight
-    by the trapezoidal rule, over the probability to be sampled:
+    order: with g the slope of the loss in the gate, known only at the sample, g(0) and g(1) each have half the weight
+    by the trapezoidal rule, divided by the probability of being sampled:
 
         d E[L] / d logit = p (1 - p) / temperature * (g(0) + g(1)) / 2,  so  (1 - p) / 2 where open, p / 2 where closed.
 
-    Weights in a width are far from those in another, and the loss is curved between them: the slope of either end alone
+    Weights in one width are far from those in another, and the loss is curved between them: the slope at one end alone
     misses the difference by as much as the difference itself.
 
     Source: Liu et al. 2023, "Bridging Discrete and Backpropagation: Straight-Through and Beyond" (arXiv:2304.08612),
@@ -133,9 +134,9 @@ def opened(logits: Gates, noisy: Gates, temperature: float, estimator: Estimator
 
     Args:
         logits: logits above the threshold.
-        noisy: the same with noise; gates above 0 are open.
+        noisy: the same logits with noise; gates above 0 are open.
         temperature: temperature of the noise.
-        estimator: which slope gates have.
+        estimator: how the gradient is estimated.
     """  # float32
     return {kind: _opened(values, noisy[kind], temperature, estimator) for kind, values in logits.items()}
 
@@ -152,7 +153,7 @@ def _opened(logits: Tensor, noisy: Tensor, temperature: float, estimator: Estima
 
 
 def entropy(logits: Gates, temperature: float) -> float:
-    """Mean entropy of gates in bits, from logits above the threshold: 1 while nothing is decided, 0 when all is."""
+    """Mean entropy of gates in bits, from logits above the threshold: 1 if nothing is decided, 0 if everything is."""
     probabilities = torch.cat([torch.sigmoid(values / temperature).flatten() for values in logits.values()])
     undecided = torch.special.entr(probabilities) + torch.special.entr(1 - probabilities)
     return float(undecided.mean() / torch.log(torch.tensor(2.0)))

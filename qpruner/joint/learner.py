@@ -1,4 +1,4 @@
-"""The LightningModule that learns gates over structure and precision; the language model under them is frozen."""
+"""The LightningModule that learns gates for structure and precision; the language model itself is frozen."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -29,7 +29,7 @@ from qpruner.training.distillation import forward_kl
 from qpruner.training.finite import LossWatch
 
 COMPARISONS = 10
-"""Times that gates are compared with the best so far."""
+"""Number of times that gates are compared with the best so far."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class Ground:
 
     Args:
         gated: frozen dense model with gates in it, on the device of the fit.
-        text: training rows that gates begin with and are compared on.
+        text: training rows by which gates are initialised and compared.
         processes: processes that learn together.
     """
 
@@ -52,9 +52,9 @@ class Best:
     """The best gates so far.
 
     Args:
-        step: number of optimizer steps that had led to them.
-        loss: summed negative log-likelihood by which they are the best.
-        gates: state of what emits them.
+        step: number of optimizer steps that led to these gates.
+        loss: total negative log-likelihood by which these gates are the best.
+        gates: state of the module that emits the gates.
     """
 
     step: int
@@ -65,21 +65,21 @@ class Best:
 class PlanLearner(L.LightningModule):
     """Learns which units stay and which width each has, by gradients of the loss at the end of the compressed model.
 
-    At every step logits become gates of 0 and 1 within the budget; the model computes as the compressed one would, but
-    for compensation, for rounding in the groups that are left, and for adapters; and the loss moves the logits. Nothing
-    of the model itself is trained, and checkpoints hold gates alone.
+    At every step logits become gates of 0 and 1 within the budget; the model computes as the compressed one would,
+    except for compensation, for rounding in the groups that are left, and for adapters; and the loss moves the logits.
+    Nothing of the model itself is trained, and checkpoints hold only gates.
 
     ``train/loss`` and, with the divergence as the loss, ``train/kl`` are those of the compressed model at the step;
-    ``joint/bytes`` is what its units take, ``joint/entropy`` how undecided gates are, in bits.
+    ``joint/bytes`` is the size of its units, ``joint/entropy`` how undecided gates are, in bits.
 
     setup
-        Lays the ground: loads the model, fills the bank, and puts gates in; and makes the parameters.
+        Lays the ground: loads the model, fills the bank, and inserts gates; then creates the parameters.
     on_fit_start
-        Begins at the Fisher information of the dense model, unless a checkpoint says how far it came.
+        Starts from the Fisher information of the dense model, unless a checkpoint has restored the start.
 
     Args:
         config: how gates are learned.
-        lay_ground: function that loads what gates are learned on, called in ``setup`` of the fit; it gives that, and
+        lay_ground: function that loads what gates are learned on, called in ``setup`` of the fit; it returns that, and
             the bytes of each budget, the main one first.
         seed: seed of the noise, and of a hypernetwork.
     """
@@ -97,7 +97,7 @@ class PlanLearner(L.LightningModule):
         self.best: Best | None = None
         self.compared_at = -1
         self._losses = LossWatch()
-        self._ground: list[Ground] = []  # in a list: no module of this one's
+        self._ground: list[Ground] = []  # in a list, so that it is no submodule
 
     # What it learns on.
 
@@ -134,7 +134,7 @@ class PlanLearner(L.LightningModule):
         return not any(bool(getattr(self, f"start_{kind}").isnan().any()) for kind in self.space.shapes)
 
     def logits(self, limit: int) -> Logits:
-        """What was learned for a budget."""
+        """The logits learned for a budget."""
         shifts: Logits = self.gates(math.log(limit / self.limits[0]))
         return {kind: getattr(self, f"start_{kind}") + shift for kind, shift in shifts.items()}
 
@@ -152,9 +152,9 @@ class PlanLearner(L.LightningModule):
             self.compare_with_best()
 
     def compare_with_best(self) -> None:
-        """Remembers the gates if they are the best so far on the rows that they began with, within their budgets.
+        """Remembers the gates if they are the best so far on the rows that initialised them, within their budgets.
 
-        Gates learn from samples of themselves, and what is best in the mean need not be so without the noise.
+        Gates learn from noisy samples of themselves, and what is best on average need not be so without the noise.
         """
         ground, self.compared_at = self.ground, self.global_step
         loss = sum(
@@ -183,11 +183,11 @@ class PlanLearner(L.LightningModule):
         self.best, self.compared_at = Best(**checkpoint["best"]), checkpoint["compared_at"]
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
-        """Lets gates learn along the budget: what the step would change in bytes is taken out of its slopes.
+        """Lets gates learn along the budget: the component that would change the bytes is removed from the gradient.
 
-        The loss alone says of nearly every gate that it should be open. With slopes g of the loss and b of the bytes,
-        g - (g b / b b) b leaves the bytes as they are, to first order, and opens gates whose loss for their bytes is
-        above the mean; g b / b b is the multiplier of the budget.
+        The loss alone would open nearly every gate. With gradients g of the loss and b of the bytes, g - (g b / b b) b
+        leaves the bytes as they are, to first order, and opens gates whose effect on the loss per byte is above the
+        mean; g b / b b is the Lagrange multiplier of the budget.
         """
         if self.config.constraint == "projection":
             parameters = [parameter for parameter in self.gates.parameters() if parameter.grad is not None]
@@ -196,10 +196,10 @@ class PlanLearner(L.LightningModule):
             take_out([parameter.grad for parameter in parameters], costs)  # type: ignore[misc]
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keeps the best gates; lets no checkpoint hold gates that are not finite.
+        """Stores the best gates; no checkpoint is written with gates that are not finite.
 
         Raises:
-            UserError: a loss so far was not.
+            UserError: a loss so far was not finite.
         """
         assert self.best is not None
         checkpoint["best"], checkpoint["compared_at"] = vars(self.best), self.compared_at
@@ -212,7 +212,7 @@ class PlanLearner(L.LightningModule):
             )
 
     def gates_of_step(self, limit: int, batch_idx: int) -> Gates:
-        """Gates of 0 and 1, with slopes; the same on all processes."""
+        """Gates of 0 and 1, with gradients; the same on all processes."""
         logits = acting(self.logits(limit))
         generator = torch.Generator().manual_seed(derive_seed(self.seed, "noise", self.current_epoch, batch_idx))
         noisy = sampled(logits, self.temperature, generator)
@@ -229,12 +229,12 @@ class PlanLearner(L.LightningModule):
         return self.config.temperature * (1 - 0.9 * self.global_step / self.config.steps)
 
     def start_thresholds(self, limit: int) -> dict[str, float]:
-        """The thresholds at which gates began within a budget."""
+        """The thresholds at which the initial gates are within a budget."""
         start = {kind: getattr(self, f"start_{kind}") for kind in self.space.shapes}
         return thresholds_within(self.space, acting(start), limit)
 
     def loss(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        """Mean loss of the scored tokens of a batch under the gates, and what it is made of, without a gradient."""
+        """Mean loss of the scored tokens of a batch under the gates, and its parts, without a gradient."""
         network = self.ground.gated.network
         scored = Scored.of(network, batch["input_ids"], batch["labels"], batch["attention_mask"])
         head = Head.of(network)
@@ -263,19 +263,19 @@ class PlanLearner(L.LightningModule):
     # What comes out.
 
     def above_threshold(self, limit: int) -> Gates:
-        """Logits of gates for a budget, above the threshold; without noise, those above 0 are of open gates."""
+        """Logits of gates for a budget, relative to the threshold; without noise, gates above 0 are open."""
         logits = acting(self.logits(limit))
         return relative(logits, thresholds_within(self.space, logits, limit))
 
     def plans(self) -> list[CompressionPlan]:
-        """The plan for each budget, within it to the byte, of the best gates."""
+        """The plan of the best gates for each budget, within it to the byte."""
         assert self.best is not None
         self.gates.load_state_dict(self.best.gates)
         return [plan_within(self.space, self.logits(limit), limit) for limit in self.limits]
 
 
 def take_out(slopes: Sequence[Tensor], costs: Sequence[Tensor]) -> None:
-    """Takes the component along costs out of slopes, in place; both are of the same parameters."""
+    """Removes the component along costs from slopes, in place; both belong to the same parameters."""
     along = sum((slope * cost).sum() for slope, cost in zip(slopes, costs, strict=True))
     length = sum(cost.square().sum() for cost in costs)
     for slope, cost in zip(slopes, costs, strict=True):
@@ -283,7 +283,7 @@ def take_out(slopes: Sequence[Tensor], costs: Sequence[Tensor]) -> None:
 
 
 def make_gates(config: JointConfig, space: JointSpace, seed: int) -> nn.Module:
-    """What emits the logits."""
+    """The module that emits the logits."""
     if config.gates == "plain":
         return PlainGates(space.shapes)
     if config.gates == "layers":

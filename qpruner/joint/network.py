@@ -1,8 +1,8 @@
-"""A frozen language model under gates: it computes what the compressed model would, and gradients reach the gates.
+"""A frozen language model with gates: it computes what the compressed model would, and gradients reach the gates.
 
-Units that are closed give exactly zero, as in `qpruner.pruning.masks`. A linear computes with the weight of its width,
-unpacked from the bank. A gradient of a gate over weights is the scalar product of that of the weight, dW = dy^T x, with
-the difference that the gate makes; so there is one product of matrices more than in a frozen model, for all gates of a
+Closed units give exactly zero, as in `qpruner.pruning.masks`. A linear computes with the weight of its width, unpacked
+from the bank. The gradient of a gate over weights is the scalar product of the gradient of the weight, dW = dy^T x, and
+the difference that the gate makes; so there is one more matrix product than in a frozen model, for all gates of a
 linear together, and each width is unpacked once more.
 
 Shapes: B rows, T tokens, I inputs, O outputs of a linear, K widths.
@@ -23,7 +23,7 @@ from qpruner.quantization.bank import Bank
 
 
 class GatedLinear(nn.Module):
-    """A frozen linear whose weight is that of one of several widths, by gates.
+    """A frozen linear whose weight is in one of several widths, chosen by gates.
 
     Args:
         dense: linear of the model.
@@ -33,9 +33,9 @@ class GatedLinear(nn.Module):
     Attributes:
         mixture: share [K] of each width, 1 for one of them and 0 for the others.
         chosen: number of the width whose share is 1.
-        lifted: gates [I] of the input channels that have the last width; None where there are none.
-        is_dense: whether it computes with the weight of the model, while gradients are those of the gates all the same.
-        is_bypassed: whether it is the linear of the model, without gates.
+        lifted: gates [I] of the input channels that have the last width; None if there are none.
+        is_dense: whether it computes with the weight of the model, while gradients still reach the gates.
+        is_bypassed: whether it acts as the linear of the model, without gates.
     """
 
     def __init__(self, dense: nn.Linear, widths: Callable[[int, torch.dtype], Tensor], num_widths: int) -> None:
@@ -59,7 +59,7 @@ class GatedLinear(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """The weight of the model, by which others tell its device and dtype."""
+        """The weight of the model, from which other code reads the device and dtype."""
         return self.dense.weight
 
     @property
@@ -73,10 +73,10 @@ class GatedLinear(nn.Module):
         return product if self.bias is None else product + self.bias.to(product.dtype)
 
     def present(self, chosen: int, lifted: Tensor | None, dtype: torch.dtype) -> Tensor:
-        """The weight [O, I] that it computes with.
+        """The weight [O, I] that the linear computes with.
 
         Args:
-            chosen: number of its width.
+            chosen: number of the width.
             lifted: gates [I] of the lifted input channels; None for none.
             dtype: number format.
         """
@@ -89,9 +89,9 @@ class GatedLinear(nn.Module):
 
 
 class _GatedProduct(torch.autograd.Function):
-    """x W^T with the weight W that gates choose; slopes are those of W + sum_k a_k (Q_k - W), at any a.
+    """x W^T with the weight W that gates choose; gradients are those of W + sum_k a_k (Q_k - W), at any a.
 
-    Lifted channels have slopes from the chosen width to the last, and none in the mixture.
+    Lifted channels have gradients from the chosen width to the last, and none in the mixture.
     """
 
     @staticmethod
@@ -126,7 +126,7 @@ class GatedNetwork:
     """A model with gates in it.
 
     Args:
-        network: dense and frozen model without adapters; `remove` gives it back.
+        network: dense and frozen model without adapters; `remove` restores it.
         bank: bank of its linears, with all offered precisions.
         space: space of the gates.
     """
@@ -137,7 +137,7 @@ class GatedNetwork:
         self._names: dict[str, nn.Linear] = {}
         self._inputs: list[dict[str, _InputGate]] = []
         self._handles: list[RemovableHandle] = []
-        for layer in decoder_layers(network):  # before linears change their places
+        for layer in decoder_layers(network):  # before linears are replaced
             self._inputs.append(self._hook(layer))
         for units in unit_linears(network):
             gated = {unit: [self._put(name, bank) for name in units[unit]] for unit in UNITS}
@@ -168,15 +168,15 @@ class GatedNetwork:
         return gated
 
     def open(self, gates: Gates) -> None:
-        """Sets the gates that the next forward passes go through.
+        """Sets the gates for the next forward passes.
 
         Args:
-            gates: gates that act, from 0 to 1; kinds that are missing keep all, in the first of the precisions. In
+            gates: gates to apply, from 0 to 1; for missing kinds everything is kept, in the first of the precisions. In
                 place of ``upgrades`` there may be ``mixture`` [L, 4, K], the share of each width.
         """
         parts = {kind: self.space.by_layer(values, kind) for kind, values in gates.items() if values.ndim == 1}
         mixture = mixture_of(gates, self.space)
-        chosen = mixture.argmax(-1).tolist()  # all at once: each would make a device wait
+        chosen = mixture.argmax(-1).tolist()  # all at once, because each transfer makes a device wait
         for number, (units, inputs) in enumerate(zip(self.linears, self._inputs, strict=True)):
             for kind, gate in inputs.items():
                 gate.values = parts[kind][number] if kind in parts else None
@@ -197,7 +197,7 @@ class GatedNetwork:
 
     @contextmanager
     def dense(self) -> Iterator[None]:
-        """With the weights of the model, while all gates that are set have their gradients all the same."""
+        """Computes with the weights of the model, while all gates that are set still get their gradients."""
         for linear in self._each():
             linear.is_dense = True
         try:
@@ -227,7 +227,7 @@ class GatedNetwork:
         return (linear for units in self.linears for unit in units.values() for linear in unit)
 
     def remove(self) -> None:
-        """Gives the model back as it was."""
+        """Restores the model as it was."""
         for handle in self._handles:
             handle.remove()
         for name, dense in self._names.items():
@@ -235,7 +235,7 @@ class GatedNetwork:
 
 
 def mixture_of(gates: Gates, space: JointSpace) -> Tensor:
-    """The share of each width that upgrades lead to: they are open as far as it, and the next is not."""  # [L, 4, K]
+    """The share of each width, 1 where all upgrades up to it are open and the next one is not."""  # [L, 4, K]
     if "mixture" in gates:
         return gates["mixture"]
     shape = (space.num_layers, len(UNITS), 1)
@@ -260,7 +260,7 @@ class _InputGate:
 
 
 class _NormGate:
-    """Hooks that take closed heads out of a norm over all heads, as narrowing does where heads are alike."""
+    """Hooks that take closed heads out of a norm over all heads, as narrowing does if heads are alike."""
 
     def __init__(self, gate: _InputGate, part: Coupled) -> None:
         self.gate, self.part = gate, part

@@ -1,8 +1,8 @@
-"""The bytes of gates, so that a gradient reaches them.
+"""The bytes that gates cost, as a function with gradients.
 
-A unit in a width takes its number of weights times the bytes of a weight in that width. That is what is stored but for
-the last group of a row, which may be short, and for what a whole weight has once;
-`qpruner.joint.projection.differentiable_bytes` puts the difference right.
+A unit in a width takes its number of weights times the bytes per weight in that width. That is what is stored, except
+for the last group of a row, which may be short, and for what is stored once per weight matrix;
+`qpruner.joint.projection.differentiable_bytes` corrects the difference.
 """
 
 import torch
@@ -13,7 +13,7 @@ from qpruner.plan import UNITS
 
 
 def smooth_bytes(space: JointSpace, gates: Gates) -> Tensor:
-    """Bytes of the weights in the decoder's units, short groups apart; linear in each gate.
+    """Bytes of the weights in the decoder's units, disregarding short groups; linear in each gate.
 
     Args:
         space: space of the gates.
@@ -23,7 +23,7 @@ def smooth_bytes(space: JointSpace, gates: Gates) -> Tensor:
 
 
 def kept_weights(space: JointSpace, gates: Gates) -> Tensor:
-    """Weights of the decoder's units that stay, which are the multiply-adds of a token; linear in each gate."""
+    """Number of weights of the decoder's units that stay, equal to multiply-adds per token; linear in each gate."""
     return _in_widths(space, gates, torch.ones_like(space.bytes_per_weight)).sum()  # [] float64
 
 
@@ -35,12 +35,12 @@ def bits_of_layers(space: JointSpace, gates: Gates) -> Tensor:
 
 
 def _in_widths(space: JointSpace, gates: Gates, table: Tensor) -> Tensor:
-    """Sums over the weights of units of what a weight has in its width.
+    """Sums, over the weights of units, of a quantity that a weight has in its width.
 
     Args:
         space: space of the gates.
         gates: gates from 0, closed, to 1, open.
-        table: what a weight has in each width, [L, 4, K].
+        table: quantity per weight in each width, [L, 4, K].
     """  # [L, 4] float64
     device = next(iter(gates.values())).device
     table = table.to(device)
@@ -61,10 +61,10 @@ def _in_widths(space: JointSpace, gates: Gates, table: Tensor) -> Tensor:
 
 
 def of_width(table: Tensor, gates: Gates) -> Tensor:
-    """What units have in the widths that their upgrades give them.
+    """A quantity of units in the widths that their upgrades give them.
 
     Args:
-        table: what units have in each width, [L, 4, K].
+        table: quantity of units in each width, [L, 4, K].
         gates: gates from 0, closed, to 1, open.
     """  # [L, 4]
     if "upgrades" not in gates:
@@ -74,7 +74,7 @@ def of_width(table: Tensor, gates: Gates) -> Tensor:
 
 
 def _present(space: JointSpace, gates: Gates, kind: str, device: torch.device) -> Tensor:
-    """Which KV groups or FFN channels stay, all layers together; float64."""
+    """Which KV groups or FFN channels stay, of all layers together; float64."""
     if kind in gates:
         return gates[kind].double()
     sizes = space.widths.kv_groups if kind == "groups" else space.widths.ffn_channels
@@ -82,5 +82,5 @@ def _present(space: JointSpace, gates: Gates, kind: str, device: torch.device) -
 
 
 def _sums(space: JointSpace, values: Tensor, kind: str) -> Tensor:
-    """Sums of each layer; [L]."""
+    """Sums within each layer; [L]."""
     return torch.stack([part.sum() for part in space.by_layer(values, kind)])

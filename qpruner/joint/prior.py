@@ -1,4 +1,4 @@
-"""Where the logits of gates begin: what each gate is worth for its bytes, by the Fisher information of the dense model.
+"""The initial logits of gates: each gate's worth per byte, by the Fisher information of the dense model.
 
 The loss L of a training row has the slope g = dL/dz in a gate z at the dense model. For gates that close, or weights
 that move, by one, the expected rise of the loss to second order is half the mean of g^2 over rows, with the Fisher
@@ -7,14 +7,14 @@ information in place of the Hessian. So
     rise of a closed unit         1/2 E[(dL/dz)^2]
     rise of a width, Q for W      1/2 E[<dL/dW, Q - W>^2]
 
-and a logit is the logarithm of the rise that an open gate spares, over the bytes that it costs.
+and a logit is the logarithm of the rise that an open gate avoids, divided by the bytes that it costs.
 
-Within a kind of gates that orders them well. Between kinds it does not, as rises that are large are no quadratic
-functions. So what a whole kind is worth against the others is a number that is tried out: that of the least loss, once
-gates are projected to the budget.
+This orders gates of one kind well, but not gates of different kinds, since large rises are not quadratic. So the worth
+of a whole kind relative to the others is found by trial: it is the number with the least loss once gates are projected
+to the budget.
 
 Source of the expansion: Molchanov et al. 2019, "Importance Estimation for Neural Network Pruning" (arXiv:1906.10771),
-for units; its use for widths, and by the byte, is ours.
+for units; its use for widths, and per byte, is our addition.
 """
 
 from collections.abc import Sequence
@@ -34,19 +34,19 @@ from qpruner.plan import UNITS
 from qpruner.processes import Processes
 
 LEAST = 1e-6
-"""Of a rise, as a share of the mean of its kind: no logit lies farther below than its logarithm."""
+"""Smallest rise, as a share of the mean of its kind; it bounds how far a logit can lie below the mean."""
 SHIFTS = (0.0, -4.0, -3.0, -2.0, -1.0, 1.0, 2.0, 3.0, 4.0, 6.0, 20.0)
-"""Logarithms of what a kind may be worth against the others, more or less than by Fisher information; with the last,
-nothing of it goes while anything else can."""
+"""Shifts to try for the logits of a kind relative to the others, on top of Fisher information; with the last, nothing
+of the kind is removed while anything else can be."""
 LIFTS = ("lifted_groups", "lifted_channels", "hidden_share")
 
 
 @dataclass(frozen=True)
 class Text:
-    """Rows that gates begin with and are compared on, whole and with the targets that training has.
+    """Rows by which gates are initialised and compared, whole and with the same targets as in training.
 
     Args:
-        batches: this process's share of the rows, in batches such as those of training; there may be none.
+        batches: this process's share of the rows, in batches like those of training; there may be none.
         num_rows: number of rows over all processes.
         num_scored: number of targets over all processes.
     """
@@ -62,7 +62,7 @@ class Text:
         Args:
             examples: rows of the split.
             rows: numbers of the rows, the same on all processes.
-            batch_size: most rows of a batch.
+            batch_size: most rows in a batch.
             processes: processes that share the rows.
 
         Raises:
@@ -92,7 +92,7 @@ def fisher_logits(gated: GatedNetwork, text: Text, processes: Processes) -> Logi
     gated.open(gates)
     with gated.dense():
         for batch in text.batches:
-            for row in range(len(batch["labels"])):  # the square is of each row's own slope
+            for row in range(len(batch["labels"])):  # each row's own gradient is squared
                 losses = _losses(gated, batch, slice(row, row + 1), processes)
                 for kind, slope in zip(gates, torch.autograd.grad(losses.sum(), [*gates.values()]), strict=True):
                     sums[kind] += slope.double().square()
@@ -102,7 +102,7 @@ def fisher_logits(gated: GatedNetwork, text: Text, processes: Processes) -> Logi
 
 @torch.no_grad()
 def balanced(gated: GatedNetwork, start: Logits, limit: int, text: Text, processes: Processes) -> Logits:
-    """The logits, with what kinds are worth against each other by the loss of the projected gates.
+    """The logits, with the relative worth of kinds chosen by the loss of the projected gates.
 
     Args:
         gated: dense model with its gates.
@@ -123,7 +123,7 @@ def balanced(gated: GatedNetwork, start: Logits, limit: int, text: Text, process
 
 @torch.no_grad()
 def loss_of(gated: GatedNetwork, logits: Logits, limit: int, text: Text, processes: Processes) -> float:
-    """Summed negative log-likelihood of text under the gates that a budget leaves open, over all processes."""
+    """Total negative log-likelihood of the text under the gates that a budget leaves open, over all processes."""
     gates = {kind: values.to(processes.device) for kind, values in acting(logits).items()}
     gated.open(hard(gates, thresholds_within(gated.space, gates, limit)))
     total = torch.zeros((), dtype=torch.float64, device=processes.device)
@@ -142,7 +142,7 @@ def _losses(gated: GatedNetwork, batch: Batch, rows: slice, processes: Processes
 
 
 def _at_dense(space: JointSpace, device: torch.device) -> Gates:
-    """Gates at which slopes are taken: all units stay, and weights may move to each of the widths."""
+    """Gates at which gradients are taken: all units stay, and weights may move to each of the widths."""
     groups, channels = sum(space.widths.kv_groups), sum(space.widths.ffn_channels)
     gates: dict[str, Tensor] = {}
     if space.prunes:
@@ -169,7 +169,7 @@ def _logits(space: JointSpace, rises: Gates) -> Logits:
     logits: dict[str, Tensor] = {}
 
     def of_units(kind: str, costs: Tensor) -> Tensor:
-        """Logits of a kind whose gates of a layer cost the same bytes [L]."""
+        """Logits of a kind whose gates cost the same bytes within a layer; ``costs`` is [L]."""
         sizes = widths.kv_groups if kind.endswith("groups") else widths.ffn_channels
         return _worth(rises[kind], costs.repeat_interleave(torch.tensor(sizes)))
 
@@ -189,5 +189,5 @@ def _logits(space: JointSpace, rises: Gates) -> Logits:
 
 
 def _worth(rises: Tensor, costs: Tensor) -> Tensor:
-    """Logarithm of what gates spare for each of their bytes."""
+    """Logarithm of the rise that gates avoid per byte that they cost."""
     return torch.log(rises.clamp(min=LEAST * float(rises.clamp(min=0).mean()) + 1e-30) / costs)

@@ -1,7 +1,7 @@
-"""Gates within a budget: the threshold that meets it, and the plan that the gates say.
+"""Gates within a budget: the threshold that meets it, and the plan that the gates describe.
 
-Source: GRASPrune (arXiv:2604.19398) opens the gates of the highest score for what they cost until the budget is spent;
-here one threshold does, as logits are worth by the byte.
+Source: GRASPrune (arXiv:2604.19398) opens the gates with the highest score per cost until the budget is spent; here a
+single threshold does that, since logits are worth per byte.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -20,17 +20,17 @@ STRUCTURE = ("groups", "channels")
 
 @torch.no_grad()
 def thresholds_within(space: JointSpace, gates: Gates, limit: int) -> dict[str, float]:
-    """The lowest thresholds, by the kind of gates, at which hard gates are within a budget, short groups apart.
+    """The lowest thresholds, by kind of gates, at which hard gates are within a budget, disregarding short groups.
 
-    One threshold for all, unless there is a number of weights that may be kept: then structure has its own, where that
-    number binds.
+    There is one threshold for all kinds, unless the number of weights is limited: then structure has its own, if that
+    limit is binding.
 
     Args:
         space: space of the gates.
         gates: logits of the gates that act.
         limit: most bytes that the weights of the decoder's units may take.
     """
-    gates = {kind: values.cpu() for kind, values in gates.items()}  # small and asked often: no device should wait
+    gates = {kind: values.cpu() for kind, values in gates.items()}  # small and used often: no device should wait
 
     def within(thresholds: dict[str, float]) -> bool:
         return float(smooth_bytes(space, hard(gates, thresholds))) <= limit
@@ -57,21 +57,21 @@ def thresholds_within(space: JointSpace, gates: Gates, limit: int) -> dict[str, 
 
 
 def hard(gates: Gates, thresholds: Mapping[str, float]) -> Gates:
-    """1 for gates that are open, and 0 for others."""
+    """1 for gates that are open, and 0 for the others."""
     return {kind: (values > thresholds[kind]).float() for kind, values in gates.items()}
 
 
 def relative(gates: Gates, thresholds: Mapping[str, float]) -> Gates:
-    """Logits above thresholds: those above 0 are of gates that are open."""
+    """Logits relative to thresholds: gates with values above 0 are open."""
     return {kind: values - thresholds[kind] for kind, values in gates.items()}
 
 
 def differentiable_bytes(space: JointSpace, gates: Gates) -> Tensor:
-    """The bytes that the plan of hard gates stores, to the byte, with the slopes of `smooth_bytes`.
+    """The exact number of bytes that the plan of hard gates stores, with the gradient of `smooth_bytes`.
 
     Args:
         space: space of the gates.
-        gates: gates of 0 and 1; a layer without an open one is priced with one.
+        gates: gates of 0 and 1; a layer without an open one is priced as if it had one.
     """  # [] float64
     smooth = smooth_bytes(space, gates)
     of_gates = {kind: values.detach().cpu() for kind, values in gates.items()}
@@ -81,14 +81,14 @@ def differentiable_bytes(space: JointSpace, gates: Gates) -> Tensor:
 
 @torch.no_grad()
 def plan_within(space: JointSpace, logits: Logits, limit: int) -> CompressionPlan:
-    """The plan of the lowest threshold that is within a budget to the byte, and of upgrades for what is left of it.
+    """The plan of the lowest threshold that is within a budget to the byte, with upgrades for what is left of it.
 
-    FFN channels and lifted channels are rounded to the multiple that the space asks for, FFN channels never to none.
+    FFN channels and lifted channels are rounded to the multiple that the space requires, FFN channels never to zero.
     Upgrades that still fit are made in the order of their logits.
 
     Args:
         space: space of the gates.
-        logits: logits that were learned.
+        logits: learned logits.
         limit: most bytes that the weights of the decoder's units may take.
     """
     gates: Gates = {kind: values.detach().cpu().double() for kind, values in acting(logits).items()}
@@ -105,7 +105,7 @@ def plan_within(space: JointSpace, logits: Logits, limit: int) -> CompressionPla
         return plan_of(space, relative(gates, {kind: 0.0 if kind in fixed else threshold for kind in gates}), 0.0)
 
     plan = at(_lowest(gates, lambda threshold: fits(at(threshold))))
-    if not fits(plan):  # what was pinned does not fit in the fewest bits
+    if not fits(plan):  # what is pinned does not fit even in the fewest bits
         plan = plan_of(space, gates, _lowest(gates, lambda threshold: fits(plan_of(space, gates, threshold))))
     for layer, unit in _by_worth(gates):
         present = plan.layers[layer].precision[unit]
@@ -119,7 +119,7 @@ def plan_within(space: JointSpace, logits: Logits, limit: int) -> CompressionPla
 
 
 def plan_of(space: JointSpace, gates: Gates, threshold: float) -> CompressionPlan:
-    """The plan that hard gates say, whatever it costs.
+    """The plan that hard gates describe, whatever it costs.
 
     Args:
         space: space of the gates.
@@ -172,7 +172,7 @@ def _kept(space: JointSpace, gates: Gates, threshold: float, layer: int, kind: s
 def _lifted_first(
     space: JointSpace, gates: Gates, threshold: float, layer: int, kind: str, kept: list[int]
 ) -> tuple[list[int], int]:
-    """The kept units, those in front whose channels are lifted, and how many these are."""
+    """The kept units, those with lifted channels first, and the number of these."""
     logits = space.by_layer(gates[f"lifted_{kind}"], kind)[layer][kept]
     number = _rounded(int((logits > threshold).sum()), space.multiple if kind == "channels" else 1, len(kept))
     first = {kept[place] for place in logits.topk(number).indices.tolist()}
@@ -180,7 +180,7 @@ def _lifted_first(
 
 
 def _rounded(number: int, multiple: int, total: int) -> int:
-    """The multiple that is nearest to a number, of those up to all; or all."""
+    """The multiple nearest to a number, among those up to the total; the total itself if the number is all of it."""
     return total if number == total else min(round(number / multiple) * multiple, total // multiple * multiple)
 
 
@@ -200,7 +200,7 @@ def _by_worth(gates: Gates) -> Iterator[tuple[int, str]]:
 
 
 def _lowest(gates: Gates, fits: Callable[[float], bool]) -> float:
-    """The lowest threshold that fits, of those between which logits lie; fitting does not end as it rises."""
+    """The lowest threshold that fits, within the range of the logits; if one fits, all higher ones must, too."""
     values = torch.cat([logits.flatten() for logits in gates.values()])
     low, high = float(values.min()) - 1, float(values.max()) + 1
     if fits(low):

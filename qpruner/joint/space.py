@@ -1,8 +1,8 @@
-"""What may be decided about a model: the gates there are, and the bytes that each of them stands for.
+"""What may be decided about a model: which gates exist, and the bytes that each of them stands for.
 
-Every decision is a binary gate. A unit stays while its gate is open. A quantization unit has the narrowest width plus
-one for each of its upgrades that is open, counted until the first that is closed. A lifted input channel is held in the
-widest precision, whatever its unit has.
+Every decision is a binary gate. A unit stays if its gate is open. A quantization unit has the narrowest width, plus one
+step for each of its open upgrades up to the first closed one. A lifted input channel is held in the widest precision,
+whatever its unit has.
 
 Shapes: L layers, G KV groups and C FFN channels of all layers together, K widths, H hidden size.
 """
@@ -26,12 +26,12 @@ Gates = Mapping[str, Tensor]
 (of ``qkv`` and ``gate_up``). A kind that is not decided on is missing."""
 
 Logits = Mapping[str, Tensor]
-"""What is learned, by kind: as gates, but for ``hidden_order`` [H] and ``hidden_share`` [L, 2], whose sums are the
-logits of ``lifted_hidden``: which hidden channels are worth most is the same for all layers, as they are reordered
-once, and how many of them each unit lifts is its own."""
+"""What is learned, by kind: as gates, except for ``hidden_order`` [H] and ``hidden_share`` [L, 2], whose sums are the
+logits of ``lifted_hidden``: the order of the hidden channels' worth is the same for all layers, as they are reordered
+only once, while each unit has its own number of channels to lift."""
 
 BY_GROUPS = ("qkv", "o")
-"""The units whose size goes with the KV groups; that of the others goes with the FFN channels."""
+"""The units whose size depends on the KV groups; that of the others depends on the FFN channels."""
 
 
 @dataclass(frozen=True)
@@ -40,9 +40,9 @@ class JointSpace:
 
     Args:
         dense: plan that keeps all of the model, with the precisions of embedding and head.
-        offered: precisions to choose from, the one of fewest bytes first.
+        offered: precisions to choose from, the one with fewest bytes first.
         most_weights: most weights that the decoder's units may keep, which are multiply-adds per token; None for all.
-        pins_weights: whether that many are kept, rather than at most that many.
+        pins_weights: whether ``most_weights`` weights are kept, rather than at most that many.
         dense_size: bytes of a weight that stays dense.
         prunes: whether KV groups and FFN channels may go.
         lifts: whether input channels may be held in the last of the offered precisions, whatever their unit has.
@@ -50,7 +50,7 @@ class JointSpace:
         alone: numbers of the layers that keep all units.
 
     Raises:
-        UserError: lifted channels with a single precision.
+        UserError: channels are to be lifted, but there is a single precision.
     """
 
     dense: CompressionPlan
@@ -70,13 +70,13 @@ class JointSpace:
             )
 
     def check(self, limit: int) -> None:
-        """Makes sure that there are plans within a budget, and that it leaves something to decide.
+        """Makes sure that there are plans within a budget, and that the budget leaves something to decide.
 
         Args:
             limit: most bytes that the weights of the decoder's units may take, scales included.
 
         Raises:
-            UserError: it is below the cheapest plan or above the dearest, or no layers are as narrow as they must be.
+            UserError: it is below the cheapest plan or above the most expensive, or layers cannot be narrow enough.
         """
         if not self.cheapest <= limit <= self.dearest:
             raise UserError(
@@ -100,7 +100,7 @@ class JointSpace:
 
     @cached_property
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """The shape of each kind of logits that is learned; `acting` makes those of all gates of them."""
+        """The shape of each kind of learned logits; `acting` turns these into the logits of all gates."""
         groups, channels = sum(self.widths.kv_groups), sum(self.widths.ffn_channels)
         shapes: dict[str, tuple[int, ...]] = {}
         if self.prunes:
@@ -114,7 +114,7 @@ class JointSpace:
 
     @cached_property
     def weights(self) -> Tensor:
-        """Weights of each unit that go with one KV group or one FFN channel; [L, 4] float64."""
+        """Number of weights of each unit that belong to one KV group or one FFN channel; [L, 4] float64."""
         return torch.tensor(
             [
                 [
@@ -129,7 +129,7 @@ class JointSpace:
 
     @cached_property
     def bytes_per_weight(self) -> Tensor:
-        """Bytes of a weight in each offered precision, scales included, in the unpruned unit; [L, 4, K] float64."""
+        """Bytes per weight in each offered precision, scales included, for the unpruned unit; [L, 4, K] float64."""
         table = [
             [
                 [
@@ -156,7 +156,7 @@ class JointSpace:
 
     @property
     def fewest_weights(self) -> int:
-        """Weights of the narrowest layers."""
+        """Number of weights of the narrowest layers."""
         groups, channels = (torch.tensor(counts) for counts in self.fewest)
         by_groups, by_channels = self.weights[:, :2].sum(1), self.weights[:, 2:].sum(1)
         return int((by_groups * groups + by_channels * channels).sum())
@@ -174,7 +174,7 @@ class JointSpace:
 
     @cached_property
     def sizes(self) -> dict[str, tuple[int, ...]]:
-        """Numbers of logits that each layer has of each kind; of kinds that layers have, [L] each."""
+        """Number of logits that each layer has of each kind, [L] each; without kinds that belong to no layer."""
         of_shape = {kind: (math.prod(shape[1:]),) * self.num_layers for kind, shape in self.shapes.items()}
         groups, channels = self.widths.kv_groups, self.widths.ffn_channels
         of_units = {"groups": groups, "lifted_groups": groups, "channels": channels, "lifted_channels": channels}
@@ -213,7 +213,7 @@ def unit_bytes(plan: CompressionPlan, dense_size: int) -> int:
 
 
 def unit_weights(plan: CompressionPlan) -> int:
-    """Weights in the decoder's units of a plan, which are the multiply-adds of a token."""
+    """Number of weights in the decoder's units of a plan, which are the multiply-adds per token."""
     widths = plan.widths
     shapes = (
         shape for layer in range(widths.num_layers) for unit in unit_shapes(widths, layer).values() for shape in unit
@@ -222,7 +222,7 @@ def unit_weights(plan: CompressionPlan) -> int:
 
 
 def acting(logits: Logits) -> Gates:
-    """The logits of all gates, of those that are learned."""
+    """The logits of all gates, made from those that are learned."""
     gates = dict(logits)
     if "hidden_order" in gates:
         gates["lifted_hidden"] = gates.pop("hidden_share")[:, :, None] + gates.pop("hidden_order")

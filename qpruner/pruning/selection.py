@@ -1,12 +1,12 @@
-"""Which units go: from scores and a number of parameters to what every layer keeps.
+"""Which units are removed: from scores and a number of parameters to what every layer keeps.
 
-Removing is done in steps: one KV group of a layer, or as many of its FFN channels as bring its width to the next
-multiple of ``round_to``. Three ways to take them:
+Units are removed in steps: one KV group of a layer, or as many of its FFN channels as bring its width to the next
+multiple of ``round_to``. There are three ways to take steps:
 
-- local: every layer gives the same share of its groups and of its channels. The share of groups is rounded to the
-  nearest, the channels take the rest.
-- global: the steps of all layers compete, cheapest score per parameter first.
-- global, uniform: as global, with a step taken in all layers at once, so that they end equal.
+- local: every layer gives up the same share of its groups and of its channels. The share of groups is rounded to the
+  nearest, the channels make up the rest.
+- global: the steps of all layers compete, lowest score per parameter first.
+- global, uniform: as global, with a step taken in all layers at once, so that they end up equal.
 """
 
 import heapq
@@ -23,27 +23,30 @@ from qpruner.errors import UserError
 from qpruner.pruning.scores import LayerScores
 
 Kept = list[tuple[list[int], list[int]]]
-"""[layers], places of the KV groups and of the FFN channels that stay."""
+"""[layers], indices of the KV groups and of the FFN channels that stay."""
 
 Widths = list[tuple[int, int]]
-"""[layers], numbers of KV groups and of FFN channels, or of what goes together of a mixture of experts."""
+"""[layers], numbers of KV groups and of FFN channels, or of what is removed together in a mixture of experts."""
 
 ByExpert = Literal["channels", "experts"]
-"""What goes of a mixture: channels of each of its experts, or whole experts."""
+"""What is removed from a mixture of experts: channels of each expert, or whole experts."""
 
 
 @dataclass(frozen=True)
 class SelectionConfig:
-    """How layers share what is removed.
+    """How the removal of units is distributed over layers.
 
     Args:
-        scope: ``global``, layers compete by score per parameter; ``local``, every layer gives the same share.
-        uniform: whether all layers must end equally wide, as engines without widths for each layer need it.
+        scope: how layers share the removal: ``global``, they compete by score per parameter; ``local``, every layer
+            gives up the same share.
+        uniform: whether all layers must end up equally wide, as required by engines without per-layer widths.
         leave_alone: numbers of layers, from 0, that stay whole; negative ones count from the last.
         floor: share of the units of a layer that always stays, in (0, 1).
-        round_to: FFN widths become multiples of it; default ``hidden_size / 32`` down to a power of two, at most 128.
-        mixtures: what goes of a mixture of experts: ``channels``, as many of each expert, or whole ``experts``, of
-            which as many stay as a token is sent to, however low the floor. No matter to models without experts.
+        round_to: number of which FFN widths become multiples; default ``hidden_size / 32`` rounded down to a power of
+            two, at most 128.
+        mixtures: what is removed from a mixture of experts: ``channels``, the same number from each expert, or whole
+            ``experts``, of which at least as many stay as a token is sent to, however low the floor. Has no effect on
+            models without experts.
     """
 
     scope: Literal["local", "global"] = "global"
@@ -67,22 +70,22 @@ class SelectionConfig:
 
 
 def default_round_to(hidden_size: int) -> int:
-    """A thirty-second of the hidden size, down to a power of two, from 1 to 128."""
+    """A thirty-second of the hidden size, rounded down to a power of two, from 1 to 128."""
     return min(128, 1 << max(0, (hidden_size // 32).bit_length() - 1))
 
 
 @dataclass(frozen=True)
 class Supply:
-    """What one layer can give.
+    """What can be removed from one layer.
 
     Args:
         kv_groups: number of KV groups that the layer has.
-        ffn_channels: number of FFN channels that the layer has; of a mixture of experts, of what goes together.
-        group_parameters: parameters that go with one KV group.
-        channel_parameters: parameters that go with one FFN channel.
+        ffn_channels: number of FFN channels that the layer has; in a mixture of experts, of those removed together.
+        group_parameters: number of parameters removed with one KV group.
+        channel_parameters: number of parameters removed with one FFN channel.
         least_groups: number of KV groups that must stay; all of them in a layer that is left alone.
         least_channels: number of FFN channels that must stay, a legal width.
-        channels_of_unit: FFN channels that go together; 1 in a layer with a plain FFN.
+        channels_of_unit: number of FFN channels that are removed together; 1 in a layer with a plain FFN.
     """
 
     kv_groups: int
@@ -95,16 +98,16 @@ class Supply:
 
     @property
     def parameters(self) -> int:
-        """The most that can go."""
+        """The largest number of parameters that can be removed."""
         return self.cost(self.least_groups, self.least_channels)
 
     def cost(self, groups: int, channels: int) -> int:
-        """Parameters that go when so many groups and channels stay."""
+        """Number of parameters removed if these numbers of groups and channels stay."""
         gone = self.kv_groups - groups, self.ffn_channels - channels
         return gone[0] * self.group_parameters + gone[1] * self.channel_parameters
 
     def ffn_widths(self, round_to: int) -> list[int]:
-        """The widths that the FFN may end with, widest first."""
+        """The widths that the FFN may end up with, widest first."""
         first = (self.ffn_channels - 1) // round_to * round_to
         return [self.ffn_channels, *range(first, self.least_channels - 1, -round_to)]
 
@@ -124,7 +127,7 @@ def keep_highest(scores: Sequence[LayerScores], widths: Widths) -> Kept:
 
 
 def part_way(supplies: Sequence[Supply], goal: Widths, share: float) -> Widths:
-    """Widths at a share of the way from what the layers have to a goal."""
+    """Widths at a given fraction of the way from the present ones to a goal."""
     return [
         (
             s.kv_groups - round(share * (s.kv_groups - groups)),
@@ -135,9 +138,9 @@ def part_way(supplies: Sequence[Supply], goal: Widths, share: float) -> Widths:
 
 
 def local_widths(supplies: Sequence[Supply], remove: int, round_to: int) -> Widths:
-    """KV groups and FFN channels that each layer keeps when all give the same share.
+    """Numbers of KV groups and FFN channels that each layer keeps if all give up the same share.
 
-    The share of groups nearest to the share of all that goes is taken with which the channels can meet the total.
+    Among the shares of groups with which the channels can meet the total, the one nearest to the overall share is used.
     """  # [layers]
     prunable = [supply for supply in supplies if supply.parameters]
     share = remove / sum(supply.cost(0, 0) for supply in prunable)
@@ -166,7 +169,7 @@ def local_widths(supplies: Sequence[Supply], remove: int, round_to: int) -> Widt
 
     candidates: list[tuple[float, float]] = []
     for group_share in sorted(group_shares, key=lambda candidate: abs(candidate - share)):
-        # More goes with a larger share of channels, so the place where it suffices is found by halving.
+        # A larger share of channels removes more, so the share that suffices is found by bisection.
         place = bisect_left(channel_shares, remove, key=lambda channel_share: removed(group_share, channel_share))
         around = [(group_share, channel_share) for channel_share in channel_shares[max(0, place - 1) : place + 1]]
         if removed(group_share, 0) <= remove <= removed(group_share, channel_shares[-1]):
@@ -184,15 +187,16 @@ def competing_widths(
     uniform: bool,
     last: bool = True,
 ) -> Widths:
-    """KV groups and FFN channels that each layer keeps when steps compete by score per parameter.
+    """Numbers of KV groups and FFN channels that each layer keeps if steps compete by score per parameter.
 
     Args:
-        scores: [layers], scores of their units.
-        supplies: [layers], what each layer can give.
-        remove: parameters to remove, at most what the supplies can give.
-        round_to: FFN widths become multiples of it.
+        scores: [layers], scores of the units of each layer.
+        supplies: [layers], what can be removed from each layer.
+        remove: number of parameters to remove, at most what the supplies allow.
+        round_to: number of which FFN widths become multiples.
         uniform: whether a step is taken in all layers at once.
-        last: whether the total is to be met now; else a step too large waits for later rounds, and dearer ones with it.
+        last: whether the total is to be met now; otherwise a step that is too large waits for later rounds, and so do
+            those that cost more.
     """  # [layers]
     groups = [
         _steps(score.kv_groups, range(s.kv_groups, s.least_groups - 1, -1), s.group_parameters)
@@ -217,11 +221,11 @@ def competing_widths(
 
 @dataclass(frozen=True)
 class Step:
-    """Units that go together: one KV group, or the channels down to the next legal width.
+    """Units that are removed together: one KV group, or the channels down to the next legal width.
 
     Args:
-        units: number of units, in each layer that the step is taken in.
-        parameters: parameters that go with these units, in all of these layers.
+        units: number of units, in each layer in which the step is taken.
+        parameters: number of parameters removed with these units, in all of these layers.
         score: score of all these units together.
     """
 
@@ -255,11 +259,11 @@ def _everywhere(layers: Sequence[Sequence[Step]]) -> list[Step]:
 def _take(places: Sequence[Sequence[Step]], remove: int, step_parameters: int, last: bool) -> list[list[Step]]:
     """Takes steps, cheapest first and in order within each place, while they bring the total nearer to ``remove``.
 
-    One that would go beyond it by more than half of ``step_parameters`` waits until there is nothing smaller left.
+    A step that would exceed it by more than half of ``step_parameters`` waits until there is nothing smaller left.
     """
     taken: list[list[Step]] = [[] for _ in places]
     for beyond in (step_parameters / 2, math.inf):
-        closed: set[int] = set()  # where a step has to wait, those behind it cannot be reached
+        closed: set[int] = set()  # if a step has to wait, those after it cannot be reached
         for place, step in heapq.merge(*_numbered(places, taken), key=lambda entry: entry[1].price):
             if place in closed or step.parameters > min(2 * remove, remove + beyond):
                 if not last:
@@ -272,7 +276,7 @@ def _take(places: Sequence[Sequence[Step]], remove: int, step_parameters: int, l
 
 
 def _numbered(places: Sequence[Sequence[Step]], taken: Sequence[Sequence[Step]]) -> list[list[tuple[int, Step]]]:
-    """The steps of each place that are not taken yet, with its number."""
+    """The steps of each place that are not taken yet, with the number of the place."""
     return [
         [(number, step) for step in steps[len(mine) :]]
         for number, (steps, mine) in enumerate(zip(places, taken, strict=True))
@@ -280,6 +284,6 @@ def _numbered(places: Sequence[Sequence[Step]], taken: Sequence[Sequence[Step]])
 
 
 def _highest(scores: Tensor, count: int) -> list[int]:
-    """Places of the highest scores, ascending."""
+    """Indices of the highest scores, ascending."""
     order = torch.argsort(scores, descending=True, stable=True)
     return sorted(order[:count].tolist())

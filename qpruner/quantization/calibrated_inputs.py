@@ -1,4 +1,4 @@
-"""What reaches the linears of a block while its units are rounded, one after the other.
+"""The inputs that reach the linears of a block while its units are rounded, one after the other.
 
 Shapes: B sequences of a micro-batch, T tokens, I inputs of a linear, G groups of its outputs.
 """
@@ -20,8 +20,8 @@ from qpruner.quantization.rounding import RoundingConfig
 
 Tokens = Literal["equal", "skip", "normed"]
 """How much a token counts: all the same; all but the first four of a sequence; or, in ``o`` and ``down``, one over the
-mean square of the hidden states that leave the dense block, since a norm is taken of these; the gradient of the loss,
-where it weighs tokens, has that in it."""
+mean square of the hidden states that leave the dense block, since these are normalised next. Where tokens are weighted
+by the gradient of the loss, it already accounts for that."""
 HELD_OUT = 8
 """Every eighth sequence is held out."""
 NORMED_UNITS = ("o", "down")
@@ -29,16 +29,16 @@ NORMED_UNITS = ("o", "down")
 
 @dataclass(frozen=True)
 class CalibratedConfig:
-    """How weights are rounded by text.
+    """How weights are rounded with calibration text.
 
     Args:
-        rounding: how codes and grids are chosen from what is known of a linear's inputs.
-        output_groups: number of groups of a linear's outputs that each weigh tokens by the gradient of the loss at the
-            end of the model; 0 leaves the loss out.
-        adapters: what adapters start as: the low-rank matrix nearest to what rounding left of a weight (``weight``), or
-            the one whose outputs on the text are (``calibrated``).
-        tokens: how much each token counts; ``equal``, ``skip`` (the first four of a sequence do not) or ``normed``
-            (in ``o`` and ``down`` by one over the mean square of the hidden states).
+        rounding: how codes and grids are chosen from the statistics of a linear's inputs.
+        output_groups: number of groups of a linear's outputs, each of which weights tokens by the gradient of the loss
+            at the end of the model; 0 leaves the loss out.
+        adapters: initial values of the adapters: the low-rank matrix nearest to the rounding error of a weight
+            (``weight``), or the one whose outputs on the text are nearest to those of this error (``calibrated``).
+        tokens: how much each token counts: ``equal``, ``skip`` (the first four of a sequence do not count) or
+            ``normed`` (in ``o`` and ``down`` by one over the mean square of the hidden states).
         text: calibration text.
 
     Raises:
@@ -55,14 +55,14 @@ class CalibratedConfig:
         check_ranges(self, "calibrated", output_groups=("at least 0", self.output_groups >= 0))
 
     def check_text(self, widest: int) -> None:
-        """Makes sure that text is enough for Hessians that are no guess.
+        """Makes sure that there is enough text to estimate the Hessians.
 
         Args:
             widest: largest number of inputs of a linear.
 
         Raises:
-            UserError: fewer tokens that decide than a linear has inputs, no token that counts, or no sequence to hold
-                out.
+            UserError: fewer tokens that are not held out than a linear has inputs, no token that counts, or no sequence
+                to hold out.
         """
         text = self.text
         deciding = text.num_sequences - text.num_sequences // HELD_OUT
@@ -84,12 +84,12 @@ class CalibratedConfig:
 
 @dataclass(frozen=True)
 class SplitSums:
-    """The sums over the sequences that decide, and over those that are held out.
+    """The sums over the sequences used for decisions, and over those that are held out.
 
     Args:
-        decide: sums that codes are made from.
-        held_out: sums that codes are judged by.
-        shelf: where the held-out sums of a model that is offloaded lie, until they are taken.
+        decide: sums from which codes are chosen.
+        held_out: sums by which codes are judged.
+        shelf: where the held-out sums of an offloaded model are kept until they are needed.
     """
 
     decide: InputSums
@@ -102,7 +102,7 @@ class BlockInputs:
 
     Args:
         runner: runner of the model.
-        number: place of the block.
+        number: number of the block.
         calibration: this process's share of the text.
         config: options of the rounding.
     """
@@ -114,10 +114,10 @@ class BlockInputs:
         self._squares: list[Tensor] = []
 
     def pass_dense(self, dense_states: list[Tensor], linears: Mapping[str, nn.Linear]) -> None:
-        """Lets the dense model's states through the block, and remembers what its units get.
+        """Passes the dense model's states through the block, and remembers the inputs of its units.
 
         Args:
-            dense_states: states that enter the block, which those that leave it take the place of.
+            dense_states: states that enter the block; they are replaced by those that leave it.
             linears: a linear of each unit whose inputs are wanted.
 
         Raises:
@@ -142,13 +142,13 @@ class BlockInputs:
     def sums(
         self, unit: str, linear: nn.Linear, states: Sequence[Tensor], weights: Mapping[str, list[Tensor] | None]
     ) -> Iterator[tuple[str, SplitSums]]:
-        """The sums over all text of what reaches a unit, for each of its linears.
+        """The sums over all text of the inputs of a unit, for each of its linears.
 
         Args:
-            unit: unit whose turn it is; those before it are packed.
-            linear: a linear of the unit, all of which get the same.
+            unit: unit whose turn it is; those before it are already packed.
+            linear: a linear of the unit; all of them have the same inputs.
             states: states that enter the block.
-            weights: how much each token counts for the outputs of each linear; None where all count the same.
+            weights: how much each token counts for the outputs of each linear; None if all count the same.
         """
         if not weights:
             return
@@ -161,13 +161,13 @@ class BlockInputs:
     def dense_sums(
         self, unit: str, linear: nn.Linear, weights: Mapping[str, list[Tensor] | None]
     ) -> Iterator[tuple[str, SplitSums]]:
-        """As `sums`, of what reached the unit when the dense model's states passed, without another pass."""
+        """As `sums`, of the inputs that the unit had when the dense model's states passed, without another pass."""
         yield from self._of_linears(unit, linear, self._dense_inputs[unit], weights)
 
     def _of_linears(
         self, unit: str, linear: nn.Linear, seen: list[Tensor], weights: Mapping[str, list[Tensor] | None]
     ) -> Iterator[tuple[str, SplitSums]]:
-        """The sums for each linear of a unit; those that the loss does not weigh share theirs."""
+        """The sums for each linear of a unit; linears that the loss does not weight share theirs."""
         shared: SplitSums | None = None
         for name, of_outputs in weights.items():
             if of_outputs is not None:
@@ -177,7 +177,7 @@ class BlockInputs:
                 yield name, shared
 
     def _summed(self, unit: str, seen: list[Tensor], num_inputs: int, of_outputs: list[Tensor] | None) -> SplitSums:
-        # One after the other, so that the first may lie in a file when the second come about.
+        # One after the other, so that the first may be in a file already when the second are computed.
         held_out = self._part(unit, seen, num_inputs, of_outputs, held_out=True)
         shelf = Shelf(held_out.tensors, self._runner.offload)
         return SplitSums(self._part(unit, seen, num_inputs, of_outputs, held_out=False), held_out, shelf)
@@ -188,7 +188,7 @@ class BlockInputs:
         processes = self._calibration.processes
         groups = self._config.output_groups if of_outputs is not None else 1
         beside_dense = self._config.rounding.alpha > 0
-        # The dense model's own products are only wanted to tell an error on held-out text.
+        # The dense model's own products are only needed for the error on held-out text.
         sums = InputSums.none(groups, num_inputs, processes.device, cross=beside_dense, dense=beside_dense and held_out)
         for place, batch in enumerate(self._calibration.batches):
             weights = self._token_weights(unit, place, by_loss=of_outputs is not None)  # [B, T, 1]
@@ -205,11 +205,11 @@ class BlockInputs:
         return sums.over(processes)
 
     def _token_weights(self, unit: str, place: int, *, by_loss: bool) -> Tensor:
-        """How much each token of a micro-batch counts beside what the loss says of it, [B, T, 1]."""
+        """How much each token of a micro-batch counts, apart from its weight by the loss, [B, T, 1]."""
         squares = self._squares[place]
         weights = torch.ones_like(squares)
         if self._config.tokens == "skip":
             weights[:, :MASSIVE_POSITIONS] = 0
-        elif self._config.tokens == "normed" and unit in NORMED_UNITS and not by_loss:  # a gradient knows of the norm
+        elif self._config.tokens == "normed" and unit in NORMED_UNITS and not by_loss:  # a gradient has the norm in it
             weights = torch.where(squares > 0, squares.reciprocal(), 0.0)
         return weights.unsqueeze(-1)

@@ -1,27 +1,27 @@
-"""Calibrated rounding: the weights of a linear on a grid, judged by what the linear gives for real inputs.
+"""Calibrated rounding: the weights of a linear on a grid, judged by the outputs of the linear for real inputs.
 
 With W the weight, Q the rounded one, X the inputs of the linear over tokens and H = X^T X, rounding leaves
 
     |X (W - Q)^T|^2 = tr (W - Q) H (W - Q)^T.
 
-- ``nearest`` takes for each weight the nearest value of the grid: the least of |W - Q|^2, without a look at H.
-- ``gptq`` rounds column after column, and those that are left make up for it; see `qpruner.quantization.gptq`. In the
-  plain order the grid of a group is that of its weights as they are when its turn comes. A format that stores a scale
-  by what others are (one that quantizes scales again) is asked for the whole grid in the end, and all columns are
-  rounded once more on that. With ``act_order`` columns come by falling H_qq, what matters most while most columns are
-  left, and the grid is that of the original weight throughout. Then grid and codes get better in turn
-  (`qpruner.quantization.refinement`).
+- ``nearest`` takes the nearest value of the grid for each weight: it minimises |W - Q|^2, regardless of H.
+- ``gptq`` rounds column after column, and the remaining columns compensate for the error; see
+  `qpruner.quantization.gptq`. In the plain order the grid of a group is that of its weights as they are when its turn
+  comes. A format in which a stored scale depends on the others (one that quantizes scales again) gives the whole grid
+  at the end, and all columns are rounded once more on that. With ``act_order`` columns come in order of falling H_qq,
+  so that those that matter most are rounded while most columns are left, and the grid is that of the original weight
+  throughout. Then grid and codes are improved in turn (`qpruner.quantization.refinement`).
 
 **Upstream error** (QEP, NeurIPS 2025; GPTAQ, ICML 2025; see `corrected_weight`). With inputs Xq from a quantized prefix
-and X from the dense model, what gives X W^T on Xq is the weight W C (Xq^T Xq)^-1, C = X^T Xq. Rounding that instead of
-W by H = Xq^T Xq lets each linear make up for what those before it got wrong.
+and X from the dense model, the weight that gives X W^T on Xq is W C (Xq^T Xq)^-1, C = X^T Xq. Rounding this instead of
+W, with H = Xq^T Xq, lets each linear compensate for the errors of those before it.
 
-**Output gradients** (GuidedQuant, ICML 2025). With g row groups, each of which has its own H_k = X^T diag(d_k) X, d_k
-the mean over the group's rows of the squared gradient of the loss at the output, errors count as they reach the loss.
-Each group of rows is rounded by its own matrix, as a linear of its own.
+**Output gradients** (GuidedQuant, ICML 2025). With g row groups, each with its own H_k = X^T diag(d_k) X, d_k being the
+mean over the group's rows of the squared gradient of the loss at the output, errors count by their effect on the loss.
+Each group of rows is rounded with its own matrix, as a separate linear.
 
-**Two segments.** Where leading columns are held in another precision, each segment has its own grids, and all columns
-are rounded in one go: those behind the border make up for those before it.
+**Two segments.** If leading columns are held in another precision, each segment has its own grids, and all columns are
+rounded in one pass: those after the border compensate for those before it.
 
 Shapes: O rows (outputs), I columns (inputs), M groups in a row, g row groups, as `torch.Tensor.tensor_split` cuts rows.
 """
@@ -50,17 +50,17 @@ class RoundingConfig:
     """How weights are rounded to their grid.
 
     Args:
-        method: ``nearest`` rounds each weight by itself; ``gptq`` lets the columns that are left make up for each
-            column that is rounded, as far as the calibration text tells.
+        method: rounding method: ``nearest`` rounds each weight by itself; ``gptq`` lets the remaining columns
+            compensate for each column that is rounded, judged by the calibration text.
         grid: search for the scale and minimum of each group of weights: ``minmax``, ``mse`` or ``neuqi``.
         act_order: whether gptq rounds the columns with the largest inputs first.
-        damping: what is added to the diagonal of the Hessian, in units of its mean; above 0, at most 1.
-        alpha: strength at which errors of earlier linears are made up for, from 0 (each linear keeps to its weight)
-            to 1 (each linear aims at the outputs of the dense model).
+        damping: amount added to the diagonal of the Hessian, in units of its mean; above 0, at most 1.
+        alpha: strength with which errors of earlier linears are compensated for, from 0 (each linear keeps to its
+            weight) to 1 (each linear aims at the outputs of the dense model).
         refinements: most rounds in which, after gptq, scales and minima are fitted to the codes and then codes are
-            chosen once more, from 0; no more than leave less error on the calibration text.
-        first_order: share of what columns have strayed from the weight that gptq takes back before each column, from 0
-            to below 1.
+            chosen once more, at least 0; rounds stop once they no longer reduce the error on the calibration text.
+        first_order: share of the columns' deviation from the weight that gptq takes back before each column, from 0 to
+            below 1.
 
     Raises:
         UserError: an option outside its range.
@@ -89,7 +89,7 @@ class RoundingConfig:
 
     @property
     def is_plain(self) -> bool:
-        """Whether each weight goes to the nearest value of the grid that its format takes by itself."""
+        """Whether each weight is rounded to the nearest value of the grid that its format chooses by itself."""
         return self.method == "nearest" and self.grid == "minmax"
 
 
@@ -99,7 +99,7 @@ class Rounded:
 
     Args:
         codes: codes on the grid, uint8 [O, I].
-        grid: grid, as the format stores it.
+        grid: grid as the format stores it.
     """
 
     codes: Tensor
@@ -120,18 +120,18 @@ def round_weight(
     *,
     name: str = "a linear",
 ) -> Rounded:
-    """Rounds a weight, on its device; see above.
+    """Rounds a weight, on its device; see the docstring of the module.
 
     Args:
         weight: weight, [O, I], of any float dtype.
-        number_format: format that the weight is for.
+        number_format: format that the weight is rounded for.
         precision: precision within the format.
         hessian: X^T X, [I, I], or that of each row group, [g, I, I]; best in float64.
-        config: how to round; its ``alpha`` is the matter of `corrected_weight`.
-        name: name of the linear, for errors.
+        config: how to round; its ``alpha`` is only used by `corrected_weight`.
+        name: name of the linear, for error messages.
 
     Raises:
-        UserError: the weight or the Hessian is not finite, or the Hessian is not positive although it is damped.
+        UserError: the weight or the Hessian is not finite, or the Hessian is not positive even with damping.
     """
     weight = weight.detach().float()
     _check_finite(name, weight, hessian)
@@ -146,7 +146,7 @@ def round_weight(
 
 
 def segments_of(number_format: GridStore, precision: Precision, columns: int) -> tuple[Segment, ...]:
-    """The segments of a linear of so many input columns."""
+    """The segments of a linear with this number of input columns."""
     if not isinstance(number_format, GridSegments):
         return (Segment(number_format, precision, 0, columns),)
     leading = leading_of(precision, columns)
@@ -158,12 +158,12 @@ def segments_of(number_format: GridStore, precision: Precision, columns: int) ->
 
 @dataclass(frozen=True)
 class _Linear:
-    """What is rounded, and by what.
+    """A weight to round, with everything needed to round it.
 
     Args:
         weight: weight, [O, I], in float32.
         hessians: Hessian of each row group, damped, [g, I, I].
-        store: format that the weight is for.
+        store: format that the weight is rounded for.
         precision: precision within the format.
         segments: segments of the columns.
         config: how to round.
@@ -199,12 +199,12 @@ class _Linear:
         return self.stored(search_segments(part, self.segments, self.config.grid, counts) for part, counts in grouped)
 
     def stored(self, grids: Iterable[tuple[Tensor, Tensor]]) -> AnyGrid:
-        """The grid that the format stores of the scales and minima of each row group."""
+        """The grid that the format stores for the scales and minima of each row group."""
         scales, minima = (torch.cat(parts) for parts in zip(*grids, strict=True))
         return self.store.storable(scales, minima, self.precision)
 
     def rounded_by_gptq(self, factors: Sequence[Factor]) -> Rounded:
-        """What GPTQ makes of each row group, on one grid."""
+        """The result of GPTQ for each row group, on one grid."""
         if self.config.act_order:
             grid = self.grid_of_all()
             return Rounded(self.codes_on(grid, factors), grid)
@@ -214,12 +214,12 @@ class _Linear:
         grid = self.stored(chosen)
         scales, minima = (torch.cat(parts) for parts in zip(*chosen, strict=True))
         if not (torch.equal(grid.scales, scales) and torch.equal(grid.minima, minima)):
-            # The format stores a scale by what the others are, which no group knew when its turn came.
+            # A stored scale depends on the others, which no group knew when its turn came.
             codes = self.codes_on(grid, factors)
         return Rounded(codes, grid)
 
     def codes_on(self, grid: AnyGrid, factors: Sequence[Factor]) -> Tensor:
-        """The codes of GPTQ on a grid that is given."""
+        """The codes of GPTQ on a given grid."""
         return self._codes([FixedGrid(part).choose for part in self.cut_grid(grid)], factors)
 
     def _codes(self, chosen: Sequence[Choose], factors: Sequence[Factor]) -> Tensor:
@@ -232,7 +232,7 @@ class _Linear:
         )
 
     def refined(self, rounded: Rounded) -> Rounded:
-        """The last of some rounds of refinement that left less error than the one before."""
+        """The result of the last round of refinement that reduced the error."""
         least = self.loss(rounded)
         for _ in range(self.config.refinements):
             parts = list(zip(self.cut(self.weight), self.cut(rounded.codes), self.hessians, strict=True))
@@ -252,18 +252,18 @@ class _Linear:
 
 
 def corrected_weight(weight: Tensor, hessian: Tensor, cross: Tensor, alpha: float, damping: float) -> Tensor:
-    """The weight that makes up, on inputs Xq of a quantized prefix, for what they lack of the dense inputs X.
+    """The weight that compensates, on inputs Xq of a quantized prefix, for their deviation from the dense inputs X.
 
         W' = W + alpha W (C - H) (H + damping mean(diag H) I)^-1,    H = Xq^T Xq,  C = X^T Xq.
 
-    At alpha = 1 and without damping W' is the least of |X W^T - Xq W'^T|^2; at alpha = 0 it is W.
+    At alpha = 1 and without damping W' minimises |X W^T - Xq W'^T|^2; at alpha = 0 it is W.
 
     Args:
         weight: weight W, [O, I].
         hessian: H, [I, I], or that of each row group, [g, I, I].
         cross: C, of the same shape; rows are the dense inputs.
         alpha: strength of the correction, from 0 to 1.
-        damping: what is added to the diagonal of H, in units of its mean; above 0.
+        damping: amount added to the diagonal of H, in units of its mean; above 0.
     """  # [O, I], float32
     if alpha == 0:
         return weight.detach().float()
@@ -279,7 +279,7 @@ def corrected_weight(weight: Tensor, hessian: Tensor, cross: Tensor, alpha: floa
 def error(
     weight: Tensor, values: Tensor, hessian: Tensor, cross: Tensor | None = None, dense_gram: Tensor | None = None
 ) -> float:
-    """What a linear with other values gives wrong on the calibration text, from sums alone.
+    """The error of a linear with other values on the calibration text, from sums alone.
 
     With ``cross`` and ``dense_gram`` that is |X W^T - Xq Q^T|^2 = tr W G W^T - 2 tr W C Q^T + tr Q H Q^T, X being the
     dense inputs; without them |Xq (W - Q)^T|^2 = tr (W - Q) H (W - Q)^T.
@@ -287,7 +287,7 @@ def error(
     Args:
         weight: weight W of the dense linear, [O, I].
         values: values Q that take its place, [O, I].
-        hessian: H = Xq^T Xq, [I, I], or that of each row group, [g, I, I]; so the two below.
+        hessian: H = Xq^T Xq, [I, I], or that of each row group, [g, I, I]; likewise for the next two.
         cross: C = X^T Xq.
         dense_gram: G = X^T X.
     """

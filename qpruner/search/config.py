@@ -1,4 +1,4 @@
-"""What a search is asked for."""
+"""The options of a search."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,30 +16,30 @@ class SearchConfig:
 
     Args:
         optimizer: name of the optimizer: ``bayesian``, ``random``, or one of Nevergrad's, which is rehearsed before the
-            first trial. A search may go on with another one, which is told of the trials so far.
+            first trial. A search may continue with a different one, which is informed of the trials so far.
         trials: number of plans to try, at least 1.
-        steps: optimizer steps of a trial's fit, at least 0; without any, plans are compared as they are.
-        max_seconds: seconds after which a trial's fit ends, whatever its steps; a search with it cannot be repeated
-            exactly.
-        score: what plans are compared by: ``loss`` on the validation text; ``accuracy``, the mean over the validation
-            questions of all tasks; or tasks with their weights, such as ``{boolq: 1, winogrande: 1}``. Accuracies count
-            in steps of their standard error, within which the loss decides.
-        front: whether to search for the trade-off of score and bytes below the budget, instead of the best plan in it;
-            and of multiply-adds where widths of layers are searched.
+        steps: number of optimizer steps of a trial's fit, at least 0; with 0, plans are compared without a fit.
+        max_seconds: seconds after which a trial's fit ends, however many steps it has made; a search with this limit
+            cannot be repeated exactly.
+        score: measure by which plans are compared: ``loss`` on the validation text; ``accuracy``, the mean over the
+            validation questions of all tasks; or tasks with their weights, such as ``{boolq: 1, winogrande: 1}``.
+            Accuracies count in steps of their standard error, within which the loss decides.
+        front: whether to search for the trade-off of score and bytes below the budget, instead of the best plan within
+            it; and of multiply-adds if widths of layers are searched.
         finalists: number of plans that are tried again with other seeds, at least 1; the best on average wins.
-        finalist_seeds: number of seeds that finalists are tried with in all, at least 1.
-        finalist_steps: optimizer steps of the finalists' fits; default ``steps``. With more, a trial is a rung: all but
-            the finalists stop there. Fewer steps than recovery takes may choose the wrong ones: see
+        finalist_seeds: total number of seeds that finalists are tried with, at least 1.
+        finalist_steps: number of optimizer steps of the finalists' fits; default ``steps``. With more, a trial is a
+            rung: all but the finalists stop there. Fewer steps than recovery takes may choose the wrong ones: see
             ``docs/choosing/search.md``.
         executor: how and where trials run.
-        structure: how wide layers may be, where that is searched together with bits; null to prune the base once and
-            search bits alone.
-        ranks: ranks that the adapters of a layer may have, at least two, where these are searched, too; the highest is
-            ``r`` of the module's ``lora``, and the budget is one of bytes, against which adapters count. Empty to have
-            ``r`` everywhere.
+        structure: how wide layers may be, if that is searched together with bits; null to prune the base once and
+            search for bits alone.
+        ranks: ranks that the adapters of a layer may have, at least two, if these are searched, too; the highest is
+            ``r`` of the module's ``lora``, and the budget is one of bytes, in which adapters are included. Empty to
+            have ``r`` everywhere.
 
     Raises:
-        UserError: a number out of its range, or ranks between which there is no choice.
+        UserError: a number out of its range, or ranks that leave no choice.
     """
 
     optimizer: str = "bayesian"

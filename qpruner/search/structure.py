@@ -1,17 +1,17 @@
-"""How wide each layer is, as the first coordinates of a `SearchSpace`: what is decided before bits are.
+"""How wide each layer is, as the first coordinates of a `SearchSpace`, which are decided before the bits.
 
-A part is the KV groups or the FFN channels of a layer. The coordinate of a part says what share of it stays,
+A part is the KV groups or the FFN channels of a layer. The coordinate of a part determines what share of it stays,
 
     share = start + SWAY (x_all + x_part) (1 - least),   at most 1 and at least ``least``,
 
-and the number of units is the legal one nearest to that. x_all is one more coordinate, for all parts, since how much
-goes in all matters more than where. Where the layers would take more bytes in their smallest widths of bits than there
-are, or more multiply-adds, all shares are lowered by the same number, the smallest with which they do not. So every
-point has a structure that fits, and what bytes it leaves buy bits.
+and the number of units is the legal one nearest to that. x_all is one more coordinate, common to all parts, since how
+much is removed in total matters more than where. If the layers would take more bytes, even in their smallest bit
+widths, than there are, or more multiply-adds, all shares are lowered by the same number, the smallest that is enough.
+So every point has a structure that fits, and the bytes that it leaves buy bits.
 
-Which units stay, a criterion of pruning has said once: those of the highest scores. What it costs that others go, the
-prior only guesses: all that may go costs as much as the smallest widths of bits instead of the largest, and each part
-of it in proportion to its scores. Trials correct that.
+A pruning criterion decides once which units stay: those with the highest scores. The cost of removing the others is
+only a guess of the prior: removing all that may go costs as much as the smallest bit widths instead of the largest, and
+each part of that in proportion to its scores. Trials correct this.
 """
 
 from collections.abc import Callable, Sequence
@@ -29,9 +29,9 @@ Booleans = npt.NDArray[np.bool_]
 Kind = Literal["kv_groups", "ffn_channels"]
 
 SWAY = 0.25
-"""Part of the way from all to the least share that a coordinate of 1 goes."""
-HALVINGS = 40  # of the interval that holds the number by which shares are lowered
-FARTHEST = 50.0  # of a coordinate
+"""Fraction of the range between all and the least share that a coordinate of 1 moves a share by."""
+HALVINGS = 40  # bisections of the interval that holds the number by which shares are lowered
+FARTHEST = 50.0  # largest magnitude of a coordinate
 
 
 @dataclass(frozen=True)
@@ -40,14 +40,14 @@ class StructureConfig:
     alone and what FFN widths are multiples of; its ratio is the start of the search.
 
     Args:
-        least: share of the units of a layer that stays at least, in (0, 1).
+        least: smallest share of the units of a layer that may stay, in (0, 1).
         groups: whether KV groups are searched.
         channels: whether FFN channels are searched.
-        start: file of a plan to try among the first, such as one that was learned; null for none. Of it are taken the
-            number of units of each part and the bits of each item, or the nearest to these that the search has; and the
-            units themselves, in every trial that keeps as many of the part as it does. In parts that are not searched
-            all units stay, and input channels that it holds wider than others (``leading``) have the bits of their
-            unit.
+        start: file of a plan to try among the first, such as one that was learned; null for none. The search takes from
+            it the number of units of each part and the bits of each item, or the nearest to these that the search has;
+            and the units themselves, in every trial that keeps as many of the part as the plan does. In parts that are
+            not searched all units stay, and input channels that the plan holds wider than others (``leading``) have the
+            bits of their unit.
 
     Raises:
         UserError: a share out of its range, or nothing to search.
@@ -72,16 +72,16 @@ class StructureConfig:
 
 @dataclass(frozen=True)
 class Part:
-    """The units of a kind in a layer.
+    """The units of one kind in a layer.
 
     Args:
         layer: number of the layer.
         kind: kind of the units.
         counts: numbers of units that may stay, fewest first; the last is all of them.
-        multiply_adds: [counts], multiply-adds of a token in the linears that have these units.
-        rest: [counts], bytes that count against the limit and are none of an item's, less those that all units have.
-        cost: [counts], cost of the prior of the units that go.
-        start: place among the counts that the origin has.
+        multiply_adds: [counts], multiply-adds per token in the linears that have these units.
+        rest: [counts], bytes that count against the limit and belong to no item, minus those with all units.
+        cost: [counts], prior cost of the units that are removed.
+        start: index into the counts at the origin.
     """
 
     layer: int
@@ -107,9 +107,9 @@ class Structure:
 
     Args:
         parts: parts, in order.
-        changes: for each item, the parts that its bytes depend on, each with what these are above those of the whole
-            part, [counts, choices], 0 or less.
-        least: share of a part that stays at least.
+        changes: for each item, the parts that its bytes depend on, each with the change of these bytes relative to the
+            whole part, [counts, choices], 0 or less.
+        least: smallest share of a part that may stay.
         most_multiply_adds: most multiply-adds that a token may cost in the linears of the parts; None for any number.
     """
 
@@ -127,9 +127,9 @@ class Structure:
 
         Args:
             points: coordinates, [points, 1 + parts].
-            fits: says of structures [points, parts] whether what else is to be stored still fits, [points]; it does for
-                the least structure, and with fewer units wherever it does with more.
-        """  # [points, parts], places among the counts
+            fits: function that says of structures [points, parts] whether everything else to be stored still fits,
+                [points]; it must for the least structure, and with fewer units wherever it does with more.
+        """  # [points, parts], indices into the counts
         points = np.clip(points, -FARTHEST, FARTHEST)
         starts = np.array([part.shares[part.start] for part in self.parts])
         shares = starts + SWAY * (1 - self.least) * (points[:, :1] + points[:, 1:])
@@ -150,28 +150,28 @@ class Structure:
         return np.array([0.0, *moved]) / (SWAY * (1 - self.least))
 
     def multiply_adds(self, structures: Integers) -> Integers:
-        """[points], multiply-adds of a token in the linears of the parts."""
+        """[points], multiply-adds per token in the linears of the parts."""
         return self._sum([part.multiply_adds for part in self.parts], structures).astype(np.int64)
 
     @property
     def most(self) -> int:
-        """Multiply-adds of a token in the linears of the parts where all units stay."""
+        """Multiply-adds per token in the linears of the parts if all units stay."""
         return sum(part.multiply_adds[-1] for part in self.parts)
 
     def rest(self, structures: Integers) -> Integers:
-        """[points], bytes besides those of items, less those of the whole parts."""
+        """[points], bytes other than those of items, minus those of the whole parts."""
         return self._sum([part.rest for part in self.parts], structures).astype(np.int64)
 
     def costs(self, structures: Integers) -> Floats:
-        """[points], cost of the prior of the units that go."""
+        """[points], prior cost of the units that are removed."""
         return self._sum([part.cost for part in self.parts], structures)
 
     def features(self, structures: Integers) -> Floats:
-        """[points, parts], what stays of each part, scaled so that it goes from 0 to 1."""
+        """[points, parts], what stays of each part, scaled to the range from 0 to 1."""
         return structures / np.array([len(part.counts) - 1 for part in self.parts])
 
     def change(self, item: int, structures: Integers) -> Integers:
-        """[points, choices], bytes of an item above those that it has where all units stay."""
+        """[points, choices], bytes of an item relative to those that it has if all units stay."""
         total = np.zeros((len(structures), 1), dtype=np.int64)
         for part, table in self.changes[item]:
             total = total + table[structures[:, part]]
@@ -187,7 +187,7 @@ class Structure:
         return fits(structures) & (self.multiply_adds(structures) <= self.most_multiply_adds)
 
     def _nearest(self, shares: Floats) -> Integers:
-        """Places of the counts nearest to shares, [points, parts]; of two as near the larger."""
+        """Indices of the counts nearest to shares, [points, parts]; of two equally near, the larger."""
         columns = []
         for part, wanted in zip(self.parts, shares.T, strict=True):
             middles = (part.shares[1:] + part.shares[:-1]) / 2

@@ -37,48 +37,49 @@ from qpruner.training.teacher import Teacher, check_teacher
 from qpruner.training.teaching import engage_teacher
 
 SMALLEST_SCALE = 2.0**-14
-"""Smallest scale of the loss under ``16-mixed`` that is borne. It starts at 2 to the 16 and is halved at each step
-whose gradients overflow, so that one this small comes of gradients that no scale mends."""
+"""Smallest loss scale under ``16-mixed`` that is tolerated. It starts at 2 to the 16 and is halved at each step whose
+gradients overflow, so a scale this small means that no scale can prevent the overflow."""
 
 OVERFLOW = re.compile(
     r"Function '(?P<operation>\w+)' returned nan values|cannot be converted to type \w+ without overflow"
 )
-"""What torch says of numbers that are not finite."""
+"""What torch says about numbers that are not finite."""
 
 
 class LoRAFinetuner(CheckpointedModule):
     """Recovers a causal language model by training LoRA adapters; the base never changes.
 
-    Where `GridPolishing` asks for it, a fit trains the scales and minima of the packed base in place of the adapters.
+    If `GridPolishing` asks for it, a fit trains the scales and minima of the packed base in place of the adapters.
 
-    Every random draw of training depends on (seed, epoch, batch, rank) alone, so a resumed fit repeats the numbers of
-    an uninterrupted one. ``after_clipping`` holds what is called once the gradients of an optimizer step are unscaled
-    and clipped, before the step, with whether they were finite: no hook of a callback lies there.
+    Every random draw of training depends only on (seed, epoch, batch, rank), so a resumed fit repeats the numbers of an
+    uninterrupted one. ``after_clipping`` holds functions that are called once the gradients of an optimizer step are
+    unscaled and clipped, before the step, with whether they were finite: callbacks have no hook at that point.
 
-    A fit whose numbers are not finite any more is stopped, on all ranks together: losses are looked at every
+    A fit whose numbers are no longer finite is stopped, on all ranks together: losses are checked every
     ``log_every_n_steps`` batches, before each validation, at the end of each epoch and before each checkpoint; adapters
     and the optimizer's state before each checkpoint, adapters also at the end of each epoch; the validation loss and
-    accuracy whenever they are there. No checkpoint is ever written with adapters or an optimizer's state that are not
-    finite, whatever callback asks for it, nor after a loss that was not. No step is made to wait for the device.
+    accuracy whenever they are available. No checkpoint is ever written with adapters or an optimizer's state that are
+    not finite, whatever callback asks for it, nor after a loss that was not. No step has to wait for the device.
 
     Args:
         base: model folder, hub name, or ``qpruner/stories`` for the model that comes with the package.
         dtype: number format of the base in memory: ``auto`` for bfloat16 where the base is stored in it, else float32;
             computation follows ``--trainer.precision``.
         trust_remote_code: whether code that comes with the model may run.
-        gradient_checkpointing: whether activations are computed again in the backward pass instead of kept.
+        gradient_checkpointing: whether activations are recomputed in the backward pass instead of stored.
         lora: options of the adapters.
         optimizer: how the adapters are trained.
-        seed: seed of the adapters' start and of dropout; on the command line ``--seed_everything``.
-        distillation: what is learnt from the dense model beside the labels; None for the labels alone. Evaluation is
-            the same either way, and so is ``train/loss``, the mean negative log-likelihood; ``train/kl`` and
-            ``train/hidden`` stand beside it.
-        offload: whether callbacks compress the base block by block, with the others in files: ``always``, ``never``, or
-            ``auto`` where the device has not twice the room of the dense weights. Results are the same.
+        seed: seed of the adapters' initialisation and of dropout; on the command line ``--seed_everything``.
+        distillation: what is learnt from the dense model in addition to the labels; None for the labels alone.
+            Evaluation is the same either way, and so is ``train/loss``, the mean negative log-likelihood; ``train/kl``
+            and ``train/hidden`` are logged next to it.
+        offload: whether callbacks compress the base block by block, with the other blocks in files: ``always``,
+            ``never``, or ``auto``, if the device has less than twice the memory of the dense weights. Results are the
+            same.
 
     Raises:
-        UserError: in a fit, when a loss, a gradient that no loss scale mends, an adapter or a metric is not finite; or
-            a teacher that cannot teach.
+        UserError: in a fit, a loss, a gradient that no loss scale can mend, an adapter or a metric is not finite; or
+            the teacher is unsuitable.
     """
 
     def __init__(
@@ -93,7 +94,7 @@ class LoRAFinetuner(CheckpointedModule):
         distillation: DistillationConfig | None = None,
         offload: OffloadChoice = "auto",
     ) -> None:
-        # `load_from_checkpoint` gives back the plain data that a checkpoint holds.
+        # `load_from_checkpoint` passes the plain data that a checkpoint holds.
         lora = LoRAConfig(**lora) if isinstance(lora, dict) else lora
         optimizer = OptimizerConfig(**optimizer) if isinstance(optimizer, dict) else optimizer
         distillation = DistillationConfig(**distillation) if isinstance(distillation, dict) else distillation
@@ -122,7 +123,7 @@ class LoRAFinetuner(CheckpointedModule):
 
     @classmethod
     def load_from_checkpoint(cls, checkpoint_path: Any, *args: Any, **kwargs: Any) -> Self:
-        """The module of a checkpoint's options, with its plan and adapters.
+        """The module with a checkpoint's options, plan and adapters.
 
         Args:
             checkpoint_path: path of the checkpoint.
@@ -150,7 +151,7 @@ class LoRAFinetuner(CheckpointedModule):
         return config
 
     def load_base(self) -> None:
-        """Loads the base unless it is there, and in a fit its teacher, before a callback does anything to the base."""
+        """Loads the base if it is not loaded yet, and in a fit its teacher, before any callback changes the base."""
         super().load_base()
         fits = self._trainer is not None and self.trainer.state.fn == TrainerFn.FITTING
         if self.distillation is not None and self.teacher is None and fits:
@@ -183,15 +184,15 @@ class LoRAFinetuner(CheckpointedModule):
         torch.manual_seed(derive_seed(self.seed, "batch", self.current_epoch, batch_idx, self.global_rank))
 
     def token_nll(self, batch: Batch) -> Tensor:
-        """Negative log-likelihood of each token of a batch, in nats; 0 where it is not scored."""  # [B, T - 1]
+        """Negative log-likelihood of each token of a batch, in nats; 0 for tokens that are not scored."""  # [B, T - 1]
         return token_nll(self.model, batch["input_ids"], batch["labels"], batch["attention_mask"])
 
     def loss(self, batch: Batch) -> Tensor:
-        """Mean negative log-likelihood of the scored tokens of a batch, in nats; 0 when there are none."""  # []
+        """Mean negative log-likelihood of the scored tokens of a batch, in nats; 0 if there are none."""  # []
         return self.token_nll(batch).sum() / (batch["labels"][:, 1:] != IGNORED).sum().clamp(min=1)
 
     def distilled(self, batch: Batch, teacher: Teacher) -> Losses:
-        """Losses of the scored tokens of a batch against labels and teacher."""
+        """Losses of the scored tokens of a batch relative to labels and teacher."""
         assert self.distillation is not None
         lesson = teacher.lesson(batch)
         if self.plan is not None and self.plan.hidden is not None:
@@ -211,8 +212,8 @@ class LoRAFinetuner(CheckpointedModule):
         self._losses.see(mean, self.global_step + 1)
         for name, part in parts.items():
             self.log(f"train/{name}", part, prog_bar=name == "loss", batch_size=len(batch["input_ids"]))
-        # The Trainer takes the mean over micro-batches, its strategy that over ranks. A mean of means would give the
-        # tokens of a micro-batch with few of them more weight than others have.
+        # The Trainer averages over micro-batches, its strategy over ranks. A mean of means would give tokens of
+        # micro-batches with few tokens more weight than others.
         loss: Tensor = mean * num_tokens / batch.get("step_tokens", num_tokens.clamp(min=1))
         return loss
 
@@ -272,7 +273,7 @@ class LoRAFinetuner(CheckpointedModule):
 
     @contextmanager
     def _overflow_told(self) -> Iterator[None]:
-        """Tells torch's own errors about numbers that are not finite: those of anomaly detection, and of AdamW."""
+        """Translates torch's own errors about numbers that are not finite: those of anomaly detection and of AdamW."""
         try:
             yield
         except RuntimeError as error:
@@ -287,10 +288,10 @@ class LoRAFinetuner(CheckpointedModule):
         return not_finite(self.model, what, later_phase=self.continues_from is not None)
 
     def check_losses(self) -> None:
-        """Waits for the losses so far; to be called on all ranks together.
+        """Checks the losses so far, waiting for them; to be called on all ranks together.
 
         Raises:
-            UserError: one was not finite, or the loss scale says that gradients are not, ever.
+            UserError: a loss was not finite, or the loss scale shows that gradients never are.
         """
         strategy = self.trainer.strategy
         step = self._losses.first_broken(self.device, lambda number: strategy.reduce(number, reduce_op="min"))
@@ -303,10 +304,10 @@ class LoRAFinetuner(CheckpointedModule):
             )
 
     def check_results(self, whose: str, results: Mapping[str, float]) -> None:
-        """Makes sure that an evaluation of a fit measured a model that works; a perplexity may overflow.
+        """Makes sure that an evaluation in a fit measured a working model; a perplexity may overflow.
 
         Args:
-            whose: what gave the results, as the message names it.
+            whose: what the results are of, as named in the message.
             results: results of the metrics, by name.
 
         Raises:
@@ -328,7 +329,7 @@ class LoRAFinetuner(CheckpointedModule):
         for what, state in states.items():
             tensors = list(tensors_of(state))
             number = 0 if all_finite(tensors) else len(broken_names((what, tensor) for tensor in tensors))
-            if self._trainer is not None and splits(self.trainer.strategy):  # what is broken may lie on one device
+            if self._trainer is not None and splits(self.trainer.strategy):  # broken values may be on one device only
                 count = torch.tensor([number, len(tensors)], device=self.device)
                 number, total = self.trainer.strategy.reduce(count, reduce_op="max").tolist()
             else:
@@ -359,7 +360,7 @@ class LoRAFinetuner(CheckpointedModule):
         self._log_evaluation("test")
 
     def predict_step(self, batch: Batch | ChoiceBatch, batch_idx: int, dataloader_idx: int = 0) -> list[dict[str, Any]]:
-        """One record for each row of text (its loss), or for each question of a task (what is said of its options)."""
+        """One record for each row of text (its loss), or for each question of a task (the scores of its options)."""
         if "options" in batch:
             return answers(batch, self.measures.option_log_likelihoods(self.model, batch))
         labels = batch["labels"]
@@ -372,12 +373,12 @@ class LoRAFinetuner(CheckpointedModule):
         ]
 
     def _reset_metrics(self) -> None:
-        """Before an evaluation rather than after it: the one before may have been broken off."""
+        """Resets before an evaluation rather than after it, because the previous one may have been interrupted."""
         self.measures = Measures(self.device)
 
     def _log_evaluation(self, stage: str) -> None:
         results = self.measures.results()
         if self.trainer.state.fn == TrainerFn.FITTING:
             self.check_results(f"the validation split at optimizer step {self.global_step}", results)
-        # The metrics have gathered all ranks already; `sync_dist` only spares Lightning a warning.
+        # The metrics are already reduced over all ranks; `sync_dist` only avoids a warning of Lightning's.
         self.log_dict({f"{stage}/{name}": value for name, value in results.items()}, sync_dist=True)

@@ -20,15 +20,15 @@ class OptimizerConfig:
     """AdamW with warm-up and decay.
 
     Args:
-        name: ``adamw`` of torch; ``adamw_8bit`` of bitsandbytes holds its state in 8 bits; the ``paged`` ones also move
-            it to main memory when a CUDA device runs short.
-        lr: highest learning rate, above 0.
+        name: name of the optimizer: ``adamw`` of torch; ``adamw_8bit`` of bitsandbytes, which holds its state in 8
+            bits; the ``paged`` ones also move the state to main memory when a CUDA device runs out of memory.
+        lr: peak learning rate, above 0.
         weight_decay: decoupled weight decay, at least 0.
-        beta1: decay of the mean of gradients, in [0, 1).
-        beta2: decay of the mean of squared gradients, in [0, 1).
-        schedule: course of the learning rate after warm-up: ``cosine`` or ``linear`` to ``final_lr`` at the last step,
-            or ``constant``.
-        warmup_steps: optimizer steps over which the rate rises from 0.
+        beta1: decay of the moving average of gradients, in [0, 1).
+        beta2: decay of the moving average of squared gradients, in [0, 1).
+        schedule: schedule of the learning rate after warm-up: ``cosine`` or ``linear`` to ``final_lr`` at the last
+            step, or ``constant``.
+        warmup_steps: number of optimizer steps over which the learning rate rises from 0.
         final_lr: share of ``lr`` that is left at the last step, in [0, 1].
     """
 
@@ -54,13 +54,13 @@ class OptimizerConfig:
         )
 
     def check(self, num_steps: float) -> None:
-        """Finds that the schedule has no last step.
+        """Checks that the fit has a last step if the schedule needs one.
 
         Args:
-            num_steps: optimizer steps of the fit; infinite where only time ends it.
+            num_steps: number of optimizer steps of the fit; infinite if only time ends it.
 
         Raises:
-            UserError: it has none, and needs one.
+            UserError: the fit has no last step, and the schedule needs one.
         """
         if math.isinf(num_steps) and self.schedule != "constant":
             raise UserError(
@@ -70,7 +70,7 @@ class OptimizerConfig:
 
 
 def make_optimizer(config: OptimizerConfig, parameters: Iterable[Parameter]) -> Optimizer:
-    """The optimizer over those of the parameters that require gradients, told apart by identity."""
+    """The optimizer of those parameters that require gradients, distinguished by identity."""
     trained = [parameter for parameter in parameters if parameter.requires_grad]
     options = {"lr": config.lr, "betas": (config.beta1, config.beta2), "weight_decay": config.weight_decay}
     if config.name == "adamw":
@@ -82,7 +82,7 @@ def make_optimizer(config: OptimizerConfig, parameters: Iterable[Parameter]) -> 
 
 
 def lr_factor(config: OptimizerConfig, step: int, total_steps: float) -> float:
-    """Share of the highest learning rate at an optimizer step, counted from 0."""
+    """Learning rate at an optimizer step, counted from 0, as a share of the peak learning rate."""
     if step < config.warmup_steps:
         return (step + 1) / (config.warmup_steps + 1)
     done = (step - config.warmup_steps) / max(1, total_steps - config.warmup_steps)
@@ -95,9 +95,9 @@ def lr_factor(config: OptimizerConfig, step: int, total_steps: float) -> float:
 
 
 def make_scheduler(config: OptimizerConfig, optimizer: Optimizer, total_steps: Callable[[], float]) -> LambdaLR:
-    """The schedule; the number of steps is asked for when a step beyond the first is due.
+    """The schedule; the number of steps is only requested when a step after the first is due.
 
-    Asking earlier would make Lightning build the training loader before it restores the loader's state, and that
-    state would then be lost.
+    An earlier request would make Lightning build the training loader before it restores the loader's state, which would
+    then be lost.
     """
     return LambdaLR(optimizer, lambda step: lr_factor(config, step, total_steps() if step else 1))
