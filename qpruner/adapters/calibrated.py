@@ -1,25 +1,25 @@
-"""Adapters that start as the best low-rank correction of what a quantized linear gives for real inputs.
+"""Adapters that start as the best low-rank correction of a quantized linear's outputs on real inputs.
 
-**Idea.** LoftQ corrects the weight: its start is nearest to W in the Frobenius norm, every input counting alike. What
-matters is the output. With X the inputs of the linear over tokens, H = X^T X and s = alpha / r, the start here is
+**Idea.** LoftQ corrects the weight: its start is nearest to W in the Frobenius norm, where every input counts alike.
+What matters is the output. With X the inputs of the linear over tokens, H = X^T X and s = alpha / r, the start here is
 
     min |X (W - Q - s B A)^T|^2 = min |(W - Q - s B A) S|_F^2,    S = H^1/2 the symmetric root,
 
-over all A, B of rank r (CLoQ, arXiv 2501.18475; EoRA, arXiv 2410.21271; QERA, arXiv 2410.06040).
+over all A and B of rank r (CLoQ, arXiv 2501.18475; EoRA, arXiv 2410.21271; QERA, arXiv 2410.06040).
 
-**Formula.** S is invertible once H is damped, so (s B A) S is any matrix of rank r, and the best is that of Eckart and
-Young: with U Sigma V^T the r leading terms of the SVD of (W - Q) S,
+**Formula.** S is invertible once H is damped, so (s B A) S can be any matrix of rank r, and the Eckart-Young theorem
+gives the best one: with U Sigma V^T the r leading terms of the SVD of (W - Q) S,
 
     s B A = U Sigma V^T S^-1.
 
-Any other root of H gives the same product; the symmetric one is that of an eigendecomposition, which gives S^-1, too.
+Any other root of H gives the same product; the symmetric one comes from an eigendecomposition, which yields S^-1, too.
 
 **The split** is that of `qpruner.adapters.loftq`: the rows of A have the norm that they have in plain LoRA, and B holds
-the rest. The rows of V^T S^-1 are neither of one length nor orthogonal, so a row of A is one of them over its length,
-and the column of B takes the length over. That leaves the product as it is.
+the rest. The rows of V^T S^-1 are neither of equal length nor orthogonal, so each row of A is one of them divided by
+its length, and the matching column of B is multiplied by that length, which leaves the product unchanged.
 
-**Trade-off.** An eigendecomposition of H, about 9 I^3 multiplications, beside the SVD. What the text does not tell of,
-directions that its inputs hardly have, is corrected by noise, the larger the smaller the damping.
+**Trade-off.** An eigendecomposition of H, about 9 I^3 multiplications, in addition to the SVD. In directions that the
+calibration inputs hardly cover, the correction is noise, which is larger the smaller the damping.
 """
 
 from dataclasses import dataclass
@@ -40,8 +40,8 @@ class CalibratedStart:
     Args:
         lora_A: factor A, [r, in], float32.
         lora_B: factor B, [out, r], float32.
-        quantization_error: ``|(W - Q) S| / |W S|``, what quantization alone leaves.
-        error: ``|(W - Q - scale B A) S| / |W S|``, what is left at the start.
+        quantization_error: ``|(W - Q) S| / |W S|``, the relative error of quantization alone.
+        error: ``|(W - Q - scale B A) S| / |W S|``, the relative error at the start.
     """
 
     lora_A: Tensor
@@ -67,11 +67,11 @@ def calibrated_start(
         weight: weight W to approximate, [out, in], of any float dtype.
         quantized: values Q of the quantized weight, [out, in].
         hessian: X^T X, the sum over tokens of the products of the linear's inputs, [in, in]; best in float64. None for
-            the identity: the start that is nearest to the weight.
+            the identity, which gives the start nearest to the weight.
         name: name of the layer; its random draws depend on it and on ``seed`` only, so that all ranks agree.
-        rank: r of the adapters.
-        scale: what the forward pass multiplies ``B A`` by, ``alpha / r``, above 0.
-        damping: what is added to the diagonal of the Hessian, in units of its mean; above 0.
+        rank: rank r of the adapters.
+        scale: factor by which the forward pass multiplies ``B A``, ``alpha / r``, above 0.
+        damping: addition to the diagonal of the Hessian, in units of its mean; above 0.
         seed: seed of the run.
 
     Raises:
@@ -97,7 +97,7 @@ def calibrated_start(
     def at_outputs(change: Tensor) -> Tensor:
         return change if root is None else change @ root
 
-    wanted = at_outputs(residual)  # [out, in], what outputs lack
+    wanted = at_outputs(residual)  # [out, in], error at the outputs
     generator = torch.Generator().manual_seed(derive_seed(seed, "calibrated", name))
     size = torch.linalg.vector_norm(at_outputs(weight)).clamp_min(torch.finfo(torch.float32).tiny)
     u, s, vh = truncated_svd(wanted, rank, generator=generator)
@@ -114,15 +114,16 @@ def roots(hessian: Tensor, damping: float) -> tuple[Tensor, Tensor]:
     """The symmetric root of a Hessian [in, in] and its inverse, in units in which the mean of its diagonal is 1.
 
     Args:
-        hessian: X^T X; that of inputs that are all zero counts as the identity.
-        damping: what is added to its diagonal, in units of its mean; above 0.
-    """  # float32, found in float64
+        hessian: X^T X, [in, in]; if all inputs are zero, the identity is used instead.
+        damping: addition to its diagonal, in units of the diagonal's mean; above 0.
+    """  # float32, computed in float64
     hessian = hessian.double()
     mean = hessian.diagonal().mean()
     relative = hessian / mean if mean > 0 else torch.eye(len(hessian), dtype=hessian.dtype, device=hessian.device)
     relative.diagonal().add_(damping)
     values, vectors = torch.linalg.eigh(relative)
     del relative
-    # Above the damping but for rounding errors, which a square root must not meet below zero.
+    # The eigenvalues are at least the damping up to rounding errors, which must not make a square root's input
+    # negative.
     values = values.clamp_min(damping / 2).sqrt()
     return ((vectors * values) @ vectors.T).float(), ((vectors / values) @ vectors.T).float()

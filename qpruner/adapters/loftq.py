@@ -1,7 +1,7 @@
 """LoftQ: adapters that start as the best low-rank correction of the quantized weight (Li et al. 2023).
 
 **Idea.** Plain LoRA starts from ``Q + s B A`` with ``B = 0``: the quantized model, error and all. LoftQ chooses Q, A
-and B together so that the start is as near to the weight W as a quantized matrix plus rank r can be,
+and B together so that the start is as close to the weight W as a quantized matrix plus a rank-r term can be,
 
     min |W - Q - s B A|_F,    Q in the range of the format,  s = alpha / r.
 
@@ -10,22 +10,22 @@ and B together so that the start is as near to the weight W as a quantized matri
     Q_t       = q(W - s B_{t-1} A_{t-1})
     s B_t A_t = the r leading terms U S V^T of the SVD of W - Q_t.
 
-The second step is the minimum for its Q_t. The first is a minimum of nothing: a format chooses its scales by a rule,
-not by the Frobenius norm. So the error may rise with T, and the iterate with the smallest is returned.
+The second step minimizes the error for its Q_t. The first minimizes nothing: a format chooses its scales by a rule, not
+by the Frobenius norm. The error may therefore rise with T, and the iterate with the smallest error is returned.
 
 **The scale.** The paper has s = 1. The forward pass of LoRA multiplies ``B A`` by ``alpha / r``; unscaled factors of
-the residual would be applied ``alpha / r`` times over, and at alpha = 2 r the error would keep its old size with the
-sign changed.
+the residual would be applied ``alpha / r`` times over, and at alpha = 2 r the error would keep its size and only change
+its sign.
 
 **The split.** The product alone fixes neither factor. The paper's ``A = sqrt(S) V^T``, ``B = U sqrt(S)`` makes both
 tiny where rounding errors are tiny, and the gradient of each is proportional to the other, so that training starts
-slowly: a small Llama, half pruned and in 8 bits, came to a perplexity of 181 in the steps that took plain LoRA to 161
-(benchmarks/quantization.py, seed 0). Here the rows of A have the norm that they have in plain LoRA, and B holds the
+slowly: a small Llama, half pruned and in 8 bits, reached a perplexity of 181 in the steps in which plain LoRA reached
+161 (benchmarks/quantization.py, seed 0). Here the rows of A have the norm that they have in plain LoRA, and B holds the
 rest, small as plain LoRA's zeros: 165.
 
-**Trade-off.** Rounding errors are nearly noise, and of the energy of noise r directions hold a share of about
-``r (1 / sqrt(in) + 1 / sqrt(out))^2``: 0.8 % for rank 8 at 4096 by 4096, more in smaller (pruned) layers and wherever
-errors follow a pattern. Each of the T iterations costs a quantization and a factorisation.
+**Trade-off.** Rounding errors are nearly noise, and r directions hold only a share of the energy of noise, about ``r (1
+/ sqrt(in) + 1 / sqrt(out))^2``: 0.8 % for rank 8 at 4096 by 4096, more in smaller (pruned) layers and wherever errors
+follow a pattern. Each of the T iterations costs a quantization and a factorisation.
 """
 
 from collections.abc import Callable
@@ -41,7 +41,7 @@ from qpruner.seeds import derive_seed
 
 T = TypeVar("T")
 ROW_NORM = 3**-0.5
-"""What the norm of a row of A is in plain LoRA: its entries are uniform in +-1 / sqrt(in)."""
+"""The norm of a row of A in plain LoRA, whose entries are uniform in +-1 / sqrt(in)."""
 
 
 @dataclass(frozen=True)
@@ -49,11 +49,11 @@ class LoftQResult(Generic[T]):
     """A quantized weight and the adapters that start from its residual, ``W ~ Q + scale * lora_B @ lora_A``.
 
     Args:
-        quantized: what the number format made of the weight.
+        quantized: weight in the number format.
         lora_A: factor A, [r, in], float32.
         lora_B: factor B, [out, r], float32.
         quantization_error: ``|W - q(W)| / |W|`` in the Frobenius norm, of quantization alone.
-        errors: ``|W - Q_t - scale * B_t A_t| / |W|`` of every iteration; the result holds the smallest.
+        errors: ``|W - Q_t - scale * B_t A_t| / |W|`` of every iteration; the result is the iterate with the smallest.
     """
 
     quantized: T
@@ -81,15 +81,15 @@ def loftq(
 ) -> LoftQResult[T]:
     """Quantizes a weight and initialises its adapters together, in float32 on the weight's device.
 
-    Besides the weight it holds three matrices of its size in float32, and two quantized copies.
+    Besides the weight, this holds three float32 matrices of its size and two quantized copies in memory.
 
     Args:
         weight: weight W to approximate, [out, in], of any float dtype.
-        quantize: the number format; gets [out, in] in float32.
-        dequantize: inverse of ``quantize``, up to rounding; gives [out, in] in float32 or half precision.
+        quantize: number format; takes a weight [out, in] in float32.
+        dequantize: inverse of ``quantize``, up to rounding; returns [out, in] in float32 or half precision.
         name: name of the layer; its random draws depend on it and on ``seed`` only, so that all ranks agree.
-        rank: r of the adapters.
-        scale: what the forward pass multiplies ``B A`` by, ``alpha / r``, above 0.
+        rank: rank r of the adapters.
+        scale: factor by which the forward pass multiplies ``B A``, ``alpha / r``, above 0.
         num_iterations: number T of iterations, at least 1.
         seed: seed of the run.
 
@@ -130,8 +130,8 @@ def loftq(
 def split(u: Tensor, s: Tensor, vh: Tensor, *, negligible: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     """Factors ``A = c V^T`` and ``B = U S / c``, c being the norm of a row of A in plain LoRA.
 
-    Where there is nothing to correct (a format without loss, a residual of lower rank) both factors would be zero,
-    where no gradient ever moves them; such a direction starts as plain LoRA does, with A drawn at random and B zero.
+    Where there is nothing to correct (a lossless format, a residual of lower rank), both factors would be zero, and no
+    gradient would ever move them; such a direction starts as in plain LoRA, with A drawn at random and B zero.
 
     Args:
         u: left singular vectors, [out, r].

@@ -1,24 +1,25 @@
-"""The best approximation of given rank of a matrix, exact where that is cheap and by a randomized method elsewhere.
+"""The best approximation of a matrix at a given rank, exact where that is cheap and by a randomized method elsewhere.
 
-**Idea.** ``A ~ U S V^T`` keeps the r largest singular values (Eckart and Young 1936) and with them the energy
-``|A|^2 - |A - U S V^T|^2 = s_1^2 + ... + s_r^2``. An exact SVD finds all ``min(m, n)`` of them, at a cost of
-O(m n min(m, n)). A randomized method (Halko, Martinsson and Tropp 2011) looks for them in a subspace of k directions,
-which costs a few products with A and an eigenproblem of k by k.
+**Idea.** ``A ~ U S V^T`` keeps the r largest singular values (Eckart and Young 1936) and with them the energy ``|A|^2 -
+|A - U S V^T|^2 = s_1^2 + ... + s_r^2``. An exact SVD finds all ``min(m, n)`` of them, at a cost of O(m n min(m, n)). A
+randomized method (Halko, Martinsson and Tropp 2011) looks for them in a subspace of k directions, which costs a few
+products with A and a k by k eigenproblem.
 
-**Which subspace.** What quantization leaves of a weight is nearly noise, and the singular values of noise crowd at the
-upper edge: the 64th of a 4096 by 4096 NF4 residual is 94 % of the first. Subspace iteration, which keeps only the last
-power ``(A A^T)^q A G`` of a Gaussian block G, separates neighbours at a rate of ``(s_j / s_i)^(2 q)`` and hardly gets
-anywhere. Block Krylov iteration (Musco and Musco 2015, algorithm 2) keeps every power on the way,
+**Which subspace.** The residual of quantization is nearly noise, and the singular values of noise crowd at the upper
+edge: the 64th of a 4096 by 4096 NF4 residual is 94 % of the first. Subspace iteration, which keeps only the last power
+``(A A^T)^q A G`` of a Gaussian block G, separates neighbours at a rate of ``(s_j / s_i)^(2 q)`` and makes hardly any
+progress. Block Krylov iteration (Musco and Musco 2015, algorithm 2) keeps every power on the way,
 
     K = span(A G, (A A^T) A G, ..., (A A^T)^(q-1) A G),
 
-at the price of the last one alone; it thereby holds the best polynomial in A A^T, a Chebyshev one, and needs the square
-root of the number of products for the same accuracy, whatever the gaps. The approximation is then
-``Q Q^T A``, cut to rank r, for an orthonormal basis Q of K.
+at the cost of the last one alone; its span thereby contains the best polynomial in A A^T, a Chebyshev one, and it needs
+the square root of the number of products for the same accuracy, whatever the gaps. The approximation is then ``Q Q^T
+A``, cut to rank r, for an orthonormal basis Q of K.
 
 **Trade-off.** Memory for the basis, ``k (m + n)`` numbers, and time to make it orthonormal, O(k^2 min(m, n)); both are
-small against A for the ranks of adapters. The result never overstates itself: the values returned are the energy that
-the returned factors do capture. `benchmarks/loftq.py` measures that energy, and the time, against the exact SVD.
+small against A for the ranks of adapters. The result never overstates itself: the returned singular values are the
+energy that the returned factors capture. `benchmarks/loftq.py` measures that energy, and the time, against the exact
+SVD.
 """
 
 import torch
@@ -27,14 +28,14 @@ from torch import Tensor
 OVERSAMPLING = 8
 """Columns of the block beyond the rank; they catch what r random columns miss, and keep narrow products efficient."""
 STEPS = 8
-"""Powers of ``A A^T`` in the subspace: two products with A each. Eight capture 98.7 % on the flattest of spectra."""
+"""Powers of ``A A^T`` in the subspace, two products with A each. Eight capture 98.7 % on the flattest of spectra."""
 
 
 def truncated_svd(matrix: Tensor, rank: int, *, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
     """The leading singular values and vectors, in float32 on the matrix's device.
 
-    Exact where the Krylov basis would span half of the smaller side or more. Elsewhere the energy is 98 % or
-    more of the exact one on quantization noise, and all but all of it where singular values decay.
+    Exact where the Krylov basis would span half of the smaller side or more. Elsewhere the energy is 98 % or more of
+    the exact one on quantization noise, and practically all of it where singular values decay.
 
     Args:
         matrix: matrix to approximate, [m, n], finite, of any float dtype.
@@ -66,9 +67,9 @@ def truncated_svd(matrix: Tensor, rank: int, *, generator: torch.Generator) -> t
 def krylov_basis(matrix: Tensor, width: int, steps: int, *, generator: torch.Generator) -> Tensor:
     """An orthonormal basis of ``span(A G, (A A^T) A G, ..., (A A^T)^(steps-1) A G)``, its vectors as columns.
 
-    Each block is made orthonormal before the next is made from it: the span is the same, and the powers neither
-    overflow nor melt into one direction. Where blocks overlap, as for a matrix of low rank, the QR of all of them fills
-    the basis up with arbitrary orthonormal columns, which do no harm.
+    Each block is made orthonormal before the next is computed from it: the span is the same, and the powers neither
+    overflow nor collapse into one direction. Where blocks overlap, as for a matrix of low rank, the QR of all of them
+    completes the basis with arbitrary orthonormal columns, which do no harm.
 
     Args:
         matrix: matrix A, [m, n] with ``m <= n``.

@@ -1,4 +1,4 @@
-"""What a decoder layer is made of, for each model family: the only place that knows a family's names."""
+"""What a decoder layer is made of, for each model family: the only code that knows a family's module names."""
 
 from qpruner.anatomy.coupled import Coupled, WideNorm, by_linear
 from qpruner.anatomy.families import (

@@ -1,14 +1,14 @@
-"""The table of model families, and what a line of it says.
+"""The table of supported model families, and the meaning of its entries.
 
 To add a family whose layers hold ``self_attn`` with q, k, v and o projections and ``mlp`` with gate, up and down
-projections, add its line to `FAMILIES`:
+projections, add an entry to `FAMILIES`:
 
     "llama": Family("LlamaForCausalLM", "LlamaConfig"),
 
-and, where the family differs, the fields of `Family` that say so: other names, norms and biases; projections that are
-stacked in one linear (`fused`); norms over all heads (``wide_norms``); experts (``mixture``); widths that its modules
-remember (``widths``).
-The tests run over the whole table; a tiny configuration of the family goes to ``EXPLICIT`` of
+and, where the family differs, set the fields of `Family` that say so: other names, norms and biases; projections that
+are stacked in one linear (`fused`); norms over all heads (``wide_norms``); experts (``mixture``); widths that its
+modules store (``widths``).
+The tests run over the whole table; add a tiny configuration of the family to ``EXPLICIT`` in
 ``tests/support/families.py``.
 """
 
@@ -30,7 +30,7 @@ AROUND_EACH = ("input_layernorm", "post_attention_layernorm", "pre_feedforward_l
 
 
 def biased(attention: str | None = "attention_bias", mlp: str | None = "mlp_bias") -> dict[str, str | None]:
-    """Biases on all projections, each kind as a field of the configuration says; always where it is None."""
+    """Biases on all projections, each kind as a field of the configuration says; always present where it is None."""
     return {**dict.fromkeys("qkvo", attention), **dict.fromkeys(("gate", "up", "down"), mlp)}
 
 
@@ -39,13 +39,14 @@ class Mixture:
     """Where the experts of a family's layers are. Their linears are separate ones; see `qpruner.experts`.
 
     Args:
-        router: path in a layer to the module that sends tokens to experts, with a row of its weight for each.
+        router: path in a layer to the module that routes tokens to experts, with a row of its weight for each expert.
         names: names of an expert's linears: gate, up and down.
         number_field: field of the configuration that holds the number of experts.
         channels_field: field of the configuration that holds the number of an expert's FFN channels.
         path: path in a layer to the list of experts.
         biased_router: whether the router has a bias.
-        stored_path: name of the block of router and experts in published files; None where it is that in the layer.
+        stored_path: name of the block of router and experts in published checkpoints; None where it is the same as in
+            the layer.
     """
 
     router: str
@@ -64,7 +65,7 @@ class Mixture:
 
 @dataclass(frozen=True)
 class Family:
-    """Where a family's parts are.
+    """Where the parts of a family's models are.
 
     Args:
         model_class: name in transformers of the causal language model.
@@ -74,26 +75,26 @@ class Family:
             be missing. Projections with the same path are stacked in one linear, in this order, as blocks of rows.
         embedding: path to the token embedding.
         positions: path to the table of learned positions; None without one.
-        rotary: path to the module that makes rotary positions; None without one.
-        head: path to the linear that makes logits.
+        rotary: path to the module that computes rotary position embeddings; None without one.
+        head: path to the linear that computes the logits.
         layer_norms: path in a layer to each norm over the hidden size.
-        head_norms: path in a layer to each norm over one head. Such norms belong to every head alike.
-        wide_norms: path in a layer to the norm over all heads that a projection makes, by projection.
+        head_norms: path in a layer to each norm over one head. Such norms are shared by all heads.
+        wide_norms: path in a layer to the norm over all heads of a projection's output, by projection.
         head_entries: path in a layer to each parameter with an entry for every query head.
         mixture: where the experts of its layers are; None where layers have none. Where the configuration says so, a
             layer has a plain FFN all the same, at the paths of ``projections``.
-        normed_outputs: whether a norm is taken of what o and down give before it is added to the hidden states.
+        normed_outputs: whether the outputs of o and down are normalized before they are added to the residual stream.
         last_norm: path to the norm before the head.
-        norm: the class in torch whose parameters the norms over the hidden size have.
-        biases: field of the configuration that says whether a projection has a bias, by projection; None where it has
-            one always. Projections that are not named have none.
+        norm: name of the torch class whose parameters the norms over the hidden size have.
+        biases: field of the configuration that says whether a projection has a bias, by projection; None where it
+            always has one. Projections that are not named have none.
         groups_field: field of the configuration that holds the number of key-value heads; None where there are as many
             as query heads.
         channels_field: field of the configuration that holds the number of FFN channels, which are four times the
             hidden size where it is None.
-        free_heads: whether transformers' modules allow a number of heads whose channels are not the hidden size.
-        widths: the width that an attribute of a module in a layer remembers, by path.
-        reads_config: path in a layer to each module that reads its widths from its configuration as it computes.
+        free_heads: whether transformers' modules allow heads whose channels do not add up to the hidden size.
+        widths: width that an attribute of a module in a layer stores, by path.
+        reads_config: path in a layer to each module that reads its widths from its configuration in the forward pass.
     """
 
     model_class: str
@@ -129,7 +130,7 @@ class Family:
         return f"{self.mixture.path}.{number}.{names[projection]}"
 
     def fused(self, names: tuple[str, ...]) -> list[tuple[str, ...]]:
-        """Projections of which those that are stacked in one linear stand together; missing ones are left out."""
+        """The projections, grouped by the linear in which they are stacked; missing ones are left out."""
         by_path: dict[str, tuple[str, ...]] = {}
         for name in names:
             if path := self.projections.get(name):
@@ -227,11 +228,11 @@ FAMILIES = {
 """The families whose layers can be pruned, by the ``model_type`` of their configuration."""
 
 COMPRESSED = "compressed_"
-"""What the ``model_type`` of a model begins with when transformers alone cannot make it."""
+"""Prefix of the ``model_type`` of a model that transformers alone cannot build."""
 
 
 def is_compressible(config: Any) -> bool:
-    """Whether a model is of a family that can be pruned and quantized, by its configuration."""
+    """Whether a model belongs to a family that can be pruned and quantized, according to its configuration."""
     name: str = config.model_type
     return name.removeprefix(COMPRESSED) in FAMILIES
 
@@ -250,11 +251,11 @@ def refuse_experts(model: Any, what: str, remedy: str) -> None:
 
     Args:
         model: causal language model.
-        what: what cannot be done to experts, as the message begins.
-        remedy: what to ask for instead.
+        what: what cannot be done to experts, as the start of the message.
+        remedy: what to use instead.
 
     Raises:
-        UserError: they have.
+        UserError: the layers have experts.
     """
     name = model.config.model_type.removeprefix(COMPRESSED)
     if name in FAMILIES and FAMILIES[name].mixture is not None:

@@ -15,7 +15,7 @@ MEMBERS = {"qkv": ("q", "k", "v"), "o": ("o",), "gate_up": ("gate", "up"), "down
 
 
 def unit_linears(model: nn.Module) -> list[dict[str, tuple[str, ...]]]:
-    """The names of the linears of each quantization unit, layer by layer; fewer than projections where these are fused.
+    """The names of the linears of each quantization unit, by layer; fewer than its projections where some are fused.
 
     Raises:
         UserError: an unsupported family.
@@ -57,7 +57,7 @@ def num_experts(family: Family, block: nn.Module) -> int:
 
 
 def has_module(module: nn.Module, path: str) -> bool:
-    """Whether a module has another at a dotted path, as a layer has a router among others that have none."""
+    """Whether a module has a submodule at a dotted path, such as a router, which only some layers may have."""
     for name in path.split("."):
         if name not in module._modules:
             return False
@@ -82,18 +82,18 @@ class FeedForward:
 
 @dataclass(frozen=True)
 class DecoderLayer:
-    """One decoder layer's projections, and its removable units.
+    """The projections of one decoder layer, and its removable units.
 
     A KV group is a key-value head with the query heads that read it; an FFN channel is a row of gate and up with a
-    column of down. With multi-head attention a group is one head, with multi-query attention there is one group.
+    column of down. With multi-head attention, a group is one head; with multi-query attention, there is one group.
     Projections that are stacked in one linear are the same module here. The channels of a mixture of experts are
     counted through all of its experts, which are equally wide; the parts of an expert are called ``experts.3.down``.
 
     Args:
-        head_dim: channels of a head.
-        queries_per_group: query heads to a key-value head.
+        head_dim: number of channels of a head.
+        queries_per_group: number of query heads per key-value head.
         ffns: linears of the FFN, or of each expert.
-        router: module that sends tokens to experts; None in a layer with a plain FFN.
+        router: module that routes tokens to experts; None in a layer with a plain FFN.
         q_norm: norm over all query heads; None without one.
         k_norm: norm over all key heads; None without one.
         head_entries: parameters with an entry for each query head.
@@ -121,7 +121,7 @@ class DecoderLayer:
 
     @property
     def channels_of_each(self) -> int:
-        """FFN channels, or those of each expert."""
+        """Number of FFN channels, or of those of each expert."""
         return self.ffns[0].down.in_features
 
     @property
@@ -154,7 +154,7 @@ class DecoderLayer:
 
     @property
     def group_weights(self) -> tuple[Coupled, ...]:
-        """What a KV group owns."""
+        """The coupled weights of KV groups."""
         queries = self.queries_per_group * self.head_dim
         linears = {"q": self.q, "k": self.k, "v": self.v}
         rows = _rows(linears, {"q": queries, "k": self.head_dim, "v": self.head_dim}, self.kv_groups)
@@ -162,12 +162,12 @@ class DecoderLayer:
 
     @property
     def channel_weights(self) -> tuple[Coupled, ...]:
-        """What FFN channels own, of one expert after the other."""
+        """The coupled weights of FFN channels, one expert after the other."""
         return tuple(part for parts in self.channel_weights_of_each for part in parts)
 
     @property
     def channel_weights_of_each(self) -> tuple[tuple[Coupled, ...], ...]:
-        """What the channels of the FFN, or of each expert, own; units are counted from the first one of the expert."""
+        """The coupled weights of the channels of the FFN, or of each expert, with units counted within the expert."""
         of_each = []
         for number, ffn in enumerate(self.ffns):
             before = "" if self.router is None else f"experts.{number}."
@@ -178,9 +178,9 @@ class DecoderLayer:
         return tuple(of_each)
 
     def channels_by_ffn(self, channels: Sequence[int]) -> dict[int, Sequence[int]]:
-        """Some FFN channels, counted from the first one of their expert, by the number of the expert, as they come.
+        """Some FFN channels by the index of their expert, counted from its first channel, in the order given.
 
-        Those of a plain FFN are all of number 0.
+        Those of a plain FFN all have index 0.
         """
         if self.router is None:
             return {0: channels}
@@ -188,18 +188,18 @@ class DecoderLayer:
 
     @property
     def outputs(self) -> tuple[Coupled, ...]:
-        """What has the columns of units: o, and the down of the FFN or of each expert."""
+        """The projections whose columns belong to units: o, and the down of the FFN or of each expert."""
         return self.group_weights[-1], *(parts[-1] for parts in self.channel_weights_of_each)
 
     @property
     def wide_norms(self) -> tuple[WideNorm, ...]:
-        """The norms over all heads, which narrow with them."""
+        """The norms over all heads, which narrow along with the heads."""
         norms = {"q": self.q_norm, "k": self.k_norm}
         return tuple(WideNorm(norm, part) for part in self.group_weights if (norm := norms.get(part.name)) is not None)
 
 
 def _rows(linears: Mapping[str, nn.Linear], widths: Mapping[str, int], num_units: int) -> list[Coupled]:
-    """Projections that make units, each a block of rows below those that are stacked above it."""
+    """The projections whose rows belong to units, each a block of rows below those that are stacked above it."""
     below: dict[int, int] = {}
     parts = []
     for name, linear in linears.items():
@@ -254,7 +254,7 @@ def _decoder_layer(family: Family, shape: tuple[int, int], block: Any) -> Decode
 
 
 def head_shape(config: Any) -> tuple[int, int]:
-    """Channels of a head, and query heads to a key-value head; neither changes when groups are removed."""
+    """Channels of a head, and query heads per key-value head; neither changes when groups are removed."""
     first = config.per_layer_config[0]
     head_dim = getattr(first, "head_dim", None) or first.hidden_size // first.num_attention_heads
     return head_dim, first.num_attention_heads // _kv_groups(first)
@@ -284,7 +284,7 @@ def architecture_of(config: Any) -> Architecture:
 
 def _experts(config: Any, number: int, layer_config: Any) -> int:
     mixture = family_of(config)[1].mixture
-    plain = number in (getattr(config, "mlp_only_layers", None) or ())  # Qwen3-MoE alone knows the two
+    plain = number in (getattr(config, "mlp_only_layers", None) or ())  # only Qwen3-MoE has the two options
     if mixture is None or plain or (number + 1) % getattr(config, "decoder_sparse_step", 1):
         return 0
     count: int = getattr(layer_config, mixture.number_field)
@@ -336,7 +336,7 @@ def unit_shapes(widths: Architecture, layer: int) -> dict[str, tuple[tuple[int, 
 
 
 def unit_parameters(layer: DecoderLayer) -> tuple[int, int]:
-    """Parameters that go with one KV group, and with one FFN channel, biases and norms over all heads included."""
+    """Numbers of parameters of one KV group and of one FFN channel, including biases and norms over all heads."""
 
     def count(weights: tuple[Coupled, ...]) -> int:
         return sum(
@@ -350,7 +350,7 @@ def unit_parameters(layer: DecoderLayer) -> tuple[int, int]:
 
 
 def expert_parameters(layer: DecoderLayer) -> int:
-    """Parameters that go with one expert, its row of the router included."""
+    """Number of parameters of one expert, including its row of the router."""
     ffn = layer.channel_weights_of_each[0]
     down = ffn[-1].linear
     of_router = 0 if layer.router is None else sum(p[0].numel() for p in layer.router.parameters(recurse=False))
@@ -363,7 +363,7 @@ def _has_unit_bias(coupled: Coupled) -> bool:
 
 
 def num_linear_parameters(model: nn.Module) -> int:
-    """Parameters of the decoder's projections, biases included; of packed ones, as many as they stand for."""
+    """Number of parameters of the decoder's projections, including biases; packed ones count as if dense."""
     return sum(
         linear.out_features * linear.in_features + (0 if linear.bias is None else linear.bias.numel())
         for layer in decoder_layers(model)

@@ -1,7 +1,7 @@
 """How the inputs of a model's linears vary together over calibration text: H = X^T X, those of one block at a time.
 
-When all text passed through a block, the matrices of its linears are given away and forgotten, so that above weights
-and kept states there are never more than the matrices of one block.
+Once all text has passed through a block, the matrices of its linears are handed over and freed, so that besides weights
+and kept states, memory holds the matrices of only one block at a time.
 """
 
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""What calibrated rounding needs to know of the inputs of a linear: sums over tokens of their products.
+"""The statistics of a linear's inputs that calibrated rounding needs: sums over tokens of their products.
 
 A token may count differently for different rows of the weight, as when the loss at the end of the model depends more on
 some outputs than on others (GuidedQuant, Kim et al. 2025); rows then come in groups, each with sums of its own.

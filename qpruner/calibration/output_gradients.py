@@ -1,4 +1,4 @@
-"""How much the loss at the end of a model depends on what its linears give, token by token.
+"""How strongly the loss at the end of a model depends on the outputs of its linears, token by token.
 
 To second order the loss rises by about ``(g_t . e_t)^2 / 2`` when an output changes by e at token t, with g the
 gradient of the loss there. With the mean of g^2 over a group of outputs in place of each (GuidedQuant, Kim et al. 2025,

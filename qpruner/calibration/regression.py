@@ -28,7 +28,7 @@ RIDGES = (1e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0, 10.0)
 
 @dataclass(frozen=True)
 class Sums:
-    """What least squares needs to know of some tokens; float64. Sums over disjoint tokens add.
+    """The sums over some tokens that least squares needs; float64. Sums over disjoint tokens add.
 
     Every sum is weighted by how much each token counts.
 
@@ -104,7 +104,7 @@ class Sums:
         return float(error / self.size)
 
     def change(self, ridge: float, *, bias: bool) -> "Change | None":
-        """The change of the linear that these tokens ask for; None where no number of float32 tells with that ridge.
+        """The least-squares change for these tokens; None where float32 products are too inexact with that ridge.
 
         Products are sums over numbers of float32. About means that are far larger than what inputs differ by, they are
         positive with a larger ridge alone.

@@ -1,4 +1,4 @@
-"""The text on which something is found out of a model, cut to what passes through the model together.
+"""Calibration text, cut into micro-batches that pass through the model together.
 
 Shapes: N sequences over all processes, T tokens in each, B sequences of a micro-batch.
 """

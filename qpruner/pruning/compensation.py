@@ -1,20 +1,21 @@
-"""What pruning took away is made up for by the weights that stay, in closed form, on text.
+"""Compensation: the weights that remain make up for the pruned ones, in closed form, on calibration text.
 
-The linears that write into the hidden states, ``o`` and ``down`` of each layer, are changed by least squares (see
-`qpruner.calibration.regression`), layer by layer in the order in which text passes. Experts stay as they are: where
-routers send tokens changes as layers before them do, so that what an expert got before tells little of what it lacks.
-What a linear's outputs lack is
+The linears that write into the residual stream, ``o`` and ``down`` of each layer, are changed by least squares (see
+`qpruner.calibration.regression`), layer by layer in forward order. Experts are left as they are: routing shifts as
+earlier layers change, so that the tokens an expert received before say little about what it lacks now. What a linear's
+outputs lack is defined in one of two ways:
 
-- local: what the dense linear gives for the dense model's inputs, less what the narrowed one gives for the part of them
-  that it still gets. Layers know nothing of each other.
-- sequential: the dense model's hidden states behind the linear, less those of the narrowed model, whose earlier layers
-  are changed already. So a linear makes up for its own loss and, as far as its inputs can tell, for all that the layers
-  before it got wrong. Where a family takes a norm of a linear's outputs before it adds them, it makes up for its own.
+- local: the output of the dense linear for the dense model's inputs, minus the output of the narrowed linear for those
+  of the inputs that it still receives. Each layer is treated independently of the others.
+- sequential: the dense model's hidden states after the linear, minus those of the narrowed model, whose earlier layers
+  have already been changed. A linear thus makes up for its own loss and, as far as its inputs allow, for all errors of
+  the layers before it. In a family that normalizes a linear's outputs before adding them to the residual stream, it
+  makes up for its own loss only.
 
 Some tokens, such as the first of a sequence, carry activations hundreds of times larger than the rest (arXiv
-2402.17762) and would decide over every sum. What comes next takes a norm of the hidden states, so that what counts is
-an error's share of them: each token weighs one over the mean square of the dense model's hidden states behind the
-linear. A quarter of the sequences is held out: it chooses the ridge, and whether a linear changes at all.
+2402.17762) and would dominate every sum. The next module normalizes the hidden states, so what matters is the error
+relative to their size: each token is weighted by one over the mean square of the dense model's hidden states after the
+linear. A quarter of the sequences is held out; it selects the ridge and decides whether a linear is changed at all.
 
 Shapes: B sequences of a micro-batch, T tokens, H hidden size.
 """
@@ -41,19 +42,19 @@ from qpruner.pruning.selection import Kept
 How = Literal["local", "sequential"]
 Compensation = Literal["none", "local", "sequential"]
 COMPENSATION_TEXT = CalibrationConfig(num_sequences=256, length=128)
-"""Text of a compensation by default: 32,768 tokens, enough for 24,576 FFN channels."""
+"""Default calibration text of compensation: 32,768 tokens, enough for 24,576 FFN channels."""
 HELD_OUT = 4
 """Every fourth sequence is held out."""
 
 
 @dataclass(frozen=True)
 class Stream:
-    """How a family's linears write into the hidden states.
+    """How a family's linears write into the residual stream.
 
     Args:
-        scale: factor that outputs are multiplied by before they are added (Granite's ``residual_multiplier``).
-        normed: whether a norm is taken of outputs before they are added (Gemma 2 and 3, OLMo 2), so that what hidden
-            states lack cannot be told in terms of outputs.
+        scale: factor by which the outputs are multiplied before they are added (Granite's ``residual_multiplier``).
+        normed: whether the outputs are normalized before they are added (Gemma 2 and 3, OLMo 2), so that what the
+            hidden states lack cannot be expressed in terms of the outputs.
     """
 
     scale: float
@@ -65,11 +66,11 @@ class Stream:
         return cls(getattr(causal.config, "residual_multiplier", 1.0), family_of(causal.config)[1].normed_outputs)
 
     def behind(self, entering: Tensor, seen: Mapping[str, "Seen"]) -> dict[str, Tensor]:
-        """The hidden states behind each linear of a layer, in units of its outputs; under a norm its outputs alone.
+        """The hidden states after each linear of a layer, in units of its outputs; the outputs alone if normalized.
 
         Args:
             entering: hidden states that enter the layer, [B, T, H].
-            seen: what the linears got and gave.
+            seen: inputs and outputs of the linears, by name.
         """  # name: [B, T, H], float32
         outputs = {name: of_linear.outputs.float() for name, of_linear in seen.items()}
         if self.normed:
@@ -80,18 +81,18 @@ class Stream:
 
 @dataclass(frozen=True)
 class Seen:
-    """What a linear got and gave for a micro-batch: [B, T, I] and [B, T, H]."""
+    """The inputs [B, T, I] and outputs [B, T, H] of a linear for a micro-batch."""
 
     inputs: Tensor
     outputs: Tensor
 
 
 class OutputLinears:
-    """The two linears of one layer, of the dense model or of the narrowed one, seen at work; of a mixture ``o`` alone.
+    """Records the two output linears of one layer, dense or narrowed, in the forward pass; of a mixture only ``o``.
 
     Args:
-        runner: runner of the model.
-        number: place of the layer.
+        runner: block runner of the model.
+        number: index of the layer.
         layer: the layer's projections.
     """
 
@@ -102,11 +103,11 @@ class OutputLinears:
         self._runner, self._number = runner, number
 
     def keep(self, tensor: Tensor) -> Tensor:
-        """A tensor off the device until it is wanted again."""
+        """The tensor, moved off the device until it is needed again."""
         return self._runner.keep(tensor)
 
     def work(self, states: Sequence[Tensor]) -> Iterator[tuple[Tensor, dict[str, Seen]]]:
-        """For each micro-batch what the layer gives, and what its linears got and gave."""
+        """For each micro-batch, the output of the layer and the inputs and outputs of its linears."""
         seen: dict[str, Seen] = {}
 
         def see(name: str, inputs: Tensor, outputs: Tensor) -> None:
@@ -122,15 +123,15 @@ def compensate_(model: Any, dense: Any, kept: Kept, calibration: Calibration, ho
     """Changes ``o`` and ``down`` of every layer of a narrowed model, the same on all processes.
 
     Args:
-        model: narrowed model, perhaps with adapters, whose linears are not packed.
+        model: narrowed model, possibly with adapters, whose linears are not packed.
         dense: model before it was narrowed, on the same device.
-        kept: [layers], places of the KV groups and FFN channels of ``dense`` that ``model`` has, in its order. The
-            hidden channels of both stand in the same order.
+        kept: [layers], indices of the KV groups and FFN channels of ``dense`` that ``model`` has, in its order. The
+            hidden channels of both models are in the same order.
         calibration: this process's share of the text.
-        how: whether what earlier layers got wrong counts.
+        how: whether the errors of earlier layers count, too (``sequential``) or not (``local``).
 
     Returns:
-        What was done to each linear, by ``layer.projection``.
+        The fit of each linear, by ``layer.projection``.
     """
     fits: dict[str, Fit] = {}
     stream, processes = Stream.of(model), calibration.processes
@@ -151,7 +152,8 @@ def compensate_(model: Any, dense: Any, kept: Kept, calibration: Calibration, ho
             targets = _targets(dense_layer, dense_states, stream)
             with after.working(number):
                 for name, linear in narrow.linears.items():
-                    # No sums have a name here, so that those of a linear are gone when the next one's come about.
+                    # The sums are not bound to a name here, so that those of one linear are freed before the next one's
+                    # are made.
                     fits[f"{number}.{name}"] = _change_(
                         f"{number}.{name}",
                         linear,
@@ -165,12 +167,12 @@ def compensate_(model: Any, dense: Any, kept: Kept, calibration: Calibration, ho
 
 
 def shared_copy(model: nn.Module) -> Any:
-    """A copy that holds the same tensors, until the one or the other is given new ones."""
+    """A copy that shares its tensors with the model until either of the two is given new ones."""
     return deepcopy(model, {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())})
 
 
 def places_among(before: CompressionPlan, after: CompressionPlan) -> Kept:
-    """The places of what a plan keeps, in its order, among what an earlier plan of the same model keeps."""
+    """The indices of the units that a plan keeps, in its order, among those of an earlier plan of the same model."""
     return [
         (_places_of(later.kv_groups, earlier.kv_groups), _places_of(later.ffn_channels, earlier.ffn_channels))
         for earlier, later in zip(before.layers, after.layers, strict=True)
@@ -183,19 +185,19 @@ def _places_of(units: Sequence[int], among: Sequence[int]) -> list[int]:
 
 
 def compensated_widths(layer: DecoderLayer) -> list[int]:
-    """Numbers of inputs of the linears of a layer that compensation changes."""
+    """The number of inputs of each linear of a layer that compensation changes."""
     return [layer.o.in_features] + ([] if layer.experts else [layer.down.in_features])
 
 
 def check_text(config: CalibrationConfig, widest: int) -> None:
-    """Makes sure that text is enough for least squares.
+    """Makes sure that there is enough text for least squares.
 
     Args:
-        config: options of the text.
+        config: options of the calibration text.
         widest: largest number of inputs of ``o`` and ``down`` in a layer.
 
     Raises:
-        UserError: fewer tokens that decide than a linear has inputs, or no sequence to hold out.
+        UserError: there are fewer deciding tokens than a linear has inputs, or no sequence to hold out.
     """
     deciding = config.num_sequences - config.num_sequences // HELD_OUT
     if config.num_sequences < HELD_OUT or deciding * config.length < widest:
@@ -210,7 +212,7 @@ def check_text(config: CalibrationConfig, widest: int) -> None:
 
 
 def describe(fits: Mapping[str, Fit], num_tokens: int) -> str:
-    """What compensation did, in one line."""
+    """A one-line summary of what compensation did."""
     changed = [fit for fit in fits.values() if fit.changes]
     left = [1 - fit.after / fit.before for fit in changed]
     gained = f"; what these lacked on held-out text is {sum(left) / len(left):.1%} less in the mean" if left else ""
@@ -226,7 +228,7 @@ def _lost(
     calibration: Calibration,
     stream: Stream,
 ) -> dict[str, "SplitSums"]:
-    """What each linear lost of the outputs that it gave; the states pass on to the next dense layer."""
+    """Sums of what each linear's outputs lost; ``states`` advance to the next dense layer."""
     device = calibration.processes.device
     sums = {name: SplitSums(linear.in_features, linear.out_features, device) for name, linear in narrow.linears.items()}
 
@@ -245,7 +247,7 @@ def _lost(
 
 
 def _targets(dense: OutputLinears, states: list[Tensor], stream: Stream) -> list[dict[str, Tensor]]:
-    """What the dense model has behind each linear, for each micro-batch; the states pass on to the next dense layer."""
+    """The dense model's hidden states after each linear, by micro-batch; ``states`` advance to the next layer."""
     targets = []
     for place, (output, seen) in enumerate(dense.work(states)):
         targets.append({name: dense.keep(hidden) for name, hidden in stream.behind(states[place], seen).items()})
@@ -261,11 +263,11 @@ def _lacked(
     calibration: Calibration,
     stream: Stream,
 ) -> "SplitSums":
-    """What a linear's outputs lack of the targets, which are used up."""
+    """Sums of what a linear's outputs lack relative to the targets, which are consumed."""
     linear = narrow.linears[name]
     sums = SplitSums(linear.in_features, linear.out_features, calibration.processes.device)
 
-    # A function, so that nothing is left when the block works again.
+    # A function, so that no tensor is still referenced when the block runs again.
     def add(place: int, seen: dict[str, Seen]) -> None:
         target = targets[place].pop(name).to(calibration.processes.device)
         missing, inputs = target - stream.behind(states[place], seen)[name], seen[name].inputs
@@ -278,7 +280,7 @@ def _lacked(
 
 
 def _places(layer: DecoderLayer, units: tuple[Sequence[int], Sequence[int]]) -> dict[str, Tensor]:
-    """The inputs of the linears of a dense layer that belong to some units."""
+    """The input columns of a dense layer's linears that belong to the given units."""
     groups, channels = units
     parts = {part.name: part for part in layer.outputs}
     places = {"o": parts["o"].places(groups)}
@@ -286,7 +288,7 @@ def _places(layer: DecoderLayer, units: tuple[Sequence[int], Sequence[int]]) -> 
 
 
 class SplitSums:
-    """Sums over the sequences that decide on a linear's change, and over those that are held out."""
+    """Sums over the sequences that determine a linear's change, and over those that are held out."""
 
     def __init__(self, num_inputs: int, num_outputs: int, device: torch.device) -> None:
         self.sums, self.held_out = (Sums.none(num_inputs, num_outputs, device) for _ in range(2))
@@ -295,10 +297,10 @@ class SplitSums:
         """Adds a micro-batch.
 
         Args:
-            batch: micro-batch that the tokens are of.
-            inputs: what the linear got, [B, T, I].
+            batch: micro-batch that the tokens belong to.
+            inputs: inputs of the linear, [B, T, I].
             missing: what its outputs lack, [B, T, H].
-            behind: what the dense model has behind the linear; see `Stream.behind`.
+            behind: the dense model's hidden states after the linear, [B, T, H]; see `Stream.behind`.
         """
         size = behind.square().mean(-1)  # [B, T]
         weights = torch.where(size > 0, size.reciprocal(), 0.0)
@@ -308,15 +310,15 @@ class SplitSums:
             sums.add_(inputs[rows].flatten(0, 1), missing[rows].flatten(0, 1), weights[rows].flatten())
 
     def over(self, processes: Processes) -> dict[str, Sums]:
-        """The sums over the tokens of all processes: of the sequences that ``decide``, and of those ``held_out``."""
+        """The sums over the tokens of all processes: for the sequences that ``decide``, and for those ``held_out``."""
         return {"decide": self.sums.over(processes), "held_out": self.held_out.over(processes)}
 
 
 def _change_(name: str, linear: nn.Linear, sums: SplitSums, processes: Processes, offload: Offload | None) -> Fit:
-    """Changes a linear, or what an adapter lies on, by what all processes saw."""
+    """Changes a linear, or the base layer of its adapter, by the sums of all processes."""
     base: nn.Linear = getattr(linear, "base_layer", linear)
     decides, held_out = sums.over(processes).values()
-    # Of sums in float64 over numbers in float32 the sum is finite where all are, and takes no memory.
+    # The sum of float64 sums over float32 numbers is finite where all of them are, and takes no memory.
     if not all(bool(tensor.sum().isfinite()) for tensor in (*decides.tensors, *held_out.tensors)):
         raise UserError(
             f"What reaches {name} (layer.projection) in compensation is not finite, or what it should give is not. "
@@ -333,7 +335,7 @@ def _change_(name: str, linear: nn.Linear, sums: SplitSums, processes: Processes
 
 
 def add_(linear: nn.Linear, change: Change | None) -> None:
-    """Adds a change, if any, to a linear; a dense model that shares its tensors stays as it is."""
+    """Adds a change, if any, to a linear; a dense model that shares its tensors is left as it was."""
     if change is not None:
         linear.weight = _added(linear.weight, change.weight)
         if change.bias is not None:
@@ -341,6 +343,6 @@ def add_(linear: nn.Linear, change: Change | None) -> None:
 
 
 def _added(parameter: Tensor, change: Tensor) -> nn.Parameter:
-    """The sum, as a parameter of its own: a dense model may have the one that was."""
+    """The sum, as a new parameter: a dense model may share the old one."""
     total = parameter.detach().to(torch.float64, copy=True).add_(change.to(parameter.device))
     return nn.Parameter(total.to(parameter.dtype), requires_grad=False)

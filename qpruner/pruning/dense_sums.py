@@ -1,13 +1,14 @@
-"""What compensation and rounding of every pruned model need of the text, seen once in the dense model.
+"""Sums that compensation and rounding of every pruned model need, collected once from the dense model.
 
-Compensation by ``local`` (see `qpruner.pruning.compensation`) asks what a linear of the dense model loses when some of
-its inputs go. With K the inputs that stay, G those that go, and H = X^T D X of the dense inputs X over tokens that
-weigh D, all that its least squares needs follows from H and the sums s = X^T D 1, without the text:
+``local`` compensation (see `qpruner.pruning.compensation`) needs what a linear of the dense model loses when some of
+its inputs are removed. With K the inputs that stay, G those that are removed, and H = X^T D X of the dense inputs X
+over tokens weighted by D, everything that the least squares needs follows from H and the sums s = X^T D 1, without the
+text:
 
     X_K^T D X_K = H_KK,   X_K^T D E = H_KG W_G^T,   |E|^2 = tr(W_G H_GG W_G^T),   E^T D 1 = W_G s_G,
 
-where E = X_G W_G^T is what goes from the outputs. Where there is no ridge, the weight becomes W H_:K H_KK^-1. H_KK is
-also the Hessian by which `qpruner.quantization.rounding` rounds the weights that stay.
+where E = X_G W_G^T is what the outputs lose. Without a ridge, the weight becomes W H_:K H_KK^-1. H_KK is also the
+Hessian with which `qpruner.quantization.rounding` rounds the weights that stay.
 """
 
 from collections.abc import Callable, Mapping
@@ -24,17 +25,18 @@ from qpruner.likelihood import causal_model
 from qpruner.pruning.compensation import OutputLinears, SplitSums, Stream
 
 PARTS = ("tokens", "gram", "inputs")
-"""What is kept of `Sums`; what outputs lack, no model lacks yet."""
+"""The parts of `Sums` that are kept; the others describe missing outputs, which do not exist before pruning."""
 
 
 def gather_sums(model: Any, calibration: Calibration, consume: Callable[[int, dict[str, Tensor]], None]) -> None:
-    """Passes text through a dense model and gives away the sums of its layers, one after the other.
+    """Passes text through a dense model and hands over the sums of its layers, one layer at a time.
 
     Args:
-        model: dense causal language model, on the device that computes.
+        model: dense causal language model, on the compute device.
         calibration: this process's share of the text.
-        consume: called with the number of each layer and its sums over all processes, float32 on the CPU, named
-            ``projection/split/part``: of ``o`` and ``down``, over the sequences that ``decide`` and those ``held_out``.
+        consume: called with the index of each layer and its sums over all processes, float32 on the CPU, named
+            ``projection/split/part``: for ``o`` and ``down``, over the sequences that ``decide`` and those
+            ``held_out``.
     """
     stream, processes = Stream.of(model), calibration.processes
     with block_runner(model, calibration) as runner:
@@ -62,14 +64,14 @@ def gather_sums(model: Any, calibration: Calibration, consume: Callable[[int, di
 def fit_without(
     tensors: Mapping[str, Tensor], projection: str, weight: Tensor, stay: Tensor, *, bias: bool
 ) -> tuple[Change | None, Fit]:
-    """The best change of a linear once some of its inputs are gone; as `compensate_` by ``local``.
+    """The best change of a linear once some of its inputs are removed; as `compensate_` with ``local``.
 
     Args:
         tensors: sums of its layer, from `gather_sums`.
         projection: ``o`` or ``down``.
         weight: weight of the dense linear, [out, in].
-        stay: places of the inputs that stay, [n].
-        bias: whether the linear has a bias, which changes, too.
+        stay: indices of the inputs that stay, [n].
+        bias: whether the linear has a bias, which is then changed, too.
     """
     stays = torch.zeros(weight.shape[1], dtype=torch.bool)
     stays[stay] = True
@@ -82,23 +84,23 @@ def fit_without(
 
 
 def grams_among(tensors: Mapping[str, Tensor], projection: str, stay: Tensor) -> tuple[Tensor, Tensor]:
-    """X_K^T D X_K of the inputs that stay, over the sequences that decide and those that are held out, [n, n] each.
+    """X_K^T D X_K of the inputs that stay, for the sequences that decide and for those that are held out, [n, n] each.
 
     Args:
         tensors: sums of its layer, from `gather_sums`.
         projection: ``o`` or ``down``.
-        stay: places of the inputs that stay, [n].
+        stay: indices of the inputs that stay, [n].
     """
     decide, held_out = (tensors[f"{projection}/{split}/gram"][stay][:, stay] for split in ("decide", "held_out"))
     return decide.double(), held_out.double()
 
 
 def _sums_without(dense: Mapping[str, Tensor], stay: Tensor, go: Tensor, lost: Tensor) -> Sums:
-    """Sums of a linear without some inputs, whose weights [out, gone] are what it lost."""
+    """Sums of a linear without some inputs; ``lost`` [out, gone] are the weights of the removed ones."""
     gram, inputs = dense["gram"], dense["inputs"]
     of_gone = gram[go]
     return Sums(
-        dense["tokens"].clone(),  # others are merged into what it returns
+        dense["tokens"].clone(),  # the caller merges other sums into the returned ones
         gram[stay][:, stay],
         of_gone[:, stay].T @ lost.T,
         inputs[stay],

@@ -1,4 +1,4 @@
-"""What a model keeps on the way to a ratio, when more and more of its units go."""
+"""Gradual pruning: which units a model keeps on the way to a ratio, as more and more of them are removed."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -21,18 +21,18 @@ from qpruner.pruning.selection import (
 
 @dataclass(frozen=True)
 class GradualPruning:
-    """Chooses, at any share of the way to a ratio, which units of a model stay; what is gone stays gone.
+    """Chooses, at any share of the way to a ratio, which units of a model stay; removed units stay removed.
 
-    At the end the widths are those that pruning at once would give: of the same share in each layer, or the outcome of
-    the layers' competition.
+    At the end the widths are those that one-shot pruning would give: the same share of each layer, or the outcome of
+    the competition between layers.
 
     Args:
         ratio: share of all parameters to remove at the end, in (0, 1).
-        selection: how layers share what is removed.
-        dense: [layers], what each layer can give.
-        total: parameters of the model, without adapters.
-        in_linears: parameters of the decoder's projections, which ``total`` includes.
-        round_to: what FFN widths are multiples of, at the end or whenever layers compete.
+        selection: how the layers share what is removed.
+        dense: [layers], what can be removed from each layer.
+        total: number of parameters of the model, without adapters.
+        in_linears: number of parameters of the decoder's projections, which ``total`` includes.
+        round_to: number that FFN widths are a multiple of, at the end or whenever layers compete.
     """
 
     ratio: float
@@ -44,10 +44,10 @@ class GradualPruning:
 
     @classmethod
     def of(cls, model: Any, ratio: float, selection: SelectionConfig) -> Self:
-        """The way of a model without adapters, which may be packed, to a ratio.
+        """Gradual pruning, to a ratio, of a model without adapters, which may be packed.
 
         Raises:
-            UserError: a ratio that no legal widths reach, or less than half a step; see also `supplies`.
+            UserError: the ratio is above what any legal widths reach, or less than half a step; see also `supplies`.
         """
         offers, total = supplies(model, selection), num_parameters(model)
         check_ratio(ratio, offers, total)
@@ -56,15 +56,15 @@ class GradualPruning:
         return cls(ratio, selection, offers, total, num_linear_parameters(model), round_to(model, selection))
 
     def removed(self, kept: Kept) -> int:
-        """Parameters that are gone when these units stay."""
+        """Number of parameters that are removed when these units stay."""
         return sum(s.cost(len(groups), len(channels)) for s, (groups, channels) in zip(self.dense, kept, strict=True))
 
     def keep(self, scores: Sequence[LayerScores], alive: Kept, share: float) -> Kept:
-        """The units that stay, of those that are alive, at a share of the way.
+        """The units that stay, among those still alive, at a share of the way.
 
         Args:
             scores: [layers], scores of all units.
-            alive: places of the units that are not gone yet.
+            alive: indices of the units that are not removed yet.
             share: share of the way, in [0, 1]; at 1 the ratio is met.
         """
         left = [
@@ -89,13 +89,13 @@ class GradualPruning:
 
 
 def agreement(alive: Kept, kept: Kept, kept_by_other: Kept) -> float | None:
-    """Of the units alive that one choice removes, the share that another removes, too; None where it removes none."""
+    """The share of the units removed by one choice that another removes, too; None where the first removes none."""
     removed, removed_by_other = _gone(alive, kept), _gone(alive, kept_by_other)
     return len(removed & removed_by_other) / len(removed) if removed else None
 
 
 def _gone(alive: Kept, kept: Kept) -> set[tuple[int, int, int]]:
-    """The units that are alive and not kept, as (layer, kind, place)."""
+    """The units that are alive and not kept, as (layer, kind, index)."""
     return {
         (number, kind, place)
         for number, layers in enumerate(zip(alive, kept, strict=True))

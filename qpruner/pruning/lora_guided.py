@@ -1,19 +1,20 @@
-"""How much a unit matters, from the weights and gradients of LoRA adapters alone (LoRAPrune, arXiv 2305.18403).
+"""Importance of units from the weights and gradients of LoRA adapters alone (LoRAPrune, arXiv 2305.18403).
 
 A linear of weight W with an adapter computes with W + s B A, s = alpha / r. Removing the weight means s B A = -W, so
-that an element matters by dL/d(s B A) times (W + s B A) (equation 6). The gradient is not computed, but made of those
-dA and dB of the adapter's factors, from what a step of descent does to their product (equation 10):
+the importance of an element is dL/d(s B A) times (W + s B A) (equation 6). The gradient is not computed but
+approximated from the gradients dA and dB of the adapter's factors, by what a step of gradient descent does to their
+product (equation 10):
 
     g = s (dB A + B dA - eta dB dA),  eta = 1
 
 Its first two terms are s^2 (G A^T A + B B^T G) with G the gradient of the merged weight: G seen through the rows of A
-and the columns of B. Two ways to make a score of it:
+and the columns of B. There are two ways to turn it into a score:
 
     paper    the sum over the unit of (g (W + s B A))^2
     code     the sum over the unit of |g (W + s B A)|, divided by the L2 norm of a projection's sums
 
-Coupled projections add up, each with its own rows where several are stacked in one linear. Scores are averaged over the
-steps of the fit, G_t = 0.9 G_{t-1} + 0.1 I_t (equation 11).
+The scores of coupled projections are added; where several are stacked in one linear, each contributes its own rows.
+Scores are averaged over the steps of the fit, G_t = 0.9 G_{t-1} + 0.1 I_t (equation 11).
 """
 
 from collections.abc import Mapping, Sequence
@@ -31,9 +32,9 @@ from qpruner.quantization.packed import PackedLinear
 
 Variant = Literal["paper", "code"]
 ELEMENTS_AT_ONCE = 1 << 17
-"""Elements of a weight that a CPU scores at once; few enough that what is made of them stays in the cache of a core."""
+"""Elements of a weight that a CPU scores at once; few enough that intermediate values stay in a core's cache."""
 TIMES_ON_CUDA = 64
-"""How many times as many CUDA scores at once, where starting the work on a piece takes longer than a small piece."""
+"""Factor by which CUDA scores more elements at once, as launching kernels takes longer than computing a small piece."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,7 @@ class AdapterGradients:
         lora_B: factor B of the adapter, [out, r].
         grad_A: gradient of A, [r, in].
         grad_B: gradient of B, [out, r].
-        scale: s, what the forward pass multiplies B A by.
+        scale: factor s by which the forward pass multiplies B A.
     """
 
     lora_A: Tensor
@@ -56,14 +57,14 @@ class AdapterGradients:
 
     @classmethod
     def of(cls, adapter: Adapter) -> Self:
-        """What a backward pass left on an adapter; zero where it did not come by."""
+        """The gradients that a backward pass left on an adapter; zero where it did not reach it."""
         lora_A, lora_B = adapter.lora_A, adapter.lora_B
         grad_A, grad_B = (torch.zeros_like(part) if part.grad is None else part.grad for part in (lora_A, lora_B))
         return cls(lora_A.float(), lora_B.float(), grad_A.float(), grad_B.float(), adapter.scale)
 
     def gradient(self, rows: slice, eta: float = 1.0) -> Tensor:
         """Some rows of g, equation 10."""  # [rows, in]
-        # Both terms with dA in one, so that g is one product of inner dimension 2 r.
+        # Both terms with dA are combined, so that g is one product of inner dimension 2 r.
         left = torch.cat([self.grad_B[rows], self.lora_B[rows] - eta * self.grad_B[rows]], dim=1)
         return (self.scale * left) @ torch.cat([self.lora_A, self.grad_A])
 
@@ -75,13 +76,13 @@ class AdapterGradients:
 def unit_scores(
     coupled: Coupled, weight: Tensor, adapter: AdapterGradients, gradient: Tensor | None, variant: Variant
 ) -> Tensor:
-    """How much each unit matters by the weight of one projection.
+    """The importance of each unit by the weight of one projection.
 
     Args:
         coupled: projection whose units are scored.
         weight: weight W of the linear that holds it, [out, in].
         adapter: adapter of that linear, with its gradients.
-        gradient: gradient of W + s B A, [out, in], in place of g; None for g.
+        gradient: gradient of W + s B A, [out, in], to use in place of g; None to use g.
         variant: ``paper`` or ``code``.
     """  # [units] float64
     _, in_features = weight.shape
@@ -104,12 +105,12 @@ def unit_scores(
 
 @dataclass
 class MovingAverage:
-    """The average of scores over steps, that forgets (equation 11), and how often there was nothing to add.
+    """The moving average of scores over steps (equation 11), and how many steps had to be skipped.
 
     Args:
-        decay: share of the average that stays at each step, in [0, 1).
+        decay: share of the average that is kept at each step, in [0, 1).
         scores: [layers], average scores; zero before the first step.
-        steps: number of steps that were added.
+        steps: number of steps whose scores were added.
         skipped: number of steps whose scores were not finite.
     """
 
@@ -119,9 +120,9 @@ class MovingAverage:
     skipped: int = 0
 
     def add(self, scores: Sequence[LayerScores]) -> None:
-        """Adds the scores of a step, unless one of them is not finite."""
+        """Adds the scores of a step, unless any of them is not finite."""
         total = torch.stack([layer.kv_groups.sum() + layer.ffn_channels.sum() for layer in scores]).sum()
-        if not bool(total.isfinite()):  # none is below 0, so that nothing cancels
+        if not bool(total.isfinite()):  # no score is below 0, so that nothing cancels
             self.skipped += 1
             return
         self.steps += 1
@@ -136,15 +137,15 @@ class MovingAverage:
 
 @torch.no_grad()
 def score_adapted(model: Any, variant: Variant, gradients: Mapping[nn.Module, Tensor] | None) -> list[LayerScores]:
-    """Scores the units of every layer from the gradients that lie on its adapters.
+    """Scores the units of every layer from the gradients of its adapters.
 
-    Linears without an adapter say nothing. Bases are unpacked one linear at a time.
+    Linears without an adapter do not contribute. Base layers are unpacked one linear at a time.
 
     Args:
         model: model below PEFT, with adapters on at least one linear of each kind of unit.
         variant: ``paper`` or ``code``.
-        gradients: gradients of W + s B A by linear, [out, in] each, in place of what the gradients of adapters make;
-            None for that.
+        gradients: gradients of W + s B A by linear, [out, in] each, to use in place of those made from the adapters'
+            gradients; None to use the latter.
 
     Returns:
         Scores on the model's device; not finite where a gradient is not.

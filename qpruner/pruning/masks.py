@@ -1,4 +1,4 @@
-"""Masks that make units of a model act as if they were gone, while its weights keep their shapes."""
+"""Masks that make units of a model act as if they were removed, while its weights keep their shapes."""
 
 from collections.abc import Sequence
 from copy import copy
@@ -14,16 +14,16 @@ from qpruner.pruning.surgery import norm_scale
 
 
 class UnitMasks:
-    """Which units of a model are alive; what the others put out is exactly zero, and so are their gradients.
+    """Which units of a model are alive; the outputs of all others are exactly zero, and so are their gradients.
 
-    A unit reaches the rest of the model through its columns of ``o`` or ``down`` alone, so that it is enough to mask
-    the inputs of these two: what is masked equals what is narrowed (LoRAPrune, arXiv 2305.18403, equation 13). Where a
-    norm runs over all heads (OLMo2), a group also counts in that norm's mean square, so that its inputs are masked,
-    too, and its outputs scaled as narrowing scales them. An expert of which no channel is alive gets no tokens, which
-    go to the best of the others.
+    A unit reaches the rest of the model only through its columns of ``o`` or ``down``, so it is enough to mask the
+    inputs of these two: the masked model equals the narrowed one (LoRAPrune, arXiv 2305.18403, equation 13). Where a
+    norm runs over all heads (OLMo2), a KV group also counts in that norm's mean square; the inputs of the norm are
+    therefore masked, too, and its outputs are scaled as narrowing scales them. An expert without any alive channel
+    receives no tokens; they are routed to the best of the others.
 
     Args:
-        model: model with its adapters on it, on any device.
+        model: model with its adapters attached, on any device.
     """
 
     def __init__(self, model: Any) -> None:
@@ -34,10 +34,10 @@ class UnitMasks:
         self.kept: Kept = [(list(range(layer.kv_groups)), list(range(layer.ffn_channels))) for layer in layers]
 
     def keep(self, kept: Kept) -> None:
-        """Masks all units but some.
+        """Masks all units except those given.
 
         Args:
-            kept: [layers], places of the KV groups and FFN channels that stay alive.
+            kept: [layers], indices of the KV groups and FFN channels that stay alive.
         """
         self.remove()
         self.kept = kept
@@ -59,7 +59,7 @@ class UnitMasks:
                     self._handles.append(norm.norm.register_forward_hook(_OutputScale(float(scale))))
 
     def remove(self) -> None:
-        """Gives the model its masked units back."""
+        """Removes all masks, so that every unit works again."""
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
@@ -73,7 +73,7 @@ class _InputMask:
 
     @classmethod
     def of(cls, part: Coupled, alive: Sequence[int]) -> Self:
-        """Lets pass the channels of some units of a projection."""
+        """A mask that lets only the channels of some units of a projection pass."""
         mask = torch.zeros(part.num_units, dtype=torch.bool)
         mask[alive] = True
         return cls(mask.repeat_interleave(part.width))
@@ -85,10 +85,10 @@ class _InputMask:
 
 
 class _OtherExperts:
-    """A hook by which a router sends tokens only to some experts, as one without the rows of the others would.
+    """A hook that makes a router send tokens only to some experts, as a router without the rows of the others would.
 
     Args:
-        alive: numbers of the experts that tokens may be sent to.
+        alive: indices of the experts that tokens may be sent to.
     """
 
     def __init__(self, alive: Sequence[int]) -> None:
@@ -106,7 +106,7 @@ class _OtherExperts:
 
 
 class _OutputScale:
-    """A hook that multiplies what a module puts out."""
+    """A hook that multiplies the output of a module by a scale."""
 
     def __init__(self, scale: float) -> None:
         self.scale = scale

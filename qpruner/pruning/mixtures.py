@@ -1,7 +1,7 @@
-"""What goes of a mixture of experts, in steps that leave all experts of a layer equally wide.
+"""What is removed from a mixture of experts, in steps that leave all experts of a layer equally wide.
 
-A step of selection is a number of units of one kind. Of a mixture such a unit is one channel of each of its experts,
-the worst one that each has left, or one whole expert. Layers with a plain FFN have channels as ever.
+A step of selection is a number of units of one kind. In a mixture, such a unit is either one channel of every expert,
+the worst one that each has left, or one whole expert. The units of a plain FFN are its channels, as usual.
 """
 
 from collections.abc import Sequence
@@ -15,12 +15,12 @@ from qpruner.pruning.selection import ByExpert, Kept, keep_highest
 
 
 def gather(scores: Sequence[LayerScores], layers: Sequence[DecoderLayer], how: ByExpert) -> list[LayerScores]:
-    """Scores with those of a mixture's channels added up to those of its units.
+    """The scores, with those of a mixture's channels summed over each of its units.
 
     Args:
         scores: [layers], scores of all units.
-        layers: layers that they are of.
-        how: what goes of a mixture.
+        layers: layers that the scores belong to.
+        how: kind of unit that is removed from a mixture.
     """
     return [
         LayerScores(score.kv_groups, _of_units(score.ffn_channels, layer, how)) if layer.experts else score
@@ -30,20 +30,20 @@ def gather(scores: Sequence[LayerScores], layers: Sequence[DecoderLayer], how: B
 
 def _of_units(scores: Tensor, layer: DecoderLayer, how: ByExpert) -> Tensor:
     by_expert = scores.view(layer.experts, -1)
-    # The channels of each expert from best to worst; those of a rank make a unit.
+    # The channels of each expert are sorted from best to worst; those of equal rank form a unit.
     return by_expert.sum(1) if how == "experts" else by_expert.sort(1, descending=True).values.sum(0)
 
 
 def keep(
     scores: Sequence[LayerScores], widths: Sequence[tuple[int, int]], layers: Sequence[DecoderLayer], how: ByExpert
 ) -> Kept:
-    """The units of each layer with the highest scores, those of a mixture spelt out as its FFN channels.
+    """The units of each layer with the highest scores; those of a mixture are returned as its FFN channels.
 
     Args:
         scores: [layers], scores of all units.
         widths: [layers], numbers of KV groups, and of FFN channels or the units of a mixture, that stay.
-        layers: layers that they are of.
-        how: what goes of a mixture.
+        layers: layers that the scores belong to.
+        how: kind of unit that is removed from a mixture.
     """
     kept = keep_highest(gather(scores, layers, how), list(widths))
     return [

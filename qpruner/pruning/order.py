@@ -1,8 +1,9 @@
-"""The order of the residual stream's channels: a model whose channels are permuted computes the same.
+"""The order of the residual stream's channels: permuting them leaves what a model computes unchanged.
 
-What reads a token's hidden states takes a norm of them, which no order changes but by its own weight, or a product with
-each of them; what writes them writes each channel by a row. So one permutation of all tables, norms, input columns and
-output rows changes no logit, and channels that matter may be put first, where a packed linear holds them in more bits.
+Whatever reads a token's hidden states either normalizes them, which depends on the order only through the norm's own
+weight, or takes products with each of them; whatever writes them writes each channel with one row. Applying one
+permutation to all embedding tables, norms, input columns and output rows therefore changes no logit, and the channels
+that matter most can be put first, where a packed linear holds them in more bits.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -18,14 +19,15 @@ from qpruner.quantization.packed import PackedLinear
 
 
 def reorder_hidden_(model: Any, places: Sequence[int]) -> None:
-    """Puts the channels of the residual stream into an order, in place; each parameter that changes is a new one.
+    """Permutes the channels of the residual stream, in place; each parameter that changes is replaced by a new one.
 
     Args:
         model: causal language model of a supported family, dense and without adapters, on any device, also meta.
-        places: [hidden_size], place of each channel among those that there are, in the new order.
+        places: [hidden_size], current index of each channel, in the new order.
 
     Raises:
-        UserError: packed weights, whose columns share scales, or parameters of which the family's anatomy says nothing.
+        UserError: the model has packed weights, whose columns share scales, or parameters that the family's anatomy
+            does not describe.
     """
     _, family = family_of(model.config)
     if any(isinstance(module, PackedLinear) for module in model.modules()):
@@ -42,7 +44,7 @@ def reorder_hidden_(model: Any, places: Sequence[int]) -> None:
             f"{listed(others)} would have to follow is not known. Leave hidden null in the plan."
         )
     index = torch.tensor(places)
-    again: dict[int, nn.Parameter] = {}  # tables that are one stay one
+    again: dict[int, nn.Parameter] = {}  # tied tables stay tied
 
     def permuted(parameter: nn.Parameter, axis: int) -> nn.Parameter:
         if id(parameter) not in again:
@@ -59,12 +61,12 @@ def _permute_(module: nn.Module, axis: int, permuted: Callable[[nn.Parameter, in
     weight, bias = (module._parameters.get(name) for name in ("weight", "bias"))
     if weight is not None:
         module.weight = permuted(weight, axis)
-    if bias is not None and axis == 0:  # of what writes the hidden states, or of a norm
+    if bias is not None and axis == 0:  # of a linear that writes the hidden states, or of a norm
         module.bias = permuted(bias, 0)
 
 
 def _holders(model: Any) -> Iterator[tuple[nn.Module, int]]:
-    """The modules whose weights have an axis of hidden channels, and that axis; rows take their biases with them."""
+    """The modules whose weights have an axis of hidden channels, and that axis; biases follow the rows."""
     _, family = family_of(model.config)
     for path in (family.embedding, family.positions, family.head):
         if path is not None:
@@ -80,7 +82,7 @@ def _holders(model: Any) -> Iterator[tuple[nn.Module, int]]:
 
 
 def _of_heads(model: Any) -> Iterator[Tensor]:
-    """The parameters that belong to heads, which have no part in the order of hidden channels."""
+    """The parameters that belong to heads, which the order of the hidden channels does not affect."""
     _, family = family_of(model.config)
     for block in decoder_blocks(model):
         for path in (*family.head_norms, *family.wide_norms.values()):

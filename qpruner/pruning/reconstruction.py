@@ -1,24 +1,24 @@
-"""In which order the inputs of a linear can go, if what stays is adjusted to make up for them.
+"""The order in which inputs of a linear can be removed, if the remaining weights are adjusted to make up for them.
 
-A linear W [out, in] has inputs X with H = X^T X. When the columns R of W go and the others are refitted by least
-squares, the output changes by a squared error of
+A linear W [out, in] has inputs X with H = X^T X. When the columns R of W are removed and the others are refitted by
+least squares, the squared error of the output is
 
     cost(R) = tr[ W_R ((H^-1)_RR)^-1 W_R^T ]
 
 (the group form of Optimal Brain Surgeon: OBC, arXiv 2208.11580; ZipLM, arXiv 2302.04089; SlimGPT, arXiv 2412.18110).
-Greedily, the unit of least cost goes, and what is left is as if the linear had always been without it:
+Greedily, the unit of least cost is removed, and what remains is as if the linear had never had it:
 
     W    <-  W - W_R ((H^-1)_RR)^-1 (H^-1)_R:
     H^-1 <-  H^-1 - (H^-1)_:R ((H^-1)_RR)^-1 (H^-1)_R:
 
-Costs ask of W only for P = W^T W. With (H^-1)_RR = L L^T, U = (H^-1)_:R L^-T and V = P_:R L^-T - U T / 2, where
-T = L^-1 P_RR L^-T, a step is
+The costs depend on W only through P = W^T W. With (H^-1)_RR = L L^T, U = (H^-1)_:R L^-T and V = P_:R L^-T - U T / 2,
+where T = L^-1 P_RR L^-T, a step is
 
     H^-1 <-  H^-1 - U U^T          P <-  P - V U^T - U V^T
 
-Of both matrices a step reads the columns R alone, so that the U and V of many steps are kept aside and subtracted
-together; only the blocks on the diagonal, which costs are made of, are up to date all the time. All units of a linear
-cost O(in^3), as much as a few inversions, nearly all of it in products of matrices.
+A step reads only the columns R of both matrices, so the U and V of many steps are kept aside and subtracted together;
+only the diagonal blocks, from which the costs are computed, are up to date all the time. Removing all units of a linear
+costs O(in^3), as much as a few inversions, nearly all of it in matrix products.
 """
 
 from dataclasses import dataclass
@@ -27,20 +27,21 @@ import torch
 from torch import Tensor
 
 RIDGE = 0.01
-"""What is added to the diagonal of H, as a share of its mean."""
+"""Default addition to the diagonal of H, as a share of its mean."""
 
 PENDING = 64
-"""Columns removed before matrices are brought up to date: few enough that U and V stay small beside them."""
+"""Columns removed before the matrices are brought up to date: few enough that U and V stay small beside them."""
 
 
 @dataclass(frozen=True)
 class Removal:
-    """The greedy order in which units go.
+    """The greedy order in which units are removed.
 
     Args:
-        order: places of the units, the first to go first, [units].
-        costs: squared error of the output, summed over tokens, that each unit of ``order`` adds when it goes, after
-            the best update for all that went before, [units]; float64. They may fall as well as rise, their sums never.
+        order: indices of the units in order of removal, [units].
+        costs: squared error of the output, summed over tokens, that removing each unit of ``order`` adds, after the
+            best update for all removed before it, [units]; float64. Costs may fall as well as rise; their cumulative
+            sums never fall.
     """
 
     order: Tensor
@@ -48,15 +49,15 @@ class Removal:
 
 
 def greedy_removal(weight: Tensor, gram: Tensor, width: int, ridge: float = RIDGE) -> Removal:
-    """The order in which the units of a linear's inputs go, each time the one that then costs least.
+    """The order in which units of a linear's inputs are removed, each time the one of least cost at that point.
 
-    Among equal costs the first goes first. A unit whose weights or whose inputs are all zero costs nothing.
+    Ties are broken by the lowest index. A unit whose weights or whose inputs are all zero costs nothing.
 
     Args:
-        weight: weight whose columns go, [out, in].
+        weight: weight whose columns are removed, [out, in].
         gram: H = X^T X of its inputs, on any device, [in, in]; centred where the linear has a bias that is refitted.
-        width: columns of a unit; unit u has those from ``u * width``. A divisor of in.
-        ridge: what is added to the diagonal of H, as a share of its mean, above 0; costs then count the change of the
+        width: number of columns of a unit; unit u has those from ``u * width``. A divisor of in.
+        ridge: addition to the diagonal of H, as a share of its mean, above 0; costs then include the change of the
             weights, too.
     """
     inverse, products = _start(weight, gram, ridge)
@@ -71,13 +72,13 @@ def greedy_removal(weight: Tensor, gram: Tensor, width: int, ridge: float = RIDG
 
 
 def deal(scores: Tensor, order: Tensor) -> Tensor:
-    """The same scores, dealt to units so that they rise along an order of removal.
+    """The same scores, reassigned to units so that they rise along an order of removal.
 
-    What goes first gets the lowest score. Between units of equal scores the order is lost.
+    The unit that is removed first gets the lowest score. Among units of equal scores the order is lost.
 
     Args:
         scores: scores of the units, [units].
-        order: places of the units, the first to go first, [units].
+        order: indices of the units in order of removal, [units].
     """  # [units]
     dealt = torch.empty_like(scores)
     dealt[order] = scores.sort().values
@@ -85,10 +86,10 @@ def deal(scores: Tensor, order: Tensor) -> Tensor:
 
 
 def _start(weight: Tensor, gram: Tensor, ridge: float) -> tuple[Tensor, Tensor]:
-    """H^-1 and P."""
+    """The initial H^-1 and P."""
     gram = gram.double()
     diagonal = gram.diagonal()
-    # With the ridge alone, an input that is always zero would cost what its weights are.
+    # With the ridge alone, an input that is always zero would still cost something for its weights.
     live = weight.detach().to(gram) * (diagonal != 0)
     added = ridge * diagonal.mean()
     damped = gram + torch.diag(torch.where(added > 0, added, 1.0).expand(len(gram)))
@@ -96,7 +97,7 @@ def _start(weight: Tensor, gram: Tensor, ridge: float) -> tuple[Tensor, Tensor]:
 
 
 def _remove_some(inverse: Tensor, products: Tensor, width: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Takes units until enough columns are pending: their places, their costs, and both matrices without them."""
+    """Removes units until enough columns are pending: their indices, their costs, and both matrices without them."""
     num_columns, units = len(inverse), len(inverse) // width
     steps = min(units, max(1, PENDING // width))
     pending_u, pending_v = (inverse.new_zeros(num_columns, steps * width) for _ in range(2))
@@ -106,7 +107,7 @@ def _remove_some(inverse: Tensor, products: Tensor, width: int) -> tuple[Tensor,
     picked, costs = [], []
     for step in range(steps):
         of_units = _costs(blocks, product_blocks).masked_fill(gone, torch.inf)
-        unit = of_units.argmin(0, keepdim=True)  # [1]; it stays on the device, so that no step waits for another
+        unit = of_units.argmin(0, keepdim=True)  # [1]; stays on the device, so that no step waits for another
         columns = unit * width + within
         u, v = pending_u[:, : step * width], pending_v[:, : step * width]
         mine_u, mine_v = u[columns].T, v[columns].T
@@ -139,7 +140,7 @@ def _remove_some(inverse: Tensor, products: Tensor, width: int) -> tuple[Tensor,
 
 
 def _costs(blocks: Tensor, product_blocks: Tensor) -> Tensor:
-    """tr[(H^-1)_RR^-1 P_RR] of each unit, from the blocks [units, width, width] on the diagonals."""  # [units]
+    """tr[(H^-1)_RR^-1 P_RR] of each unit, from the diagonal blocks [units, width, width]."""  # [units]
     if blocks.shape[-1] == 1:
         return (product_blocks / blocks).flatten().clamp(min=0)
     solved = torch.cholesky_solve(product_blocks, _factor(blocks))
@@ -152,7 +153,7 @@ def _diagonal_blocks(matrix: Tensor, width: int) -> Tensor:
 
 
 def _factor(blocks: Tensor) -> Tensor:
-    """The Cholesky factor, without the wait for a device to say whether there is one."""
+    """The Cholesky factor, without waiting for the device to report whether it exists."""
     return torch.linalg.cholesky_ex(blocks).L
 
 
@@ -162,7 +163,7 @@ def _times_inverse(columns: Tensor, factor: Tensor) -> Tensor:
 
 
 def _others(number: int, places: Tensor) -> Tensor:
-    """The places, of a number of them, that are not among some."""
+    """The indices below a number that are not among those given."""
     stay = torch.ones(number, dtype=torch.bool, device=places.device)
     stay[places] = False
     return stay.nonzero().flatten()

@@ -1,4 +1,4 @@
-"""Prunes a model to a ratio, in one or several rounds of scoring and narrowing, and says what came of it."""
+"""Prunes a model to a ratio, in one or several rounds of scoring and narrowing, and describes the result."""
 
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -24,7 +24,7 @@ from qpruner.pruning.selection import (
 from qpruner.pruning.surgery import stated_by_weights
 
 COARSE = 0.01
-"""A step of more than this share of all parameters is worth a word."""
+"""A step of more than this share of all parameters is mentioned to the user."""
 
 
 def prune_(
@@ -37,19 +37,19 @@ def prune_(
     score: Callable[[Any], list[LayerScores]],
     narrow: Callable[[Kept], object],
 ) -> None:
-    """Narrows a model in place until a share of all its parameters is gone.
+    """Narrows a model in place until a share of all its parameters is removed.
 
     Args:
-        model: model to prune; its weights may also lie on the meta device if ``score`` can do without them.
-        dense: widths that floors are shares of.
+        model: model to prune; its weights may also be on the meta device if ``score`` does not need them.
+        dense: dense widths, of which the floors are shares.
         ratio: share of all parameters to remove, in (0, 1).
         rounds: number of rounds of scoring and narrowing, each removing the same number of parameters.
-        selection: how layers share what is removed.
-        score: gives the scores of the units of the model as it is.
-        narrow: takes all units but some out of the model, the same on all processes.
+        selection: how the layers share what is removed.
+        score: returns the scores of the units of the model in its current state.
+        narrow: removes all units from the model except those given, the same on all processes.
 
     Raises:
-        UserError: a ratio that no legal widths reach; see also `supplies`.
+        UserError: the ratio is above what any legal widths reach; see also `supplies`.
     """
     total, multiple = num_parameters(model), round_to(model, selection)
     supply = supplies(model, selection)
@@ -71,7 +71,7 @@ def prune_(
 
 
 def less_than_a_step(ratio: float, model: Any, selection: SelectionConfig) -> UserError:
-    """The error that a ratio removes nothing."""
+    """The error for a ratio so small that it removes nothing."""
     step = step_parameters(model, selection) / num_parameters(model)
     return UserError(
         f"A ratio of {ratio} is less than half a step and would remove nothing; the smallest step removes {step:.2%} "
@@ -84,11 +84,11 @@ def check_ratio(ratio: float, offers: Sequence[Supply], total: int) -> None:
 
     Args:
         ratio: share of all parameters to remove.
-        offers: what each layer can give.
-        total: parameters of the model.
+        offers: what can be removed from each layer.
+        total: number of parameters of the model.
 
     Raises:
-        UserError: it cannot; the highest that can is named.
+        UserError: it cannot; the message names the highest ratio that can.
     """
     removable = sum(offer.parameters for offer in offers)
     if not 0 < ratio < 1 or ratio * total > removable:
@@ -100,23 +100,23 @@ def check_ratio(ratio: float, offers: Sequence[Supply], total: int) -> None:
 
 
 def round_to(model: Any, selection: SelectionConfig) -> int:
-    """What FFN widths of a model become multiples of; where whole experts go, 1."""
+    """The number that FFN widths of a model become multiples of; 1 where whole experts are removed."""
     if selection.mixtures == "experts" and any(layer.experts for layer in decoder_layers(model)):
         return 1
     return selection.round_to or default_round_to(model.config.hidden_size)
 
 
 def supplies(model: Any, selection: SelectionConfig, dense: Architecture | None = None) -> list[Supply]:
-    """What each layer of a model can give.
+    """What can be removed from each layer of a model.
 
     Args:
-        model: model to prune, as it is.
+        model: model to prune, in its current state.
         selection: layers to leave alone, floor and rounding.
         dense: widths that the floor is a share of; those of the model when not given.
 
     Raises:
-        UserError: a layer to leave alone that is not there, none but such layers, or layers that differ already and
-            shall end equal.
+        UserError: a layer to leave alone does not exist, all layers are to be left alone, or layers that are to end
+            up equal differ already.
     """
     layers = decoder_layers(model)
     dense = dense or stated_by_weights(model)
@@ -163,20 +163,20 @@ def _ceil(number: float) -> int:
 
 
 def step_parameters(model: Any, selection: SelectionConfig) -> int:
-    """Parameters of the smallest step: `round_to` channels of one layer, or of all that change together."""
+    """Number of parameters of the smallest step: `round_to` channels of one layer, or of all that change together."""
     costs = [s.channel_parameters * round_to(model, selection) for s in supplies(model, selection) if s.parameters]
     return sum(costs) if selection.scope == "local" or selection.uniform else max(costs)
 
 
 def asked_for(ratio: float, model: Any, selection: SelectionConfig) -> str:
-    """What was asked for, in words, with the step when that is worth one."""
+    """What was asked for, in words, with the size of a step where that is coarse."""
     step = step_parameters(model, selection) / num_parameters(model)
     return f"asked for {ratio:.2%}" + (f", in steps of {step:.2%}" if step > COARSE else "")
 
 
 @dataclass(frozen=True)
 class Size:
-    """Parameters of a model, all of them and those of the decoder's projections, and the bytes of its tensors."""
+    """Number of parameters of a model, in all and in the decoder's projections, and bytes of its tensors."""
 
     parameters: int
     in_linears: int
@@ -188,14 +188,14 @@ class Size:
 
 
 def describe(plan: CompressionPlan, before: Size, after: Size, asked: str, asked_alone: Sequence[int]) -> str:
-    """What pruning did, what it left alone and why, in one line.
+    """A one-line summary of what pruning did, and of what it left alone and why.
 
     Args:
         plan: plan that was carried out.
         before: size of the model before pruning.
         after: size of the model after pruning.
         asked: what was asked for, in words.
-        asked_alone: layers that were to be left alone.
+        asked_alone: indices of the layers that were to be left alone, negative ones from the end.
     """
     dense, widths = plan.architecture, plan.widths
     pairs = zip(dense.kv_groups, dense.ffn_channels, widths.kv_groups, widths.ffn_channels, strict=True)
@@ -230,7 +230,7 @@ def _range(numbers: Sequence[int]) -> str:
 
 @dataclass(frozen=True)
 class LegalRatio:
-    """A ratio that local pruning can reach, and the widths that it means, for each layer that is pruned."""
+    """A ratio that local pruning can reach, and the resulting widths of the pruned layers."""
 
     ratio: float
     parameters: int
@@ -240,16 +240,16 @@ class LegalRatio:
 
 
 def legal_ratios(model: Any, selection: SelectionConfig, step: float) -> Iterator[LegalRatio]:
-    """Ratios near the multiples of a step, up to the highest legal one, each of which gives the widths beside it.
+    """Legal ratios near the multiples of a step, up to the highest one, each with the widths that it results in.
 
-    Only shapes are read: the weights may lie on the meta device.
+    Only shapes are read: the weights may be on the meta device.
     """
     offers, total = supplies(model, selection), num_parameters(model)
     linears = num_linear_parameters(model)
     removable = sum(offer.parameters for offer in offers)
 
     def legal(target: int) -> tuple[int, Widths]:
-        """What is removed near a target, and gives the same widths when it is asked for."""
+        """A number of parameters near the target that, asked for itself, gives the same widths; and these widths."""
         tried: set[int] = set()
         while True:
             widths = local_widths(offers, target, round_to(model, selection))

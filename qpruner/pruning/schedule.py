@@ -1,4 +1,4 @@
-"""How much is pruned after which step of a fit."""
+"""The schedule of gradual pruning: how much is pruned after which optimizer step."""
 
 import math
 from dataclasses import dataclass
@@ -8,16 +8,18 @@ from qpruner.errors import UserError
 
 @dataclass(frozen=True)
 class CubicSchedule:
-    """Nothing during warm-up, everything at the start of the cool-down, fast at first and slowly at last in between.
+    """Nothing is pruned in warm-up, everything by the start of cool-down; in between, fast at first and slowly at last.
 
-    With w steps of warm-up and c of cool-down in T, the share of what shall go that is gone after step t is
-    ``1 - (1 - (t - w) / (T - w - c))^3`` (Zhu and Gupta, arXiv 1710.01878, equation 1; LoRAPrune, arXiv 2305.18403).
-    Units go in events, at the multiples of ``every_n_steps`` in between and at step T - c, which takes the last ones.
+    With w steps of warm-up and c of cool-down out of T steps, the share of the pruning that is done after step t is ``1
+    - (1 - (t - w) / (T - w - c))^3`` (Zhu and Gupta, arXiv 1710.01878, equation 1; LoRAPrune, arXiv 2305.18403). Units
+    are removed in events, at the multiples of ``every_n_steps`` in between and at step T - c, which removes the last
+    ones.
 
     Args:
-        warmup: share of the steps before the first units go, in [0, 1).
-        cooldown: share of the steps after the last units went, in [0, 1); less than 1 together with ``warmup``.
-        every_n_steps: optimizer steps between two events, at least 1.
+        warmup: share of all optimizer steps before the first units are removed, in [0, 1).
+        cooldown: share of all optimizer steps after the last units are removed, in [0, 1); less than 1 together with
+            ``warmup``.
+        every_n_steps: number of optimizer steps between two pruning events, at least 1.
     """
 
     warmup: float = 0.1
@@ -34,21 +36,21 @@ class CubicSchedule:
             raise UserError(f"schedule.every_n_steps is {self.every_n_steps}; it is at least 1.")
 
     def first(self, total_steps: int) -> int:
-        """The step at which pruning begins; nothing is gone there yet."""
+        """The step at which pruning begins; nothing is removed there yet."""
         return round(self.warmup * total_steps)
 
     def last(self, total_steps: int) -> int:
-        """The step of the last event."""
+        """The step of the last pruning event."""
         return total_steps - round(self.cooldown * total_steps)
 
     def check(self, total_steps: float) -> None:
         """Makes sure that a fit is long enough for one event before the last.
 
         Args:
-            total_steps: optimizer steps of the fit; infinite when it has no end.
+            total_steps: number of optimizer steps of the fit; infinite when it has no end.
 
         Raises:
-            UserError: it is not, or has no end.
+            UserError: the fit is too short, or has no end.
         """
         if math.isinf(total_steps) or total_steps < 0:
             raise UserError(
@@ -65,12 +67,12 @@ class CubicSchedule:
             )
 
     def is_event(self, step: int, total_steps: int) -> bool:
-        """Whether units go after an optimizer step, counted from 1."""
+        """Whether units are removed after an optimizer step, counted from 1."""
         first, last = self.first(total_steps), self.last(total_steps)
         return step == last or (step % self.every_n_steps == 0 and first < step < last)
 
     def share(self, step: int, total_steps: int) -> float:
-        """Share, in [0, 1], of what shall go that is gone after an optimizer step."""
+        """Share of the pruning that is done after an optimizer step, in [0, 1]."""
         first, last = self.first(total_steps), self.last(total_steps)
         if step >= last:
             return 1.0

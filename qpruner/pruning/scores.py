@@ -34,7 +34,7 @@ from qpruner.seeds import derive_seed
 
 @dataclass(frozen=True)
 class LayerScores:
-    """How much each unit of a layer matters, at least 0; float64, on the CPU.
+    """The importance of each unit of a layer, at least 0; float64, on the CPU.
 
     Args:
         kv_groups: [groups], scores of KV groups.
@@ -51,11 +51,11 @@ def score_units(
     """Scores the units of every layer, the same on all processes.
 
     Args:
-        model: causal language model of a supported family with frozen weights, on the device that computes; it is left
-            as it was.
+        model: causal language model of a supported family with frozen weights, on the compute device; it is left as it
+            was.
         criterion: how a unit is scored; see `qpruner.pruning.criteria`.
-        how: what coupled weights make together; nothing to ``fisher``, ``flap`` and ``reconstruction``, which look at
-            one of them.
+        how: how the scores of coupled weights are combined; ignored by ``fisher``, ``flap`` and ``reconstruction``,
+            which look at one of them.
         calibration: calibration text; None for criteria that need none.
         seed: seed of the criterion ``random``.
 
@@ -92,7 +92,7 @@ def check_criterion(model: Any, criterion: Criterion) -> None:
     """Makes sure that the units of a model can be scored by a criterion.
 
     Raises:
-        UserError: a mixture of experts, by ``reconstruction``.
+        UserError: the model is a mixture of experts and the criterion ``reconstruction``.
     """
     if criterion == "reconstruction":
         refuse_experts(model, f"The criterion {criterion!r}", "another, such as fisher")
@@ -103,7 +103,7 @@ def needs_text(criterion: Criterion) -> bool:
 
 
 def _check_finite(criterion: Criterion, scores: dict[str, Tensor]) -> None:
-    """Makes sure that what was found of each projection is finite."""
+    """Makes sure that the values found for each projection are finite."""
     if broken := [name for name, score in scores.items() if not score.isfinite().all()]:
         raise UserError(
             f"Scores by {criterion} are not finite in {', '.join(broken)} (layer.projection): the weights there, or "
@@ -112,14 +112,14 @@ def _check_finite(criterion: Criterion, scores: dict[str, Tensor]) -> None:
 
 
 def _outputs(model: Any) -> dict[str, Coupled]:
-    """The projections that have their units' columns: o and down of each layer, or of each of its experts, in turn."""
+    """The projections whose columns belong to units: o and down of each layer, or the down of each of its experts."""
     return {
         f"{number}.{part.name}": part for number, layer in enumerate(decoder_layers(model)) for part in layer.outputs
     }
 
 
 def _by_layer(model: Any, scores: dict[str, Tensor]) -> list[LayerScores]:
-    """What was found of each of `_outputs`, layer by layer."""
+    """The values found for each of `_outputs`, layer by layer."""
     layers = []
     for number, layer in enumerate(decoder_layers(model)):
         of_groups, *of_channels = (scores[f"{number}.{part.name}"] for part in layer.outputs)
@@ -145,10 +145,10 @@ def _reconstruction(model: Any, calibration: Calibration) -> list[LayerScores]:
 
 
 def _flap(model: Any, calibration: Calibration) -> list[LayerScores]:
-    """FLAP ranks all units of the model by what `fluctuation` gives, whatever number of parameters goes with them.
+    """Scores by FLAP, which ranks all units of the model by `fluctuation`, however many parameters they have.
 
-    Here steps compete by score per parameter, so that scores are multiplied by parameters; and scores are at least 0,
-    so that all are shifted by the lowest. Neither changes the ranking.
+    Here, steps compete by score per parameter, so the scores are multiplied by the number of parameters; and scores
+    must be at least 0, so all are shifted by the lowest one. Neither changes the ranking.
     """
     variances = input_variances(model, {name: part.linear for name, part in _outputs(model).items()}, calibration)
     layers, blocks, deviations = decoder_layers(model), decoder_blocks(model), {}
@@ -170,7 +170,7 @@ def _flap(model: Any, calibration: Calibration) -> list[LayerScores]:
 
 
 def _removal_orders(model: Any, calibration: Calibration) -> list[tuple[Tensor, Tensor]]:
-    """The order in which the KV groups and the FFN channels of each layer go, by reconstruction; on the CPU."""
+    """The order in which reconstruction removes the KV groups and the FFN channels of each layer; on the CPU."""
     parts = _outputs(model)
 
     def order(name: str, gram: Gram) -> Tensor:
@@ -203,7 +203,7 @@ def _weight_scores(
         case "magnitude_l1" | "magnitude_l2":
             return {name: of_weight(part, 1 if criterion == "magnitude_l1" else 2) for name, part in coupled.items()}
     assert calibration is not None
-    # Text passes through each linear once, whatever number of projections is stacked in it.
+    # Text passes through each linear once, however many projections are stacked in it.
     part_names = {id(part): name for name, part in coupled.items()}
     stacks = {part_names[id(stack[0])]: stack for stack in by_linear(coupled.values())}
     linears = {name: stack[0].linear for name, stack in stacks.items()}

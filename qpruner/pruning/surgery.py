@@ -1,4 +1,4 @@
-"""Takes units out of a model and puts those that stay in order: weights become smaller, nothing is masked."""
+"""Removes units from a model and puts the remaining ones in order: weights become smaller, nothing is masked."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -31,11 +31,11 @@ from qpruner.quantization.packed import PackedLinear
 
 
 def apply_pruning_(model: Any, plan: CompressionPlan) -> None:
-    """Takes out of a dense model, in place, what its plan does not keep, and orders the rest as it says.
+    """Removes from a dense model, in place, whatever its plan does not keep, and puts the rest in the plan's order.
 
     Raises:
-        UserError: the model has not the shape that the plan was made for, by its configuration or by its weights, or
-            its hidden channels cannot be ordered.
+        UserError: the model does not have the shape that the plan was made for, by its configuration or by its weights,
+            or its hidden channels cannot be reordered.
     """
     for actual in (architecture_of(model.config), stated_by_weights(model)):
         if differences := describe_differences(plan.architecture, actual):
@@ -46,19 +46,19 @@ def apply_pruning_(model: Any, plan: CompressionPlan) -> None:
 
 
 def narrow_(model: Any, kept: Sequence[tuple[Sequence[int], Sequence[int]]]) -> dict[str, float]:
-    """Keeps only some of the units of each layer, in the order given, in place; configuration and weights follow.
+    """Keeps only some of the units of each layer, in the order given, in place; the configuration is updated, too.
 
-    Rows of q, k, v, gate and up go with their biases; o and down lose columns, so their biases stay. Norms over one
-    head (Qwen3) belong to every head alike and stay; those over all heads (OLMo2) narrow, see `norm_scale`. Packed
-    linears stay packed; where their scales run across what goes, the rest is rounded anew. An expert of which no
-    channel is kept goes with its row of the router.
+    Rows of q, k, v, gate and up are removed with their biases; o and down lose columns, so their biases stay. Norms
+    over one head (Qwen3) are shared by all heads and stay; those over all heads (OLMo2) are narrowed, see `norm_scale`.
+    Packed linears stay packed; where a scale spans removed weights, the rest is requantized. An expert of which no
+    channel is kept is removed with its row of the router.
 
     Args:
-        model: causal language model of a supported family, without adapters, on any device, also meta.
-        kept: [layers], places of the kept KV groups and FFN channels, in the order that they are to have.
+        model: causal language model of a supported family, without adapters, on any device, including meta.
+        kept: [layers], indices of the kept KV groups and FFN channels, in the order that they are to have.
 
     Returns:
-        Relative change of each linear that was rounded anew, by ``layer.projection``: norm of the change over norm of
+        Relative change of each linear that was requantized, by ``layer.projection``: norm of the change over norm of
         the weight.
     """
     _, family = family_of(model.config)
@@ -78,7 +78,8 @@ def narrow_(model: Any, kept: Sequence[tuple[Sequence[int], Sequence[int]]]) -> 
         for path in family.reads_config:
             reader: Any = block.get_submodule(path)
             reader.config = layer_config(model.config, number)
-    # It reads a number of heads, to no end, as it stretches positions for long texts. An outline of a model has none.
+    # The rotary module reads a number of heads, without using it, when it rescales positions for long texts. An outline
+    # of # a model has no such module.
     if family.rotary is not None and family.rotary in dict(model.named_modules()):
         model.get_submodule(family.rotary).config = layer_config(model.config, 0)
     return rounded
@@ -87,7 +88,7 @@ def narrow_(model: Any, kept: Sequence[tuple[Sequence[int], Sequence[int]]]) -> 
 def _narrow_layer_(
     block: nn.Module, layer: DecoderLayer, family: Family, kept: tuple[Sequence[int], Sequence[int]]
 ) -> dict[str, float]:
-    """Keeps only some of the units of one layer; returns the relative change of each linear that was rounded anew."""
+    """Keeps only some of the units of one layer; returns the relative change of each requantized linear."""
     groups, experts = kept[0], list(layer.channels_by_ffn(kept[1]))
     rounded: dict[str, float] = {}
     for norm in layer.wide_norms:
@@ -115,7 +116,7 @@ def _narrow_layer_(
 
 
 def _changes(units: Sequence[int], number: int) -> bool:
-    """Whether some of so many units go or change their places."""
+    """Whether any of a number of units are removed or reordered."""
     return tuple(units) != tuple(range(number))
 
 
@@ -147,7 +148,7 @@ def _keep_entries_(module: nn.Module, name: str, index: Tensor) -> None:
 
 
 def first_units(whole: Architecture, widths: Architecture) -> list[tuple[Sequence[int], Sequence[int]]]:
-    """The first units of each layer, as many as an architecture has: of the first experts the first channels.
+    """The first units of each layer, as many as an architecture has: the first channels of the first experts.
 
     Args:
         whole: architecture whose units are counted, at least as wide.
@@ -166,7 +167,7 @@ def keep_units_(stack: Sequence[Coupled], units: Sequence[int]) -> None:
 
     Args:
         stack: all projections that the linear holds.
-        units: places of the units that stay.
+        units: indices of the units that stay.
     """
     linear, axis = stack[0].linear, stack[0].axis
     index = places_of(stack, units).to(linear.weight.device)
@@ -177,12 +178,12 @@ def keep_units_(stack: Sequence[Coupled], units: Sequence[int]) -> None:
 
 
 def places_of(stack: Sequence[Coupled], units: Sequence[int]) -> Tensor:
-    """The rows or columns of a linear that some units own, in all of its projections."""  # [places]
+    """The indices of the rows or columns that the given units own, in all projections of a linear."""  # [places]
     return torch.cat([part.places(units) for part in stack])
 
 
 def narrow_norm_(norm: WideNorm, units: Sequence[int]) -> None:
-    """Slices a norm over all heads, in place, to some units, and scales what stays; before its projection narrows."""
+    """Slices a norm over all heads, in place, to some units, and rescales it; call it before its projection narrows."""
     weight: Any = norm.norm.weight
     scale = norm_scale(norm, units).to(weight.dtype)
     index = within(units, norm.of.width).to(weight.device)
@@ -192,17 +193,18 @@ def narrow_norm_(norm: WideNorm, units: Sequence[int]) -> None:
 
 
 def norm_scale(norm: WideNorm, units: Sequence[int]) -> Tensor:
-    """What makes up for the change of the mean square that a norm over all heads divides by, as heads leave.
+    """The factor that makes up for the change in the mean square of a norm over all heads when heads are removed.
 
-    With S the sum of squares over all n channels and S' that over the n' that stay, the norm of these divided by the
-    root of S / n and is going to divide by the root of S' / n', and so is multiplied by their ratio. The sums are
-    those of the projection's outputs for inputs of equal size in all directions: the squares of its weights. Where the
-    rows that go are zero this is exactly the root of n / n' for every input, and nothing changes but the part of the
-    norm's epsilon, which counts n' / n times; where all rows are alike it is 1.
+    With S the sum of squares over all n channels and S' that over the n' that stay, the norm divided these by the root
+    of S / n and will divide them by the root of S' / n', so its weight is multiplied by the ratio of the new root to
+    the old one. The sums are those of the projection's outputs for inputs of equal size in all directions: the squares
+    of its weights. Where the removed rows are zero, the factor is exactly the root of n / n' for every input, and
+    nothing changes except the effect of the norm's epsilon, which counts n' / n times; where all rows are alike, it is
+    1.
 
     Args:
-        norm: norm over all heads, with its projection as it is before heads leave, packed or not.
-        units: places of the units that stay.
+        norm: norm over all heads, with its projection as it is before heads are removed, packed or not.
+        units: indices of the units that stay.
     """  # []
     linear: Any = norm.of.linear
     linear = linear.get_base_layer() if hasattr(linear, "get_base_layer") else linear
@@ -214,7 +216,7 @@ def norm_scale(norm: WideNorm, units: Sequence[int]) -> Tensor:
 
 
 def _keep_packed(stack: Sequence[Coupled], linear: PackedLinear, units: Sequence[int]) -> tuple[PackedLinear, float]:
-    """The rows or columns of some units of a packed linear, and the relative change by rounding them anew."""
+    """The rows or columns of some units of a packed linear, and the relative change due to requantizing them."""
     axis, index = stack[0].axis, places_of(stack, units).to(linear.packed()["codes"].device)
     packed = narrowed(linear, axis, index)
     before = dequantize(linear).index_select(axis, index)
@@ -232,8 +234,9 @@ def narrow_factors(
 
     Args:
         model: model before it is narrowed.
-        factors: A [r, in] and B [out, r] of adapters, by the name of their linear; other linears' stay as they are.
-        kept: [layers], places of the kept KV groups and FFN channels.
+        factors: A [r, in] and B [out, r] of adapters, by the name of their linear; those of other linears are
+            unchanged.
+        kept: [layers], indices of the kept KV groups and FFN channels.
     """
     _, family = family_of(model.config)
     narrower = dict(factors)

@@ -1,6 +1,7 @@
 """The gradients of the weights below adapters, summed over the backward passes of a step of training.
 
-They are what `lora_guided` approximates, and what it does without: one float32 tensor of the shape of each weight.
+These gradients are what `lora_guided` approximates and so avoids storing: one float32 tensor of the shape of each
+weight.
 """
 
 from collections.abc import Callable
@@ -18,7 +19,7 @@ from qpruner.calibration.gradients import weight_gradient
 class WeightGradients:
     """Collects dL/dW of every projection with an adapter, without W requiring a gradient; W may be packed.
 
-    With dropout in the adapters the gradient is that of W, which sees the inputs as they are.
+    With dropout in the adapters, the gradient is that of W, which sees the inputs without dropout.
 
     Args:
         model: model below PEFT.
@@ -37,7 +38,7 @@ class WeightGradients:
         """The gradients [out, in] summed since they were last taken, by linear.
 
         Args:
-            reduce: takes the mean of a gradient over all processes.
+            reduce: averages a gradient over all processes.
         """
         sums, self._sums = self._sums, {}
         return {linear: reduce(total) for linear, total in sums.items()}
@@ -62,9 +63,9 @@ class WeightGradients:
 
 
 class _Watched(torch.autograd.Function):
-    """The output of a linear as it is; tells of its gradient, and of the inputs that it was computed from.
+    """Passes the output of a linear through; reports its gradient together with the inputs it was computed from.
 
-    The inputs are saved as autograd saves, so that gradient checkpointing drops and recomputes them with all others.
+    The inputs are saved through autograd, so that gradient checkpointing drops and recomputes them with all others.
     """
 
     @staticmethod

@@ -1,10 +1,10 @@
-"""Configurations of models whose layers have widths of their own.
+"""Configurations of models whose layers have individual widths.
 
-Widths that differ between layers stand in ``config.per_layer_config``, transformers' own record of them. Its model
-classes cannot build from that record yet, and some of its configurations (Llama, Gemma2) refuse head counts that do not
-divide the hidden size, although ``head_dim`` is given. So a narrowed model has a configuration class of ours, of type
-``compressed_<family>``; where transformers alone can express the widths, `portable_config` says how, and that is what
-the class saves.
+Widths that differ between layers are held in ``config.per_layer_config``, transformers' own record of them. Its model
+classes cannot be built from that record yet, and some of its configurations (Llama, Gemma2) refuse head counts that do
+not divide the hidden size, although ``head_dim`` is given. A narrowed model therefore has a configuration class of
+ours, of type ``compressed_<family>``; where transformers alone can express the widths, `portable_config` returns the
+configuration that does, and that is what the class saves.
 """
 
 from contextlib import suppress
@@ -22,7 +22,7 @@ from qpruner.modeling_compressed import config_class
 from qpruner.plan import Architecture
 
 LLAMA_ONLY = ("attention_bias", "mlp_bias")
-"""What a Llama may have and a Mistral does not."""
+"""Options that a Llama may have and a Mistral does not."""
 
 
 @cache
@@ -31,7 +31,8 @@ def compressed_config_class(family: str) -> type:
     parent = getattr(transformers, FAMILIES[family].config_class)
 
     def save_pretrained(self: Any, save_directory: str | Path, **options: Any) -> None:
-        # By a model that may be dense by now, in anybody's hands: what transformers alone can read is better.
+        # The model may have become dense, for use by anyone: a configuration that transformers alone can read is
+        # better.
         portable = portable_config(self)
         if portable is self:
             parent.save_pretrained(self, save_directory, **options)
@@ -51,7 +52,7 @@ def compressed_config_class(family: str) -> type:
 
 
 def __getattr__(name: str) -> type:
-    """Makes the classes members of this module, as pickling a model needs them."""
+    """Makes the classes members of this module, which pickling a model requires."""
     for family, anatomy in FAMILIES.items():
         if name == f"Compressed{anatomy.config_class}":
             return compressed_config_class(family)
@@ -61,7 +62,7 @@ def __getattr__(name: str) -> type:
 def with_widths(config: Any, widths: Architecture) -> Any:
     """The configuration of the same model with other widths.
 
-    Equal widths stand in the usual fields; others in ``per_layer_config``, beside the usual fields of ``config``.
+    Equal widths are held in the usual fields; others in ``per_layer_config``, beside the usual fields of ``config``.
     """
     family, anatomy = family_of(config)
     content = plain_dict(config)
@@ -74,7 +75,8 @@ def with_widths(config: Any, widths: Architecture) -> Any:
         }
         for number, groups in enumerate(widths.kv_groups)
     ]
-    # What a layer does not read, as a plain FFN a number of experts, is no difference from those that do.
+    # A field that a layer does not read, such as the number of experts in a plain FFN, does not make it differ from
+    # others.
     overrides = [{**fill, **layer} for fill in [_first_of_each(overrides)] for layer in overrides]
     content["head_dim"] = head_dim
     content.pop("per_layer_config", None)
@@ -88,7 +90,7 @@ def with_widths(config: Any, widths: Architecture) -> Any:
 
 
 def ffn_fields(anatomy: Family, widths: Architecture, number: int) -> dict[str, int]:
-    """The fields of a configuration that hold the widths of a layer's FFN, or of its experts, and what they hold."""
+    """The configuration fields that hold the widths of a layer's FFN, or of its experts, with their values."""
     channels, experts = widths.channels_of_each(number), widths.num_experts(number)
     if experts and anatomy.mixture is not None:
         return {anatomy.mixture.number_field: experts, anatomy.mixture.channels_field: channels}
@@ -104,13 +106,13 @@ def _first_of_each(overrides: list[dict[str, int]]) -> dict[str, int]:
 
 
 def heads_field(config: Any) -> str:
-    """The field that holds the number of query heads, which GPT-2 has another name for."""
+    """The field that holds the number of query heads, which has another name in GPT-2."""
     name: str = config.attribute_map.get("num_attention_heads", "num_attention_heads")
     return name
 
 
 def skeleton_config(config: Any) -> Any:
-    """A configuration of equal layers that are at least as wide, which the family's model class can build from."""
+    """A configuration of equal layers that are at least as wide, from which the family's model class can be built."""
     family, anatomy = family_of(config)
     content = plain_dict(config)
     content.pop("per_layer_config", None)
@@ -144,7 +146,7 @@ def portable_config(config: Any) -> Any:
 
 
 def plain_dict(config: Any) -> dict[str, Any]:
-    """The configuration's own fields, without its type and what transformers adds when it writes one."""
+    """The configuration's own fields, without its type and the fields that transformers adds when saving."""
     content: dict[str, Any] = config.to_dict()
     for name in ("model_type", "architectures", "transformers_version", "auto_map", "compression"):
         content.pop(name, None)
@@ -152,7 +154,7 @@ def plain_dict(config: Any) -> dict[str, Any]:
 
 
 def set_config(model: nn.Module, config: Any) -> None:
-    """Gives the model and every part of it the configuration in place of the one that they share."""
+    """Gives the model and all its modules the configuration in place of the one that they share."""
     shared = model.config
     for module in model.modules():
         if getattr(module, "config", None) is shared:

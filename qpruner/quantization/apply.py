@@ -1,4 +1,4 @@
-"""Carries out the precisions of a plan on a model, with adapters that start from what rounding left."""
+"""Quantizes a model to the precisions of a plan, with adapters that start from the rounding error."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -39,10 +39,10 @@ class LoftQSettings:
     """How the adapters of quantized linears start.
 
     Args:
-        rank: r of the adapters.
-        scale: what the forward pass multiplies ``B A`` by.
-        targets: the linears that get adapters, as ``target_modules`` of `LoRAConfig`.
-        num_iterations: T of LoftQ, at least 1.
+        rank: rank r of the adapters.
+        scale: factor by which the forward pass multiplies ``B A``.
+        targets: linears that get adapters, as ``target_modules`` of `LoRAConfig`.
+        num_iterations: number of iterations T of LoftQ, at least 1.
         seed: seed of the run.
     """
 
@@ -71,7 +71,7 @@ def linear_precisions(model: nn.Module, plan: CompressionPlan) -> dict[str, Prec
 
 
 def adapter_ranks(model: nn.Module, plan: CompressionPlan) -> dict[str, int | None]:
-    """The rank that a plan has for the adapter of each linear of a model's layers, by name; None where it says none."""
+    """The rank that a plan gives the adapter of each linear of a model's layers, by name; None where it gives none."""
     return {
         name: layer.rank
         for layer, units in zip(plan.layers, unit_linears(model), strict=True)
@@ -83,12 +83,12 @@ def adapter_ranks(model: nn.Module, plan: CompressionPlan) -> dict[str, int | No
 def starts_of(
     model: nn.Module, plan: CompressionPlan, settings: LoftQSettings | None
 ) -> dict[str, LoftQSettings | None]:
-    """How the adapter starts of each linear that a plan packs, in the rank that the plan has for its layer; by name.
+    """How the adapter of each linear that a plan packs starts, at the rank that the plan gives its layer; by name.
 
     Args:
         model: model that the plan is for.
-        plan: plan that says the precision of each linear, and may say the rank of a layer.
-        settings: settings where the plan says no rank; None where adapters start from zero.
+        plan: plan that gives the precision of each linear, and may give the rank of a layer.
+        settings: settings, whose rank holds where the plan gives none; None where adapters start from zero.
     """
     packed = [name for name, precision in linear_precisions(model, plan).items() if precision != DENSE]
     if settings is None:
@@ -174,7 +174,7 @@ def check_rank(model: nn.Module, starts: Mapping[str, LoftQSettings | None]) -> 
         starts: how the adapter of each linear starts, by the linear's name; None where it starts from zero.
 
     Raises:
-        UserError: one does; of these the narrowest is named, with the highest rank that it allows.
+        UserError: one has; the message names the narrowest such linear, with the highest rank that it allows.
     """
     too_high = {}
     for name, start in starts.items():

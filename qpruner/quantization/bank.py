@@ -1,12 +1,12 @@
 """A bank: every linear of a narrowed model in every precision that a plan may ask for, quantized once.
 
 A candidate plan is then assembled from it in place, bit for bit as if it had been quantized afresh, at the cost of
-putting modules in their places. The dense linears are the model's own; only packed ones take memory beside them.
-Codes that are rounded by text are those on the dense model's inputs (`qpruner.quantization.calibrated_bank`): a plan
-that is carried out by `qpruner.quantization.calibrated` rounds again, on what its linears really get.
+swapping modules. The dense linears are the model's own; only packed ones take additional memory. Codes from calibrated
+rounding are for the dense model's inputs (`qpruner.quantization.calibrated_bank`): a plan that is carried out by
+`qpruner.quantization.calibrated` is rounded again, on the actual inputs of its linears.
 
-In a folder the bank is one safetensors file for each layer, whole or not there, so that filling it goes on where it was
-cut off and processes can share the work; tensors are mapped into memory and read when they are used. The name of a
+In a folder, the bank is one safetensors file per layer, either complete or absent, so that filling it resumes where it
+was interrupted and processes can share the work; tensors are memory-mapped and read when they are used. The name of a
 tensor is ``linear/precision/part``, where a part is one that the format documents, ``lora_A`` or ``lora_B``.
 """
 
@@ -47,7 +47,7 @@ class Bank:
     """The packed linears of a model, to assemble plans from.
 
     Args:
-        model: narrowed model with its dense linears in place; these serve where a plan leaves a unit dense.
+        model: narrowed model with its dense linears in place; these are used where a plan leaves a unit dense.
         tensors: tensors that `fill` or `fill_folder` made.
     """
 
@@ -62,7 +62,7 @@ class Bank:
 
     @property
     def num_bytes(self) -> int:
-        """Bytes of codes, scales and factors, the dense linears apart."""
+        """Bytes of codes, scales and adapter factors, excluding the dense linears."""
         return sum(tensor.nbytes for tensor in self.tensors.values())
 
     def linear(self, name: str, precision: Precision) -> nn.Linear | PackedLinear:
@@ -94,12 +94,12 @@ class Bank:
         return {f"{_key(name, precision)}/{part}": tensor for part, tensor in self._entry(name, precision).items()}
 
     def weight(self, name: str, precision: Precision, device: torch.device) -> Tensor:
-        """What a linear's weight is in a precision, on a device; float32 [out, in]."""
+        """The weight of a linear in a precision, on a device; float32 [out, in]."""
         linear = self.linear(name, precision).to(device)
         return dequantize(linear) if isinstance(linear, PackedLinear) else linear.weight.detach().float()
 
     def place_(self, model: nn.Module, names: Iterable[str], precision: Precision) -> None:
-        """Puts linears of the model into a precision, unless they are in it."""
+        """Puts linears of the model into a precision, unless they are in it already."""
         offloaded = offload_of(model) is not None  # then dense linears are where their block is
         for name in names:
             present: Any = model.get_submodule(name)
@@ -114,11 +114,12 @@ class Bank:
     def assemble_(self, model: nn.Module, plan: CompressionPlan) -> dict[str, Factors]:
         """Puts every linear of the model into the precision of a plan, whatever plan was assembled before.
 
-        Where the plan has a lower rank for a layer than the bank, adapters start from the leading part of the bank's.
+        Where the plan has a lower rank for a layer than the bank, adapters start from the leading part of the bank's
+        factors.
 
         Args:
             model: model that the bank was made for, without adapters; its tables are left alone.
-            plan: plan whose widths the model has, and whose ranks are none above that of the bank.
+            plan: plan whose widths the model has, with no rank above that of the bank.
 
         Returns:
             The factors that adapters start from, by the name of their linear.
@@ -197,14 +198,14 @@ def fill_folder(
     processes: Processes,
     text: BankText | None = None,
 ) -> Bank:
-    """A bank in a folder; what is there of it is not made again, unless it is of another model or text, or cut off.
+    """A bank in a folder; existing files are reused, unless they are from another model or text, or truncated.
 
     Args:
         folder: folder of the bank, which all processes see.
         model: narrowed and dense model; where text rounds, on the device that computes.
         precisions: precisions to quantize to.
         settings: settings of LoftQ, or of the start that ``text`` asks for; None where adapters start from zero.
-        base: hash by which the model is known, which tells whose bank this is.
+        base: hash that identifies the model that the bank belongs to.
         layers: numbers of the layers to quantize, default all.
         processes: processes that share the work, each with the files of every ``world_size``-th layer, or with its part
             of the text.
@@ -212,7 +213,7 @@ def fill_folder(
             nearest values.
 
     Raises:
-        UserError: as `fill`, or the disk has no room; on all processes, whichever met it.
+        UserError: as `fill`, or the disk is full; on all processes, whichever one met the error.
     """
     origin = _origin(base, settings, next(model.parameters()).dtype, text)
     names = _linears(model)
@@ -290,7 +291,7 @@ def _quantized(
     settings: LoftQSettings | None,
     device: torch.device,
 ) -> dict[str, Tensor]:
-    """The tensors of some linears in all precisions."""
+    """The tensors of the given linears in all precisions."""
     tensors: dict[str, Tensor] = {}
     for name in names:
         check_rank(model, dict.fromkeys([name] if precisions else [], settings))
@@ -345,13 +346,13 @@ def _path(folder: Path, number: int) -> Path:
 
 
 def _origin(base: str | None, settings: LoftQSettings | None, dtype: torch.dtype, text: TextRounding | None) -> str:
-    """What tells a bank from those of other models, settings and texts."""
+    """The hash that distinguishes a bank from those of other models, settings and texts."""
     start = None if settings is None else asdict(settings)
     return hash_json([base, start, str(dtype), *([] if text is None else text.origin)])
 
 
 def _holds(path: Path, names: Iterable[str], precisions: Sequence[Precision], origin: str) -> bool:
-    """Whether a file has all precisions of its layer; warns when it is there and of no use."""
+    """Whether a file has all precisions of its layer; warns if it exists but cannot be used."""
     if not path.exists():
         return False
     try:

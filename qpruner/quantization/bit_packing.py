@@ -1,4 +1,4 @@
-"""Codes of one to eight bits as bytes; what they mean stands in `qpruner.modeling_compressed`."""
+"""Packs codes of one to eight bits into bytes; `qpruner.modeling_compressed` documents their meaning."""
 
 import torch
 from torch import Tensor
@@ -10,7 +10,7 @@ from qpruner.modeling_compressed import PLANES
 def pack(codes: Tensor, bits: int) -> Tensor:
     """The bytes, uint8 [rows, bytes of a row], of codes uint8 [rows, columns] below 2^bits.
 
-    `qpruner.modeling_compressed.unpack_codes` says how they lie, and gives them back.
+    `qpruner.modeling_compressed.unpack_codes` documents their layout and is the inverse.
     """
     planes, shift = [], 0
     for width in PLANES[bits]:

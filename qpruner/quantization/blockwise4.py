@@ -21,7 +21,7 @@ class Blockwise4:
     Layout, for n = out * in weights, m = ceil(n / group) blocks:
 
     - ``codes``: uint8 [ceil(n / 2)], two weights a byte, the earlier one in the upper four bits; each is an index into
-      `qpruner.modeling_compressed.CODE_BOOKS`. When n is odd the last four bits mean nothing.
+      `qpruner.modeling_compressed.CODE_BOOKS`. When n is odd, the last four bits are unused.
     - ``scales``: float32 [m]; weight = code book[code] * scale of its block.
 
     With double quantization, instead of ``scales``:
@@ -87,7 +87,7 @@ def unpack_blocks(
     group: int,
     places: Tensor | None = None,
 ) -> Tensor:
-    """What `blockwise4_values` gives, bit for bit; whole weights by the kernel of bitsandbytes, which is faster."""
+    """The result of `blockwise4_values`, bit for bit; whole weights use the kernel of bitsandbytes, which is faster."""
     if places is not None:
         return blockwise4_values(state, out_features, in_features, name, group, places)
     bnb = _bitsandbytes()
@@ -118,7 +118,7 @@ def multiply_blocks(
 
 
 def quant_state(state: Mapping[str, Tensor], shape: tuple[int, int], name: str, group: int, dtype: torch.dtype) -> Any:
-    """What bitsandbytes has to know of the codes of a weight [out, in], for products in a dtype and their gradients."""
+    """The quantization state of bitsandbytes for a weight [out, in], for products in a dtype and their gradients."""
     scales: dict[str, Any] = {"absmax": state.get("scales")}
     if "scale_codes" in state:
         scales = {"absmax": state["scale_codes"], "offset": state["scale_offset"], "state2": _scale_state(state)}
@@ -136,7 +136,7 @@ def _bitsandbytes() -> Any:
 
 
 def _scale_state(packed: Mapping[str, Tensor]) -> Any:
-    """What bitsandbytes has to know of scales that are quantized themselves."""
+    """The quantization state of bitsandbytes for scales that are quantized themselves."""
     scales = packed["scale_scales"]
     return _bitsandbytes().functional.QuantState(
         absmax=scales, blocksize=SCALE_GROUP, code=scale_code_book(scales.device), dtype=torch.float32

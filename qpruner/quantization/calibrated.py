@@ -1,19 +1,19 @@
-"""Rounding that is judged by text, block by block, on what the blocks before really give.
+"""Calibrated rounding on text, block by block, on the actual outputs of the quantized blocks before.
 
-In each block the units are rounded in the order in which text passes: ``qkv``, ``o``, ``gate_up``, ``down``. All text
-passes through the block with the units so far packed, and the inputs that reach the next unit are summed up, beside
-those that it gets in the model before quantization. `qpruner.quantization.rounding` makes codes of these sums. So at
-any time the errors of everything before are there, and the target may be the dense model's outputs in spite of them.
+In each block, the units are rounded in forward order: ``qkv``, ``o``, ``gate_up``, ``down``. All text passes through
+the block with the units packed so far, and sums are accumulated over the inputs that reach the next unit and over those
+that it receives in the model before quantization. `qpruner.quantization.rounding` turns these sums into codes. At every
+point, all earlier errors are thus present, and the target may be the dense model's outputs in spite of them.
 
-One sequence in eight is held out. Where a linear's calibrated codes are worse on it than plainly rounded ones, these
-are taken, and the log says so.
+One sequence in eight is held out. Where a linear's calibrated codes are worse on it than round-to-nearest codes, the
+latter are used, and the log says so.
 
 Some tokens, such as the first of a sequence, carry activations hundreds of times larger than the rest (arXiv
-2402.17762). What comes next takes a norm of the hidden states, so that what counts of an error of ``o`` or ``down`` is
-its share of them: see `Tokens`.
+2402.17762). The next module normalizes the hidden states, so what counts is an error of ``o`` or ``down`` relative to
+their size: see `Tokens`.
 
-What is rounded of a block is on disk before the next one is begun. A calibration that was cut off reads it and lets
-text pass through it; each file names the one before by its hash, so that a prefix that changed is noticed.
+The rounded linears of a block are on disk before the next block is begun. A calibration that was interrupted reads them
+and passes the text through them; each file records the hash of the previous one, so that a changed prefix is noticed.
 
 Shapes: B sequences of a micro-batch, T tokens, I inputs and O outputs of a linear, G groups of its rows.
 """
@@ -46,12 +46,12 @@ from qpruner.quantization.rounding import corrected_weight, error, round_weight
 
 @dataclass(frozen=True)
 class Calibrated:
-    """What calibration left of a model.
+    """The result of calibrated rounding of a model.
 
     Args:
         factors: factors that adapters start from, by the name of their linear.
-        outcomes: what came of each linear that was rounded by text, by name.
-        resumed: numbers of the layers that were read from the disk.
+        outcomes: outcome of each linear that was rounded on text, by name.
+        resumed: indices of the layers that were read from disk.
     """
 
     factors: dict[str, Factors] = field(default_factory=dict)
@@ -84,12 +84,12 @@ def calibrate_(
     through the model and back, with the states before every block in host memory.
 
     Args:
-        model: narrowed and dense model, on the device that computes.
+        model: narrowed and dense model, on the compute device.
         plan: plan with the widths that the model has.
         config: options of the rounding.
         adapters: how adapters start; None to start them at zero.
         calibration: this process's share of the text.
-        layers: place that keeps what is rounded already.
+        layers: storage of the layers that are rounded already.
 
     Raises:
         UserError: no format offers a precision, the rank is above that of a linear, or what reaches a linear is not
@@ -140,7 +140,7 @@ def calibrate_(
 
 
 class Packing:
-    """Makes codes of what is known of a linear's inputs.
+    """Rounds and packs linears, given sums over their inputs.
 
     Args:
         model: model whose linears are packed, one after the other.
@@ -218,7 +218,7 @@ class Packing:
 
 
 def _error(weight: Tensor, values: Tensor, sums: InputSums) -> float:
-    """Squared error of a linear with other values on some text, over the square of what it should give."""
+    """Squared error of a linear with other values on some text, over the square of its true outputs."""
     size = sums.hessian if sums.dense is None else sums.dense
     whole = error(weight, torch.zeros_like(weight), size)
     return error(weight, values, sums.hessian, sums.cross, sums.dense) / whole if whole else 0.0

@@ -1,7 +1,8 @@
-"""What calibrated rounding has made, layer by layer on disk, so that one that was cut off goes on.
+"""The results of calibrated rounding on disk, layer by layer, so that an interrupted one can resume.
 
-A file holds one layer: states of its linears, and what their adapters start from, by ``linear/part``. It names what the
-calibration is made from, and the file of the layer before by its hash: a layer depends on all that were rounded before.
+A file holds one layer: states of its linears, and what their adapters start from, by ``linear/part``. It records what
+the calibration is made from and the hash of the previous layer's file, as a layer depends on all those rounded before
+it.
 """
 
 import json
@@ -27,8 +28,8 @@ class Outcome:
     """What came of a linear.
 
     Args:
-        kept: whether the calibrated codes were kept; where not, plainly rounded ones were no worse on held-out text,
-            and were taken.
+        kept: whether the calibrated codes were kept; if not, round-to-nearest codes were no worse on held-out text, and
+            were used instead.
         plain: squared error of plainly rounded codes on held-out text, over the square of the true outputs.
         calibrated: the same of calibrated codes.
     """
@@ -39,7 +40,7 @@ class Outcome:
 
     @classmethod
     def of(cls, plain: float, calibrated: float) -> Self:
-        """What errors on held-out text lead to."""
+        """The outcome that follows from the errors on held-out text."""
         return cls(calibrated < plain, plain, calibrated)
 
 

@@ -1,19 +1,19 @@
-"""GPTQ: the columns of a weight are rounded one after the other, and those that are left make up for each (2022).
+"""GPTQ (2022): the columns of a weight are rounded one after the other, and the remaining ones make up for each error.
 
-With W the weight, Q the rounded one, X the inputs of the linear and H = X^T X, what counts is the error at its outputs,
-|X (W - Q)^T|^2 = tr (W - Q) H (W - Q)^T. Once column q is rounded, by e = w_q - round(w_q) in each row, the best that
-the columns F behind it can do is
+With W the weight, Q the rounded weight, X the inputs of the linear and H = X^T X, the objective is the output error,
+|X (W - Q)^T|^2 = tr (W - Q) H (W - Q)^T. Once column q is rounded, with error e = w_q - round(w_q) in each row, the best
+update of the columns F after it is
 
     W_F <- W_F - e [K]_qF / [K]_qq,    K the inverse of H among q and F,
 
-and what is left of the error is the sum over columns of e^2 / [K]_qq. With H^-1 = U^T U, U upper triangular, row q of K
-is U_qq U_q for every q, so that W_F <- W_F - (e / U_qq) U_qF (arXiv 2210.17323, section 3, step 3). Columns beyond a
-block of them hear of it once a block.
+and the remaining error is the sum over columns of e^2 / [K]_qq. With H^-1 = U^T U, U upper triangular, row q of K is
+U_qq U_q for every q, so that W_F <- W_F - (e / U_qq) U_qF (arXiv 2210.17323, section 3, step 3). Columns beyond a block
+are updated once per block.
 
-**First-order term.** FOEM (AAAI 2026) adds to the expansion of the error around the weights as they are a gradient in
-proportion to what they have strayed, D = W - W_original. Of the columns left that is the gradient 2 D_F H_FF of
-tr D_F H_FF D_F^T; a share beta of the Newton step on it is -beta D_F, whatever H_FF is, and the whole of the step to
-the least of the expansion with column q rounded is
+**First-order term.** FOEM (AAAI 2026) adds to the expansion of the error around the current weights a gradient in
+proportion to their deviation from the original ones, D = W - W_original. For the remaining columns that is the gradient
+2 D_F H_FF of tr D_F H_FF D_F^T; a share beta of the Newton step on it is -beta D_F, whatever H_FF is, and the whole of
+the step to the least of the expansion with column q rounded is
 
     D_F <- (1 - beta) D_F - e [K]_qF / [K]_qq,    e = w_q - round(w_q) with w_q after its own share.
 
@@ -36,18 +36,19 @@ from qpruner.quantization.grid import AnyGrid, Span, inverse
 from qpruner.quantization.grid_search import GridSearch, Segment, search
 
 BLOCK = 128
-"""Most columns that are rounded before the columns behind all of them hear of it."""
+"""Maximum number of columns that are rounded before the columns after the block are updated."""
 Choose = Callable[[int, Tensor], tuple[Tensor, Tensor]]
 
 
 def damped(hessian: Tensor, damping: float) -> Tensor:
     """The Hessian with something added to its diagonal; float64, of the same shape.
 
-    A channel that was always 0 then is as one that varies with no other: nothing makes up for it, and it for nothing.
+    A channel that was always 0 is then treated as uncorrelated with all others: it neither compensates nor is
+    compensated.
 
     Args:
         hessian: X^T X, [..., I, I].
-        damping: what is added, in units of the mean of the diagonal; above 0.
+        damping: addition to the diagonal, in units of its mean; above 0.
     """
     hessian = hessian.to(torch.float64, copy=True)
     diagonal = hessian.diagonal(dim1=-2, dim2=-1)
@@ -58,7 +59,7 @@ def damped(hessian: Tensor, damping: float) -> Tensor:
 
 @dataclass(frozen=True)
 class Factor:
-    """What the columns of a linear can do for each other.
+    """The inverse Cholesky factor of a linear's Hessian, by which columns make up for each other.
 
     Args:
         order: columns in the order in which they are rounded, [I]; None for that of the weight.
@@ -73,12 +74,12 @@ class Factor:
         """The factor of a Hessian [I, I], damped, in float64.
 
         Args:
-            hessian: Hessian, with what was added to its diagonal.
-            act_order: whether columns are rounded by falling diagonal of the Hessian.
+            hessian: Hessian [I, I], damped already.
+            act_order: whether columns are rounded in descending order of the Hessian's diagonal.
             name: name of the linear, for errors.
 
         Raises:
-            UserError: the Hessian is not positive.
+            UserError: the Hessian is not positive definite.
         """
         order = None
         if act_order:
@@ -104,9 +105,9 @@ def gptq(weight: Tensor, factor: Factor, spans: Sequence[Span], choose: Choose, 
         weight: weight, [O, I], in float32.
         factor: factor of the Hessian of its inputs.
         spans: groups of all columns, in their order.
-        choose: gives the scale and the minimum [O] of a group from its number and, in the order of the weight, its
-            weights [O, G] as they are when the first of its columns comes; asked wherever the group changes.
-        first_order: share beta of what the columns left have strayed that is taken back before each column.
+        choose: returns the scale and the minimum [O] of a group from its index and, in the order of the weight, its
+            weights [O, G] at the time its first column is rounded; called wherever the group changes.
+        first_order: share beta of the remaining columns' deviation that is undone before each column.
     """
     order = torch.arange(weight.shape[1], device=weight.device) if factor.order is None else factor.order
     numbers = numbers_of(spans, weight.device)[order].tolist()
@@ -146,7 +147,7 @@ def numbers_of(spans: Sequence[Span], device: torch.device) -> Tensor:
 
 
 class FixedGrid:
-    """Gives the scale and the minimum of each group of a grid, whatever its weights became."""
+    """Returns the scale and the minimum of each group of a fixed grid, whatever its current weights."""
 
     def __init__(self, grid: AnyGrid) -> None:
         self._scales, self._minima = grid.scales.T.contiguous(), grid.minima.T.contiguous()  # [M, rows]
@@ -156,12 +157,12 @@ class FixedGrid:
 
 
 class FreshGrid:
-    """Chooses the grid of each group as its turn comes.
+    """Chooses the grid of each group when the group is reached.
 
     Args:
         segments: segments of the linear that the grid is for.
-        how: search for the grid.
-        importance: how much errors count, [I].
+        how: method of the grid search.
+        importance: weight of a squared error in each column, [I].
     """
 
     def __init__(self, segments: Sequence[Segment], how: GridSearch, importance: Tensor) -> None:

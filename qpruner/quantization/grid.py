@@ -1,4 +1,4 @@
-"""Grids: the values at equal distances that the weights of a linear are rounded to.
+"""Grids: the equally spaced values to which the weights of a linear are rounded.
 
 In a group of G consecutive weights of a row, a grid of b bits has the 2^b values
 
@@ -6,9 +6,9 @@ In a group of G consecutive weights of a row, a grid of b bits has the 2^b value
 
 A linear of two segments has a grid for each, side by side (`GridOfTwo`).
 
-A grid holds its scales and minima exactly as a number format stores them, so that what is rounded to it loses nothing
-more when it is packed. Who chooses them is `qpruner.quantization.grid_search`; who stores them are the formats that
-have a grid.
+A grid holds its scales and minima exactly as a number format stores them, so that weights rounded to it lose nothing
+more when they are packed. `qpruner.quantization.grid_search` chooses scales and minima; the formats that have a grid
+store them.
 
 Shapes: O rows (outputs), I columns (inputs), G columns in a group, M = ceil(I / G) groups in a row, the last of which
 may be short.
@@ -47,7 +47,7 @@ class Grid:
         return 1 << self.bits
 
     def round(self, weight: Tensor, first: int = 0) -> Tensor:
-        """The codes of the values nearest to weights; of two that are as near, the higher code.
+        """The codes of the values nearest to weights; ties go to the higher code.
 
         Args:
             weight: weights of some neighbouring columns, [O, n].
@@ -144,7 +144,7 @@ AnyGrid = Grid | GridOfTwo
 
 @dataclass(frozen=True)
 class Span:
-    """The columns of a group, and which codes and minima it can have.
+    """The columns of a group, and the codes and minima that it can have.
 
     Args:
         first: number of its first column.
@@ -170,7 +170,7 @@ def groups_of_columns(first: int, number: int, group: int, device: torch.device)
 
 
 def inverse(scales: Tensor) -> Tensor:
-    """What a difference is multiplied by to count it in scales; 0 for scales of 0, in which nothing is counted."""
+    """The factor that converts a difference into units of the scale; 0 where the scale is 0."""
     tiny = torch.finfo(torch.float32).tiny  # of smaller ones the inverse is infinite
     return torch.where(scales.abs() >= tiny, 1 / scales, 0.0)
 

@@ -1,14 +1,14 @@
-"""The search for grids: which scale and which minimum each group of weights is rounded with.
+"""The search for grids: the scale and the minimum with which each group of weights is rounded.
 
 With x_i the weights of a group, h_i >= 0 their importance (how much an error in weight i counts), s the scale and m the
-minimum of the group, codes are c_i = clamp(round((x_i - m) / s), 0, L), L = 2^bits - 1, and what counts is
+minimum of the group, the codes are c_i = clamp(round((x_i - m) / s), 0, L), L = 2^bits - 1, and the objective is
 
     E(s, m) = sum_i h_i (x_i - m - s c_i)^2.
 
-- ``minmax``: s = (max x - min x) / L and m = min x. Nothing is cut off. What lies between is as coarse as the outermost
-  weight wants it.
-- ``mse``: of the ranges ``f min x ... f max x`` for the factors f of `SHRINKS` the one of the least error. Few weights
-  are cut off so that many are rounded more finely.
+- ``minmax``: s = (max x - min x) / L and m = min x. Nothing is clipped. The outermost weights determine how coarse the
+  grid is in between.
+- ``mse``: of the ranges ``f min x ... f max x`` for the factors f of `SHRINKS`, the one of least error. A few weights
+  are clipped so that many are rounded more finely.
 - ``neuqi``: s and m are free, as in NeUQI (ICML 2026): m is no multiple of s, and no rule ties it to s. For given codes
   E is quadratic, and its minimum is a weighted line through the points (c_i, x_i):
 

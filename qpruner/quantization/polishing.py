@@ -1,16 +1,16 @@
 """Polishing: the grids of packed linears are trained by gradients while their codes stay.
 
-A weight is ``scale * code + minimum``, so that a loss L falls on the scale and the minimum of a group by
+A weight is ``scale * code + minimum``, so the gradients of a loss L for the scale and the minimum of a group are
 
     dL/dscale = sum over the group of dL/dweight * code,    dL/dminimum = sum over the group of dL/dweight.
 
-What is trained says how far a grid has moved from where it began, in numbers of one size for all groups, so that one
-learning rate serves all: the logarithm a of the factor by which the distance of values has grown, and the way b that
-the middle of the values has gone, counted in the distance of the outermost values. With L = 2^bits values,
+The trained parameters say how far a grid has moved from its start, in units that are comparable between groups, so that
+one learning rate suits all: the logarithm a of the factor by which the spacing of the values has grown, and the shift b
+of the middle of the values, in units of the distance between the outermost values. With L = 2^bits values,
 
     scale = scale_0 exp(a),    minimum = minimum_0 + (L - 1) (|scale_0| b + (scale_0 - scale) / 2).
 
-A symmetric format has a alone, and its minimum grows as its scale does. A group whose scale is 0 stays as it is.
+A symmetric format has only a, and its minimum grows as its scale does. A group whose scale is 0 is unchanged.
 
 Source: EfficientQAT, Chen et al., 2024 (arXiv:2407.11062), section 3.3, trains scales alone, end to end; the error of
 the last hidden state beside the cross entropy is the loss of RILQ (arXiv:2412.01129). Minima and a and b are ours.
@@ -36,8 +36,8 @@ def moved(grid: AnyGrid, growths: Tensor, ways: Tensor | None) -> tuple[Tensor, 
 
     Args:
         grid: grid where it began.
-        growths: logarithms a [O, M] of the factors by which scales have grown.
-        ways: ways b [O, M] that the middles have gone; None for a symmetric format.
+        growths: logarithms a of the factors by which the scales have grown, [O, M].
+        ways: shifts b of the middles, [O, M]; None for a symmetric format.
     """
     factors = growths.float().exp()
     scales = grid.scales * factors
@@ -47,7 +47,7 @@ def moved(grid: AnyGrid, growths: Tensor, ways: Tensor | None) -> tuple[Tensor, 
 
 
 def gradients_of_grid(gradient: Tensor, inputs: Tensor, codes: Tensor, grid: AnyGrid) -> tuple[Tensor, Tensor]:
-    """What a loss changes by with the scales and with the minima of a linear, float32 [O, M] each.
+    """The gradients of a loss for the scales and for the minima of a linear, float32 [O, M] each.
 
     Args:
         gradient: gradient of the loss by the outputs of the linear, [N, O].

@@ -1,9 +1,9 @@
 """Adapters that add one number to all weights of a group, and so can be folded into its minimum: QA-LoRA.
 
-The weight of a group is scale * code + minimum, so what is the same for all of its weights belongs to the minimum. The
+The weight of a group is scale * code + minimum, so anything common to all of its weights can go into the minimum. The
 factor A of such an adapter has equal columns within each group: it reads the sum of a group's inputs, A x = A' pool(x).
-Folded, the model is packed as before, with as many bytes, no adapter and no weight rounded anew; the minima alone are
-rounded, to float16, as they always are.
+After folding, the model is packed as before, with as many bytes, no adapter and no weight requantized; only the minima
+are rounded, to float16, as they always are.
 
 Source: Xu et al., QA-LoRA, 2023 (arXiv:2309.14717), section 3.3; sums stand for its means, which A makes up for.
 """

@@ -1,4 +1,4 @@
-"""What GPTQ rounded gets better: codes and grid in turn, each to the least error that the other allows.
+"""Refinement of GPTQ's result: codes and grid in turn, each to the least error that the other allows.
 
 With W the weight, Q the rounded one and H = X^T X of the linear's inputs, the error at its outputs is, for each row
 alone, E = (w - q) H (w - q)^T.
@@ -8,18 +8,18 @@ codes of group m, column M + m ones in its place, zero elsewhere. E is quadratic
 
     (B^T H B) p = B^T H w.
 
-Of a symmetric format p holds the scales alone, and B codes less those of zero. While GPTQ goes through the columns a
-grid can know only of the weights of its own group; here all groups make up for each other.
+Of a symmetric format p holds the scales alone, and B codes less those of zero. While GPTQ goes through the columns, a
+grid can depend only on the weights of its own group; here all groups make up for each other.
 
 **Codes for a given grid.** Coordinate descent (QuantEase, arXiv 2309.01885): with all other columns as they are, E is
 least in column j at
 
     q_j + [(w - q) H]_j / H_jj,
 
-and of the values of the grid at the nearest to that. One sweep goes through all columns, of which those beyond a block
-hear once a block. GPTQ rounds a column when those behind it are still free; a sweep sees what they became.
+and, among the values of the grid, at the one nearest to that. One sweep goes through all columns; those beyond a block
+are updated once per block. GPTQ rounds a column while those after it are still free; a sweep sees their final values.
 
-Neither raises E, but for how the format stores the grid.
+Neither step raises E, except by how the format stores the grid.
 
 Shapes: O rows (outputs), I columns (inputs), G columns in a group, M groups in a row.
 """
