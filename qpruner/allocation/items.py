@@ -1,4 +1,4 @@
-"""What gets one width together: a whole block, or a unit of one."""
+"""Items, which get one width as a whole: a block, or a unit of one."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,14 +16,14 @@ Granularity = Literal["block", "unit"]
 
 @dataclass(frozen=True)
 class Item:
-    """Units of a layer that get one width.
+    """Units of a layer that get the same width.
 
     Args:
         layer: number of the layer.
-        units: units of the layer that go together, some of `UNITS`.
+        units: units of the layer that belong together, some of `UNITS`.
 
     Raises:
-        UserError: a number below 0, or other units.
+        UserError: a layer number below 0, or other units.
     """
 
     layer: int
@@ -37,12 +37,12 @@ class Item:
         return f"layer {self.layer}" if self.units == UNITS else f"layer {self.layer} {'+'.join(self.units)}"
 
     def linears(self, model: nn.Module) -> list[str]:
-        """The names of its linears."""
+        """The names of the item's linears."""
         units = unit_linears(model)[self.layer]
         return [name for unit in self.units for name in units[unit]]
 
     def num_bytes(self, widths: Architecture, precision: Precision, dense_size: int) -> int:
-        """Bytes of its weights in a precision, scales included; ``dense_size`` is that of one dense weight."""
+        """Bytes of the item's weights in a precision, scales included; a dense weight takes ``dense_size`` bytes."""
         shapes = unit_shapes(widths, self.layer)
         return sum(weight_bytes(shape, precision, dense_size) for unit in self.units for shape in shapes[unit])
 
@@ -56,7 +56,7 @@ def items_of(num_layers: int, granularity: Granularity, leave_alone: Sequence[in
         leave_alone: numbers of layers without items; negative ones count from the last.
 
     Raises:
-        UserError: a layer that is not there, or all of them left alone.
+        UserError: a layer that does not exist, or all layers are left alone.
     """
     if wrong := [number for number in leave_alone if not -num_layers <= number < num_layers]:
         raise UserError(

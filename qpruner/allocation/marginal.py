@@ -1,27 +1,27 @@
-"""What it costs a model when one item goes to fewer bits while all others are at random widths, too.
+"""Cost of quantizing one item to fewer bits while all others are at random widths, too.
 
-**Idea.** At few bits what an item costs depends on what the others have: alone in an otherwise dense model it costs
-less, or more, than in the model that a budget buys. So each item is measured inside random assignments around the
-middle of what budgets can buy, and its costs are averaged over these contexts (marginalised). They do not depend on the
-budget: one pass serves all.
+**Idea.** At few bits, the cost of an item depends on the widths of the others: alone in an otherwise dense model it is
+lower, or higher, than in the model that a budget pays for. Each item is therefore measured inside random assignments
+around the middle of what budgets can pay for, and its costs are averaged over these contexts (marginalised). They do
+not depend on the budget: one pass serves all budgets.
 
 **Formula.** With x_k, k = 1..K, random assignments of widths to the n items, L(x) the loss (or the KL divergence from
-the dense model) of the model that is assembled as x, x_k[i -> b] the assignment x_k with item i in precision b, and w
+the dense model) of the model assembled according to x, x_k[i -> b] the assignment x_k with item i in precision b, and w
 the widest of P precisions,
 
     cost(i, b) = 1/K sum_k d_k(i, b),    d_k(i, b) = L(x_k[i -> b]) - L(x_k[i -> w]),
     error(i, b) = std_k d_k(i, b) / sqrt(K).
 
 This is the least-squares fit of an additive model with an intercept for each context and item; an additive loss is
-recovered exactly from any contexts. Contexts come in pairs: x_k, and its mirror, in which the b-th narrowest width
-stands where x_k has the b-th widest. With two widths an item then meets every other in both, so that interactions of
-two items, however strong, cancel: cost(i, b) is the average over all 2^(n - 1) contexts, exactly, where there are none
-of three. Within a context widths are dealt by a random permutation in equal shares that slide with the level t,
+recovered exactly from any contexts. Contexts come in pairs: x_k and its mirror, which has the b-th narrowest width
+where x_k has the b-th widest. With two widths, each item then meets every other one in both, so interactions of two
+items cancel, however strong: cost(i, b) is exactly the average over all 2^(n - 1) contexts if there are no interactions
+of three. Within a context, widths are dealt by a random permutation in equal shares that shift with the level t,
 
     place(i) = clamp(floor(P (u_i + t - 1/2)), 0, P - 1),    u_i = (permutation(i) + 1/2) / n,
 
 and the levels of all contexts are spread evenly from 1/4 to 3/4: with two widths, the share of wide items. The error
-counts contexts as independent; where mirrors cancel it says more than there is.
+treats contexts as independent; where mirrors cancel, it is an overestimate.
 
 **Cost.** For each context a forward pass, and for each item and each of the other P - 1 precisions one through the
 item's block and those after it: K (1 + n (P - 1) / 2) forward passes where items are blocks, K / 2 times as many as
@@ -29,8 +29,8 @@ measuring P = 2 precisions of each item alone takes.
 
 **Trade-off.** Least squares on the losses of independent draws, one full forward pass each, needs more draws than there
 are costs before it says anything, and as many passes again before interactions of two items cancel; see
-``benchmarks/block_estimators.py``. **Source.** That sensitivities be averaged over random bits of the others is from
-MixQuant (2026), whose abstract alone was at hand; that mirrored pairs free main effects of interactions of two is the
+``benchmarks/block_estimators.py``. **Source.** Averaging sensitivities over random bits of the others is from MixQuant
+(2026), of which only the abstract was available; that mirrored pairs free main effects of interactions of two is the
 fold-over of factorial designs (Box and Wilson 1951).
 
 Shapes: K contexts, n items, P precisions.
@@ -56,7 +56,7 @@ from qpruner.seeds import derive_seed
 
 
 class MarginalRises(NamedTuple):
-    """Costs of each item in each precision above the widest, in nats per token; each [n, P] in float64.
+    """Costs of each item in each precision relative to the widest, in nats per token; each [n, P] in float64.
 
     Args:
         kl: rise of the KL divergence from the model without quantization.
@@ -83,26 +83,26 @@ class MarginalRises(NamedTuple):
 
 
 def draw_contexts(num_items: int, num_precisions: int, num_contexts: int, seed: int) -> Tensor:
-    """Assignments that items are measured in; places of precisions, narrowest first, the same for the same arguments.
+    """Assignments in which items are measured, as indices of precisions, narrowest first; deterministic.
 
     Args:
         num_items: number of items, n.
         num_precisions: number of precisions, P.
-        num_contexts: number of assignments, K, even: the second half mirrors the first.
+        num_contexts: number of assignments, K, which is even: the second half mirrors the first.
         seed: seed of the run.
     """  # [K, n] int64
     assert num_contexts >= 2 and num_contexts % 2 == 0
     pairs = num_contexts // 2
     generator = torch.Generator().manual_seed(derive_seed(seed, "allocation", "contexts"))
     ranks = torch.stack([torch.randperm(num_items, generator=generator) for _ in range(pairs)])
-    levels = 0.25 + (torch.arange(pairs, dtype=torch.float64) + 0.5) / (4 * pairs)  # the mirrors have 1 less these
+    levels = 0.25 + (torch.arange(pairs, dtype=torch.float64) + 0.5) / (4 * pairs)  # mirrors have 1 minus these levels
     shifted = (ranks + 0.5) / num_items + levels[:, None] - 0.5
     places = (num_precisions * shifted).floor().long().clamp(0, num_precisions - 1)
     return torch.cat([places, num_precisions - 1 - places])
 
 
 def averaged(losses: Tensor) -> tuple[Tensor, Tensor]:
-    """Costs above the widest precision, and their standard errors; each [n, P].
+    """Costs relative to the widest precision, and their standard errors; each [n, P].
 
     Args:
         losses: losses of each context with one item in each precision, narrowest first, [K, n, P].
@@ -125,16 +125,16 @@ def marginal_rises(
     """Costs of each item in each precision, averaged over random precisions of the others.
 
     Args:
-        model: narrowed and dense model, on the device that computes; it is left as it was.
+        model: narrowed and dense model, on the device that computes; it is left unchanged.
         bank: bank that holds the items in the precisions.
-        items: items that go to a precision; what is no item stays dense.
+        items: items to quantize; everything else stays dense.
         precisions: precisions that each item may have, narrowest first; dense may be among them.
         calibration: this process's share of the text.
-        num_contexts: number of assignments that each item is measured in, even.
-        seed: seed of the run, from which these are drawn.
+        num_contexts: number of assignments in which each item is measured, even.
+        seed: seed of the run, from which the assignments are drawn.
 
     Returns:
-        Costs and their errors, the same in all processes.
+        Costs and their standard errors, the same in all processes.
 
     Raises:
         UserError: a loss is not finite.
@@ -167,9 +167,9 @@ def _losses(
     precisions: Sequence[Precision],
     contexts: Sequence[Sequence[int]],
 ) -> Tensor:
-    """Sums over the sequences of one micro-batch of KL and rise of loss, above the dense model.
+    """Sums of KL and rise of loss, relative to the dense model, over the sequences of one micro-batch.
 
-    What enters each block of a context is kept, so that for an item only its own block and those after it work.
+    The input of each block in a context is kept, so that for an item only its own block and those after it are run.
 
     Returns:
         KL and rise of loss with each item in each precision, [2, K, n, P] in float64.
@@ -180,7 +180,7 @@ def _losses(
         bank.place_(runner.model, names[item], precision)
 
     def after(first: int, hidden: Tensor) -> Tensor:
-        """KL and rise of loss from what enters a block, [2]."""
+        """KL and rise of loss, given the input of a block, [2]."""
         for number in range(first, len(runner.blocks)):
             hidden = runner.call(number, 0, hidden)
         kl, rise = distances(runner, hidden, reference, tokens)
@@ -211,7 +211,7 @@ def _losses(
 
 
 def _through(runner: BlockRunner, embedded: Tensor) -> list[Tensor]:
-    """What enters each block, and what the last one gives."""  # [blocks + 1] of [B, T, H]
+    """The input of each block, and the output of the last one."""  # [blocks + 1] of [B, T, H]
     states = [embedded]
     for number in range(len(runner.blocks)):
         states.append(runner.call(number, 0, states[-1]))

@@ -1,35 +1,35 @@
-"""Mutual information of a real number and a prediction, from samples.
+"""Mutual information between a real number and a prediction, estimated from samples.
 
 **Idea.** A layer whose output tells much about what the model will predict should keep its precision (QPruner, arXiv
-2412.11629). How much it tells is the mutual information of the two, in nats: 0 when they are independent, the entropy
-of the prediction when one follows from the other.
+2412.11629). How much it tells is the mutual information of the two, in nats: 0 if they are independent, the entropy of
+the prediction if the output determines it.
 
-**Formula.** ``histogram`` cuts x into bins of equal counts, so that only the order of its values matters (a prediction
-that is a real number likewise), and puts shares of samples in the place of probabilities:
+**Formula.** ``histogram`` cuts x into bins of equal counts, so that only the order of its values matters (and likewise
+a prediction that is a real number), and replaces probabilities by fractions of samples:
 
     I = sum p(x, y) log(p(x, y) / (p(x) p(y))) - (K_xy - K_x - K_y + 1) / (2 N)
 
-with K the numbers of occupied cells. Chance alone makes the sum positive; the subtracted term is its expectation to
-first order in 1 / N (Miller 1955 for entropies; Roulston 1999, Physica D 125, for mutual information).
+where K are the numbers of occupied cells. Chance alone makes the sum positive; the subtracted term is its expectation
+to first order in 1 / N (Miller 1955 for entropies; Roulston 1999, Physica D 125, for mutual information).
 
 ``neighbours`` needs no cells. For classes (Ross 2014, PLoS ONE 9(2) e87357), with d_i the distance from sample i to the
 k-th nearest of its own class, which has n_i samples, and m_i the number of all others within d_i,
 
     I = psi(N) + psi(k) - <psi(n_i)> - <psi(m_i)>.
 
-Classes of n <= k samples use k = n - 1, and those of one sample are left out, of N too. For real numbers (Kraskov,
+Classes of n <= k samples use k = n - 1, and classes of one sample are left out, also from N. For real numbers (Kraskov,
 Stoegbauer and Grassberger 2004, Phys. Rev. E 69, estimator 1), with d_i the distance to the k-th nearest in the larger
 of |x - x'| and |y - y'|, both measured in standard deviations, and a_i and b_i the numbers of others nearer than d_i in
 x and in y alone,
 
     I = psi(k) + psi(N) - <psi(a_i + 1) + psi(b_i + 1)>.
 
-**Ties.** Equal values fall into one bin, so a constant tells nothing; where many values are equal, fewer bins are
-occupied. Neighbours need distinct values: a fixed noise of 1e-10 standard deviations tells them apart, which makes
+**Ties.** Equal values fall into one bin, so a constant carries no information; where many values are equal, fewer bins
+are occupied. Neighbours need distinct values: a fixed noise of 1e-10 standard deviations separates them, which makes
 equal values neighbours at random.
 
-**Trade-off.** What independent data are found to share, which should be 0: x normal, 16 bins, k = 3, mean and standard
-deviation of 50 draws before negative values become 0 (``python benchmarks/mutual_information.py``).
+**Trade-off.** Estimates for independent data, which should be 0: x normal, 16 bins, k = 3, mean and standard deviation
+of 50 draws before negative values become 0 (``python benchmarks/mutual_information.py``).
 
     y                    N    plug-in          histogram        neighbours
     100 equal classes    250  1.739 +- 0.040   1.489 +- 0.048    0.009 +- 0.061
@@ -42,8 +42,8 @@ deviation of 50 draws before negative values become 0 (``python benchmarks/mutua
                         1000  0.116 +- 0.012   0.005 +- 0.013   -0.002 +- 0.026
                         4000  0.028 +- 0.003  -0.000 +- 0.003    0.000 +- 0.011
 
-The correction of the histogram needs several samples to a cell; where most classes occur a few times only, as tokens do
-in short texts, most of what it finds is chance. Neighbours are without that bias, vary more, and leave out the rarest
+The correction of the histogram needs several samples per cell; where most classes occur only a few times, as tokens do
+in short texts, most of what it finds is chance. Neighbours are free of that bias, vary more, and leave out the rarest
 classes; on real numbers they take O(N^2) time.
 """
 
@@ -57,11 +57,11 @@ from qpruner.errors import UserError
 from qpruner.seeds import derive_seed
 
 STEPS = 2**50
-"""Whole numbers to a standard deviation, among which neighbours are looked for."""
+"""Integer steps per standard deviation, to which values are rounded for the search of neighbours."""
 NOISE = 2**17
-"""Whole numbers across which noise tells equal values apart: 1e-10 of a standard deviation."""
+"""Number of integers over which noise separates equal values: 1e-10 of a standard deviation."""
 CHUNK = 256
-"""Samples whose distances to all others are held at once."""
+"""Number of samples whose distances to all others are in memory at once."""
 
 
 @dataclass(frozen=True)
@@ -69,15 +69,15 @@ class MutualInformationConfig:
     """How the mutual information of layers and predictions is estimated.
 
     Args:
-        estimator: ``histogram``, fast and blind to the scale of outputs; or ``neighbours``, without bins to choose. See
-            `qpruner.allocation.mutual_information`.
+        estimator: ``histogram``, fast and independent of the scale of outputs; or ``neighbours``, without bins to
+            choose. See `qpruner.allocation.mutual_information`.
         bins: number of bins of a histogram, at least 2.
-        neighbours: k of ``neighbours``, at least 1; with more, estimates vary less and blur more.
-        summary: what makes one number of a block's output at a position: mean, L2 norm or largest element.
-        prediction: the token of the highest logit (``argmax``), or the logarithm of its probability.
+        neighbours: k of ``neighbours``, at least 1; larger values lower the variance of estimates and blur them more.
+        summary: statistic that reduces a block's output at a position to one number: mean, L2 norm or largest element.
+        prediction: the token with the highest logit (``argmax``), or the logarithm of its probability.
 
     Raises:
-        UserError: a value out of these.
+        UserError: a value outside of these ranges.
     """
 
     estimator: Literal["histogram", "neighbours"] = "histogram"
@@ -102,10 +102,10 @@ class MutualInformationConfig:
         return 2 * self.bins if self.estimator == "histogram" else self.neighbours + 2
 
     def check_samples(self, count: int) -> None:
-        """Makes sure that there are enough samples to say anything.
+        """Checks that there are enough samples for an estimate.
 
         Raises:
-            UserError: there are not.
+            UserError: there are too few.
         """
         if count < self.fewest_samples:
             needs = f"{self.bins} bins" if self.estimator == "histogram" else f"{self.neighbours} neighbours"
@@ -117,11 +117,11 @@ class MutualInformationConfig:
 
 @dataclass(frozen=True)
 class Estimate:
-    """A mutual information in nats, and how much of it was bias.
+    """A mutual information in nats, and its bias.
 
     Args:
-        uncorrected: estimate before the correction.
-        correction: bias that is subtracted; 0 for ``neighbours``, whose formula holds it.
+        uncorrected: estimate before the correction, in nats.
+        correction: bias that is subtracted, in nats; 0 for ``neighbours``, whose formula includes it.
     """
 
     uncorrected: float
@@ -129,7 +129,7 @@ class Estimate:
 
     @property
     def value(self) -> float:
-        """At least 0, although the corrected estimate of a small one may fall below."""
+        """The corrected estimate, at least 0, although that of a small value may fall below."""
         return max(0.0, self.uncorrected - self.correction)
 
 
@@ -139,15 +139,15 @@ def mutual_information(x: Tensor, y: Tensor, config: MutualInformationConfig) ->
 
 
 def estimate(x: Tensor, y: Tensor, config: MutualInformationConfig) -> Estimate:
-    """Estimates the mutual information of x and y, whatever the order of the samples.
+    """Estimates the mutual information of x and y, independently of the order of the samples.
 
     Args:
         x: samples of x, [N], float and finite.
-        y: samples of y, [N], classes as whole numbers, or float and finite.
+        y: samples of y, [N], classes as integers, or float and finite.
         config: how to estimate.
 
     Raises:
-        UserError: too few samples; for ``neighbours`` only those count whose class occurs twice.
+        UserError: too few samples; for ``neighbours`` only samples count whose class occurs at least twice.
     """
     assert x.ndim == 1 and x.shape == y.shape and x.is_floating_point()
     config.check_samples(len(x))
@@ -177,26 +177,26 @@ def _histogram(x: Tensor, y: Tensor, bins: int) -> Estimate:
 
 
 def _quantile_bins(values: Tensor, bins: int) -> Tensor:
-    """The number of each value's bin, by its rank; equal values share the middle of their ranks."""  # [N]
+    """The bin of each value, by its rank; equal values share the middle of their ranks."""  # [N]
     ordered = values.sort().values
     twice_rank = torch.searchsorted(ordered, values) + torch.searchsorted(ordered, values, right=True)
     return twice_rank * bins // (2 * len(values))
 
 
 def _entropy(cells: Tensor) -> tuple[float, int]:
-    """Entropy in nats of the shares of samples in each cell, and the number of cells that hold any."""
+    """Entropy in nats of the fractions of samples in each cell, and the number of occupied cells."""
     share = _numbered(cells)[1].double() / len(cells)
     return float(-(share * share.log()).sum()), len(share)
 
 
 def _numbered(classes: Tensor) -> tuple[Tensor, Tensor]:
-    """The number of each sample's class among those that occur, in ascending order, and how often each does."""
+    """The index of each sample's class among those that occur, in ascending order, and the count of each class."""
     _, numbers, sizes = torch.unique(classes, return_inverse=True, return_counts=True)
     return numbers, sizes
 
 
 def _whole(values: Tensor, name: str) -> Tensor:
-    """Values as noisy whole numbers, so that a sample plus its distance to a neighbour is exactly the neighbour."""
+    """Values as noisy integers, so that a sample plus its distance to a neighbour is exactly the neighbour."""
     generator = torch.Generator().manual_seed(derive_seed("mutual information", name))
     noise = torch.randint(NOISE, (len(values),), generator=generator).to(values.device)
     return ((values - values.mean()) / values.std() * STEPS).round().long() + noise  # [N], int64
@@ -207,7 +207,7 @@ def _of_classes(x: Tensor, y: Tensor, k: int) -> float:
     x, order = x.sort()
     values = x[y[order].argsort(stable=True)]  # class by class, ascending in each
     sizes = _numbered(y)[1]
-    size = sizes.repeat_interleave(sizes)  # [N], as all that follow
+    size = sizes.repeat_interleave(sizes)  # [N], as are all that follow
     end = sizes.cumsum(0).repeat_interleave(sizes)
     nearest = (size - 1).clamp(max=k)
     distance = _distance_in_run(values, end - size, end, nearest)
@@ -216,10 +216,10 @@ def _of_classes(x: Tensor, y: Tensor, k: int) -> float:
 
 
 def _distance_in_run(values: Tensor, start: Tensor, end: Tensor, k: Tensor) -> Tensor:
-    """Distance from each value to its k-th nearest among those at start to end, between which values ascend."""  # [N]
+    """Distance from each value to its k-th nearest among those from start to end, where values ascend."""  # [N]
     places = torch.arange(len(values), device=values.device)
     distance = torch.full_like(values, torch.iinfo(values.dtype).max)
-    for below in range(int(k.max()) + 1):  # the k nearest are neighbours in order, some of them below
+    for below in range(int(k.max()) + 1):  # the k nearest are adjacent in sorted order, some of them below
         low, high = places - below, places - below + k
         allowed = (low >= start) & (high < end)
         reach = torch.maximum(values - values[low.clamp(min=0)], values[high.clamp(max=len(values) - 1)] - values)

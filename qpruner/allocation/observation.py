@@ -1,8 +1,8 @@
-"""What each decoder block's output tells about the model's prediction, found in one pass over calibration text.
+"""How much each decoder block's output tells about the model's prediction, found in one pass over calibration text.
 
-One token position is one sample: a number made of the output of each block there, and what the model predicts there.
-A process sees its own micro-batches only. It writes their samples at their own place among those of all processes,
-whose sum is then the same everywhere, in the same order for any number of processes.
+One token position is one sample: a number computed from the output of each block there, and the model's prediction
+there. A process sees only its own micro-batches. It writes their samples to their own places among those of all
+processes, so the sum over processes is the same everywhere, in the same order for any number of processes.
 
 Shapes: L layers, S sequences over all processes, T tokens, B sequences of a micro-batch.
 """
@@ -24,10 +24,10 @@ from qpruner.seeds import derive_seed
 def layer_information(model: Any, calibration: Calibration, config: MutualInformationConfig) -> list[float]:
     """Mutual information, in nats, of each layer's output and the prediction; the same on all processes.
 
-    Warns when there are so few samples that most of what a histogram finds in some layer is chance.
+    Warns if there are so few samples that most of what a histogram finds in some layer is chance.
 
     Args:
-        model: causal language model of a supported family, on the device that computes; it is left as it was.
+        model: causal language model of a supported family, on the device that computes; it is left unchanged.
         calibration: calibration text.
         config: what is observed, and how information is estimated.
 
@@ -45,11 +45,11 @@ def observe(model: Any, calibration: Calibration, config: MutualInformationConfi
     """The samples of all processes, on the CPU: sequence by sequence, every position of each.
 
     Returns:
-        Samples of the blocks' outputs [L, S T], float64, and of predictions [S T], int64 for ``argmax`` and float64
-        else.
+        Samples of the blocks' outputs [L, S T], float64, and of predictions [S T], int64 for ``argmax`` and otherwise
+        float64.
 
     Raises:
-        UserError: too few samples; outputs or logits that are not finite, with the first layer that has them.
+        UserError: too few samples; outputs or logits that are not finite, naming the first layer that has them.
     """
     processes = calibration.processes
     num_tokens = sum(batch.tokens.numel() for batch in calibration.batches)
@@ -80,7 +80,7 @@ def observe(model: Any, calibration: Calibration, config: MutualInformationConfi
 
 
 def _summary(output: Tensor, config: MutualInformationConfig) -> Tensor:
-    """One number of what a block gives at each position, in float32."""  # [B, T]
+    """One number computed from the output of a block at each position, in float32."""  # [B, T]
     output = output.float()  # [B, T, hidden]
     match config.summary:
         case "mean":
@@ -93,7 +93,7 @@ def _summary(output: Tensor, config: MutualInformationConfig) -> Tensor:
 
 @torch.no_grad()
 def _predictions(runner: BlockRunner, hidden: Tensor, config: MutualInformationConfig) -> Tensor:
-    """The most probable token at each position, or the logarithm of its probability; nan where logits are broken."""
+    """The most probable token at each position, or its log-probability; nan where logits are not finite."""
     positions = runner.last(hidden).flatten(0, 1)
     parts = [_prediction(runner.logits(positions[part]), config) for part in runner.head.chunks(positions)]
     return torch.cat(parts).view(hidden.shape[:2])  # [B, T]
@@ -109,7 +109,7 @@ def _prediction(logits: Tensor, config: MutualInformationConfig) -> Tensor:
 def _warn_of_chance(
     outputs: Tensor, predictions: Tensor, estimates: list[Estimate], config: MutualInformationConfig
 ) -> None:
-    """Measures chance by shuffled predictions: the estimate's own correction falls short where samples are few."""
+    """Measures chance with shuffled predictions: the estimate's own correction falls short where samples are few."""
     generator = torch.Generator().manual_seed(derive_seed("mutual information", "shuffled"))
     shuffled = predictions[torch.randperm(len(predictions), generator=generator)]
     chance = [estimate(output, shuffled, config).uncorrected for output in outputs]

@@ -1,18 +1,18 @@
-"""What it costs a model when one item alone goes to fewer bits: measured, and estimated from one backward pass.
+"""Cost of quantizing one item alone to fewer bits: measured, and estimated from one backward pass.
 
-**Measured.** For item i and precision b let M(i, b) be the model with the weights of i as b holds them and everything
-else as it was, M. Over the positions t of the calibration text
+**Measured.** For item i and precision b, let M(i, b) be the model M with the weights of item i as b represents them and
+everything else unchanged. Over the positions t of the calibration text
 
     KL(i, b)   = mean_t sum_y p_M(y | t) log(p_M(y | t) / p_M(i,b)(y | t))
     loss(i, b) = mean_t [log p_M(x_t+1 | t) - log p_M(i,b)(x_t+1 | t)].
 
-That the sum of such rises over items tells how good a plan is holds for small rounding errors (Malinovskii et al.,
-HIGGS, 2024, arXiv:2411.17525, theorem 1). Cost: for each item and
-precision a forward pass through the item's block and those after it, and through the head.
+The sum of such rises over items is a good measure of a plan if rounding errors are small (Malinovskii et al., HIGGS,
+2024, arXiv:2411.17525, theorem 1). Cost: for each item and precision, a forward pass through the item's block and those
+after it, and through the head.
 
 **First order** (Li et al., LLM-MQ, 2023): the loss rises by about ``|sum g (Q_b(W) - W)|``, with g the gradient of the
-calibration loss and the true rounding error of b. Cost: one backward pass. At the end of a training the gradient is
-noise around zero, and the sign of the product with it; what is left is of the right order at best.
+calibration loss and the true rounding error of b. Cost: one backward pass. At the end of training the gradient is noise
+around zero, and so is the sign of the product with it; what remains is of the right order of magnitude at best.
 """
 
 from collections.abc import Sequence
@@ -37,13 +37,13 @@ from qpruner.quantization.bank import Bank
 def measured_rises(
     model: Any, bank: Bank, items: Sequence[Item], precisions: Sequence[Precision], calibration: Calibration
 ) -> tuple[Tensor, Tensor]:
-    """The rises of KL and of loss when one item alone goes to a precision, in nats per token.
+    """The rises of KL and of loss when one item alone is quantized to a precision, in nats per token.
 
     Args:
-        model: narrowed and dense model, on the device that computes; it is left as it was.
+        model: narrowed and dense model, on the device that computes; it is left unchanged.
         bank: bank that holds the items in the precisions.
-        items: items that go to a precision, one after the other.
-        precisions: precisions that each item goes to, one after the other.
+        items: items to quantize, one after the other.
+        precisions: precisions to quantize each item to, one after the other.
         calibration: this process's share of the text.
 
     Returns:
@@ -72,7 +72,7 @@ def measured_rises(
 def first_order_rises(
     model: Any, bank: Bank, items: Sequence[Item], precisions: Sequence[Precision], calibration: Calibration
 ) -> Tensor:
-    """The rise of loss by first order, in nats per token; arguments and errors as for `measured_rises`.
+    """The rise of loss to first order, in nats per token; arguments and errors as for `measured_rises`.
 
     Returns:
         Rises of loss, [items, precisions] in float64, at least 0.
@@ -93,16 +93,16 @@ def first_order_rises(
 def _rises(
     runner: BlockRunner, tokens: Tensor, bank: Bank, items: Sequence[Item], precisions: Sequence[Precision]
 ) -> Tensor:
-    """Sums over the sequences of one micro-batch of their mean rises.
+    """Sums of the mean rises of each sequence over the sequences of one micro-batch.
 
-    What enters each block of the dense model passes through the block with each of its items in each precision; what
-    these give goes on through the blocks behind, all of it through one block before the next.
+    The input of each block in the dense model is passed through the block with each of its items in each precision; the
+    outputs are passed on through the following blocks, all of them through one block before the next.
 
     Returns:
         Rises of KL and of loss, [2, items, precisions] in float64.
     """
     (dense,) = runner.embed()
-    changed: dict[tuple[int, int], Tensor] = {}  # what the changed models give so far, by row and column
+    changed: dict[tuple[int, int], Tensor] = {}  # hidden states of the changed models so far, by row and column
     for number in range(len(runner.blocks)):
         with runner.working(number):
             for cell, hidden in changed.items():
@@ -127,7 +127,7 @@ def _rises(
 
 
 def log_probabilities(runner: BlockRunner, hidden: Tensor) -> Tensor:
-    """Log-probabilities of every word behind what the last block gives [B, T, H], in float32."""  # [B T, V]
+    """Log-probabilities of all words, given the output of the last block [B, T, H], in float32."""  # [B T, V]
     last = runner.last(hidden).flatten(0, 1)
     return torch.cat([_log_softmax(runner, last[part]) for part in runner.head.chunks(last)])
 
@@ -141,12 +141,12 @@ def distances(runner: BlockRunner, hidden: Tensor, reference: Tensor, tokens: Te
 
     Args:
         runner: runner on the changed model.
-        hidden: hidden states that its last block gives, [B, T, H].
+        hidden: hidden states that the last block of the changed model outputs, [B, T, H].
         reference: log-probabilities before the change, [B T, V].
         tokens: tokens of the text, [B, T].
 
     Returns:
-        Two tensors [B, T] in float64; at the last position of a row, which predicts no token, the rise means nothing.
+        Two tensors [B, T] in float64; at the last position of a row, which predicts no token, the rise is meaningless.
     """
     last, targets = runner.last(hidden).flatten(0, 1), tokens.roll(-1, 1).flatten()
     kl, rise = (torch.empty(len(targets), dtype=torch.float64, device=tokens.device) for _ in range(2))

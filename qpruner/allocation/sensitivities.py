@@ -1,4 +1,4 @@
-"""The sensitivities of a model as data: what was found, from what, and the costs that follow."""
+"""The sensitivities of a model as data: what was measured, on what, and the costs that follow."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,13 +16,13 @@ Measure = Literal["kl", "loss", "first_order"]
 
 @dataclass(frozen=True)
 class Rises:
-    """What it costs when one item alone goes to a precision, in nats per token.
+    """Costs of quantizing one item alone to each precision, in nats per token.
 
     Args:
-        item: item that goes to a precision.
+        item: item that is quantized.
         kl: KL divergence to the model without quantization, with the item in each precision.
         loss: rise of the loss, with the item in each precision.
-        first_order: rise of the loss in each precision, to first order.
+        first_order: rise of the loss to first order, with the item in each precision.
     """
 
     item: Item
@@ -33,11 +33,11 @@ class Rises:
 
 @dataclass(frozen=True)
 class Marginals:
-    """What it costs when one item goes from the widest precision to another, with the others at random, in nats per
-    token; see `qpruner.allocation.marginal`.
+    """Costs of changing one item from the widest precision to another, with the others at random precisions, in nats
+    per token; see `qpruner.allocation.marginal`.
 
     Args:
-        item: item that goes to a precision.
+        item: item that is quantized.
         kl: rise of the KL divergence from the model without quantization, with the item in each precision.
         loss: rise of the loss, with the item in each precision.
         kl_error: standard error of each of ``kl``.
@@ -53,20 +53,20 @@ class Marginals:
 
 @dataclass(frozen=True)
 class Sensitivities(Record):
-    """What was found of a pruned model; JSON in ``sensitivities.json``.
+    """Measurements of a pruned model; JSON in ``sensitivities.json``.
 
     Args:
-        made_from: plain data that tells what the sensitivities were measured on: with the same, they need not be
-            measured again.
+        made_from: plain data that identify what the sensitivities were measured on: if they are equal, nothing needs to
+            be measured again.
         mutual_information: mutual information of each layer's output and the prediction, in nats; None where it was not
-            asked for.
+            requested.
         precisions: precisions that ``rises`` are of, without dense; or those that ``marginals`` are of, narrowest
             first.
-        rises: rises of each item alone; None where they were not asked for.
-        marginals: rises of each item among others; None where they were not asked for.
+        rises: rises of each item alone; None where they were not requested.
+        marginals: rises of each item among others; None where they were not requested.
 
     Raises:
-        UserError: neither information nor rises, or not as many rises of an item as precisions.
+        UserError: neither information nor rises, or a number of rises of an item that is not that of precisions.
     """
 
     remedy = "Delete the file, and continue the run: it finds them anew."
@@ -91,16 +91,16 @@ class Sensitivities(Record):
     def costs(
         self, items: Sequence[Item], order: Sequence[Precision], measure: Measure | Literal["mutual_information"]
     ) -> list[tuple[float, ...]]:
-        """What it costs to hold each item in each precision; lower is better.
+        """The cost of holding each item in each precision; lower is better.
 
-        For mutual information ``-I log2(bits)``, with which an upgrade saves QPruner's ``I log2(b' / b)``; a unit
-        counts with the information of its layer. A measured rise counts at least as much as that of a wider precision:
-        where more bits seem worse, that is noise.
+        For mutual information it is ``-I log2(bits)``, with which an upgrade saves QPruner's ``I log2(b' / b)``; a unit
+        has the information of its layer. A measured rise counts at least as much as that of a wider precision: where
+        more bits seem worse, that is noise.
 
         Args:
-            items: items to price, one after the other.
+            items: items to price.
             order: precisions to price, fewest bytes first.
-            measure: measure that counts.
+            measure: measure that is used as the cost.
         """
         if measure == "mutual_information":
             assert self.mutual_information is not None

@@ -1,4 +1,4 @@
-"""Which of several widths each item gets when bytes are limited: the multiple-choice knapsack.
+"""Chooses one of several widths for each item when bytes are limited: the multiple-choice knapsack.
 
 **Idea.** An item is a layer or a unit of a layer, a choice is a width that it may have. `greedy` upgrades the item that
 gains most for its bytes until nothing more fits; `exact` finds the cheapest of all allocations that fit.
@@ -7,17 +7,17 @@ gains most for its bytes until nothing more fits; `exact` finds the cheapest of 
 
     minimise sum_i cost(i, j(i))    so that    sum_i size(i, j(i)) <= budget.
 
-`greedy` begins with the smallest choices and always takes the upgrade j -> k that fits with the largest
+`greedy` starts from the smallest choices and always takes the upgrade j -> k that fits with the largest
 
     (cost(i, j) - cost(i, k)) / (size(i, k) - size(i, j)) > 0.
 
 With cost = -I_l log2(bits) that is QPruner's I_l log2(b' / b) / (mem(b') - mem(b)).
 
-`exact` goes through the items and keeps the states (bytes, saving) that can be had with the choices so far, less those
-that save no more than a smaller one. A state is dropped when even fractions of upgrades, taken best first along the
-convex hulls of the remaining items (the linear relaxation), could not beat the best allocation found. Such allocations
-come from the same curve: each state with the whole upgrades that fit. Savings are whole multiples of 2^-48 of what all
-items together can save, about as fine as a float sum of as many numbers, so that sums are exact and ties are ties.
+`exact` goes through the items and keeps the states (bytes, saving) that the choices so far can reach, except those that
+save no more than a smaller one. A state is dropped if even fractional upgrades, taken best first along the convex hulls
+of the remaining items (the linear relaxation), could not beat the best allocation found. Such allocations come from the
+same curve: each state with the whole upgrades that fit. Savings are whole multiples of 2^-48 of what all items together
+can save, about as fine as a float sum of as many numbers, so that sums are exact and ties are ties.
 
 **Sources.** Greedy: Zhou et al. 2024, QPruner (arXiv 2412.11629). States: Nemhauser and Ullmann 1969, "Discrete dynamic
 programming and capital allocation". Relaxation: Sinha and Zoltners 1979, "The multiple-choice knapsack problem". Both
@@ -26,11 +26,11 @@ together: Pisinger 1995, "A minimal algorithm for the multiple-choice knapsack p
 
 **Trade-off.** `greedy` may leave bytes unused that another mix would have used, and never takes an upgrade back.
 `exact` takes milliseconds for 128 items, and longer the more nearly costs are proportional to bytes, where the
-relaxation tells little. At a deviation of 10^-6 the states that it keeps at most, seconds of work, do not hold the
-proof any more; it then warns by how much it may have missed the optimum: a billionth of what is saved.
+relaxation tells little. At a deviation of 10^-6, the largest number of states that it keeps, seconds of work, is no
+longer enough for a proof; it then warns by how much it may have missed the optimum: a billionth of what is saved.
 
-As an integer program (``scipy.optimize.milp``) the same optimum takes 2 to 200 times as long, the more the nearer to
-proportional, has no rule for ties, and needs costs scaled against an absolute tolerance
+As an integer program (``scipy.optimize.milp``) the same optimum takes 2 to 200 times as long, the more the nearer costs
+are to proportional, has no rule for ties, and needs costs scaled against an absolute tolerance
 (``benchmarks/allocation_solvers.py``).
 """
 
@@ -45,8 +45,8 @@ import numpy.typing as npt
 
 Integers = npt.NDArray[np.int64]
 
-DIGITS = 48  # binary, of savings; 5 fewer than a float holds, for the rounding of the relaxation
-SLACK = 0.25  # more than that rounding, of numbers below 2^DIGITS, and less than 1
+DIGITS = 48  # binary digits of savings; 5 fewer than a float holds, to leave room for rounding in the relaxation
+SLACK = 0.25  # more than the rounding error of numbers below 2^DIGITS, and less than 1
 MOST_STATES = 2**17  # 10 s for 128 items
 
 
@@ -56,7 +56,7 @@ class Choice:
 
     Args:
         size: bytes of the choice.
-        cost: what the choice costs in quality, lower is better; of any sign, finite.
+        cost: loss of quality of the choice, lower is better; any finite number, of either sign.
     """
 
     size: int
@@ -64,11 +64,11 @@ class Choice:
 
 
 Choices = Sequence[Sequence[Choice]]
-"""[items] of what each may have, in any order."""
+"""[items], the choices that each item has, in any order."""
 
 
 def smallest(choices: Choices) -> tuple[int, ...]:
-    """The smallest choice of each item; of equal ones the cheapest, then the first."""  # [items]
+    """The smallest choice of each item; of equally small ones the cheapest, then the first."""  # [items]
     return tuple(min(range(len(item)), key=lambda number: (item[number].size, item[number].cost)) for item in choices)
 
 
@@ -88,13 +88,13 @@ def greedy(choices: Choices, budget: int) -> tuple[int, ...]:
     Args:
         choices: choices that each item has, [items]; the smallest fit.
         budget: bytes that the allocation may take.
-    """  # [items], numbers of choices
+    """  # [items], indices of choices
     counts = [len(item) for item in choices]
-    starts = np.cumsum([0, *counts[:-1]])[: len(counts)]  # [items], where the choices of each begin in one list of all
+    starts = np.cumsum([0, *counts[:-1]])[: len(counts)]  # [items], where each item's choices begin in one flat list
     owner = np.repeat(np.arange(len(counts)), counts)  # [all choices], as are the next two
     sizes = np.array([choice.size for item in choices for choice in item], dtype=np.int64)
     costs = np.array([choice.cost for item in choices for choice in item], dtype=np.float64)
-    taken = starts + np.array(smallest(choices), dtype=np.int64)  # [items], places in that list
+    taken = starts + np.array(smallest(choices), dtype=np.int64)  # [items], indices into the flat list
     left = budget - total_size(choices, smallest(choices))
     assert left >= 0
     while True:
@@ -110,27 +110,27 @@ def greedy(choices: Choices, budget: int) -> tuple[int, ...]:
 def exact(choices: Choices, budget: int) -> tuple[int, ...]:
     """The allocation of least cost that fits; of equal ones one of the fewest bytes, always the same.
 
-    Warns when too many states were open and some were dropped, with a bound on what that may have cost.
+    Warns if too many states were open and some were dropped, with a bound on what that may have cost.
 
     Args:
         choices: choices that each item has, [items]; the smallest fit.
         budget: bytes that the allocation may take.
-    """  # [items], numbers of choices
+    """  # [items], indices of choices
     first = dict(enumerate(smallest(choices)))
     best, best_saving, best_size = first, 0, 0
     scale = _scale(choices)
-    # Large items first: the small ones that remain fill what is left more evenly, so that fewer states stay open.
+    # Large items first: the small ones that remain fill the rest more evenly, so that fewer states stay open.
     items = sorted(_upgrades(choices, scale), key=lambda upgrades: -upgrades[-1].size)
     left = min(budget - total_size(choices, smallest(choices)), sum(upgrades[-1].size for upgrades in items))
     assert left >= 0
     steps = _steps(items)
-    sizes = savings = np.zeros(1, dtype=np.int64)  # [states], ascending, both above those of the smallest choices
+    sizes = savings = np.zeros(1, dtype=np.int64)  # [states], ascending, both relative to the smallest choices
     origins: list[Origin] = []
     dropped = 0.0
     for upgrades in items:
         sizes, savings, origin = _extend(sizes, savings, upgrades, left)
         origins.append(origin)
-        # The most that the items to come save in so many bytes: a concave curve through the sums of whole steps.
+        # The most that the remaining items save in so many bytes: a concave curve through the sums of whole steps.
         steps = [step for step in steps if step.item != upgrades[0].item]
         curve_sizes = np.cumsum([0, *(step.size for step in steps)])
         curve_savings = np.cumsum([0, *(step.saving for step in steps)])
@@ -165,13 +165,13 @@ def exact(choices: Choices, budget: int) -> tuple[int, ...]:
 
 
 class Upgrade(NamedTuple):
-    """A choice of an item, or the way to it from a smaller one.
+    """A choice of an item, or the step to it from a smaller one.
 
     Args:
-        item: number of the item.
-        choice: number of the choice.
-        size: bytes that it adds.
-        saving: cost that it saves, in whole units of 2^-scale; see `_scale`.
+        item: index of the item.
+        choice: index of the choice.
+        size: bytes that the upgrade adds.
+        saving: cost that the upgrade saves, in whole units of 2^-scale; see `_scale`.
     """
 
     item: int
@@ -184,9 +184,9 @@ class Origin(NamedTuple):
     """Where the states after an item come from.
 
     Args:
-        item: number of the item.
-        before: numbers of the states that they come from, before the item, [states].
-        choice: numbers of the choices that the item has in them, [states].
+        item: index of the item.
+        before: indices of the states before the item that they come from, [states].
+        choice: indices of the choices that the item has in them, [states].
     """
 
     item: int
@@ -195,14 +195,14 @@ class Origin(NamedTuple):
 
 
 def _scale(choices: Choices) -> int:
-    """The power of two by which costs are multiplied, so that all that can be saved is below 2^DIGITS."""
+    """The exponent of the power of two by which costs are multiplied, so that all savings are below 2^DIGITS."""
     spread = sum(max(choice.cost for choice in item) - min(choice.cost for choice in item) for item in choices)
     assert math.isfinite(spread)
     return DIGITS - math.frexp(spread)[1]
 
 
 def _upgrades(choices: Choices, scale: int) -> list[list[Upgrade]]:
-    """The choices that save more than every smaller one, from the smallest one on."""  # [items]
+    """The choices that save more than every smaller one, starting with the smallest."""  # [items]
     upgrades = []
     for number, (item, first) in enumerate(zip(choices, smallest(choices), strict=True)):
         kept = [Upgrade(number, first, 0, 0)]
@@ -244,11 +244,11 @@ def _extend(
     after = np.repeat(np.arange(len(upgrades)), len(sizes))
     sizes = np.concatenate([sizes + upgrade.size for upgrade in upgrades])
     savings = np.concatenate([savings + upgrade.saving for upgrade in upgrades])
-    order = np.argsort(sizes, kind="stable")  # merges what is sorted already
+    order = np.argsort(sizes, kind="stable")  # merges runs that are already sorted
     order = order[sizes[order] <= left]
     highest = np.maximum.accumulate(savings[order])
     order = order[np.concatenate([[True], highest[1:] > highest[:-1]])]
-    last = sizes[order][1:] != sizes[order][:-1]  # of several of one size the last one saves most
+    last = sizes[order][1:] != sizes[order][:-1]  # of several states of one size, the last one saves most
     order = order[np.concatenate([last, [True]])]
     chosen = np.array([upgrade.choice for upgrade in upgrades])[after[order]]
     return sizes[order], savings[order], Origin(upgrades[0].item, before[order], chosen)

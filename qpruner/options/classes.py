@@ -1,4 +1,4 @@
-"""Classes that are named in options, and the options of a parser or of a class."""
+"""Classes that options name, and the options of a parser or of a class."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, is_dataclass
@@ -15,14 +15,14 @@ from qpruner.datamodules.base import TokenDataModule
 from qpruner.options.words import in_words, is_class, item_type, listed, members
 
 OURS = {name: getattr(package, name) for package in (callbacks, datamodules) for name in package.__all__}
-"""What the package has for ``data`` and ``trainer.callbacks``."""
+"""Classes that the package offers for ``data`` and ``trainer.callbacks``."""
 FOR_PEOPLE = (callbacks.Compression, TokenDataModule)
-"""What people choose among; the other callbacks are added by the commands."""
+"""Base classes of what users choose from; the other callbacks are added by the commands."""
 NAMES: dict[type, Sequence[str]] = {
     Accelerator: ("auto", "cpu", "gpu", "cuda", "mps"),
     Strategy: ("auto", "ddp", "fsdp2"),
 }
-"""Words that stand for objects of Lightning, as far as a fit can be had with them."""
+"""Words that stand for objects of Lightning, as far as a fit supports them."""
 
 
 @dataclass(frozen=True)
@@ -32,8 +32,8 @@ class Options:
     Args:
         types: type of each option, by its dotted name.
         required: names of the options that must be given.
-        linked: names of the options that others give their values to; a person need not give them.
-        unset: names of the options whose default is null, so that null means nothing else, whatever their type.
+        linked: names of the options that get their values from other options, so that a user need not give them.
+        unset: names of the options whose default is null, so that null means unset for them, whatever their type.
     """
 
     types: Mapping[str, Any]
@@ -43,14 +43,15 @@ class Options:
 
     @classmethod
     def of_parser(cls, parser: ArgumentParser) -> "Options":
-        # Without links, whose "option" is an arrow, `--data.help` and the like, and groups, which have no type.
+        # Without links, whose "option" is an arrow, without `--data.help` and the like, and without groups, which have
+        # no type.
         actions = [
             action
             for action in parser._actions
             if all(option.startswith("-") for option in action.option_strings) and not action.dest.endswith("help")
         ]
         types = {action.dest: _type_of(action) for action in actions}
-        # jsonargparse keeps apart what it needs and argparse does not know of: `data`.
+        # jsonargparse keeps required options that argparse does not know of, such as `data`, separately.
         required = {action.dest for action in actions if action.required} | getattr(
             parser, "_extra_required_keys", set()
         )
@@ -70,19 +71,19 @@ class Options:
 
     @property
     def groups(self) -> list[str]:
-        """What stands above options: ``model``, ``model.lora``."""
+        """Prefixes under which options are grouped: ``model``, ``model.lora``."""
         parts = [name.split(".") for name in self.types]
         return list(dict.fromkeys(".".join(part[:depth]) for part in parts for depth in range(1, len(part))))
 
     def owner_of(self, name: str) -> str | None:
-        """The option whose class has the option of that name: ``data`` for ``data.num_train``."""
+        """The option whose class has the option of this name: ``data`` for ``data.num_train``."""
         *above, _ = name.split(".")
         owners = (".".join(above[:depth]) for depth in range(len(above), 0, -1))
         return next((owner for owner in owners if class_in(self.types.get(owner)) is not None), None)
 
 
 def class_in(option_type: Any) -> type | None:
-    """The class whose objects a type asks for, alone or in a list."""
+    """The class whose instances a type asks for, alone or in a list."""
     for member in members(option_type):
         if is_class(member):
             return member
@@ -92,7 +93,7 @@ def class_in(option_type: Any) -> type | None:
 
 
 def class_named(base: type, name: str) -> type | None:
-    """The class of a name or an import path, a ``base`` or not; None where there is none."""
+    """The class with a name or an import path, whether or not it is a ``base``; None where there is none."""
     if "." not in name:
         return {known.__name__: known for known in [*_with_subclasses(base), *OURS.values()]}.get(name)
     module, _, attribute = name.rpartition(".")
@@ -104,25 +105,25 @@ def class_named(base: type, name: str) -> type | None:
 
 
 def offered_classes(base: type) -> list[type]:
-    """The classes to name where a ``base`` is asked for: those of the package, or if it has none, any."""
+    """The classes to list where a ``base`` is asked for: those of the package or, if it has none, any."""
     ours = [known for known in OURS.values() if issubclass(known, base) and _can_be_named(known)]
     return ours or [known for known in _with_subclasses(base) if not is_abstract(known)]
 
 
 def suggested_classes(base: type) -> list[type]:
-    """The classes that a word like a name may mean: those that are offered, and what else libraries have."""
+    """The classes that a misspelt name may mean: those that are offered, and others from libraries."""
     others = (known for known in _with_subclasses(base) if not (known.__name__ in OURS or is_abstract(known)))
     return [*offered_classes(base), *others]
 
 
 def is_abstract(known: type) -> bool:
-    """Whether it leaves methods to others, as far as that is said; not all that do are of `abc.ABCMeta`."""
+    """Whether a class leaves methods to subclasses, as far as it says so; not all that do are of `abc.ABCMeta`."""
     methods = (getattr(known, name, None) for name in dir(known))
     return isabstract(known) or any(getattr(method, "__isabstractmethod__", False) for method in methods)
 
 
 def allowed(option_type: Any) -> str:
-    """What an option may be, in words; classes by their names."""
+    """The values that an option allows, in words; classes by their names."""
     base = class_in(option_type)
     if base is None or is_dataclass(base):
         return in_words(option_type)
@@ -132,7 +133,7 @@ def allowed(option_type: Any) -> str:
 
 
 def _can_be_named(known: type) -> bool:
-    """Whether it is for a person: no part of the commands, nor what others are made from, nor made by a program."""
+    """Whether a class is meant for users: not a part of the commands, nor a base class, nor built by a program."""
     if not issubclass(known, FOR_PEOPLE) or is_abstract(known):
         return False
     return not any("." in name for name in Options.of_class(known).required)  # parts of an object

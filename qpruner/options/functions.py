@@ -1,4 +1,4 @@
-"""Commands that are functions: their options are the signature, explained by the docstring, as those of classes are."""
+"""Commands that are functions: the signature gives their options, the docstring the help, as for classes."""
 
 import inspect
 import json
@@ -16,27 +16,27 @@ Function = Callable[..., None]
 
 
 class FunctionParser(ArgumentParser):
-    """Raises a `UserError` where its parent ends the program."""
+    """Raises a `UserError` where its parent class would exit the program."""
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        if not self.exit_on_error:  # an inner parser, whose caller may try something else
+        if not self.exit_on_error:  # a nested parser, whose caller may try something else
             super().error(message, ex)
         raise user_error(ex) or UserError(f"{' '.join(message.split())}. `{self.prog} --help` explains all.") from ex
 
 
 def run_function(prog: str, function: Function, arguments: Sequence[str]) -> None:
-    """Calls a function with what a command line gives.
+    """Calls a function with the arguments of a command line.
 
-    Parameters that can only be named are options, and so are those with a default; the others are words in their order.
-    A list among these takes all words, and is the only one.
+    Keyword-only parameters are options, and so are those with a default; the others are positional, in their order. A
+    list among the positional ones takes all words, and is the only one.
 
     Args:
-        prog: the command, as a person writes it.
+        prog: command as the user writes it.
         function: function to be called with keywords; its docstring is the help.
-        arguments: words behind the command.
+        arguments: words after the command.
 
     Raises:
-        UserError: an option that is not there, or a value that an option does not take.
+        UserError: an unknown option, or a value that an option does not accept.
     """
     parser, types = function_parser(prog, function), option_types(function)
     words = list(_joined(arguments, types))
@@ -53,10 +53,10 @@ def run_one_of(prog: str, functions: Mapping[str, Function], summary: str, argum
     """Calls the function that the first word names; see `run_function`.
 
     Args:
-        prog: the command, as a person writes it.
-        functions: functions by their names; the first line of a docstring says what each does.
+        prog: command as the user writes it.
+        functions: functions by name; the first line of each docstring says what the function does.
         summary: what the functions do together, for the help.
-        arguments: words behind the command.
+        arguments: words after the command.
 
     Raises:
         UserError: there is no such function, or as in `run_function`.
@@ -102,7 +102,7 @@ def option_types(function: Function) -> dict[str, Any]:
 
 
 def _takes_all_words(function: Function) -> str | None:
-    """Name of the parameter that is the list of all words that are no options; None where there is none."""
+    """Name of the list parameter that takes all words that are not options; None where there is none."""
     hints = get_type_hints(function)
     words = [each.name for each in _parameters(function) if each.name not in option_types(function)]
     return words[0] if len(words) == 1 and item_type(hints[words[0]]) else None
@@ -113,9 +113,9 @@ def _parameters(function: Function) -> list[inspect.Parameter]:
 
 
 def _joined(arguments: Sequence[str], types: Mapping[str, Any]) -> Iterator[str]:
-    """The words with each option as ``--name=value``.
+    """The words, with each option in the form ``--name=value``.
 
-    So ``--round-to 16`` is ``--round_to=16``, ``--flag`` alone is ``--flag=true`` and ``--numbers 1 2`` a list.
+    So ``--round-to 16`` becomes ``--round_to=16``, ``--flag`` alone ``--flag=true``, and ``--numbers 1 2`` a list.
     """
     words = list(arguments)
     while words:
@@ -139,7 +139,7 @@ def _joined(arguments: Sequence[str], types: Mapping[str, Any]) -> Iterator[str]
 
 
 def _mistake(arguments: Sequence[str], types: Mapping[str, Any]) -> UserError | None:
-    """What is wrong with an option, in a line; None where it is something else."""
+    """What is wrong with an option, in one line; None if something else is wrong."""
     for word in _joined(arguments, types):
         option, equals, value = word.partition("=")
         name = option.removeprefix("--")
@@ -153,7 +153,7 @@ def _mistake(arguments: Sequence[str], types: Mapping[str, Any]) -> UserError | 
         taken.add_argument("--value", type=types[name])
         try:
             taken.parse_args([f"--value={value}"])
-        except Exception:  # jsonargparse's, of a value that the type does not take
+        except Exception:  # raised by jsonargparse for a value that the type does not accept
             hint = nearest(value, literal_choices(types[name]))
             return UserError(f"{option} is {value!r}; it must be {in_words(types[name])}.{hint}")
     return None

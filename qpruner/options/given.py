@@ -1,4 +1,4 @@
-"""What a person gave: the options of a command line and of the YAML files that it names, in their order."""
+"""What the user gave: the options of a command line and of the YAML files that it names, in order."""
 
 import re
 from collections.abc import Collection, Iterator, Sequence
@@ -12,9 +12,9 @@ from qpruner.errors import UserError, nearest
 
 CONFIG = ("-c", "--config")
 PRINT = "print_config"
-"""Takes a value behind ``=`` or none."""
+"""Takes a value after ``=``, or none."""
 NEGATIVE = re.compile(r"-\d+|-\d*\.\d+")
-"""What argparse takes for a number; any other word that begins with ``-`` it takes for an option."""
+"""What argparse considers a number; it considers any other word that begins with ``-`` an option."""
 
 
 @dataclass(frozen=True)
@@ -22,10 +22,10 @@ class GivenOption:
     """One option and its value.
 
     Args:
-        name: dotted name, as it was given: ``model.lora.r``, or of the first level of a file. With ``+`` behind it the
-            value is appended.
-        value: text of the command line, or what YAML makes of a file.
-        file: file that the option stands in; None on the command line.
+        name: dotted name as it was given, such as ``model.lora.r``, or the name at the top level of a file. With ``+``
+            appended to the name, the value is appended.
+        value: text from the command line, or the parsed value from a YAML file.
+        file: file that contains the option; None for the command line.
     """
 
     name: str
@@ -34,14 +34,14 @@ class GivenOption:
 
 
 def read_arguments(arguments: Sequence[str], flags: Collection[str]) -> Iterator[GivenOption]:
-    """The options of a command line, one after the other, with those of its files where these are named.
+    """The options of a command line, one after the other, with those of its files at the place where a file is named.
 
     Args:
-        arguments: words behind the command.
+        arguments: words after the command.
         flags: names of the options that need no value.
 
     Raises:
-        UserError: a word that is no option, an option without its value, or a file as in `read_file`.
+        UserError: a word that is not an option, an option without its value, or a file as in `read_file`.
     """
     words = iter(enumerate(arguments, start=1))
     for following, word in words:
@@ -63,14 +63,14 @@ def read_arguments(arguments: Sequence[str], flags: Collection[str]) -> Iterator
             if value.startswith("-") and not NEGATIVE.fullmatch(value):
                 raise UserError(f"{option} needs a value. One that begins with '-' is given as {option}=VALUE.")
             next(words)
-        if option in CONFIG and not Path(value).is_fifo():  # what a pipe held was read by the parser
+        if option in CONFIG and not Path(value).is_fifo():  # the contents of a pipe were read by the parser
             yield from (GivenOption(str(key), content, value) for key, content in read_file(value).items())
         elif option not in CONFIG:
             yield GivenOption(name, value)
 
 
 def config_files(arguments: Sequence[str]) -> Iterator[str]:
-    """The files that a command line names; no pipes, which can be read but once."""
+    """The files that a command line names, without pipes, which can be read only once."""
     for number, argument in enumerate(arguments):
         option, equals, value = argument.partition("=")
         if option in CONFIG and (equals or number + 1 < len(arguments)):
@@ -83,7 +83,7 @@ def read_file(path: str) -> dict[str, Any]:
     """The options of a YAML file.
 
     Raises:
-        UserError: the file cannot be read, is not YAML, holds anything but options, or one of them twice.
+        UserError: the file cannot be read, is not YAML, holds anything but options, or holds an option twice.
     """
     text = _text(Path(path).expanduser(), path)
     try:
@@ -91,7 +91,7 @@ def read_file(path: str) -> dict[str, Any]:
         content = yaml.safe_load(text)
     except yaml.YAMLError as error:
         raise UserError(f"{path!r} is not YAML: {_yaml_problem(error, text)}") from error
-    except (RecursionError, ValueError) as error:  # of numbers with thousands of digits, or dates that are none
+    except (RecursionError, ValueError) as error:  # from numbers with thousands of digits, or invalid dates
         said = "it is nested too deeply" if isinstance(error, RecursionError) else str(error)
         raise UserError(f"Cannot read {path!r}: {said}. It must hold options, as the files in configs do.") from error
     if content is None:
@@ -110,7 +110,7 @@ def read_file(path: str) -> dict[str, Any]:
 
 
 def shown(value: Any) -> str:
-    """A value as an error names it, not longer than a line."""
+    """A value as shown in an error message, no longer than a line."""
     text = "null" if value is None else repr(value)
     return text if len(text) <= 60 else f"{text[:57]}..."
 
@@ -145,7 +145,7 @@ def _yaml_problem(error: yaml.YAMLError, text: str) -> str:
 
 
 def _repeated_keys(node: yaml.Node | None) -> Iterator[yaml.ScalarNode]:
-    """Keys that stand in their mapping for the second time, anywhere below a node."""
+    """Keys that occur a second time in their mapping, anywhere below a node."""
     if isinstance(node, yaml.SequenceNode):
         for item in node.value:
             yield from _repeated_keys(item)

@@ -1,8 +1,8 @@
-"""Finds the option that the parser stumbled over, and says what is wrong with it.
+"""Finds the option that the parser failed on, and explains what is wrong with it.
 
-jsonargparse tells a mistake as text: whole unions of types, the objects tried with them, in other words in each
-version. So the options are looked at again here, one by one, against the types of the parser and of the classes that
-are named; jsonargparse is only asked whether a type takes a value.
+jsonargparse reports a mistake as text: whole unions of types and the objects tried with them, worded differently in
+each version. The options are therefore checked again here, one by one, against the types of the parser and of the named
+classes; jsonargparse is only asked whether a type accepts a value.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -28,28 +28,28 @@ from qpruner.options.given import GivenOption, read_file, shown
 from qpruner.options.words import is_class, item_type, literal_choices, members, takes_null
 
 OF_A_CLASS = ("class_path", "init_args", "dict_kwargs")
-"""What stands in a mapping that names a class."""
+"""Keys of a mapping that names a class."""
 REPLACED = {
     "eval_batch_size": "Batches of evaluation are filled by tokens and not by rows: give eval_tokens_per_batch "
     "instead, or leave it out."
 }
-"""What is said of options that there were once."""
+"""What to say about options that no longer exist."""
 
 
 @dataclass
 class Chosen:
-    """A class that was named for an option, and the names of the options that it was given."""
+    """A class that was named for an option, and the names of the options that were given for it."""
 
     of: type
     given: set[str] = field(default_factory=set)
 
 
 class Mistakes:
-    """Looks at options one after the other, as the parser does.
+    """Checks options one after the other, in the same way as the parser.
 
     Args:
         parser: parser of the command.
-        elsewhere: for each option that this command has not, the command that has it.
+        elsewhere: for each option that only another command has, that command.
     """
 
     def __init__(self, parser: ArgumentParser, elsewhere: Mapping[str, str]) -> None:
@@ -59,10 +59,10 @@ class Mistakes:
         self.chosen: dict[str, list[Chosen]] = {}
 
     def check(self, given: Iterable[GivenOption]) -> None:
-        """Looks at all options that were given, and for those that were not.
+        """Checks all options that were given, and that none is missing.
 
         Raises:
-            UserError: one is wrong or missing.
+            UserError: an option is wrong or missing.
         """
         names: set[str] = set()
         for option in given:
@@ -85,7 +85,7 @@ class Mistakes:
                         )
 
     def _check_option(self, options: Options, name: str, value: Any, owner: str = "") -> None:
-        """Checks an option of the parser, or of the class that was named last for ``owner``."""
+        """Checks an option of the parser, or of the class that was last named for ``owner``."""
         appends, name = name.endswith("+"), name.removesuffix("+")
         prefix = f"{owner}." if owner else ""
         if name in options.types and not (value is None and name in options.unset):
@@ -106,7 +106,7 @@ class Mistakes:
             raise UserError(f"There is no option {prefix + name!r}{of}.{self._suggestion(prefix + name, offered)}")
 
     def _suggestion(self, name: str, offered: Sequence[str]) -> str:
-        """The option that was probably meant: its first part left out, a name beside it, or any that is like it."""
+        """The option that was probably meant: one with a prefix, a similar name in its group, or any similar name."""
         group, _, leaf = name.rpartition(".")
         if leaf in REPLACED:
             return f" {REPLACED[leaf]}"
@@ -141,7 +141,7 @@ class Mistakes:
         base, loaded = class_in(option_type), _loaded(value)
         takes_list = any(map(item_type, members(option_type)))
         if base is not None and not appends:
-            # Of a class that takes the place of another, the parser keeps the options that it has, too.
+            # When a class replaces another, the parser keeps those options of the old one that the new one has, too.
             before = self.chosen.pop(name, [])[-1:]
             kept = before[0].given if before else set()
         else:
@@ -151,9 +151,9 @@ class Mistakes:
                 self._check_object(base, item, name)
         elif base is not None and _is_object(base, loaded):
             if not (appends or any(map(is_class, members(option_type)))):
-                raise wrong_value(option_type, value, name)  # one where several are asked for
+                raise wrong_value(option_type, value, name)  # one object where several are asked for
             if isinstance(loaded, dict) and "class_path" not in loaded and not (is_dataclass(base) or kept):
-                raise wrong_value(option_type, value, name)  # it names no class, nor does anything before it
+                raise wrong_value(option_type, value, name)  # neither it nor anything before it names a class
             self._check_object(base, loaded, name)
             for chosen in self.chosen.get(name, [])[-1:]:
                 chosen.given |= kept
@@ -163,7 +163,7 @@ class Mistakes:
             raise wrong_value(option_type, value, name)
 
     def _check_object(self, base: type, value: Any, name: str) -> None:
-        """Checks the name of a class, or a mapping that says which and with what options."""
+        """Checks the name of a class, or a mapping with the name of a class and its options."""
         if isinstance(value, str):
             value = {"class_path": value} if not isfile(value) else read_file(value)
         if not isinstance(value, dict):
@@ -186,7 +186,7 @@ class Mistakes:
 
 
 def holds_empty_section(value: Any) -> bool:
-    """Whether there is an empty mapping in what a file gives, which the parser passes over whatever its name."""
+    """Whether a value from a file contains an empty mapping, which the parser ignores whatever its name."""
     if isinstance(value, Mapping):
         contents = [content for key, content in value.items() if content or key not in OF_A_CLASS]
         return not value or any(map(holds_empty_section, contents))
@@ -194,13 +194,13 @@ def holds_empty_section(value: Any) -> bool:
 
 
 def wrong_value(option_type: Any, value: Any, name: str) -> UserError:
-    """The error that an option does not take a value."""
+    """The error for a value that an option does not accept."""
     hint = nearest(value, literal_choices(option_type)) if isinstance(value, str) else ""
     return UserError(f"{name} is {shown(value)}; it must be {allowed(option_type)}.{hint}")
 
 
 def no_class(base: type, value: Any, name: str) -> UserError:
-    """The error that a class is not there, or is not what an option takes."""
+    """The error for a class that does not exist, or that an option does not accept."""
     known = class_named(base, value) if isinstance(value, str) else None
     if known is None:
         problem = f"There is no class {shown(value)}."
@@ -214,7 +214,7 @@ def no_class(base: type, value: Any, name: str) -> UserError:
 
 
 def _options_in(value: Any, name: str) -> dict[Any, Any]:
-    """The options that a group was given at once."""
+    """The options that were given for a group as a whole."""
     value = _loaded(value)
     if isinstance(value, str) and isfile(value):
         value = read_file(value)
@@ -224,14 +224,14 @@ def _options_in(value: Any, name: str) -> dict[Any, Any]:
 
 
 def _is_object(base: type, value: Any) -> bool:
-    """Whether a value names a class, says its options, or is a file that does."""
+    """Whether a value names a class, gives its options, or is a file that does."""
     return isinstance(value, dict) or (
         isinstance(value, str) and (class_named(base, value) is not None or isfile(value))
     )
 
 
 def _loaded(value: Any) -> Any:
-    """What YAML makes of a value of the command line that is written as a mapping or a list."""
+    """The YAML value of text from the command line that is written as a mapping or a list."""
     if isinstance(value, str) and value[:1] in ("{", "["):
         try:
             return yaml.safe_load(value)
@@ -241,7 +241,7 @@ def _loaded(value: Any) -> Any:
 
 
 def _takes(option_type: Any, value: Any) -> bool:
-    """Whether jsonargparse makes a value of a type."""
+    """Whether jsonargparse accepts a value for a type."""
     parser: Any = ArgumentParser(exit_on_error=False)
     parser.add_argument("--value", type=option_type)
     try:

@@ -1,5 +1,5 @@
-"""What jsonargparse takes and nobody can use: nulls that mean nothing, as a name in a file with nothing behind it, and
-classes that others are made from.
+"""Finds values that jsonargparse accepts but nobody can use: meaningless nulls, such as those of a name in a file with
+no value after it, and base classes that cannot be instantiated.
 """
 
 from dataclasses import is_dataclass
@@ -13,15 +13,15 @@ from qpruner.options.words import item_type, members, takes_null
 
 
 def check_parsed(options: Options, given: Any, prefix: str = "") -> None:
-    """Finds values that jsonargparse leaves to whoever gets them: null where that means nothing, abstract classes.
+    """Finds values that jsonargparse leaves to the receiver to reject: meaningless nulls and abstract classes.
 
     Args:
         options: options of a parser or a class.
         given: values that were parsed for the options.
-        prefix: what comes before the names in an error.
+        prefix: prefix of the names in an error message.
 
     Raises:
-        UserError: there is one.
+        UserError: there is such a value.
     """
     for name, option_type in options.types.items():
         value = given.get(name)
@@ -30,7 +30,7 @@ def check_parsed(options: Options, given: Any, prefix: str = "") -> None:
 
 
 def _check(option_type: Any, value: Any, name: str) -> None:
-    """Looks at a value and at all that lies in it: items of a list, options of a class or a dataclass."""
+    """Checks a value and everything inside it: items of a list, options of a class or a dataclass."""
     if value is None and not takes_null(option_type):
         raise wrong_value(option_type, value, name)
     if isinstance(value, list):

@@ -1,4 +1,4 @@
-"""Types of options in plain words, as an error says what is allowed."""
+"""Types of options in plain words, for error messages that say what is allowed."""
 
 import inspect
 from collections.abc import Iterable, Iterator, Mapping
@@ -11,11 +11,11 @@ from typing import Any, Literal, Union, get_args, get_origin
 PLAIN = {int: "a whole number", float: "a number", str: "text", Path: "a path", NoneType: "null"}
 PLURAL = {int: "whole numbers", float: "numbers", str: "words", Path: "paths"}
 MOST = 16
-"""Names that a message lists at most."""
+"""Largest number of names that a message lists."""
 
 
 def in_words(option_type: Any) -> str:
-    """What a type allows: ``a whole number, a list of whole numbers or null``."""
+    """The values that a type allows: ``a whole number, a list of whole numbers or null``."""
     choices = literal_choices(option_type)
     parts = [f"one of {listed(choices)}"] if choices else []
     for member in members(option_type):
@@ -25,13 +25,13 @@ def in_words(option_type: Any) -> str:
 
 
 def listed(names: Iterable[Any]) -> str:
-    """Names one after the other; the first of them where there are many."""
+    """Names separated by commas; only the first ones if there are many."""
     distinct = list(dict.fromkeys(map(str, names)))
     return ", ".join(distinct[:MOST]) + (", ..." if len(distinct) > MOST else "")
 
 
 def members(option_type: Any) -> Iterator[Any]:
-    """The types of a union, of unions in it, too; the type itself where it is none."""
+    """The types of a union, including those of nested unions; the type itself if it is not a union."""
     if get_origin(option_type) in (Union, UnionType):
         for member in get_args(option_type):
             yield from members(member)
@@ -50,14 +50,14 @@ def literal_choices(option_type: Any) -> list[str]:
 
 
 def item_type(option_type: Any) -> Any | None:
-    """What a list type is a list of; None for other types."""
+    """The type of the items of a list type; None for other types."""
     origin, arguments = get_origin(option_type), get_args(option_type)
     is_list = inspect.isclass(origin) and issubclass(origin, Iterable) and not issubclass(origin, (Mapping, tuple))
     return arguments[0] if is_list and arguments else None
 
 
 def is_class(option_type: Any) -> bool:
-    """Whether values are objects of a class that has options of its own."""
+    """Whether values are instances of a class that has options of its own."""
     return (
         inspect.isclass(option_type)
         and get_origin(option_type) is None
@@ -95,6 +95,6 @@ def _plural(member: Any) -> str:
 
 
 def _mapped_type(member: Any) -> Any | None:
-    """What a mapping type maps to; None for other types."""
+    """The type of the values of a mapping type; None for other types."""
     origin, arguments = get_origin(member), get_args(member)
     return arguments[1] if inspect.isclass(origin) and issubclass(origin, Mapping) and len(arguments) == 2 else None

@@ -1,4 +1,4 @@
-"""What a person reads of an allocation: a picture, the figures, and why each layer got its bits."""
+"""An allocation in readable form: a picture, the figures, and why each layer got its bits."""
 
 from math import log2
 from typing import TYPE_CHECKING
@@ -13,13 +13,13 @@ if TYPE_CHECKING:
 
 
 def allocation_section(folder: RunFolder) -> list[str]:
-    """What the folder of a run says of its allocation, as lines of Markdown."""
+    """The allocation in the folder of a run, as lines of Markdown."""
     sensitivities = Sensitivities.read(folder.sensitivities) if folder.sensitivities.exists() else None
     return describe(Allocation.read(folder.allocation), sensitivities)
 
 
 def describe(allocation: Allocation, sensitivities: Sensitivities | None) -> list[str]:
-    """What was decided, greedy against exact, a sentence for each item, and what was found; lines of Markdown."""
+    """The decision, greedy against exact, a sentence for each item, and the measurements; lines of Markdown."""
     lines = ["## Who got which bits", "", str(allocation)]
     if allocation.above_dearest:
         lines += ["", "The budget is above the dearest plan, which was taken."]
@@ -39,7 +39,7 @@ def describe(allocation: Allocation, sensitivities: Sensitivities | None) -> lis
 
 
 def sensitivities_table(sensitivities: Sensitivities) -> str:
-    """What was found: information of each layer, or the rises of each item in each precision."""
+    """The measurements: mutual information of each layer, or the rises of each item in each precision."""
     if sensitivities.mutual_information is not None:
         rows = [[f"layer {number}", f"{nats:.4f}"] for number, nats in enumerate(sensitivities.mutual_information)]
         return markdown_table(["", "mutual information (nats)"], rows)
@@ -97,7 +97,7 @@ def sentence(allocation: Allocation, decision: Decision) -> str:
 
 
 def allocation_figure(allocation: Allocation) -> "Figure":
-    """What the narrowest and the widest choice of each item differ in, and what it got; items downwards."""
+    """The gain of the widest over the narrowest choice of each item, and what the item got; items downwards."""
     from matplotlib.figure import Figure
 
     items = range(len(allocation.decisions))
@@ -120,7 +120,7 @@ def allocation_figure(allocation: Allocation) -> "Figure":
 
 
 def _place(allocation: Allocation, decision: Decision) -> int:
-    """From 1, by what the widest choice saves of the narrowest's cost, per byte."""
+    """Rank of an item, from 1, by the cost that its widest choice saves over the narrowest, per byte."""
     gain = _gain_per_byte(decision)
     return 1 + sum(_gain_per_byte(other) > gain for other in allocation.decisions)
 
@@ -131,7 +131,7 @@ def _gain_per_byte(decision: Decision) -> float:
 
 
 def _among(allocation: Allocation) -> str:
-    """In what company an item's cost was found."""
+    """In which context an item's cost was measured."""
     return "for each item among others of random bits" if allocation.method == "marginal" else "alone for each item"
 
 

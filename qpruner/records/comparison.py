@@ -1,4 +1,4 @@
-"""Models side by side, from what was measured of each; what cannot be compared is said."""
+"""Compares models by what was measured of each, and states what cannot be compared."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -19,13 +19,13 @@ from qpruner.schema import Record
 
 @dataclass(frozen=True)
 class Against:
-    """A model against the first, on the questions that both were asked.
+    """A model compared with the first one, on the questions that both were asked.
 
     Args:
         name: name of the model.
         tasks: comparison by task.
         together: comparison over the questions of all these tasks; None where there are none.
-        left_out: why a task that both have could not be compared question by question, by its name.
+        left_out: reason why a task that both models have could not be compared by question, by name of the task.
     """
 
     name: str
@@ -36,14 +36,14 @@ class Against:
 
 @dataclass(frozen=True)
 class Comparison(Record):
-    """What ``comparison.json`` holds.
+    """Contents of ``comparison.json``.
 
     Args:
         models: what was measured of each model, by its name.
-        shared: tasks that all models with tasks have; the mean is over these.
-        means: mean of the shared tasks by model, where there are at least two.
-        against_first: every other model against the first.
-        notes: what differs between the models in how they were measured, a sentence each.
+        shared: tasks that all models with tasks have in common; means are over these.
+        means: mean over the shared tasks by model, where there are at least two.
+        against_first: comparison of every other model with the first.
+        notes: differences between the models in how they were measured, a sentence each.
     """
 
     remedy = "Delete the file and repeat `qpruner compare`."
@@ -69,10 +69,11 @@ def compare_folders(folders: Sequence[Path], names: Sequence[str] | None = None)
 
     Args:
         folders: folders of runs or evaluations, at least one.
-        names: name of each; None for the names of the folders, told apart.
+        names: name of each model; None for the names of the folders, made distinct.
 
     Raises:
-        UserError: another number of names than folders, a name twice, or a folder that nothing was measured in.
+        UserError: the number of names differs from that of folders, a name is given twice, or nothing was measured in
+            a folder.
     """
     if names is not None and (len(names) != len(folders) or len(set(names)) != len(names)):
         raise UserError(
@@ -94,7 +95,7 @@ def compare_folders(folders: Sequence[Path], names: Sequence[str] | None = None)
 
 
 def distinct_names(folders: Sequence[Path]) -> list[str]:
-    """The names of folders, with as much of the path before as tells them apart; the same folder again is numbered."""
+    """The names of folders, with as much of the path as makes them distinct; a folder that occurs again is numbered."""
     parts = [folder.expanduser().absolute().parts[1:] or (str(folder),) for folder in folders]
     names: list[str] = []
     for number, part in enumerate(parts):
@@ -106,7 +107,7 @@ def distinct_names(folders: Sequence[Path]) -> list[str]:
 
 
 def pair_items(first: dict[int, Item], other: dict[int, Item], measure: str) -> PairedComparison | str:
-    """Compares two models on the questions that both have, or says why that cannot be done."""
+    """Compares two models on the questions that both answered, or returns the reason why that is not possible."""
     if not first or not other:
         return "what was said of every question was not kept for both"
     both = sorted(first.keys() & other.keys())
@@ -149,7 +150,7 @@ def _against(name: str, model: Measured, first: Measured, folder: Path, first_fo
 
 
 def _notes(models: dict[str, Measured], shared: Sequence[str]) -> list[str]:
-    """What differs in how models were measured."""
+    """Differences in how the models were measured."""
     notes = [f"{name} is not finished; measured is its last stage." for name, m in models.items() if not m.finished]
     tasks = dict.fromkeys(task for model in models.values() for task in model.tasks)
     labels = {
@@ -177,7 +178,7 @@ def _notes(models: dict[str, Measured], shared: Sequence[str]) -> list[str]:
 
 
 def _difference(what: str, values: dict[str, Any]) -> list[str]:
-    """A sentence where not all models have the same."""
+    """A sentence, if the models do not all have the same value."""
     groups: dict[Any, list[str]] = {}
     for name, value in values.items():
         groups.setdefault(value, []).append(name)
@@ -235,7 +236,7 @@ def against_table(against: Against, first: str) -> str:
 
 
 def describe(comparison: Comparison) -> list[str]:
-    """The tables and what is to be known of them, as lines of Markdown."""
+    """The tables and the notes on how to read them, as lines of Markdown."""
     first = next(iter(comparison.models))
     measured = [f"{name} in {m.measured_in} of {m.folder}" for name, m in comparison.models.items()]
     lines = [models_table(comparison), "", f"Measured: {'; '.join(measured)}."]

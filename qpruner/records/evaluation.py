@@ -1,4 +1,4 @@
-"""What an evaluation found: ``evaluation.json``, and beside it what was measured of every single item."""
+"""Results of an evaluation: ``evaluation.json`` and, beside it, what was measured of every single item."""
 
 import json
 import math
@@ -14,16 +14,16 @@ from qpruner.schema import Record
 
 @dataclass(frozen=True)
 class TaskScore:
-    """How a model does on the questions of a task.
+    """A model's accuracy on the questions of a task.
 
     Args:
         items: number of questions.
-        acc: share of questions whose right option is the likeliest, in [0, 1].
-        acc_norm: share of questions whose right option is the likeliest for its number of characters, in [0, 1].
-        measure: which of the two the task is reported by: ``acc`` or ``acc_norm``.
+        acc: fraction of questions whose correct option is the likeliest, in [0, 1].
+        acc_norm: fraction of questions whose correct option is the likeliest per character, in [0, 1].
+        measure: measure that the task is reported by: ``acc`` or ``acc_norm``.
         source: where the questions come from, such as a file with its SHA-256.
         split: part of the task's questions: ``validation``, ``test`` or ``all``.
-        seconds: seconds that it took.
+        seconds: seconds that the evaluation of the task took.
 
     Raises:
         UserError: an accuracy outside [0, 1], or a measure that is neither.
@@ -62,8 +62,8 @@ class TextScore:
         perplexity: exponential of the mean loss.
         bits_per_byte: bits per byte of the scored text; None where it is unknown.
         source: where the text comes from, such as a file with its SHA-256.
-        seconds: seconds that it took.
-        dropped: tokens at the end of the text that the protocol leaves out, because they fill no window.
+        seconds: seconds that the evaluation of the text took.
+        dropped: number of tokens at the end of the text that the protocol leaves out, because they fill no window.
     """
 
     name: str
@@ -78,13 +78,13 @@ class TextScore:
 
 @dataclass(frozen=True)
 class Sample:
-    """A text that a model wrote.
+    """A text that a model generated.
 
     Args:
-        prompt: text that it was given.
-        text: text that it wrote behind the prompt.
-        distinct: share of different ones among its n-grams of tokens, for n from 1, each in [0, 1].
-        repetition: share of its tokens that lie in a 4-gram of tokens that came before, in [0, 1].
+        prompt: text that the model was given.
+        text: text that the model generated after the prompt.
+        distinct: fraction of distinct n-grams among its n-grams of tokens, for n from 1, each in [0, 1].
+        repetition: fraction of its tokens that lie in a 4-gram of tokens that occurred before, in [0, 1].
     """
 
     prompt: str
@@ -95,11 +95,11 @@ class Sample:
 
 @dataclass(frozen=True)
 class HarnessTask:
-    """What lm-evaluation-harness says of a task or group that was asked for.
+    """Results of lm-evaluation-harness on a task or group that was asked for.
 
     Args:
-        options: how it was asked: folder of local records, number of items, number of solved examples.
-        metrics: every number that the harness gives, of the task itself and of those that it consists of, by name.
+        options: how the task was run: folder of local records, number of items, number of solved examples.
+        metrics: every number that the harness reports, of the task itself and of its subtasks, by name.
     """
 
     options: dict[str, Any]
@@ -108,20 +108,20 @@ class HarnessTask:
 
 @dataclass(frozen=True)
 class Evaluation(Record):
-    """What ``evaluation.json`` holds.
+    """Contents of ``evaluation.json``.
 
     Args:
         model: folder or hub name of the model.
-        identity: text that tells the model's weights from others.
+        identity: text that identifies the model's weights.
         parameters: number of parameters, adapters included.
         tensor_bytes: bytes of the model's tensors.
         average_bits: bits per weight of the decoder linears, scales included; None where nothing was compressed.
-        peak_of: what the peak of memory means on the device, in words.
-        peak_inference: highest use of memory, in bytes; None where it is unknown.
+        peak_of: meaning of the memory peak on the device, in words.
+        peak_inference: peak memory use, in bytes; None where it is unknown.
         tasks: scores of tasks by name, in the order in which they were asked for.
         texts: scores of texts.
-        samples: texts that the model wrote.
-        harness: what lm-evaluation-harness says of tasks, by the name that each was asked for.
+        samples: texts that the model generated.
+        harness: results of lm-evaluation-harness, by the name under which each task was asked for.
     """
 
     remedy = "Delete the file and repeat the command: it measures again."
@@ -141,16 +141,16 @@ class Evaluation(Record):
 
 @dataclass(frozen=True)
 class Item:
-    """What a model said of one question; a line of ``items/TASK.jsonl``.
+    """A model's answer to one question; a line of ``items/TASK.jsonl``.
 
     Args:
-        item: name of the question, the same whatever else was measured: its place in the file it was read from.
-        gold: place of the right option, from 0.
+        item: name of the question, which does not depend on what else was measured: its index in the source file.
+        gold: index of the correct option, from 0.
         log_likelihoods: log-likelihood of each option, in nats.
-        lengths: characters of each option.
+        lengths: number of characters of each option.
 
     Raises:
-        UserError: no log-likelihood and length for each option, no option with the gold's place, or an empty option.
+        UserError: no log-likelihood and length for each option, no option with the index ``gold``, or an empty option.
     """
 
     item: int
@@ -169,7 +169,7 @@ class Item:
 
     @property
     def outcome(self) -> dict[str, bool]:
-        """Whether the answer is right by each measure."""
+        """Whether the answer is correct by each measure."""
         scores: dict[str, Any] = {
             "acc": self.log_likelihoods,
             "acc_norm": [score / length for score, length in zip(self.log_likelihoods, self.lengths, strict=True)],
@@ -178,13 +178,13 @@ class Item:
 
 
 ITEMS = "items"
-"""Folder of what was measured of every question, in the folder of an evaluation."""
+"""Folder with the measurements of every question, inside the folder of an evaluation."""
 
 
 def accuracies(items: Sequence[Item]) -> dict[str, float]:
-    """Share of right answers by each measure; nan where the likelihoods of a question say nothing.
+    """Fraction of correct answers by each measure; nan where the likelihoods of a question are meaningless.
 
-    They do not where one of them is nan or all options are impossible; then no answer of the model can be trusted.
+    They are if one of them is nan or all options are impossible; then no answer of the model can be trusted.
     """
     if any(says_nothing(item.log_likelihoods) for item in items):
         return {"acc": math.nan, "acc_norm": math.nan}
@@ -197,12 +197,12 @@ def says_nothing(log_likelihoods: Sequence[float]) -> bool:
 
 
 def items_file(folder: Path, task: str) -> Path:
-    """The file of what was measured of the questions of a task, in the folder of an evaluation."""
+    """The file with the measurements of a task's questions, in the folder of an evaluation."""
     return folder / ITEMS / f"{task}.jsonl"
 
 
 def write_items(path: Path, items: Sequence[Item]) -> None:
-    """Writes a question a line."""
+    """Writes one question per line."""
     path.parent.mkdir(parents=True, exist_ok=True)
     write_text(path, "".join(f"{_line(item)}\n" for item in items))
 

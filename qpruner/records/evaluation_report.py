@@ -1,4 +1,4 @@
-"""Tables of an evaluation: its tasks with their errors, its texts with their protocols, and what the model wrote."""
+"""Tables of an evaluation: its tasks with their errors, its texts with their protocols, and the generated texts."""
 
 import re
 from collections.abc import Sequence
@@ -11,7 +11,7 @@ from qpruner.records.tables import markdown_table, mebibytes, number, percent
 
 REPORT = "report.md"
 LONGEST_TEXT = 600
-"""Characters of a text that a report shows."""
+"""Largest number of characters of a text that a report shows."""
 
 
 def write_evaluation_report(folder: Path, evaluation: Evaluation) -> None:
@@ -42,7 +42,7 @@ def evaluation_table(evaluation: Evaluation) -> str:
 
 
 def samples_section(samples: Sequence[Sample]) -> str:
-    """What a model wrote, as a section of a report: the numbers in a table, and the beginning of each text."""
+    """The texts that a model generated, as a section of a report: a table of numbers, and the start of each text."""
     numbers = range(1, max(len(sample.distinct) for sample in samples) + 1)
     header = ["text", *(f"distinct-{n}" for n in numbers), "repetition"]
     rows = [
@@ -68,7 +68,7 @@ def samples_section(samples: Sequence[Sample]) -> str:
 
 
 def sources(evaluation: Evaluation) -> list[str]:
-    """Where tasks and texts come from, a line of a list for each that is not said already."""
+    """Where tasks and texts come from, as lines of a list without repetitions."""
     named = [(name, score.source) for name, score in evaluation.tasks.items()]
     named += [(score.name, score.source) for score in evaluation.texts]
     return [f"- {name}: {source}" for name, source in dict.fromkeys(named)]
@@ -104,7 +104,7 @@ def _tasks_table(evaluation: Evaluation) -> str:
 
 
 def _harness_table(evaluation: Evaluation) -> str:
-    """What the harness says of groups, and of tasks that are no questions with options; the others are told already."""
+    """The harness's results on groups, and on tasks other than questions with options; the rest is in another table."""
     rows = [
         [task, metric, number(value, ".4f")]
         for asked in evaluation.harness.values()
@@ -143,6 +143,6 @@ def _beginning(text: str) -> str:
 
 
 def _fenced(text: str) -> str:
-    """A text to the letter, in a fence that nothing in it closes."""
+    """A text verbatim, in a fence that nothing in the text closes."""
     fence = "`" * max(3, 1 + max(map(len, re.findall("`+", text)), default=0))
     return f"{fence}text\n{text}\n{fence}"

@@ -1,4 +1,4 @@
-"""The folder of a run: what lies in it, and how far the run came."""
+"""The folder of a run: its contents, and how far the run has progressed."""
 
 import shutil
 from dataclasses import dataclass
@@ -13,21 +13,21 @@ from qpruner.folder_manifest import is_compressed
 from qpruner.schema import conform, read_as
 
 FINISHED = "finished.json"
-"""Of the phases of a run, beside their folders."""
+"""File about the phases of a run, beside their folders."""
 
 RESTORE = "Restore the file, or start the run anew with --restart."
-"""What to do about a file of a run that is damaged."""
+"""What to do about a damaged file of a run."""
 
 
 @dataclass(frozen=True)
 class PhasesOver:
-    """What ``finished.json`` holds.
+    """Contents of ``finished.json``.
 
     Args:
-        finished: number of phases that are over, among those that others come after.
+        finished: number of finished phases, not counting the last phase of the run.
 
     Raises:
-        UserError: less than none.
+        UserError: a number below 0.
     """
 
     finished: int
@@ -38,7 +38,7 @@ class PhasesOver:
 
 
 class RunOver(TypedDict):
-    """What ``summary.json`` holds, as far as the folder asks."""
+    """Contents of ``summary.json``, as far as the folder needs them."""
 
     finished: bool
 
@@ -50,8 +50,8 @@ class RunConfig:
     Args:
         name: name of the run; the same command with the same name continues it.
         dir: folder that holds the folders of all runs.
-        checkpoint_every_n_steps: optimizer steps between two checkpoints, at least 1; a run that is killed loses the
-            steps since the last one.
+        checkpoint_every_n_steps: number of optimizer steps between two checkpoints, at least 1; a run that is killed
+            loses the steps since the last one.
     """
 
     name: str = "default"
@@ -87,7 +87,7 @@ class RunFolder:
 
     Args:
         path: path of the folder.
-        phase: number, from 1, of a phase that others come after, whose parts lie in ``phases/<number>/``; None for the
+        phase: number, from 1, of a phase that is not the last, whose parts lie in ``phases/<number>/``; None for the
             last or only phase, whose parts lie in the folder itself.
     """
 
@@ -112,10 +112,10 @@ class RunFolder:
     learning = Part("learning")
     """Where gates over structure and precision are learned, before the first phase."""
     learned_plan = Part("learned.json")
-    """The plan that they said, which the phases carry out."""
+    """The learned plan, which the phases carry out."""
     learning_picture = Part("learning.png")
     teacher = Part("teacher")
-    """What the dense model says of training rows, where that is recorded for all phases."""
+    """The dense model's outputs on training rows, where these are recorded for all phases."""
 
     # Of a fit.
     tensorboard = Part("tensorboard", of_phase=True)
@@ -128,7 +128,7 @@ class RunFolder:
     allocation = Part("allocation.json", of_phase=True)
     bank = Part("bank", of_phase=True)
     calibrated = Part("calibrated", of_phase=True)
-    """Layers that are rounded by text, until the base that they are part of is kept."""
+    """Layers that were rounded using text, until the base that they are part of is kept."""
 
     # Of a search.
     reference = Part("reference.safetensors")
@@ -139,7 +139,7 @@ class RunFolder:
     plans = Part("plans")
     prior = Part("prior")
     structure = Part("structure")
-    """Scores of units, and the sums that say what makes up for those that go."""
+    """Scores of units, and the sums for compensating the units that are removed."""
     trials_picture = Part("trials.png")
     pareto_picture = Part("pareto.png")
 
@@ -149,12 +149,12 @@ class RunFolder:
 
     @property
     def phase_folder(self) -> Path:
-        """Where the parts of the phase lie."""
+        """The folder that holds the parts of the phase."""
         return self.path if self.phase is None else self.phases / str(self.phase)
 
     @property
     def checkpoint(self) -> Path:
-        """What a fit that was cut off goes on from."""
+        """The checkpoint from which an interrupted fit resumes."""
         return self.checkpoints / "last.ckpt"
 
     @property
@@ -163,19 +163,19 @@ class RunFolder:
 
     @property
     def finished_phases(self) -> int:
-        """How many phases that others come after are over."""
+        """Number of finished phases, not counting the last phase of the run."""
         path = self.phases / FINISHED
         return read_as(path, PhasesOver, remedy=RESTORE).finished if path.exists() else 0
 
     @property
     def all_phases(self) -> list["RunFolder"]:
-        """The folder in each phase that has begun, the last one last."""
+        """The folder as seen by each phase that has begun, the last phase last."""
         numbers = sorted(int(name) for folder in self.phases.glob("*") if (name := folder.name).isdecimal())
         return [*(RunFolder(self.path, number) for number in numbers), RunFolder(self.path)]
 
     @property
     def kept_base(self) -> Path | None:
-        """The compressed base that the run came to last; None where there is none yet."""
+        """The most recent compressed base of the run; None where there is none yet."""
         places = (place for phase in reversed(self.all_phases) for place in (phase.model, phase.base))
         return next(filter(is_compressed, places), None)
 
@@ -196,23 +196,23 @@ class RunFolder:
         """The options that the folder is bound to.
 
         Raises:
-            UserError: the file is gone or damaged.
+            UserError: the file is missing or damaged.
         """
         with reading(self.config, RESTORE, (*MALFORMED, yaml.YAMLError)):
             return conform(yaml.safe_load(self.config.read_text(encoding="utf-8")), dict[str, Any])
 
     def record_finished(self) -> None:
-        """Says that this phase, which others come after, is over."""
+        """Records that this phase, which is not the last, is finished."""
         assert self.phase is not None
         write_json(self.phases / FINISHED, {"finished": self.phase})
 
     def drop_training_state(self) -> None:
-        """Removes what a fit goes on from, once its result holds all that is needed of it."""
+        """Removes what a fit would resume from, once its result holds everything that is needed."""
         shutil.rmtree(self.base, ignore_errors=True)
         self.checkpoint.unlink(missing_ok=True)
 
     def clear(self) -> None:
-        """Removes every part, whole or half written, and nothing else: the folder may hold more than runs."""
+        """Removes every part, complete or partly written, and nothing else: the folder may hold more than runs."""
         for part in vars(RunFolder).values():
             if isinstance(part, Part):
                 for path in (self.path / part.name, *self.path.glob(f".{part.name}.*tmp")):

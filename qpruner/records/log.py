@@ -9,7 +9,7 @@ from pathlib import Path
 
 
 class RunLog(logging.handlers.WatchedFileHandler):
-    """A log that a full disk leaves with lines missing: that ends no run, and is not told at each of them."""
+    """A log in which a full disk leaves lines out, without ending the run or being reported for each line."""
 
     def handleError(self, record: logging.LogRecord) -> None:
         if not isinstance(sys.exc_info()[1], OSError):
@@ -17,9 +17,9 @@ class RunLog(logging.handlers.WatchedFileHandler):
 
 
 def log_to(path: Path) -> Callable[[], None]:
-    """Adds what is logged from now on to the log of the run, until the function that is returned is called.
+    """Adds everything that is logged from now on to the log of the run, until the returned function is called.
 
-    A run that begins anew removes the file, and the log goes on in a new one.
+    A run that begins anew removes the file, and the log continues in a new one.
     """
     handler = RunLog(path, encoding="utf-8")
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
@@ -30,7 +30,7 @@ def log_to(path: Path) -> Callable[[], None]:
     def stop() -> None:
         for logger in loggers:
             logger.removeHandler(handler)
-        with suppress(OSError):  # of what the disk had no room for
+        with suppress(OSError):  # lines that did not fit on the disk
             handler.close()
 
     return stop

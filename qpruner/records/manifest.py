@@ -27,14 +27,14 @@ PACKAGES = (
 
 
 class Recorded(TypedDict):
-    """What the file holds.
+    """Contents of the file.
 
     Args:
         seed: seed of the run.
         base: name and SHA-256 of the base model.
         data: rows, tokens and SHA-256 of each split.
-        compression: what is done to the base, with every option, and in which phase.
-        sessions: when, how and with what the run was begun and continued.
+        compression: what is done to the base, with all options, and in which phase.
+        sessions: when, how and with what the run was started and continued.
     """
 
     seed: int
@@ -54,19 +54,19 @@ def record_session(
     devices: str,
     phase: int,
 ) -> None:
-    """Writes the manifest of a run, or adds to it the session that continues the run.
+    """Writes the manifest of a run, or adds the session that continues the run to it.
 
     Args:
         path: path of the manifest.
         seed: seed of the run.
         base: name and SHA-256 of the base model.
         data: rows, tokens and SHA-256 of each split.
-        compression: what is done to the base, with every option.
+        compression: what is done to the base, with all options.
         devices: devices that the session runs on, in words.
         phase: number of the fit that the session begins with.
 
     Raises:
-        UserError: the run was begun with another base model or other data.
+        UserError: the run was started with another base model or other data.
     """
     manifest: Recorded = {
         "seed": seed,

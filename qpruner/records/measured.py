@@ -1,4 +1,4 @@
-"""What was measured in the folder of a run or of an evaluation, in one form whoever measured it."""
+"""Results from the folder of a run or of an evaluation, in the same form for both."""
 
 import json
 from dataclasses import dataclass
@@ -19,12 +19,12 @@ ITEMS = "items"
 
 @dataclass(frozen=True)
 class MeasuredTask:
-    """How a model does on a task, and on which questions.
+    """A model's accuracy on a task, and the questions that it was measured on.
 
     Args:
         accuracy: accuracy that the task is reported by, in [0, 1].
-        error: its standard error; nan where it is unknown.
-        items: number of questions; None where it is unknown, as all that follows may be.
+        error: standard error of the accuracy; nan where it is unknown.
+        items: number of questions; None where it is unknown, as may be everything below.
         measure: ``acc`` or ``acc_norm``.
         split: part of the task's questions.
         source: where the questions come from.
@@ -69,17 +69,17 @@ class Measured:
 
     Args:
         folder: folder that was named.
-        measured_in: file that holds it, and which stage of a run it is of.
-        finished: whether the measuring run is over.
+        measured_in: file with the measurements, and the stage of a run that they belong to.
+        finished: whether the run that measured is over.
         parameters: number of parameters, adapters included.
         tensor_bytes: bytes of the model's tensors.
         average_bits: bits per weight of the decoder linears, scales included; None where nothing was compressed.
         tasks: results on tasks by name.
         texts: results on texts.
-        peak_of: what the peak of memory means on the device, in words.
-        peak_inference: highest use of memory in evaluation, in bytes; None where it is unknown.
-        seconds: seconds that it took.
-        seconds_of: what the seconds were spent with.
+        peak_of: meaning of the memory peak on the device, in words.
+        peak_inference: peak memory use in evaluation, in bytes; None where it is unknown.
+        seconds: seconds spent on what ``seconds_of`` names.
+        seconds_of: what the seconds were spent on.
     """
 
     folder: str
@@ -119,13 +119,13 @@ def read_measured(path: Path) -> Measured:
 
 
 def evaluation_in(path: Path) -> Path | None:
-    """The folder of an evaluation: that of a run's, or the folder itself; None where nothing was evaluated."""
+    """The folder of an evaluation: that of a run, or the folder itself; None where nothing was evaluated."""
     places = (RunFolder(path).evaluation, path)
     return next((place for place in places if (place / EVALUATION).is_file()), None)
 
 
 def read_items(path: Path, task: str) -> dict[int, Item]:
-    """What was measured of every question of a task, by the question's name; empty where it was not kept.
+    """Measurements of every question of a task, by the question's name; empty where they were not kept.
 
     Args:
         path: folder of a run or of an evaluation.
@@ -181,7 +181,7 @@ def _of_evaluation(path: Path, evaluation: Evaluation) -> Measured:
 
 
 def _of_summary(path: Path, summary: Summary, file: str, seconds_of: str) -> Measured:
-    """The last stage; its accuracy where the run has no tasks with names."""
+    """The results of the last stage; its overall accuracy where the run has no named tasks."""
     stage: Stage = summary.stages[-1]
     results = stage.results
     tasks = {

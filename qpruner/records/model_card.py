@@ -14,9 +14,9 @@ CODE = "modeling_compressed.py"
 
 
 def write_model_card(folder: RunFolder, summary: Summary) -> None:
-    """Writes the card of a run's model, with the figures of a summary; nothing where the run keeps no model.
+    """Writes the card of a run's model, with the figures of a summary; writes nothing if the run keeps no model.
 
-    The manifest does not list it, so that a person may go on with it.
+    The manifest does not list the card, so that a person may edit it.
     """
     if is_compressed(folder.model):
         write_text(folder.model / CARD, model_card(folder.model, folder.path.name, summary))
@@ -36,7 +36,7 @@ def model_card(model: Path, name: str, summary: Summary) -> str:
     of_layers = [number for number in widths.experts if number]
     experts = f" of {_between(of_layers)} experts" if of_layers else ""
     lines = ["---", "library_name: transformers", "pipeline_tag: text-generation"]
-    if not Path(base).expanduser().exists() and not base.startswith(("/", "~", ".")):  # it is a name of the hub
+    if not Path(base).expanduser().exists() and not base.startswith(("/", "~", ".")):  # it is a name on the hub
         lines.append(f"base_model: {base}")
     lines += ["tags: [qpruner, pruning, quantization, lora]", "---", "", f"# {name}", ""]
     lines += [

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 def loss_figure(losses: dict[str, list[tuple[int, float]]], borders: Sequence[int] = ()) -> "Figure":
-    """Curves over the optimizer steps, each given by its name and its (step, value); phases meet at the borders."""
+    """Curves over the optimizer steps, given by name as (step, value); phases meet at the borders."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 4), layout="constrained")
@@ -27,7 +27,7 @@ def loss_figure(losses: dict[str, list[tuple[int, float]]], borders: Sequence[in
 
 
 def ratio_figure(ratio: list[tuple[int, float]], borders: Sequence[int] = ()) -> "Figure":
-    """The share of all parameters that is pruned, over the optimizer steps, given as (step, value)."""
+    """The fraction of all parameters that is pruned, over the optimizer steps, given as (step, value)."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 3), layout="constrained")
@@ -80,7 +80,7 @@ def plan_figure(plan: CompressionPlan) -> "Figure":
 
 
 def _draw_bits(axes: Any, plan: CompressionPlan) -> None:
-    """The bits of every unit, in the mean over its columns, units across."""
+    """The mean bits of every unit over its columns, units across."""
     bits = [
         [layer.precision[unit].mean_bits(columns) for unit, columns in plan.columns(number).items()]
         for number, layer in enumerate(plan.layers)

@@ -1,4 +1,4 @@
-"""A picture of how gates over structure and precision came to a plan."""
+"""A picture of how gates over structure and precision arrived at a plan."""
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -15,11 +15,11 @@ PANELS = {
 
 
 def learning_figure(history: Sequence[dict[str, list[float]]], steps: Sequence[int], limit: int) -> "Figure":
-    """Three panels of layers over steps, what each keeps and its bits, and the bytes against the budget below.
+    """Three panels of layers over steps, for what each layer keeps and its bits, and below the bytes and the budget.
 
     Args:
-        history: for each of the steps, ``kv_groups`` and ``ffn_channels``, the share that each layer keeps, ``bits``,
-            the mean of its weights, and ``bytes``, those of all units, a list of one.
+        history: for each of the steps, ``kv_groups`` and ``ffn_channels``, the fraction that each layer keeps,
+            ``bits``, the mean over its weights, and ``bytes``, those of all units, a list of one.
         steps: optimizer steps, ascending.
         limit: bytes of the budget.
     """

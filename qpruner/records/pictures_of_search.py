@@ -1,4 +1,4 @@
-"""Pictures of a search: what each trial has, and what the trials cost and bring."""
+"""Pictures of a search: the plan of each trial, and what the trials cost and achieve."""
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -10,7 +10,7 @@ if TYPE_CHECKING:
 
 
 def trials_figure(results: "SearchResults") -> "Figure":
-    """The bits of every trial, items downwards, with its loss above, and below what else was searched."""
+    """The bits of every trial, items downwards, with its loss above and anything else that was searched below."""
     from matplotlib.figure import Figure
 
     trials = results.trials
@@ -54,9 +54,9 @@ def trials_figure(results: "SearchResults") -> "Figure":
 
 
 def front_figure(results: "SearchResults") -> "Figure":
-    """Loss over bytes of all trials, with the front; where they differ in multiply-adds, these are the colour.
+    """Loss against bytes of all trials, with the front; multiply-adds, where trials differ in them, are the colour.
 
-    A front over three quantities is no line in the plane of two: its trials have rings.
+    A front over three quantities is not a line in the plane of two of them: its trials are marked by rings.
     """
     from matplotlib.figure import Figure
 

@@ -1,4 +1,4 @@
-"""Pictures of accuracies: models side by side on tasks, and accuracy against bytes."""
+"""Pictures of accuracies: bars of models by task, and accuracy against bytes."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -11,18 +11,18 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 COLORS = ("#3b6ea5", "#c98f3d", "#5d9b6b", "#b5473b", "#7d6aa8", "#8c6d52", "#c77fa8", "#6f7b87", "#a8a63f", "#4fa3b5")
-"""Of models; further ones begin anew."""
+"""Colours of models; further models start over."""
 
 
 @dataclass(frozen=True)
 class OnTasks:
-    """A model and how it does on tasks.
+    """A model and its accuracy on tasks.
 
     Args:
         name: name of the model.
         num_bytes: bytes of its tensors.
         accuracies: accuracies by task, in [0, 1].
-        mean: mean of the tasks; None where it is not to be shown.
+        mean: mean over the tasks; None where it is not to be shown.
     """
 
     name: str
@@ -48,11 +48,11 @@ class Point:
 
 @dataclass(frozen=True)
 class Panel:
-    """What is drawn of a task.
+    """What is drawn for a task.
 
     Args:
         points: models that compete, without their names.
-        named: models with a mark and a name of their own; those that do not compete are in no front.
+        named: models with a mark and a name of their own; those that do not compete are not part of any front.
     """
 
     points: Sequence[Point]
@@ -60,7 +60,7 @@ class Panel:
 
 
 def front_of(points: Sequence[Point]) -> list[Point]:
-    """The points that no other beats in accuracy without more bytes, fewest bytes first; of equal ones the first."""
+    """The points that no other beats in accuracy at no more bytes, fewest bytes first; of equal ones the first."""
     front: list[Point] = []
     for point in sorted(points, key=lambda point: (point.num_bytes, -point.accuracy.value)):
         if isfinite(point.accuracy.value) and (not front or point.accuracy.value > front[-1].accuracy.value):
@@ -69,9 +69,9 @@ def front_of(points: Sequence[Point]) -> list[Point]:
 
 
 def bars_figure(models: Sequence[OnTasks]) -> "Figure":
-    """Bars of accuracy for each task and model with standard errors, their mean, and marks of bytes.
+    """Bars of accuracy for each task and model with standard errors, their mean, and marks for bytes.
 
-    The bytes have an axis at the right. It is the form of QPruner's Figure 1.
+    The bytes have an axis on the right. The layout is that of QPruner's Figure 1.
     """
     from matplotlib.figure import Figure
 
@@ -117,9 +117,9 @@ def bars_figure(models: Sequence[OnTasks]) -> "Figure":
 
 
 def fronts_figure(panels: Mapping[str, Panel]) -> "Figure":
-    """Accuracy against bytes, a panel for each task, with the points that no other beats joined.
+    """Accuracy against bytes, a panel for each task, in which the points that no other beats are joined.
 
-    It is the form of QPruner's Figures 3 and 4. The standard error of the accuracies is drawn at the front.
+    The layout is that of QPruner's Figures 3 and 4. The standard error of the accuracies is drawn on the front.
     """
     from matplotlib.figure import Figure
 
@@ -143,7 +143,7 @@ def fronts_figure(panels: Mapping[str, Panel]) -> "Figure":
 
 
 def _draw_panel(axes: Any, panel: Panel, names: Sequence[str]) -> None:
-    """One task; those with a name keep their colour over all panels."""
+    """Draws one task; named models keep their colour over all panels."""
     front = front_of(panel.points)
     if not all(point in panel.named for point in panel.points):
         x, y = _coordinates(panel.points)
@@ -183,5 +183,5 @@ def _in_bytes(axis: Any) -> None:
 
 
 def _in_lines(name: str) -> str:
-    """A name of several words below each other, so that neighbours do not meet."""
+    """A name of several words as one word per line, so that neighbouring labels do not overlap."""
     return name.replace("_", "\n").replace(" ", "\n")

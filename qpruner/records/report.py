@@ -21,27 +21,27 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 CURVES = ("train/loss", "val/loss", "pruning/ratio")
-"""That a report draws."""
+"""Curves that a report draws."""
 
 
 @dataclass(frozen=True)
 class Stage:
-    """One row of the table: a state of the model and how it does on the test split.
+    """One row of the table: a state of the model and its results on the test split.
 
     Args:
-        name: what the model is by then: ``dense``, ``pruned``, ``quantized``, ``recovered``, ...
+        name: state of the model: ``dense``, ``pruned``, ``quantized``, ``recovered``, ...
         parameters: number of parameters of the model, adapters included.
         tensor_bytes: bytes of the model's tensors.
         average_bits: bits per weight of the decoder linears, scales included; None where nothing was compressed.
-        results: what the metrics say: ``perplexity``, ``bits_per_byte``, ``accuracy``, ``tokens``, ...; what is unknown
-            is left out, nan and inf were measured.
-        seconds: seconds of reaching the state by loading or training; of the evaluation where nothing is reached but
-            only measured.
-        peak_training: highest use of memory in training, in bytes; None where nothing was trained or it is unknown.
-        peak_inference: highest use of memory in evaluation, in bytes.
+        results: values of the metrics: ``perplexity``, ``bits_per_byte``, ``accuracy``, ``tokens``, ...; unknown values
+            are left out, nan and inf were measured.
+        seconds: seconds that reaching the state took, by loading or training; seconds of the evaluation where the state
+            is only measured.
+        peak_training: peak memory use in training, in bytes; None where nothing was trained or it is unknown.
+        peak_inference: peak memory use in evaluation, in bytes.
 
     Raises:
-        UserError: a number of tokens that counts nothing.
+        UserError: a number of tokens that cannot be a count.
     """
 
     name: str
@@ -60,12 +60,12 @@ class Stage:
 
 @dataclass(frozen=True)
 class Summary(Record):
-    """What ``summary.json`` holds.
+    """Contents of ``summary.json``.
 
     Args:
         finished: whether the run is over.
         protocol: how the text was laid out and what was scored.
-        peak_of: what the peaks of memory mean on the device, in words.
+        peak_of: meaning of the memory peaks on the device, in words.
         stages: rows of the table.
     """
 
@@ -78,7 +78,7 @@ class Summary(Record):
 
 
 def table(summary: Summary) -> str:
-    """The stages as a Markdown table, aligned so that it reads well as plain text, too."""
+    """The stages as a Markdown table, aligned so that it also reads well as plain text."""
     header = [
         "stage", "parameters", "bytes", "average bits", "perplexity", "bits per byte", "accuracy", "time",
         "peak training memory", "peak inference memory",
@@ -131,13 +131,13 @@ def show_summary(summary: Summary, split: str = "test") -> None:
 
 
 def tasks_figure(summary: Summary) -> "Figure | None":
-    """Accuracy of each stage on each task; None where there are not several stages with several tasks."""
+    """Accuracy of each stage on each task; None unless several stages have several tasks."""
     stages = [_on_tasks(stage) for stage in summary.stages if len(accuracies(stage.results)) > 1]
     return bars_figure(stages) if len(stages) > 1 else None
 
 
 def write_report(folder: RunFolder) -> None:
-    """Writes ``report.md`` and its pictures from what the run folder holds."""
+    """Writes ``report.md`` and its pictures from the contents of the run folder."""
     summary = Summary.read(folder.summary)
     phases = folder.all_phases
     curves, borders = joined([{tag: scalars(phase.tensorboard, tag) for tag in CURVES} for phase in phases])
@@ -183,7 +183,7 @@ def write_report(folder: RunFolder) -> None:
 def joined(
     phases: Sequence[dict[str, list[tuple[int, float]]]],
 ) -> tuple[dict[str, list[tuple[int, float]]], list[int]]:
-    """The curves of phases one behind the other, and the steps at which one ends and the next begins.
+    """Concatenates the curves of phases; also returns the steps at which one phase ends and the next begins.
 
     Args:
         phases: curves by tag, as (step, value), each phase from step 0.
@@ -200,7 +200,7 @@ def joined(
 
 
 def scalars(tensorboard: Path, tag: str) -> list[tuple[int, float]]:
-    """A curve that was logged, as (step, value); where a resumed run logged a step again, the later value counts."""
+    """A logged curve, as (step, value); where a resumed run logged a step again, the later value counts."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     if not tensorboard.exists():

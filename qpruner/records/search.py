@@ -1,4 +1,4 @@
-"""What came of a search: as data, as a report, and in TensorBoard."""
+"""The results of a search: as data, as a report, and in TensorBoard."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,22 +19,22 @@ from qpruner.schema import Record, conform
 
 @dataclass(frozen=True)
 class Tried:
-    """A plan and how it did on the validation split.
+    """A plan and its results on the validation split.
 
     Args:
-        name: name by which a person knows the plan: ``trial 3``, ``uniform``, ``mutual information``.
-        choices: for each item, the place of its bits among the choices.
+        name: name of the plan for readers: ``trial 3``, ``uniform``, ``mutual information``.
+        choices: for each item, the index of its bits among the choices.
         num_bytes: bytes of all tensors, adapters included.
         average_bits: bits per weight of the decoder linears, scales included.
         losses: loss of each seed, in nats per token.
-        scores: all that the trial of the first seed measured.
-        accuracies: weighted accuracy of each seed, where the search looks at tasks.
-        value: what the search minimizes, from the means over seeds; None for the loss.
+        scores: everything that the trial of the first seed measured.
+        accuracies: weighted accuracy of each seed, where the search considers tasks.
+        value: objective that the search minimizes, from the means over seeds; None if that is the loss.
         units: how many units of each part of layers stay, where widths are searched.
         ranks: rank of the adapters of each layer that has any, where ranks are searched.
 
     Raises:
-        UserError: no losses, or a score ``kl`` or an accuracy that is no number.
+        UserError: no losses, or a score ``kl`` or an accuracy that is not a number.
     """
 
     name: str
@@ -64,35 +64,35 @@ class Tried:
 
     @property
     def accuracy(self) -> float | None:
-        """Weighted accuracy, mean over the seeds; None where the search does not look at tasks."""
+        """Weighted accuracy, mean over the seeds; None where the search does not consider tasks."""
         return mean(self.accuracies) if self.accuracies else None
 
     @property
     def minimized(self) -> float:
-        """What the search minimizes."""
+        """The objective that the search minimizes."""
         return self.loss if self.value is None else self.value
 
     @property
     def multiply_adds(self) -> int | None:
-        """Multiply-adds of the decoder linears for a token; None where that was not recorded."""
+        """Multiply-adds of the decoder linears per token; None where they were not recorded."""
         number: int | None = self.scores.get("multiply_adds")
         return number
 
     @property
     def seconds(self) -> dict[str, float]:
-        """Seconds of a token in the decoder linears, as measured on a device, by how many pass at once."""
+        """Seconds per token in the decoder linears, as measured on a device, by how many tokens pass at once."""
         seconds: dict[str, float] = self.scores.get("seconds_per_token", {})
         return seconds
 
     @property
     def spread(self) -> float | None:
-        """Standard deviation over the seeds; None for one."""
+        """Standard deviation over the seeds; None for a single seed."""
         return stdev(self.losses) if len(self.losses) > 1 else None
 
 
 @dataclass(frozen=True)
 class Proposer:
-    """Who proposed some trials.
+    """The optimizer that proposed a range of trials.
 
     Args:
         optimizer: name of the optimizer.
@@ -107,22 +107,22 @@ class Proposer:
 
 @dataclass(frozen=True)
 class SearchResults(Record):
-    """What ``search.json`` holds.
+    """Contents of ``search.json``.
 
     Args:
         protocol: how text was laid out and what was scored.
         prior: method whose sensitivities the search started from.
-        budget: budget of the plans, as a person reads it.
+        budget: budget of the plans, in readable form.
         items: items that got bits.
         bits: bits that an item can have, in the order of its choices.
         trials: trials that succeeded, in order.
-        failed: numbers of trials that failed, with the reason.
+        failed: numbers of the trials that failed, each with the reason.
         variants: finalists and plans that were not searched for, each with all seeds, best first; those that failed for
             some seeds last.
         front: names of the trials of the front, see `pareto_front`.
         proposers: optimizers that proposed the trials, in order.
         parts: KV groups or FFN channels of layers, where widths are searched.
-        units: how many units each part has before any go.
+        units: how many units each part has before any are removed.
         ranked: numbers of the layers whose adapters have ranks of their own, where ranks are searched.
 
     Raises:
@@ -180,20 +180,21 @@ class SearchResults(Record):
 
 
 def differ_in_time(trials: Sequence[Tried]) -> bool:
-    """Whether the multiply-adds of all trials are known, and not all the same."""
+    """Whether the multiply-adds of all trials are known and not all equal."""
     numbers = {trial.multiply_adds for trial in trials}
     return len(numbers) > 1 and None not in numbers
 
 
 def pareto_front(trials: Sequence[Tried], tokens: str | None = None) -> list[Tried]:
-    """The trials that none beats, fewest bytes first; of equal ones the first.
+    """The trials that no other trial beats, fewest bytes first; of equal ones the first.
 
-    One beats another if it is at least as good in each of bytes, multiply-adds where trials differ in these, and what
-    is minimized, and better in one of them.
+    One trial beats another if it is at least as good in each of bytes, multiply-adds where trials differ in these, and
+    the minimized objective, and better in one of them.
 
     Args:
         trials: trials that compete.
-        tokens: how many tokens pass at once, for their measured seconds in place of multiply-adds; None for these.
+        tokens: number of tokens that pass at once, to use their measured seconds instead of multiply-adds; None for
+            multiply-adds.
     """
     times = [0.0] * len(trials)
     if tokens is not None:
@@ -202,7 +203,7 @@ def pareto_front(trials: Sequence[Tried], tokens: str | None = None) -> list[Tri
         times = [float(trial.multiply_adds or 0) for trial in trials]
     costs = [(trial.num_bytes, trial.minimized, time) for trial, time in zip(trials, times, strict=True)]
     front: list[int] = []
-    for place in sorted(range(len(trials)), key=lambda place: costs[place]):  # after all that beat it
+    for place in sorted(range(len(trials)), key=lambda place: costs[place]):  # after all trials that beat it
         if not any(all(a <= b for a, b in zip(costs[other], costs[place], strict=True)) for other in front):
             front.append(place)
     return [trials[place] for place in front]
@@ -219,7 +220,7 @@ def task_panels(results: SearchResults) -> dict[str, Panel]:
 
 
 def _points(plans: Sequence[Tried], task: str | None) -> list[Point]:
-    """The plans whose accuracy on a task is known; None for the mean of all tasks."""
+    """The plans whose accuracy on a task is known; the mean over all tasks for None."""
     known = [
         (plan, mean_accuracy(plan.scores) if task is None else accuracies(plan.scores).get(task)) for plan in plans
     ]
@@ -237,7 +238,7 @@ def fronts_table(panels: dict[str, Panel]) -> str:
 
 
 def ranked(variants: Sequence[Tried]) -> list[Tried]:
-    """Best first; a plan whose trials failed for some seeds does not win by those that are left."""
+    """Best first; a plan whose trials failed for some seeds does not win by the remaining ones."""
     return sorted(variants, key=lambda variant: (-len(variant.losses), variant.minimized))
 
 
@@ -266,7 +267,7 @@ def variants_table(results: SearchResults) -> str:
 
 
 def trials_table(results: SearchResults) -> str:
-    """All trials by what the front weighs, in order."""
+    """All trials in order, with the quantities that the front weighs."""
     passes = passes_of(results)
     rows = [
         [
@@ -286,7 +287,7 @@ def trials_table(results: SearchResults) -> str:
 
 
 def passes_of(results: SearchResults) -> list[str]:
-    """Numbers of tokens at once for which the seconds of all trials are known."""
+    """Numbers of tokens passing at once for which the seconds of all trials are known."""
     return [
         tokens
         for tokens in (results.trials[0].seconds if results.trials else {})
@@ -295,7 +296,7 @@ def passes_of(results: SearchResults) -> list[str]:
 
 
 def _of_time(results: SearchResults) -> list[str]:
-    """Lines of the report on what trials cost in time: the table, and the fronts with measured seconds."""
+    """Lines of the report on the time that trials take: the table, and the fronts with measured seconds."""
     lines = [trials_table(results), ""]
     for tokens in passes_of(results):
         names = ", ".join(trial.name for trial in pareto_front(results.trials, tokens))
@@ -358,7 +359,7 @@ def write_search_report(folder: RunFolder, results: SearchResults) -> None:
 
 
 def show_search(logger: Any, results: SearchResults) -> None:
-    """Pictures and the table of trials, in TensorBoard.
+    """Shows pictures and the table of trials in TensorBoard.
 
     Args:
         logger: a ``TensorBoardLogger``.
@@ -389,6 +390,6 @@ def _count(number: int | None) -> str:
 
 
 def _kept(results: SearchResults, variant: Tried) -> list[str]:
-    """The numbers of KV groups, and of FFN channels, that stay in the layers where they are searched."""
+    """The numbers of KV groups and of FFN channels that stay, in the layers where they are searched."""
     counts = list(zip(results.parts, variant.units, strict=True))
     return [" ".join(str(kept) for part, kept in counts if part.endswith(kind)) for kind in ("groups", "channels")]

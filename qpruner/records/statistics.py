@@ -1,4 +1,4 @@
-"""How sure an accuracy is, and whether two models differ on the same items."""
+"""How certain an accuracy is, and whether two models differ on the same items."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ class Estimate:
 
     Args:
         value: the number.
-        error: its standard error; nan where it is unknown, as that of a single item is.
+        error: standard error of the number; nan where it is unknown, as for a single item.
     """
 
     value: float
@@ -25,12 +25,12 @@ class PairedComparison:
 
     Args:
         items: number of items.
-        only_first: number of items that the first model alone gets right.
-        only_second: number of items that the second model alone gets right.
-        difference: accuracy of the second less that of the first, in [-1, 1].
+        only_first: number of items that only the first model gets right.
+        only_second: number of items that only the second model gets right.
+        difference: accuracy of the second minus that of the first, in [-1, 1].
         error: standard error of the difference, from the differences item by item; nan for a single item.
         p_value: probability of items as one-sided as these, or more, if both models were right equally often
-            (McNemar's exact test with two sides).
+            (McNemar's exact test, two-sided).
     """
 
     items: int
@@ -44,11 +44,11 @@ class PairedComparison:
 def standard_error(accuracy: float, items: int) -> float:
     """Standard error of the accuracy on a sample of items: ``sqrt(p (1 - p) / (n - 1))``.
 
-    The variance is that of the sample, with n - 1, as lm-evaluation-harness has it; over many items it is the
-    binomial's.
+    The variance is that of the sample, with n - 1, as in lm-evaluation-harness; over many items it is that of the
+    binomial.
 
     Args:
-        accuracy: share of items with the right answer, in [0, 1].
+        accuracy: fraction of items with the correct answer, in [0, 1].
         items: number of items.
     """
     return sqrt(accuracy * (1 - accuracy) / (items - 1)) if items > 1 and 0 <= accuracy <= 1 else nan
@@ -66,10 +66,10 @@ def mean_over_tasks(tasks: Sequence[Estimate]) -> Estimate:
 
 
 def accuracies(results: Mapping[str, Any]) -> dict[str, Estimate]:
-    """The accuracy of each task, by its name and in their order.
+    """The accuracy of each task, by name and in the order of the results.
 
     Args:
-        results: numbers, among them such as ``boolq/accuracy`` and ``boolq/error``; JSON has nan as text.
+        results: numbers, among them entries such as ``boolq/accuracy`` and ``boolq/error``; nan is text in JSON.
     """
     tasks = [name.removesuffix("/accuracy") for name in results if name.endswith("/accuracy")]
     return {
@@ -78,10 +78,10 @@ def accuracies(results: Mapping[str, Any]) -> dict[str, Estimate]:
 
 
 def mean_accuracy(results: Mapping[str, Any]) -> Estimate | None:
-    """The accuracy over all tasks; where no error was recorded, that of a single task with its number of examples.
+    """The accuracy over all tasks; without a recorded error, a single task's error follows from its examples.
 
     Args:
-        results: numbers, among them ``accuracy``, ``accuracy_error`` and ``examples``; JSON has nan as text.
+        results: numbers, among them ``accuracy``, ``accuracy_error`` and ``examples``; nan is text in JSON.
     """
     if "accuracy" not in results:
         return None
@@ -96,8 +96,8 @@ def compare_paired(first: Sequence[bool], second: Sequence[bool]) -> PairedCompa
     """Compares two models by whether each gets each item right.
 
     Args:
-        first: whether the first model is right, of each item.
-        second: whether the second model is right, of the same items in the same order.
+        first: whether the first model is right, for each item.
+        second: whether the second model is right, for the same items in the same order.
     """
     pairs = list(zip(first, second, strict=True))
     return compare_counts(len(pairs), pairs.count((True, False)), pairs.count((False, True)))
@@ -116,11 +116,11 @@ def compare_counts(items: int, only_first: int, only_second: int) -> PairedCompa
 def mcnemar(only_first: int, only_second: int) -> float:
     """Two-sided p-value of McNemar's exact test: under equal models each discordant item is the toss of a fair coin.
 
-    The tail of the binomial distribution is summed in whole numbers, so that it is exact for any number of items.
+    The tail of the binomial distribution is summed in integers, so it is exact for any number of items.
 
     Args:
-        only_first: number of items that the first model alone gets right.
-        only_second: number of items that the second model alone gets right.
+        only_first: number of items that only the first model gets right.
+        only_second: number of items that only the second model gets right.
     """
     discordant, fewer = only_first + only_second, min(only_first, only_second)
     ways = tail = 1

@@ -14,7 +14,7 @@ def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def number(value: float | None, spec: str) -> str:
-    """A number for a table: ``-`` where it is unknown, ``nan`` or ``inf`` where that was measured."""
+    """A number for a table: ``-`` where it is unknown, ``nan`` or ``inf`` where that is what was measured."""
     if value is None:
         return "-"
     return format(value, spec) if math.isfinite(value) else str(value)
@@ -28,7 +28,7 @@ def mebibytes(num_bytes: int | None) -> str:
 def percent(accuracy: float | None, error: float | None = None, unit: str = " %") -> str:
     """An accuracy with its standard error, ``62.0 % ± 1.5``.
 
-    It is ``-`` where it is unknown, and ``nan`` where that was measured; an error that is unknown or nan is left out.
+    The accuracy is ``-`` if unknown, and ``nan`` if that was measured; an error that is unknown or nan is left out.
     """
     if accuracy is None or not math.isfinite(accuracy):
         return "-" if accuracy is None else str(accuracy)

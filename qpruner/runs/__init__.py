@@ -1,4 +1,4 @@
-"""A run: fits one behind the other in a folder that knows how far they came, and what is measured of them."""
+"""A run: a sequence of fits in a folder that records their progress, and what is measured of them."""
 
 from qpruner.runs.phases import PhaseConfig
 from qpruner.runs.run import Run

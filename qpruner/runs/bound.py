@@ -1,4 +1,4 @@
-"""The arguments of a run as plain data, which its folder is bound to."""
+"""The arguments of a run as plain data, to which its folder is bound."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import is_dataclass
@@ -12,11 +12,11 @@ from qpruner.datamodules.base import TokenDataModule
 from qpruner.files import hash_json
 
 LONGEST = 200
-"""Characters of an option of a data module that are told."""
+"""Largest number of characters of a data module's option that is shown as it is."""
 
 
 def plain(value: Any) -> Any:
-    """What YAML can hold of a value; an object as its class and what it was made with, as on the command line."""
+    """A value in a form that YAML can hold; an object as its class and its arguments, as on the command line."""
     match value:
         case None | bool() | int() | float() | str():
             return value.value if isinstance(value, Enum) else value
@@ -35,7 +35,7 @@ def plain(value: Any) -> Any:
 
 
 def _options_of(value: Any) -> dict[str, Any]:
-    """The options that an object was made with, as far as it tells them."""
+    """The options that an object was made with, as far as it exposes them."""
     if isinstance(value, Compression):
         return value.options
     if isinstance(value, TokenDataModule):
@@ -49,12 +49,12 @@ def _options_of(value: Any) -> dict[str, Any]:
 
 
 def _short(option: Any) -> Any:
-    """An option, or where it is more than a person would read, its hash."""
+    """An option, or its hash if it is longer than a person would read."""
     return option if len(str(option)) <= LONGEST else {"sha256": hash_json(option)}
 
 
 def _parameters(of: type) -> list[str]:
     try:
         return [*signature(of).parameters]
-    except ValueError:  # made in C, such as a timedelta
+    except ValueError:  # implemented in C, such as a timedelta
         return [name for name in vars(of) if not name.startswith("_")]

@@ -1,4 +1,4 @@
-"""Finds what is wrong with a run before it has done any work."""
+"""Checks a run before it does any work."""
 
 from collections.abc import Sequence
 
@@ -17,7 +17,7 @@ from qpruner.training.preflight import check_lengths, check_monitored
 
 
 def check_fit(phases: Sequence[PhaseConfig], plan: str | None, joint: JointConfig | None) -> None:
-    """Finds options of a fit that do not go together.
+    """Checks that the options of a fit are compatible with each other.
 
     Args:
         phases: further phases, after the first.
@@ -25,7 +25,7 @@ def check_fit(phases: Sequence[PhaseConfig], plan: str | None, joint: JointConfi
         joint: how a plan is learned; None where none is.
 
     Raises:
-        UserError: some do not.
+        UserError: some are not.
     """
     if joint is not None and plan is not None:
         raise UserError(f"--plan names {plan!r}, and joint learns a plan of its own. Leave one of both out.")
@@ -42,7 +42,7 @@ def check_fit(phases: Sequence[PhaseConfig], plan: str | None, joint: JointConfi
 def check_search(
     callbacks: Sequence[Callback], phases: Sequence[PhaseConfig], plan: str | None, joint: JointConfig | None
 ) -> None:
-    """Finds options that a search does not go with.
+    """Checks that all options are compatible with a search.
 
     Args:
         callbacks: callbacks that the search begins with.
@@ -51,7 +51,7 @@ def check_search(
         joint: how a plan is learned; None where none is.
 
     Raises:
-        UserError: there are some.
+        UserError: some are not.
     """
     if joint is not None:
         raise UserError(
@@ -77,16 +77,16 @@ def check_search(
 def rehearse(
     model: LoRAFinetuner, data: TokenDataModule, phases: Sequence[Phase], *, decides_on_widths: bool = False
 ) -> None:
-    """Finds what is wrong with the base, what of it cannot be saved, and what callbacks ask for and it cannot give.
+    """Checks the base, whether it can be saved, and whether it has what the callbacks require.
 
     Args:
-        model: module whose base is looked at and not loaded.
+        model: module whose base is inspected without loading it.
         data: data module whose tokens the base must know.
         phases: all phases of the run.
         decides_on_widths: whether a search decides on the widths of layers.
 
     Raises:
-        UserError: something.
+        UserError: a check fails.
     """
     compressing = [callback for phase in phases for callback in phase.compressing]
     config = model.check_base()
@@ -101,14 +101,14 @@ def rehearse(
 
 
 class Preflight(Callback):
-    """Finds, in ``setup`` of a fit and before the model is loaded, what of the options does not go with the data.
+    """Checks, in ``setup`` of a fit and before the model is loaded, that the options are compatible with the data.
 
     Args:
-        phase: phase whose fit is going to begin.
+        phase: phase whose fit is about to begin.
         later: callbacks that compress in later phases.
 
     Raises:
-        UserError: something does not.
+        UserError: some are not.
     """
 
     def __init__(self, phase: Phase, later: Sequence[Compression]) -> None:

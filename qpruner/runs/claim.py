@@ -1,4 +1,4 @@
-"""Who may write the folder of a run, and which options the folder is bound to."""
+"""Controls who may write to the folder of a run, and which options the folder is bound to."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -31,14 +31,14 @@ FREE_OPTIONS = (
     "trainer.enable_progress_bar",
     "weights_only",
 )
-"""Options that change no number of a run, so that a run may be continued with others."""
+"""Options that do not affect any number of a run, so that a run may be continued with other values of them."""
 
 
 def lock_folder(folder: RunFolder) -> FileLock:
-    """Makes the folder and keeps others out, until the lock that is returned is released or the process ends.
+    """Creates the folder and keeps others out until the returned lock is released or the process ends.
 
     Raises:
-        UserError: the folder cannot be made or written, or another process works in it.
+        UserError: the folder cannot be created or written to, or another process is working in it.
     """
     lock = FileLock(folder.path / ".lock", timeout=0)
     try:
@@ -56,19 +56,19 @@ def lock_folder(folder: RunFolder) -> FileLock:
 
 
 def claim_folder(folder: RunFolder, options: Mapping[str, Any], *, restart: bool) -> bool:
-    """Binds the folder to options, and says whether there is a run to continue.
+    """Binds the folder to options, and returns whether there is a run to continue.
 
-    As long as a run has neither compressed nor trained anything its options may still change; it then begins anew.
+    As long as a run has neither compressed nor trained anything, its options may still change; it then begins anew.
 
     Args:
         folder: folder of the run.
         options: all options of the run, as plain data.
-        restart: whether to throw away what the folder holds.
+        restart: whether to discard the contents of the folder.
 
     Raises:
-        UserError: the folder belongs to a run with other options; each is named.
+        UserError: the folder belongs to a run with other options, each of which is named.
     """
-    # One that is thrown away need not be readable.
+    # A configuration that is discarded need not be readable.
     stored = folder.read_config() if folder.config.exists() and not restart else {}
     changes = changed_options(stored, options)
     if restart or not stored or (changes and not folder.begun):
@@ -85,7 +85,7 @@ def claim_folder(folder: RunFolder, options: Mapping[str, Any], *, restart: bool
 
 
 def changed_options(stored: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
-    """Options, as dotted names, whose values differ and matter, each with its stored and its given value."""
+    """Options, by dotted name, whose values differ in a way that matters, each with its stored and its given value."""
     before, after = _flat(stored), _flat(given)
     names = sorted(before.keys() | after.keys())
     return {
@@ -100,6 +100,6 @@ def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     for key, value in tree.items():
         name = f"{prefix}{key}"
         if isinstance(value, list) and any(isinstance(entry, Mapping) for entry in value):
-            value = dict(enumerate(value))  # callbacks: each option by its own name
+            value = dict(enumerate(value))  # callbacks: each option gets a name of its own
         flat |= _flat(value, f"{name}.") if isinstance(value, Mapping) and value else {name: value}
     return flat

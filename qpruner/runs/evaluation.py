@@ -1,4 +1,4 @@
-"""Measures what a run has made of its model: the dense one, the compressed one and the recovered one."""
+"""Measures the models of a run: the dense one, the compressed one and the recovered one."""
 
 import time
 from contextlib import nullcontext
@@ -25,18 +25,18 @@ def measure_stages(
     checkpoint: str | None,
     trained: bool,
 ) -> Summary:
-    """Measures the dense model and, where a fit has left them, the compressed and the recovered one.
+    """Measures the dense model and, if a fit has produced them, the compressed and the recovered one.
 
-    The stage of a compressed base is named by how far its compression has come: pruned, quantized or, in a phase that
-    had not come further when it was cut off, merged.
+    The stage of a compressed base is named after the progress of its compression: pruned, quantized or, in a phase that
+    had not got further when it was interrupted, merged.
 
     Args:
         trainer: Trainer that evaluates.
         module: module that is not loaded yet; it continues from the compressed base of the run, if there is one.
         data: data module with the split.
         split: split to measure on.
-        checkpoint: file of the trained adapters, where they do not lie beside the base.
-        trained: whether trained adapters lie beside the base.
+        checkpoint: file of the trained adapters, where they are not stored beside the base.
+        trained: whether trained adapters are stored beside the base.
     """
     device = trainer.strategy.root_device
     evaluation = trainer.validate if split == "validation" else trainer.test

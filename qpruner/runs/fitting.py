@@ -32,7 +32,7 @@ class PhasedFit:
         model: module of the first phase.
         data: data module of all phases.
         trainer: options of the Trainers.
-        checkpoint_every_n_steps: optimizer steps between two checkpoints.
+        checkpoint_every_n_steps: number of optimizer steps between two checkpoints.
         rehearses: whether only a few batches are tried, in the first phase, and nothing is kept.
     """
 
@@ -48,10 +48,10 @@ class PhasedFit:
 
         Args:
             number: number of the phase, from 1.
-            options: options for this Trainer alone, beside those of all.
+            options: options for this Trainer alone, in addition to those of all Trainers.
 
         Raises:
-            UserError: the Trainer's options cannot be had, or callbacks cannot act.
+            UserError: the options of the Trainer are not possible, or callbacks cannot act.
         """
         phase, later = self.phases[number - 1], self.phases[number:]
         module = phase.module(self.model)
@@ -73,7 +73,7 @@ class PhasedFit:
         return module, trainer
 
     def _acting(self, phase: Phase, later: Sequence[Phase]) -> Iterator[Callback]:
-        """The callbacks of a phase, among those that check, measure and keep; their order is that of what they do."""
+        """The callbacks of a phase, together with those that check, measure and save, in the order of their actions."""
         yield Preflight(phase, [callback for other in later for callback in other.compressing])
         yield (report := RunReport(phase.folder, phase.number))
         for callback in phase.callbacks:
@@ -88,17 +88,17 @@ class PhasedFit:
     def run(
         self, number: int, module: LoRAFinetuner, trainer: Trainer, *, continues: bool, ckpt_path: str | None
     ) -> None:
-        """Fits phase after phase.
+        """Fits one phase after the other.
 
         Args:
             number: number of the phase to begin with.
             module: module of that phase.
             trainer: Trainer of that phase.
-            continues: whether that phase goes on from its checkpoint, if it has one.
-            ckpt_path: checkpoint whose adapters the first phase begins with, where it does not go on; None for none.
+            continues: whether that phase resumes from its checkpoint, if it has one.
+            ckpt_path: checkpoint whose adapters the first phase begins with, if it does not resume; None for none.
         """
         if trainer.is_global_zero and not self.rehearses:
-            for finished in self.phases[: number - 1]:  # cut off, perhaps, before they could
+            for finished in self.phases[: number - 1]:  # perhaps interrupted before they could do so
                 finished.folder.drop_training_state()
         while True:
             phase = self.phases[number - 1]
@@ -106,15 +106,15 @@ class PhasedFit:
                 rank_zero_info(f"Phase {number} of {len(self.phases)}.")
             begins_with = ckpt_path if number == 1 else None
             if continues and phase.folder.checkpoint.exists():
-                read_checkpoint(phase.folder.checkpoint)  # so that damage is told
+                read_checkpoint(phase.folder.checkpoint)  # so that damage is reported
                 begins_with = str(phase.folder.checkpoint)
                 rank_zero_info(f"Going on from {begins_with}.")
             elif begins_with is not None:
                 check_checkpoint(module, begins_with, is_first=trainer.is_global_zero)
-            module.release()  # what an earlier fit of it left in memory is in the folder, too
+            module.release()  # what an earlier fit left in its memory is in the folder, too
             try:
                 trainer.fit(module, datamodule=self.data, ckpt_path=begins_with, weights_only=True)
-            except ResultNotFinite as error:  # on all ranks
+            except ResultNotFinite as error:  # raised on all ranks
                 raise self._set_aside(phase, error, acts=trainer.is_global_zero) from error
             if self.rehearses:
                 return
@@ -122,24 +122,24 @@ class PhasedFit:
                 self._end(phase)
             if number == len(self.phases):
                 return
-            module.release()  # the next phase loads what this one left
+            module.release()  # the next phase loads the result of this one
             number += 1
             module, trainer = self.prepare(number, options_of_trainer(self.trainer))
 
     def _end(self, phase: Phase) -> None:
-        """Calls a phase over, and with the last one the run, whose result is kept by now."""
+        """Marks a phase as finished and, with the last one, the run, whose result has been saved by now."""
         folder = phase.folder
         if folder.phase is None:
             write_report(folder)
             summary = replace(Summary.read(folder.summary), finished=True)
             write_model_card(folder, summary)
-            summary.write(folder.summary)  # last of what is written: a run that says so is not gone on with
+            summary.write(folder.summary)  # written last: a run whose summary says so is not continued
             show_summary(summary)
             print(f"Report: {folder.report}")
         phase.end()
 
     def _set_aside(self, phase: Phase, error: ResultNotFinite, *, acts: bool) -> ResultNotFinite:
-        """Lets no later session go on from the adapters of this one, which are finite themselves and of no use."""
+        """Keeps later sessions from resuming from the adapters of this one, which are finite themselves but useless."""
         checkpoint = phase.folder.checkpoint
         aside = checkpoint.with_name("not_finite.ckpt")
         if acts and checkpoint.exists():

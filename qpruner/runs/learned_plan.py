@@ -1,4 +1,4 @@
-"""Shows how gates come to a plan, and writes it."""
+"""Shows how gates arrive at a plan, and writes the plan."""
 
 from typing import Any
 
@@ -17,17 +17,18 @@ from qpruner.records.pictures import save_figure
 from qpruner.records.pictures_of_learning import learning_figure
 
 LOOKS = 40
-"""Times that the gates are looked at in the course of a fit."""
+"""Number of times that the gates are inspected in the course of a fit."""
 
 
 class LearnedPlan(Callback):
-    """Follows gates while they learn, and writes the plans that they say.
+    """Follows gates while they learn, and writes the plans that they arrive at.
 
     on_train_batch_end
         Now and then: what each layer would keep and in how many bits, for the picture, and how undecided the gates are
         (``joint/entropy``, in bits) for TensorBoard.
     on_train_end
-        Projects the gates to their budgets and writes the plan of each and the picture, on rank zero; the others wait.
+        Projects the gates to their budgets and writes the plan of each budget and the picture, on rank zero; the other
+        ranks wait.
 
     Args:
         folder: folder of the run.
@@ -76,7 +77,7 @@ class LearnedPlan(Callback):
             for number, plan in enumerate(plans[1:], 1):
                 self.folder.plans.mkdir(exist_ok=True)
                 plan.write(self.folder.plans / f"budget-{number}.json")
-            plans[0].write(self.folder.learned_plan)  # last: with it the learning is over
+            plans[0].write(self.folder.learned_plan)  # written last: it marks the learning as finished
         trainer.strategy.barrier("learned_plan")
 
     @torch.no_grad()
@@ -92,7 +93,7 @@ class LearnedPlan(Callback):
 
 
 def seen(learner: PlanLearner, gates: Gates) -> dict[str, list[float]]:
-    """What hard gates make of each layer; see `learning_figure`."""
+    """What each layer keeps if gates are made hard; see `learning_figure`."""
     space = learner.space
     kept = {
         name: [float(part.mean()) for part in space.by_layer(gates[kind], kind)]

@@ -45,11 +45,11 @@ class Learning:
 
     Args:
         folder: folder of the run.
-        model: module of the run, which says what the base is, and which adapters it is going to have.
+        model: module of the run, which determines the base and the adapters that it will have.
         data: data module of the run.
         config: how gates are learned.
         quantization: callback that has the budget and the widths.
-        pruning: callback that says that units may go, and how; None where they may not.
+        pruning: callback that determines whether and how units may be removed; None where none may.
     """
 
     folder: RunFolder
@@ -68,10 +68,10 @@ class Learning:
         callbacks: Sequence[Callback],
         config: JointConfig,
     ) -> "Learning":
-        """What the callbacks of a run leave to be learned.
+        """The part of a run's callbacks that is left to be learned.
 
         Raises:
-            UserError: a callback that decides otherwise, no budget, or a fixed ratio without one.
+            UserError: a callback that decides otherwise, no budget, or a fixed ratio without a callback that gives one.
         """
         compressing = [callback for callback in callbacks if isinstance(callback, Compression)]
         quantizations = [callback for callback in compressing if isinstance(callback, MixedPrecisionQuantization)]
@@ -111,7 +111,7 @@ class Learning:
 
     @property
     def part(self) -> RunFolder:
-        """Where it works."""
+        """The folder in which the plan is learned."""
         return RunFolder(self.folder.learning)
 
     @property
@@ -119,11 +119,11 @@ class Learning:
         return self.folder.learned_plan.exists()
 
     def run(self, options: Mapping[str, Any], checkpoint_every_n_steps: int) -> None:
-        """Learns the plan, or goes on with that, and writes it.
+        """Learns the plan, or resumes learning it, and writes it.
 
         Args:
-            options: options of the run's Trainer, of which the length of the fit and validation are left out.
-            checkpoint_every_n_steps: optimizer steps between two checkpoints.
+            options: options of the run's Trainer, of which the length of the fit and validation are ignored.
+            checkpoint_every_n_steps: number of optimizer steps between two checkpoints.
         """
         of_fit = {"max_steps": self.config.steps, "max_epochs": -1, "max_time": None, "limit_val_batches": 0}
         callbacks = [
@@ -141,20 +141,20 @@ class Learning:
         learner = PlanLearner(self.config, self.lay_ground, self.model.seed)
         begins_with = None
         if self.part.checkpoint.exists():
-            read_checkpoint(self.part.checkpoint, GatesCheckpoint)  # so that damage is told
+            read_checkpoint(self.part.checkpoint, GatesCheckpoint)  # so that damage is reported
             begins_with = str(self.part.checkpoint)
             rank_zero_info(f"Going on from {begins_with}.")
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "You passed in a `val_dataloader`")  # which gates do not look at
+            warnings.filterwarnings("ignore", "You passed in a `val_dataloader`")  # which gates do not use
             trainer.fit(learner, datamodule=self.data.for_another_trainer(), ckpt_path=begins_with, weights_only=True)
-        if trainer.is_global_zero:  # the others have no use for it either: all have reached the end
+        if trainer.is_global_zero:  # the other ranks do not need it any more either: all have reached the end
             drop_scaffolding(self.part)
 
     def check(self) -> None:
-        """Finds, without weights, what is wrong with the base, the budgets, or what was asked for.
+        """Checks, without weights, the base, the budgets and the requested options.
 
         Raises:
-            UserError: something.
+            UserError: a check fails.
         """
         config = self.model.check_base()
         self.data.check_model(config)
@@ -172,7 +172,7 @@ class Learning:
         rehearse_saving(self.model.base, config, self.data.tokenizer, trust_remote_code=self.model.trust_remote_code)
 
     def lay_ground(self, learner: PlanLearner) -> tuple[Ground, list[int]]:
-        """Loads the dense model, fills the bank and puts gates in; and the bytes of each budget."""
+        """Loads the dense model, fills the bank and inserts the gates; returns these and the bytes of each budget."""
         trainer = learner.trainer
         processes = processes_of(trainer)
         described = self.model
@@ -224,7 +224,7 @@ class Learning:
         return space, limits
 
     def _most_weights(self, plan: CompressionPlan, parameters: int) -> int | None:
-        """The most weights that the units may keep, which are the multiply-adds of a token."""
+        """The most weights that the units may keep, which equals the multiply-adds per token."""
         if self.config.fixed_ratio:
             assert self.pruning is not None
             return dense_weights(plan) - round(self.pruning.ratio * parameters)

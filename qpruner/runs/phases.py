@@ -1,4 +1,4 @@
-"""A run as a list of phases, each one fit, that begin with what the phase before left."""
+"""A run as a list of phases, each of which is one fit that begins with what the previous phase left."""
 
 import copy
 from collections.abc import Sequence
@@ -26,17 +26,17 @@ from qpruner.training.optimization import OptimizerConfig
 
 @dataclass(frozen=True)
 class PhaseConfig:
-    """A further fit of a run: it begins with the base and the adapters that the phase before left.
+    """A further fit of a run: it begins with the base and the adapters that the previous phase left.
 
-    A callback that quantizes puts these adapters into the base first, and starts new ones by LoftQ. All else is as in
-    the first phase.
+    A callback that quantizes first merges these adapters into the base, and starts new ones by LoftQ. Everything else
+    is as in the first phase.
 
     Args:
-        max_epochs: passes over the training data; None to give steps.
-        max_steps: optimizer steps; -1 to give epochs.
+        max_epochs: number of passes over the training data; None to give steps.
+        max_steps: number of optimizer steps; -1 to give epochs.
         optimizer: how the adapters are trained; by default as in the first phase.
-        callbacks: callbacks that act in this phase, such as `MixedPrecisionQuantization`; those of the first that do
-            not compress act here, too.
+        callbacks: callbacks that act in this phase, such as `MixedPrecisionQuantization`; those of the first phase that
+            do not compress also act here.
     """
 
     max_epochs: int | None = None
@@ -61,9 +61,9 @@ class Phase:
     Args:
         number: number of the fit in the run, from 1.
         folder: folder of the run, in this phase.
-        callbacks: callbacks that a person gave.
+        callbacks: callbacks that the user gave.
         config: options of a further phase; None in the first.
-        continues_from: folder that the phase before left; None for a phase without one.
+        continues_from: folder that the previous phase left; None for a phase without one.
     """
 
     number: int
@@ -78,21 +78,21 @@ class Phase:
 
     @property
     def compresses_in_training(self) -> bool:
-        """Whether the base that it leaves is another one than it trains on."""
+        """Whether the base that the phase leaves differs from the one that it trains on."""
         return any(isinstance(callback, CompressionInTraining) for callback in self.compressing)
 
     @property
     def length(self) -> dict[str, Any]:
-        """The options of a Trainer that say how long it fits, where those of the run do not."""
+        """The options of a Trainer that set how long the phase trains, where those of the run do not apply."""
         return {} if self.config is None else {"max_epochs": self.config.max_epochs, "max_steps": self.config.max_steps}
 
     @property
     def kept_in(self) -> Path:
-        """Where the base that it trains on is kept."""
+        """The folder that keeps the base that the phase trains on."""
         return self.folder.base if self.compresses_in_training else self.folder.model
 
     def module(self, described: LoRAFinetuner) -> LoRAFinetuner:
-        """The module that it trains: the one described in the first phase, else one like it that goes on from there.
+        """The module to train: the described one in the first phase, else one like it that continues from the base.
 
         Args:
             described: module with the options of the first phase.
@@ -104,7 +104,7 @@ class Phase:
         return module
 
     def end(self) -> None:
-        """Records that it is over, and drops what only its training needed."""
+        """Records that the phase is over, and removes what only its training needed."""
         if self.folder.phase is not None:
             self.folder.record_finished()
         if self.folder.phase is not None or self.compresses_in_training:
@@ -112,7 +112,7 @@ class Phase:
 
 
 def renewed(module: LoRAFinetuner, **changes: Any) -> LoRAFinetuner:
-    """A module with the options of another, some of them changed, as new."""
+    """A fresh module with the options of another one, some of them changed."""
     return type(module)(**{**module.hparams, **changes})
 
 
@@ -127,7 +127,7 @@ def carrying_out(callbacks: Sequence[Callback], plan: CompressionPlan) -> list[C
 
 
 def decides(callback: Callback) -> bool:
-    """Whether a callback decides on what a plan holds: which units stay, and in how many bits."""
+    """Whether a callback decides on the contents of a plan: which units stay, and in how many bits."""
     return isinstance(callback, Compression) and not isinstance(callback, GridPolishing)
 
 
@@ -140,11 +140,11 @@ def phases_of(folder: RunFolder, first: Sequence[Callback], further: Sequence[Ph
         further: options of the phases after it.
 
     Raises:
-        UserError: callbacks in a wrong order, a phase that leaves nothing for the next, or one after the first that
-            prunes.
+        UserError: callbacks in a wrong order, a phase that leaves nothing for the next one, or pruning in a phase after
+            the first.
     """
     shared = [callback for callback in first if not isinstance(callback, Compression)]
-    # What a callback has seen in one phase is nothing to the next; a resumed run would not know it either.
+    # A callback's observations in one phase mean nothing to the next; a resumed run would not have them either.
     callbacks = [list(first), *([*copy.deepcopy(shared), *config.callbacks] for config in further)]
     places = [RunFolder(folder.path, number) for number in range(1, len(callbacks))] + [folder]
     phases = [

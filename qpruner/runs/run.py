@@ -1,4 +1,4 @@
-"""A run: the same object behind the command line and in a notebook."""
+"""A run: the same object behind the command line and in notebooks."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
@@ -37,10 +37,10 @@ from qpruner.training.preflight import check_checkpoint, check_trainer
 
 
 class Run:
-    """Compresses a model, trains adapters that win back what was lost, and measures, in a folder that keeps it all.
+    """Compresses a model, trains adapters that recover what was lost, and measures, all in one folder.
 
-    The folder is bound to the options of its first fit or search: the same run again goes on where that was cut off,
-    and does nothing when it is over; with other options it is refused. Everything is checked before any work is done.
+    The folder is bound to the options of its first fit or search: the same run resumes where it was interrupted, and
+    does nothing when it is finished; with other options it is refused. Everything is checked before any work is done.
 
     ::
 
@@ -58,20 +58,20 @@ class Run:
 
     Args:
         folder: folder of the run; it may exist already.
-        model: module of the first phase, whose options those of later phases share.
+        model: module of the first phase, whose options later phases share.
         data: data module of all phases.
         callbacks: callbacks of the first phase; those that do not compress act in later phases, too, as copies.
-        trainer: options of a Lightning ``Trainer`` without callbacks, or a function that makes them: each phase has a
-            Trainer, to which loggers and strategies belong, so that options given as they are will be copied for it.
-        phases: further fits, each of which begins with what the fit before left.
-        plan: file of a plan to carry out in place of the callbacks that compress.
-        joint: how a plan is learned from what the callbacks ask for, which is then carried out in their place; None
+        trainer: options of a Lightning ``Trainer`` without callbacks, or a function that returns them: each phase has
+            its own Trainer, to which loggers and strategies belong, so options that are given directly are copied.
+        phases: further fits, each of which begins with what the previous fit left.
+        plan: file of a plan to carry out instead of the callbacks that compress.
+        joint: how to learn a plan from what the callbacks ask for, which is then carried out in their place; None
             to let them decide.
-        checkpoint_every_n_steps: optimizer steps between two checkpoints, at least 1.
-        options: plain data that the folder is bound to; by default all that is given here.
+        checkpoint_every_n_steps: number of optimizer steps between two checkpoints, at least 1.
+        options: plain data that the folder is bound to; by default all arguments given here.
 
     Raises:
-        UserError: in its methods, what is given cannot be had, or is not what the folder is bound to.
+        UserError: in its methods, something that is given is not possible, or is not what the folder is bound to.
     """
 
     def __init__(
@@ -109,11 +109,11 @@ class Run:
         return Summary.read(self.folder.summary)
 
     def fit(self, ckpt_path: str | None = None, *, restart: bool = False) -> None:
-        """Carries out all phases, or what is left of them.
+        """Carries out all phases, or those that remain.
 
         Args:
             ckpt_path: checkpoint of another run, whose adapters the first phase begins with.
-            restart: whether to throw away what the folder holds and begin anew.
+            restart: whether to discard the contents of the folder and begin anew.
         """
         check_fit(self.phases, self.plan, self.joint)
         trainer_options = options_of_trainer(self.trainer)
@@ -135,13 +135,13 @@ class Run:
             if continues and self.folder.finished:
                 rank_zero_info(f"The run {self.folder.path} is finished.")
                 if trainer.is_global_zero:
-                    phases[-1].end()  # in case that it was cut off before it could
+                    phases[-1].end()  # in case the run was interrupted before it could do so
                     show_summary(self.summary)
             else:
                 fits.run(number, module, trainer, continues=continues, ckpt_path=ckpt_path)
 
     def evaluate(self, split: Measured = "test", ckpt_path: str | None = None) -> Summary:
-        """Measures the dense model and, where a fit has left them, the compressed and the recovered one.
+        """Measures the dense model and, if a fit has produced them, the compressed and the recovered one.
 
         Args:
             split: part of the data to measure on.
@@ -159,7 +159,7 @@ class Run:
         return summary
 
     def predict(self, ckpt_path: str | None = None) -> None:
-        """Writes the loss of each row of the test split, and which option of each question is chosen.
+        """Writes the loss of each row of the test split, and which option is chosen for each question.
 
         Args:
             ckpt_path: checkpoint whose adapters predict; by default those that the run trained.
@@ -176,11 +176,11 @@ class Run:
             rank_zero_info(f"Predictions: {self.folder.predictions}")
 
     def search(self, config: SearchConfig, *, restart: bool = False) -> SearchResults:
-        """Finds the bits of each layer by many short fits under a budget, or goes on with that.
+        """Finds the bits of each layer by many short fits under a budget, or resumes doing so.
 
         Args:
             config: options of the search.
-            restart: whether to throw away what the folder holds and begin anew.
+            restart: whether to discard the contents of the folder and begin anew.
         """
         check_search(self.callbacks, self.phases, self.plan, self.joint)
         phases = phases_of(self.folder, self.callbacks, [])
@@ -208,10 +208,10 @@ class Run:
         return results
 
     def bound_options(self, **sections: Any) -> dict[str, Any]:
-        """What is given here as plain data, under the names of the command line.
+        """The arguments given here as plain data, under their names on the command line.
 
         Args:
-            sections: options that a method is given beside those of the run, by section.
+            sections: options that a method is given in addition to those of the run, by section.
         """
         return {
             "run": {"checkpoint_every_n_steps": self.checkpoint_every_n_steps},
@@ -225,7 +225,7 @@ class Run:
         }
 
     def _learn(self, joint: JointConfig, trainer_options: Mapping[str, Any], restart: bool) -> None:
-        """Learns the plan that the phases carry out, or goes on with that."""
+        """Learns the plan that the phases carry out, or resumes learning it."""
         learning = Learning.of(self.folder, self.model, self.data, self.callbacks, joint)
         learning.check()
         self._check_restart(restart)
@@ -234,27 +234,27 @@ class Run:
             learning.run(trainer_options, self.checkpoint_every_n_steps)
 
     def _planned(self, restart: bool) -> tuple[list[Callback], list[str]]:
-        """The callbacks of the first phase, where a plan is carried out in place of some, and what to say of that."""
+        """The callbacks of the first phase, some of them replaced where a plan is carried out, and notes about that."""
         if self.plan is not None:
             path = Path(self.plan).expanduser()
         elif self.joint is not None and self.folder.learned_plan.exists():
             path = self.folder.learned_plan
         else:
             return self.callbacks, []
-        kept = not restart and is_compressed(self.folder.model)  # then the run needs the file no more
+        kept = not restart and is_compressed(self.folder.model)  # then the run no longer needs the file
         plan = read_plan(self.folder.model) if kept else CompressionPlan.read(path)
         replaced = [callback for callback in self.callbacks if decides(callback)]
         notes = [f"The plan {path} replaces {callback}; nothing is scored." for callback in replaced]
         return carrying_out(self.callbacks, plan), notes
 
     def _check_base(self, phases: Sequence[Phase], restart: bool, *, decides_on_widths: bool = False) -> None:
-        """Finds what is wrong with the base, unless the run keeps what it has made of it."""
+        """Checks the base, unless the run keeps what it has made of it."""
         self._check_restart(restart)
         if restart or self.folder.kept_base is None:
             rehearse(self.model, self.data, phases, decides_on_widths=decides_on_widths)
 
     def _check_restart(self, restart: bool) -> None:
-        """Makes sure that a run that begins anew does not throw away its base."""
+        """Checks that a run that begins anew does not delete its own base."""
         if restart and Path(self.model.base).absolute().is_relative_to(self.folder.path.absolute()):
             raise UserError(
                 f"--restart would throw away the base {self.model.base!r}, which lies in the folder of this run. "
@@ -263,29 +263,29 @@ class Run:
 
     @contextmanager
     def _locked(self) -> Iterator[None]:
-        """Keeps others out of the folder and logs what is said; on rank zero."""
-        with writing(self.folder.path), ExitStack() as stack:  # what Lightning and TensorBoard write, too
+        """Keeps others out of the folder and logs messages there; on rank zero."""
+        with writing(self.folder.path), ExitStack() as stack:  # covers what Lightning and TensorBoard write, too
             if is_rank_zero():
                 stack.callback(lock_folder(self.folder).release)
                 stack.callback(log_to(self.folder.log))
             yield
 
     def _claim(self, restart: bool, **sections: Any) -> bool:
-        """Binds the folder to the options of the run, and says whether it goes on; on rank zero, which others obey."""
+        """Binds the folder to the options of the run, and returns whether it resumes; rank zero decides for all."""
         if not is_rank_zero():
             return not restart
         return claim_folder(self.folder, self.options or self.bound_options(**sections), restart=restart)
 
     def _prepare_evaluation(self, callbacks: Sequence[Callback]) -> tuple[LoRAFinetuner, Trainer]:
-        """A module that goes on from what the run has made of its base, and a Trainer that measures it."""
-        self.model.release()  # what a fit of it left in memory is in the folder, too
+        """A module that continues from what the run has made of its base, and a Trainer that measures it."""
+        self.model.release()  # what a fit left in its memory is in the folder, too
         module = renewed(self.model)
         module.continues_from = self.folder.kept_base
         options = options_of_trainer(self.trainer)
         return module, make_trainer(options, self.folder, [*self.callbacks, *callbacks])
 
     def _checkpoint(self, module: LoRAFinetuner, ckpt_path: str | None) -> str | None:
-        """The checkpoint to evaluate: the one given, or the run's unless its model has all that is needed."""
+        """The checkpoint to evaluate: the given one, or the run's unless its model has everything that is needed."""
         if ckpt_path is not None:
             check_checkpoint(module, ckpt_path, is_first=is_rank_zero())
         number = self.folder.finished_phases + 1
@@ -302,5 +302,5 @@ def is_trained(module: LoRAFinetuner) -> bool:
 
 
 def is_rank_zero() -> bool:
-    """Whether this process is the first of those that share a run, as far as that is known before a Trainer is."""
+    """Whether this process is the first of those that share a run, as far as that is known before a Trainer exists."""
     return getattr(rank_zero_only, "rank", 0) == 0

@@ -14,14 +14,14 @@ from qpruner.training.preflight import check_kept, options_told
 from qpruner.training.sharding import strategy_of
 
 TRAINER_DEFAULTS = {"use_distributed_sampler": False}
-"""The loaders share the rows among the ranks themselves."""
+"""The loaders distribute the rows over the ranks themselves."""
 
 TrainerOptions = Mapping[str, Any] | Callable[[], Mapping[str, Any]]
 """Options of a Trainer, or a function that makes them anew: loggers, strategies and the like belong to one Trainer."""
 
 
 def options_of_trainer(given: TrainerOptions) -> dict[str, Any]:
-    """Options for one more Trainer.
+    """Options for a further Trainer.
 
     Raises:
         UserError: there are callbacks among them.
@@ -41,10 +41,10 @@ def make_trainer(
         options: options of this Trainer.
         folder: folder of the run, in the phase of the Trainer.
         callbacks: all callbacks that act.
-        keeps_checkpoint: whether a checkpoint is kept, so that the fit can go on.
+        keeps_checkpoint: whether a checkpoint is kept, so that the fit can be resumed.
 
     Raises:
-        UserError: the options cannot be had.
+        UserError: the options are not possible.
     """
     check_kept(options, keeps_checkpoint=keeps_checkpoint)
     logger = options.get("logger")

@@ -1,13 +1,13 @@
-"""What a search minimizes: the loss on validation text, or one less the accuracy on tasks as far as items can tell.
+"""The objective of a search: the loss on validation text, or one minus accuracy on tasks as far as items resolve it.
 
-A few hundred questions tell accuracies apart only down to their standard error, and the best of many plans by accuracy
-alone is the luckiest one. So accuracies count in steps of that error, which depends on the number of questions, and
-within a step the loss decides:
+A few hundred questions resolve accuracies only down to their standard error, and of many plans, the one with the best
+accuracy is the luckiest one. Accuracies are therefore compared in steps of that error, which depends on the number
+of questions, and within a step the loss decides:
 
     value = e floor((1 - a) / e) + e loss / (1 + loss),   a = sum of w_t a_t,   e^2 = sum of w_t^2 / (4 n_t),
 
 with the accuracy a_t of task t, its number of questions n_t, and weights w_t that sum to 1. 1/4 is the largest variance
-that the answer to a question has.
+that the answer to a question can have.
 """
 
 import math
@@ -18,15 +18,15 @@ from typing import Any, Self
 from qpruner.errors import UserError, nearest
 
 ScoreOption = str | dict[str, float]
-"""``loss``, ``accuracy`` for the mean of all tasks, or tasks with the weights that they have."""
+"""``loss``, ``accuracy`` for the mean over all tasks, or a mapping from tasks to their weights."""
 
 
 @dataclass(frozen=True)
 class Aim:
-    """What a search minimizes.
+    """The objective that a search minimizes.
 
     Args:
-        weights: weight of each task, which sum to 1; none for the loss alone.
+        weights: weight of each task; the weights sum to 1. Empty for the loss alone.
         step: standard error of the weighted accuracy; 0 for the loss alone.
     """
 
@@ -35,14 +35,14 @@ class Aim:
 
     @classmethod
     def of(cls, score: ScoreOption, questions: Mapping[str, int]) -> Self:
-        """What the option of a search asks for.
+        """The objective that the ``score`` option of a search asks for.
 
         Args:
-            score: option of the search.
-            questions: number of questions of each task of the validation split.
+            score: ``score`` option of the search.
+            questions: number of questions of each task in the validation split.
 
         Raises:
-            UserError: there are no tasks, or not those that it names.
+            UserError: there are no tasks, or the option names tasks that are not there.
         """
         if score == "loss":
             return cls({}, 0.0)
@@ -63,13 +63,13 @@ class Aim:
         return cls(shares, math.sqrt(sum(share**2 / (4 * questions[name]) for name, share in shares.items())))
 
     def accuracy(self, scores: Mapping[str, Any]) -> float | None:
-        """The weighted accuracy among the scores of a trial; None for the loss alone."""
+        """The weighted accuracy from the scores of a trial; None for the loss alone."""
         if not self.weights:
             return None
         return sum(share * float(scores[f"{name}/accuracy"]) for name, share in self.weights.items())
 
     def value(self, loss: float, accuracy: float | None) -> float:
-        """What is minimized.
+        """The value that is minimized.
 
         Args:
             loss: loss on the validation text.
@@ -77,20 +77,20 @@ class Aim:
         """
         if accuracy is None:
             return loss
-        # A share of a step that is a whole number may have been rounded to just below it.
+        # A quotient that should be a whole number may have been rounded to just below it.
         steps = math.floor((1 - accuracy) / self.step + 1e-9)
         return self.step * (steps + loss / (1 + loss))
 
     def of_scores(self, scores: Mapping[str, Any]) -> float:
-        """What is minimized, of the scores of one trial."""
+        """The value that is minimized, computed from the scores of one trial."""
         return self.value(scores["loss"], self.accuracy(scores))
 
 
 def check_score(score: ScoreOption) -> None:
-    """Makes sure that the option of a search can mean something.
+    """Checks that the ``score`` option of a search is meaningful.
 
     Raises:
-        UserError: a word that is none, no tasks, or a weight that is not above 0.
+        UserError: an unknown word, no tasks, or a weight that is not above 0.
     """
     if isinstance(score, str):
         if score not in ("loss", "accuracy"):

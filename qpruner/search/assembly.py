@@ -1,13 +1,13 @@
-"""A narrowed and quantized model from the dense one, without text: what a trial that searches widths begins with.
+"""Builds a narrowed and quantized model from the dense one, without text: the starting point of a trial of widths.
 
-Weights that stay are slices of the dense ones. Rows of q, k, v, gate and up lie in the bank of the dense model, so that
-their codes are taken from there where a format can give rows exactly; o and down lose columns and are changed by what
-makes up for these, from sums that were seen once in the dense model, and are quantized anew. Linears of parts that stay
-whole are the bank's. The start of adapters is that of LoftQ on the narrowed weights. To pack what loses columns takes
-seconds for thousands of inputs; it is kept beside the sums, for all trials that have the same units there.
+Weights that stay are slices of the dense ones. Rows of q, k, v, gate and up are in the dense model's bank, so their
+codes are taken from there if the format can slice rows exactly; o and down lose columns, are updated to compensate for
+these, using sums that were gathered once on the dense model, and are quantized anew. Linears of parts that stay whole
+come from the bank. Adapters are initialized by LoftQ on the narrowed weights. Packing a linear that loses columns takes
+seconds for thousands of inputs; the result is kept beside the sums, for all trials that keep the same units there.
 
-Where text rounded the bank, the same sums, of the inputs that stay, round o and down, and say what their adapters start
-from; the start of an adapter of which rows stay is what the bank has for these rows.
+Where the bank was rounded using text, the same sums, restricted to the inputs that stay, are used to round o and down
+and to initialize their adapters; the adapter of a linear that loses rows starts from the bank's factors for its rows.
 """
 
 import shutil
@@ -51,12 +51,12 @@ class NarrowedLinear:
 
     Args:
         name: name of the linear.
-        linear: linear itself, not packed.
-        dense: linear of the dense model that it comes from.
-        layer: number of its layer.
-        projection: what it is within the layer, such as ``down``.
-        loses_rows: whether it is rows that go with units, rather than columns.
-        stay: places of the rows or columns that stay; None where all do.
+        linear: the linear itself, not packed.
+        dense: linear of the dense model that it is a part of.
+        layer: number of the linear's layer.
+        projection: role of the linear within the layer, such as ``down``.
+        loses_rows: whether pruning units removes rows of the weight, rather than columns.
+        stay: indices of the rows or columns that stay; None where all do.
     """
 
     name: str
@@ -69,16 +69,16 @@ class NarrowedLinear:
 
 
 class Assembly:
-    """Makes the models of candidate plans; all share the tensors that they have in common with the dense model.
+    """Builds the models of candidate plans; all share the tensors that they have in common with the dense model.
 
     Args:
         base: dense model; its tables are quantized here, once.
         plan: plan of the dense model, with the precisions of its tables.
         bank: bank of the dense model.
-        settings: settings of LoftQ with which the bank was filled; None where adapters start from zero.
-        sums: folder that `keep_sums` filled; None where weights are slices, to the nearest values.
-        compensates: whether weights that stay make up for those that go.
-        by_text: how text rounded the bank; None where each weight went to the nearest value.
+        settings: LoftQ settings with which the bank was filled; None where adapters start from zero.
+        sums: folder that `keep_sums` filled; None where weights are plain slices, rounded to the nearest values.
+        compensates: whether the remaining weights compensate for the removed ones.
+        by_text: how the bank was rounded using text; None where each weight was rounded to the nearest value.
     """
 
     def __init__(
@@ -98,10 +98,10 @@ class Assembly:
         quantize_tables_(base.network, plan.embedding, plan.head, device=CPU)
 
     def __call__(self, plan: CompressionPlan) -> CompressedModel:
-        """The model of a plan.
+        """Builds the model of a plan.
 
         Args:
-            plan: plan that keeps some of what the base has, and has its tables.
+            plan: plan that keeps a subset of the units of the base, and has the precisions of its tables.
 
         Raises:
             UserError: the rank of the adapters is above that of a narrowed linear.
@@ -142,7 +142,7 @@ class Assembly:
                     yield NarrowedLinear(name, linear, first.linear, number, first.name, first.axis == 0, stay)
 
     def _of_rows(self, narrowed: NarrowedLinear, precision: Precision) -> dict[str, Tensor]:
-        """The tensors of a linear of which some rows stay."""
+        """The tensors of a linear that keeps only some of its rows."""
         name, linear, stay = narrowed.name, narrowed.linear, narrowed.stay
         assert stay is not None
         packed = self._taken(name, linear, precision, stay)
@@ -163,7 +163,7 @@ class Assembly:
     def _of_columns(
         self, network: Any, narrowed: NarrowedLinear, precision: Precision, stay: Tensor
     ) -> dict[str, Tensor]:
-        """The tensors of a linear of which some columns stay, none where it is dense; it makes up for the others."""
+        """The tensors of a linear that keeps only some columns and compensates for the rest; none where dense."""
         if self.sums is None or precision == DENSE:
             return self._of_columns_anew(network, narrowed, precision, stay)
         known = self._known(self.sums, narrowed, precision, stay)
@@ -197,14 +197,14 @@ class Assembly:
         return entry_of_state(name, precision, rounded.state, rounded.factors)
 
     def _known(self, sums: Path, narrowed: NarrowedLinear, precision: Precision, stay: Tensor) -> Path:
-        """File of a linear with these inputs, for all trials that have them."""
+        """File of a linear with these inputs, shared by all trials that keep them."""
         settings = None if self.settings is None else asdict(self.settings)
         by_text = None if self.by_text is None else asdict(self.by_text)
         origin = [asdict(precision), stay.tolist(), settings, by_text, self.compensates, self.sums_from]
         return columns_folder(sums) / f"{narrowed.name}-{hash_json(origin)[:16]}.safetensors"
 
     def _taken(self, name: str, linear: nn.Linear, precision: Precision, stay: Tensor) -> PackedLinear | None:
-        """Rows of the bank's codes; None where they are not to be had, or are of weights that LoftQ has changed."""
+        """Rows of the bank's codes; None where the format cannot slice them, or LoftQ has changed the weights."""
         if self.by_text is None and self.settings is not None and self.settings.num_iterations > 1:
             return None
         whole = self.bank.linear(name, precision)
@@ -217,13 +217,13 @@ class Assembly:
 
 
 def keep_sums(folder: Path, model: Any, calibration: Calibration, made_from: str) -> None:
-    """Writes the sums of a dense model's layers into a folder, one file each, and removes what other sums led to.
+    """Writes the sums of a dense model's layers to a folder, a file for each, and removes what older sums led to.
 
     Args:
         folder: folder to write to.
         model: dense model, on the device that computes.
-        calibration: text that passes through it.
-        made_from: hash of what they are made from.
+        calibration: text that is passed through the model.
+        made_from: hash of everything that the sums depend on.
     """
     folder.mkdir(parents=True, exist_ok=True)
     shutil.rmtree(columns_folder(folder), ignore_errors=True)
@@ -243,12 +243,12 @@ def read_sums(folder: Path, number: int, projection: str) -> dict[str, Tensor]:
 
 
 def has_sums(folder: Path, layers: Sequence[int], made_from: str) -> bool:
-    """Whether the sums of these layers are there, whole, and made from this."""
+    """Whether the sums of these layers exist, are complete, and were made from this."""
     return all(_made_from(sums_path(folder, number)) == made_from for number in layers)
 
 
 def _made_from(path: Path) -> str | None:
-    """What a file of sums says that it is made from; None where it is not there, or cut off."""
+    """The hash of what a file of sums was made from, as stored in it; None where the file is missing or truncated."""
     try:
         with safe_open(path, framework="pt") as file:
             return (file.metadata() or {}).get("made_from")
@@ -257,7 +257,7 @@ def _made_from(path: Path) -> str | None:
 
 
 def _read(path: Path) -> dict[str, Tensor] | None:
-    """The tensors of a file; None where it is not there, or cut off."""
+    """The tensors of a file; None where it is missing or truncated."""
     try:
         return load_file(path)
     except (SafetensorError, OSError):
@@ -270,5 +270,5 @@ def sums_path(folder: Path, number: int) -> Path:
 
 
 def columns_folder(folder: Path) -> Path:
-    """Folder of the linears that lost columns and were changed or rounded by the sums of a folder."""
+    """Folder of the linears that lost columns and were updated or rounded using the sums of a folder."""
     return folder / "columns"

@@ -1,4 +1,4 @@
-"""Plans from what a trial's key says: how many units stay, and which choice each item has."""
+"""Builds plans from the key of a trial: how many units stay, and which choice each item has."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,12 +20,12 @@ from qpruner.search.structure import Kind, Structure
 
 @dataclass(frozen=True)
 class Ranking:
-    """Which units stay when some of them do: those of the highest scores, computed once.
+    """Which units a part keeps when it keeps only some: those with the highest scores, which are computed once.
 
     Args:
         parts: layer and kind of the units of each part.
         scores: [layers], scores of all units.
-        start: plan whose units stay in a part of which as many do; None for none.
+        start: plan whose units are kept in every part that keeps as many units as the plan does; None for none.
     """
 
     parts: tuple[tuple[int, Kind], ...]
@@ -33,7 +33,7 @@ class Ranking:
     start: CompressionPlan | None = None
 
     def kept(self, counts: Sequence[int]) -> Kept:
-        """The units that stay when so many of each part do, lowest place first; all of those that are no part."""
+        """The units that stay when each part keeps so many, lowest index first; units outside all parts stay."""
         whole = [(len(layer.kv_groups), len(layer.ffn_channels)) for layer in self.scores]
         numbers = {(number, kind): count for (number, kind), count in zip(self.parts, counts, strict=True)}
         widths = [
@@ -51,19 +51,19 @@ class Ranking:
 
 
 def _with_as_many(units: list[int], others: Sequence[int]) -> list[int]:
-    """The others if there are as many of them."""
+    """The others if there are as many of them, else the units."""
     return sorted(others) if len(others) == len(units) else units
 
 
 @dataclass(frozen=True)
 class Candidates:
-    """The plans that a search tries.
+    """The candidate plans of a search.
 
     Args:
         base: plan of the model that trials start from, with the precisions of its tables.
         items: items that get bits.
         precisions: precision that each choice of an item stands for.
-        ranking: which units stay where widths are searched; None where they are not.
+        ranking: which units stay, where widths are searched; None where they are not.
         ranks: ranks that adapters may have, where these are searched; None where they are not.
     """
 
@@ -74,16 +74,16 @@ class Candidates:
     ranks: Ranks | None = None
 
     def plan(self, key: Key) -> CompressionPlan:
-        """The plan of a key's ``choices``, of its ``units`` where widths are searched, and of its ``ranks``."""
+        """The plan with a key's ``choices``, with its ``units`` where widths are searched, and with its ``ranks``."""
         plan = self.base if self.ranking is None else self.base.keeping(self.ranking.kept(key["units"]))
         plan = plan if self.ranks is None else self.ranks.carried_out(plan, key["ranks"])
         return with_choices(plan, self.items, [self.precisions[choice] for choice in key["choices"]])
 
     def row(self, plan: CompressionPlan, structure: Structure) -> list[int]:
-        """The row of a plan: its numbers of units, bits and ranks, or the nearest to these that a search has.
+        """The row of a plan: its numbers of units, bits and ranks, each replaced by the nearest one in the search.
 
         Args:
-            plan: plan for the model that the base was made of.
+            plan: plan for the model that the base was made from.
             structure: how wide layers may be.
         """
         row = []
@@ -98,12 +98,12 @@ class Candidates:
 
 
 def write_scores(path: Path, scores: Sequence[LayerScores], made_from: str) -> None:
-    """Keeps scores in a file.
+    """Writes scores to a file.
 
     Args:
         path: path of the file.
         scores: [layers], scores of all units.
-        made_from: hash of what they were made from.
+        made_from: hash of everything that the scores were made from.
     """
     tensors = {
         f"{number:05d}.{kind}": getattr(layer, kind)
@@ -116,11 +116,11 @@ def write_scores(path: Path, scores: Sequence[LayerScores], made_from: str) -> N
 
 
 def read_scores(path: Path, made_from: str) -> list[LayerScores] | None:
-    """The scores of a file; None where there is none, a damaged one, or one of other scores.
+    """The scores in a file; None where it does not exist, is damaged, or holds other scores.
 
     Args:
         path: path of the file.
-        made_from: hash of what they are to be made from.
+        made_from: hash of everything that the scores have to be made from.
     """
     try:
         with safe_open(path, framework="pt") as file:

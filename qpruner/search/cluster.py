@@ -1,4 +1,4 @@
-"""Trials on the workers of a Dask cluster, of this machine or of others."""
+"""Trials on the workers of a Dask cluster, on this machine or on others."""
 
 import logging
 import time
@@ -15,13 +15,13 @@ from qpruner.search.local_cluster import local_cluster
 from qpruner.search.workers import Outcome, Trial, Work, evaluate, prepare
 
 POLL_SECONDS = 0.02  # trials take seconds to minutes
-REFRESH_SECONDS = 0.2  # after which the scheduler is asked again who is there
+REFRESH_SECONDS = 0.2  # after which the scheduler is asked again which workers are there
 CONNECT_SECONDS = 15
-WORKERS_SECONDS = 60  # for a worker to come
-ANSWER_SECONDS = 10  # for an outcome, which is small, to come over the network
+WORKERS_SECONDS = 60  # to wait for a worker
+ANSWER_SECONDS = 10  # for an outcome, which is small, to arrive over the network
 KILL_SECONDS = 2
 DIED = "the worker died"
-MOST_DEATHS = 3  # of each worker, in a row, before it has prepared itself: it is no accident
+MOST_DEATHS = 3  # per worker, in a row, before any has prepared itself: beyond that it is no accident
 
 logger = logging.getLogger(__name__)
 
@@ -30,10 +30,10 @@ logger = logging.getLogger(__name__)
 def cluster_executor(
     work: Work, workers: int, address: str | None, time_limit: float | None
 ) -> Iterator["ClusterExecutor"]:
-    """Workers of a cluster that have prepared themselves; where there is no address, of one of this machine.
+    """Workers of a cluster that have prepared themselves; without an address, those of a cluster on this machine.
 
-    A cluster of this machine ends with the context. A worker of others that does not answer is restarted by its nanny,
-    which is how ``dask worker`` runs unless told otherwise.
+    A cluster on this machine ends with the context. On any other cluster, a worker that does not answer is restarted by
+    its nanny, which ``dask worker`` uses by default.
 
     Raises:
         UserError: the scheduler does not answer, too few workers are there, or they cannot prepare themselves.
@@ -55,17 +55,17 @@ def cluster_executor(
 
 
 def check_scheduler(address: str) -> None:
-    """Makes sure that a scheduler answers.
+    """Checks that a scheduler answers.
 
     Raises:
-        UserError: it does not.
+        UserError: it does not answer.
     """
     with _connect(address):
         pass
 
 
 def _connect(place: Any) -> Any:
-    """A client of the scheduler at an address, or of a cluster."""
+    """A client of the scheduler at an address, or of a cluster object."""
     from distributed import Client
 
     try:
@@ -79,12 +79,12 @@ def _connect(place: Any) -> Any:
 
 @dataclass
 class Task:
-    """What a worker is at.
+    """What a worker is doing.
 
     Args:
-        future: answer that is to come.
-        place: place of its trial among those of `ClusterExecutor.run`; None while it prepares itself.
-        since: time at which it began, in seconds of the monotonic clock.
+        future: future of the worker's answer.
+        place: index of the worker's trial among those of `ClusterExecutor.run`; None while the worker prepares itself.
+        since: time at which the task began, in seconds of the monotonic clock.
     """
 
     future: Any
@@ -95,15 +95,15 @@ class Task:
 class ClusterExecutor:
     """Hands each worker one trial at a time; a worker that dies or does not answer is replaced.
 
-    A trial whose worker dies is begun once more, for it may be no fault of the trial: clusters take machines away. One
-    that two workers die with fails, as one that does not answer does at once. The workers are looked at every
-    `POLL_SECONDS`. Whoever comes, also in place of another, first prepares itself.
+    A trial whose worker dies is started once more, because the trial may not be at fault: clusters take machines away.
+    A trial that kills two workers fails; one that does not answer fails at once. Workers are polled every
+    `POLL_SECONDS`. Every new worker, also one that replaces another, prepares itself first.
 
     Args:
-        client: connection to the cluster.
-        work: what each worker prepares.
+        client: client connected to the cluster.
+        work: work that each worker prepares.
         workers: number of trials that run at a time.
-        time_limit: seconds that a trial may take, the preparation of its worker apart; None for no limit.
+        time_limit: seconds that a trial may take, excluding the preparation of its worker; None for no limit.
     """
 
     def __init__(self, client: Any, work: Work, workers: int, time_limit: float | None) -> None:
@@ -111,14 +111,14 @@ class ClusterExecutor:
         self.work = work
         self.workers = workers
         self.time_limit = time_limit
-        self.name = uuid.uuid4().hex  # of the work, in workers that know other searches, too
+        self.name = uuid.uuid4().hex  # of the work, in workers that serve other searches, too
         self._tasks: dict[str, Task | None] = {}  # by the worker's address; None for one that is prepared and idle
         self._deaths = 0
         self._present: set[str] = set()
         self._asked, self._seen = float("-inf"), time.monotonic()
 
     def wait(self) -> None:
-        """Returns when every worker has prepared itself, so that what keeps them all from it is known at once."""
+        """Returns when all workers have prepared themselves, so that a problem common to all is known at once."""
         while [*self._tasks.values()].count(None) < self.workers:
             for _ in self._look():
                 pass
@@ -142,16 +142,16 @@ class ClusterExecutor:
             time.sleep(POLL_SECONDS)
 
     def leave(self) -> None:
-        """Leaves the workers to others: those that are at work are restarted, the others forget what they prepared."""
+        """Leaves the workers to others: busy ones are restarted, idle ones forget what they prepared."""
         idle = [address for address, task in self._tasks.items() if task is None]
-        with suppress(OSError):  # the scheduler is gone, and its workers with it
+        with suppress(OSError):  # the scheduler has gone, and its workers with it
             for address in self._tasks.keys() - idle:
                 self._restart(address)
             if idle:
                 self.client.run(_forget, self.name, workers=idle, on_error="ignore")
 
     def _look(self) -> Iterator[tuple[int, Outcome]]:
-        """Who came, who left and who has answered; the place of each trial that ended, and its outcome."""
+        """Looks which workers came, left or answered; yields the index of each trial that ended, and its outcome."""
         newcomers = sorted(self._addresses() - self._tasks.keys())
         for address in newcomers[: self.workers - len(self._tasks)]:
             self._begin(address, None, _prepare, self.name, self.work)
@@ -162,9 +162,9 @@ class ClusterExecutor:
             elif task.future.done():
                 try:
                     answer = task.future.result(timeout=ANSWER_SECONDS)
-                except Exception as error:  # gone with the outcome, killed again and again, or without qpruner
+                except Exception as error:  # lost with the outcome, killed again and again, or without qpruner
                     self._asked = float("-inf")
-                    self._addresses()  # it is the scheduler that is gone, and no trial has failed
+                    self._addresses()  # raises if it is the scheduler that has gone: then no trial has failed
                     yield from self._died(address, task, f"{type(error).__name__}: {error}")
                     continue
                 self._tasks[address] = None
@@ -187,7 +187,7 @@ class ClusterExecutor:
 
     def _died(self, address: str, task: Task, why: str) -> Iterator[tuple[int, Outcome]]:
         self._lose(address, why)
-        task.future.cancel()  # else the scheduler keeps it for a worker of the same address
+        task.future.cancel()  # otherwise the scheduler keeps it for a worker with the same address
         if task.place is not None:
             yield task.place, Outcome(why=DIED, details=why)
             return
@@ -203,7 +203,7 @@ class ClusterExecutor:
         del self._tasks[address]
 
     def _restart(self, address: str) -> None:
-        """Ends what a worker is at; its thread cannot be made to stop, and so its process goes."""
+        """Ends what a worker is doing; its thread cannot be stopped, so its process is killed."""
         task = self._tasks[address]
         assert task is not None
         task.future.cancel()
@@ -211,10 +211,10 @@ class ClusterExecutor:
         self._asked = float("-inf")
 
     def _addresses(self) -> set[str]:
-        """Addresses of the workers that are there, as of a moment ago.
+        """Addresses of the workers that are there, up to `REFRESH_SECONDS` old.
 
         Raises:
-            UserError: the scheduler is gone, or has had no worker for a while.
+            UserError: the scheduler has gone, or has had no worker for a while.
         """
         now = time.monotonic()
         if now - self._asked > REFRESH_SECONDS:
@@ -230,7 +230,7 @@ class ClusterExecutor:
         return self._present
 
 
-# What runs in the workers.
+# What runs inside the workers.
 
 _trials: dict[str, Trial] = {}
 

@@ -1,4 +1,4 @@
-"""Where trials run: in this process, in processes of this machine, or on a Dask cluster."""
+"""Where trials run: in this process, in other processes on this machine, or on a Dask cluster."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,17 +15,16 @@ class ExecutorConfig:
     """Where trials run.
 
     Args:
-        kind: where trials run: ``serial`` runs them one after the other in this process; ``processes`` in processes of
+        kind: where trials run: ``serial`` runs them one after the other in this process; ``processes`` in processes on
             this machine, each with one of the visible GPUs or a share of the cores; ``dask`` on the cluster of a Dask
-            scheduler, or, where no address is given, as ``processes`` does.
-        workers: number of trials that run at a time, at least 1. On a Dask cluster at least so many workers must be
-            there.
+            scheduler or, if no address is given, in the same way as ``processes``.
+        workers: number of trials that run at a time, at least 1. A Dask cluster must have at least this many workers.
         address: address of a Dask scheduler, such as ``tcp://10.0.0.1:8786``.
-        time_limit: seconds that a trial may take; a longer one fails and its worker is replaced. ``serial`` has none,
-            for a process cannot give up on itself.
+        time_limit: seconds that a trial may take; a trial that takes longer fails, and its worker is replaced. Not
+            available for ``serial``, because a process cannot give up on itself.
 
     Raises:
-        UserError: an impossible value, or values that do not go together.
+        UserError: an invalid value, or values that contradict each other.
     """
 
     kind: Literal["serial", "processes", "dask"] = "serial"
@@ -55,7 +54,7 @@ class ExecutorConfig:
 
 
 def check_executor(config: ExecutorConfig) -> None:
-    """Finds what keeps trials from running there, before the work that they share is prepared.
+    """Checks that trials can run there, before the work that they share is prepared.
 
     Raises:
         UserError: the scheduler at the address does not answer.
@@ -66,7 +65,7 @@ def check_executor(config: ExecutorConfig) -> None:
 
 @contextmanager
 def make_executor(config: ExecutorConfig, work: Work) -> Iterator[Executor]:
-    """Workers that have prepared themselves; they end with the context, whatever they do.
+    """Workers that have prepared themselves; they end with the context, whatever they are doing.
 
     Raises:
         UserError: from `Work.prepare`, a scheduler that does not answer, or a cluster without workers.

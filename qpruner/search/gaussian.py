@@ -1,28 +1,28 @@
-"""A Gaussian process over plans, and how much a further plan may improve on those that were tried.
+"""A Gaussian process over plans, and the expected improvement of a further plan on those that were tried.
 
-**Formula.** Scores y of plans with features u (widths, 0 to 1 for each of d items) and prior costs c are taken to be
+**Formula.** Scores y of plans with features u (widths, 0 to 1 for each of d items) and prior costs c are modelled as
 
     y = offset + weight c + f(u) + noise,
 
 where f has Matern's covariance signal^2 (1 + r + r^2 / 3) exp(-r), r = sqrt(5 / d) |u - u'| / length. The offset is
-normal with a wide variance and the weight normal with a mean above 0; both are integrated out, so that their variances
-join the covariance k. With K that of the scores, noise included, and residuals e = y - E[weight] c,
+normal with a wide variance and the weight normal with a mean above 0; both are integrated out, so their variances are
+part of the covariance k. With K the covariance of the scores, noise included, and residuals e = y - E[weight] c,
 
     mean(u)     = E[weight] c + k(u, .) K^-1 e
     variance(u) = k(u, u) - k(u, .) K^-1 k(., u)
     log p(y)    = -(e K^-1 e + log det K + n log 2 pi) / 2
     improvement = (best - mean) Phi(z) + sd phi(z),   z = (best - mean) / sd.
 
-Widths nearly add up in what they cost, which the process says with a long length. A prior that misleads is unlearned
-with a weight of nearly no mean and a variance instead.
+The costs of widths are nearly additive, which the process expresses by a long length. A misleading prior is unlearned
+through a weight whose mean is nearly 0 and which has a variance instead.
 
 **Sources.** Rasmussen and Williams 2006, "Gaussian processes for machine learning": posterior and likelihood (2.25 to
 2.30), a normal prior of explicit basis functions (2.7). Expected improvement: Jones, Schonlau and Welch 1998,
-"Efficient global optimization". Search along coordinates: Kolda, Lewis and Torczon 2003, "Optimization by direct
-search". A process over log2 of the widths: QPruner (Zhou et al. 2024, arXiv 2412.11629).
+"Efficient global optimization". Coordinate search: Kolda, Lewis and Torczon 2003, "Optimization by direct search". A
+process over log2 of the widths: QPruner (Zhou et al. 2024, arXiv 2412.11629).
 
-**Trade-off.** A few trials say little about five hyper-parameters; they are the most probable ones given weak priors,
-which also keep K away from singular. With a single score they are close to the middle of the priors.
+**Trade-off.** A few trials say little about five hyper-parameters, so these are the most probable ones under weak
+priors, which also keep K from becoming singular. With a single score they are close to the middle of the priors.
 """
 
 import math
@@ -33,19 +33,19 @@ import numpy.typing as npt
 
 Floats = npt.NDArray[np.float64]
 
-OFFSET = 4.0  # variance, in units of that of the scores
+OFFSET = 4.0  # variance, in units of the variance of the scores
 
 
 @dataclass(frozen=True)
 class Process:
-    """Hyper-parameters, for scores and costs of about mean 0 and standard deviation 1; all above 0.
+    """Hyper-parameters for scores and costs of about mean 0 and standard deviation 1; all are above 0.
 
     Args:
         signal: standard deviation of f.
-        length: distance over which f changes, as a share of the largest there is.
-        noise: standard deviation of a score about what is true of its plan.
+        length: distance over which f changes, as a fraction of the largest possible distance.
+        noise: standard deviation of a score about the true value of its plan.
         weight: mean of the weight of prior costs.
-        doubt: standard deviation of that weight.
+        doubt: standard deviation of the weight of prior costs.
     """
 
     signal: float
@@ -56,13 +56,13 @@ class Process:
 
 
 MIDDLE = np.log(astuple(Process(signal=1.5, length=2.0, noise=0.1, weight=1.0, doubt=0.5)))
-WIDTH = np.array([1.0, 0.7, 1.0, 1.0, 1.0])  # of normal priors of the logarithms of hyper-parameters about MIDDLE
+WIDTH = np.array([1.0, 0.7, 1.0, 1.0, 1.0])  # of the normal priors of the log hyper-parameters, centred at MIDDLE
 BOUND = 4.0  # widths
 STEPS = 12
 
 
 def fit(features: Floats, costs: Floats, scores: Floats) -> Process:
-    """The most probable hyper-parameters, by steps along one of them at a time that halve where none helps.
+    """The most probable hyper-parameters, by coordinate search with a step that halves where no move helps.
 
     Args:
         features: features of the plans, [plans, items].
@@ -82,7 +82,7 @@ def fit(features: Floats, costs: Floats, scores: Floats) -> Process:
 
 
 def log_likelihoods(values: Floats, features: Floats, costs: Floats, scores: Floats) -> Floats:
-    """Logarithms of the marginal likelihoods of scores under several processes.
+    """Log marginal likelihoods of the scores under several processes.
 
     Args:
         values: hyper-parameters, as in `Process`, [processes, hyper-parameters].
@@ -93,8 +93,8 @@ def log_likelihoods(values: Floats, features: Floats, costs: Floats, scores: Flo
     count = len(scores)
     noise, weight = values[:, 2, None], values[:, 3, None]
     residuals = scores - weight * costs  # [processes, plans]
-    # The last row of the factor of K bordered by the residuals is what solving for them would give. The corner is more
-    # than e K^-1 e, as no eigenvalue of K is below the noise.
+    # The last row of the Cholesky factor of K bordered by the residuals is what solving for them would give. The corner
+    # is above e K^-1 e, because no eigenvalue of K is below the variance of the noise.
     bordered = np.empty((len(values), count + 1, count + 1))
     bordered[:, :count, :count] = _covariance(values, features, costs, features, costs)
     bordered[:, :count, :count] += noise[..., None] ** 2 * np.eye(count)
@@ -108,7 +108,7 @@ def log_likelihoods(values: Floats, features: Floats, costs: Floats, scores: Flo
 def posterior(
     process: Process, features: Floats, costs: Floats, scores: Floats, others: Floats, other_costs: Floats
 ) -> tuple[Floats, Floats]:
-    """What is known of the scores of other plans, without noise.
+    """The posterior of the scores of other plans, without noise.
 
     Args:
         process: hyper-parameters of the scores.
@@ -128,7 +128,7 @@ def posterior(
 
 
 def expected_improvement(mean: Floats, variance: Floats, best: float) -> Floats:
-    """By how much scores are expected to be below the best one; where they are not, that counts as 0."""  # as mean
+    """By how much scores are expected to be below the best one; a score that is not below counts as 0."""  # as mean
     sd = np.sqrt(np.maximum(variance, 1e-18))
     z = (best - mean) / sd
     below = 0.5 * np.array([math.erfc(-value / math.sqrt(2)) for value in z.tolist()])

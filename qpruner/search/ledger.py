@@ -1,8 +1,8 @@
 """The ledger of a search: every trial is on disk before the next one is proposed.
 
-The file holds one JSON record a line, rather than an SQLite database: it is only ever appended to, by one writer, so
-that a record that was cut off is told by its place at the end and dropped; a person can read two of them side by side;
-and there is no second format that needs a schema and migrations.
+The file holds one JSON record per line, rather than an SQLite database: it is only ever appended to, by one writer, so
+a truncated record can only be the last one, and is dropped; a person can compare two ledgers side by side; and there is
+no second format that needs a schema and migrations.
 """
 
 import json
@@ -24,21 +24,21 @@ PACKAGES = ("qpruner", "torch", "nevergrad")
 logger = logging.getLogger(__name__)
 
 Key = dict[str, Any]
-"""Plain data that says what a trial evaluates, to the last number that matters, such as its choices, steps and seed."""
+"""Plain data that fully determines what a trial evaluates, such as its choices, steps and seed."""
 
 Scores = dict[str, Any]
-"""Plain data that a trial found: loss, perplexity, bytes, seconds."""
+"""Plain data that a trial measured: loss, perplexity, bytes, seconds."""
 
 
 @dataclass(frozen=True)
 class OptimizerRecord:
-    """Which optimizer proposed the trials from one on, up to the next record of this kind.
+    """Which optimizer proposed the trials from a given one on, up to the next record of this kind.
 
     Args:
         name: name of the optimizer.
-        first: number of the first trial that it proposed or will propose; it was told of all before.
-        trials: number of trials of the whole search, when the optimizer began; many plan for them.
-        workers: number of trials proposed at a time, when the optimizer began.
+        first: number of the first trial that it proposed or will propose; it was told of all trials before.
+        trials: number of trials of the whole search when the optimizer began; many optimizers plan for it.
+        workers: number of trials proposed at a time when the optimizer began.
     """
 
     name: str
@@ -49,17 +49,17 @@ class OptimizerRecord:
 
 @dataclass(frozen=True)
 class TrialRecord:
-    """What the ledger knows of one trial.
+    """What the ledger knows about one trial.
 
     Args:
         number: number of the trial, from 0, in the order in which trials were proposed.
-        key: plain data that says what the trial evaluates.
+        key: plain data that determines what the trial evaluates.
         told: number of trials whose scores the optimizer had been told when it proposed this one.
         point: point that the optimizer proposed, as plain data; None for a trial that no optimizer proposed.
         attempts: number of times that the trial was started.
-        scores: what the trial measured; None while it runs and when it failed.
-        why: reason that the trial failed; None while it runs and when it succeeded.
-        repeats: number of the trial with the same key whose outcome this one took over; None when it ran itself.
+        scores: what the trial measured; None while it runs and if it failed.
+        why: reason why the trial failed; None while it runs and if it succeeded.
+        repeats: number of the trial with the same key whose outcome this one took over; None if it ran itself.
     """
 
     number: int
@@ -77,15 +77,15 @@ class TrialRecord:
 
 
 class Ledger:
-    """The trials of one search, in memory and on disk; `Ledger.open` makes or reads it.
+    """The trials of one search, in memory and on disk; `Ledger.open` creates or reads it.
 
-    One process at a time may write it; the lock of the folder that it lies in sees to that. Each record is one write
-    that has reached the disk when the method returns. Keys and scores are plain data: what JSON holds, and no NaN.
+    Only one process at a time may write it, which the lock of its folder ensures. Each record is a single write that
+    has reached the disk when the method returns. Keys and scores are plain data: what JSON can hold, without NaN.
 
     Raises:
-        UserError: see `open`; or a record cannot be written, as on a full disk.
-        ValueError: a key or scores with NaN or an infinite number, or a record that cannot follow, such as a second
-            outcome of a trial.
+        UserError: see `open`; or a record cannot be written, for example because the disk is full.
+        ValueError: a key or scores with NaN or an infinite number, or a record that cannot follow the others, such as a
+            second outcome of a trial.
     """
 
     def __init__(self, path: Path) -> None:
@@ -96,16 +96,17 @@ class Ledger:
 
     @classmethod
     def open(cls, path: Path, search: Mapping[str, Any]) -> "Ledger":
-        """Makes a ledger, or reads the one that is there.
+        """Creates a ledger, or reads the existing one.
 
-        A last record that was cut off is removed from the file, with a warning in the log.
+        If the last record is truncated, it is removed from the file, with a warning in the log.
 
         Args:
             path: path of the file.
             search: plain data that identifies the search: its options.
 
         Raises:
-            UserError: the file is no ledger, of another version, of another search, or damaged before its last record.
+            UserError: the file is not a ledger, has another version, belongs to another search, or is damaged before
+                its last record.
         """
         ledger = cls(path)
         if not path.exists():
@@ -139,24 +140,24 @@ class Ledger:
 
     @property
     def optimizers(self) -> tuple[OptimizerRecord, ...]:
-        """The optimizers that proposed, in order; none in a ledger of trials that no optimizer proposed."""
+        """The optimizers that proposed trials, in order; empty in a ledger of trials that no optimizer proposed."""
         return tuple(self._optimizers)
 
     def attempts(self, number: int) -> int:
-        """Times that a trial was started; a trial that is not in the ledger, 0 times."""
+        """Number of times that a trial was started; 0 for a trial that is not in the ledger."""
         return self._trials[number].attempts if number < len(self._trials) else 0
 
     def outcome_of(self, key: Key) -> TrialRecord | None:
-        """The trial that evaluated this key, with success or without."""
+        """The trial that evaluated this key, whether it succeeded or failed."""
         number = self._outcomes.get(identity(key))
         return None if number is None else self._trials[number]
 
     def begin(self, optimizer: OptimizerRecord) -> None:
-        """Says which optimizer proposes the trials that are not there yet."""
+        """Records which optimizer proposes the trials that are not there yet."""
         self._append({"record": "optimizer", **asdict(optimizer)})
 
     def start(self, number: int, key: Key, told: int, point: Any = None) -> None:
-        """Says that a trial is about to run, for the first time or again."""
+        """Records that a trial is about to run, for the first time or again."""
         self._append({"record": "started", "trial": number, "key": key, "told": told, "point": point})
 
     def finish(self, number: int, scores: Scores, repeats: int | None = None) -> None:
@@ -176,7 +177,7 @@ class Ledger:
                         raise OSError("it took only a part of a record; is the disk full?")
                     os.fsync(file.fileno())
                 except OSError:
-                    file.truncate(size)  # so that no half record stays, which who goes on would have to drop
+                    file.truncate(size)  # so that no partial record is left for the next session to drop
                     raise
         except OSError as error:
             raise UserError(
@@ -242,16 +243,16 @@ def _expect(true: bool) -> None:
 
 
 def plain(value: dict[str, Any]) -> dict[str, Any]:
-    """Plain data as they come back from a file: tuples as lists, keys as text.
+    """Plain data as it comes back from a file: tuples as lists, keys as text.
 
     Raises:
-        TypeError: something that JSON does not hold.
+        TypeError: the data contain something that JSON cannot hold.
     """
     return json.loads(json.dumps(value))
 
 
 def identity(key: Key) -> str:
-    """Text that is the same for equal keys, whatever their order."""
+    """Text that is the same for equal keys, regardless of the order of their entries."""
     return json.dumps(key, sort_keys=True)
 
 
@@ -268,7 +269,7 @@ def _parse(line: bytes) -> dict[str, Any] | None:
 
 
 def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """The leaves of plain data by their dotted names."""
+    """The leaves of nested plain data, by their dotted names."""
     leaves: dict[str, Any] = {}
     for key, value in tree.items():
         leaves |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) and value else {f"{prefix}{key}": value}

@@ -1,4 +1,4 @@
-"""A Dask cluster of this machine, whose workers share its GPUs and cores."""
+"""A Dask cluster on this machine, whose workers share its GPUs and cores."""
 
 import logging
 import os
@@ -11,7 +11,7 @@ from qpruner.errors import UserError
 
 @contextmanager
 def local_cluster(workers: int) -> Iterator[Any]:
-    """A scheduler in this process and workers in others, which end with the context, or with this process.
+    """A scheduler in this process and workers in other processes, which end with the context or with this process.
 
     Args:
         workers: number of processes; each has a GPU or a share of the cores, see `worker_environments`.
@@ -19,12 +19,12 @@ def local_cluster(workers: int) -> Iterator[Any]:
     Raises:
         UserError: the processes cannot be started.
     """
-    import dask  # here and below, since a search in one process does without the half second that this takes
+    import dask  # here and below, so that a search in one process is spared the half second that the import takes
     from distributed import Nanny, Scheduler, SpecCluster
 
     here = {"host": "127.0.0.1", "dashboard": False, "dashboard_address": "127.0.0.1:0"}
-    # Dask's own cluster of this machine gives all workers one environment, and ends those that take more than a share
-    # of the memory that it works out itself.
+    # Dask's own local cluster gives all workers the same environment, and ends those that use more than a share of the
+    # memory that it computes itself.
     options = here | {"nthreads": 1, "memory_limit": 0, "silence_logs": logging.CRITICAL}
     specification = {
         slot: {"cls": Nanny, "options": options | {"env": environment}}
@@ -33,13 +33,13 @@ def local_cluster(workers: int) -> Iterator[Any]:
     settings = {
         "distributed.worker.daemon": False,  # a trial may load its data in processes of its own
         "distributed.scheduler.worker-ttl": None,  # `ClusterExecutor` decides how long is too long
-        # A worker that was lost this long ago, and just then is being replaced once more, would be given up for good.
+        # A worker that was lost this long ago, and is just being replaced once more, would be given up for good.
         "distributed.deploy.lost-worker-timeout": "1000 days",
         **{f"distributed.nanny.pre-spawn-environ.{name}": value for name, value in thread_limits(workers).items()},
     }
     with dask.config.set(settings), environment_kept():
         scheduler = {"cls": Scheduler, "options": here | {"port": 0}}
-        # Workers are killed where a trial hangs; what Dask says of that as of an error, `ClusterExecutor` says itself.
+        # Workers are killed when a trial hangs. Dask reports that as an error; `ClusterExecutor` reports it itself.
         try:
             cluster = SpecCluster(workers=specification, scheduler=scheduler, silence_logs=logging.CRITICAL)
         except RuntimeError as error:
@@ -52,9 +52,9 @@ def local_cluster(workers: int) -> Iterator[Any]:
 
 
 def worker_environments(workers: int) -> list[dict[str, str]]:
-    """Variables of the environment that give each worker one GPU, or where there is none a share of the cores.
+    """Environment variables that give each worker one GPU or, where there is none, a share of the cores.
 
-    With more workers than GPUs, some share one.
+    With more workers than GPUs, some workers share a GPU.
     """
     import torch
 
@@ -69,7 +69,7 @@ def worker_environments(workers: int) -> list[dict[str, str]]:
 
 
 def thread_limits(workers: int) -> dict[str, str]:
-    """Variables of the environment that divide the threads of this process among its workers."""
+    """Environment variables that divide the threads of this process among its workers."""
     import torch
 
     threads = str(max(1, torch.get_num_threads() // workers))
@@ -78,7 +78,7 @@ def thread_limits(workers: int) -> dict[str, str]:
 
 @contextmanager
 def environment_kept() -> Iterator[None]:
-    """The environment is afterwards what it was before: Dask sets variables for its processes in this one."""
+    """Restores the environment variables afterwards: Dask sets variables for its processes in this one."""
     before = dict(os.environ)
     try:
         yield

@@ -1,4 +1,4 @@
-"""The loop that asks an optimizer, has the answers evaluated and tells it what came of them."""
+"""The loop that asks an optimizer for proposals, has them evaluated and tells the optimizer the results."""
 
 import logging
 import math
@@ -11,32 +11,32 @@ from qpruner.search.proposals import Score
 from qpruner.search.workers import Executor, Outcome
 
 MOST_ATTEMPTS = 2
-"""Times that a trial is started when the search itself is cut off while it runs."""
+"""Number of times that a trial is started if the search itself is interrupted while the trial runs."""
 
 logger = logging.getLogger(__name__)
 
 
 class Optimizer(Protocol):
-    """What proposes; `qpruner.search.proposals` has those of a search. What is proposed has plain data as ``value``."""
+    """Proposes trials; those of a search are in `qpruner.search.proposals`. A proposal's ``value`` is plain data."""
 
     def ask(self) -> Any: ...
 
     def tell(self, proposal: Any, score: Any) -> None: ...
 
     def learn(self, value: Any, score: Any) -> None:
-        """Tells of a trial that another optimizer proposed."""
+        """Tells the optimizer of a trial that another optimizer proposed."""
         ...
 
 
 class Judge:
-    """What an optimizer is told of trials, one after the other in their order.
+    """Turns trials, given one after the other in their order, into the scores that an optimizer is told.
 
-    A trial that failed is told as a penalty: the worst score so far and as much again as lies between it and the best.
+    A failed trial gets a penalty: the worst score so far plus the distance between it and the best score.
 
     Args:
-        score_of: makes of a trial's scores what an optimizer is told.
-        first_penalty: what an optimizer is told for a failed trial as long as none has succeeded; in the shape of
-            ``score_of``.
+        score_of: converts the scores of a trial into the score that an optimizer is told.
+        first_penalty: score that an optimizer is told for a failed trial as long as none has succeeded, in the form
+            that ``score_of`` returns.
     """
 
     def __init__(self, score_of: Callable[[Scores], Score], first_penalty: Score = 1e6) -> None:
@@ -62,29 +62,29 @@ def run_trials(
     judge: Judge,
     on_trial: Callable[[TrialRecord], None],
 ) -> None:
-    """Runs trials until the ledger holds ``num_trials``; what it already holds is told again instead of run again.
+    """Runs trials until the ledger holds ``num_trials``; the optimizer is told those it already holds, without a rerun.
 
     Trials are proposed ``workers`` at a time and told in the order in which they were proposed, whichever ends first,
-    and the ledger says how many had been told before each proposal. So an optimizer that is fresh, and made as the
-    first one was, goes through the same proposals again, also when the number of workers or of trials is now another.
-    Only the last optimizer of the ledger does so: it learns what earlier ones proposed before it proposes anything.
+    and the ledger records how many had been told before each proposal. A fresh optimizer, made in the same way as the
+    first one, therefore repeats the same proposals, even if the number of workers or of trials has changed. Only the
+    last optimizer of the ledger does so: it learns what earlier ones proposed before it proposes anything.
 
-    A key is evaluated once. A trial with the key of another one takes over what came of that, and counts: an optimizer
-    that only repeats itself comes to an end. A trial that finds NaN or an infinite number fails. A trial that was
-    running when the search was cut off is started once more, and fails if that happens again.
+    A key is evaluated once. A trial with the same key as another takes over its outcome, and counts: an optimizer that
+    only repeats itself comes to an end. A trial that yields NaN or an infinite number fails. A trial that was running
+    when the search was interrupted is started once more, and fails if that happens again.
 
     Args:
-        optimizer: fresh optimizer, which nothing was asked or told.
+        optimizer: fresh optimizer, which has neither been asked nor told anything.
         ledger: ledger of this search; see `finish_started`.
         executor: executor that runs the trials.
-        num_trials: number of trials in all, those in the ledger included.
+        num_trials: total number of trials, including those in the ledger.
         workers: number of trials proposed at a time.
-        key_of: makes of a proposal's ``value`` the key of what it asks to be evaluated.
-        judge: fresh judge, which says what the optimizer is told of trials.
-        on_trial: called with each trial whose outcome the ledger did not hold yet.
+        key_of: converts the ``value`` of a proposal into the key of the trial that evaluates it.
+        judge: fresh judge, which decides what the optimizer is told of trials.
+        on_trial: called with each trial whose outcome was not yet in the ledger.
 
     Raises:
-        UserError: the optimizer proposes something else than the ledger says it did; or from the optimizer.
+        UserError: the optimizer proposes something other than what the ledger says it did; or from the optimizer.
     """
     finish_started(ledger, executor, num_trials=num_trials, score_of=judge.score_of, on_trial=on_trial)
     told = ledger.optimizers[-1].first if ledger.optimizers else 0
@@ -115,13 +115,13 @@ def finish_started(
     score_of: Callable[[Scores], Score],
     on_trial: Callable[[TrialRecord], None],
 ) -> None:
-    """Runs again what was running when the search was cut off, which takes no optimizer.
+    """Runs again the trials that were running when the search was interrupted, which needs no optimizer.
 
     Args:
         ledger: ledger of the search.
         executor: executor that runs the trials.
         num_trials: number of trials of the search; trials beyond them stay as they are.
-        score_of: makes of a trial's scores what an optimizer is told.
+        score_of: converts the scores of a trial into the score that an optimizer is told.
         on_trial: called with each of these trials.
     """
     started = [trial for trial in ledger.records[:num_trials] if not trial.done]
@@ -131,13 +131,13 @@ def finish_started(
 
 
 def run_listed(keys: Sequence[Key], ledger: Ledger, executor: Executor, *, known: Ledger) -> list[TrialRecord]:
-    """Runs given trials, without what either ledger knows already, and returns what came of each.
+    """Runs given trials, except those that either ledger already knows, and returns the record of each.
 
     Args:
         keys: keys of the trials to run.
         ledger: ledger of listed trials.
         executor: executor that runs the trials.
-        known: ledger of other trials, whose outcomes count.
+        known: ledger of other trials, whose outcomes are reused.
     """
     new = {identity(key): key for key in keys if ledger.outcome_of(key) is None and known.outcome_of(key) is None}
     open_trials = {identity(trial.key): trial.number for trial in ledger.records if not trial.done}
@@ -157,7 +157,7 @@ def run_listed(keys: Sequence[Key], ledger: Ledger, executor: Executor, *, known
 
 
 def _wave_size(recorded: Sequence[TrialRecord], told: int, workers: int) -> int:
-    """How many proposals were or are to be made before the next score is told."""
+    """How many proposals were made, or are to be made, before the next score is told."""
     size = sum(trial.told == told for trial in recorded)
     return size if size < len(recorded) else max(size, workers)
 
@@ -175,7 +175,7 @@ def _check_same(ledger: Ledger, recorded: Sequence[TrialRecord], proposed: Seque
 def _evaluate(
     ledger: Ledger, executor: Executor, trials: Sequence[TrialRecord], score_of: Callable[[Scores], Score]
 ) -> None:
-    """Writes down that trials begin, runs those whose key is new, and writes down what came of each."""
+    """Records that trials begin, runs those whose key is new, and records the outcome of each."""
     to_run: list[TrialRecord] = []
     running: set[str] = set()
     for trial in trials:
@@ -223,7 +223,7 @@ def _repeat(ledger: Ledger, number: int, key: Key) -> None:
 
 
 def _penalty(history: Sequence[Score]) -> Score:
-    """For each objective the worst score and as much again as it is worse than the best one."""
+    """For each objective, the worst score plus the distance between it and the best one."""
     objectives = list(zip(*map(_vector, history), strict=True))
     penalties = [max(values) + (max(values) - min(values) or abs(max(values)) or 1.0) for values in objectives]
     return penalties if isinstance(history[0], list) else penalties[0]

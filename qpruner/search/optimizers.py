@@ -1,17 +1,17 @@
-"""What proposes the next plan: our own optimizers and all of Nevergrad's, behind one function.
+"""Optimizers that propose the next plan: our own and all of Nevergrad's, behind one function.
 
-All speak Nevergrad's ask and tell about points of a `SearchSpace`. Several objectives are told as a list, score first.
-The same proposals come back when an optimizer of the same seed is asked and told the same again in the same order, so a
-record of trials is all that a search needs to go on.
+All use Nevergrad's ask-and-tell interface on points of a `SearchSpace`. Several objectives are told as a list, score
+first. An optimizer with the same seed that is asked and told the same things in the same order makes the same
+proposals, so a record of trials is all that a search needs to resume.
 
-**bayesian.** The prior's plan first. Then, of a pool of random plans and of changes to plans tried before, the one of
-highest expected improvement under a Gaussian process whose mean follows the prior as far as the scores bear it out. No
-plan is proposed twice. Plans whose scores are out count with the score that the process expects of them (the "kriging
-believer"), so that several can be out at once.
+**bayesian.** The prior's plan first. After that, from a pool of random plans and modifications of plans tried before,
+the one with the highest expected improvement under a Gaussian process whose mean follows the prior as far as the scores
+bear it out. No plan is proposed twice. Plans that are still being evaluated count with the score that the process
+expects of them (the "kriging believer"), so several can be evaluated at once.
 
 **random.** Plans drawn without regard to the prior, none twice.
 
-**Sources.** Ginsbourger, Le Riche and Carraro 2010, "Kriging is well-suited to parallelize optimization". More
+**Sources.** Ginsbourger, Le Riche and Carraro 2010, "Kriging is well-suited to parallelize optimization". Several
 objectives: Knowles 2006, "ParEGO". Refinement of a prior's bits by a Gaussian process: QPruner (arXiv 2412.11629).
 """
 
@@ -29,19 +29,19 @@ from qpruner.search.space import SearchSpace
 from qpruner.search.structure import Floats, Integers
 from qpruner.seeds import derive_seed
 
-POOL = 1024  # plans that a proposal is picked from
+POOL = 1024  # plans from which a proposal is picked
 ATTEMPTS = 16  # pools without a new plan after which plans may repeat
 
 
 @dataclass(frozen=True)
 class OptimizerSettings:
-    """All that an optimizer's proposals depend on, but the scores.
+    """Everything that an optimizer's proposals depend on, except the scores.
 
     Args:
         name: name of the optimizer: ``bayesian``, ``random`` or one of Nevergrad's.
         space: space of the plans.
-        num_trials: number of trials that will be told, at least 1; many of Nevergrad's optimizers plan for them.
-        num_workers: number of trials that are out at once, at least 1.
+        num_trials: number of trials that will be told, at least 1; many of Nevergrad's optimizers plan for it.
+        num_workers: number of trials that are evaluated at once, at least 1.
         seed: seed of the random draws.
         starts: points that are proposed before others.
     """
@@ -55,13 +55,13 @@ class OptimizerSettings:
 
 
 def make_optimizer(settings: OptimizerSettings) -> Optimizer:
-    """An optimizer whose candidates have a point of the space as their value.
+    """Makes an optimizer whose candidates have a point of the space as their value.
 
     Args:
         settings: settings of the optimizer.
 
     Raises:
-        UserError: from `check_optimizer`; other errors where one of Nevergrad's does not run here.
+        UserError: from `check_optimizer`; other errors where one of Nevergrad's optimizers does not run here.
     """
     name, budget, num_workers = settings.name, settings.num_trials, settings.num_workers
     check_optimizer(name, num_workers)
@@ -72,20 +72,21 @@ def make_optimizer(settings: OptimizerSettings) -> Optimizer:
         optimizer = OURS[name](array, budget, num_workers, space=settings.space, seed=settings.seed)
     else:
         optimizer = ng.optimizers.registry[name](array, budget, num_workers)
-    for start in reversed(settings.starts):  # the last one suggested is the first one asked about
+    for start in reversed(settings.starts):  # the point suggested last is asked about first
         optimizer.suggest(np.array(start))
     return optimizer
 
 
 def check_optimizer(name: str, num_workers: int) -> None:
-    """Finds, without a space, what `make_optimizer` would refuse by name.
+    """Finds, without a space, why `make_optimizer` would refuse a name.
 
     Args:
         name: name of the optimizer.
-        num_workers: number of trials that are out at once.
+        num_workers: number of trials that are evaluated at once.
 
     Raises:
-        UserError: nothing has this name; or it proposes one trial after the other, and there are several workers.
+        UserError: no optimizer has this name; or it only proposes one trial after the other, and there are several
+            workers.
     """
     if name in OURS:
         return
@@ -103,21 +104,21 @@ def check_optimizer(name: str, num_workers: int) -> None:
 
 
 class PlanOptimizer(Optimizer):
-    """Remembers which plans are out and which were told; draws depend on the seed and on how many these are.
+    """Remembers which plans are pending and which were told; draws depend on the seed and on how many these are.
 
     Args:
         parametrization: Nevergrad's array of ``space.dimension`` numbers.
         budget: number of trials.
-        num_workers: number of trials that are out at once.
+        num_workers: number of trials that are evaluated at once.
         space: space of the plans.
         seed: seed of the random draws.
     """
 
     def __init__(self, parametrization: Any, budget: int, num_workers: int, *, space: SearchSpace, seed: int) -> None:
         super().__init__(parametrization, budget, num_workers)
-        self._no_hypervolume = True  # Nevergrad would make one number of several objectives
+        self._no_hypervolume = True  # Nevergrad would reduce several objectives to one number
         self.space, self.seed = space, seed
-        self.points: list[Floats] = []  # of those told, as are the next two
+        self.points: list[Floats] = []  # of the plans that were told, as are the next two
         self.plans: list[tuple[int, ...]] = []
         self.losses: list[Floats] = []  # one to three each
         self.pending: dict[str, tuple[int, ...]] = {}  # by candidate
@@ -139,7 +140,7 @@ class PlanOptimizer(Optimizer):
         return tuple(self.space.decode(point[None])[0].tolist())
 
     def _fresh(self, points: Floats) -> tuple[Floats, Integers]:
-        """The points of plans that are neither told nor out, one for each, and these plans."""
+        """The points of plans that are neither told nor pending, one for each plan, and these plans."""
         plans = self.space.decode(points)
         known = {*self.plans, *self.pending.values()}
         first: dict[tuple[int, ...], int] = {}
@@ -150,7 +151,7 @@ class PlanOptimizer(Optimizer):
         return points[kept], plans[kept]
 
     def _unknown(self, generator: np.random.Generator) -> Floats:
-        """A random point of a new plan, or of any when many draws gave no new one."""
+        """A random point of a new plan, or of any plan if many draws gave no new one."""
         for _ in range(ATTEMPTS):
             points, _ = self._fresh(self.space.uninformed(generator, POOL))
             if len(points):
@@ -171,7 +172,7 @@ class RandomPlans(PlanOptimizer):
 
 
 class BayesianPlans(PlanOptimizer):
-    """The plan that a Gaussian process expects to improve most; its costs are standardised by those of random plans."""
+    """The plan of largest expected improvement under a Gaussian process; costs are standardised by random plans."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -206,7 +207,7 @@ class BayesianPlans(PlanOptimizer):
         return self.space.features(plans), (self.space.costs(plans) - self.middle) / self.spread
 
     def _scores(self, generator: np.random.Generator) -> Floats:
-        """[told], of mean 0 and spread 1; several objectives are weighed into one, at random."""
+        """[told], with mean 0 and spread 1; several objectives are combined into one with random weights."""
         losses = np.array(self.losses)
         if losses.shape[1] > 1:
             scaled = (losses - losses.min(0)) / _spread(losses)
@@ -216,7 +217,7 @@ class BayesianPlans(PlanOptimizer):
         return (scores - scores.mean()) / _spread(scores)
 
     def _pool(self, generator: np.random.Generator, scores: Floats) -> Floats:
-        """Random points with the prior and without, and changes of some coordinates of the best point and of others."""
+        """Random points with and without the prior, and the best and other points with some coordinates changed."""
         quarter, dimension = POOL // 4, self.space.dimension
         bases = np.concatenate([np.full(quarter, scores.argmin()), generator.integers(len(scores), size=quarter)])
         reach = np.exp(generator.uniform(-1, 1.5, (len(bases), 1)))
@@ -232,7 +233,7 @@ class BayesianPlans(PlanOptimizer):
 
 
 def _spread(values: Floats) -> Floats:
-    """Standard deviations of columns; 1 where values differ by no more than rounding."""
+    """Standard deviations of columns; 1 where values differ only by rounding."""
     deviations = values.std(axis=0)
     return np.where(deviations > 1e-9 * np.abs(values).max(axis=0), deviations, 1.0)
 

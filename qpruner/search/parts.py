@@ -1,7 +1,7 @@
-"""The structures that a model may have in a search, and what each costs: bytes and multiply-adds, from shapes alone.
+"""The structures that a model may have in a search and what each costs: bytes and multiply-adds, from shapes alone.
 
-Each unit of quantization has the units of one kind, KV groups or FFN channels, so that bytes and multiply-adds of a
-model are sums over the parts of its layers, and tables of each part say them for every structure.
+All linears of a unit of quantization consist of units of one kind, KV groups or FFN channels, so the bytes and
+multiply-adds of a model are sums over the parts of its layers, and tables per part give them for every structure.
 """
 
 from collections.abc import Sequence
@@ -31,23 +31,23 @@ from qpruner.search.ranks import Ranks
 from qpruner.search.structure import Integers, Kind, Part, Structure, StructureConfig
 
 UNITS_OF: dict[Kind, tuple[str, ...]] = {"kv_groups": ("qkv", "o"), "ffn_channels": ("gate_up", "down")}
-"""The units of quantization that have the units of a kind."""
+"""The units of quantization that consist of units of a kind."""
 
 
 @dataclass(frozen=True)
 class Structures:
-    """What a search may do to the widths of a model's layers.
+    """The changes that a search may make to the widths of a model's layers.
 
     Args:
-        model: dense model; shapes alone are looked at.
+        model: dense model; only its shapes are used.
         plan: plan of the dense model, with the precisions of its tables.
         config: how wide layers may be.
-        selection: layers that are left alone, and what FFN widths are multiples of.
-        lora: adapters that the model is going to have.
+        selection: which layers are left alone, and what FFN widths are multiples of.
+        lora: adapters that the model will have.
         ranks: ranks that adapters may have, where these are searched; None where they are not.
 
     Raises:
-        UserError: layers that must end equal, or no part of which anything can go.
+        UserError: layers are required to end equal, or nothing may be removed from any of them.
     """
 
     model: Any
@@ -67,7 +67,7 @@ class Structures:
 
     @cached_property
     def supplies(self) -> list[Supply]:
-        """[layers], what each may give."""
+        """[layers], what each layer may lose."""
         offers = supplies(self.model, replace(self.selection, floor=self.config.least))
         if not self.config.groups:
             offers = [replace(offer, least_groups=offer.kv_groups) for offer in offers]
@@ -82,11 +82,11 @@ class Structures:
 
     @property
     def multiple(self) -> int:
-        """What FFN widths are multiples of."""
+        """The number that FFN widths are multiples of."""
         return round_to(self.model, self.selection)
 
     def start(self, ratio: float, scores: Sequence[LayerScores]) -> Widths:
-        """[layers], numbers of KV groups and FFN channels that pruning by a share of all parameters keeps, or near."""
+        """[layers], KV groups and FFN channels left by pruning this share of all parameters, or a share close to it."""
         most = sum(offer.parameters for offer in self.supplies)
         remove = min(round(ratio * num_parameters(self.model)), most)
         if self.selection.scope == "local":
@@ -103,15 +103,15 @@ class Structures:
         scores: Sequence[LayerScores],
         price_of_all: float,
     ) -> Structure:
-        """The parts, with all that a space needs of them.
+        """The parts, with everything that a search space needs to know about them.
 
         Args:
             items: items that get bits.
             precisions: precisions to choose from, fewest bytes first.
-            budget: what may be stored.
-            start: [layers], widths that the origin has.
+            budget: limit on what may be stored.
+            start: [layers], widths at the origin of the space.
             scores: [layers], scores of all units.
-            price_of_all: cost of the prior of all that may go; each part's share of it is that of its scores.
+            price_of_all: prior's cost of removing all that may be removed; a part's share of it is that of its scores.
         """
         numbered = {
             (number, kind): counts
@@ -151,18 +151,18 @@ class Structures:
         return Structure(parts, changes, self.config.least, allowed)
 
     def limit(self, items: Sequence[Item], precisions: Sequence[Precision], budget: Budget) -> int:
-        """The most bytes that items may take in a model that is not pruned; what else is gone of it counts as less.
+        """The most bytes that items may take in an unpruned model; bytes saved outside of items count as negative.
 
-        Where ranks are searched, what adapters take above the lowest is an item's.
+        Where ranks are searched, the bytes that adapters take above their lowest rank belong to items.
 
         Args:
             items: items that get bits.
             precisions: precisions to choose from, fewest bytes first.
-            budget: what may be stored.
+            budget: limit on what may be stored.
 
         Raises:
-            UserError: bits per weight, which say nothing of size where weights go; or a budget below the cheapest
-                plan of the least structure, which is named.
+            UserError: a budget in bits per weight, which says nothing about size where weights are removed; or one
+                below the cheapest plan of the narrowest structure, which the message names.
         """
         if budget.average_bits is not None:
             raise UserError(
@@ -198,7 +198,7 @@ class Structures:
 
     @property
     def least(self) -> Architecture:
-        """The widths of the least structure."""
+        """The widths of the narrowest structure."""
         return replace(
             self.plan.widths,
             kv_groups=tuple(offer.least_groups for offer in self.supplies),
@@ -212,14 +212,14 @@ class Structures:
         }
 
     def _price(self, widths: Architecture, items: Sequence[Item], precision: Precision) -> Price:
-        """The price of a plan of some widths that holds all items in a precision."""
+        """The price of a plan with given widths that holds all items in one precision."""
         kept = zip(widths.kv_groups, widths.ffn_channels, strict=True)
         plan = self.plan.keeping([(range(groups), range(channels)) for groups, channels in kept])
         plan = with_choices(plan, items, [precision] * len(items))
         return price_of_plan(self.model.config, self.model.dtype, plan, self.lora)
 
     def _with(self, number: int, kind: Kind, count: int) -> Architecture:
-        """The widths of the dense model, but for one part."""
+        """The widths of the dense model, except for one part."""
         whole = self.plan.widths
         counts = list(getattr(whole, kind))
         counts[number] = count
@@ -232,7 +232,7 @@ class Structures:
         return sum(rows * columns for unit in UNITS_OF[kind] for rows, columns in shapes[unit])
 
     def _changes(self, item: Item, part: Part, precisions: Sequence[Precision]) -> Integers:
-        """[counts, choices], bytes of an item less those that it has where all units of the part stay."""
+        """[counts, choices], bytes of an item minus its bytes where all units of the part stay."""
         dense_size = self.model.dtype.itemsize
         table = np.array(
             [
@@ -248,7 +248,7 @@ class Structures:
 
     def _rank_changes(self, layer: int, parts: Sequence[Part]) -> list[tuple[int, Integers]]:
         """The parts of a layer, each with the bytes of the layer's adapters above those of the lowest rank, [counts,
-        ranks], less those that they have where all units of the part stay.
+        ranks], minus the same bytes where all units of the part stay.
         """
         assert self.ranks is not None
         changes = []
@@ -264,8 +264,8 @@ class Structures:
     def _rest(
         self, number: int, kind: Kind, counts: Sequence[int], items: Sequence[Item], budget: Budget
     ) -> tuple[int, ...]:
-        """[counts], bytes that are none of an item's, less those that all units have: of units that stay as they are;
-        and where a budget is of all bytes, of adapters in their lowest rank, of biases and norms.
+        """[counts], bytes that belong to no item, minus those where all units stay: of units whose bits are fixed and,
+        where the budget counts all bytes, of adapters at their lowest rank, of biases and norms.
         """
         with_bits = {unit for item in items if item.layer == number for unit in item.units}
         names = unit_linears(self.model)[number]
@@ -289,13 +289,13 @@ class Structures:
 
 
 def price_of_plan(config: Any, dtype: torch.dtype, plan: CompressionPlan, lora: LoRAConfig) -> Price:
-    """The price of a plan, by the configuration of the model before it is narrowed."""
+    """The price of a plan, from the configuration of the model before it is narrowed."""
     outline = outline_of(with_widths(config, plan.widths)).to(dtype)
     return price_narrowed(outline, plan, rank=lora.r, targets=lora.target_modules)
 
 
 def _multiply_adds_of(widths: Architecture) -> int:
-    """Multiply-adds of a token in all decoder linears."""
+    """Multiply-adds per token in all decoder linears."""
     return sum(
         rows * columns
         for number in range(widths.num_layers)
@@ -305,6 +305,6 @@ def _multiply_adds_of(widths: Architecture) -> int:
 
 
 def _scores_gone(scores: Tensor, counts: Sequence[int]) -> list[float]:
-    """[counts], sum of the scores of the units that go."""
+    """[counts], sum of the scores of the units that are removed."""
     ascending = torch.cat([torch.zeros(1, dtype=torch.float64), scores.double().sort().values.cumsum(0)])
     return [float(ascending[counts[-1] - count]) for count in counts]

@@ -41,16 +41,17 @@ from qpruner.training.module import LoRAFinetuner
 
 @dataclass(frozen=True)
 class Preparation:
-    """What was prepared; all else lies in the folder of the search.
+    """What was prepared; everything else is in the folder of the search.
 
     Args:
-        base_sha256: hash of the dense model; None where its files were not at hand.
-        kept_sha256: hash by which the pruned base is known.
-        base: plan of the pruned base, dense but for its tables.
-        prior: allocation that the search starts from: its plan, and what it costs to depart from it.
-        loftq_iterations: LoftQ's iterations with which the bank was filled.
-        rounding: how text rounded the linears of the bank; None where each weight went to the nearest value.
-        structured: what a search of widths needs; None where layers are as wide as the base has them.
+        base_sha256: hash of the dense model; None where its files were not available.
+        kept_sha256: hash that identifies the pruned base.
+        base: plan of the pruned base, dense except for its tables.
+        prior: allocation that the search starts from: its plan, and the costs of departing from it.
+        loftq_iterations: number of LoftQ iterations with which the bank was filled.
+        rounding: how the linears of the bank were rounded using text; None where each weight was rounded to the nearest
+            value.
+        structured: what a search of widths needs; None where layers keep the widths of the base.
         ranks: ranks that adapters may have, where these are searched; None where they are not.
     """
 
@@ -65,7 +66,7 @@ class Preparation:
 
     @property
     def limit(self) -> int:
-        """The most bytes that items may take, in layers as wide as the base has them."""
+        """The most bytes that items may take, in layers with the widths of the base."""
         if self.structured is not None:
             return self.structured.limit
         return self.prior.for_items + (0 if self.ranks is None else self.ranks.most_bytes)
@@ -77,11 +78,11 @@ class Preparation:
         return Candidates(self.base, items, self.precisions, self.ranking, self.ranks)
 
     def space(self, prior: Allocation, *, spends: bool = False) -> SearchSpace:
-        """The plans within the budget.
+        """The space of plans within the budget.
 
         Args:
-            prior: what a method of allocation decides, which is the origin of the space.
-            spends: whether the share of the bytes that are spent is one more coordinate.
+            prior: allocation by some method, which is the origin of the space.
+            spends: whether the fraction of the bytes that is spent is an additional coordinate.
         """
         choices = [
             [Choice(*pair) for pair in zip(decision.sizes, decision.costs, strict=True)] for decision in prior.decisions
@@ -96,10 +97,10 @@ class Preparation:
         return SearchSpace(choices, levels, self.limit, spends, structure)
 
     def unsearched(self, folder: RunFolder) -> dict[str, list[int]]:
-        """Rows of the plans that nobody searched for, by the method that decided on their bits.
+        """Rows of the plans that were not searched for, by the method that allocated their bits.
 
-        Where widths are searched these are in the widths, and the ranks, that the search starts from; else adapters
-        have their highest rank.
+        Where widths are searched, these plans have the widths and ranks that the search starts from; otherwise their
+        adapters have the highest rank.
 
         Args:
             folder: folder of the search.
@@ -139,21 +140,21 @@ def prepare(
     ranks: Sequence[int] = (),
     start: CompressionPlan | None = None,
 ) -> Preparation:
-    """Prunes the base, decides as those do that do not search, and fills the bank, unless an earlier session did.
+    """Prunes the base, allocates bits by the methods that do not search, and fills the bank, unless already done.
 
     Args:
-        module: module whose base, adapters and seed the search has; it is given no model.
+        module: module with the base, adapters and seed of the search; it is given no model.
         data: text for scores and sensitivities, and the validation split of the reference.
         pruning: callbacks that prune the base, none or one.
         quantization: callback that has the budget; it quantizes nothing here.
         processes: processes that compute.
         folder: folder of the search.
-        structure: how wide layers may be, where that is searched; the base is not pruned then.
+        structure: how wide layers may be, where widths are searched; the base is then not pruned.
         ranks: ranks that adapters may have, where these are searched.
-        start: plan that such a search is to try among the first; None for none.
+        start: plan that a search of widths is to try among the first; None for none.
 
     Raises:
-        UserError: no budget, too little text, or what pruning and allocation refuse.
+        UserError: there is no budget or too little text, or pruning or allocation refuses something.
     """
     allocator = replace(allocator_of(quantization), for_trials=True)
     check_order([*pruning, quantization])
@@ -187,7 +188,7 @@ def prepare(
 
 
 def _allocated(allocator: Allocator, job: CompressionJob, plan: CompressionPlan, folder: RunFolder) -> Allocation:
-    """The prior of a search of bits alone, with what other methods decide beside it, and the bank."""
+    """The prior of a search of bits alone, with the allocations by other methods beside it, and the bank."""
     for method in dict.fromkeys(("uniform", "mutual_information", allocator.method)):
         part = part_of(folder, method)
         part.path.mkdir(parents=True, exist_ok=True)
@@ -198,7 +199,7 @@ def _allocated(allocator: Allocator, job: CompressionJob, plan: CompressionPlan,
 
 
 def allocator_of(quantization: MixedPrecisionQuantization) -> Allocator:
-    """What spends the budget.
+    """The allocator that spends the budget.
 
     Raises:
         UserError: there is no budget.
@@ -212,12 +213,12 @@ def allocator_of(quantization: MixedPrecisionQuantization) -> Allocator:
 
 
 def check_text(allocator: Allocator, data: TokenDataModule) -> None:
-    """Finds, before any work with the model, that the data are too few.
+    """Checks, before any work with the model, that there are enough data.
 
     Raises:
-        UserError: they are.
+        UserError: there are too few.
     """
-    config = allocator.config  # mutual information is measured whatever the method
+    config = allocator.config  # mutual information is measured for every method
     config.mutual_information.check_samples(config.calibration.num_sequences * config.calibration.length)
     data.calibration(config.calibration.num_sequences, config.calibration.length)
 
@@ -229,7 +230,7 @@ def _prepared_base(
     processes: Processes,
     folder: RunFolder,
 ) -> CompressedModel:
-    """The pruned base as `RunFolder.base` keeps it, once the reference is there, too."""
+    """The pruned base, kept in `RunFolder.base`, once the reference is there, too."""
     offload = processes.of_first(
         lambda: choose_offload(
             module.base,
@@ -258,18 +259,18 @@ def _prepared_base(
             CompressionJob(dense, data, processes, module.lora, module.seed, folder=folder, keep_in=folder.base)
         )
         dense.record(callback.step)
-    dense.keep(folder.base, tokenizer=data.tokenizer)  # also where nothing was pruned: trials start from there
+    dense.keep(folder.base, tokenizer=data.tokenizer)  # even if nothing was pruned: trials start from there
     return dense
 
 
 def _check_kept(base: str, pruning: Sequence[CompressionInSetup], folder: RunFolder) -> str | None:
-    """Makes sure that the base that an earlier session kept is the one that is asked for.
+    """Checks that the base that an earlier session kept is the one that is asked for.
 
     Returns:
-        The hash of the dense model that it was made of.
+        The hash of the dense model that the base was made from.
 
     Raises:
-        UserError: it was made of another model, or otherwise.
+        UserError: the base was made from another model, or in another way.
     """
     manifest = read_manifest(folder.base)
     made_of = manifest["base"]["sha256"]
@@ -304,7 +305,7 @@ def _write_reference(dense: CompressedModel, data: TokenDataModule, processes: P
 
 
 def _is_reference_of(base_sha256: str | None, folder: RunFolder) -> bool:
-    """Whether the predictions that are kept are those of a dense model."""
+    """Whether the stored predictions are those of a given dense model."""
     return folder.reference.exists() and Reference.read(folder.reference).base == base_sha256
 
 
@@ -312,7 +313,7 @@ def compressing(callbacks: Sequence[Callback]) -> tuple[list[CompressionInSetup]
     """The callbacks that prune the base, and the one that has the budget.
 
     Raises:
-        UserError: there is none that quantizes, or one that a search cannot do without a fit.
+        UserError: no callback quantizes, or one of them cannot work without a fit.
     """
     pruning: list[CompressionInSetup] = []
     quantizations: list[MixedPrecisionQuantization] = []

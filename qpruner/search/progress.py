@@ -1,4 +1,4 @@
-"""How a search goes: a line in the log for each trial, and its curves on TensorBoard."""
+"""Progress of a search: a line in the log for each trial, and curves in TensorBoard."""
 
 import time
 from pathlib import Path
@@ -12,19 +12,19 @@ from qpruner.search.ledger import Ledger, Scores, TrialRecord
 
 
 class Progress:
-    """Tells how the trials of a ledger go, from now on.
+    """Reports on the trials of a ledger, from now on.
 
     Args:
-        ledger: trials so far, to which those to come are added before they are told.
-        aim: what the search minimizes.
+        ledger: trials so far; later ones are added to it before they are reported.
+        aim: objective that the search minimizes.
         trials: number of trials of the whole search.
-        logger: logger of the Trainer; other than TensorBoard's they are told nothing.
+        logger: logger of the Trainer; any other than TensorBoard's receives nothing.
         curves: folder of TensorBoard's files.
         searches_widths: whether trials differ in their widths, and so in their multiply-adds.
 
     Attributes:
         already: number of trials that were done before.
-        since: reading of the clock from which on the others take their time.
+        since: clock reading from which the duration of the other trials is measured.
     """
 
     def __init__(
@@ -37,7 +37,7 @@ class Progress:
         self.since = time.perf_counter()
 
     def report(self, record: TrialRecord) -> None:
-        """Says how a trial went, and how long the others may take."""
+        """Logs the outcome of a trial, and how long the remaining ones may take."""
         done = [trial for trial in self._ledger.records if trial.done]
         left = self._trials - len(done)
         rate = (time.perf_counter() - self.since) / (len(done) - self.already)
@@ -59,7 +59,7 @@ class Progress:
         self.show(record)
 
     def show(self, record: TrialRecord) -> None:
-        """Shows what a trial came to on TensorBoard, if there is one, and the best of the trials up to it."""
+        """Shows the result of a trial in TensorBoard, if there is one, and the best result of the trials up to it."""
         if not isinstance(self._logger, TensorBoardLogger) or record.scores is None:
             return
         board = self._logger.experiment
@@ -75,13 +75,13 @@ class Progress:
         board.flush()
 
     def show_missing(self) -> None:
-        """Shows trials of an earlier session that was killed when they were in the ledger alone."""
+        """Shows trials that had only reached the ledger when an earlier session was killed."""
         shown = {number for number, _ in scalars(self._curves, "search/loss")} if self.already else set()
         for record in self._ledger.records:
             if record.done and record.number not in shown:
                 self.show(record)
 
     def _describe(self, scores: Scores) -> str:
-        """What a plan is compared by, for a person."""
+        """What a plan is judged by, in readable form."""
         accuracy = self._aim.accuracy(scores)
         return ("" if accuracy is None else f"accuracy {accuracy:.1%}, ") + f"loss {scores['loss']:.4f}"

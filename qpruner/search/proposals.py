@@ -1,9 +1,9 @@
-"""Who proposes: our optimizers in this process, all of Nevergrad's in a process of their own.
+"""Runs the optimizers that propose: ours in this process, all of Nevergrad's in a process of their own.
 
-Nevergrad lists what many people wrote. Some of it fails only after many scores, never answers, leaves threads that no
-process ends with, prints, or draws from the random state that all share. In a process of its own, begun anew with seeds
-of its own, none of that reaches the search: an answer that does not come is an error after some time, the process is
-killed in the end whatever it does, and the same proposals come back.
+Nevergrad's optimizers were written by many people. Some fail only after many scores, never answer, leave threads behind
+that keep a process alive, print, or draw from the global random state. In a process of its own, started with seeds of
+its own, an optimizer cannot affect the search by any of that: a missing answer becomes an error after some time, the
+process is killed in the end whatever it does, and the proposals are reproducible.
 """
 
 import logging
@@ -28,28 +28,28 @@ import numpy as np
 from qpruner.errors import UserError
 from qpruner.search.optimizers import OURS, OptimizerSettings, make_optimizer
 
-START_SECONDS = 180.0  # for a process to import what it needs, also from a slow disk
-ANSWER_SECONDS = 300.0  # for a proposal, where trials take minutes
+START_SECONDS = 180.0  # for a process to import what it needs, even from a slow disk
+ANSWER_SECONDS = 300.0  # for a proposal; trials take minutes
 COMMAND = "import sys; from qpruner.search.proposals import serve; serve(int(sys.argv[1]))"
 
 Point = list[float]
 Score = float | list[float]
-"""What an optimizer is told, smaller is better: one number, or one for each objective."""
+"""Score that an optimizer is told, lower is better: one number, or one for each objective."""
 
 
 logger = logging.getLogger(__name__)
 
 
 class OptimizerFailed(UserError):
-    """An optimizer raised an error, died, did not answer, or proposed what is no point."""
+    """An optimizer raised an error, died, did not answer, or proposed something that is not a point."""
 
 
 @dataclass(frozen=True)
 class Proposal:
-    """A point that an optimizer asks about.
+    """A point that an optimizer asks to have evaluated.
 
     Args:
-        value: coordinates of the proposal, as plain data.
+        value: coordinates of the point, as plain data.
         number: number of the proposal among those of this optimizer, from 0.
     """
 
@@ -58,14 +58,14 @@ class Proposal:
 
 
 class Proposals(Protocol):
-    """An optimizer as the loop sees it.
+    """An optimizer as seen by the loop.
 
     Raises:
         OptimizerFailed: from any method.
     """
 
     def wait(self) -> None:
-        """Returns when it is made; the other methods wait for that, too."""
+        """Returns once the optimizer has been made; the other methods wait for that, too."""
         ...
 
     def ask(self) -> Proposal: ...
@@ -73,7 +73,7 @@ class Proposals(Protocol):
     def tell(self, proposal: Proposal, score: Score) -> None: ...
 
     def learn(self, value: Point, score: Score) -> None:
-        """Tells it of a point that it did not propose; one that cannot be told begins without."""
+        """Tells it of a point that it did not propose; an optimizer that cannot be told starts without such points."""
         ...
 
 
@@ -81,12 +81,12 @@ class Proposals(Protocol):
 def open_proposals(
     settings: OptimizerSettings, *, patience: float = ANSWER_SECONDS, hear: Callable[[str], None] = logger.warning
 ) -> Iterator[Proposals]:
-    """An optimizer that is fresh; its process, where it has one, begins at once and ends with the context.
+    """A fresh optimizer; its process, if it has one, starts at once and ends with the context.
 
     Args:
         settings: settings of the optimizer.
-        patience: seconds after which an optimizer of Nevergrad that does not answer has failed.
-        hear: called with what an optimizer of Nevergrad warns of, once for each place in the code that warns.
+        patience: seconds after which an optimizer of Nevergrad that does not answer is considered failed.
+        hear: called with each warning of an optimizer of Nevergrad, once for each place in the code that warns.
     """
     if settings.name in OURS:
         yield LocalProposals(settings)
@@ -100,7 +100,7 @@ def open_proposals(
 
 
 class LocalProposals:
-    """An optimizer in this process.
+    """An optimizer that runs in this process.
 
     Args:
         settings: settings of the optimizer.
@@ -134,7 +134,7 @@ class LocalProposals:
             return
         try:
             self._optimizer.tell(self._optimizer.parametrization.spawn_child(new_value=np.array(value)), score)
-        except Exception as error:  # each optimizer that does not know how says so in its own way, or stumbles
+        except Exception as error:  # optimizers that cannot be told say so in different ways, or just crash
             warnings.warn(
                 f"cannot be told of plans that others proposed, and begins without them "
                 f"({type(error).__name__}: {_first_line(error)})",
@@ -145,13 +145,13 @@ class LocalProposals:
 
 
 class ProposingProcess:
-    """An optimizer in a process of its own, which prints to nobody and has one thread for numbers.
+    """An optimizer in a process of its own, whose output is discarded and which computes with one thread.
 
     Args:
         settings: settings of the optimizer.
-        patience: seconds after which an optimizer that does not answer has failed.
+        patience: seconds after which an optimizer that does not answer is considered failed.
         hear: called with each warning, once for each place in the code that warns.
-        complaints: file that gets what the process says of its end.
+        complaints: file that receives the standard error of the process, which may explain why it ended.
     """
 
     def __init__(
@@ -163,7 +163,7 @@ class ProposingProcess:
         self._heard: set[str] = set()
         self._complaints = complaints
         self._connection, theirs = Pipe()
-        # Not forked, for a copy of a process with threads may stand still; not by multiprocessing, which would import
+        # Not forked, because a copy of a process with threads may deadlock; not by multiprocessing, which would import
         # the user's script a second time.
         limits = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
         places = {"PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path), "PYTHONHASHSEED": "0"}
@@ -174,7 +174,7 @@ class ProposingProcess:
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 stderr=self._complaints,
-                start_new_session=True,  # ^C is for the process that searches; it ends this one
+                start_new_session=True,  # ^C is meant for the process that searches, which ends this one
                 env=os.environ | limits | places,
             )
         self._send(settings)
@@ -205,7 +205,7 @@ class ProposingProcess:
         return self._receive(moment, self.patience)
 
     def _send(self, message: Any) -> None:
-        with suppress(OSError):  # it died just now, which `_receive` finds out
+        with suppress(OSError):  # it has just died, which `_receive` will find out
             self._connection.send(message)
 
     def _receive(self, moment: str, patience: float) -> Any:
@@ -231,11 +231,11 @@ class ProposingProcess:
         return f", with status {status}" + (f": {lines[-1]}" if lines else "")
 
 
-# What runs in the process of an optimizer.
+# What runs inside the process of an optimizer.
 
 
 def serve(descriptor: int) -> None:
-    """Makes an optimizer and passes on what it is asked and told, until the other end is gone.
+    """Makes an optimizer and passes on what it is asked and told, until the other end has gone.
 
     Args:
         descriptor: file descriptor of the connection.
@@ -252,29 +252,29 @@ def serve(descriptor: int) -> None:
     with suppress(EOFError, OSError):
         settings = connection.recv()
         random.seed(settings.seed)
-        np.random.seed(settings.seed % 2**32)  # some optimizers draw from what all share
+        np.random.seed(settings.seed % 2**32)  # some optimizers draw from the global random state
         proposals, error = _attempt(LocalProposals, settings)
         connection.send((None, error, heard))
         while True:
             method, *arguments = connection.recv()
             answer, error = _attempt(getattr(proposals, method), *arguments)
             connection.send((answer, error, heard))
-    os._exit(0)  # whatever threads the optimizer left
+    os._exit(0)  # whatever threads the optimizer has left behind
 
 
 def _attempt(function: Callable[..., Any], *arguments: Any) -> tuple[Any, OptimizerFailed | str | None]:
-    """What a function returns, and what went wrong, in a form that can be sent."""
+    """The return value of a function, and its error, if any, in a form that can be sent."""
     try:
         return function(*arguments), None
     except OptimizerFailed as error:
         return None, error
-    except Exception as error:  # of whatever somebody wrote
+    except Exception as error:  # any error of third-party code
         traceback.print_exc()
         return None, _explained(error)
 
 
 def _explained(error: BaseException) -> str:
-    """What went wrong, in a line; a package that is not there is named as such."""
+    """The error in one line; if a package is missing, the line names it."""
     cause: BaseException | None = error
     while cause is not None:
         if isinstance(cause, ModuleNotFoundError) and cause.name:

@@ -1,13 +1,13 @@
 """The ranks of the adapters of each layer, as further items of a `SearchSpace`, after those that get bits.
 
-Adapters count against a budget of bytes, and at few bits they are no trifle: in float32 those of rank 8 on a linear of
-576 x 576 take 37 kB, its weights in 2 bits 83 kB. What the adapters of one layer do not take buys bits, or rank for
-another.
+Adapters count against a budget of bytes, and at few bits they are not negligible: in float32, those of rank 8 on a
+linear of 576 x 576 take 37 kB, its weights in 2 bits 83 kB. Bytes that the adapters of one layer do not take pay for
+bits, or for rank in another layer.
 
-The item of a layer has the bytes that its adapters take above those of the lowest rank, which all have. What a lower
-rank costs, the prior only guesses: the lowest rank in all layers instead of the highest costs a tenth of what the
-smallest widths of bits cost instead of the largest, each layer has an equal part of that, and each doubling of the rank
-makes up for as much of it. Trials correct that.
+The item of a layer has the bytes that its adapters take above those of the lowest rank, which every layer has. The
+prior only guesses what a lower rank costs: the lowest rank instead of the highest in all layers costs a tenth of what
+the smallest widths of bits cost instead of the largest, each layer has an equal share of that, and each doubling of the
+rank recovers the same part of it. Trials correct this guess.
 """
 
 from collections.abc import Sequence
@@ -26,7 +26,7 @@ from qpruner.plan import CompressionPlan
 from qpruner.pricing import bytes_of_rank_one
 
 WHOLE_COST = 0.1
-"""Cost of the lowest rank in all layers, as a share of what the smallest widths of bits cost."""
+"""Cost of the lowest rank in all layers, as a fraction of the cost of the smallest widths of bits."""
 
 
 @dataclass(frozen=True)
@@ -34,9 +34,9 @@ class Ranks:
     """The ranks that adapters may have in a search.
 
     Args:
-        choices: ranks to choose from, lowest first; the highest is that of the adapters of the module.
+        choices: ranks to choose from, lowest first; the highest is the rank of the module's adapters.
         layers: numbers of the layers whose linears get adapters.
-        bytes_of_one: [layers], bytes that the adapters of each of these layers take with rank 1, where no units go.
+        bytes_of_one: [layers], bytes that the adapters of each of these layers take at rank 1, where all units stay.
     """
 
     choices: tuple[int, ...]
@@ -49,8 +49,8 @@ class Ranks:
 
         Args:
             choices: ranks to choose from, checked by `check_ranks_of_search`.
-            model: model without adapters; shapes alone are looked at.
-            lora: adapters that it is going to have.
+            model: model without adapters; only its shapes are used.
+            lora: adapters that the model will have.
         """
         widths = architecture_of(model.config)
         sizes = {
@@ -61,12 +61,12 @@ class Ranks:
 
     @property
     def steps(self) -> np.ndarray[Any, np.dtype[np.int64]]:
-        """[choices], how much each rank is above the lowest."""
+        """[choices], how far each rank is above the lowest."""
         return np.array(self.choices, dtype=np.int64) - self.choices[0]
 
     @property
     def most_bytes(self) -> int:
-        """Bytes that the highest rank takes above the lowest in all layers, where no units go."""
+        """Bytes that the highest rank takes above the lowest, over all layers, where all units stay."""
         return int(self.steps[-1]) * sum(self.bytes_of_one)
 
     def items(self, price_of_bits: float) -> list[list[Choice]]:
@@ -84,28 +84,28 @@ class Ranks:
         ]
 
     def carried_out(self, plan: CompressionPlan, ranks: Sequence[int]) -> CompressionPlan:
-        """The plan with these ranks, one for each of the layers."""
+        """The plan with these ranks, one for each of `layers`."""
         by_layer = dict(zip(self.layers, ranks, strict=True))
         return plan.with_ranks(by_layer.get(number) for number in range(len(plan.layers)))
 
     def nearest(self, plan: CompressionPlan) -> list[int]:
-        """For each layer the place of the rank nearest to that which a plan has; of one that says none, the highest."""
+        """For each layer, the index of the rank nearest to the plan's; of the highest where the plan has none."""
         wanted = [plan.layers[number].rank or self.choices[-1] for number in self.layers]
         places = range(len(self.choices))
         return [min(places, key=lambda place: abs(self.choices[place] - rank)) for rank in wanted]
 
 
 def check_ranks_of_search(ranks: Sequence[int], lora: LoRAConfig, allocator: Allocator) -> None:
-    """Finds, before any work, that ranks cannot be searched.
+    """Checks, before any work, that ranks can be searched.
 
     Args:
         ranks: ranks to choose from.
         lora: adapters of the module.
-        allocator: what spends the budget.
+        allocator: allocator that spends the budget.
 
     Raises:
         UserError: the highest rank is not that of the adapters, adapters do not count against the budget, or LoftQ
-            takes turns, in which codes depend on the rank.
+            alternates, so that codes depend on the rank.
     """
     listed = ", ".join(map(str, ranks))
     if max(ranks) != lora.r:

@@ -1,4 +1,4 @@
-"""What the dense model predicts on some validation text, kept so that trials can tell how far they are from it."""
+"""Predictions of the dense model on some validation text, kept so that trials can measure how far they are from it."""
 
 import json
 from dataclasses import dataclass
@@ -22,7 +22,7 @@ from qpruner.offload import passing
 from qpruner.processes import Processes
 
 TOKENS = 2048
-"""At most so many predictions are kept: with 32,000 words 128 MiB of half floats."""
+"""Largest number of predictions that are kept: with a vocabulary of 32,000, 128 MiB in half precision."""
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class Reference:
     """Predictions of the dense model.
 
     Args:
-        base: hash of the dense model; None where its files were not at hand.
+        base: hash of the dense model; None where its files were not available.
         batches: tensors of the rows of the validation split.
         log_probabilities: log-probabilities of all scored tokens of the batches, up to `TOKENS`, [tokens, V] in half
             precision.
@@ -43,16 +43,16 @@ class Reference:
     @classmethod
     @torch.no_grad()
     def of(cls, model: nn.Module, data: TokenDataModule, processes: Processes, *, base: str | None) -> "Reference":
-        """What a model predicts on the first rows of the validation split.
+        """The predictions of a model on the first rows of the validation split.
 
         Args:
             model: the dense model of transformers; it is moved to the device and left there, see `place_`.
-            data: data module that the rows come from.
+            data: data module that provides the rows.
             processes: processes to compute with: device and precision.
             base: hash of the model.
 
         Raises:
-            UserError: the model has no room on the device.
+            UserError: the model does not fit on the device.
         """
         loader = data.evaluation_loaders("validation")[0]
         batches: list[Batch] = []
@@ -69,7 +69,7 @@ class Reference:
 
     @torch.no_grad()
     def kl(self, model: nn.Module, processes: Processes) -> float:
-        """KL of a model's predictions to these, in nats per token.
+        """KL divergence of a model's predictions from these, in nats per token.
 
         Args:
             model: model of transformers, or of PEFT around it; it is moved to the device and left there.

@@ -1,8 +1,8 @@
-"""An optimizer tried out before the first trial, on the real space, with scores made up: milliseconds, no training.
+"""Tries out an optimizer before the first trial, on the real space with made-up scores: milliseconds, no training.
 
-Of the optimizers that Nevergrad lists some need packages that it does not bring, some fail or stand still after some
-scores, and some propose other plans when they begin again with the same seed, so that a search that was cut off could
-not go on. All of that would otherwise be found after trials that took hours.
+Of Nevergrad's optimizers, some need packages that Nevergrad does not install, some fail or hang after some scores, and
+some propose other plans when they are started again with the same seed, so that an interrupted search could not be
+resumed. All of that would otherwise only come to light after trials that took hours.
 """
 
 import time
@@ -19,9 +19,9 @@ from qpruner.search.proposals import OptimizerFailed, Point, Proposals, Score, o
 from qpruner.search.space import SearchSpace
 from qpruner.seeds import derive_seed
 
-SECONDS = 30.0  # after which a rehearsal ends, though the optimizer has not proposed all
-PATIENCE = 60.0  # seconds without an answer that are taken for standing still
-SLOW = 1.0  # seconds of a proposal that are worth a word
+SECONDS = 30.0  # after which a rehearsal ends, even if not all proposals have been made
+PATIENCE = 60.0  # seconds without an answer after which an optimizer is considered to hang
+SLOW = 1.0  # seconds per proposal from which on a warning is given
 STAND_IN = SearchSpace([[Choice(1, 0.0), Choice(2, -float(gain))] for gain in range(1, 9)], [(4, 8)] * 8, limit=12)
 
 
@@ -30,11 +30,11 @@ def check_runs(name: str, num_workers: int, patience: float = PATIENCE) -> None:
 
     Args:
         name: name of the optimizer.
-        num_workers: number of trials that are out at once.
-        patience: seconds without an answer that are taken for standing still.
+        num_workers: number of trials that are evaluated at once.
+        patience: seconds without an answer after which the optimizer is considered to hang.
 
     Raises:
-        UserError: nothing has this name, it does not go with these workers, or it cannot make a proposal.
+        UserError: no optimizer has this name, it does not support this many workers, or it cannot make a proposal.
     """
     check_optimizer(name, num_workers)
     if name not in OURS:
@@ -49,18 +49,18 @@ def rehearse(
     seconds: float = SECONDS,
     patience: float = PATIENCE,
 ) -> None:
-    """Has an optimizer of Nevergrad propose as often as in the search, and tells it scores as a search may find them.
+    """Has an optimizer of Nevergrad propose as often as in the search, and tells it scores such as a search may find.
 
-    Two processes do so side by side, and are to propose the same. Ours need no rehearsal.
+    Two processes do so side by side and must make the same proposals. Our own optimizers need no rehearsal.
 
     Args:
         settings: settings of the optimizer.
         known: points and scores that the optimizer is told first.
         seconds: seconds after which the rehearsal ends.
-        patience: seconds without an answer that are taken for standing still.
+        patience: seconds without an answer after which the optimizer is considered to hang.
 
     Raises:
-        UserError: it fails, gives no answer, or does not propose the same again.
+        UserError: the optimizer fails, gives no answer, or does not repeat its proposals.
     """
     if settings.name in OURS:
         return
@@ -86,7 +86,7 @@ def _rehearse(
     seconds: float,
     patience: float,
 ) -> tuple[list[Point], float]:
-    """The points that were proposed, and the seconds that each took."""
+    """The points that were proposed, and the seconds per proposal."""
     score_of = MadeUpScores(settings.space, settings.seed)
     points: list[Point] = []
     try:
@@ -118,16 +118,16 @@ def _rehearse(
 
 
 def _opened(settings: OptimizerSettings, patience: float) -> AbstractContextManager[Proposals]:
-    return open_proposals(settings, patience=patience, hear=lambda warning: None)  # the search will hear it
+    return open_proposals(settings, patience=patience, hear=lambda warning: None)  # the search will hear warnings
 
 
 class MadeUpScores:
-    """Losses such as a search finds: about 2 nats per token, mostly as the prior has it, else as luck has it.
+    """Losses such as a search finds: about 2 nats per token, mostly determined by the prior and otherwise random.
 
     Args:
-        space: space of the plans; where it spends a share of the bytes these are a second objective, and the
+        space: space of the plans; where it spends a share of the bytes, these are a second objective, and the
             multiply-adds of a structure a third.
-        seed: seed of the luck, which is the same for equal plans.
+        seed: seed of the random part, which is the same for equal plans.
     """
 
     def __init__(self, space: SearchSpace, seed: int) -> None:

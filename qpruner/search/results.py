@@ -1,4 +1,4 @@
-"""From the records of trials to what a person reads."""
+"""Turns the records of trials into results that a person reads."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -13,12 +13,12 @@ from qpruner.search.ledger import Key, Ledger, TrialRecord
 
 
 def tried(name: str, records: Sequence[TrialRecord], aim: Aim) -> Tried:
-    """A plan from the records of its seeds, which succeeded; all but losses and accuracies are of the first.
+    """A plan from its successful trials, one per seed; everything but losses and accuracies is from the first.
 
     Args:
         name: name of the plan.
         records: trials of the plan, at least one.
-        aim: what the search minimizes.
+        aim: objective that the search minimizes.
     """
     scores = [record.scores for record in records if record.scores is not None]
     losses = tuple(float(score["loss"]) for score in scores)
@@ -38,7 +38,7 @@ def tried(name: str, records: Sequence[TrialRecord], aim: Aim) -> Tried:
 
 
 def timed(plans: Sequence[Tried], speeds: Sequence[dict[str, float]]) -> list[Tried]:
-    """Plans with the seconds that a token takes in each."""
+    """Plans with the seconds per token of each."""
     return [
         replace(plan, scores={**plan.scores, "seconds_per_token": seconds})
         for plan, seconds in zip(plans, speeds, strict=True)
@@ -46,12 +46,12 @@ def timed(plans: Sequence[Tried], speeds: Sequence[dict[str, float]]) -> list[Tr
 
 
 def named(key: Key) -> tuple[tuple[int, ...], ...]:
-    """What tells the plan of a key from others: its choices, and its units and ranks where these are searched."""
+    """What distinguishes the plan of a key: its choices, and its units and ranks where these are searched."""
     return tuple(key["choices"]), tuple(key.get("units", ())), tuple(key.get("ranks", ()))
 
 
 def proposers(ledger: Ledger) -> list[Proposer]:
-    """Who proposed which trials; without optimizers that were followed before they proposed any."""
+    """Which optimizer proposed which trials; without optimizers that were replaced before they proposed any."""
     ends = [*(record.first for record in ledger.optimizers[1:]), len(ledger.records)]
     return [
         Proposer(record.name, record.first + 1, end)
@@ -61,12 +61,12 @@ def proposers(ledger: Ledger) -> list[Proposer]:
 
 
 def write_front(folder: RunFolder, front: Sequence[Tried], plan_of: Callable[[Tried], CompressionPlan]) -> None:
-    """Writes the plan of each point of a front, and a list of them.
+    """Writes the plan of each point of a front, and a list of the points.
 
     Args:
         folder: folder of the search.
-        front: points that no other is better than in all that is traded.
-        plan_of: gives the plan of a point.
+        front: points that no other point beats in everything that is traded off.
+        plan_of: returns the plan of a point.
     """
     folder.plans.mkdir(exist_ok=True)
     entries = []

@@ -1,32 +1,32 @@
-"""Every point of R^d as a plan within a byte budget: the space that an optimizer moves in.
+"""Maps every point of R^d to a plan within a byte budget: the space that an optimizer moves in.
 
-**Idea.** An optimizer that proposes widths themselves breaks the budget or wastes bytes. Here a point only says how
-much more or less than the prior believes each item deserves; the greedy upgrades that solve the prior's problem then
-spend the budget. Every plan fits, by construction, and no upgrade that would still fit is left out.
+**Idea.** An optimizer that proposes widths themselves exceeds the budget or wastes bytes. Here a point only says how
+much more or less each item deserves than the prior believes; the greedy upgrades that solve the prior's problem then
+spend the budget. Every plan fits by construction, and no upgrade that would still fit is left out.
 
-**Formula.** For a point x, with cost(i, j) of the prior, `solving.greedy` takes the upgrades j -> k of the largest
+**Formula.** For a point x, with the prior's cost(i, j), `solving.greedy` takes the upgrades j -> k of the largest
 
     exp(x_i) (cost(i, j) - cost(i, k)) / (size(i, k) - size(i, j)).
 
 x = 0 is the prior's own plan.
 
-**Prior.** The steps between neighbouring choices of an item are rated in saving per byte. Three things are done to the
-rates, none of which changes what x = 0 gives where the prior sees a gain in every step, less in each than before:
+**Prior.** The steps between neighbouring choices of an item are rated by saving per byte. The rates are modified in
+three ways, none of which changes the plan of x = 0 if the prior sees a gain in every step, smaller in each than before:
 
 1. A step that saves less per byte than a later one of its item gets the rate of both together, as on the concave
    majorant of the item's savings. Otherwise the width between could not be had while the wider one still fits.
-2. A hundredth of the mean rate is added to all. Their order stays, and an item in which the prior sees no gain can be
-   upgraded: last for x = 0, first if its x exceeds that of an average item by log 100 = 4.6.
+2. A hundredth of the mean rate is added to all rates. Their order stays, and an item in which the prior sees no gain
+   can be upgraded: last for x = 0, first if its x exceeds that of an average item by log 100 = 4.6.
 3. A step has at most 0.99 of the rate of the step before it, so that several items can stop halfway.
 
-As rates then fall within each item, greedy takes single steps in the order of their rates, and so one pass over all of
-them, sorted, decodes a thousand points at once. Every plan to which no upgrade can be added is some point's.
+As rates then fall within each item, greedy takes single steps in the order of their rates, so a single pass over all
+steps, sorted, decodes a thousand points at once. Every plan to which no upgrade can be added is the plan of some point.
 
-**Structure.** Where widths of layers are searched, too, coordinates of theirs come first, and what they mean is decided
-before bits are, since it changes the sizes of all choices; see `qpruner.search.structure`. Rates stay what they are: an
-item that lost a tenth of its weights has a tenth less to save, in a tenth less bytes.
+**Structure.** Where widths of layers are searched, too, their coordinates come first and are decoded before the bits,
+because they change the sizes of all choices; see `qpruner.search.structure`. Rates stay as they are: an item that lost
+a tenth of its weights has a tenth less to save, in a tenth fewer bytes.
 
-**Further dimensions.** A coordinate is a multiplier of gains, so whatever has a size and a cost can join: the rank of a
+**Further dimensions.** A coordinate multiplies gains, so anything with a size and a cost can be added: the rank of a
 layer's adapters is one more item with choices of its own (`qpruner.search.ranks`), a further format one more choice.
 
 **Sources.** Majorant: Barlow, Bartholomew, Bremner and Brunk 1972, "Statistical inference under order restrictions",
@@ -44,28 +44,28 @@ from qpruner.search.structure import Floats, Integers, Structure
 
 FLOOR = 0.01  # of the mean rate
 BEND = 0.99
-BEYOND = 1.5  # how far, as a logarithm, `SearchSpace.encode` goes beyond the first rate of an item or its last
-FARTHEST = 50.0  # of a coordinate; beyond it nothing changes, and exp stays far from what a float holds
+BEYOND = 1.5  # how far, in log rate, `SearchSpace.encode` goes beyond the first or the last rate of an item
+FARTHEST = 50.0  # of a coordinate; beyond it nothing changes, and exp stays far from the limits of a float
 STRETCH = 1.5  # of the sigmoid of the share, so that a twentieth of all normal draws spends nothing, another one all
 
 
 @dataclass(frozen=True)
 class SearchSpace:
-    """The plans for some items that fit a number of bytes.
+    """The plans for given items that fit into a number of bytes.
 
-    A plan is a row of whole numbers: for each part of the structure the place of its number of units, then for each
-    item the number of its choice.
+    A plan is a row of integers: for each part of the structure the index of its number of units, then for each item
+    the index of its choice.
 
     Args:
-        choices: choices that each item has, fewest bytes first, [items]; costs are those of the prior, and both are
-            those of layers in which all units stay.
+        choices: choices of each item, fewest bytes first, [items]; costs are those of the prior, and both sizes and
+            costs are those of layers in which all units stay.
         levels: widths of these choices as numbers above 0, such as bits, [items]; more is wider.
-        limit: bytes that a plan may take; the smallest choices fit, in the least structure.
-        spends: whether the share of the bytes that are spent is one more coordinate, the last one. A search with more
-            objectives than one needs it: without it all plans have nearly the same bytes. 0 spends half of the bytes
+        limit: bytes that a plan may take; the smallest choices fit, in the narrowest structure.
+        spends: whether the fraction of the bytes that is spent is an additional coordinate, the last one. A search with
+            several objectives needs it: without it all plans have nearly the same bytes. 0 spends half of the bytes
             between the smallest choices and the limit, so that both ends of a front are equally near; they are reached
             at -1.6 and 1.6.
-        structure: how wide layers may be, whose coordinates come first; None where they are as they are.
+        structure: how wide layers may be, whose coordinates come first; None where widths are fixed.
     """
 
     choices: Choices
@@ -93,18 +93,18 @@ class SearchSpace:
 
     @property
     def widths_from(self) -> int:
-        """Place of the first item's coordinate."""
+        """Index of the first item's coordinate."""
         return 0 if self.structure is None else self.structure.num_coordinates
 
     @cached_property
     def smallest(self) -> int:
-        """Bytes of the smallest choices, in the least structure."""
+        """Bytes of the smallest choices, in the narrowest structure."""
         least = np.zeros((1, self.num_parts), dtype=np.int64)
         return int(self._least_sizes(least)[0])
 
     @property
     def is_single(self) -> bool:
-        """Whether all points have one plan: the smallest choices, or the largest."""
+        """Whether all points map to the same plan: the smallest choices, or the largest."""
         if self.structure is not None:
             return False
         largest = sum(item[-1].size for item in self.choices)
@@ -114,7 +114,7 @@ class SearchSpace:
 
     @cached_property
     def rates(self) -> list[Floats]:
-        """[items][choices - 1], saving per byte of each step to the next choice, as the module says; falling."""
+        """[items][choices - 1], saving per byte of each step to the next choice, modified as above; decreasing."""
         steps = [_majorant(item) for item in self.choices]
         mean = np.mean(np.concatenate(steps)) if any(map(len, steps)) else 0.0
         floor = FLOOR * mean if mean > 0 else 1.0
@@ -130,7 +130,7 @@ class SearchSpace:
         """The plans of points.
 
         Args:
-            points: points to decode, [points, dimension], of any size.
+            points: points to decode, [points, dimension], of any magnitude.
         """  # [points, parts + items]
         points = np.asarray(points, dtype=np.float64)
         budgets = self.budgets(points)
@@ -147,7 +147,7 @@ class SearchSpace:
         left = budgets - self._least_sizes(structures)  # [points], bytes
         stopped = np.zeros(
             taken.shape, dtype=bool
-        )  # a step that does not fit ends its item, as the next one builds on it
+        )  # a step that does not fit ends the upgrades of its item, because the next one builds on it
         rows = np.arange(len(points))
         for step in order.T:
             item, size = owner[step], added[rows, step]
@@ -158,11 +158,11 @@ class SearchSpace:
         return np.concatenate([structures, taken], axis=1)
 
     def origin(self, *, alike: int = 0) -> list[int]:
-        """The plan of the origin, which is the prior's.
+        """The plan at the origin, which is the prior's.
 
         Args:
-            alike: number of items, the first ones, that are to have the same choice instead, the widest that fits with
-                the others in their smallest.
+            alike: number of leading items that are all to have the same choice instead, the widest that fits with the
+                others at their smallest.
         """  # [parts + items]
         (plan,) = self.decode(np.zeros((1, self.dimension)))
         if alike:
@@ -175,9 +175,9 @@ class SearchSpace:
         return row
 
     def encode(self, plan: Sequence[int]) -> Floats:
-        """A point whose plan this is, if it fits and no upgrade can be added to it; else one whose plan is near.
+        """A point that decodes to a plan, if it fits and no upgrade can be added to it; else to a plan close to it.
 
-        Each item is multiplied so that 1 lies between the rates of the last step that it takes and of the next.
+        Each item is scaled so that 1 lies between the rates of the last step that it takes and of the next.
 
         Args:
             plan: plan to reach, [parts + items].
@@ -193,13 +193,13 @@ class SearchSpace:
                 after = logs[taken] if taken < len(logs) else logs[-1] - 2 * BEYOND
                 point[self.widths_from + item] = -(before + after) / 2
         of_items = point[self.widths_from : self.widths_from + self.num_items]
-        of_items -= of_items.mean()  # which changes no order
+        of_items -= of_items.mean()  # which does not change any order
         if self.spends:
             point[-1] = FARTHEST
         return point
 
     def budgets(self, points: Floats) -> Integers:
-        """[points], bytes that the plan of each may have."""
+        """[points], bytes that the plan of each point may take."""
         if not self.spends:
             return np.full(len(points), self.limit, dtype=np.int64)
         middle = 1 / (1 + np.exp(-np.clip(points[:, -1], -FARTHEST, FARTHEST)))
@@ -209,8 +209,8 @@ class SearchSpace:
     def uninformed(self, generator: np.random.Generator, count: int) -> Floats:
         """Random points whose plans do not depend on how the prior ranks the items.
 
-        Each undoes the ranks and puts a random one in their place. How far items differ is drawn too: where they
-        differ much, a few have all the bytes, where they differ little, many have some.
+        Each point cancels the prior's ranking and replaces it by a random one. How much items differ is random, too: if
+        they differ much, a few get all the bytes; if they differ little, many get some.
         """  # [points, dimension]
         first = np.array([np.log(rates[0]) if len(rates) else 0.0 for rates in self.rates])
         points = np.exp(generator.uniform(-1, 1.5, (count, 1))) * generator.standard_normal((count, self.dimension))
@@ -220,7 +220,7 @@ class SearchSpace:
         return points
 
     def features(self, plans: Integers) -> Floats:
-        """[plans, parts + items], what stays of parts, and log2 of the widths; each goes from 0 to 1."""
+        """[plans, parts + items], how much of each part stays, and log2 of the widths, each scaled to 0 to 1."""
         structures, choices = self._split(plans)
         columns = [] if self.structure is None else [*self.structure.features(structures).T]
         for item, taken in zip(self.levels, choices.T, strict=True):
@@ -229,7 +229,7 @@ class SearchSpace:
         return np.stack(columns, axis=1)
 
     def costs(self, plans: Integers) -> Floats:
-        """[plans], cost of the prior; of an item that lost units as much less as it has fewer bytes in its width."""
+        """[plans], cost of the prior; that of an item that lost units shrinks in proportion to its bytes."""
         structures, choices = self._split(plans)
         total = np.zeros(len(plans)) if self.structure is None else self.structure.costs(structures)
         for item, sizes, taken in zip(self.choices, self._choice_sizes(structures), choices.T, strict=True):
@@ -239,7 +239,7 @@ class SearchSpace:
             else:
                 whole = np.array([choice.size for choice in item])[taken]
                 left = sizes[np.arange(len(plans)), taken] / np.maximum(whole, 1)
-                left[whole == 0] = 1.0  # what takes nothing cannot take less
+                left[whole == 0] = 1.0  # an item without bytes cannot lose any
                 total = total + costs.min() + (costs[taken] - costs.min()) * left
         return total
 
@@ -256,14 +256,14 @@ class SearchSpace:
         return plans[:, : self.num_parts], plans[:, self.num_parts :]
 
     def _choice_sizes(self, structures: Integers) -> Iterator[Integers]:
-        """For each item the bytes of its choices, [points, choices]."""
+        """For each item, the bytes of its choices, [points, choices]."""
         for number, item in enumerate(self.choices):
             whole = np.array([choice.size for choice in item], dtype=np.int64)
             change = 0 if self.structure is None else self.structure.change(number, structures)
             yield np.broadcast_to(whole + change, (len(structures), len(item)))
 
     def _rest(self, structures: Integers) -> Integers:
-        """[points], bytes that count and are no item's, above those where all units stay."""
+        """[points], bytes that count but belong to no item, above those where all units stay."""
         none = np.zeros(len(structures), dtype=np.int64)
         return none if self.structure is None else self.structure.rest(structures)
 
@@ -273,7 +273,7 @@ class SearchSpace:
 
 
 def _majorant(item: Sequence[Choice]) -> Floats:
-    """[choices - 1], slopes of the least concave curve above the savings of an item, none below 0."""
+    """[choices - 1], slopes of the least concave majorant of the savings of an item, none below 0."""
     sizes = np.array([choice.size for choice in item], dtype=np.float64)
     savings = np.maximum.accumulate(item[0].cost - np.array([choice.cost for choice in item]))
     return np.array(

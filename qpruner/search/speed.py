@@ -1,8 +1,8 @@
-"""Seconds that a token takes in the decoder linears of a plan, from forward passes that were measured once.
+"""Seconds per token in the decoder linears of a plan, from forward passes that were measured once.
 
-A table has the seconds of a linear of each shape and precision that plans have, on the device at hand; those of a plan
-are their sum. All else that a token costs is left out: attention, norms, embedding, head and adapters. Seconds differ
-from one measurement to the next, so that a table is kept and nothing but a report is made of it.
+A table holds the seconds of a linear of each shape and precision that occur in plans, on the device at hand; those of a
+plan are their sum. All other costs of a token are left out: attention, norms, embedding, head and adapters. Timings
+vary from one measurement to the next, so a table is kept, and is used for nothing but a report.
 """
 
 import math
@@ -24,11 +24,11 @@ from qpruner.quantization.formats import quantize
 from qpruner.schema import Record
 
 TOKENS = (1, 256)
-"""Tokens that pass through a linear at once: as text is written, and as it is read."""
+"""Tokens that pass through a linear at once: as when text is generated, and as when it is read."""
 REPEATS = 7
 
 Linear = tuple[int, int, Precision]
-"""Rows and columns of a weight, and the precision that it is held in."""
+"""Rows and columns of a weight, and the precision that it is stored in."""
 Timer = Callable[[Linear, torch.device, torch.dtype], tuple[float, ...]]
 
 
@@ -37,11 +37,11 @@ class Speeds(Record):
     """Seconds of forward passes on a device.
 
     Args:
-        where: device, its threads and the number format of activations, in words.
-        seconds: for each linear, such as ``576 x 1536 nf4 4/64``, seconds of a pass of each number of `TOKENS`.
+        where: device, its number of threads and the dtype of activations, in words.
+        seconds: for each linear, such as ``576 x 1536 nf4 4/64``, seconds of a pass with each number of `TOKENS`.
 
     Raises:
-        UserError: seconds that are not above 0, or of other numbers of tokens.
+        UserError: seconds that are not above 0, or not one value for each number of `TOKENS`.
     """
 
     remedy = "Delete the file: speeds are measured anew."
@@ -57,7 +57,7 @@ class Speeds(Record):
                 )
 
     def per_token(self, plan: CompressionPlan) -> dict[str, float]:
-        """Seconds of a token in all decoder linears of a plan, by how many tokens pass at once."""
+        """Seconds per token in all decoder linears of a plan, by how many tokens pass at once."""
         linears = linears_of(plan)
         return {
             str(tokens): sum(count * self.seconds[name_of(linear)][place] for linear, count in linears.items()) / tokens
@@ -83,7 +83,7 @@ def name_of(linear: Linear) -> str:
 
 
 def seconds_of(linear: Linear, device: torch.device, dtype: torch.dtype) -> tuple[float, ...]:
-    """The least seconds of several forward passes of each number of `TOKENS`; what the weights are does not matter."""
+    """The minimum over several forward passes, in seconds, for each number of `TOKENS`; weight values do not matter."""
     rows, columns, precision = linear
     module = nn.Linear(columns, rows, bias=False, dtype=dtype, device=device).requires_grad_(False)
     packed = module if precision == DENSE else quantize(module, precision)
@@ -95,7 +95,7 @@ def seconds_of(linear: Linear, device: torch.device, dtype: torch.dtype) -> tupl
 
     with torch.no_grad():
         inputs = [torch.ones(tokens, columns, dtype=dtype, device=device) for tokens in TOKENS]
-        for x in inputs:  # kernels are compiled and caches filled
+        for x in inputs:  # warm-up: compiles kernels and fills caches
             packed(x)
         return tuple(min(seconds(x) for _ in range(REPEATS)) for x in inputs)
 
@@ -107,19 +107,19 @@ def measured(
     dtype: torch.dtype,
     timer: Timer = seconds_of,
 ) -> Speeds:
-    """The table of all linears of some plans; what a file has of them, measured on such a device, is not measured anew.
+    """The table of all linears of given plans; entries of the file that were measured on such a device are reused.
 
     Args:
-        path: file of the table, written where something was measured.
-        plans: plans whose linears are wanted.
+        path: file of the table, written if anything was measured.
+        plans: plans whose linears are needed.
         device: device that computes.
-        dtype: number format of activations.
+        dtype: dtype of activations.
         timer: function that measures a linear.
     """
     where = f"{_name_of(device)}, {torch.get_num_threads()} threads, {str(dtype).removeprefix('torch.')}"
     known = Speeds(where, {})
     if path.exists():
-        with suppress(UserError):  # a damaged table is as none
+        with suppress(UserError):  # a damaged table counts as missing
             known = Speeds.read(path)
     seconds = dict(known.seconds) if known.where == where else {}
     wanted = {name_of(linear): linear for plan in plans for linear in linears_of(plan)}
@@ -131,10 +131,10 @@ def measured(
 
 
 def _name_of(device: torch.device) -> str:
-    """The name of the very device, so that seconds of another machine are none of this one's."""
+    """The name of the specific device, so that timings from another machine are not reused on this one."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    try:  # Linux alone tells the model
+    try:  # only Linux tells the model
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
         lines = []

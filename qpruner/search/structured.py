@@ -1,7 +1,8 @@
-"""What a search of widths needs before its first trial: scores of units, sums of the dense model, priors, a bank.
+"""Prepares a search of widths before its first trial: scores of units, sums of the dense model, priors and a bank.
 
-The dense model is the base of every trial. What is measured on it, sensitivities and the bank of its linears, holds for
-narrowed layers as far as a part of a layer costs its part; how wide layers may be, and what that costs, `parts` says.
+The dense model is the base of every trial. What is measured on it, sensitivities and the bank of its linears, is valid
+for narrowed layers as far as a fraction of a layer has that fraction of its cost; `parts` has the possible widths and
+what they cost.
 """
 
 from collections.abc import Mapping, Sequence
@@ -33,7 +34,7 @@ from qpruner.search.ranks import Ranks
 from qpruner.search.structure import Structure, StructureConfig
 
 NO_LIMIT = Budget(share=1e6)
-"""For costs and sizes of all choices, none of which is taken."""
+"""For computing the costs and sizes of all choices, none of which is taken."""
 
 
 @dataclass(frozen=True)
@@ -44,9 +45,9 @@ class Structured:
         structure: how wide layers may be.
         ranking: which units stay.
         limit: most bytes that items may take, where all units stay.
-        priors: costs of bits by each method, and bytes where all units stay; what was decided counts for nothing.
-        compensates: whether weights that stay make up for those that go.
-        dtype: number format that the dense model is held in.
+        priors: costs of bits by each method, and bytes where all units stay; the decisions in them are not used.
+        compensates: whether the remaining weights compensate for the removed ones.
+        dtype: dtype of the dense model.
     """
 
     structure: Structure
@@ -58,10 +59,10 @@ class Structured:
 
 
 def scoring_callback(pruning: Sequence[CompressionInSetup]) -> StructuredPruning:
-    """The callback that says which units stay.
+    """The callback that determines which units stay.
 
     Raises:
-        UserError: there is none, or another one that prunes.
+        UserError: there is none, or another callback prunes.
     """
     if len(pruning) == 1 and isinstance(pruning[0], StructuredPruning):
         return pruning[0]
@@ -73,12 +74,12 @@ def scoring_callback(pruning: Sequence[CompressionInSetup]) -> StructuredPruning
 
 
 def price_of_bits(prior: Allocation) -> float:
-    """Cost of the smallest widths in all items instead of the largest; 1 where these cost the same."""
+    """Cost of the smallest widths in all items instead of the largest; 1 if both cost the same."""
     return sum(max(decision.costs) - min(decision.costs) for decision in prior.decisions) or 1.0
 
 
 def part_of(folder: RunFolder, method: Method) -> RunFolder:
-    """Where a search keeps what one method of allocation decided."""
+    """Folder in which a search keeps the allocation of one method."""
     return RunFolder(folder.prior / method)
 
 
@@ -91,20 +92,20 @@ def prepare_structures(
     ranks: Ranks | None,
     start: CompressionPlan | None = None,
 ) -> Structured:
-    """Scores units, gathers sums, measures what bits cost and fills the bank, unless an earlier session did.
+    """Scores units, gathers sums, measures the costs of bits and fills the bank, unless an earlier session did.
 
     Args:
         job: dense model, and what may be used for it; with the folder of the search.
         plan: plan of the dense model, with the precisions of its tables.
-        scoring: callback that says which units stay, and where the search starts.
-        allocator: what spends the budget.
+        scoring: callback that determines which units stay, and where the search starts.
+        allocator: allocator that spends the budget.
         config: how wide layers may be.
         ranks: ranks that adapters may have, where these are searched; None where they are not.
         start: plan that is to be tried among the first; None for none.
 
     Raises:
         UserError: a start for another model, a budget that no structure meets, adapters of a rank above that of the
-            narrowest linear, or what scoring and allocation refuse.
+            narrowest linear, or something that scoring or allocation refuses.
     """
     folder, network = job.folder, job.model.network
     assert folder is not None
@@ -113,7 +114,7 @@ def prepare_structures(
     items = allocator.items(plan)
     structures = Structures(network, plan, config, scoring.selection, job.lora, ranks)
     precisions = in_order(plan, items, allocator.precisions, network.dtype.itemsize)
-    limit = structures.limit(items, precisions, allocator.budget)  # before what takes long, as is the next
+    limit = structures.limit(items, precisions, allocator.budget)  # checked before slow work, like the rank below
     narrowest = outline_of(with_widths(network.config, structures.least))
     packed = with_choices(plan, items, [precisions[0]] * len(items))
     loftq = LoftQSettings.of(job.lora, allocator.loftq_iterations, job.seed)
@@ -193,7 +194,7 @@ def _sums(job: CompressionJob, options: dict[str, object], text: CalibrationConf
 
 
 def _made_from(job: CompressionJob, options: dict[str, object]) -> str:
-    """What tells scores and sums from those of other models, texts and options."""
+    """Hash that distinguishes scores and sums from those of other models, texts and options."""
     return hash_json(
         {
             **options,

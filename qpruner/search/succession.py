@@ -1,7 +1,7 @@
-"""Which optimizer proposes which trials of a search, and how the next one takes over.
+"""Decides which optimizer proposes which trials of a search, and how the next one takes over.
 
-The ledger says where each began. Only the last one is made again when a search goes on: it learns the points and scores
-of all trials before its first, and then makes the proposals that the ledger holds and those that are to come.
+The ledger says where each optimizer began. Only the last one is made again when a search is resumed: it learns the
+points and scores of all trials before its first one, and then makes the proposals in the ledger and those to come.
 """
 
 from lightning.pytorch.utilities import rank_zero_info
@@ -26,22 +26,22 @@ def succeed(
     seed: int,
     starts: tuple[Point, ...] = (),
 ) -> None:
-    """Has an optimizer propose the trials that are left, once it was rehearsed, unless it does so already.
+    """Has an optimizer propose the remaining trials, after a rehearsal, unless it is already the one that does.
 
-    One of Nevergrad's that planned for fewer trials or workers begins anew, too; ours plan for none.
+    An optimizer of Nevergrad's that planned for fewer trials or workers also begins anew; ours do not plan.
 
     Args:
         ledger: ledger of the search.
         name: name of the optimizer.
         space: space of the plans.
-        judge: fresh judge, which says what optimizers are told of trials.
+        judge: fresh judge, which decides what optimizers are told of trials.
         num_trials: number of trials of the whole search.
         workers: number of trials proposed at a time.
         seed: seed of the search.
         starts: points that are proposed before others.
 
     Raises:
-        UserError: the rehearsal failed; the ledger is as it was.
+        UserError: the rehearsal failed; the ledger is unchanged.
     """
     first, before = len(ledger.records), ledger.optimizers[-1] if ledger.optimizers else None
     goes_on = (
@@ -62,12 +62,12 @@ def succeed(
 def settings_of(
     record: OptimizerRecord, space: SearchSpace, seed: int, starts: tuple[Point, ...] = ()
 ) -> OptimizerSettings:
-    """What an optimizer is made from, so that it makes the same proposals each time.
+    """The settings that an optimizer is made from, so that it makes the same proposals each time.
 
     Args:
         record: record of the optimizer.
         space: space of the plans.
-        seed: seed of the search; an optimizer that follows another has one of its own, lest it proposes the same again.
+        seed: seed of the search; an optimizer that succeeds another has its own seed, lest it repeat the proposals.
         starts: points that the first optimizer proposes before others.
     """
     return OptimizerSettings(

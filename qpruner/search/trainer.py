@@ -1,4 +1,4 @@
-"""The Trainer that also searches: `fit`, `validate`, `test` and `predict` of Lightning, and `search`."""
+"""A Trainer that also searches: it has Lightning's `fit`, `validate`, `test` and `predict`, and `search`."""
 
 import shutil
 from collections.abc import Sequence
@@ -46,15 +46,15 @@ from qpruner.training.module import LoRAFinetuner
 class SearchTrainer(Trainer):
     """A Trainer with an outer loop that proposes bit vectors and scores each by a short fit (arXiv 2412.11629).
 
-    Everything of a search lies in the Trainer's ``default_root_dir``, and a search that was cut off goes on from there.
-    Which of a Trainer's options a trial takes over, `qpruner.search.trial_trainer` lists.
+    A search keeps everything in the Trainer's ``default_root_dir``, and an interrupted search resumes from there. Which
+    of a Trainer's options a trial takes over is listed in `qpruner.search.trial_trainer`.
 
     Attributes:
-        given: arguments that the Trainer was made with.
+        given: arguments that the Trainer was constructed with.
     """
 
     def __init__(self, **options: Any) -> None:
-        # Before Lightning puts callbacks of its own, such as the timer of max_time, into the list that it is given.
+        # Before Lightning adds callbacks of its own, such as the timer of max_time, to the list that it is given.
         self.given = {name: list(value) if isinstance(value, list) else value for name, value in options.items()}
         super().__init__(**options)
 
@@ -64,18 +64,18 @@ class SearchTrainer(Trainer):
         datamodule: TokenDataModule,
         search: SearchConfig = SearchConfig(),  # noqa: B008  # frozen
     ) -> SearchResults:
-        """Finds the bits of each layer under the budget of `MixedPrecisionQuantization`, and their widths if asked.
+        """Finds the bits of each layer under the budget of `MixedPrecisionQuantization`, and its widths if requested.
 
         The base is pruned by the Trainer's callbacks once, or by each trial where widths are searched; no plan is
         scored on the test split.
 
         Args:
             model: module as for a fit; it is given no model.
-            datamodule: data module as for a fit; its validation split chooses.
-            search: how to search.
+            datamodule: data module as for a fit; its validation split decides between plans.
+            search: options of the search.
 
         Raises:
-            UserError: no budget or validation split, options of the Trainer that a trial cannot go by, an unknown
+            UserError: no budget or validation split, options of the Trainer that a trial cannot follow, an unknown
                 optimizer, or a folder that holds another search.
         """
         return Search(self, model, datamodule, search).run()
@@ -85,13 +85,13 @@ class Search:
     """One search, from the dense model to its results.
 
     Args:
-        trainer: Trainer whose callbacks, logger and options it uses.
+        trainer: Trainer whose callbacks, logger and options the search uses.
         module: module that holds the model to search for.
-        data: text to fit and to choose with.
-        config: how to search.
+        data: text to fit on and to compare plans with.
+        config: options of the search.
 
     Raises:
-        UserError: options of the Trainer that a trial cannot go by, or no callback that quantizes.
+        UserError: options of the Trainer that a trial cannot follow, or no callback that quantizes.
     """
 
     def __init__(self, trainer: SearchTrainer, module: LoRAFinetuner, data: TokenDataModule, config: SearchConfig):
@@ -137,7 +137,7 @@ class Search:
 
     @cached_property
     def aim(self) -> Aim:
-        """What is minimized.
+        """The objective that is minimized.
 
         Raises:
             UserError: the score asks for tasks that the validation data do not have.
@@ -150,12 +150,12 @@ class Search:
         return Aim.of(self.config.score, answered)
 
     def prepare(self) -> None:
-        """Prunes the base, makes the prior and fills the bank, unless an earlier session did; then the space is known.
+        """Prunes the base, makes the prior and fills the bank, unless an earlier session did; then sets the space.
 
         Raises:
             UserError: see `qpruner.search.preparation.prepare`.
         """
-        self.folder.path.mkdir(parents=True, exist_ok=True)  # of a run it is there; from Python perhaps not
+        self.folder.path.mkdir(parents=True, exist_ok=True)  # a run has made it; from Python it may not exist
         alone = Processes.alone(self.trainer.strategy.root_device, self.trainer.precision_plugin.forward_context)
         processes = replace(alone, precision=str(self.trainer.precision))
         self.prepared = prepare(
@@ -170,7 +170,7 @@ class Search:
         """The plan that is to be tried among the first; None for none.
 
         Raises:
-            UserError: the file that is named holds no plan.
+            UserError: the named file holds no plan.
         """
         structure = self.config.structure
         if structure is None or structure.start is None:
@@ -186,7 +186,7 @@ class Search:
         return (self.space.encode(row).tolist(),)
 
     def work(self) -> TrialWork:
-        """What workers get; the rows of the data each reads from the cache."""
+        """What workers are sent; each reads the rows of the data from the cache."""
         structured, rounding = self.prepared.structured, self.prepared.rounding
         compensates = structured is not None and structured.compensates
         has_sums = compensates or (structured is not None and rounding is not None)
@@ -239,12 +239,12 @@ class Search:
             ) from error
 
     def key(self, plan: Sequence[int], repetition: int, steps: int) -> Key:
-        """What a trial evaluates; the same data order and draws for all plans of one repetition.
+        """The key of a trial; all plans of one repetition share the data order and the random draws.
 
         Args:
-            plan: row of a plan, as `SearchSpace.decode` has it.
+            plan: row of a plan, as returned by `SearchSpace.decode`.
             repetition: number of the seed, from 0.
-            steps: optimizer steps of the trial.
+            steps: number of optimizer steps of the trial.
         """
         structure, ranks = self.space.structure, self.prepared.ranks
         ends = self.space.num_parts, self.space.num_parts + len(self.prior.decisions)
@@ -262,22 +262,22 @@ class Search:
         return Judge(self.score, first_penalty=worst if self.config.front else 1e6)
 
     def score(self, scores: Scores) -> Score:
-        """What is minimized; for a front with bytes, and where widths are searched with multiply-adds."""
+        """The score that is minimized; for a front also bytes and, where widths are searched, multiply-adds."""
         value = self.aim.of_scores(scores)
         traded = ["bytes"] if self.space.structure is None else ["bytes", "multiply_adds"]
         return [value, *(float(scores[name]) for name in traded)] if self.config.front else value
 
     def identity(self, part: str) -> dict[str, Any]:
-        """What tells this search's ledger from others; more trials, workers or another optimizer are no other."""
+        """What identifies this search's ledger; more trials or workers or another optimizer do not change it."""
         compression = [*self.pruning, self.quantization]
         free = {"optimizer", "trials", "finalists", "finalist_seeds", "finalist_steps", "executor"}
         options = asdict(self.config)
-        if self.config.score == "loss":  # as when there was no other
+        if self.config.score == "loss":  # as before there were other scores
             del options["score"]
         for name in ("structure", "ranks"):
             if not getattr(self.config, name):
                 del options[name]
-        start = {} if self.start is None else {"start": hash_json(self.start.to_json())}  # its units, whatever its name
+        start = {} if self.start is None else {"start": hash_json(self.start.to_json())}  # its content, not its path
         rounding = {} if self.prepared.rounding is None else {"rounding": hash_json(self.prepared.rounding.origin)}
         return {
             "part": part,
@@ -298,7 +298,7 @@ class Search:
         }
 
     def compare(self, executor: Executor) -> list[Tried]:
-        """The finalists and the plans that were not searched for, each with all seeds."""
+        """Runs the finalists and the plans that were not searched for, each with all seeds."""
         trials = [trial for trial in self.ledger.records if trial.scores is not None]
         succeeded = {named(trial.key): trial for trial in reversed(trials)}
         if not succeeded:
@@ -359,15 +359,15 @@ class Search:
         if isinstance(self.trainer.logger, TensorBoardLogger):
             show_search(self.trainer.logger, results)
         shutil.rmtree(columns_folder(self.folder.structure), ignore_errors=True)
-        results.write(self.folder.results)  # last: with it the search is finished
+        results.write(self.folder.results)  # last: it marks the search as finished
         return results
 
     def timed(self, trials: Sequence[Tried], dtype: torch.dtype) -> list[Tried]:
-        """Trials with the seconds that a token takes in each, on the device of this process."""
+        """Trials with the seconds per token of each, on the device of this process."""
         plans = [self.plan(trial) for trial in trials]
         speeds = measured(self.folder.structure / "speeds.json", plans, self.trainer.strategy.root_device, dtype)
         return timed(trials, [speeds.per_token(plan) for plan in plans])
 
     def plan(self, chosen: Tried) -> CompressionPlan:
-        """The plan of choices, and of units and ranks where these are searched."""
+        """The plan with these choices, and with these units and ranks where they are searched."""
         return self.prepared.candidates.plan({"choices": chosen.choices, "units": chosen.units, "ranks": chosen.ranks})

@@ -1,4 +1,4 @@
-"""One trial: a plan is assembled from the bank, fitted for a few steps, and scored on the validation split."""
+"""One trial: a plan is assembled from the bank, fine-tuned for a few steps, and scored on the validation split."""
 
 import logging
 import time
@@ -40,24 +40,26 @@ class TrialWork:
     """What a worker needs to run trials; plain data, a data module and paths, so that it can be sent to others.
 
     Args:
-        base: folder that keeps the pruned base.
-        bank: folder of its bank.
+        base: folder that holds the pruned base.
+        bank: folder of the bank of the pruned base.
         reference: file of the dense model's predictions.
         options: arguments of the `LoRAFinetuner`.
-        loftq_iterations: LoftQ's iterations with which the bank was filled.
-        data: text to fit and to score with.
+        loftq_iterations: number of LoftQ iterations with which the bank was filled.
+        data: text to fit on and to score with.
         items: items that get widths.
         precisions: precision that each choice of an item stands for.
         tables: precisions of embedding and head.
         trainer: how trials train.
-        max_seconds: seconds after which a fit ends, whatever its steps; None for steps alone.
-        recorded_in: folder of what a teacher says of training rows, where trials learn from one.
-        ranking: which units stay where widths are searched; None where they are those of the base.
+        max_seconds: seconds after which the fit of a trial ends, whatever its steps; None for steps alone.
+        recorded_in: folder of a teacher's recorded outputs on training rows, where trials learn from a teacher.
+        ranking: which units stay, where widths are searched; None where the units of the base stay.
         ranks: ranks that adapters may have, where these are searched; None where they are not.
-        rounding: how text rounded the linears of the bank; None where each weight went to the nearest value.
-        sums: folder of the sums of the dense model, for what follows from units that go; None where nothing does.
-        compensates: whether weights that stay make up for units that go.
-        split: split that scores; a search never changes it.
+        rounding: how the linears of the bank were rounded using text; None where each weight was rounded to the nearest
+            value.
+        sums: folder of the sums of the dense model, with which trials account for removed units; None where they do
+            without.
+        compensates: whether the remaining weights compensate for removed units.
+        split: split that trials are scored on; a search never changes it.
     """
 
     base: Path
@@ -84,10 +86,10 @@ class TrialWork:
 
 
 class TrialRunner:
-    """Runs trials one after the other on one device; base, data and a teacher that is online are loaded once.
+    """Runs trials one after the other on one device; base, data and an online teacher are loaded once.
 
     Args:
-        work: what trials run on; it stays as it is.
+        work: what trials need; it is not changed.
     """
 
     def __init__(self, work: TrialWork) -> None:
@@ -97,15 +99,15 @@ class TrialRunner:
         self.plan = plan.with_precision([layer.precision for layer in plan.layers], **work.tables)
         self.candidates = Candidates(self.plan, work.items, work.precisions, work.ranking, work.ranks)
         self.config, self.dtype = network.config, network.dtype
-        module = LoRAFinetuner(**work.options)  # with the seed of the search, which the bank has, too
+        module = LoRAFinetuner(**work.options)  # with the seed of the search, which the bank was filled with, too
         self.loftq = LoftQSettings.of(module.lora, work.loftq_iterations, module.seed)
         self.bank = open_folder(work.bank, network, self.loftq, base=self.base.identity, text=work.rounding)
         self.reference = Reference.read(work.reference)
         self.data = work.data.for_another_trainer()
         self.data.check_model(network.config)
-        self.data.choices(work.split)  # with the rows, what all trials share
+        self.data.choices(work.split)  # loads, together with the rows, what all trials share
         self.teacher: OnlineTeacher | None = None
-        # Where widths are searched each trial has a model of its own; else they all have one, whose linears change.
+        # Where widths are searched, each trial has its own model; otherwise all share one, whose linears change.
         self.assembly = None
         if work.ranking is not None:
             self.assembly = Assembly(
@@ -122,13 +124,13 @@ class TrialRunner:
         """Evaluates one plan.
 
         Args:
-            key: ``choices`` (for each item, the place of its precision), ``steps`` and ``seed``; where widths are
-                searched ``units``, too: how many of each part stay; and ``ranks`` of adapters where these are.
+            key: ``choices`` (for each item, the index of its precision), ``steps`` and ``seed``; where widths are
+                searched, also ``units``: how many units of each part stay; where ranks are searched, also ``ranks``.
 
         Returns:
             Loss, perplexity and kl (to the dense model) in nats per token, accuracy where there is a choice task,
-            bytes, average_bits, multiply_adds, steps, and the seconds of assembling, training, evaluating, and of all
-            together.
+            bytes, average_bits, multiply_adds, steps, and the seconds spent on assembling, training, evaluating, and in
+            total.
         """
         with freeing_cycles():
             return self._fitted(key)
@@ -141,7 +143,7 @@ class TrialRunner:
         module.teacher, module.recorded_in = self.teacher, self.work.recorded_in
         try:
             return self._evaluate(module, plan, key, since)
-        finally:  # also after an error, such as one of memory, the next trial finds the base without adapters
+        finally:  # after an error, such as out of memory, the next trial must also find the base without adapters
             module.to("cpu")
             if isinstance(module.teacher, OnlineTeacher):
                 self.teacher = module.teacher
@@ -167,7 +169,7 @@ class TrialRunner:
             trainer = work.trainer.trainer(key["steps"], work.max_seconds, [training])
             try:
                 trainer.fit(module, datamodule=data)
-            except NotFinite as error:  # no run that could begin anew
+            except NotFinite as error:  # there is no run here that could begin anew
                 raise UserError(f"{error.problem}. {error.remedy}.") from error
         fitted = time.perf_counter()
         processes = processes_of(trainer)
@@ -200,7 +202,7 @@ class TrialRunner:
 
 
 class TrainingTime(Callback):
-    """Seconds between the first batch of a fit and its end."""
+    """Measures the seconds between the first batch of a fit and its end."""
 
     seconds = 0.0
 
@@ -213,7 +215,7 @@ class TrainingTime(Callback):
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Without what Lightning says at the start and the end of each fit; warnings are still heard."""
+    """Silences Lightning's messages at the start and the end of each fit; warnings are still shown."""
     logger = logging.getLogger("lightning.pytorch")
     level = logger.level
     logger.setLevel(logging.WARNING)

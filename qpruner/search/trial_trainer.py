@@ -1,4 +1,4 @@
-"""How a trial trains: which of a Trainer's options it takes over, which it refuses, and which mean nothing to it."""
+"""How a trial trains: which of a Trainer's options it takes over, which it refuses, and which do not apply to it."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -26,7 +26,7 @@ CARRIED = (
     "detect_anomaly",
     "reload_dataloaders_every_n_epochs",
 )
-"""Options that the Trainer of a trial has, too."""
+"""Options that the Trainer of a trial takes over."""
 
 REFUSED = {
     "devices": "a trial uses one device; more workers are --search.executor.kind processes --search.executor.workers",
@@ -41,7 +41,7 @@ REFUSED = {
     "profiler": "trials run in processes of their own, which it does not see. Leave it out, and profile a fit",
     "barebones": "a search needs the logs and metrics that it leaves out. Leave it out",
 }
-"""Options that a search cannot go by, each with what to do instead."""
+"""Options that a search cannot follow, each with what to do instead."""
 
 WITHOUT_EFFECT = {
     "logger": "the search logs what came of each trial, which itself logs nothing",
@@ -66,10 +66,10 @@ WITHOUT_EFFECT = {
     "enable_autolog_hparams": "a trial logs nothing",
     "model_registry": "a trial keeps nothing",
 }
-"""Options that change no number of a trial, each with the reason."""
+"""Options that do not change any number of a trial, each with the reason."""
 
 WATCHERS = (Checkpoint, DeviceStatsMonitor, LearningRateMonitor, ModelSummary, ProgressBar)
-"""Callbacks of Lightning that change no number of a fit, and so none of a trial that does without them."""
+"""Callbacks of Lightning that do not change any number of a fit, nor of a trial, which does without them."""
 
 DEFAULTS = {
     name: parameter.default for name, parameter in signature(Trainer.__init__).parameters.items() if name != "self"
@@ -78,14 +78,14 @@ DEFAULTS = {
 
 
 def check_options(trainer: Trainer, given: Mapping[str, Any]) -> None:
-    """Makes sure that nothing that was asked of a Trainer is dropped in silence.
+    """Checks that no option that was given to a Trainer is silently ignored.
 
     Args:
         trainer: Trainer whose trials are to train alike.
-        given: arguments that the Trainer was made with.
+        given: arguments that the Trainer was constructed with.
 
     Raises:
-        UserError: it was given something that a trial cannot go by.
+        UserError: the Trainer was given something that a trial cannot follow.
     """
     changed = {name: given[name] for name in REFUSED if given.get(name, DEFAULTS[name]) != DEFAULTS[name]}
     device = trainer.strategy.root_device
@@ -99,7 +99,7 @@ def check_options(trainer: Trainer, given: Mapping[str, Any]) -> None:
             f"The Trainer computes on {device}, and a trial on the first device that it sees. Leave --trainer.devices "
             f"at 1 and set the variable CUDA_VISIBLE_DEVICES={device.index}."
         )
-    for name in ("devices", "num_nodes"):  # they make one device
+    for name in ("devices", "num_nodes"):  # they amount to one device
         changed.pop(name, None)
     if isinstance(trainer.strategy, SingleDeviceStrategy | DDPStrategy):
         changed.pop("strategy", None)
@@ -120,7 +120,7 @@ class TrialTrainer:
     """How a trial trains and evaluates, as plain data.
 
     Args:
-        options: arguments of a trial's Trainer, all of `CARRIED`.
+        options: arguments for the Trainer of a trial, all of `CARRIED`.
     """
 
     options: dict[str, Any]
@@ -131,14 +131,14 @@ class TrialTrainer:
 
         Args:
             trainer: Trainer of the search.
-            given: arguments that the Trainer was made with.
+            given: arguments that the Trainer was constructed with.
         """
         options = {name: getattr(trainer, name, given.get(name, DEFAULTS[name])) for name in CARRIED}
         return cls(options | {"accelerator": trainer.strategy.root_device.type})
 
     @property
     def limit_validation(self) -> int | float:
-        """Batches of the validation split that score a trial, as a number or a share."""
+        """Batches of the validation split that score a trial, as a number or as a fraction of all."""
         limit: int | float = self.options["limit_val_batches"]
         return limit
 
@@ -146,9 +146,9 @@ class TrialTrainer:
         """A Trainer that leaves nothing behind.
 
         Args:
-            steps: optimizer steps of the trial's fit.
+            steps: number of optimizer steps of the trial's fit.
             max_seconds: seconds after which the fit ends, whatever its steps; None for steps alone.
-            callbacks: callbacks that watch the trial's fit.
+            callbacks: callbacks that observe the trial's fit.
         """
         return Trainer(
             **{**self.options, "limit_val_batches": 0},  # a trial is scored once, after its fit

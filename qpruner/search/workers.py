@@ -10,28 +10,28 @@ from qpruner.errors import UserError, user_error
 from qpruner.search.ledger import Key, Scores
 
 Trial = Callable[[Key], Scores]
-"""Evaluates a key."""
+"""Function that evaluates a key."""
 
 
 class Work(Protocol):
-    """What a worker needs to run trials; an object that pickles, such as a frozen dataclass of paths and options."""
+    """What a worker needs to run trials; a picklable object, such as a frozen dataclass of paths and options."""
 
     def prepare(self) -> Trial:
         """Loads what all trials share; each worker calls it once.
 
         Raises:
-            UserError: no trial can be run; it ends the search.
+            UserError: no trial can be run; this ends the search.
         """
         ...
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of a trial: exactly one of ``scores`` and ``why``.
+    """The outcome of a trial: exactly one of ``scores`` and ``why``.
 
     Args:
         scores: what the trial measured, as plain data.
-        why: reason that it failed, in a line.
+        why: reason why the trial failed, in one line.
         details: traceback or the like, for the log.
     """
 
@@ -41,10 +41,10 @@ class Outcome:
 
 
 class Executor(Protocol):
-    """Runs trials; a trial that fails, dies or never answers costs only itself."""
+    """Runs trials; a trial that fails, dies or never answers affects no other."""
 
     def run(self, keys: Sequence[Key]) -> Iterator[tuple[int, Outcome]]:
-        """Evaluates keys, and gives the place of each among ``keys`` and its outcome as soon as it is known.
+        """Evaluates keys, and yields the index of each in ``keys`` with its outcome as soon as that is known.
 
         Raises:
             UserError: no worker can prepare itself, or none is left.
@@ -64,7 +64,7 @@ class SerialExecutor:
 
 
 def prepare(work: Work) -> Trial | Exception:
-    """What a worker does first; an error comes back as one that pickles, whatever it was."""
+    """What a worker does first; an error is returned as one that can be pickled, whatever it was."""
     try:
         return work.prepare()
     except Exception as error:
@@ -72,7 +72,7 @@ def prepare(work: Work) -> Trial | Exception:
 
 
 def evaluate(trial: Trial, key: Key) -> Outcome:
-    """Runs a trial; any error is an outcome, also one of memory."""
+    """Runs a trial; any error becomes an outcome, even one of memory."""
     try:
         return Outcome(scores=json.loads(json.dumps(trial(key))))
     except Exception as error:
