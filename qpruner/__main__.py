@@ -9,7 +9,7 @@ from qpruner.quiet import quieten
 
 
 def main() -> None:
-    """Runs a command; a user's mistake is told in a line or two, without a traceback, with exit status 2."""
+    """Runs a command; reports a user's mistake in a line or two, without a traceback, with exit status 2."""
     quieten()
     try:
         run(sys.argv[1:])
@@ -18,7 +18,7 @@ def main() -> None:
         sys.exit(_complain(str(error)))
     except KeyboardInterrupt:
         sys.exit(130)
-    except BrokenPipeError:  # who reads, such as `head`, has seen enough
+    except BrokenPipeError:  # the reader, such as `head`, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains as it flushes at the end
         sys.exit(141)
 

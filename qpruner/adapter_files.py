@@ -16,18 +16,19 @@ ADAPTER_CONFIG, ADAPTER_WEIGHTS = f"{ADAPTER}/adapter_config.json", f"{ADAPTER}/
 def save_adapters(folder: Path, model: Any, *, trained: bool, place: Path | None = None) -> None:
     """Adds the adapters of a PEFT model to the folder of its base, and to the manifest.
 
-    PEFT finds the base from anywhere as long as the folder lies where it was written, with ``trust_remote_code=True``
-    where that needs its modelling file; `load_compressed` wherever it is.
+    PEFT finds the base from any directory as long as the folder is where it was written, with
+    ``trust_remote_code=True`` where the base needs its modelling file; `load_compressed` finds it wherever the folder
+    is.
 
     Args:
         folder: folder that `save_base` wrote.
         model: PEFT model that holds the adapters.
         trained: whether a fit has trained the adapters; otherwise they are what a fit starts from.
-        place: path that the folder is going to have; None for the present one.
+        place: final path of the folder; None for its present path.
     """
     manifest = read_manifest(folder)
     of_base = {name: entry for name, entry in manifest["files"].items() if not name.startswith(f"{ADAPTER}/")}
-    # Cut off from here on, the folder is that of the base alone.
+    # If interrupted after this, the folder still is a valid one of the base alone.
     write_json(folder / MANIFEST, manifest | {"files": of_base, "adapters": None})
     with replacing_folder(folder / ADAPTER) as temporary:
         _write_adapters(temporary, model, str((place or folder).absolute()))
@@ -38,7 +39,7 @@ def save_adapters(folder: Path, model: Any, *, trained: bool, place: Path | None
 def _write_adapters(folder: Path, model: Any, base: str) -> None:
     # Left to itself, PEFT looks the base up by its name, to see whether embeddings were resized.
     model.save_pretrained(folder, save_embedding_layers=False)
-    # It would name the model that was compressed, not the base that these are for.
+    # PEFT would name the original dense model, not the compressed base that the adapters belong to.
     config = read_json(folder / "adapter_config.json")
     write_json(folder / "adapter_config.json", config | {"base_model_name_or_path": base})
     (folder / "README.md").unlink(missing_ok=True)  # a form to fill in
@@ -46,22 +47,22 @@ def _write_adapters(folder: Path, model: Any, base: str) -> None:
 
 
 class AdapterKind(TypedDict):
-    """What ``adapter_config.json`` says of adapters that others must have, too, to begin with their values."""
+    """Fields of ``adapter_config.json`` in which new adapters must agree to be initialized from stored ones."""
 
     r: int
     lora_alpha: float
 
 
 def check_adapters(folder: Path, *, rank: int, alpha: float) -> None:
-    """Makes sure that the adapters of a compressed folder are of a kind.
+    """Makes sure that the adapters of a compressed folder have the expected rank and alpha.
 
     Args:
         folder: folder of a compressed model with adapters.
-        rank: r that the adapters are to have.
-        alpha: alpha that the adapters are to have; their output is multiplied by ``alpha / r``.
+        rank: expected rank r.
+        alpha: expected alpha; the adapters' output is multiplied by ``alpha / r``.
 
     Raises:
-        UserError: they are of another kind, or the file is damaged.
+        UserError: the adapters differ in one of these, or the file is damaged.
     """
     stored = read_as(folder / ADAPTER_CONFIG, AdapterKind, remedy=COPY_AGAIN)
     pairs = {"r": (stored["r"], rank), "alpha": (stored["lora_alpha"], alpha)}
@@ -73,7 +74,7 @@ def check_adapters(folder: Path, *, rank: int, alpha: float) -> None:
 
 
 def load_adapters(folder: Path, model: Any) -> None:
-    """Gives a PEFT model the adapters of its base's folder.
+    """Loads the adapters in the folder of a PEFT model's base into the model.
 
     Raises:
         UserError: the file is damaged, or does not hold the adapters of this model.

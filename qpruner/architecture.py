@@ -9,7 +9,7 @@ from qpruner.errors import UserError, brief, cut
 from qpruner.ranges import MOST_UNITS
 
 MOST_LAYERS, MOST_IN_ALL = 10_000, 20_000_000
-"""Layers, and units in all of them: no model has more, and a slip of the pen shall not fill the memory."""
+"""Limits on layers, and on units in all layers together: no model has more, and a typo must not exhaust memory."""
 
 
 @dataclass(frozen=True)
@@ -27,8 +27,7 @@ class Architecture:
         experts_per_token: experts that each token is sent to; 0 for models without experts.
 
     Raises:
-        UserError: a width that is not a positive whole number or larger than that of any model, or lists of different
-            lengths.
+        UserError: a width is not a positive integer or larger than that of any model, or lists differ in length.
     """
 
     model_type: str
@@ -85,7 +84,7 @@ class Architecture:
         return self.experts[number] if self.experts else 0
 
     def to_data(self) -> dict[str, Any]:
-        """Plain data for JSON, without a word of experts where there are none."""
+        """Plain data for JSON, without fields for experts where there are none."""
         data = asdict(self)
         if not self.experts:
             del data["experts"], data["experts_per_token"]

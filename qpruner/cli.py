@@ -34,7 +34,7 @@ SKIPPED = {
     "predict": OURS | {"dataloaders", "return_predictions"},
     "search": {"model", "datamodule"},
 }
-"""Arguments of the Trainer's method that are no options, for each command that it runs."""
+"""Arguments of the Trainer's method that are not exposed as options, for each command that it runs."""
 
 
 class QPrunerCLI(LightningCLI):
@@ -72,13 +72,13 @@ class QPrunerCLI(LightningCLI):
             check_parsed(Options.of_parser(options), self.config[self.command])
         except UserError as error:
             mistakes.check(read_arguments(arguments, flags))
-            raise error from None  # of a kind that is not known here: as the parser told it
+            raise error from None  # of an unknown kind: as the parser reported it
         if any(holds_empty_section(option.value) for option in read_arguments(arguments, flags)):
             mistakes.check(read_arguments(arguments, flags))
         given = self.config[self.command]
         if not 0 <= given.seed_everything < 2**32:
             raise UserError(f"seed_everything is {given.seed_everything}; it must be from 0 to {2**32 - 1}.")
-        if not isinstance(given.restart, bool):  # in a file it may be anything, and text would mean yes
+        if not isinstance(given.restart, bool):  # in a file it may be anything, and any text would count as true
             raise UserError(f"restart is {given.restart!r}; it must be true or false.")
 
     def add_default_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
@@ -117,7 +117,7 @@ class QPrunerCLI(LightningCLI):
         parser.link_arguments("seed_everything", "data.init_args.seed")
 
     def _parse_ckpt_path(self) -> None:
-        """Leaves the options alone: a checkpoint that does not fit them is an error, never a silent change of them."""
+        """Does nothing: a checkpoint that does not fit the options is an error, and never silently changes them."""
 
     def before_instantiate_classes(self) -> None:
         """Lets a run whose base is kept go on when the dense model is gone: the tokenizer is kept, too."""
@@ -128,7 +128,7 @@ class QPrunerCLI(LightningCLI):
             options.data.init_args.tokenizer = str(kept)
 
     def instantiate_classes(self) -> None:
-        """Makes the run, without a Trainer: it makes one for each of its phases."""
+        """Creates the run, without a Trainer: the run creates one for each of its phases."""
         try:
             self.config_init = self.parser.instantiate_classes(self.config)
         except ValueError as error:  # jsonargparse buries the texts of our errors in its own
@@ -151,7 +151,7 @@ class QPrunerCLI(LightningCLI):
         )
 
     def trainer_options(self) -> dict[str, Any]:
-        """The options of the Trainer, their objects made anew for each time but the first."""
+        """The options of the Trainer; their objects are created anew on every call but the first."""
         options, self.unused_trainer = self.unused_trainer, None
         if options is None:
             options = self.parser.instantiate_classes(self.config)[self.subcommand].trainer
@@ -172,13 +172,13 @@ class QPrunerCLI(LightningCLI):
     def subcommands(self) -> dict[str, set[str]]:  # type: ignore[override]  # Lightning calls it on an instance
         """The command that runs, with the arguments of the Trainer's method that are no options here.
 
-        Not all commands: Lightning builds the parser of each that it is told of.
+        Only this one is given, since Lightning builds a parser for every command that it knows of.
         """
         return {self.command: SKIPPED[self.command]}
 
 
 def elsewhere(command: str) -> dict[str, str]:
-    """The options that only other commands have, each with such a command."""
+    """The options that only other commands have, each with a command that has it."""
     options = {other: {*signature(getattr(SearchTrainer, other)).parameters} - SKIPPED[other] for other in SKIPPED}
     return {name: other for other in SKIPPED for name in options[other] - options[command] if name != "self"}
 
@@ -192,6 +192,6 @@ def run_trainer(arguments: list[str]) -> None:
     Raises:
         UserError: the command cannot be carried out as given.
     """
-    # Lightning starts the other ranks with the command of this process, so it must be left to read that itself.
+    # Lightning starts the other ranks with the command line of this process, so it must parse that itself.
     with refusals_told():
         QPrunerCLI(None if arguments == sys.argv[1:] else arguments)

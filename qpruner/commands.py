@@ -18,7 +18,7 @@ class Command:
 
     Args:
         summary: what the command does, in a line.
-        target: ``module:function`` of what runs the command, given the words behind its name; None for commands that
+        target: ``module:function`` that runs the command, called with the words after its name; None for commands that
             need a Trainer, which the LightningCLI runs.
     """
 

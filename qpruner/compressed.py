@@ -1,4 +1,4 @@
-"""A language model under compression: what it is now, what was done to it, and the folder that keeps it."""
+"""A language model under compression: its present state, what was done to it, and the folder that holds it."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -45,15 +45,15 @@ class State(StrEnum):
     """How far the compression of a model has come."""
 
     DENSE = "dense"
-    """As its base came, whatever that holds."""
+    """Unchanged since it was loaded, whatever its base holds."""
     PRUNED = "pruned"
-    """Narrower, or in another order; the weights that are left are those of the base."""
+    """Narrower, or reordered; the remaining weights are those of the base."""
     QUANTIZED = "quantized"
-    """Held as the plan says, pruned or not."""
+    """In the precisions of the plan, pruned or not."""
     ADAPTED = "adapted"
-    """With LoRA adapters on it, whatever it is below them."""
+    """With LoRA adapters, on a base in any state."""
     MERGED = "merged"
-    """Dense again, with what were its adapters in its weights."""
+    """Dense again, with its former adapters merged into its weights."""
 
 
 NARROWABLE = frozenset({State.DENSE, State.PRUNED, State.MERGED, State.ADAPTED})
@@ -71,11 +71,11 @@ NO_GRIDS = (
 
 @dataclass(frozen=True)
 class KeptFolder:
-    """The folder that keeps a compressed base.
+    """The folder that holds a compressed base.
 
     Args:
         path: folder that holds the base.
-        sha256: hash of what the folder's manifest says of the base, by which the base is known.
+        sha256: hash of the base's entries in the folder's manifest, which identifies the base.
     """
 
     path: Path
@@ -83,30 +83,30 @@ class KeptFolder:
 
 
 class CompressedModel(nn.Module):
-    """A causal language model, its plan, where its weights come from, and one method for each thing done to it.
+    """A causal language model, its plan, the origin of its weights, and one method for each compression step.
 
     dense --`prune`, `reorder`--> pruned --`quantize`--> quantized --`attach`--> adapted --`merge`--> merged
 
     Steps may be left out; an adapted model may be narrowed, and a merged one quantized. Nothing but these methods
-    changes a model. What they leave depends on text as well as on the plan, so that no model is ever made again from a
-    plan and its dense base: `keep` writes it to a folder, `open` takes it from there, and the hash of that folder is
-    what a checkpoint or a bank knows it by.
+    changes a model. Their result depends on text as well as on the plan, so a model is never rebuilt from a plan and
+    its dense base: `keep` writes it to a folder, `open` loads it from there, and checkpoints and banks identify it by
+    the hash of that folder.
 
     Args:
-        network: the model of transformers, frozen and without adapters.
-        base: name of the dense model that all began with.
-        base_sha256: fingerprint of the dense model; None where its files are not at hand.
-        plan: units of the dense model that ``network`` holds, and how; by default all of them, dense. Left out for
-            families that cannot be pruned or quantized.
+        network: the transformers model, frozen and without adapters.
+        base: name of the original dense model.
+        base_sha256: fingerprint of the dense model; None where its files are not available locally.
+        plan: units of the dense model that ``network`` holds, and their precisions; by default all of them, dense. Left
+            out for families that cannot be pruned or quantized.
         state: how far the compression of ``network`` has come.
         recipe: what was done to the dense model, in order.
-        kept: folder that the network was taken from; None for none.
+        kept: folder that the network was loaded from; None for none.
 
     Attributes:
         base_state: how far the compression of the base below adapters has come.
-        masks: units that act as if they were gone; None as long as nothing was masked.
+        masks: units that act as if they were removed; None as long as nothing is masked.
         initial_adapters: factors A [r, in] and B [out, r] that adapters start from, by the name of their linear;
-            adapters of other linears start as PEFT has it.
+            adapters of other linears start as PEFT initializes them.
     """
 
     def __init__(
@@ -150,17 +150,17 @@ class CompressedModel(nn.Module):
         check_hashes: bool = True,
         offload: Offload | None = None,
     ) -> Self:
-        """The dense model of a folder or of the hub; of a folder that keeps a compressed one, that without adapters.
+        """Loads the dense model of a folder or of the hub; from a compressed folder, its model without adapters.
 
         Args:
             base: folder, hub name, or ``qpruner/stories``.
             dtype: number format of the weights in memory; see `held_in`.
             trust_remote_code: whether code that comes with the model may run.
-            say: function that is told what a person should know of the model.
-            fingerprint: function that tells a base from others; it reads all of the base's files.
-            check_hashes: whether every file of a compressed base is compared with its hash, beside its size.
-            offload: what puts decoder blocks into files until the model is quantized or gets adapters; None to hold
-                them in memory.
+            say: function that receives messages for the user about the model.
+            fingerprint: function that computes the fingerprint of a base; it reads all of the base's files.
+            check_hashes: whether the hash of every file of a compressed base is checked, beside its size.
+            offload: holder of decoder blocks in files until the model is quantized or gets adapters; None to hold them
+                in memory.
 
         Raises:
             UserError: there is no such model, or it is damaged.
@@ -178,15 +178,15 @@ class CompressedModel(nn.Module):
 
     @classmethod
     def open(cls, folder: Path, *, check_hashes: bool = True, trained_adapters: bool = False) -> Self:
-        """The compressed model that a folder keeps; `attach` then starts from the adapters that lie there.
+        """Opens the compressed model of a folder; `attach` then starts from the adapters in that folder.
 
         Args:
             folder: folder that `keep` wrote.
-            check_hashes: whether every file is read and compared with its hash, beside its size.
-            trained_adapters: whether adapters start from those in the folder even where a fit has trained these.
+            check_hashes: whether the hash of every file is checked, beside its size.
+            trained_adapters: whether adapters start from those in the folder even if a fit has trained these.
 
         Raises:
-            UserError: no such folder, or it is damaged.
+            UserError: there is no such folder, or it is damaged.
         """
         content = model_folder.load_base(folder, check_hashes=check_hashes)
         model = cls(
@@ -210,33 +210,33 @@ class CompressedModel(nn.Module):
 
     @property
     def identity(self) -> str | None:
-        """Hash that tells the base from others; None where it was changed and is kept nowhere yet."""
+        """Hash that identifies the base; None where it was changed and is not stored yet."""
         if self.base_state is State.DENSE:  # kept or not
             return self.base_sha256
         return None if self.kept is None else self.kept.sha256
 
     @property
     def offloaded(self) -> bool:
-        """Whether decoder blocks lie in files and work one at a time; see `qpruner.offload`."""
+        """Whether decoder blocks lie in files and run one at a time; see `qpruner.offload`."""
         return offload_of(self.network) is not None
 
     @property
     def average_bits(self) -> float | None:
-        """Bits per weight of the decoder linears, scales included; None where the base is as it came."""
+        """Bits per weight of the decoder linears, scales included; None where the base is unchanged."""
         if self.plan is None or self.base_state is State.DENSE:
             return None
         return average_bits(self.plan, self.network.dtype.itemsize)
 
     @property
     def has_initial_adapters(self) -> bool:
-        """Whether adapters start from what quantization left, rather than from zero."""
+        """Whether adapters start from the quantization error, rather than from zero."""
         return bool(self.initial_adapters) or (
             self._adapter_files is not None and adapter_files.has_initial_adapters(self._adapter_files)
         )
 
     @property
     def starts_as_peft(self) -> bool:
-        """Whether adapters would start as PEFT has it: neither quantization nor an earlier fit has left them values."""
+        """Whether adapters would start as PEFT initializes them, with no values from quantization or an earlier fit."""
         return not self.initial_adapters and self._adapter_files is None
 
     def has_packed_weights(self) -> bool:
@@ -259,7 +259,7 @@ class CompressedModel(nn.Module):
             )
 
     def check_grids(self) -> None:
-        """Makes sure that there are scales and minima that can be trained while codes stay.
+        """Makes sure that there are scales and minima that can be trained while codes stay fixed.
 
         Raises:
             UserError: no linear of the layers is packed in a number format that has a grid.
@@ -281,24 +281,24 @@ class CompressedModel(nn.Module):
     # What is done to it.
 
     def offload(self, offload: Offload | None) -> None:
-        """Lets decoder blocks lie in files from here on, until the model is quantized or gets adapters.
+        """Moves decoder blocks to files, until the model is quantized or gets adapters.
 
         Args:
-            offload: what puts them there; None to hold them in memory.
+            offload: holder of blocks in files; None to hold them in memory.
         """
         self._expect("put into files", PACKABLE)
         offload_(self.network, offload)
 
     def record(self, step: Step) -> None:
-        """Writes a step into the recipe, once it is done."""
+        """Adds a completed step to the recipe."""
         self.recipe = (*self.recipe, step)
 
     def prune(self, kept: Kept) -> tuple[Size, dict[str, float]]:
-        """Takes all units but some out of the base, and out of the adapters, which stay as they are in what is left.
+        """Removes all units except the given ones from the base and its adapters, whose remaining values do not change.
 
         Args:
-            kept: [layers], places of the KV groups and FFN channels that stay, in the order that they get, counted
-                among those that are there.
+            kept: [layers], indices of the KV groups and FFN channels that stay, in their new order, counted among the
+                present ones.
 
         Returns:
             The size of the base, without adapters, and the relative change of each packed linear that had to be
@@ -313,7 +313,7 @@ class CompressedModel(nn.Module):
         stated = replace(stated_by_weights(self._below()), model_type=plan.architecture.model_type)
         if differences := describe_differences(plan.widths, stated):
             raise UserError(f"The plan does not fit the model: {differences}.")
-        plan = plan.keeping(kept)  # before anything changes: not every choice of units is one
+        plan = plan.keeping(kept)  # before anything changes, since not every choice of units is valid
         with self._without_adapters(kept):
             rounded = narrow_(self.network, kept)
             size = Size.of(self.network)
@@ -322,7 +322,7 @@ class CompressedModel(nn.Module):
         return size, rounded
 
     def rank_adapters(self, ranks: Iterable[int | None]) -> None:
-        """Says the rank of the adapters that each layer is going to have.
+        """Sets the rank of the adapters that each layer will have.
 
         Args:
             ranks: [layers], rank of a layer's adapters; None for that of all adapters.
@@ -331,13 +331,13 @@ class CompressedModel(nn.Module):
         self.plan = self.known_plan().with_ranks(ranks)
 
     def reorder(self, places: Sequence[int]) -> None:
-        """Puts the channels of the residual stream into another order, in which the model computes the same.
+        """Permutes the channels of the residual stream, which does not change the model's outputs.
 
         Args:
-            places: [hidden_size], places of the channels among those that there are, in the order that they get.
+            places: [hidden_size], present indices of the channels, in their new order.
 
         Raises:
-            UserError: packed weights, adapters, or a family without such an order.
+            UserError: the model has packed weights or adapters, or its family does not allow a permutation.
         """
         self._expect("reordered", PACKABLE)
         plan = self.known_plan().reordered(places)
@@ -346,19 +346,19 @@ class CompressedModel(nn.Module):
         self._changed(State.PRUNED)
 
     def compensate(self, dense: Any, before: CompressionPlan, calibration: Calibration, how: How) -> dict[str, Fit]:
-        """Changes the weights that are left so that they make up for those that are gone; see `compensate_`.
+        """Adjusts the remaining weights to compensate for the removed ones; see `compensate_`.
 
         Args:
             dense: network before it was pruned, on the same device.
             before: plan of that network.
-            calibration: this process's share of the text.
-            how: whether what earlier layers got wrong counts.
+            calibration: this process's share of the calibration text.
+            how: whether errors of earlier layers are taken into account.
 
         Returns:
-            What was done to each linear, by ``layer.projection``.
+            Result of the compensation for each linear, by ``layer.projection``.
 
         Raises:
-            UserError: packed weights.
+            UserError: the model has packed weights.
         """
         self._expect("compensated", NARROWABLE)
         self.check_unpacked("compensated")
@@ -375,10 +375,10 @@ class CompressedModel(nn.Module):
         device: torch.device,
         bank: Bank | None = None,
     ) -> None:
-        """Holds the base as a plan says, and leaves what adapters start from.
+        """Quantizes the base by a plan, and sets the values that adapters start from.
 
         Args:
-            plan: plan with the widths that the base has.
+            plan: plan with the present widths of the base.
             loftq: how adapters start, by LoftQ; None to start them at zero.
             device: device that quantizes.
             bank: linears that are quantized already, with ``loftq``; with a bank, a base may be quantized again and
@@ -404,21 +404,21 @@ class CompressedModel(nn.Module):
         calibration: Calibration,
         layers: CalibratedLayers,
     ) -> Calibrated:
-        """Holds the base as a plan says, with codes that are judged by text; see `calibrate_`.
+        """Quantizes the base by a plan, with codes that are chosen on calibration text; see `calibrate_`.
 
         Args:
-            plan: plan with the widths that the base has.
+            plan: plan with the present widths of the base.
             config: options of the rounding.
             adapters: how adapters start; None to start them at zero.
             calibration: this process's share of the text.
-            layers: place that keeps what is rounded already.
+            layers: store of the layers that are rounded already.
 
         Returns:
-            What came of each linear.
+            Result for each linear.
 
         Raises:
-            UserError: no format offers a precision, the rank of the adapters is above that of a linear, or what reaches
-                a linear is not finite.
+            UserError: no format offers a precision, the rank of the adapters is above that of a linear, or inputs of
+                a linear are not finite.
         """
         self._expect("quantized", PACKABLE)
         result = calibrate_(self.network, plan, config, adapters, calibration, layers)
@@ -427,12 +427,12 @@ class CompressedModel(nn.Module):
         return result
 
     def attach(self, lora: LoRAConfig, *, seed: int, gradient_checkpointing: bool = False) -> None:
-        """Puts adapters on the base, the only parameters that train.
+        """Attaches adapters to the base, as the only parameters that train.
 
         Args:
-            lora: rank and place of the adapters; the plan may have another rank for a layer.
-            seed: seed of the adapters that start at random.
-            gradient_checkpointing: whether activations are computed again in the backward pass.
+            lora: rank and targets of the adapters; the plan may set another rank for a layer.
+            seed: seed for adapters with random initialization.
+            gradient_checkpointing: whether activations are recomputed in the backward pass.
 
         Raises:
             UserError: a target matches no linear, or the adapters in the folder are of another kind.
@@ -454,16 +454,16 @@ class CompressedModel(nn.Module):
             pool_(self.network)
 
     def detach(self) -> None:
-        """Takes the adapters off the base, unmerged and for good."""
+        """Removes the adapters from the base for good, without merging them."""
         self._expect("freed of adapters", ADAPTED)
         self._drop_masks()
         self.network, _ = detach_adapters(self.network)
         self._lora, self.initial_adapters = None, {}
 
     def loosen(self) -> None:
-        """Lets the scales and minima of packed linears train in place of the adapters, which act and stay as they are.
+        """Makes scales and minima of packed linears trainable in place of the adapters, which stay active but frozen.
 
-        Codes stay. Until `settle` nothing else is to be done to the model. Where they train already, nothing happens.
+        Codes stay fixed. Nothing else may be done to the model until `settle`. Does nothing where they train already.
 
         Raises:
             UserError: no linear of the layers is packed in a format that has scales and minima to train.
@@ -476,10 +476,11 @@ class CompressedModel(nn.Module):
             loosen_(self.network)
 
     def settle(self, *, polished: bool = True) -> None:
-        """Holds the scales and minima that `loosen` let train as their formats store them, and lets adapters train.
+        """Stores the scales and minima that `loosen` made trainable in their formats again, and makes adapters
+        trainable.
 
         Args:
-            polished: whether the base gets them as trained; otherwise it is what it was before.
+            polished: whether the base takes the trained values; otherwise it returns to the values before.
         """
         settle_(self.network, polished=polished)
         for factor in self._resting:
@@ -489,10 +490,10 @@ class CompressedModel(nn.Module):
             self._changed(State.QUANTIZED)
 
     def mask(self, kept: Kept) -> None:
-        """Lets all units but some act as if they were gone, while every weight stays.
+        """Makes all units except the given ones act as if they were removed, while every weight stays.
 
         Args:
-            kept: [layers], places of the KV groups and FFN channels that stay alive.
+            kept: [layers], indices of the KV groups and FFN channels that stay active.
         """
         self._expect("masked", ADAPTED)
         if self.masks is None:
@@ -500,11 +501,11 @@ class CompressedModel(nn.Module):
         self.masks.keep(kept)
 
     def unmask(self) -> None:
-        """Lets all units act again."""
+        """Makes all units active again."""
         self._drop_masks()
 
     def merge(self, dtype: torch.dtype) -> None:
-        """Makes one dense base of base and adapters.
+        """Merges base and adapters into one dense base.
 
         Args:
             dtype: number format of the dense base that results.
@@ -524,7 +525,7 @@ class CompressedModel(nn.Module):
         """Writes the base, and its adapters if it has any, to a folder that appears whole or not at all.
 
         Args:
-            folder: folder to write, whose present content goes. From now on the base is known by it.
+            folder: folder to write, whose present content is removed. The base is identified by it from now on.
             tokenizer: tokenizer to write beside the model; None for none.
             trained: whether a fit has trained the adapters; otherwise they are what a fit starts from.
 
@@ -549,11 +550,11 @@ class CompressedModel(nn.Module):
         self.is_kept_in(folder)
 
     def is_kept_in(self, folder: Path) -> None:
-        """Takes a folder that another process wrote for the one that keeps this base."""
+        """Registers a folder that another process wrote as the one that holds this base."""
         self.kept = KeptFolder(folder, identity_of(read_manifest(folder)))
 
     def keep_adapters(self, *, trained: bool) -> None:
-        """Puts the adapters to the base in its folder.
+        """Writes the adapters into the folder of their base.
 
         Args:
             trained: whether a fit has trained the adapters; otherwise they are what a fit starts from.
@@ -596,10 +597,10 @@ class CompressedModel(nn.Module):
 
     @contextmanager
     def _without_adapters(self, kept: Kept | None = None) -> Iterator[None]:
-        """The base alone meanwhile; afterwards its adapters are on it again, in their dtype.
+        """Removes the adapters from the base within the context, and restores them, in their dtype, afterwards.
 
         Args:
-            kept: [layers], places of the units that the adapters keep; by default all.
+            kept: [layers], indices of the units that the adapters keep; by default all.
         """
         if self._lora is None:
             yield

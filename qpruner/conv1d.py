@@ -1,7 +1,7 @@
 """GPT-2's ``Conv1D``, a linear whose weight is stored as [in, out], as the linear that it is.
 
-Everything that works on linears, formats and adapters included, then needs no word of it. The state dict keeps the
-names and shapes that transformers knows, so that what is dense when it is saved loads there, too.
+Code that works on linears, formats and adapters included, then needs no special case. The state dict keeps the names
+and shapes of transformers, so that weights that are dense when saved load there, too.
 """
 
 from collections.abc import Sequence
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 
 def conv1d_to_linear_(model: Any) -> Any:
-    """Puts an ``nn.Linear`` in the place of every ``Conv1D`` of a model, in place, and returns the model.
+    """Replaces every ``Conv1D`` of a model by an ``nn.Linear``, in place, and returns the model.
 
     The linear's weight [out, in] has the values, dtype and device of the old one, transposed. In the model's state
     dict, and in one that it loads, such weights lie as [in, out] while they are dense; packed ones lie as in any

@@ -1,4 +1,4 @@
-"""The model that a compression begins with, from wherever it lies."""
+"""Loads the model that a compression begins with."""
 
 import warnings
 from collections.abc import Callable
@@ -29,19 +29,19 @@ def choose_offload(
     folder: Path,
     say: Callable[[str], object],
 ) -> Offload | None:
-    """What puts the blocks of a base into files while it is compressed; None to hold it whole.
+    """Chooses whether the blocks of a base lie in files while it is compressed; None to hold it whole in memory.
 
-    That is also so of bases that are packed, or of an unknown family, or not fetched yet, whose size is not known.
+    The result is None, too, for bases that are packed, of an unknown family, or not downloaded yet (of unknown size).
 
     Args:
         base: folder, hub name, or ``qpruner/stories``.
-        choice: what was asked for.
+        choice: option that the user set.
         dtype: number format of the weights in memory.
         trust_remote_code: whether code that comes with the model may run.
         device: device that computes.
-        num_processes: processes of this machine that compress together.
-        folder: folder of the files.
-        say: function that is told what was chosen, and why.
+        num_processes: number of processes on this machine that compress together.
+        folder: folder for the files.
+        say: function that receives a message on what was chosen, and why.
     """
     if choice == "never" or _is_packed(base):
         return None
@@ -85,16 +85,16 @@ def load_dense_base(
     check_hashes: bool,
     offload: Offload | None = None,
 ) -> DenseBase:
-    """The model of a folder or of the hub; of a folder that keeps a compressed one, that without adapters.
+    """Loads the model of a folder or of the hub; from a compressed folder, its model without adapters.
 
     Args:
         base: folder, hub name, or ``qpruner/stories``.
         dtype: number format of the weights in memory; see `held_in`.
         trust_remote_code: whether code that comes with the model may run.
-        say: function that is told what a person should know of the model.
-        fingerprint: function that tells a base from others; it reads all of the base's files.
-        check_hashes: whether every file of a compressed base is compared with its hash, beside its size.
-        offload: what puts the blocks of a model that can be compressed into files; None to hold them in memory.
+        say: function that receives messages for the user about the model.
+        fingerprint: function that computes the fingerprint of a base; it reads all of the base's files.
+        check_hashes: whether the hash of every file of a compressed base is checked, beside its size.
+        offload: holder of the blocks of a compressible model in files; None to hold them in memory.
 
     Raises:
         UserError: there is no such model, or it is damaged.

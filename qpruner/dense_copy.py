@@ -1,4 +1,4 @@
-"""A copy of a run's model with its adapters in its weights: dense in 16 bits, or packed with pooled adapters."""
+"""A copy of a run's model with its adapters merged: dense in 16 bits, or packed with pooled adapters."""
 
 import os
 import shutil
@@ -80,7 +80,7 @@ def merge_run(run: Path, output: Path, dtype: str, *, packed: bool = False) -> N
 
 
 def merged_by_blocks(model: Any, dtype: torch.dtype, folder: Path) -> Any:
-    """What `merge_` makes of a model; where memory has no room for it, with its weights in files of a folder."""
+    """The result of `merge_`; its weights lie in files of a folder where they do not fit into memory."""
     offloads, reason = choose("auto", num_parameters(model) * dtype.itemsize, torch.device("cpu"))
     if not offloads:
         return merge_(model, dtype)
@@ -156,7 +156,7 @@ def check_finite(model: nn.Module, what: str, remedy: str) -> None:
 
 @dataclass(frozen=True)
 class TokenizerFiles:
-    """What lies beside a compressed model for its tokenizer, which is copied and never loaded: it may bring code.
+    """The tokenizer's files in a compressed model's folder, which are copied but never loaded: they may contain code.
 
     Args:
         folder: folder of the compressed model.
@@ -189,7 +189,7 @@ def run_of(model: Path) -> RunFolder | None:
 
 
 def run_data(model: Path) -> TokenDataModule | str:
-    """The data module of the run that a model belongs to, its rows ready; or a sentence that says why it lacks."""
+    """The data module of a model's run, with its rows prepared; or a sentence that says why there is none."""
     run = run_of(model)
     if run is None:
         return f"{str(model)!r} lies in no run, whose configuration would name the data."

@@ -1,4 +1,4 @@
-"""The one error that means: what the user gave cannot be used, and this is what to do about it."""
+"""The error for input of the user that cannot be used, with the remedy."""
 
 import reprlib
 from collections.abc import Collection, Iterable
@@ -21,15 +21,15 @@ def user_error(error: BaseException | None) -> UserError | None:
 
 
 def check_ranges(options: object, group: str, **ranges: tuple[str, bool]) -> None:
-    """Names the first option of a group whose value lies outside its range.
+    """Refuses the first option of a group whose value is outside its range.
 
     Args:
         options: object whose attributes are the values.
         group: name of the group.
-        ranges: for each option, its range in words, and whether the value lies inside.
+        ranges: for each option, its range in words, and whether the value is inside.
 
     Raises:
-        UserError: one is not.
+        UserError: a value is outside its range.
     """
     for name, (range_in_words, is_inside) in ranges.items():
         if not is_inside:
@@ -44,7 +44,7 @@ def brief(value: object) -> str:
 
 
 def cut(text: object, length: int = 300) -> str:
-    """What a text says, on one line, with its middle left out where that is longer than a message should be."""
+    """A text on one line, with its middle left out if it is too long for a message."""
     line = " ".join(str(text).split())
     return line if len(line) <= length else f"{line[: length // 2 - 2]} ... {line[3 - length // 2 :]}"
 

@@ -1,8 +1,8 @@
 """Mixtures of experts as linears, each of which can be narrowed and packed by itself.
 
-Transformers holds all experts of a layer in one tensor for each projection. Here they are lists of linears; everything
-that works on linears then needs no word of it. What lies on the disk is, while it is dense and all layers are equal,
-named and shaped as in the files that the family's models are published in, so that other tools read it.
+Transformers holds all experts of a layer in one tensor for each projection. Here they are lists of linears, so that
+code which works on linears needs no special case. As long as all layers are dense and equal, tensors on disk have the
+names and shapes of the family's published files, so that other tools read them.
 """
 
 from collections.abc import Iterator
@@ -19,7 +19,7 @@ FUSED = ("gate_up_proj", "gate_up_proj_bias", "down_proj", "down_proj_bias")
 
 
 def experts_to_linears_(model: Any) -> Any:
-    """Puts a list of experts in the place of every module of transformers that fuses them, and returns the model.
+    """Replaces every transformers module of fused experts by a list of experts, and returns the model.
 
     Args:
         model: model of transformers, on any device, also meta; left alone where it has no experts that are known.
@@ -72,9 +72,9 @@ def _copied(part: Tensor) -> Tensor:
 
 
 class _Writing:
-    """A hook that gives a state dict the names and shapes of published files, where transformers' class can hold it.
+    """A hook that gives a state dict the names and shapes of published files, if transformers' class can load it.
 
-    That is where all layers are equal and all of it is dense.
+    That is the case where all layers are equal and dense.
 
     Args:
         mixture: where the experts are.
@@ -107,7 +107,7 @@ class _Writing:
 
 
 class _Reading:
-    """A hook that takes a state dict back from what `_Writing` made of it, and leaves others alone.
+    """A hook that reverts what `_Writing` did to a state dict, and leaves others unchanged.
 
     Args:
         mixture: where the experts are.

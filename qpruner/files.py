@@ -1,4 +1,4 @@
-"""Files that are either whole or not there, also on a full disk, and the hashes that tell them apart."""
+"""Writes files that are either complete or absent, even on a full disk, and computes hashes."""
 
 import errno
 import glob
@@ -16,7 +16,7 @@ from typing import Any
 from qpruner.errors import UserError, cut
 
 MALFORMED = (OSError, ValueError, RecursionError)
-"""What opening, decoding and parsing a file that is not as it should be may raise."""
+"""Errors that opening, decoding or parsing a malformed file may raise."""
 
 
 MAKE_ROOM = "Make room there, and go on with the same command."
@@ -26,7 +26,7 @@ NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 @contextmanager
 def writing(place: Path, remedy: str = MAKE_ROOM) -> Iterator[None]:
-    """Makes of a disk that takes no more a mistake that names what was written and the remedy.
+    """Turns the error of a full disk into a `UserError` that names what was written and the remedy.
 
     Args:
         place: path of the file or folder that is written inside.
@@ -44,7 +44,7 @@ def writing(place: Path, remedy: str = MAKE_ROOM) -> Iterator[None]:
 
 
 def _lack_of_room(error: BaseException | None) -> str | None:
-    """The words for a lack of room that is behind an error; None where it is another error.
+    """The message on lack of disk space that caused an error; None for any other error.
 
     Libraries in Rust, such as safetensors and tokenizers, have the number of the system's error in their text alone,
     NumPy says how many of the items it has written, and Lightning's logger says something else, with its cause.
@@ -139,7 +139,7 @@ def write_json(path: Path, value: Any) -> None:
 
 @contextmanager
 def reading(path: Path, remedy: str, errors: tuple[type[Exception], ...] = MALFORMED) -> Iterator[None]:
-    """Makes of whatever is wrong with a file that is read inside a mistake that names the file and its remedy.
+    """Turns any error in reading a file within the context into a `UserError` that names the file and the remedy.
 
     Args:
         path: path of the file, or of the folder where the mistake may lie in several.
@@ -147,7 +147,7 @@ def reading(path: Path, remedy: str, errors: tuple[type[Exception], ...] = MALFO
         errors: classes of errors that mean that something is wrong with the file.
 
     Raises:
-        UserError: one of these, or a mistake in what was read.
+        UserError: one of these errors, or a `UserError`, was raised in reading.
     """
     try:
         yield

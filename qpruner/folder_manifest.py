@@ -13,7 +13,7 @@ MANIFEST, PLAN, CONFIG, ADAPTER = "manifest.json", "plan.json", "config.json", "
 REFERENCE = "reference"
 COPY_AGAIN = "Copy the folder again, or run the fit that wrote it again."
 ANYTHING = (Exception,)
-"""What transformers and PEFT raise over content that they did not expect: they check little of it."""
+"""Errors that transformers and PEFT raise on unexpected content: any, since they validate little of it."""
 
 
 class Entry(TypedDict):
@@ -109,9 +109,9 @@ def read_manifest(folder: Path) -> Manifest:
 
 
 def identity_of(manifest: Manifest) -> str:
-    """The hash by which a base is known: of all that the manifest says of it.
+    """The hash that identifies a base: of all that the manifest says of it.
 
-    Not of the adapters that lie beside it, nor of the logits that it gave, whose last bits depend on the machine.
+    It covers neither the adapters beside the base nor its recorded logits, whose last bits depend on the machine.
     """
     beside = (f"{ADAPTER}/", f"{REFERENCE}/")
     files = {name: entry for name, entry in manifest["files"].items() if not name.startswith(beside)}
@@ -119,7 +119,7 @@ def identity_of(manifest: Manifest) -> str:
 
 
 def read_checked_manifest(folder: Path, *, hashes: bool = True) -> Manifest:
-    """The manifest of a folder, after every file that it lists was found to be as it says.
+    """The manifest of a folder, after checking every file that it lists.
 
     Args:
         folder: folder of a compressed model.

@@ -1,8 +1,8 @@
-"""What a causal language model says of tokens, from its hidden states, a few positions at a time.
+"""Likelihoods of tokens under a causal language model, computed from hidden states, a few positions at a time.
 
-The logits of all positions are the largest tensor of a language model: 8,192 positions over 151,936 words take 5 GB in
-float32, several times over in a loss and its gradient. So whatever needs a loss or a prediction takes the hidden states
-that the model's trunk gives, picks the positions that count, and lets the head speak of a chunk of them at a time.
+The logits of all positions are the largest tensor of a language model: 8,192 positions with a vocabulary of 151,936
+take 5 GB in float32, and a loss with its gradient several times as much. So code that needs a loss or a prediction
+takes the last hidden states, selects the positions that count, and applies the head to a chunk of them at a time.
 
 Shapes: B rows, T tokens, H hidden size, V words of the vocabulary, N positions.
 """
@@ -29,10 +29,10 @@ ChunkLosses = Callable[[Tensor, slice], tuple[Tensor, ...]]
 
 @dataclass(frozen=True)
 class Head:
-    """What makes logits of hidden states: a linear, and what some families do to its result.
+    """The language-model head: a linear, and the scaling or capping that some families apply to its output.
 
     Args:
-        linear: linear that makes logits of hidden states.
+        linear: linear that maps hidden states to logits.
         scale: factor that the linear's result is multiplied by: Cohere's ``logit_scale``, or one over Granite's
             ``logits_scaling``.
         cap: bound of the logits, ``cap * tanh(logits / cap)`` (Gemma 2); None for no bound.
@@ -81,7 +81,7 @@ def check_head(model: Any) -> None:
     """Makes sure that a model's logits are what its `Head` makes of its hidden states.
 
     Raises:
-        UserError: they are not: the family does something else to them.
+        UserError: the model's family computes its logits differently.
     """
     tokens = torch.arange(4, device=model.device).unsqueeze(0)
     logits = model(input_ids=tokens, use_cache=False).logits.float()
@@ -95,7 +95,7 @@ def check_head(model: Any) -> None:
 
 
 def hidden_states(model: Any, tokens: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-    """What the trunk of a causal language model gives to its head.
+    """The last hidden states of a causal language model, which are the input of its head.
 
     Args:
         model: causal language model, perhaps with adapters.
@@ -112,7 +112,7 @@ def hidden_states(model: Any, tokens: Tensor, attention_mask: Tensor | None = No
 
 @dataclass(frozen=True)
 class Scored:
-    """What the trunk of a model gives to its head where tokens are scored.
+    """The last hidden states of a model at the scored positions.
 
     Args:
         hidden: [N, H], hidden states that predict the scored tokens, row by row.

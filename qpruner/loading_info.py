@@ -1,4 +1,4 @@
-"""Whether the weights of a model are those of its configuration, from what transformers says of their loading."""
+"""Checks, from transformers' loading report, that the weights of a model match its configuration."""
 
 import re
 from collections.abc import Collection, Iterable, Mapping

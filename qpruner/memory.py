@@ -1,4 +1,4 @@
-"""Parameters and bytes of a model, and the peak of a stretch of work; each said apart, never just "memory"."""
+"""Parameters and bytes of a model, and the peak use of a period of work; reported separately, never as "memory"."""
 
 import gc
 from collections.abc import Iterator
@@ -76,7 +76,7 @@ def place_(model: Any, device: torch.device) -> None:
 
 
 def check_free(needed: int, device: torch.device, remedy: str) -> None:
-    """Makes sure that a device has so many bytes free for weights.
+    """Makes sure that a device has a number of bytes free for weights.
 
     Args:
         needed: bytes that are going to be moved there.
@@ -84,7 +84,7 @@ def check_free(needed: int, device: torch.device, remedy: str) -> None:
         remedy: what can be done where there is no room, said at the end of the error.
 
     Raises:
-        UserError: it has not.
+        UserError: the device has fewer bytes free.
     """
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
@@ -115,7 +115,7 @@ def peak_meaning(device: torch.device) -> str:
 
 
 def reset_peak(device: torch.device) -> None:
-    """Forgets the highest use of memory so far."""
+    """Resets the peak of memory use."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     else:

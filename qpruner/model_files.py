@@ -1,4 +1,4 @@
-"""What lies in a folder that is given as a base model: the weights that are read, or what it is instead of one."""
+"""Identifies the content of a folder given as a base model: its weight files, or what the folder holds instead."""
 
 from collections.abc import Iterable
 from pathlib import Path

@@ -83,7 +83,7 @@ class KeptBase:
         base_sha256: fingerprint of the dense model.
         state: how far the compression of the base has come; see `qpruner.compressed.State`.
         recipe: what was done to the dense model, in order.
-        sha256: hash of what the manifest says of the base, by which the base is known.
+        sha256: hash of the base's entries in the manifest, which identifies the base.
     """
 
     network: Any
@@ -98,8 +98,8 @@ class KeptBase:
 def load_compressed(folder: str | Path) -> Any:
     """The model of a compressed folder, with its adapters when it has any, in evaluation mode on the CPU.
 
-    A folder that was copied is to be loaded by this: PEFT alone looks for the base where the folder was written, and
-    may find another model there.
+    Use this to load a folder that was copied: PEFT alone looks for the base where the folder was written, and may find
+    another model there.
 
     Args:
         folder: folder of a compressed model, such as ``runs/quickstart/model``.
@@ -194,7 +194,7 @@ def save_base(
     """Writes a compressed base; the folder appears whole, with its manifest, or not at all.
 
     Args:
-        folder: folder to write, whose present content goes.
+        folder: folder to write, whose present content is removed.
         model: compressed model without adapters.
         plan: plan that the model holds.
         base_name: folder or hub name of the dense model.
@@ -250,7 +250,7 @@ def write_base(
 
 
 def rehearse_saving(base: str, config: Any, tokenizer: Any, *, trust_remote_code: bool = False) -> None:
-    """Finds, before any work with a model, that something cannot be written which its folder holds beside weights.
+    """Makes sure, before any work with a model, that everything in its folder beside weights can be written.
 
     Args:
         base: folder or hub name of the model that is going to be compressed.
@@ -324,7 +324,7 @@ def read_base_config(name: str, *, trust_remote_code: bool = False) -> Any:
     """The configuration of a base model, which may be a compressed folder, without its weights.
 
     Raises:
-        UserError: nothing of that name.
+        UserError: there is no model of that name.
     """
     folder = Path(resolve(name))
     return read_config(folder) if is_compressed(folder) else load_config(name, trust_remote_code=trust_remote_code)

@@ -1,12 +1,12 @@
-"""Weights and hidden states that lie in files while nothing works with them: models larger than a device, or memory.
+"""Keeps weights and hidden states in files while they are not in use: for models larger than a device, or memory.
 
-Only one decoder block of a model works at a time (`qpruner.calibration.blocks`). Of an offloaded model the others lie
-in files that are mapped into memory: dense weights in the safetensors of the base, which transformers maps as they
-are, and whatever a compression makes of them in files without a name, which are gone with the process. Every tensor
-is there at any time, so that code which knows nothing of this is slower and no less right.
+Only one decoder block of a model runs at a time (`qpruner.calibration.blocks`). The other blocks of an offloaded model
+lie in memory-mapped files: dense weights in the safetensors of the base, which transformers maps directly, and the
+results of a compression in unnamed files, which disappear with the process. Every tensor can be accessed at any time,
+so that code which is not aware of offloading is slower but just as correct.
 
-A block that is about to work goes to the device that computes. Afterwards its weights are where they were, what is new
-of it is written to a file, and the system may take back the memory that holds copies of files.
+A block that is about to run moves to the compute device. Afterwards its weights are where they were, new tensors are
+written to a file, and the system may reclaim the memory that holds copies of files.
 """
 
 import ctypes
@@ -30,7 +30,7 @@ from qpruner.likelihood import causal_model
 OffloadChoice = Literal["auto", "never", "always"]
 
 WHOLE = 2
-"""Times the dense weights that a compression of a whole model takes: they, and what becomes of them."""
+"""Memory for compressing a whole model, as a multiple of its dense weights: these and the results."""
 PAGEOUT = 21
 """MADV_PAGEOUT of Linux: pages leave memory and nothing is lost; see madvise(2)."""
 
@@ -157,9 +157,9 @@ def opened(model: Any, part: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def at_work(block: nn.Module, device: torch.device, offload: Offload | None) -> Iterator[None]:
-    """A block on the device that computes; afterwards it is where it was, what is new of it included.
+    """Moves a block to the compute device; afterwards it is back where it was, including its new tensors.
 
-    Parameters are not to be changed in place meanwhile, but given new ones.
+    Within the context, parameters must be replaced by new tensors rather than changed in place.
 
     Args:
         block: decoder block.
@@ -185,7 +185,7 @@ def at_work(block: nn.Module, device: torch.device, offload: Offload | None) -> 
 
 @contextmanager
 def passing(model: Any) -> Iterator[None]:
-    """Lets text pass through a whole model, of which each block is at work in its turn."""
+    """Allows forward passes through a whole model, whose blocks move to the device one after the other."""
     offload = offload_of(model)
     if offload is None:
         yield

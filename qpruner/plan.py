@@ -1,4 +1,4 @@
-"""The compression plan: what of every decoder layer stays, and in how many bits, as data that a person can edit."""
+"""The compression plan: what every decoder layer keeps, and in how many bits, as data that a person can edit."""
 
 import json
 import warnings
@@ -29,7 +29,7 @@ __all__ = [
 
 KIND, VERSION = "qpruner plan", 2
 MOST_BYTES = 2**26
-"""No plan needs more, and a slip of the pen shall not fill the memory."""
+"""Largest file that is read: no plan needs more, and a wrong file must not exhaust memory."""
 UNITS = ("qkv", "o", "gate_up", "down")
 """The quantization units of a layer: what serving engines fuse shares one width."""
 
@@ -126,7 +126,7 @@ class CompressionPlan:
 
     @classmethod
     def dense(cls, architecture: Architecture, base_sha256: str | None) -> "CompressionPlan":
-        """Everything stays as it is."""
+        """The plan that keeps everything unchanged."""
         layers = (
             LayerPlan(tuple(range(groups)), tuple(range(channels)), dict.fromkeys(UNITS, DENSE))
             for groups, channels in zip(architecture.kv_groups, architecture.ffn_channels, strict=True)
@@ -163,7 +163,7 @@ class CompressionPlan:
     def with_precision(
         self, precision: Sequence[Mapping[str, Precision]], *, embedding: Precision = DENSE, head: Precision = DENSE
     ) -> "CompressionPlan":
-        """The plan that holds the units of each layer, the embedding and the head at these precisions.
+        """The plan with given precisions for the units of each layer, the embedding and the head.
 
         Args:
             precision: [layers], precision of each of the `UNITS`.

@@ -1,4 +1,4 @@
-"""Base models and tokenizers from a folder, a hub name, or the one that the package brings."""
+"""Base models and tokenizers from a folder, from the hub, or from the package itself."""
 
 import copy
 import logging
@@ -60,7 +60,7 @@ TOLD_BY_US = (
     "The modules are dequantized",
     "to instantiate a model of type ``",  # of the tokenizer of a compressed folder
 )
-"""What transformers logs as it loads, and we say or refuse."""
+"""Messages that transformers logs on loading, whose content qpruner reports or refuses itself."""
 
 
 def resolve(name: str) -> str:
@@ -369,7 +369,7 @@ def hold_in_(model: Any, dtype: torch.dtype) -> Any:
 
 @contextmanager
 def _loading(kind: str, name: str) -> Iterator[None]:
-    """Makes of whatever a library raises as it reads a model a `UserError` that names the model."""
+    """Turns any error that a library raises in reading a model into a `UserError` that names the model."""
     speakers = [logging.getLogger(f"transformers.{name}") for name in SPEAKERS]
     for speaker in speakers:
         speaker.addFilter(_is_news)

@@ -74,7 +74,7 @@ class Processes:
         return of_first(find, is_first=self.is_first, broadcast=self.broadcast)
 
     def of_each(self, find: Callable[[], T]) -> T:
-        """What each process finds for itself, once all have; no process waits for one that met an error.
+        """The result of a function that every process calls; returns once all are done, and fails if any of them did.
 
         Args:
             find: function that does a share of the work, without waiting for other processes.
@@ -101,15 +101,15 @@ class Processes:
 
 
 def of_first(find: Callable[[], T], *, is_first: bool, broadcast: Callable[[Any], Any]) -> T:
-    """What the first of several processes finds, on all of them; the others are spared the work.
+    """Calls a function on the first process alone and gives its result to all processes.
 
     Args:
-        find: what it does.
+        find: function that does the work.
         is_first: whether this is the first process.
-        broadcast: gives each process the object of the first.
+        broadcast: function that gives each process the object of the first.
 
     Raises:
-        UserError: the first met an error; none of the others waits for it.
+        UserError: the first process met an error; none of the others is left waiting.
     """
     answer: Any = None
     if is_first:

@@ -1,4 +1,4 @@
-"""Leaves out what libraries say to their developers or to sell, so that what matters stays in sight."""
+"""Suppresses messages of libraries that address developers or advertise, so that relevant ones stay visible."""
 
 import logging
 import threading

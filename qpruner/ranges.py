@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from qpruner.errors import UserError, brief
 
 MOST_UNITS = 1_000_000
-"""No model has more units of a kind, and a slip of the pen shall not fill the memory."""
+"""No model has more units of a kind, and a typo must not exhaust memory."""
 
 
 def format_ranges(numbers: Sequence[int]) -> str:

@@ -1,4 +1,4 @@
-"""What a compressed model said when it was written, kept beside it, so that a loaded copy can be held to it."""
+"""Logits of a compressed model from when it was written, stored beside it to verify loaded copies."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager

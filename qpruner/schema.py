@@ -21,9 +21,9 @@ NAMES: dict[type, str] = {
     dict: "an object",
 }
 LARGEST = 2**63 - 1
-"""Whole numbers above it are a slip, or worse: nothing that is counted here comes near."""
+"""Larger integers are a mistake, or worse: no count in qpruner comes near this."""
 NOT_FINITE = ("nan", "inf", "-inf")
-"""How numbers are written that JSON does not have."""
+"""How numbers that JSON cannot represent are written."""
 
 
 class Record:

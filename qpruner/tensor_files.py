@@ -1,4 +1,4 @@
-"""Tensors from disk: safetensors alone, and damage told by the name of the file."""
+"""Reads tensors from disk: only safetensors, with damage reported by file name."""
 
 from pathlib import Path
 

@@ -8,7 +8,7 @@ from qpruner.processes import Processes
 
 
 def launch(accelerator: str, devices: int) -> Processes:
-    """Starts the other processes by the command of this one, where there is more than one device.
+    """Starts the other processes with the command line of this one, where there is more than one device.
 
     Args:
         accelerator: kind of device, as Lightning names them: ``auto``, ``cpu``, ``gpu``.
@@ -18,11 +18,11 @@ def launch(accelerator: str, devices: int) -> Processes:
         The processes, as this one sees them.
 
     Raises:
-        UserError: there are no such devices, or not as many.
+        UserError: there are no such devices, or fewer than requested.
     """
     try:
         fabric = Fabric(accelerator=accelerator, devices=devices, strategy="ddp" if devices > 1 else "auto")
-    except (RuntimeError, TypeError, ValueError) as error:  # of Lightning, each for another kind of mistake
+    except (RuntimeError, TypeError, ValueError) as error:  # Lightning raises each of them for another kind of mistake
         raise UserError(f"Cannot use --accelerator {accelerator} with --devices {devices}: {cut(error)}") from error
     fabric.launch()
 

@@ -1,4 +1,4 @@
-"""Evaluates a model part by part; each part is on disk before the next begins, and is not repeated."""
+"""Evaluates a model part by part; each part is saved before the next begins, and is not measured again."""
 
 import shutil
 import time
@@ -47,18 +47,18 @@ from qpruner.records.evaluation_report import write_evaluation_report
 from qpruner.training.evaluation import Measures
 
 HARNESS_TOKENS = 256
-"""Tokens of a text of the harness, as its batches are counted in texts."""
+"""Assumed tokens in a text of the harness, to convert a batch size in tokens to one in texts."""
 
 
 class Evaluator:
-    """Measures a model and keeps what it finds in a folder.
+    """Measures a model and stores the results in a folder.
 
     Args:
         subject: model to evaluate.
         processes: processes that share the work, each with the whole model.
         folder: folder of ``evaluation.json`` and ``items/``.
-        batch_tokens: most tokens in a batch, padding included; changes no result.
-        restart: whether to measure again what the folder holds.
+        batch_tokens: maximum tokens in a batch, padding included; does not affect results.
+        restart: whether to discard earlier results in the folder and measure again.
 
     Raises:
         UserError: the folder holds an evaluation of other weights, cannot be written or is in use, or the model does
@@ -74,7 +74,7 @@ class Evaluator:
         self.batch_tokens = batch_tokens
         check_room(subject.network, processes.device, "Use a larger device or --dtype bfloat16.")
         subject.network.to(processes.device)
-        self.measures = Measures(processes.device)  # of all tasks: whether the model reads trees it tries out once
+        self.measures = Measures(processes.device)  # of all tasks: tests only once if trees are read
         self._lock = FileLock(folder / ".lock", timeout=0)
         self.evaluation = processes.of_first(lambda: self._begin(restart))
         reset_peak(processes.device)
@@ -85,17 +85,17 @@ class Evaluator:
 
     @property
     def positions(self) -> int:
-        """Positions that the model knows, or what is assumed where it does not say."""
+        """Maximum number of positions of the model, or an assumed one where its configuration does not state it."""
         config = self.subject.network.config.get_text_config()
         return getattr(config, "max_position_embeddings", None) or DEFAULT_POSITIONS
 
     def has_answered(self, name: str, questions: TaskQuestions, part: Part) -> bool:
-        """Whether the questions of a task were answered before, and what was said of each is still there.
+        """Whether the questions of a task were answered before, and the answers are still on disk.
 
         Args:
             name: name of the task.
-            questions: its questions.
-            part: part of all questions that they are.
+            questions: questions of the task.
+            part: part of the task's questions that these are.
         """
         before = self.evaluation.tasks.get(name)
         wanted = (len(questions.questions), questions.source, part)
@@ -103,15 +103,15 @@ class Evaluator:
         return is_known and self.processes.of_first(items_file(self.folder, name).exists)
 
     def tokenize(self, name: str, measure: Measure, questions: TaskQuestions) -> ChoiceExamples:
-        """Questions as tokens, cut to what the model knows, to be given to `task`.
+        """Tokenizes questions, truncated to the model's maximum length, as input for `task`.
 
         Args:
             name: name of the task.
-            measure: measure by which it is reported.
-            questions: its questions.
+            measure: measure by which the task is reported.
+            questions: questions of the task.
 
         Raises:
-            UserError: an option that is longer than what the model can be given, or a token that it does not know.
+            UserError: an option is longer than the model's maximum length, or a token is outside its vocabulary.
         """
         tokenizer = self.subject.tokenizer
         pad = next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)
@@ -126,8 +126,8 @@ class Evaluator:
 
         Args:
             examples: the questions, from `tokenize`.
-            source: where they come from.
-            part: part of all questions that they are.
+            source: where the questions come from.
+            part: part of the task's questions that these are.
         """
         since = time.perf_counter()
         items = self._answer(examples)
@@ -143,17 +143,17 @@ class Evaluator:
     def tasks_of_harness(
         self, harness: Harness, tasks: Sequence[str], *, folder: Path | None, items: int | None, few_shot: int | None
     ) -> None:
-        """Lets lm-evaluation-harness ask and score, one task or group after the other, unless that was done before.
+        """Runs tasks or groups with lm-evaluation-harness one by one, skipping those that were measured before.
 
         Args:
-            harness: harness that was opened for the tasks.
+            harness: harness that was opened for these tasks.
             tasks: names of tasks or groups of the harness.
             folder: folder with local records; None for those of the hub.
-            items: most items of a task, the first ones; None for all.
-            few_shot: number of solved examples before each question; None for as many as the task says.
+            items: maximum number of items of a task, the first ones; None for all.
+            few_shot: number of solved examples before each question; None for the task's own number.
 
         Raises:
-            UserError: the records of a task cannot be had.
+            UserError: the records of a task cannot be loaded.
         """
         assert self.processes.world_size == 1
         for task in tasks:
@@ -186,7 +186,7 @@ class Evaluator:
 
     @torch.no_grad()
     def _answer(self, examples: ChoiceExamples) -> list[Item]:
-        """What the model says of the questions, in their order."""
+        """The model's log-likelihoods for the options of each question, in the order of the questions."""
         processes = self.processes
         loader = EvaluationLoader(
             examples, tokens=self.batch_tokens, rank=processes.rank, world_size=processes.world_size
@@ -208,16 +208,16 @@ class Evaluator:
         ]
 
     def windows(self, name: str, text: WholeText, protocols: Sequence[Protocol]) -> list[Windows]:
-        """A text cut by each of some protocols, to be given to `text`, but for what was measured before.
+        """Cuts a text by each protocol that was not measured before, as input for `text`.
 
         Args:
             name: name of the text.
             text: the text.
-            protocols: ways to cut it.
+            protocols: ways to cut the text.
 
         Raises:
-            UserError: windows that the text does not fill or that the model does not know all positions of, or tokens
-                that it does not know.
+            UserError: the text does not fill a window, a window is longer than the model's maximum length, or a token
+                is outside the model's vocabulary.
         """
         done = {(score.name, score.protocol, score.source) for score in self.evaluation.texts}
         left = [protocol for protocol in protocols if (name, protocol.name, text.source) not in done]
@@ -235,7 +235,7 @@ class Evaluator:
 
         Args:
             name: name of the text.
-            source: where it comes from.
+            source: where the text comes from.
             windows: the text, cut in one way or several, from `windows`.
         """
         for each in windows:
@@ -257,20 +257,20 @@ class Evaluator:
                 self._keep(texts=(*others, score))
 
     def check_prompts(self, prompts: Sequence[str], max_new_tokens: int) -> None:
-        """Makes sure that the model can go on with some prompts.
+        """Makes sure that the model can continue some prompts.
 
         Raises:
-            UserError: a prompt without tokens, or more tokens than the model knows positions.
+            UserError: a prompt has no tokens, or exceeds the model's positions together with the new tokens.
         """
         for prompt in prompts:
             prompt_tokens(self.subject.network, self.subject.tokenizer, prompt, max_new_tokens)
 
     def write_samples(self, prompts: Sequence[str], max_new_tokens: int) -> None:
-        """Lets the model write, on the first process.
+        """Generates samples from the model, on the first process.
 
         Args:
-            prompts: texts to go on with.
-            max_new_tokens: most tokens that are written behind each.
+            prompts: texts to continue.
+            max_new_tokens: maximum number of tokens to generate after each prompt.
         """
         if self.processes.is_first:
             samples = generate_samples(

@@ -1,6 +1,6 @@
-"""What a model writes, and how much of it is the same again: models can pass multiple choice and fail to speak.
+"""Samples from a model, and how repetitive they are: a model can pass multiple choice and still fail to write.
 
-Pruned models that keep their accuracy on questions with options may write nothing but loops (arXiv 2606.17609).
+Pruned models that keep their accuracy on multiple-choice questions may generate nothing but loops (arXiv 2606.17609).
 """
 
 from collections.abc import Collection, Sequence
@@ -19,25 +19,26 @@ PROMPTS = (
     "To make a cup of tea, you first",
     "The most important thing about friendship is",
 )
-"""Beginnings that any text may have, whatever the model was trained on."""
+"""Prompts that suit any model, whatever it was trained on."""
 
 LONGEST_NGRAM = 4
 
 
 def generate_samples(model: Any, tokenizer: Any, prompts: Sequence[str], *, max_new_tokens: int) -> list[Sample]:
-    """Lets a model go on with some prompts, always with the likeliest token, so that the same model writes the same.
+    """Continues some prompts by greedy decoding, so that the same model always writes the same.
 
-    The prompts are taken one by one, without padding, which not every model is exact under. Nothing that the model's
-    own generation config says of sampling or of penalties counts: loops are what is looked for.
+    The prompts are processed one by one, without padding, under which not every model is exact. Sampling and penalty
+    settings of the model's own generation config are ignored, because loops are to be detected, not suppressed.
 
     Args:
-        model: causal language model, perhaps compressed or with adapters; it is left in the mode that it was in.
+        model: causal language model, perhaps compressed or with adapters; it is left in its original mode.
         tokenizer: tokenizer of the model.
-        prompts: texts to go on with.
-        max_new_tokens: most tokens that are written behind each, at least 1; the end-of-text token ends a text sooner.
+        prompts: texts to continue.
+        max_new_tokens: maximum number of tokens to generate after each prompt, at least 1; an end-of-text token ends a
+            text sooner.
 
     Raises:
-        UserError: a prompt without tokens, more tokens than the model knows positions, or logits that are not finite.
+        UserError: a prompt has no tokens, there are more tokens than the model has positions, or logits are not finite.
     """
     if max_new_tokens < 1:
         raise UserError(f"max_new_tokens is {max_new_tokens}; give at least 1.")
@@ -50,16 +51,16 @@ def generate_samples(model: Any, tokenizer: Any, prompts: Sequence[str], *, max_
 
 
 def distinct(tokens: Sequence[int], n: int) -> float:
-    """Share of different ones among the n-grams of tokens (distinct-n, Li et al., arXiv 1510.03055).
+    """Share of distinct n-grams among all n-grams of the tokens (distinct-n, Li et al., arXiv 1510.03055).
 
-    0 where the tokens are too few for an n-gram: who says nothing says nothing new.
+    0 where there are too few tokens for an n-gram: an empty text contains nothing new.
     """
     ngrams = _ngrams(tokens, n)
     return len(set(ngrams)) / len(ngrams) if ngrams else 0.0
 
 
 def repetition(tokens: Sequence[int], n: int = LONGEST_NGRAM) -> float:
-    """Share of tokens that lie in an n-gram which occurred before; the first occurrence is no repetition."""
+    """Share of tokens that lie in an n-gram which occurred before; its first occurrence does not count."""
     seen: set[tuple[int, ...]] = set()
     repeated: set[int] = set()
     for start, ngram in enumerate(_ngrams(tokens, n)):
@@ -71,13 +72,13 @@ def repetition(tokens: Sequence[int], n: int = LONGEST_NGRAM) -> float:
 
 @torch.inference_mode()
 def continue_greedily(model: Any, tokens: Sequence[int], *, max_new_tokens: int, ends: Collection[int]) -> list[int]:
-    """The likeliest next token, again and again; of equal ones the first.
+    """Generates tokens by greedy decoding; of equally likely tokens the first is taken.
 
     Args:
         model: causal language model in evaluation mode.
-        tokens: tokens to go on with.
-        max_new_tokens: most tokens to add.
-        ends: tokens that end a text; they are not among those that are given back.
+        tokens: token ids of the prompt.
+        max_new_tokens: maximum number of tokens to generate.
+        ends: ids of the tokens that end a text; they are not part of the result.
 
     Raises:
         UserError: the logits are not finite.
@@ -104,14 +105,14 @@ def continue_greedily(model: Any, tokens: Sequence[int], *, max_new_tokens: int,
 
 
 def prompt_tokens(model: Any, tokenizer: Any, prompt: str, max_new_tokens: int) -> list[int]:
-    """The tokens of a prompt that a model goes on with.
+    """The tokens of a prompt that a model is to continue.
 
     Raises:
-        UserError: there are none, or too many with the new ones.
+        UserError: there are none, or together with the new ones they exceed the model's positions.
     """
     tokens: list[int] = tokenizer(prompt)["input_ids"]
     ends = _ends(model, tokenizer)
-    if len(tokens) > 1 and tokens[-1] in ends:  # a tokenizer may add it itself
+    if len(tokens) > 1 and tokens[-1] in ends:  # some tokenizers append an end token
         tokens = tokens[:-1]
     if not tokens:
         raise UserError(f"The prompt {prompt!r} has no tokens. Give one with at least a word.")
@@ -120,10 +121,10 @@ def prompt_tokens(model: Any, tokenizer: Any, prompt: str, max_new_tokens: int) 
 
 
 def check_positions(model: Any, prompt: str, num_tokens: int, max_new_tokens: int) -> None:
-    """Makes sure that a model knows the positions of a prompt and of what it is going to write.
+    """Makes sure that a model has enough positions for a prompt and the tokens to generate.
 
     Raises:
-        UserError: it does not.
+        UserError: it has too few.
     """
     known = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if known is not None and num_tokens + max_new_tokens > known:
@@ -145,14 +146,14 @@ def _sample(model: Any, tokenizer: Any, prompt: str, max_new_tokens: int) -> Sam
 
 
 def _ends(model: Any, tokenizer: Any) -> set[int]:
-    """Tokens that end a text: that of the tokenizer, and those that the model is said to end with."""
+    """Ids of tokens that end a text: that of the tokenizer, and those of the model's generation config."""
     stated = getattr(model.generation_config, "eos_token_id", None)
     ends = {tokenizer.eos_token_id, *(stated if isinstance(stated, list) else [stated])}
     return {token for token in ends if token is not None}
 
 
 def _text(tokenizer: Any, tokens: list[int], written: list[int]) -> str:
-    """The new tokens as text; read behind the prompt, since many tokenizers drop the space that a text begins with."""
+    """The new tokens as text; decoded together with the prompt, since many tokenizers drop a leading space."""
     before, whole = (
         tokenizer.decode(part, skip_special_tokens=True, clean_up_tokenization_spaces=False)
         for part in (tokens, tokens + written)

@@ -1,4 +1,4 @@
-"""Any task of lm-evaluation-harness, with its in-memory model around ours; from the hub or from local records."""
+"""Runs any task of lm-evaluation-harness on a model in memory, with records from the hub or from local files."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -21,11 +21,11 @@ INSTALL = "pip install 'qpruner[eval]'"
 
 @dataclass(frozen=True)
 class HarnessScore:
-    """How a model does on a task of the harness, or on a group of them.
+    """Results of a model on a task of the harness, or on a group of tasks.
 
     Args:
-        metrics: every number that the harness gives, by the name that it has there, without the filter ``none``.
-        items: what the model said of each question; empty for a group and for what is no question with options.
+        metrics: every metric that the harness reports, by its name there, without the filter suffix ``none``.
+        items: the model's answer to each question; empty for groups and for tasks that are not multiple choice.
         score: accuracies of the items; None where there are none.
     """
 
@@ -36,11 +36,11 @@ class HarnessScore:
 
 @dataclass(frozen=True)
 class Harness:
-    """The harness, opened for some tasks, all of which are there; no model is needed for that.
+    """The harness, opened for some tasks, all of which exist; opening it needs no model.
 
     Args:
-        manager: its table of tasks.
-        local: local records of tasks by name; empty where they come from the hub.
+        manager: task manager of the harness.
+        local: local records by the name of their task; empty where records come from the hub.
     """
 
     manager: Any
@@ -53,11 +53,10 @@ class Harness:
         Args:
             tasks: tasks, groups or tags of the harness, such as ``mmlu`` or ``gsm8k``.
             folder: folder with local records, ``folder/TASK/test.jsonl`` or ``validation.jsonl``, in the columns that
-                the task has on the hub or in a variant that `qpruner.datamodules.questions` reads; None for the hub
-                itself.
+                the task has on the hub or in a variant that `qpruner.datamodules.questions` reads; None to use the hub.
 
         Raises:
-            UserError: the harness is not installed, there is no such task, or its local records are wrong.
+            UserError: the harness is not installed, there is no such task, or its local records are invalid.
         """
         _, _, manager = _library()
         for name in tasks:
@@ -84,22 +83,22 @@ class Harness:
         batch_size: int = 8,
         num_fewshot: int | None = None,
     ) -> dict[str, HarnessScore]:
-        """Scores of a task, and of each that a group or tag consists of, by name.
+        """Scores of a task, or of all tasks in a group or tag, by name.
 
-        The model is in evaluation mode meanwhile, and each of its modules in its own mode again afterwards; the
-        tokenizer stays as it is.
+        The model is in evaluation mode meanwhile, and each of its modules in its original mode afterwards; the
+        tokenizer is not changed.
 
         Args:
-            model: causal model of transformers or PEFT on the device that it is to run on, such as `load_compressed`
-                gives.
+            model: causal model of transformers or PEFT on the device that it is to run on, such as the result of
+                `load_compressed`.
             tokenizer: tokenizer of the model.
             name: task, group or tag that the harness was opened for.
-            limit: most items of a task, the first ones; None for all.
-            batch_size: number of texts that the model is given at once.
-            num_fewshot: number of solved examples before each question; None for as many as the task says.
+            limit: maximum number of items of a task, the first ones; None for all.
+            batch_size: number of texts in a batch.
+            num_fewshot: number of solved examples before each question; None for the task's own number.
 
         Raises:
-            UserError: the records of the task cannot be had.
+            UserError: the records of the task cannot be loaded.
         """
         lm_eval, HFLM, _ = _library(self.manager)
         local = self.local.get(name)
@@ -108,7 +107,7 @@ class Harness:
             loaded = self.manager.load([local.group(name) if local else name])
         groups = [loaded["groups"][name]] if name in loaded["groups"] else []
         with evaluating(model):
-            # The harness gives the tokenizer a padding token, and calls `eval`.
+            # The harness adds a padding token to the tokenizer, hence the copy, and calls `eval` on the model.
             harnessed = HFLM(pretrained=model, tokenizer=deepcopy(tokenizer), backend="causal", batch_size=batch_size)
             results = lm_eval.simple_evaluate(
                 harnessed, tasks=groups or list(loaded["tasks"].values()), task_manager=self.manager, limit=limit,
@@ -133,7 +132,7 @@ def run_harness(
     folder: str | Path | None = None,
     **options: Any,
 ) -> dict[str, HarnessScore]:
-    """Scores of several tasks of the harness, and of each that such a group or tag consists of, by name.
+    """Scores of several tasks of the harness, including all tasks in given groups or tags, by name.
 
     Args:
         model: causal model on the device that it is to run on.
@@ -143,7 +142,7 @@ def run_harness(
         **options: options of `Harness.run`.
 
     Raises:
-        UserError: as `Harness.open` and `Harness.run`.
+        UserError: see `Harness.open` and `Harness.run`.
     """
     harness = Harness.open(tasks, folder)
     scores: dict[str, HarnessScore] = {}
@@ -153,7 +152,7 @@ def run_harness(
 
 
 def _library(manager: Any = None) -> tuple[Any, Any, Any]:
-    """The harness, its model of transformers and its table of tasks, which takes seconds unless it is there."""
+    """The harness, its class for transformers models and a task manager, which takes seconds to build."""
     try:
         import lm_eval
         from lm_eval.models.huggingface import HFLM
@@ -180,21 +179,21 @@ def _metrics(values: dict[str, Any]) -> dict[str, float]:
     return {
         name.removesuffix(",none"): float(value)
         for name, value in values.items()
-        if isinstance(value, (int, float)) and "," in name  # the others say what was scored
+        if isinstance(value, (int, float)) and "," in name  # other entries are no metrics
     }
 
 
 def _items(task: Any, samples: Sequence[dict[str, Any]]) -> Iterator[Item]:
-    """What was said of each question with options, as far as the task is made of such and each has one right option."""
+    """The answer to each multiple-choice question of the task that has a single correct option."""
     if task.OUTPUT_TYPE != "multiple_choice":
         return
     for sample in samples:
         options = task.doc_to_choice(sample["doc"])
-        # Where the options stand in the context, the harness has the target and the text the other way round.
+        # Where the options are part of the context, the harness swaps target and text.
         gold = (task.doc_to_text if task.multiple_input else task.doc_to_target)(sample["doc"])
         gold = options.index(gold) if isinstance(gold, str) and gold in options else gold
         if isinstance(gold, int):
-            # Behind those of the options there may be those of the options without context.
+            # The likelihoods of the options may be followed by those of the options without context.
             likelihoods = tuple(float(response[0]) for response in sample["filtered_resps"][: len(options)])
             yield Item(sample["doc_id"], gold, likelihoods, tuple(max(len(option), 1) for option in options))
 
@@ -227,14 +226,14 @@ def _score(
 
 @dataclass(frozen=True)
 class _Local:
-    """Records of a task that take the place of those on the hub.
+    """Local records of a task that replace those of the hub.
 
     Args:
         records: records of each split, in the columns of the hub.
-        scored: split that is scored.
-        examples: split that solved examples are taken from.
+        scored: name of the split that is scored.
+        examples: name of the split that few-shot examples are taken from.
         source: names of the scored files, each with its SHA-256.
-        options: what else is other than in the task's own description.
+        options: further overrides of the task's own configuration.
     """
 
     records: dict[str, list[dict[str, Any]]]
@@ -244,12 +243,12 @@ class _Local:
     options: dict[str, Any]
 
     def group(self, name: str) -> dict[str, Any]:
-        """A group with the task alone: the harness lets groups say where a task differs from its description."""
+        """A group with this task alone: in a group, the harness allows overrides of a task's configuration."""
         import datasets
 
         data = {split: datasets.Dataset.from_list(records) for split, records in self.records.items()}
-        # The harness scores the split for tests before that for validation. Where it takes examples from the scored
-        # split, it leaves out the question itself.
+        # The harness prefers the test split to the validation split for scoring. Where it takes examples from the
+        # scored split, it leaves out the question itself.
         splits = {"training_split": None, "validation_split": None, "test_split": self.scored}
         source = {"custom_dataset": lambda **_: data, "dataset_kwargs": None, "fewshot_split": self.examples}
         return {"group": "local", "task": [{"task": name, **splits, **source, **self.options}]}
@@ -269,13 +268,13 @@ def _local_records(folder: Path, name: str) -> _Local:
     records = {split: _read(layout, split, name) for split in {scored, examples}}
     options: dict[str, Any] = {}
     if name == "hellaswag" and "ctx_a" not in records[scored][0]:
-        options["process_docs"] = None  # cleaned before
+        options["process_docs"] = None  # these records are cleaned already
     source = "; ".join(f"{file.name}, SHA-256 {hash_file(file)}" for file in layout.files(scored))
     return _Local(records, scored, examples, source, options)
 
 
 def _read(layout: Layout, split: str, name: str) -> list[dict[str, Any]]:
-    """The records of a split in the columns of the hub, each of them checked where the task is known here."""
+    """The records of a split in the columns of the hub, each one validated where qpruner knows the task."""
     skipped = Skipped()
     records = [placed for file in layout.files(split) for placed in read_file(file, skipped)]
     if skipped.counts or not records:
@@ -295,7 +294,7 @@ def _boolq_as_on_hub(record: Record) -> dict[str, Any]:
 
 
 def _hellaswag_as_on_hub(record: Record) -> dict[str, Any]:
-    """With the columns that the harness makes of a record, where it is cleaned already."""
+    """The record with the columns that the harness derives, where it is cleaned already."""
     if "ctx_a" in record:
         return dict(record)
     return {"query": f"{record['activity_label']}: {record['ctx']}", "choices": record["endings"], **record}
@@ -305,4 +304,4 @@ HUB_COLUMNS: dict[str, Callable[[Record], dict[str, Any]]] = {
     "boolq": _boolq_as_on_hub,
     "hellaswag": _hellaswag_as_on_hub,
 }
-"""What makes the columns of the hub of the variants that are read beside them, by task."""
+"""Functions that convert the other accepted variants of a record to the columns of the hub, by task."""

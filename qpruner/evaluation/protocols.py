@@ -1,4 +1,4 @@
-"""Perplexity of a whole text by the protocols of papers, each with a name, so that a number can be compared."""
+"""Perplexity of a whole text by the named protocols of papers, so that numbers can be compared."""
 
 import hashlib
 import time
@@ -29,21 +29,21 @@ class Protocol:
     """How a text is cut into windows, and which of their tokens are scored.
 
     Disjoint windows follow each other; the first token of each is not scored, since nothing in its window predicts it,
-    and what is left at the end of the text and fills no window is dropped. LLM-Pruner and the first version of
-    LoRAPrune do so with 128 tokens; GPTQ, SparseGPT, Wanda and those that compare with them with 2,048, or with the
-    longest that a model knows, such as 4,096.
+    and tokens at the end of the text that do not fill a window are dropped. LLM-Pruner and the first version of
+    LoRAPrune use such windows of 128 tokens; GPTQ, SparseGPT, Wanda and papers that compare with them use 2,048, or the
+    maximum length of the model, such as 4,096.
 
-    With a stride a window begins that many tokens after the one before it, and only tokens that no window has scored
-    yet are scored, so that each has at least ``length - stride`` tokens before it; the last window is shorter, and of
-    the whole text only the very first token is not scored. So does the guide to perplexity of Hugging Face. With the
-    stride equal to the length the windows are disjoint, and what is left at the end is scored as well.
+    With a stride, each window begins that many tokens after the previous one, and scores only tokens that no earlier
+    window has scored, so that each has at least ``length - stride`` tokens before it; the last window is shorter, and
+    only the very first token of the text is not scored. Hugging Face's guide to perplexity uses this protocol. With the
+    stride equal to the length the windows are disjoint, and the rest at the end is scored as well.
 
     Args:
         length: tokens in a window, at least 2.
         stride: tokens between the beginnings of two windows, in 1..length; None for disjoint windows.
 
     Raises:
-        UserError: a length or a stride outside of this.
+        UserError: the length or the stride is out of range.
     """
 
     length: int
@@ -70,7 +70,7 @@ class WholeText:
 
     Args:
         text: the text.
-        source: where it comes from, with the SHA-256 of its bytes in UTF-8, for a person.
+        source: human-readable origin of the text, with the SHA-256 of its UTF-8 bytes.
     """
 
     text: str
@@ -79,12 +79,12 @@ class WholeText:
 
 @dataclass(frozen=True)
 class Windows:
-    """A text that was cut by a protocol.
+    """A text that was cut into windows by a protocol.
 
     Args:
-        protocol: how it was cut.
-        rows: a row for each window.
-        dropped: tokens at the end of the text that fill no window.
+        protocol: protocol that the text was cut by.
+        rows: one row for each window.
+        dropped: number of tokens at the end of the text that do not fill a window.
     """
 
     protocol: Protocol
@@ -97,10 +97,10 @@ class Windows:
 
         Args:
             text: tokens of the whole text.
-            protocol: how to cut it.
+            protocol: protocol to cut the text by.
 
         Raises:
-            UserError: the text does not fill one disjoint window, or has nothing to score.
+            UserError: the text is too short to fill a disjoint window, or to have a token to score.
         """
         total, length, stride = len(text.tokens), protocol.length, protocol.stride
         if total < (2 if stride else length):
@@ -117,20 +117,20 @@ class Windows:
 
 
 def read_text(spec: str, separator: str = "\n\n") -> WholeText:
-    r"""A text as papers take it: the file as it is, or all records of a split joined, the empty ones included.
+    r"""Reads a text as papers do: the file as it is, or all records of a split joined, the empty ones included.
 
     LLM-Pruner joins the test split of WikiText-2 and the validation split of the Penn Treebank by ``\n\n``. SparseGPT
-    joins WikiText-2 so, too, but the test split of the Penn Treebank and C4 by a space; of C4 it takes the first 1,100
-    documents of the first validation file, and of these the first 256 windows.
+    does the same with WikiText-2, but joins the test split of the Penn Treebank and C4 by a space; of C4 it takes the
+    first 1,100 documents of the first validation file, and of these the first 256 windows.
 
     Args:
-        spec: local file or folder or hub data set, as every data module takes them, such as
+        spec: local file or folder or hub data set, in the syntax of all data modules, such as
             ``wikitext:wikitext-2-raw-v1@test``; the split is ``test`` where none is named.
-        separator: what stands between two records.
+        separator: text between two records.
 
     Raises:
-        UserError: no such source, a record without text, or a record that cannot be read; a text with holes would give
-            a number that compares with none.
+        UserError: there is no such source, a record has no text, or a record cannot be read; a text with gaps would
+            give a number that is comparable with no other.
     """
     skipped = Skipped()
     texts = [_text_of(spec, where, record) for where, record in Source(spec, "test").records(skipped)]
@@ -142,12 +142,12 @@ def read_text(spec: str, separator: str = "\n\n") -> WholeText:
 
 
 def tokens_of(tokenizer: Any, text: str) -> Row:
-    """The tokens of a whole text, tokenized at once, with what the tokenizer adds to a text (``<s>``) once.
+    """The tokens of a whole text, tokenized at once, so that special tokens such as ``<s>`` are added only once.
 
-    All papers named here do so; it stands in the first window alone.
+    All papers named here do so; the special token is in the first window only.
 
     Args:
-        tokenizer: tokenizer of transformers.
+        tokenizer: transformers tokenizer.
         text: the text.
     """
     (row,) = tokenize(tokenizer, [text], special_tokens=True)
@@ -167,23 +167,23 @@ def score_text(
     processes: Processes | None = None,
     progress: bool = False,
 ) -> TextScore:
-    """How well a model predicts a text by a protocol; exact whatever the batches and however many processes share it.
+    """Perplexity of a text by a protocol; exact for any batch size and any number of processes.
 
     Args:
-        model: causal language model, perhaps with adapters; it is moved to ``device`` and left there, in the mode that
-            it was in.
+        model: causal language model, perhaps with adapters; it is moved to ``device`` and left there, in its original
+            mode.
         windows: windows of the text.
         name: name of the text, such as ``wikitext2``.
         source: where the text comes from.
         pad_token: token id to pad the last window with.
-        tokens_per_batch: most tokens in a batch; a window of more is a batch of its own.
+        tokens_per_batch: maximum tokens in a batch; a longer window forms a batch of its own.
         device: device to compute on.
         precision: precision of the computation.
         processes: processes that share the windows; None for this one alone.
         progress: whether to show a progress bar.
 
     Raises:
-        UserError: tokens or positions that the model does not know, or weights that do not fit on the device.
+        UserError: tokens or positions exceed what the model supports, or its weights do not fit on the device.
     """
     check_fits(model, windows)
     rank, world_size = (processes.rank, processes.world_size) if processes else (0, 1)
@@ -212,10 +212,10 @@ def score_text(
 
 
 def check_fits(model: Any, windows: Windows) -> None:
-    """Makes sure that a model knows all tokens of a text, and their positions in their windows.
+    """Makes sure that a model supports all tokens of a text, and their positions in the windows.
 
     Raises:
-        UserError: it does not.
+        UserError: a token or a position is out of its range.
     """
     config = model.config.get_text_config()
     known = getattr(config, "max_position_embeddings", None)
@@ -228,15 +228,15 @@ def check_fits(model: Any, windows: Windows) -> None:
 
 
 def check_vocabulary(model: Any, tokens: Tensor, who_has: str) -> None:
-    """Makes sure that a model knows all of some tokens.
+    """Makes sure that tokens are in the vocabulary of a model.
 
     Args:
         model: causal language model.
-        tokens: tokens of any shape, at least one.
-        who_has: beginning of the sentence that says who has a token that it does not know.
+        tokens: token ids of any shape, at least one.
+        who_has: beginning of the error message, which names what contains an unknown token.
 
     Raises:
-        UserError: it does not.
+        UserError: a token is outside the vocabulary.
     """
     size = model.config.get_text_config().vocab_size
     if (highest := int(tokens.max())) >= size:

@@ -1,4 +1,4 @@
-"""What a model writes behind one prompt, printed as it is written."""
+"""Generates text after one prompt, printed as it is generated."""
 
 from time import perf_counter
 from typing import Any
@@ -22,24 +22,24 @@ def stream(
     device: str,
     trust_remote_code: bool,
 ) -> str:
-    """Prints what a model writes, and says how fast it was and how much memory it took.
+    """Prints the text that a model generates, and reports its speed and memory use.
 
     Args:
         name: folder or hub name of the model.
-        prompt: text to go on with.
+        prompt: text to continue.
         chat: whether the prompt is put into the chat template of the tokenizer.
-        max_new_tokens: most tokens to write, at least 1.
-        temperature: what logits are divided by before a token is drawn; 0 for the likeliest token.
-        seed: seed of the draws.
+        max_new_tokens: maximum number of tokens to generate, at least 1.
+        temperature: divisor of the logits before a token is sampled; 0 for the most likely token.
+        seed: seed for sampling.
         device: ``cpu``, ``cuda``, or ``auto`` for the first CUDA device where there is one.
         trust_remote_code: whether code that comes with the model may run.
 
     Returns:
-        One line with tokens per second, bytes of weights and peak of memory.
+        One line with tokens per second, bytes of weights and peak memory.
 
     Raises:
-        UserError: no such model, a prompt without tokens, more tokens than the model knows positions, a tokenizer
-            without chat template, a temperature below 0, or a device that is not there.
+        UserError: there is no such model or device, the prompt has no tokens, there are more tokens than the model has
+            positions, the tokenizer has no chat template, or the temperature is below 0.
     """
     from transformers import TextStreamer
 
@@ -56,7 +56,7 @@ def stream(
     check_positions(network, prompt, tokens.shape[1], max_new_tokens)
     torch.manual_seed(seed)
     since = perf_counter()
-    # What the model's own generation config says of sampling must not decide beside the temperature.
+    # Sampling settings of the model's own generation config must not interfere with the temperature.
     choice: dict[str, Any] = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
     if not temperature:
         choice = {"do_sample": False, "num_beams": 1, "temperature": None, "top_p": None, "top_k": None}
@@ -81,7 +81,7 @@ def prompt_tokens(tokenizer: Any, prompt: str, *, chat: bool) -> torch.Tensor:
     """The tokens of a prompt; int64 [1, tokens].
 
     Raises:
-        UserError: it has none, or the tokenizer has no chat template.
+        UserError: the prompt has no tokens, or the tokenizer has no chat template.
     """
     if chat:
         if not getattr(tokenizer, "chat_template", None):

@@ -1,4 +1,4 @@
-"""What is evaluated: the model of a run, of a folder or of the hub, with its adapters."""
+"""The model under evaluation: that of a run, of a folder or of the hub, with its adapters."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -20,11 +20,11 @@ class Subject:
     """A model with its tokenizer, ready to be evaluated.
 
     Args:
-        name: folder or hub name, as it was given.
+        name: folder or hub name, as the user gave it.
         network: causal language model, perhaps compressed and with adapters, in evaluation mode on the CPU.
         tokenizer: tokenizer of the model.
-        identity: text that tells its weights from others, in their number format where that is a choice; of weights
-            that are not at hand, their name.
+        identity: text that identifies the weights, including their number format where that is a choice; the model's
+            name where its files are not available locally.
         average_bits: bits per weight of the decoder linears, scales included; None where nothing was compressed.
     """
 
@@ -43,17 +43,17 @@ class Subject:
         trust_remote_code: bool = False,
         say: Callable[[str], object] = print,
     ) -> Self:
-        """Loads the model of a run's folder, of a compressed model's folder, or any of transformers.
+        """Loads the model of a run's folder, of a compressed model's folder, or any transformers model.
 
         Args:
-            name: folder of a run, of a compressed model or of a model of transformers, a hub name, or
+            name: folder of a run, of a compressed model or of a transformers model, a hub name, or
                 ``qpruner/stories``.
             dtype: number format of the weights of a model that is not compressed; see `qpruner.pretrained.held_in`.
             trust_remote_code: whether code that comes with the model may run.
-            say: function that is told what a person should know of the model, such as that it was quantized.
+            say: function that receives messages for the user about the model, such as that it was quantized.
 
         Raises:
-            UserError: there is no such model, a run that has left none, or it is damaged.
+            UserError: there is no such model, the run has left none, or it is damaged.
         """
         folder = compressed_folder(name)
         if folder is None:
@@ -70,10 +70,10 @@ class Subject:
 
 
 def compressed_folder(name: str) -> Path | None:
-    """The folder of a compressed model that a name stands for: itself, or that of a run; None for any other model.
+    """The compressed model's folder that a name refers to, directly or as a run; None for any other model.
 
     Raises:
-        UserError: the folder of a search, or of a run that is not over or has left no compressed model.
+        UserError: the name is the folder of a search, or of a run that is unfinished or has left no compressed model.
     """
     folder = Path(name).expanduser()
     if is_compressed(folder):
@@ -87,7 +87,7 @@ def compressed_folder(name: str) -> Path | None:
             f"{run.plan}`, and evaluate that run."
         )
     if not run.finished:
-        # What it holds is not what it will be, and would be told as the result of the run.
+        # Its present model is not the final one, but would be reported as the result of the run.
         there = "" if (kept := run.kept_base) is None else f", or name the model that it came to: {kept}"
         raise UserError(f"The run {name!r} is not over. Finish it first: repeat its command{there}.")
     if not is_compressed(run.model):

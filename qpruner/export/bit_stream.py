@@ -1,7 +1,7 @@
 """Codes of one to eight bits as one stream of bits for each row, the layout of most engines.
 
-Code number i of a row lies in the bits from i * b on, the lowest first, across the borders of bytes. The layout that
-`qpruner.modeling_compressed.unpack_codes` reads is the same for 1, 2, 4 and 8 bits alone.
+Code number i of a row occupies b bits from bit i * b on, lowest bit first, across byte boundaries. The layout that
+`qpruner.modeling_compressed.unpack_codes` reads is the same for 1, 2, 4 and 8 bits only.
 """
 
 import torch
@@ -20,7 +20,7 @@ def bit_stream(codes: Tensor, bits: int) -> Tensor:
 
 
 def codes_of_stream(stream: Tensor, columns: int, bits: int) -> Tensor:
-    """The codes, uint8 [rows, columns], of what `bit_stream` gave."""
+    """The codes, uint8 [rows, columns], in the output of `bit_stream`."""
     if len(PLANES[bits]) == 1:
         return unpack_codes(stream, columns, bits)
     places = torch.arange(bits, dtype=torch.uint8)

@@ -32,7 +32,7 @@ SMALLEST = 32
 
 @dataclass(frozen=True, order=True)
 class Scheme:
-    """How a linear is held.
+    """How a linear is stored.
 
     Args:
         bits: bits of a code, one of the `WIDTHS`.
@@ -46,7 +46,7 @@ class Scheme:
         return f"{self.bits} bits with a scale {'per row' if self.size == ROW else f'for {self.size} weights'}"
 
     def to_data(self) -> dict[str, Any]:
-        """What the configuration says of the weights of a group of linears."""
+        """Entry of the configuration for the weights of a group of linears."""
         return {
             "num_bits": self.bits,
             "type": "int",
@@ -59,12 +59,12 @@ class Scheme:
 
 @dataclass(frozen=True)
 class Held:
-    """How a linear is held, and why otherwise than in the model.
+    """How a linear is stored, and why it may differ from the model.
 
     Args:
-        scheme: how it is held.
+        scheme: how the linear is stored.
         exact: whether its codes are those of the model, in as many bits or in more.
-        reason: why they are not, or why there are more bits; empty where nothing changes.
+        reason: why the codes differ, or why they take more bits; empty where nothing changes.
     """
 
     scheme: Scheme
@@ -83,9 +83,10 @@ class CompressedTensors:
     - ``x.weight_scale``: [O, I / G], of one column where a group is a row;
     - ``x.weight_shape``: int64 [2], O and I;
 
-    and the value scale * (code - 2^(b - 1)). So symmetric codes are carried over as they are; those of 3, 5 and 6 bits
-    in the next width. Other formats, adapters and rows that are no multiple of 32 take codes chosen anew. Units that
-    engines fuse, queries with keys and values and gate with up, share a scheme as they share a precision in the plan.
+    and the value scale * (code - 2^(b - 1)). So symmetric codes are exported unchanged; those of 3, 5 and 6 bits in the
+    next larger width. Other formats, linears with adapters and rows whose length is no multiple of 32 are quantized
+    anew. Units that engines fuse, queries with keys and values and gate with up, share a scheme as they share a
+    precision in the plan.
 
     The engine multiplies scales and codes in the dtype of the model, so that values are rounded to it.
 
@@ -171,7 +172,7 @@ def _held(source: Source, name: str) -> Held:
     if columns % SMALLEST:
         return Held(Scheme(8, ROW), False, f"rows of {columns} weights are no multiple of {SMALLEST}")
     reason = "their adapters are in them" if adapted else "the format has no such codes"
-    # Two symmetric bits hold so much less than two others that a second rounding leaves little.
+    # Two symmetric bits represent so much less than two bits of other formats that a second rounding leaves little.
     bits = min(width for width in WIDTHS if width >= linear.precision.bits and (width, linear.precision.bits) != (2, 2))
     group = layout.size if layout is not None else linear.precision.group
     sizes = [size for size in (group, SMALLEST) if size in SIZES and size != ROW and columns % size == 0]

@@ -15,14 +15,14 @@ from qpruner.quantization.merging import make_dense_
 
 
 class Dense:
-    """A folder that loads wherever the widths are equal in all layers, and by ``qpruner.load_compressed`` always."""
+    """A folder that loads anywhere if all layers have equal widths, and always by ``qpruner.load_compressed``."""
 
     name = "dense"
     extra = None
     module = None
 
     def check(self, source: Source) -> None:
-        """Every model that is compressed can be made dense."""
+        """Accepts every compressed model: each can be made dense."""
 
     def write(self, source: Source, folder: Path, dtype: torch.dtype) -> Written:
         network = make_dense_(copy.deepcopy(source.network), source.adapters, dtype)

@@ -1,4 +1,4 @@
-"""An export from beginning to end: checked, written, measured, and put in its place."""
+"""An export from beginning to end: checked, written, measured, and moved to its destination."""
 
 import os
 from collections.abc import Mapping
@@ -18,9 +18,9 @@ from qpruner.files import replacing_folder, write_json
 from qpruner.pretrained import load_tokenizer
 
 NUM_SEQUENCES, LENGTH = 8, 32
-"""Text on which logits are compared."""
+"""Sequences, and tokens in each, on which logits are compared."""
 RECORD, KIND = "export.json", "qpruner export"
-"""What is said of an export is kept beside it; a folder that has the file may be overwritten."""
+"""File in the export that records its results; only a folder that contains it may be overwritten."""
 
 
 def export_model(
@@ -32,7 +32,7 @@ def export_model(
     *,
     overwrite: bool = False,
 ) -> None:
-    """Exports a model, and prints what that cost and changed.
+    """Exports a model, and prints its size and what the export changed.
 
     Args:
         given: folder of a finished run, or of its model.
@@ -40,11 +40,12 @@ def export_model(
         output: folder to write; None for ``exports/NAME`` beside the folder of the model.
         dtype: number format of what is left dense: ``bfloat16``, ``float16``, or ``auto`` for bfloat16 where the model
             has that and float16 elsewhere.
-        options: options of the format alone.
-        overwrite: whether an export that is there already is replaced.
+        options: options specific to the format.
+        overwrite: whether an existing export is replaced.
 
     Raises:
-        UserError: no such model or format, a model that the format cannot say, or an output that cannot be written.
+        UserError: there is no such model or format, the format cannot represent the model, or the output cannot be
+            written.
     """
     exporter = exporter_for(name, options or {})
     model = model_folder(given.expanduser())
@@ -84,7 +85,7 @@ def export_model(
 
 
 def text_of(source: Source) -> tuple[Tensor, str]:
-    """Tokens on which an export is compared with its model, int64 [N, T], and what they are."""
+    """Tokens on which an export is compared with its model, int64 [N, T], and a description of them."""
     data = run_data(source.folder)
     if not isinstance(data, str):
         try:
@@ -107,10 +108,10 @@ def _dense_dtype(source: Source, dtype: str) -> torch.dtype:
 
 
 def _check_replaceable(output: Path, *, overwrite: bool) -> None:
-    """Makes sure that what is in the place of an export may go.
+    """Makes sure that whatever exists at the output path may be replaced.
 
     Raises:
-        UserError: nobody said so, or it is something else than an export.
+        UserError: overwriting was not requested, or the path holds something other than an export.
     """
     if not overwrite:
         raise UserError(f"{str(output)!r} is there already. Name another --output, or give --overwrite to replace it.")

@@ -1,4 +1,4 @@
-"""How far an export is from its model: logits with the weights that the engine reads, against the model's own."""
+"""Fidelity of an export: logits with the weights that the engine reads, compared with the model's own."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -25,7 +25,7 @@ SENTENCES = (
     "The old library keeps its maps in flat drawers, where neither light nor damp can reach them.",
     "My neighbour grows tomatoes, beans and two kinds of pumpkin, and gives away most of what she picks.",
 )
-"""Text for a model whose own cannot be had."""
+"""Text for a model whose own data is not available."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class LogitErrors:
         largest: largest absolute difference of a logit.
         mean: mean absolute difference of a logit.
         spread: standard deviation of the model's own logits, beside which a difference is large or small.
-        agreement: share of positions whose likeliest next token is the same, from 0 to 1.
+        agreement: share of positions with the same most likely next token, from 0 to 1.
         num_tokens: number of tokens that were read.
     """
 
@@ -59,7 +59,7 @@ def logit_errors(source: Source, read: Read, tokens: Tensor) -> LogitErrors:
 
     Args:
         source: model that was exported.
-        read: the values that the engine computes with; see `Written`.
+        read: function that gives the values that the engine computes with; see `Written`.
         tokens: text to read, [N, T].
     """
     expected = logits(source, source.weight, tokens)
@@ -73,11 +73,11 @@ def logit_errors(source: Source, read: Read, tokens: Tensor) -> LogitErrors:
 
 @torch.no_grad()
 def logits(source: Source, read: Read, tokens: Tensor) -> Tensor:
-    """The logits of the dense model with given weights, of which one module's at a time is held.
+    """The logits of the dense model with given weights, those of one module in memory at a time.
 
     Args:
-        source: model whose shape the dense one has.
-        read: gives the value of a parameter by its name.
+        source: model that defines the shape of the dense one.
+        read: function that gives the value of a parameter by its name.
         tokens: text to read, [N, T].
     """  # float32 [N, T, vocabulary]
     network = build_skeleton(source.dense_config).eval()
@@ -88,7 +88,7 @@ def logits(source: Source, read: Read, tokens: Tensor) -> Tensor:
 
 @contextmanager
 def _reading_as_needed(network: Any, source: Source, read: Read) -> Iterator[None]:
-    """Gives each module its parameters as it begins to compute, and takes them away behind it."""
+    """Gives each module its parameters just before it computes, and removes them afterwards."""
     _, family = family_of(source.config)
     renamed = {f"{family.head}.weight": f"{family.embedding}.weight"} if source.tied else {}
 
@@ -122,6 +122,6 @@ def sentences(tokenizer: Any) -> Tensor:
 
 
 def any_tokens(vocabulary: int, num_sequences: int = 8, length: int = 32) -> Tensor:
-    """Tokens of no meaning, for a model without a tokenizer; int64 [num_sequences, length]."""
+    """Meaningless tokens, for a model without a tokenizer; int64 [num_sequences, length]."""
     generator = torch.Generator().manual_seed(0)
     return torch.randint(vocabulary, (num_sequences, length), generator=generator)

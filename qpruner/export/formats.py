@@ -1,4 +1,4 @@
-"""The formats that a compressed model is exported to, and what every one of them can do; a new one is a line here."""
+"""The formats that a compressed model is exported to, and their common interface; a new one takes a line here."""
 
 from collections.abc import Mapping
 from dataclasses import replace
@@ -19,24 +19,24 @@ from qpruner.export.written import Written
 
 
 class Exporter(Protocol):
-    """A format: what of it cannot be had, and how it is written; a dataclass whose fields are options of its own."""
+    """A format: what it cannot represent, and how it is written; a dataclass whose fields are its own options."""
 
     @property
     def name(self) -> str: ...
 
     @property
     def extra(self) -> str | None:
-        """The optional extra of the package that it needs, which has the name of the format; None for none."""
+        """The optional extra of qpruner that the format needs, named like the format; None for none."""
 
     @property
     def module(self) -> str | None:
-        """The module that the extra brings, as it is imported; None without an extra."""
+        """The import name of the module that the extra provides; None without an extra."""
 
     def check(self, source: Source) -> None:
-        """Makes sure, before any work, that the format can say all that the model is.
+        """Makes sure, before any work, that the format can represent the model completely.
 
         Raises:
-            UserError: it cannot; the reason, and the nearest thing that works.
+            UserError: it cannot; the message gives the reason and the nearest alternative that works.
         """
 
     def write(self, source: Source, folder: Path, dtype: torch.dtype) -> Written:
@@ -44,23 +44,23 @@ class Exporter(Protocol):
 
         Args:
             source: model to export.
-            folder: folder to make and to write to. It moves once all is written and measured: nothing in the files may
-                name it.
-            dtype: number format, of 16 bits, of what is left dense.
+            folder: folder to create and write to. It is moved once all is written and measured, so no file may contain
+                its path.
+            dtype: 16-bit number format of what stays dense.
 
         Raises:
-            UserError: something cannot be written.
+            UserError: a part of the model cannot be written.
         """
 
 
 EXPORTS: Mapping[str, Exporter] = {
     exporter.name: exporter for exporter in (Dense(), Gguf(), CompressedTensors(), Onnx(), Mlx())
 }
-"""The formats by their names."""
+"""The formats by name."""
 
 
 def exporter_for(name: str, options: Mapping[str, Any]) -> Exporter:
-    """The format of a name, whose package is there.
+    """The format with a given name, after checking that its package is installed.
 
     Args:
         name: name of the format.

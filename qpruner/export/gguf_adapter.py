@@ -1,4 +1,4 @@
-"""Trained adapters as a GGUF file of their own, which llama.cpp adds to what the base computes (``--lora``)."""
+"""Trained adapters as a separate GGUF file, whose output llama.cpp adds to that of the base (``--lora``)."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -35,7 +35,7 @@ def alpha_of(adapters: Mapping[str, Adapter]) -> float:
 def factors_of(entry: Entry, source: Source, alpha: float) -> Factors | None:
     """The adapter on a tensor of a file; None where none of its parameters has one.
 
-    That of several stacked parameters has the A of all of them below one another, and a B of blocks.
+    For several stacked parameters, A stacks the factors A of all of them, and B is block-diagonal.
     """
     parts = [(part, source.adapter(part.parameter)) for part in entry.parts]
     rank = sum(len(adapter.lora_A) for _, adapter in parts if adapter is not None)

@@ -1,9 +1,9 @@
-"""Which architecture of llama.cpp computes what a model does, and the metadata that it needs to.
+"""The llama.cpp architecture that computes the same function as a model, and the metadata that it needs.
 
-Most of its loaders size the tensors of all layers by the first. Two read widths layer by layer: ``deci``, which is
-otherwise ``llama``, and ``openelm``, whose head is its embedding and whose heads have norms, as those of a Qwen3.
+Most llama.cpp loaders size the tensors of all layers by the first. Two read widths layer by layer: ``deci``, which is
+otherwise ``llama``, and ``openelm``, with tied embeddings and norms on its attention heads, like a Qwen3.
 
-Source: llama.cpp as llama-cpp-python 0.3.36 has it, by which the tests compute.
+Source: the llama.cpp version in llama-cpp-python 0.3.36, which the tests run.
 """
 
 from dataclasses import dataclass
@@ -32,7 +32,7 @@ class Architecture:
         name: name of the architecture, as the file states it.
         interleaved: whether rotary positions turn neighbouring channels of a head.
         fused: whether query, key and value are one tensor.
-        norms_from_one: whether a norm's weights stand for what is added to one in the model.
+        norms_from_one: whether the model adds one to its norms' weights.
     """
 
     name: str
@@ -52,16 +52,16 @@ OF_EQUAL_LAYERS = {
     "granite": GRANITE,
     "smollm3": SMOLLM3,
 }
-"""Architectures by families that have one, for layers of equal width."""
+"""Architectures for layers of equal width, by the families that have such an architecture."""
 WRITTEN = ("llama", "mistral", "qwen2", "qwen3", *OF_EQUAL_LAYERS)
-"""The families of which files can be written."""
+"""The families whose models can be written."""
 
 
 def architecture_for(source: Source) -> Architecture:
     """The architecture that computes what a model does.
 
     Raises:
-        UserError: there is none; the reason, and the nearest thing that works.
+        UserError: there is none; the message gives the reason and the nearest alternative that works.
     """
     config, widths = source.config, source.plan.widths
     family, _ = family_of(config)
@@ -87,7 +87,7 @@ def architecture_for(source: Source) -> Architecture:
 
 
 def _difference(source: Source, architecture: Architecture) -> str | None:
-    """What a model computes otherwise than its architecture; None for nothing."""
+    """How a model's computation differs from its architecture's; None for no difference."""
     config, rope = source.config, rope_of(source.config)
     gemma = architecture.norms_from_one
     activation = getattr(config, "hidden_activation", None) or config.hidden_act
@@ -120,7 +120,7 @@ def _difference(source: Source, architecture: Architecture) -> str | None:
 
 
 def metadata(source: Source, architecture: Architecture) -> tuple[dict[str, Value | str], list[str]]:
-    """What a file states of a model, by key without the architecture's prefix, and what of it changes the model."""
+    """Metadata of a model, by key without the architecture's prefix, and the changes to the model that it implies."""
     config, widths = source.config, source.plan.widths
     heads = [groups * widths.queries_per_group for groups in widths.kv_groups]
     context, changes = int(config.max_position_embeddings), []
@@ -134,7 +134,7 @@ def metadata(source: Source, architecture: Architecture) -> tuple[dict[str, Valu
         "feed_forward_length": channels if per_layer else channels[0],
         "attention.head_count": heads if per_layer else heads[0],
         "attention.head_count_kv": list(widths.kv_groups) if per_layer else widths.kv_groups[0],
-        # Left out, they would follow from the heads of the first layer, which may be pruned.
+        # By default they are derived from the number of heads in the first layer, which may be pruned.
         "attention.key_length": widths.head_dim,
         "attention.value_length": widths.head_dim,
         "rope.dimension_count": widths.head_dim,
@@ -170,20 +170,20 @@ def metadata(source: Source, architecture: Architecture) -> tuple[dict[str, Valu
 
 
 def added_channels(source: Source, number: int) -> int:
-    """How many FFN channels of zeros a layer gets, where rows of them are packed, to fill blocks; they add nothing."""
+    """Number of zero FFN channels that pad a layer's packed rows to whole blocks; they do not change its output."""
     if all(layer.precision["down"] == DENSE for layer in source.plan.layers):
         return 0
     return -source.plan.widths.ffn_channels[number] % BLOCK
 
 
 def rope_of(config: Any) -> dict[str, Any]:
-    """The rotary positions of a model; of Gemma 3 those of full attention."""
+    """Options of a model's rotary position embeddings; for Gemma 3 those of full attention."""
     parameters: dict[str, Any] = config.rope_parameters
     return parameters.get("full_attention", parameters)
 
 
 def rope_factors(config: Any, head_dim: int) -> Tensor | None:
-    """By how much Llama 3 slows each frequency of its rotary positions, [head_dim / 2]; None where it does not."""
+    """Factor by which Llama 3 slows each rotary frequency, [head_dim / 2]; None for other models."""
     rope = rope_of(config)
     if rope["rope_type"] != "llama3":
         return None

@@ -1,4 +1,4 @@
-"""In which type of GGUF each tensor of a file is written, and what that changes."""
+"""The GGUF type in which each tensor of a file is written, and what that changes."""
 
 from collections import Counter
 from collections.abc import Mapping
@@ -18,7 +18,7 @@ class Choice:
     Args:
         type: name of the type.
         carried: whether the codes of the model are written, rather than its weights rounded to the type.
-        change: what the file then holds otherwise than the model, in words; None for nothing.
+        change: difference between file and model, in words; None for no difference.
     """
 
     type: str
@@ -27,14 +27,14 @@ class Choice:
 
 
 def choose(entry: Entry, source: Source, *, dense: str, round_to: str, within: bool) -> Choice:
-    """How a tensor of a file is written.
+    """Chooses how a tensor of a file is written.
 
     Args:
         entry: tensor of the file.
         source: model that is exported.
-        dense: type of what is dense in the plan.
-        round_to: type of what is packed and cannot be carried over.
-        within: whether an adapter on the tensor is added to its weights.
+        dense: type for weights that are dense in the plan.
+        round_to: type for packed weights whose codes cannot be carried over.
+        within: whether an adapter on the tensor is merged into its weights.
     """
     if len(entry.shape) == 1:
         return Choice("F32")
@@ -55,7 +55,7 @@ def choose(entry: Entry, source: Source, *, dense: str, round_to: str, within: b
 
 
 def told(choices: Mapping[str, Choice]) -> list[str]:
-    """What a file holds of the model's codes, and what otherwise, as sentences."""
+    """Sentences that say which codes of the model a file holds unchanged, and what it holds differently."""
     carried = Counter(choice.type for choice in choices.values() if choice.carried)
     changed: dict[str, list[str]] = {}
     for name, choice in choices.items():

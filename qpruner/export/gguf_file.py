@@ -1,4 +1,4 @@
-"""Export to a file for llama.cpp: codes as they are where GGUF has a type for them, adapters beside or within."""
+"""Export to a file for llama.cpp: codes unchanged where GGUF has a type for them, adapters separate or merged."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -27,13 +27,13 @@ FREQUENCIES = "rope_freqs.weight"
 
 @dataclass(frozen=True)
 class Gguf:
-    """A file of GGUF, and one of adapters where these were trained.
+    """A GGUF file, and a second one for adapters where these were trained.
 
     Args:
-        adapters: ``beside`` writes the adapters of layers as they are to a file of their own; ``merged`` adds them to
-            the weights, which then are rounded anew.
-        round_to: type of GGUF of packed weights whose codes no type holds. Rounded a second time to about as few bits,
-            they lose as much again as they have lost: of a SmolLM2-135M in NF4, logits were off by 0.16 in the mean
+        adapters: ``beside`` writes the adapters of layers unchanged to a separate file; ``merged`` adds them to the
+            weights, which are then rounded anew.
+        round_to: GGUF type for packed weights whose codes fit no type. Rounding them a second time to about as few bits
+            costs as much again as the first rounding: for a SmolLM2-135M in NF4, the mean error of the logits was 0.16
             with Q8_0, 1.2 with Q5_1 and 2.2 with Q4_1.
         tokenizer: whether the tokenizer is written; without it prompts are token ids.
     """
@@ -89,7 +89,7 @@ class Gguf:
         return Written((MODEL, ADAPTER) if beside else (MODEL,), predicted, tuple(changes), reader)
 
     def _holds_adapter(self, entry: Entry) -> bool:
-        """Whether an adapter on a tensor is added to its weights: llama.cpp takes none beside on a tied head."""
+        """Whether an adapter on a tensor is merged into it: llama.cpp accepts no separate adapter on a tied head."""
         return self.adapters == "merged" or not entry.name.startswith("blk.")
 
     def _tokenizer(self, source: Source) -> TokenizerFile | None:
@@ -104,7 +104,7 @@ class Gguf:
     def _contents(
         self, source: Source, tensors: list[Entry], choices: Mapping[str, Choice], frequencies: Tensor | None
     ) -> Iterator[Tensor]:
-        """What the file holds of each tensor, made as it is asked for."""
+        """The file's content for each tensor, computed on demand."""
         if frequencies is not None:
             yield frequencies
         for entry in tensors:
@@ -121,5 +121,5 @@ class Gguf:
 
 
 def name_of(folder: Path) -> str:
-    """The name of a model: that of its run where it lies in one."""
+    """The name of a model: that of its run if it belongs to one."""
     return folder.parent.name if folder.name == "model" else folder.name

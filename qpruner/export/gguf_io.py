@@ -1,4 +1,4 @@
-"""Files of GGUF, written tensor by tensor and read again; the one place that the package gguf is used."""
+"""GGUF files, written tensor by tensor and read back; the only module that uses the package gguf."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -19,7 +19,7 @@ QUANTIZATION_VERSION = 2
 
 @contextmanager
 def writing(path: Path, architecture: str, kind: str) -> Iterator[Any]:
-    """A writer of gguf, closed behind.
+    """A writer of the package gguf, closed at the end of the context.
 
     Args:
         path: path of the file.
@@ -49,7 +49,7 @@ def write_model(
     Args:
         path: path of the file.
         architecture: name of the architecture of llama.cpp.
-        values: metadata by key; those of the architecture begin with its name.
+        values: metadata by key; keys of the architecture begin with its name.
         tokenizer: tokenizer; None for prompts of token ids.
         tensors: shape and type of each tensor, by its name.
         contents: contents of the tensors as `rounded` gives them, in their order.
@@ -72,7 +72,7 @@ def write_adapters(path: Path, architecture: str, factors: Sequence[Factors], al
 
 
 def rounded(value: Tensor, type_name: str, name: str) -> Tensor:
-    """A value in a type, as a file holds it.
+    """A tensor converted to a GGUF type, as a file holds it.
 
     Args:
         value: value, float32.
@@ -80,7 +80,7 @@ def rounded(value: Tensor, type_name: str, name: str) -> Tensor:
         name: name of the tensor.
 
     Raises:
-        UserError: float16 cannot hold it.
+        UserError: a value is too large for float16.
     """
     from gguf import GGMLQuantizationType
     from gguf.quants import quantize
@@ -128,7 +128,7 @@ def _values(tensor: Any) -> Tensor:
 
 
 def _write_tensors(writer: Any, tensors: Mapping[str, tuple[tuple[int, ...], str]], contents: Iterator[Tensor]) -> None:
-    """States all tensors, and then writes one after the other: never more than one is held."""
+    """Declares all tensors, then writes them one by one, with only one in memory at a time."""
     import numpy
     from gguf import GGMLQuantizationType
 

@@ -1,4 +1,4 @@
-"""The tensors of a GGUF file by their names, and which rows of which parameters of the model they hold."""
+"""The tensors of a GGUF file by name, and the rows of the model's parameters that they hold."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -29,7 +29,7 @@ NORMS_AROUND = {
     "pre_feedforward_layernorm": "ffn_norm",
     "post_feedforward_layernorm": "post_ffw_norm",
 }
-"""Names that differ where norms stand around each half of a layer."""
+"""Names that differ where each half of a layer has a norm before and after it."""
 FUSED = tuple(f"self_attn.{name}_proj" for name in "qkv")
 
 
@@ -40,10 +40,10 @@ class Part:
     Args:
         parameter: name of the parameter in the dense model.
         shape: shape of the parameter.
-        order: row of the parameter that stands in each row of the part, [rows]; None for their own order.
-        more_rows: number of rows of zeros behind those of the parameter.
-        more_columns: number of columns of zeros behind those of the parameter.
-        plus: number that the file holds more than the model in each place.
+        order: index of the parameter's row in each row of the part, [rows]; None for the parameter's own order.
+        more_rows: number of zero rows appended to those of the parameter.
+        more_columns: number of zero columns appended to those of the parameter.
+        plus: number that is added to each value of the parameter in the file.
     """
 
     parameter: str
@@ -58,20 +58,20 @@ class Part:
         return self.shape[0] + self.more_rows
 
     def rows(self, value: Tensor) -> Tensor:
-        """The rows of the part of those of the parameter."""
+        """The parameter's rows in the order of the file, followed by the zero rows."""
         value = value if self.order is None else value[self.order]
         return functional.pad(value, (0, 0) * (value.dim() - 1) + (0, self.more_rows))
 
     def columns(self, value: Tensor) -> Tensor:
-        """The columns of the part of those of the parameter."""
+        """The parameter's columns, followed by the zero columns."""
         return functional.pad(value, (0, self.more_columns)) if self.more_columns else value
 
     def to_file(self, value: Tensor) -> Tensor:
-        """What the file holds of the value of the parameter."""
+        """Converts the parameter's value to the file's content."""
         return self.columns(self.rows(value)) + self.plus
 
     def from_file(self, held: Tensor) -> Tensor:
-        """The value of the parameter of what the file holds."""
+        """Converts the file's content back to the parameter's value."""
         value = held[tuple(slice(size) for size in self.shape)] - self.plus
         return value if self.order is None else value[self.order.argsort()]
 
@@ -95,7 +95,7 @@ class Entry:
 
 
 def entries(source: Source, architecture: Architecture) -> Iterator[Entry]:
-    """The tensors of the file of a model, in their order."""
+    """The tensors in the file of a model, in order."""
     _, family = family_of(source.config)
     names = NAMES | (NORMS_AROUND if "pre_feedforward_layernorm" in family.layer_norms else {})
     of_model = {family.embedding: "token_embd", family.last_norm: "output_norm", family.head: "output"}
@@ -124,7 +124,7 @@ def entries(source: Source, architecture: Architecture) -> Iterator[Entry]:
 
 
 def head_order(source: Source, architecture: Architecture, number: int, path: str) -> Tensor | None:
-    """The order of rows for rotary positions over neighbouring channels, where a model's are half a head apart.
+    """The row order for rotary embeddings of adjacent channels, where the model pairs channels half a head apart.
 
     Channel i and channel d/2 + i of a head of d channels, which rotate together, become channels 2 i and 2 i + 1.
     """  # [rows]

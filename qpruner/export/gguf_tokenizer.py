@@ -1,9 +1,9 @@
-"""A tokenizer of Hugging Face as the metadata from which llama.cpp builds its own.
+"""A Hugging Face tokenizer as the metadata from which llama.cpp builds its own.
 
-llama.cpp knows tokenizers by name. Byte-level BPE is ``gpt2``, with the name of the way in which text is split into
-words; `SPLITS` has the names of those ways that llama.cpp splits alike. BPE over characters with a byte for what is
-unknown, as SentencePiece makes it, is ``llama``, which merges the two neighbours whose union has the highest score: the
-scores here put unions into the order of the tokenizer's own merges.
+llama.cpp identifies tokenizers by name. Byte-level BPE is ``gpt2``, with the name of its pre-tokenizer, which splits
+text into words; `SPLITS` lists the names of those that llama.cpp implements identically. Character-level BPE with byte
+fallback, as in SentencePiece, is ``llama``, which merges the two neighbours whose union has the highest score: the
+scores here rank unions in the order of the tokenizer's own merges.
 """
 
 import json
@@ -28,23 +28,23 @@ SPLITS = {
     ((f"{_CASELESS}\\p{{N}}{{1,3}}{_SYMBOLS}",), False): "dbrx",
     ((f"{_CASELESS}\\p{{N}}{_SYMBOLS}",), False): "qwen2",
 }
-"""Names by the patterns that cut words out of a text, and by whether a word that is a token stays one."""
+"""Names by the patterns that split a text into words, and by whether a word that is a token is kept whole."""
 
 
 @dataclass(frozen=True)
 class TokenizerFile:
-    """What a file states of a tokenizer.
+    """Metadata of a tokenizer in a file.
 
     Args:
         model: kind of tokenizer, as llama.cpp names it.
-        split: name of the way in which text is split into words; None for ``llama``.
+        split: name of the pre-tokenizer, which splits text into words; None for ``llama``.
         tokens: text of each token, as many as the embedding has rows.
         types: kind of each token.
         scores: score of each token, of ``llama`` alone; empty elsewhere.
         merges: pairs of tokens that become one, each with a space between, of ``gpt2`` alone; empty elsewhere.
         special: ids of special tokens by their name in metadata, such as ``bos_token_id``.
-        flags: what is added to a text, such as ``add_bos_token``.
-        chat_template: template of a chat, or named ones; None without.
+        flags: whether special tokens are added to a text, such as ``add_bos_token``.
+        chat_template: chat template, or several by name; None without one.
     """
 
     model: str
@@ -59,14 +59,14 @@ class TokenizerFile:
 
 
 def describe_tokenizer(tokenizer: Any, vocabulary: int) -> TokenizerFile:
-    """What a file states of a tokenizer.
+    """Metadata of a tokenizer in a file.
 
     Args:
         tokenizer: tokenizer of transformers.
-        vocabulary: rows of the model's embedding.
+        vocabulary: number of rows of the model's embedding.
 
     Raises:
-        UserError: llama.cpp has no such tokenizer, or none that is known here.
+        UserError: llama.cpp has no such tokenizer, or none that this module knows.
     """
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
@@ -123,7 +123,7 @@ def describe_tokenizer(tokenizer: Any, vocabulary: int) -> TokenizerFile:
 
 
 def _split_name(content: dict[str, Any]) -> str:
-    """The name of the way in which byte-level BPE splits text into words."""
+    """The name of the pre-tokenizer of a byte-level BPE."""
     kinds = {step["type"] for step in _steps(content["normalizer"], "normalizers")}
     if kinds - {"NFC"}:  # which leaves all but decomposed letters as they are; llama.cpp has none
         raise _refusal(f"it alters text ({', '.join(sorted(kinds))}) before it is split")
@@ -144,7 +144,7 @@ def _split_name(content: dict[str, Any]) -> str:
 
 
 def _prepends_space(content: dict[str, Any]) -> bool:
-    """Whether BPE over characters, whose spaces are ``▁``, sets a space before a text."""
+    """Whether a character-level BPE, which writes spaces as ``▁``, prepends a space to a text."""
     steps = [*_steps(content["normalizer"], "normalizers"), *_steps(content["pre_tokenizer"], "pretokenizers")]
     prepends = replaces = False
     for step in steps:
@@ -162,11 +162,11 @@ def _prepends_space(content: dict[str, Any]) -> bool:
 
 
 def _scores(model: dict[str, Any], tokens: list[str], types: list[int]) -> list[float]:
-    """A score for each token, the higher the earlier it comes about by a merge.
+    """A score for each token, higher the earlier a merge produces it.
 
     Raises:
-        UserError: between the merges that make one token there are those of another. Of tokens that are found in the
-            text before any merge it does not matter.
+        UserError: the merges that produce one token are interleaved with those of another. This does not matter for
+            tokens that are found in the text before any merge.
     """
     places: dict[str, list[int]] = {}
     for place, pair in enumerate(model["merges"]):
@@ -186,7 +186,7 @@ def _special(tokenizer: Any, vocabulary: int) -> dict[str, int]:
 
 
 def _added_ends(tokenizer: Any) -> dict[str, bool]:
-    """Whether the tokenizer sets a token at the beginning and at the end of a text."""
+    """Whether the tokenizer adds a token at the beginning and at the end of a text."""
     ids = tokenizer("a")["input_ids"]
     bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
     return {

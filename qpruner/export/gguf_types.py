@@ -1,7 +1,7 @@
-"""Weights in the types of GGUF: codes that are carried over as they are, and weights that are rounded to a type.
+"""Weights in the types of GGUF: codes that are carried over unchanged, and weights that are rounded to a type.
 
-Blocks of 32 weights of a row have a scale of float16, and some types a minimum. Whatever lies on a grid whose scales
-(and minima) are numbers of float16, shared by 32 weights or a multiple of that, is a weight of such a type exactly:
+Each block of 32 weights in a row has a float16 scale, and in some types a minimum. Weights on a grid whose scales (and
+minima) are float16 numbers, shared by 32 weights or a multiple of that, are represented exactly by such a type:
 
 | our codes | type | a weight is |
 |---|---|---|
@@ -11,7 +11,7 @@ Blocks of 32 weights of a row have a scale of float16, and some types a minimum.
 | affine, 1 to 4 bits | Q4_1 | scale * code + minimum |
 | affine, 5 bits | Q5_1 | scale * code + minimum |
 
-Of int8, whose rows have scales of float32, Q8_0 holds the codes with scales rounded to float16.
+For int8, whose rows have float32 scales, Q8_0 holds the codes with scales rounded to float16.
 
 Shapes: O rows (outputs), I columns (inputs).
 
@@ -36,7 +36,7 @@ BLOCK = 32
 BYTES_OF_BLOCK = {"Q4_0": 18, "Q4_1": 20, "Q5_0": 22, "Q5_1": 24, "Q8_0": 34}
 """Bytes of a block of each type, its scale and minimum included."""
 MIDDLES = {"Q4_0": 8, "Q5_0": 16, "Q8_0": 128}
-"""The code of zero, of each type without minima."""
+"""The code that stands for zero, for each type without minima."""
 BYTES_OF_WEIGHT = {"F32": 4, "F16": 2, "BF16": 2}
 ROUNDED_TYPES = ("Q8_0", "Q5_1", "Q5_0", "Q4_1", "Q4_0", "F16", "BF16", "F32")
 """The types that weights can be rounded to."""
@@ -48,8 +48,8 @@ class Blocks:
 
     Args:
         type: name of the type.
-        codes: codes of the weights as the type stores them, from 0; of Q8_0 raised by 128. uint8 [O, I].
-        scales: scale of each block, [O, I / 32], numbers of float16.
+        codes: codes of the weights as the type stores them, from 0; for Q8_0 with 128 added. uint8 [O, I].
+        scales: scale of each block, [O, I / 32], representable in float16.
         minima: minimum of each block, likewise; None in types without.
     """
 
@@ -91,7 +91,7 @@ def carried_type(packed: PackedLinear) -> str | None:
 def carried(packed: PackedLinear) -> Blocks:
     """The codes of a packed weight for which `carried_type` gives a type.
 
-    Where its rows end within a block, the rest of the block has codes of 0 and no meaning.
+    Where rows end within a block, the rest of the block is meaningless padding with codes of 0.
     """
     if isinstance(format_for(packed.precision), Int8):
         return _carried_int8(packed)
@@ -121,7 +121,7 @@ def _carried_int8(packed: PackedLinear) -> Blocks:
 
 
 def has_wide_scales(precision: Precision) -> bool:
-    """Whether the scales of a precision are no numbers of float16."""
+    """Whether the scales of a precision need more than float16."""
     return isinstance(format_for(precision), Int8)
 
 
@@ -157,7 +157,7 @@ def _grids(grid: Any, columns: int) -> Iterator[tuple[Grid, int]]:
 
 
 def _of_blocks(values: Tensor, grid: Grid, columns: int) -> Tensor:
-    """What groups have, for each of their blocks; [O, groups] -> [O, columns / 32]."""
+    """Repeats the values of groups for each of their blocks; [O, groups] -> [O, columns / 32]."""
     blocks = -(-columns // BLOCK)
     size = blocks if grid.group == ROW else grid.group // BLOCK
     return values.repeat_interleave(size, 1)[:, :blocks]

@@ -1,4 +1,4 @@
-"""Weights as other engines hold them: codes, and a scale and a minimum for every group, all groups of one size."""
+"""Weights as other engines store them: codes, and a scale and a minimum for every group, all groups of one size."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -18,7 +18,7 @@ from qpruner.quantization.uniform import Uniform
 
 @dataclass(frozen=True)
 class GroupLayout:
-    """How the codes of a packed linear lie.
+    """How the codes of a packed linear are grouped.
 
     Args:
         bits: bits of a code.
@@ -32,7 +32,7 @@ class GroupLayout:
 
     @classmethod
     def of(cls, linear: PackedLinear) -> Self | None:
-        """That of a linear; None of a format whose values are not at equal distances, and of two segments."""
+        """The layout of a linear; None if its format is not a uniform grid, or if it has two segments."""
         number_format = format_for(linear.precision)
         if isinstance(number_format, Int8):
             return cls(8, linear.in_features, symmetric=True)
@@ -43,7 +43,7 @@ class GroupLayout:
         return cls(linear.precision.bits, linear.in_features if rows else size, number_format.symmetric)
 
     def divided(self, columns: int, sizes: Sequence[int]) -> int | None:
-        """The largest of some sizes into which both these groups and the columns of a row divide; None for none.
+        """The largest of some sizes that divides both these groups and the columns of a row; None if none does.
 
         Args:
             columns: number of columns of the linear.
@@ -55,7 +55,7 @@ class GroupLayout:
 
 @dataclass(frozen=True)
 class GroupedWeight:
-    """A weight [O, I] of value scale * code + minimum, in M = ceil(I / G) groups of G columns of a row.
+    """A weight [O, I] with values scale * code + minimum, each row in M = ceil(I / G) groups of G columns.
 
     Args:
         codes: uint8 [O, I], below 2^b.
@@ -73,12 +73,12 @@ class GroupedWeight:
 
     @classmethod
     def of(cls, linear: PackedLinear, size: int | None = None) -> Self:
-        """The very codes and scales of a linear that has a `GroupLayout`.
+        """The unchanged codes and scales of a linear that has a `GroupLayout`.
 
         Args:
             linear: packed linear.
-            size: columns of a group, into which its own divide, or any where these are rows; a scale stands as often as
-                its group has such parts.
+            size: columns of a group, a divisor of the linear's group size, or any size if its groups are rows; the
+                scale of a group is repeated for each of the parts.
         """
         layout, state = GroupLayout.of(linear), linear.packed()
         assert layout is not None
@@ -98,7 +98,7 @@ class GroupedWeight:
 
     @classmethod
     def encoded(cls, weight: Tensor, bits: int, size: int, *, symmetric: bool) -> Self:
-        """The weight of such codes that is nearest to weights [O, I], by its lowest and highest one in each group.
+        """Rounds weights [O, I] to the nearest codes, with the grid of each group set by its minimum and maximum.
 
         Args:
             weight: weights, float32.
@@ -123,7 +123,7 @@ def rounded(name: str, value: Tensor, dtype: torch.dtype) -> Tensor:
     """A tensor of an export in a dtype of 16 bits.
 
     Raises:
-        UserError: a value is beyond what the dtype holds.
+        UserError: a value is beyond the range of the dtype.
     """
     held = value.to(dtype)
     if not held.isfinite().all():

@@ -23,9 +23,9 @@ SIZES = (128, 64, 32)
 SMALLEST = 32
 FEWEST_BITS = 2
 EQUAL = {"llama": "llama", "mistral": "llama", "qwen2": "llama", "qwen3": "qwen3"}
-"""The model of mlx-lm that computes what one of a family does whose layers are equally wide."""
+"""The mlx-lm model that computes a model of each family, where all layers have equal widths."""
 UNEQUAL = ("llama", "mistral", "qwen3")
-"""The families that OpenELM computes, whose layers differ in width there: it has no biases."""
+"""The families that OpenELM, whose layers may differ in width, can compute: it has no biases."""
 ROPES = ("default", "linear", "llama3")
 
 
@@ -53,9 +53,9 @@ class Mlx:
     - ``x.weight``: uint32 [O, I * b / 32], its codes as a stream of bits;
     - ``x.scales`` and ``x.biases``: [O, I / G];
 
-    and the value scale * code + bias. So codes at equal distances are carried over as they are, their minima as biases;
-    those of one bit take two. NF4 and FP4, two segments and adapters take codes chosen anew; rows that are no multiple
-    of 32 are dense.
+    and the value scale * code + bias. So codes on a uniform grid are exported unchanged, with minima as biases; those
+    of one bit take two. NF4 and FP4, linears of two segments or with adapters are quantized anew; rows whose length is
+    no multiple of 32 are dense.
 
     A model of equal layers is written as ``llama`` or ``qwen3``, one whose layers differ in width as ``openelm``, where
     queries, keys and values, and gate and up, are one linear each.
@@ -150,7 +150,7 @@ def _modules(source: Source) -> list[str]:
 
 
 def _openelm_modules(source: Source) -> dict[str, tuple[str, ...]]:
-    """The modules of OpenELM, and those of the model whose rows each of them has, in their order."""
+    """The modules of OpenELM, each with the modules of the model whose rows it holds, in order."""
     _, family = family_of(source.config)
     modules: dict[str, tuple[str, ...]] = {
         "transformer.token_embeddings": (family.embedding,),
@@ -174,7 +174,7 @@ def _openelm_modules(source: Source) -> dict[str, tuple[str, ...]]:
 
 
 def _scheme(source: Source, name: str) -> Scheme | None:
-    """How a linear or table is held; None for dense."""
+    """How a linear or table is stored; None for dense."""
     packed = source.packed(name)
     if packed is None or packed.in_features % SMALLEST:
         return None
@@ -185,7 +185,7 @@ def _scheme(source: Source, name: str) -> Scheme | None:
 
 
 def _is_exact(source: Source, name: str) -> bool:
-    """Whether the codes of a packed linear are carried over."""
+    """Whether the codes of a packed linear are exported unchanged."""
     packed = source.packed(name)
     return packed is not None and GroupLayout.of(packed) is not None and name not in source.adapters
 
@@ -209,7 +209,7 @@ def _values(state: Mapping[str, Tensor], name: str, scheme: Scheme | None) -> Te
 
 
 def _zero_biases(source: Source, dtype: torch.dtype) -> dict[str, Tensor]:
-    """What a Llama of mlx has and a Qwen2 does not: a bias behind the attention's output."""
+    """Zeros for a parameter that mlx's Llama has and Qwen2 does not: the bias of the attention's output projection."""
     family, anatomy = family_of(source.config)
     if family != "qwen2":
         return {}
@@ -219,7 +219,7 @@ def _zero_biases(source: Source, dtype: torch.dtype) -> dict[str, Tensor]:
 
 
 def _predicted_bytes(source: Source, parts: tuple[str, ...], scheme: Scheme | None, dtype: torch.dtype) -> int:
-    """Bytes of the weights of a module, biases apart."""
+    """Bytes of the weights of a module, biases not included."""
     total = 0
     for part in parts:
         number = torch.Size(source.shape(f"{part}.weight")).numel()

@@ -1,4 +1,4 @@
-"""Export to ONNX, which onnxruntime runs: any widths, and the codes of every format as they are."""
+"""Export to ONNX for onnxruntime: any widths, and the codes of every format unchanged."""
 
 import logging
 import warnings
@@ -24,14 +24,14 @@ from qpruner.quantization.packed import PackedLinear
 
 FILE, DATA = "model.onnx", "model.onnx.data"
 ONE_FILE = 2**30
-"""Bytes of tensors up to which there is one file; protobuf holds no more than twice as many."""
+"""Bytes of tensors up to which one file is written; protobuf is limited to twice as many."""
 OPSET = 21
-"""The first one that knows groups of codes, and codes of four bits."""
+"""The first opset with grouped codes and 4-bit codes."""
 BATCH, LENGTH, PAST, ALL = "batch_size", "sequence_length", "past_sequence_length", "total_sequence_length"
 
 
 class Onnx:
-    """A graph that reads some tokens after those of a cache; it computes in float32, with the model's own codes.
+    """A graph that processes tokens after those in a KV cache; it computes in float32, with the model's own codes.
 
     Inputs, B sequences of T tokens after P others:
 
@@ -43,9 +43,9 @@ class Onnx:
     Outputs are ``logits``, float32 [B, T, vocabulary], and ``present.N.key`` and ``.value``, the cache of the next
     call.
 
-    Codes at equal distances are multiplied with by onnxruntime's own ``MatMulNBits``, and minima enter as a product
-    with the sums of the inputs of each group. Codes of a code book are looked up in it as the file is loaded, and then
-    are dense. Adapters stay beside their linears.
+    Codes on a uniform grid are multiplied by onnxruntime's own ``MatMulNBits``, and minima enter as a product with the
+    sums of the inputs of each group. Codes of a code book are looked up when the file is loaded, and are dense from
+    then on. Adapters stay separate from their linears.
 
     Source: names as optimum gives them; operators of ONNX 1.23, opset 21, and of onnxruntime 1.32.
     """
@@ -55,7 +55,7 @@ class Onnx:
     module = "onnxscript"
 
     def check(self, source: Source) -> None:
-        """Every model that is compressed is a graph, unless which experts work depends on the text."""
+        """Accepts every compressed model, except mixtures of experts, where the text decides which experts run."""
         refuse_experts(source.network, "--format onnx", "--format dense")
 
     def write(self, source: Source, folder: Path, dtype: torch.dtype) -> Written:
@@ -90,11 +90,11 @@ class Onnx:
 
 
 class _Step(nn.Module):
-    """What is traced: the model with its weights among its inputs, so that none is folded into another."""
+    """The module that is traced: the model with its weights as inputs, so that no weight is folded into another."""
 
     def __init__(self, network: nn.Module) -> None:
         super().__init__()
-        self._network = (network,)  # in a tuple, so that it is no part
+        self._network = (network,)  # in a tuple, so that it is not a submodule
 
     def forward(
         self,
@@ -163,7 +163,7 @@ def traced(source: Source) -> Any:
 
 @contextmanager
 def _quietly() -> Iterator[None]:
-    """Without what the exporter says of packages that models of this kind do not need."""
+    """Suppresses the exporter's messages on packages that models of this kind do not need."""
     log = logging.getLogger("torch.onnx")
     level = log.level
     log.setLevel(logging.ERROR)
@@ -189,7 +189,7 @@ class _Weights:
         self.constants: dict[str, Any] = {}
 
     def put(self) -> None:
-        """Puts all of them, one after the other."""
+        """Puts all weights into the graph, one after the other."""
         inputs = {value.name: value for value in self.graph.inputs}
         for name in self.source.names():
             value = inputs[name]
@@ -228,7 +228,7 @@ class _Weights:
         return builder.node("MatMul", inner, builder.floats(f"{name}.lora_B", up.T))
 
     def _replace(self, node: Any, value: Any) -> None:
-        """Lets everything that reads the output of a node read a value instead, and removes the node."""
+        """Replaces the output of a node by a value for all its readers, and removes the node."""
         output = node.outputs[0]
         value.shape, value.type = output.shape, output.type
         output.replace_all_uses_with(value, replace_graph_outputs=True)
@@ -249,7 +249,7 @@ def _packed(source: Source, name: str) -> PackedLinear | None:
 
 
 def _factors(adapter: Adapter) -> tuple[Tensor, Tensor]:
-    """The factors B [O, r], which the scale of the adapter is in, and A [r, I]."""
+    """The factors B [O, r], multiplied by the adapter's scale, and A [r, I]."""
     return adapter.scale * adapter.lora_B.float(), adapter.lora_A.float()
 
 

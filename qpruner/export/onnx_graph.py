@@ -1,6 +1,6 @@
-"""What packed linears and tables are in ONNX: constants that hold their codes, and nodes that compute with them.
+"""Packed linears and tables in ONNX: constants that hold their codes, and nodes that compute with them.
 
-Shapes: O rows (outputs), I columns (inputs), M groups in a row; x [.., I] is what a linear multiplies.
+Shapes: O rows (outputs), I columns (inputs), M groups in a row; x [.., I] is the input of a linear.
 """
 
 from dataclasses import dataclass, field
@@ -21,11 +21,11 @@ from qpruner.quantization.packed import PackedLinear
 from qpruner.quantization.segments import leading_of
 
 WIDTHS = (2, 4, 8)
-"""Bits of a code that onnxruntime multiplies with; one that is chosen from a table has eight."""
+"""Code widths in bits that onnxruntime multiplies; codes that are gathered from a table have eight."""
 DOMAIN = "com.microsoft"
-"""Of the operators of onnxruntime itself."""
+"""Domain of onnxruntime's own operators."""
 SIZES = (128, 64, 32, 16)
-"""Columns of a group where it is cut: the kernels of onnxruntime know these."""
+"""Columns of the groups into which a row is cut: the sizes that onnxruntime's kernels support."""
 
 
 @dataclass
@@ -34,8 +34,8 @@ class Builder:
 
     Args:
         graph: graph that is changed in place.
-        place: node that new nodes stand before.
-        constants: constants by name, of which each is added once.
+        place: node before which new nodes are inserted.
+        constants: constants by name, each added only once.
     """
 
     graph: Any
@@ -49,16 +49,16 @@ class Builder:
         return node.outputs[0]
 
     def constant(self, name: str, values: Tensor) -> Value:
-        """Values as they are."""
+        """A constant with unchanged values."""
         return self._constant(name, onnx_ir.tensor(values.contiguous(), name=name))
 
     def floats(self, name: str, values: Tensor) -> Value:
-        """Values of any float dtype, which are read as float32."""
+        """A constant of any float dtype, cast to float32 when it is read."""
         value = self.constant(name, values)
         return value if values.dtype == torch.float32 else self.node("Cast", value, to=DataType.FLOAT)
 
     def nibbles(self, name: str, codes: Tensor) -> Value:
-        """Codes uint8 below 16 of any shape, as integers of four bits."""
+        """A constant of uint8 codes below 16, of any shape, stored as 4-bit integers."""
         stream = pack(codes.reshape(1, -1), 4).flatten().numpy()
         return self._constant(name, onnx_ir.PackedTensor(stream, DataType.UINT4, shape=codes.shape, name=name))
 
@@ -74,11 +74,11 @@ def product(builder: Builder, name: str, packed: PackedLinear, x: Value, *, chos
     """The product x W^T, [.., O], of a packed linear without its bias.
 
     Args:
-        builder: what adds to the graph.
-        name: name of the weight, which the names of its constants begin with.
+        builder: builder of the graph.
+        name: name of the weight, used as a prefix of its constants' names.
         packed: the linear.
-        x: what it multiplies, [B, T, I].
-        chosen: whether rows of the weight are chosen, too.
+        x: input of the linear, [B, T, I].
+        chosen: whether rows of the weight are gathered, too.
     """
     if packed.precision.leading is not None:
         products, first = [], 0
@@ -106,10 +106,10 @@ def rows(builder: Builder, name: str, packed: PackedLinear, ids: Value) -> Value
     """The rows [B, T, I] of a packed table of one segment.
 
     Args:
-        builder: what adds to the graph.
+        builder: builder of the graph.
         name: name of the weight.
         packed: linear whose weight is the table.
-        ids: numbers of rows, int64 [B, T].
+        ids: indices of the rows, int64 [B, T].
     """
     blocks = _Blocks.of(packed, chosen=True)
     if blocks is None:
@@ -128,7 +128,7 @@ def rows(builder: Builder, name: str, packed: PackedLinear, ids: Value) -> Value
 
 
 def looked_up(builder: Builder, name: str, packed: PackedLinear) -> Value:
-    """The weight [O, I] of a format with a code book, which onnxruntime computes as it loads the file."""
+    """The weight [O, I] of a format with a code book, which onnxruntime computes when it loads the file."""
     number_format, state = format_for(packed.precision), packed.packed()
     assert isinstance(number_format, Blockwise4)
     group, scales = number_format.group(packed.precision), number_format.scales(state)
@@ -148,7 +148,7 @@ def looked_up(builder: Builder, name: str, packed: PackedLinear) -> Value:
 
 
 def segments(packed: PackedLinear) -> tuple[PackedLinear, PackedLinear]:
-    """The leading columns of a linear of two segments, and those behind them, as linears."""
+    """The leading columns of a linear of two segments, and the remaining ones, each as a linear."""
     leading, states = leading_of(packed.precision, packed.in_features), parted(packed.packed())
     rows, dtype, behind = packed.out_features, packed.dtype, packed.in_features - leading.columns
     first = rebuild(states[0], rows, leading.columns, precision=leading.precision, bias=None, dtype=dtype)
@@ -157,13 +157,13 @@ def segments(packed: PackedLinear) -> tuple[PackedLinear, PackedLinear]:
 
 @dataclass(frozen=True)
 class _Blocks:
-    """The groups of a linear as ONNX holds them.
+    """The groups of a linear as stored in ONNX.
 
     Args:
-        size: columns of a group, cut where a group is a row.
+        size: columns of a group; a group of a whole row is cut.
         symmetric: whether codes are signed and there are no minima.
         bits: bits of a code in the file.
-        scales: dtype of scales and minima, which holds them as they are.
+        scales: dtype of scales and minima, which represents them exactly.
     """
 
     size: int
@@ -220,7 +220,7 @@ def _table(builder: Builder, name: str, packed: PackedLinear, blocks: _Blocks) -
 def _product_with_codes(
     builder: Builder, name: str, packed: PackedLinear, blocks: _Blocks, x: Value
 ) -> tuple[Value, Value | None]:
-    """The product with all but the minima, and, where there are any, these, [M, O]."""
+    """The product without the contribution of the minima, and the minima [M, O] where there are any."""
     weight, bits = GroupedWeight.of(packed, blocks.size), blocks.bits
     weight = weight.widened(bits) if blocks.symmetric else weight
     groups = weight.scales.shape[1]
@@ -230,12 +230,12 @@ def _product_with_codes(
         builder.floats(f"{name}.scales", weight.scales.to(blocks.scales)),
     ]
     minima = None
-    if not blocks.symmetric:  # the operator takes the middle code for zero where it is not told
+    if not blocks.symmetric:  # without a zero point the operator uses the middle code
         zeros = torch.zeros(packed.out_features, -(-groups * bits // 8), dtype=torch.uint8)
         constants.append(builder.constant(f"{name}.zeros", zeros))
         minima = builder.floats(f"{name}.minima", weight.minima.T.to(blocks.scales))
     sizes = {"K": packed.in_features, "N": packed.out_features, "bits": bits, "block_size": blocks.size}
-    # Without the level onnxruntime rounds inputs to eight bits, by which outliers among them are half lost.
+    # At the default level onnxruntime rounds inputs to eight bits, which half loses outliers among them.
     return builder.node("MatMulNBits", x, *constants, domain=DOMAIN, accuracy_level=1, **sizes), minima
 
 

@@ -1,4 +1,4 @@
-"""A compressed model as exports read it: one dense tensor at a time, each computed as it is asked for."""
+"""A compressed model as exports read it: one dense tensor at a time, each computed on demand."""
 
 import copy
 from collections.abc import Mapping
@@ -22,15 +22,15 @@ from qpruner.quantization.packed import PackedLinear
 
 @dataclass(frozen=True)
 class Source:
-    """A compressed model, and the dense model that it stands for.
+    """A compressed model, and the dense model that it represents.
 
     Parameters have the names of the dense model in transformers, such as ``model.layers.0.self_attn.q_proj.weight``;
     weights are [out, in], those of GPT-2 too.
 
     Args:
         folder: folder of the compressed model.
-        network: base of transformers, packed, frozen, in evaluation mode on the CPU, without adapters.
-        plan: plan that the network holds.
+        network: packed base as a transformers model, frozen, in evaluation mode on the CPU, without adapters.
+        plan: plan that the network follows.
         adapters: trained adapters by the name of their linear.
     """
 
@@ -44,7 +44,8 @@ class Source:
         """Reads the folder of a run, or of its model.
 
         Raises:
-            UserError: no such folder, its fit is not over, a file is missing or altered, or values are not finite.
+            UserError: there is no such folder, its fit is unfinished, a file is missing or altered, or values are not
+                finite.
         """
         folder = model_folder(folder.expanduser())
         model, plan = load_compressed(folder), read_plan(folder)
@@ -61,12 +62,12 @@ class Source:
 
     @property
     def tied(self) -> bool:
-        """Whether the head of the dense model is its embedding, as it is not where the head has an adapter."""
+        """Whether the dense model has tied embeddings, which an adapter on the head rules out."""
         return bool(self.config.tie_word_embeddings) and family_of(self.config)[1].head not in self.adapters
 
     @cached_property
     def dense_config(self) -> Any:
-        """The configuration of the dense model, which is tied where `tied` is true."""
+        """The configuration of the dense model, with tied embeddings where `tied` is true."""
         config = copy.deepcopy(self.config)
         config.tie_word_embeddings = self.tied
         return config
@@ -85,7 +86,7 @@ class Source:
         return [name for name in names if not (self.tied and name == head)]
 
     def packed(self, name: str) -> PackedLinear | None:
-        """The linear or table of that name as its codes; None where it is dense."""
+        """The packed linear or table with a module name; None where it is dense."""
         module: Any = self.network.get_submodule(name)
         module = module.table if isinstance(module, PackedEmbedding) else module
         return module if isinstance(module, PackedLinear) else None
@@ -124,5 +125,5 @@ class Source:
 
     @cached_property
     def num_weights(self) -> int:
-        """Weights of the dense model, biases and norms among them."""
+        """Number of weights in the dense model, biases and norms included."""
         return sum(torch.Size(self.shape(name)).numel() for name in self.names())

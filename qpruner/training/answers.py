@@ -1,9 +1,9 @@
-"""What a causal language model says of the options of questions.
+"""Scores the answer options of multiple-choice questions with a causal language model.
 
-The options of a question have their beginning in common, often nearly all of their text. So a question is one row, a
-tree: the trunk once, behind it the branch of each option, with positions as if it stood alone behind the trunk and a
-mask that hides the other branches. That is exact for attention that takes such a mask; for any other model the options
-are taken apart again.
+The options of a question share a prefix, often nearly all of their text. So each question is one row that holds a tree:
+the shared trunk once, followed by one branch per option, whose positions are those that it would have directly after
+the trunk and whose mask hides the other branches. This is exact for attention that accepts such a mask; for any other
+model each option becomes a row of its own.
 
 Shapes: B questions, T tokens, S scored tokens of a question, O options.
 """
@@ -19,8 +19,8 @@ from qpruner.datamodules.choices import NOTHING, ChoiceBatch
 from qpruner.likelihood import Head, causal_model, nll_of_targets
 
 SAME = 0.05
-"""Largest difference of hidden states, as a share of their size, that rounding alone makes: a bfloat16 has 8 bits, and
-a branch that is seen by mistake moves them by more."""
+"""Largest relative difference of hidden states that rounding alone can cause: bfloat16 has 8 bits of precision, and a
+branch that is attended to by mistake changes them by more."""
 
 
 def option_log_likelihoods(model: Any, batch: ChoiceBatch, *, tree_limit: float) -> Tensor:
@@ -29,7 +29,8 @@ def option_log_likelihoods(model: Any, batch: ChoiceBatch, *, tree_limit: float)
     Args:
         model: causal language model, perhaps with adapters.
         batch: questions.
-        tree_limit: most tokens of a tree that the model reads; see `tree_limit`. Otherwise each option becomes a row.
+        tree_limit: maximum number of tokens in a tree that the model reads; see `tree_limit`. Where the batch has
+            longer trees, each option becomes a row of its own.
     """  # [B, O] float64; -inf where a question has no such option
     scored = batch["options"] != NOTHING
     question, place = scored.nonzero(as_tuple=True)
@@ -48,10 +49,10 @@ def option_log_likelihoods(model: Any, batch: ChoiceBatch, *, tree_limit: float)
 
 @torch.no_grad()
 def tree_limit(model: Any) -> float:
-    """Most tokens of a tree whose branches a model reads as if each stood alone: none, a window, or any number.
+    """Maximum tokens in a tree whose branches a model reads independently: 0, its sliding window, or infinity.
 
-    It is tried out, on a trunk of two tokens with two branches of three. Attention with a sliding window takes a mask
-    as it is, and so reads trees that fit into the window.
+    This is determined by experiment, on a trunk of two tokens with two branches of three. Attention with a sliding
+    window uses a given mask unchanged, and so reads trees that fit into the window.
 
     Args:
         model: causal language model, perhaps with adapters.
@@ -65,7 +66,7 @@ def tree_limit(model: Any) -> float:
     branch = torch.tensor([0, 0, 1, 1, 1, 2, 2, 2], device=device)
     try:
         together = tree_states(model, tokens[None], positions[None], branch[None])[0, 5:]
-    except (RuntimeError, TypeError, ValueError, IndexError):  # of a model that does not take such arguments
+    except (RuntimeError, TypeError, ValueError, IndexError):  # raised by models that do not accept such arguments
         return 0
     apart = (branch == 0) | (branch == 2)
     alone = tree_states(model, tokens[None, apart], positions[None, apart], torch.zeros_like(branch[None, apart]))
@@ -74,12 +75,12 @@ def tree_limit(model: Any) -> float:
 
 
 def tree_states(model: Any, tokens: Tensor, positions: Tensor, branch: Tensor) -> Tensor:
-    """What the trunk of a model gives to its head for rows that may be trees; see `ChoiceBatch`.
+    """Last hidden states, the input of the head, for rows that may be trees; see `ChoiceBatch`.
 
     Args:
         model: causal language model, perhaps with adapters.
         tokens: token ids, [B, T].
-        positions: place of each token in the text of its option, [B, T].
+        positions: position of each token in the text of its option, [B, T].
         branch: branch of each token, [B, T].
     """  # [B, T, H]
     causal = causal_model(model)
@@ -91,8 +92,8 @@ def tree_states(model: Any, tokens: Tensor, positions: Tensor, branch: Tensor) -
 
 
 def _mask(causal: Any, branch: Tensor) -> Tensor:
-    """What each token of a tree sees: itself, and what stands before it in the trunk or in its own branch."""
-    # [B, 1, T, T]; padding sees padding, because a softmax over nothing is nan
+    """Attention mask of trees: a token attends to itself and to earlier tokens of the trunk or of its own branch."""
+    # [B, 1, T, T]; padding attends to padding, because a softmax over nothing is nan
     places = torch.arange(branch.shape[1], device=branch.device)
     keys, queries = branch[:, None, :], branch[:, :, None]
     seen = (places[None, None, :] <= places[None, :, None]) & ((keys == 0) | (keys == queries))
@@ -103,7 +104,7 @@ def _mask(causal: Any, branch: Tensor) -> Tensor:
 
 
 def _states_apart(model: Any, batch: ChoiceBatch, question: Tensor, option: Tensor, source: Tensor) -> Tensor:
-    """Hidden states at the sources of the scored tokens, each option a row of its own."""  # [N, H]
+    """Hidden states that predict the scored tokens, computed with each option as a row of its own."""  # [N, H]
     branch = batch["branch"]
     pairs, row_of = torch.unique(torch.stack([question, option], dim=1), dim=0, return_inverse=True)
     belongs = [(branch[q] == 0) | (branch[q] == o + 1) for q, o in pairs.tolist()]
@@ -111,15 +112,15 @@ def _states_apart(model: Any, batch: ChoiceBatch, question: Tensor, option: Tens
     tokens = pad_sequence(rows, batch_first=True, padding_value=0)
     real = pad_sequence([torch.zeros_like(row) for row in rows], batch_first=True, padding_value=NOTHING)
     hidden = tree_states(model, tokens, torch.zeros_like(tokens), real)
-    places = torch.stack(belongs).cumsum(1) - 1  # of each token of the tree in its option's row
+    places = torch.stack(belongs).cumsum(1) - 1  # position of each token of the tree in its option's row
     return hidden[row_of, places[row_of, source]]
 
 
 def answers(batch: ChoiceBatch, log_likelihoods: Tensor) -> list[dict[str, Any]]:
-    """One record for each question: what is said of its options, and which is chosen by the task's measure.
+    """One record for each question: the log-likelihoods of its options, and the option chosen by the task's measure.
 
     Args:
-        batch: questions, of which fillers are left out.
+        batch: questions; filler rows are left out of the result.
         log_likelihoods: log-likelihood of each option, [B, O].
     """
     lengths = batch["lengths"]

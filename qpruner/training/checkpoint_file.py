@@ -1,4 +1,4 @@
-"""The file that a fit goes on from, looked at before a model is made for it."""
+"""The checkpoint file that a fit resumes from, validated before a model is built for it."""
 
 from pathlib import Path
 from typing import Any, NotRequired, TypedDict
@@ -16,7 +16,7 @@ REMEDY = "Copy the file again, or begin the fit anew: with --restart, or without
 
 
 class Options(TypedDict):
-    """The options of the module."""
+    """Options of the LightningModule, as a checkpoint stores them."""
 
     base: str
     dtype: DType
@@ -28,7 +28,7 @@ class Options(TypedDict):
 
 
 class AdapterKind(TypedDict):
-    """What adapters must agree in to go on from others."""
+    """Options in which adapters must agree to continue from those of a checkpoint."""
 
     r: int
     alpha: float
@@ -41,8 +41,8 @@ class BaseOfCheckpoint(TypedDict):
     Args:
         name: folder or hub name of the dense model.
         dense_sha256: fingerprint of the dense model.
-        sha256: hash by which the base is known; that of the dense model where nothing was done to it.
-        folder: folder that keeps the base; None for the dense model as it came.
+        sha256: hash that identifies the base; that of the dense model where the base was not changed.
+        folder: folder that holds the base; None for the unchanged dense model.
     """
 
     name: str
@@ -63,26 +63,26 @@ FitCheckpoint = TypedDict(
         "lora": AdapterKind,
     },
 )
-"""What the module keeps in a checkpoint, beside what Lightning does."""
+"""Contents of a checkpoint that the module relies on, beside what Lightning stores."""
 
 
 class GatesCheckpoint(TypedDict):
-    """What a fit keeps in a checkpoint that learns gates."""
+    """Contents of a checkpoint of a fit that learns gates."""
 
     state_dict: dict[str, Tensor]
 
 
 def read_checkpoint(path: Path, kind: Any = FitCheckpoint) -> dict[str, Any]:
-    """What the checkpoint of a fit holds, on the CPU.
+    """Reads the checkpoint of a fit, with its tensors on the CPU.
 
     Args:
         path: path of the checkpoint.
-        kind: what it must hold.
+        kind: type that the content must have.
 
     Raises:
-        UserError: there is no such file, it is damaged, or it lacks something.
+        UserError: there is no such file, it is damaged, or an entry is missing.
     """
-    # Where the archive is damaged, or its pickle holds more than plain data, torch raises whatever it stumbles over.
+    # For a damaged archive, or a pickle that holds more than plain data, torch may raise any kind of exception.
     with reading(path, REMEDY, (Exception,)):
         content: Any = torch.load(path, map_location="cpu", weights_only=True)
     with reading(path, REMEDY):

@@ -1,4 +1,4 @@
-"""A LightningModule whose checkpoints know the folder that keeps the compressed base of their adapters."""
+"""A LightningModule whose checkpoints record the folder that holds the compressed base of their adapters."""
 
 from pathlib import Path
 from typing import Any, Self
@@ -16,20 +16,20 @@ from qpruner.training.compressible import CompressibleModule
 from qpruner.training.kept_bases import identity_in, keeping_folder
 
 LOADED_FROM = "loaded_from"
-"""Path of the checkpoint, beside its options, as `load_from_checkpoint` reads it."""
+"""Key of the checkpoint's own path, which `load_from_checkpoint` adds to its options."""
 
 
 class CheckpointedModule(CompressibleModule):
-    """Finds the base of a checkpoint again, whose adapters are of no use on any other.
+    """Locates the base that a checkpoint's adapters were trained on; they are of no use on any other.
 
-    A checkpoint holds adapters and masks, and names the folder that keeps the base, with its hash; a compressed base is
-    never made again from what made it. Arguments are those of `CompressibleModule`.
+    A checkpoint holds adapters and masks, and names the folder of the base with its hash; a compressed base is never
+    rebuilt by repeating its compression. Arguments are those of `CompressibleModule`.
     """
 
     @classmethod
     def load_from_checkpoint(cls, checkpoint_path: Any, *args: Any, **kwargs: Any) -> Self:
-        """As Lightning has it; the base may lie near the checkpoint by now, whatever folder that names."""
-        # Lightning puts what it is given among the checkpoint's options, and the hook sees those and not the path.
+        """As in Lightning; the base is also looked for near the checkpoint, in case both were moved."""
+        # Lightning adds these keywords to the checkpoint's options; `on_load_checkpoint` sees those, but not the path.
         kwargs[LOADED_FROM] = str(checkpoint_path)
         return super().load_from_checkpoint(checkpoint_path, *args, **kwargs)
 
@@ -37,7 +37,7 @@ class CheckpointedModule(CompressibleModule):
         trained = {name for name, parameter in self.named_parameters() if parameter.requires_grad}
         checkpoint["state_dict"] = {name: t for name, t in checkpoint["state_dict"].items() if name in trained}
         compressed = self.compressed
-        dense = compressed.base_state is State.DENSE  # known by its own files, kept or not
+        dense = compressed.base_state is State.DENSE  # identified by its own files, whether a folder keeps it or not
         checkpoint["base"] = {
             "name": compressed.base,
             "dense_sha256": compressed.base_sha256,
@@ -48,15 +48,15 @@ class CheckpointedModule(CompressibleModule):
         checkpoint["masks"] = compressed.masks and [
             tuple(torch.tensor(places) for places in layer) for layer in compressed.masks.kept
         ]
-        # Beside the hyper-parameters, which `load_from_checkpoint` overwrites with what it is given.
+        # Apart from the hyper-parameters, which `load_from_checkpoint` overwrites with its keyword arguments.
         checkpoint["lora"] = self.hparams["lora"]
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Finds the base that a checkpoint's adapters were trained on, and makes sure that they fit.
+        """Loads the base that a checkpoint's adapters were trained on, and makes sure that the adapters fit.
 
         Raises:
-            UserError: another base, a base that is not there any more, adapters of another kind or shape, or scales and
-                minima of the base in place of adapters, or adapters in place of these.
+            UserError: the checkpoint belongs to another base, its base no longer exists, its adapters have another kind
+                or shape, or it holds scales and minima of the base where adapters are trained, or the reverse.
         """
         self._find_base(checkpoint)
         self.check_adapters(checkpoint)
@@ -87,7 +87,7 @@ class CheckpointedModule(CompressibleModule):
         self._open_kept(folder, entry["sha256"])
 
     def _folder_of(self, checkpoint: dict[str, Any]) -> Path | None:
-        """The folder that keeps the base of a checkpoint: the one that it names, else one near it with the same base.
+        """The folder that holds the base of a checkpoint: the one that it names, else a nearby one with the same base.
 
         None for a dense base.
         """
@@ -101,10 +101,10 @@ class CheckpointedModule(CompressibleModule):
         )
 
     def _open_kept(self, folder: Path, sha256: str) -> None:
-        """Takes the base of a checkpoint.
+        """Opens the compressed base of a checkpoint.
 
         Raises:
-            UserError: it is not in its folder any more.
+            UserError: the folder no longer holds that base.
         """
         there = identity_in(folder)
         if there != sha256:
@@ -116,7 +116,7 @@ class CheckpointedModule(CompressibleModule):
         self.open_base(folder)
 
     def check_trained_on(self, checkpoint: dict[str, Any], base_sha256: str | None) -> None:
-        """Makes sure that the adapters of a checkpoint were trained on a base.
+        """Makes sure that the adapters of a checkpoint were trained on the base with a given fingerprint.
 
         Raises:
             UserError: they were not.
@@ -129,10 +129,10 @@ class CheckpointedModule(CompressibleModule):
             )
 
     def check_adapters(self, checkpoint: dict[str, Any]) -> None:
-        """Makes sure that the adapters of a checkpoint are of the kind of the module's.
+        """Makes sure that the adapters of a checkpoint have the rank, alpha and target modules of this module's.
 
         Raises:
-            UserError: they are not.
+            UserError: they differ in one of these.
         """
         stored, ours = checkpoint["lora"], self.hparams["lora"]
         if different := [key for key in ("r", "alpha", "target_modules") if stored[key] != ours[key]]:
@@ -142,13 +142,13 @@ class CheckpointedModule(CompressibleModule):
             )
 
     def _check_trained_parts(self, grids: bool) -> None:
-        """Makes sure that a fit trains what the fit of a checkpoint did; outside of a fit, whatever that was is taken.
+        """Makes sure that a fit trains the same parameters as that of the checkpoint; outside a fit, adopts its choice.
 
         Args:
-            grids: whether that was scales and minima of the base rather than adapters.
+            grids: whether the checkpoint's fit trained scales and minima of the base rather than adapters.
 
         Raises:
-            UserError: it does not.
+            UserError: the two fits train different parameters.
         """
         if grids != self.trains_grids and self._trainer is not None and self.trainer.state.fn == TrainerFn.FITTING:
             there, here = ("base's scales and minima", "adapters")[:: 1 if grids else -1]
@@ -159,12 +159,12 @@ class CheckpointedModule(CompressibleModule):
         self.trains_grids = grids
 
     def _check_state(self, state: dict[str, torch.Tensor]) -> None:
-        """Makes sure that a checkpoint holds each adapter of the model, in its shape, and nothing else.
+        """Makes sure that a checkpoint holds every trained parameter of the model, in its shape, and nothing else.
 
         Raises:
-            UserError: it does not.
+            UserError: a tensor is missing, superfluous or of another shape.
         """
-        # What is missing would keep its start in silence, since the base is missing, too.
+        # Loading is not strict, as the base is left out, so a missing adapter would silently keep its initial values.
         trained = {name: factor for name, factor in self.named_parameters() if factor.requires_grad}
         fitting = {
             name

@@ -1,4 +1,4 @@
-"""A LightningModule around a model that callbacks compress and a folder keeps."""
+"""A LightningModule around a model that callbacks compress and that is stored in a folder."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -28,29 +28,30 @@ from qpruner.training.sharding import FSDP2, ShardedStrategy, is_sharded, whole
 T = TypeVar("T")
 
 BASES = "compressed_bases"
-"""Folder under the Trainer's ``default_root_dir`` that keeps the bases of fits without a folder of their own."""
+"""Folder under the Trainer's ``default_root_dir`` for the bases of fits that have no folder of their own."""
 
 
 class CompressibleModule(LightningModule):
-    """Holds a `CompressedModel` for a fit: loads it, and keeps its base.
+    """Holds a `CompressedModel` for a fit: loads it, and writes its base to disk.
 
-    The base is loaded by `load_base` and gets its adapters by `attach_adapters`, both at most once; `configure_model`
-    calls them, and a callback that compresses calls the first in its ``setup`` and acts before the second.
+    `load_base` loads the base and `attach_adapters` adds the adapters, both at most once. `configure_model` calls both;
+    a callback that compresses calls the first in its ``setup`` and acts before the second.
 
-    Which base is loaded: the one that ``kept_in`` keeps, else the one that ``continues_from`` keeps, with its trained
-    adapters, else the dense one. Compressed by callbacks, it is written to ``kept_in`` by `KeepModel`; in a fit without
-    that, to a folder named by its hash under ``compressed_bases`` in the Trainer's ``default_root_dir``. Under a
-    `ShardedStrategy` the model, adapters and all, is split among devices at the end of `configure_model`.
+    The base is loaded from ``kept_in`` if that folder holds one, else from ``continues_from``, with its trained
+    adapters, else it is the dense one. After callbacks have compressed it, `KeepModel` writes it to ``kept_in``; in a
+    fit without that callback, it is written to a folder named by its hash under ``compressed_bases`` in the Trainer's
+    ``default_root_dir``. Under a `ShardedStrategy` the model, adapters included, is sharded across devices at the end
+    of `configure_model`.
 
     Args:
         base: model folder, hub name, or ``qpruner/stories``.
         dtype: number format of the base in memory.
         trust_remote_code: whether code that comes with the model may run.
-        gradient_checkpointing: whether activations are computed again in the backward pass.
+        gradient_checkpointing: whether activations are recomputed in the backward pass rather than stored.
         lora: options of the adapters.
-        seed: seed of the adapters' start.
-        offload: whether a compression holds the decoder blocks of the dense model in files, one of them in memory at a
-            time.
+        seed: seed for initializing the adapters.
+        offload: whether the decoder blocks of the dense model lie in files during compression, with one of them in
+            memory at a time.
 
     Attributes:
         trains_grids: whether scales and minima of the packed base are trained in place of the adapters.
@@ -79,7 +80,7 @@ class CompressibleModule(LightningModule):
         self.continues_from: Path | None = None
         self.trains_grids = False
         self._keeps_base = True
-        self.strict_loading = False  # checkpoints leave the base out; see `on_load_checkpoint`
+        self.strict_loading = False  # checkpoints omit the base; see `on_load_checkpoint`
 
     @property
     def compressed(self) -> CompressedModel:
@@ -94,7 +95,7 @@ class CompressibleModule(LightningModule):
 
     @property
     def model(self) -> Any:
-        """The model of transformers, or that of PEFT around it; None before it is loaded."""
+        """The transformers model, or the PEFT model around it; None before it is loaded."""
         return None if self.held is None else self.held.network
 
     @property
@@ -103,21 +104,22 @@ class CompressibleModule(LightningModule):
         return None if self.held is None else self.held.plan
 
     def hold(self, compressed: CompressedModel) -> Self:
-        """Takes a model that somebody else has loaded, and keeps; its base is written nowhere."""
+        """Adopts a model that the caller has loaded and stores itself; this module does not write its base anywhere."""
         self.held, self._keeps_base = compressed, False
         return self
 
     def release(self) -> None:
-        """Lets go of the model; `load_base` loads it again."""
+        """Drops the model; `load_base` loads it again."""
         self.held = None
 
     # Loading.
 
     def load_base(self) -> None:
-        """Loads the base unless it is there: the one that is kept, else what an earlier fit left, else the dense.
+        """Loads the base unless it is loaded: the stored one, else the one that an earlier fit left, else the dense
+        one.
 
         Raises:
-            UserError: there is no such base, or it has no embedding for a token of the data.
+            UserError: there is no such base, or a token of the data has no embedding in it.
         """
         if self.held is None:
             if self.kept_in is not None and self._is_kept(self.kept_in):
@@ -131,10 +133,10 @@ class CompressibleModule(LightningModule):
             data.check_model(self.model.config)
 
     def _is_kept(self, folder: Path) -> bool:
-        """Whether the compressed base is there, for all processes alike.
+        """Whether a folder holds the compressed base, with the same answer on all processes.
 
         Raises:
-            UserError: some processes see it and others do not.
+            UserError: some processes see the base and others do not.
         """
         kept = is_compressed(folder)
         if self._trainer is not None and self.trainer.world_size > 1:
@@ -153,14 +155,14 @@ class CompressibleModule(LightningModule):
             Configuration of the base.
 
         Raises:
-            UserError: it cannot.
+            UserError: it cannot be loaded.
         """
         if not is_compressed(Path(resolve(self.base))):
             check_model(self.base, trust_remote_code=self.trust_remote_code)
         return read_base_config(self.base, trust_remote_code=self.trust_remote_code)
 
     def load_dense_base(self) -> None:
-        """Loads the dense base in place of whatever is there, adapters included."""
+        """Loads the dense base, replacing the current model and its adapters."""
         self.release()
         if is_compressed(folder := Path(resolve(self.base))):
             self._of_first(lambda: read_checked_manifest(folder))
@@ -175,7 +177,7 @@ class CompressibleModule(LightningModule):
         )
 
     def _choose_offload(self) -> Offload | None:
-        """What puts blocks into files, in a fit that may compress them."""
+        """How decoder blocks are offloaded to files, in a fit, which may compress them; None otherwise."""
         if self._trainer is None or self.trainer.state.fn != TrainerFn.FITTING:
             return None
         return choose_offload(
@@ -190,10 +192,12 @@ class CompressibleModule(LightningModule):
         )
 
     def open_base(self, folder: Path) -> None:
-        """Takes the compressed base that a folder keeps in place of whatever is there, adapters included.
+        """Opens the compressed base of a folder, replacing the current model and its adapters.
+
+        Only the first process hashes the files.
 
         Raises:
-            UserError: no such folder, or it is damaged; its files are hashed by the first process alone.
+            UserError: there is no such folder, or it is damaged.
         """
         self.release()
         self._of_first(lambda: read_checked_manifest(folder))
@@ -202,20 +206,20 @@ class CompressibleModule(LightningModule):
         )
 
     def _of_first(self, find: Callable[[], T]) -> T:
-        """What the first process finds, or the error that it meets, on all; the others are spared the work."""
+        """Calls a function on the first process alone and gives its result, or its error, to all processes."""
         if self._trainer is None or self.trainer.world_size == 1:
             return find()
         return of_first(find, is_first=self.trainer.is_global_zero, broadcast=self.trainer.strategy.broadcast)
 
     def merge_inherited(self) -> None:
-        """Makes one dense base of the base and the adapters that an earlier fit left, to be compressed further."""
+        """Merges the base and adapters of an earlier fit into one dense base, to be compressed further."""
         folder = self.compressed.kept and self.compressed.kept.path
         if folder is not None and folder == self.continues_from and self.compressed.state is not State.ADAPTED:
             self.attach_adapters()
             self.compressed.merge(held_in(self.model.config, self.dtype_of_base))
 
     def attach_adapters(self) -> None:
-        """Puts adapters on the base unless they are there."""
+        """Attaches adapters to the base unless it has them."""
         if self.compressed.state is not State.ADAPTED:
             self.compressed.attach(self.lora, seed=self.seed, gradient_checkpointing=self.gradient_checkpointing)
             if (plan := self.compressed.plan) is not None and any(experts := plan.widths.experts):
@@ -227,11 +231,11 @@ class CompressibleModule(LightningModule):
         if self.trains_grids:
             self.compressed.loosen()
         self.model.train()
-        # All processes have it from one folder: DDP need not send it around, and so give each a copy of its own.
+        # All processes map the base from one folder. DDP need not broadcast it, which would give each its own copy.
         frozen = [name for name, parameter in self.named_parameters() if not parameter.requires_grad]
         self._ddp_params_and_buffers_to_ignore = frozen
         strategy = self._trainer and self.trainer.strategy
-        if isinstance(strategy, ShardedStrategy):  # last of all: nothing of the model is whole any more
+        if isinstance(strategy, ShardedStrategy):  # last, since no part of the model is whole after it
             self.check_split()
             strategy.shard_(self.model)
         elif isinstance(strategy, ModelParallelStrategy | FSDPStrategy):
@@ -241,10 +245,10 @@ class CompressibleModule(LightningModule):
             )
 
     def check_split(self) -> None:
-        """Makes sure that the adapters can be trained while the model is split among devices.
+        """Makes sure that the adapters can be trained while the model is sharded across devices.
 
         Raises:
-            UserError: they cannot.
+            UserError: they cannot be trained so.
         """
         if self.lora.pooled:
             raise UserError(
@@ -254,7 +258,7 @@ class CompressibleModule(LightningModule):
 
     @contextmanager
     def adapters_disabled(self) -> Iterator[None]:
-        """The base alone, as if there were no adapters."""
+        """Disables the adapters, if there are any, within the context."""
         if self.compressed.state is State.ADAPTED:
             with self.model.disable_adapter():
                 yield
@@ -264,22 +268,22 @@ class CompressibleModule(LightningModule):
     # Keeping.
 
     def setup(self, stage: str) -> None:
-        """Keeps what callbacks, whose ``setup`` comes before this one, made of the base, where none of them did."""
+        """Writes the base as callbacks, whose ``setup`` ran earlier, have changed it, unless one of them wrote it."""
         if stage == "fit":
             self._keep_by_hash(trained=False)
 
     def on_fit_end(self) -> None:
-        """Keeps what callbacks made of the base in the course of the fit, where none of them did."""
+        """Writes the base as callbacks have changed it during the fit, unless one of them wrote it."""
         self._keep_by_hash(trained=True)
 
     def keep_base(self, folder: Path, *, trained: bool = False) -> None:
-        """Writes the base, and adapters that do not start as PEFT has it, to a folder; the same on all ranks.
+        """Writes the base, and adapters unless they start from PEFT's initialization, to a folder; called on all ranks.
 
         Args:
-            folder: folder that is written.
+            folder: folder to write.
             trained: whether a fit has trained the adapters.
         """
-        if not self.compressed.starts_as_peft:  # the folder they came from is not looked at any more
+        if not self.compressed.starts_as_peft:  # the folder that they came from is not read again
             self.attach_adapters()
         self._of_first(lambda: self.compressed.keep(folder, tokenizer=self._tokenizer, trained=trained))
         self.compressed.is_kept_in(folder)
@@ -287,20 +291,20 @@ class CompressibleModule(LightningModule):
             self._take_kept()
 
     def _take_kept(self) -> None:
-        """Lets all of several processes take the base from the folder that keeps it, whose pages they share."""
+        """With several processes, reopens the base from its folder on each, so that they share its pages."""
         folder = self.compressed.kept
         if folder is not None and self._trainer is not None and self.trainer.world_size > 1:
             self.held = CompressedModel.open(folder.path, check_hashes=False)
 
     def keep_adapters(self) -> None:
-        """Puts the adapters, as trained, to the base in its folder; the same on all ranks."""
+        """Writes the trained adapters into the folder of their base; called on all ranks."""
         self.unite()
         self._of_first(lambda: self.compressed.keep_adapters(trained=True))
 
     def unite(self) -> None:
-        """Makes a model that is split among devices whole again, on the CPU, on all ranks together.
+        """Makes a model that is sharded across devices whole again, on the CPU; a collective call of all ranks.
 
-        The base comes from the folder that keeps it, whose pages ranks share; what was trained is gathered.
+        The base is reopened from its folder, whose pages the ranks share; the trained parameters are gathered.
         """
         if not is_sharded(self.model):
             return
@@ -314,10 +318,10 @@ class CompressibleModule(LightningModule):
         with torch.no_grad():
             for name, parameter in self.named_parameters():
                 if parameter.requires_grad:
-                    parameter.data = trained[name]  # in its dtype
+                    parameter.data = trained[name]  # assigned rather than copied, to keep its dtype
 
     def _keep_by_hash(self, *, trained: bool) -> None:
-        """Writes a base that nobody else keeps to the folder named by its hash."""
+        """Writes a base that is stored nowhere else to the folder named by its hash."""
         if self.held is None or not self._keeps_base or self.trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
         if self.compressed.identity is not None or self.compressed.plan is None:

@@ -1,6 +1,6 @@
 """What a fit learns from the dense model: its distribution over the next token, and its last hidden states.
 
-Shapes: N scored positions of a batch, n of a chunk of them, V words, H hidden size, k words that are kept.
+Shapes: N scored positions of a batch, n of them in a chunk, V tokens of the vocabulary, H hidden size, k tokens kept.
 """
 
 import math
@@ -21,35 +21,37 @@ TeacherDType = Literal["auto", "float32", "bfloat16", "int8"]
 
 @dataclass(frozen=True)
 class DistillationConfig:
-    """Training on what the dense model says, beside the labels.
+    """Training on the predictions of the dense model, beside the labels.
 
-    The loss of a scored token is ``cross_entropy * nll + logits * temperature^2 * KL + hidden * MSE``. KL is that of
-    the student's distribution from the teacher's, both at the temperature, whose square keeps the size of the gradient
-    what it is at 1; MSE is the mean squared difference of the last hidden states, as they come to the head.
+    The loss of a scored token is ``cross_entropy * nll + logits * temperature^2 * KL + hidden * MSE``. KL is the
+    divergence KL(teacher || student), both distributions taken at the temperature, whose square keeps the gradient
+    about as large as at temperature 1; MSE is the mean squared difference of the last hidden states, the inputs of the
+    head.
 
-    ``online`` holds the dense model beside the student: exact, for the memory of a second model. ``recorded`` passes
-    the rows that the fit is going to see through it once, before anything is compressed, and keeps what it said in
-    files under the run's folder, for later sessions and fits, too: no memory and no time in training, but the disk's.
-    Of a distribution it keeps the ``top_k`` likeliest words, and all others as one. Fits that see the same rows, such
-    as those of whole epochs, share the files; one of another ``max_steps`` below an epoch sees other rows, and records
-    them anew.
+    ``online`` holds the dense model beside the student: exact, at the cost of the memory of a second model.
+    ``recorded`` passes the rows that the fit will see through the teacher once, before anything is compressed, and
+    stores its outputs in files under the run's folder, for later sessions and fits, too: training then needs no extra
+    memory and no extra time, only disk space. Of each distribution it keeps the ``top_k`` most likely tokens, and the
+    total probability of all others. Fits that see the same rows, such as those of whole epochs, share the files; a fit
+    with another ``max_steps`` below an epoch sees other rows, and records them anew.
 
     Source: Hinton et al., Distilling the Knowledge in a Neural Network, 2015 (arXiv:1503.02531), section 2; hidden
     states: Lee et al., RILQ, 2024 (arXiv:2412.01129).
 
     Args:
         logits: weight of the divergence from the teacher's distribution, at least 0.
-        hidden: weight of the mean squared error of the last hidden state, at least 0; the teacher must be as wide.
+        hidden: weight of the mean squared error of the last hidden state, at least 0; needs a teacher of the student's
+            hidden size.
         cross_entropy: weight of the negative log-likelihood of the labels, at least 0.
-        temperature: number that logits are divided by before the two distributions are compared, above 0.
-        teacher: whether the teacher is at hand in training (``online``) or what it says is ``recorded`` before.
-        base: model that teaches, with the vocabulary of the student; by default the dense model that it was made of.
+        temperature: divisor of the logits before the two distributions are compared, above 0.
+        teacher: whether the teacher runs during training (``online``) or its outputs are ``recorded`` beforehand.
+        base: teacher model, with the student's vocabulary; by default the dense model that the student was made from.
         dtype: number format of the teacher's weights: ``auto`` for that of the base, ``int8`` for linears in 8 bits.
-        device: device that the teacher computes on, such as ``cuda:1``; by default that of the fit.
-        top_k: words that ``recorded`` keeps of each distribution, at least 1.
+        device: device on which the teacher runs, such as ``cuda:1``; by default that of the fit.
+        top_k: number of tokens that ``recorded`` keeps of each distribution, at least 1.
 
     Raises:
-        UserError: a value out of its range, or neither ``logits`` nor ``hidden``.
+        UserError: a value is out of its range, or both ``logits`` and ``hidden`` are 0.
     """
 
     logits: float = 1.0
@@ -92,29 +94,29 @@ class DistillationConfig:
         return [name for name, weight in (("kl", self.logits), ("hidden", self.hidden)) if weight]
 
     def held_in(self, dtype_of_base: DType) -> DType:
-        """The number format of the teacher's weights that are not packed, which is that of the base unless told.
+        """The number format of the teacher's unpacked weights, by default that of the student's base.
 
         Args:
-            dtype_of_base: number format that was asked for the student's base.
+            dtype_of_base: number format that was requested for the student's base.
         """
         return dtype_of_base if self.dtype == "auto" or self.dtype == "int8" else self.dtype
 
 
 @dataclass(frozen=True)
 class Lesson:
-    """What a teacher says of the N scored positions of a batch.
+    """A teacher's outputs at the N scored positions of a batch.
 
     Args:
-        kl: function that gives the divergence of a chunk of positions, [n] in nats and at the temperature, from the
-            student's logits [n, V] and the place of the chunk.
-        hidden: [N, H], the teacher's last hidden states; None where they are not asked for.
+        kl: function that computes the divergence of a chunk of positions, [n] in nats and at the temperature, from the
+            student's logits [n, V] and the slice of positions that the chunk covers.
+        hidden: [N, H], the teacher's last hidden states; None where they are not needed.
     """
 
     kl: Callable[[Tensor, slice], Tensor]
     hidden: Tensor | None
 
     def ordered(self, channels: Sequence[int]) -> Self:
-        """The lesson for a student whose hidden states have their channels in another order, [H]."""
+        """The lesson for a student whose hidden channels are in another order, given as indices [H]."""
         return self if self.hidden is None else replace(self, hidden=self.hidden[:, list(channels)])
 
 
@@ -123,9 +125,9 @@ class Losses:
     """Losses of the N scored positions of a batch.
 
     Args:
-        total: [N], what is trained on, with its gradient.
-        parts: [N] each and without a gradient: ``loss`` (negative log-likelihood), ``kl`` and ``hidden``, unweighted;
-            those that the weights leave out are not there.
+        total: [N], weighted sum that is trained on, with its gradient.
+        parts: [N] each, unweighted and without a gradient: ``loss`` (negative log-likelihood), ``kl`` and ``hidden``;
+            ``kl`` and ``hidden`` are missing where their weight is 0.
     """
 
     total: Tensor
@@ -133,13 +135,13 @@ class Losses:
 
 
 def distillation_losses(config: DistillationConfig, head: Head, scored: Scored, lesson: Lesson) -> Losses:
-    """What the student loses against labels and teacher, a chunk of positions at a time.
+    """The student's losses against labels and teacher, a chunk of positions at a time.
 
     Args:
         config: weights of the losses.
         head: head of the student.
-        scored: what the student's trunk gives to its head.
-        lesson: what the teacher says of the same positions.
+        scored: the student's last hidden states at the scored positions.
+        lesson: the teacher's outputs at the same positions.
     """
 
     def losses(logits: Tensor, part: slice) -> tuple[Tensor, ...]:
@@ -167,7 +169,7 @@ def forward_kl(logits: Tensor, taught: Tensor, temperature: float) -> Tensor:
     Args:
         logits: [n, V], logits of the student.
         taught: [n, V], logits of the teacher.
-        temperature: number that both are divided by.
+        temperature: divisor of both logits.
     """  # [n] float32
     learnt = F.log_softmax(logits.float() / temperature, dim=-1)
     return F.kl_div(learnt, F.log_softmax(taught.float() / temperature, dim=-1), log_target=True, reduction="none").sum(
@@ -176,15 +178,16 @@ def forward_kl(logits: Tensor, taught: Tensor, temperature: float) -> Tensor:
 
 
 def likeliest(logits: Tensor, temperature: float, top_k: int) -> tuple[Tensor, Tensor]:
-    """The likeliest words of a teacher, and the mass of all others together.
+    """The most likely tokens of a teacher, and the total probability of all others.
 
     Args:
         logits: [n, V], logits of the teacher.
-        temperature: number that they are divided by.
-        top_k: k, below V; with V - 1 the others are one word, and nothing is lost.
+        temperature: divisor of the logits.
+        top_k: k, below V; with V - 1 the others are a single token, and nothing is lost.
 
     Returns:
-        Log-probabilities of the words and, last, of the others, [n, k + 1] float32; and the words, [n, k] int32.
+        Log-probabilities of the tokens and, last, of all others together, [n, k + 1] float32; and the token ids,
+            [n, k] int32.
     """
     scaled = logits.float() / temperature
     log_probabilities = F.log_softmax(scaled, dim=-1)
@@ -194,16 +197,16 @@ def likeliest(logits: Tensor, temperature: float, top_k: int) -> tuple[Tensor, T
 
 
 def truncated_kl(logits: Tensor, log_probabilities: Tensor, words: Tensor, temperature: float) -> Tensor:
-    """`forward_kl` where the teacher keeps some words apart and takes all others for one.
+    """`forward_kl` where the teacher keeps k tokens separate and lumps all others into one.
 
-    It is less than that of all words by the mass of the others times the divergence among them.
+    It is smaller than the divergence over all tokens by the probability of the others times the divergence among them.
 
     Args:
         logits: [n, V], logits of the student.
-        log_probabilities: [n, k + 1], the teacher's for the words and, last, for all others; their sum of
-            probabilities is made 1, whatever rounding left of it.
-        words: [n, k], the words, fewer than V.
-        temperature: number that logits are divided by, as the teacher's were.
+        log_probabilities: [n, k + 1], the teacher's log-probabilities of the kept tokens and, last, of all others
+            together; the probabilities are renormalized to sum to 1, to undo rounding.
+        words: [n, k], ids of the kept tokens, fewer than V.
+        temperature: divisor of the logits, the same as for the teacher's.
     """  # [n] float32
     scaled = logits.float() / temperature
     places = words.long()

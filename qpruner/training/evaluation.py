@@ -1,4 +1,4 @@
-"""Evaluates a model: what every evaluation measures, and one outside of a Trainer's own loops."""
+"""Evaluates a model: the metrics of every evaluation, and an evaluation outside a Trainer's own loops."""
 
 from collections.abc import Sequence
 from itertools import islice
@@ -22,7 +22,7 @@ from qpruner.training.metrics import ChoiceAccuracy, Perplexity, evaluation_resu
 
 
 class Measures:
-    """What an evaluation measures of one model, batch by batch: perplexity of text, accuracy of each task.
+    """Metrics that an evaluation of one model accumulates batch by batch: perplexity of text, accuracy of each task.
 
     Args:
         device: device of the batches.
@@ -35,13 +35,13 @@ class Measures:
         self._tree_limit: float | None = None
 
     def option_log_likelihoods(self, model: Any, batch: ChoiceBatch) -> Tensor:
-        """Log-likelihood of the continuation of each option, in nats; -inf where there is none."""  # [B, O] float64
+        """Log-likelihood of each option's continuation, in nats; -inf where there is none."""  # [B, O] float64
         if self._tree_limit is None:
             self._tree_limit = tree_limit(model)
         return option_log_likelihoods(model, batch, tree_limit=self._tree_limit)
 
     def add(self, model: Any, batch: Batch | ChoiceBatch) -> None:
-        """Adds rows of text, or questions.
+        """Adds a batch of text rows or of questions.
 
         Args:
             model: causal language model, perhaps with adapters.
@@ -56,7 +56,7 @@ class Measures:
             self.perplexity.update(nll, batch["labels"], batch["num_bytes"])
 
     def results(self) -> dict[str, float]:
-        """What was measured over all ranks; see `evaluation_results`."""
+        """Results over all ranks; see `evaluation_results`."""
         return evaluation_results(self.perplexity, self.accuracies)
 
 
@@ -74,17 +74,18 @@ def evaluate(
     """Perplexity and accuracy of the model on this rank's share of the rows, summed over all ranks.
 
     Args:
-        model: causal language model, perhaps with adapters; it is moved to ``device`` and left there, in the mode that
-            it was in; of an offloaded one each block comes for each batch.
+        model: causal language model, perhaps with adapters; it is moved to ``device`` and left there, in its original
+            mode; each block of an offloaded model is moved there anew for every batch.
         loaders: batches of text and of choice tasks.
-        limit: how many batches of each loader are read, as a number or a share; see ``Trainer(limit_test_batches)``.
+        limit: number of batches to read from each loader, or their share as a float; see
+            ``Trainer(limit_test_batches)``.
         device: device to compute on.
         precision: precision of the Trainer, so that an evaluation computes as the fit does.
         title: title of the progress bar.
         progress: whether to show a progress bar.
 
     Raises:
-        UserError: the limit is a share of a loader that is less than a batch.
+        UserError: the limit is a share that amounts to less than one batch of a loader.
     """
     place_(model, device)
     measures = Measures(device)
@@ -103,14 +104,14 @@ def evaluate(
 
 
 def num_batches(loader: EvaluationLoader, limit: int | float) -> int:
-    """How many batches of a loader are read.
+    """Number of batches of a loader that are read.
 
     Args:
         loader: loader to read.
-        limit: how many batches to read, as a number or a share.
+        limit: number of batches to read, or their share as a float.
 
     Raises:
-        UserError: a share above 0 that is less than a batch.
+        UserError: the limit is a share above 0 that amounts to less than one batch.
     """
     if not isinstance(limit, float):
         return min(len(loader), limit)

@@ -1,4 +1,4 @@
-"""Finds numbers that are not finite, with at most one wait for the device."""
+"""Finds numbers that are not finite, with at most one synchronization with the device."""
 
 from collections.abc import Callable, Iterable
 
@@ -9,11 +9,11 @@ from qpruner.errors import UserError
 from qpruner.training.sharding import is_part
 
 NEVER = 2**62
-"""Stands for a step that was not there."""
+"""Stands for a step that has not occurred."""
 
 
 def all_finite(tensors: Iterable[Tensor]) -> bool:
-    """Whether no floating-point tensor holds an infinity or a nan, as far as it lies on this device."""
+    """Whether no floating-point tensor holds an infinity or a nan; of sharded ones only the local shard is checked."""
     flags = [_local(tensor).isfinite().all() for tensor in tensors if tensor.is_floating_point()]
     devices = {flag.device for flag in flags}
     return all(bool(torch.stack([flag for flag in flags if flag.device == device]).all()) for device in devices)
@@ -27,7 +27,7 @@ def broken_names(tensors: Iterable[tuple[str, Tensor]]) -> list[str]:
 
 
 def _local(tensor: Tensor) -> Tensor:
-    """What this device holds of a tensor, all of it unless it is split."""
+    """This device's shard of a tensor; all of it unless it is sharded."""
     held: Tensor = tensor.to_local() if is_part(tensor) else tensor  # type: ignore[attr-defined]
     return held
 
@@ -42,13 +42,13 @@ def tensors_of(state: object) -> Iterable[Tensor]:
 
 
 class NotFinite(UserError):
-    """Stops a fit whose numbers are not finite any more.
+    """Stops a fit whose numbers are no longer finite.
 
     Args:
         problem: what is not finite, as a sentence without its full stop.
         kept: what became of the adapters, as a sentence without its full stop.
         remedy: what to change, as a sentence without its full stop.
-        again: how to fit once more with that change, as the end of the sentence of ``remedy``.
+        again: how to repeat the fit with that change, as the end of the sentence in ``remedy``.
     """
 
     def __init__(self, problem: str, kept: str, remedy: str, again: str) -> None:
@@ -60,12 +60,12 @@ class NotFinite(UserError):
 
 
 def not_finite(model: nn.Module, what: str, *, later_phase: bool = False) -> UserError:
-    """The error that stops a fit: what is not finite, why if that is to be seen, and what to do about it.
+    """The error that stops a fit: what is not finite, why if that can be determined, and what to do about it.
 
     Args:
-        model: model that is trained, adapters and all.
+        model: model that is trained, adapters included.
         what: what is not finite, with its verb, as the beginning of a sentence.
-        later_phase: whether earlier phases of the run are over, which beginning anew would throw away.
+        later_phase: whether earlier phases of the run are complete, which starting over would discard.
     """
     trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     if broken := broken_names((name, tensor) for name, tensor in model.state_dict().items() if name not in trained):
@@ -93,23 +93,23 @@ def not_finite(model: nn.Module, what: str, *, later_phase: bool = False) -> Use
 
 
 class LossWatch:
-    """Remembers, on the device, the first step whose loss was not finite; only `first_broken` waits for it."""
+    """Remembers, on the device, the first step whose loss was not finite; only `first_broken` synchronizes with it."""
 
     def __init__(self) -> None:
         self._step: Tensor | None = None
 
     def see(self, loss: Tensor, step: int) -> None:
-        """Looks at the loss of a step; steps are numbered upwards."""
+        """Checks the loss of a step; step numbers must be ascending."""
         if self._step is None:
             self._step = torch.full((), NEVER, dtype=torch.int64, device=loss.device)
         self._step = torch.where(loss.detach().isfinite(), self._step, self._step.clamp(max=step))
 
     def first_broken(self, device: torch.device, lowest: Callable[[Tensor], Tensor]) -> int | None:
-        """The first step whose loss was not finite on any process; to be asked for by all of them together.
+        """The first step whose loss was not finite on any process; a collective call of all processes.
 
         Args:
-            device: device of the processes.
-            lowest: takes the lowest of a number over all processes.
+            device: device of this process.
+            lowest: function that takes the minimum of a number over all processes.
         """
         mine = torch.full((), NEVER, dtype=torch.int64, device=device) if self._step is None else self._step
         step = int(lowest(mine.clone()))

@@ -1,4 +1,4 @@
-"""What callbacks that compress a model need of the LightningModule that holds it."""
+"""The interface that callbacks which compress a model need from the LightningModule that holds it."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -9,15 +9,15 @@ from qpruner.compressed import CompressedModel
 
 
 class HoldsModel(Protocol):
-    """A LightningModule that holds a model under compression, and trains its adapters or something else on it.
+    """A LightningModule that holds a model under compression, and trains its adapters or other parameters.
 
     Attributes:
-        lora: the adapters that the model has or is going to have.
+        lora: options of the adapters that the model has or will get.
         seed: seed of all random draws of the fit.
-        kept_in: folder that is going to keep the base; None where nobody named one.
+        kept_in: folder that the base will be written to; None where none was given.
         trains_grids: whether scales and minima of the packed base are trained in place of the adapters.
-        after_clipping: what to call once the gradients of an optimizer step are unscaled and clipped, before the step,
-            with whether they were finite: no hook of a callback lies there.
+        after_clipping: functions to call before an optimizer step, once its gradients are unscaled and clipped, with
+            whether they were finite; callbacks have no hook at that point.
     """
 
     lora: LoRAConfig
@@ -32,37 +32,37 @@ class HoldsModel(Protocol):
         ...
 
     def load_base(self) -> None:
-        """Loads the model unless it is there."""
+        """Loads the model unless it is loaded."""
         ...
 
     def merge_inherited(self) -> None:
-        """Makes one dense base of what an earlier fit left, where the model is that."""
+        """Merges base and adapters into one dense base, where an earlier fit left them."""
         ...
 
     def release(self) -> None:
-        """Lets go of the model; `load_base` loads it again."""
+        """Drops the model; `load_base` loads it again."""
         ...
 
     def unite(self) -> None:
-        """Makes a model that is split among devices whole again, on all ranks together."""
+        """Makes a model that is sharded across devices whole again; a collective call of all ranks."""
         ...
 
     def keep_base(self, folder: Path, *, trained: bool = False) -> None:
-        """Writes the base, and adapters that do not start as PEFT has it, to a folder; the same on all ranks."""
+        """Writes the base, and adapters unless they start as PEFT has them, to a folder; called on all ranks."""
         ...
 
     def keep_adapters(self) -> None:
-        """Puts the adapters, as trained, to the base in its folder."""
+        """Writes the trained adapters into the folder of their base."""
         ...
 
 
 def expect_holder(module: Any) -> HoldsModel:
-    """A LightningModule, found to be one that holds a model.
+    """The given LightningModule, after checking that it holds a model.
 
     Raises:
-        TypeError: it is not.
+        TypeError: the module holds none.
     """
-    # Not by isinstance: before Python 3.12 that reads the property, which needs the model to be loaded.
+    # Not by isinstance, which before Python 3.12 reads the property, and that needs a loaded model.
     needed = ("compressed", "load_base", "merge_inherited", "keep_base", "keep_adapters")
     if not all(hasattr(type(module), name) for name in needed):
         raise TypeError(f"Compression acts on a module that holds a model, not on a {type(module).__name__}.")

@@ -1,4 +1,4 @@
-"""Compressed bases in folders named by their hashes, and where that of a checkpoint may lie once it was moved."""
+"""Compressed bases in folders named by their hashes, and the places where a checkpoint's base may be after a move."""
 
 import shutil
 from collections.abc import Callable, Iterable, Iterator
@@ -12,58 +12,58 @@ from qpruner.records.folder import RunFolder
 
 
 def identity_in(folder: Path) -> str | None:
-    """The hash of the base that a folder keeps; None where it keeps none.
+    """The hash of the base that a folder holds; None where it holds none.
 
     Raises:
-        UserError: its manifest is damaged.
+        UserError: the folder's manifest is damaged.
     """
     return identity_of(read_manifest(folder)) if is_compressed(folder) else None
 
 
 def place_by_hash(bases: Path, sha256: str) -> Path:
-    """The folder of a base among others that are named by their hashes."""
+    """The folder of a base with a given hash among the folders that are named by hash."""
     return bases / sha256[:16]
 
 
 def keep_by_hash(bases: Path, write: Callable[[Path], None]) -> Path:
-    """Writes a base to the folder named by its hash, unless an earlier fit has done so, whose checkpoints name it.
+    """Writes a base to the folder named by its hash, unless an earlier fit, whose checkpoints name it, has done so.
 
-    One process at a time writes there, so that what one left that was killed is known to be nobody's, and goes.
+    A lock lets one process write at a time, so that remains of a killed process are known to be unused and removed.
 
     Args:
-        bases: folder of all bases.
+        bases: folder that contains all bases.
         write: function that writes the base to a folder.
 
     Returns:
-        The folder that keeps the base.
+        The folder that holds the base.
     """
     bases.mkdir(parents=True, exist_ok=True)
     with FileLock(bases / ".lock"):
         new = bases / "new"
-        shutil.rmtree(new, ignore_errors=True)  # before more is written: the disk may be full of it
+        shutil.rmtree(new, ignore_errors=True)  # first, since these remains may be what fills the disk
         write(new)
         place = place_by_hash(bases, identity_of(read_manifest(new)))
         try:
             read_checked_manifest(place)
             shutil.rmtree(new)
-        except UserError:  # none, or a damaged one
+        except UserError:  # there is none, or it is damaged
             shutil.rmtree(place, ignore_errors=True)
             new.rename(place)
     return place
 
 
 def keeping_folder(named: Path, sha256: str | None, checkpoint: Path | None, roots: Iterable[Path], bases: str) -> Path:
-    """The folder that a checkpoint names, or where that does not keep its base, one near it that does.
+    """The folder that a checkpoint names, or where that does not hold its base, a nearby one that does.
 
     Args:
-        named: folder that the checkpoint names; it is also the answer where no other keeps the base.
+        named: folder that the checkpoint names; it is also the result where no folder holds the base.
         sha256: hash of the base.
-        checkpoint: file of the checkpoint, as the next arguments for `places_of`.
-        roots: further folders that may hold ``bases``.
-        bases: name of the folder that keeps bases by their hashes.
+        checkpoint: file of the checkpoint; see `places_of`.
+        roots: further folders that may contain ``bases``.
+        bases: name of the folder that contains bases named by their hashes.
 
     Raises:
-        UserError: the manifest of a folder where the base may be is damaged.
+        UserError: the manifest of a candidate folder is damaged.
     """
     if identity_in(named) == sha256:
         return named
@@ -72,14 +72,14 @@ def keeping_folder(named: Path, sha256: str | None, checkpoint: Path | None, roo
 
 
 def places_of(sha256: str, checkpoint: Path | None, roots: Iterable[Path], bases: str) -> Iterator[Path]:
-    """Folders that may keep a base, where the one that its checkpoint names does not.
+    """Folders that may hold a base that is not in the folder its checkpoint names.
 
     Args:
         sha256: hash of the base.
-        checkpoint: file of the checkpoint; None where it is no file. Of a run, the base lies beside the folder of its
-            checkpoints; of a fit without a run, in a folder above it.
-        roots: further folders that may hold ``bases``.
-        bases: name of the folder that keeps bases by their hashes.
+        checkpoint: file of the checkpoint; None where it is not in a file. The base of a run lies beside the folder of
+            its checkpoints; that of a fit without a run, under a folder above the checkpoint.
+        roots: further folders that may contain ``bases``.
+        bases: name of the folder that contains bases named by their hashes.
     """
     if checkpoint is not None:
         checkpoint = checkpoint.absolute()

@@ -15,10 +15,10 @@ from qpruner.likelihood import IGNORED
 
 
 class Perplexity(Metric):
-    """Perplexity per token, mean loss and bits per byte over everything that it was shown.
+    """Perplexity per token, mean loss and bits per byte over everything that it was given.
 
     Sums are float64 and counts are integers, so that neither the number of tokens, nor padding, nor the way rows are
-    dealt to batches and ranks changes the result.
+    distributed over batches and ranks changes the result.
 
     Computes a dict: ``tokens`` (scored) and, where there are any, ``loss`` (nats per scored token), ``perplexity`` (its
     exponential) and, where the bytes of the text are known, ``bits_per_byte``.
@@ -59,12 +59,13 @@ class Perplexity(Metric):
 
 
 class ChoiceAccuracy(Metric):
-    """Shares of questions whose right option is the likeliest, as it is and for its number of characters.
+    """Shares of questions whose correct option is the most likely, by log-likelihood and by log-likelihood per
+    character.
 
     Computes a dict: ``examples`` and, where there are any, ``acc`` and ``acc_norm`` in [0, 1], ``accuracy``, which is
-    the one of them that the task is reported by, and ``error``, its standard error as lm-evaluation-harness has it:
-    the square root of p (1 - p) / (examples - 1). All are nan where the likelihoods of a question say nothing: one of
-    them is nan, or all options are impossible.
+    the one of them that the task is reported by, and ``error``, its standard error as lm-evaluation-harness computes
+    it: the square root of p (1 - p) / (examples - 1). All are nan where the likelihoods of a question are unusable: one
+    of them is nan, or all options have probability 0.
 
     Args:
         measure: measure by which the task is reported.
@@ -89,8 +90,8 @@ class ChoiceAccuracy(Metric):
         Args:
             log_likelihoods: log-likelihood of each option, -inf where there is none, [B, O].
             lengths: characters of each option, [B, O].
-            gold: place of the right option, [B].
-            example: number of each question, [B]; negative rows do not count.
+            gold: index of the correct option, [B].
+            example: number of each question, [B]; rows with a negative number do not count.
         """
         real = example >= 0
         if not real.any():
@@ -112,15 +113,15 @@ class ChoiceAccuracy(Metric):
 
 
 def evaluation_results(perplexity: Perplexity, accuracies: Mapping[str, ChoiceAccuracy]) -> dict[str, float]:
-    """What metrics say over all ranks, without what is unknown; nan and inf are what was measured.
+    """Results of metrics over all ranks, leaving out what is unknown; nan and inf are kept as measured.
 
     Args:
         perplexity: metric of the text.
         accuracies: metric of each task.
 
     Returns:
-        What `Perplexity` computes; of each task what `ChoiceAccuracy` computes as ``TASK/acc`` and so on; ``examples``
-        of all tasks, and the mean of their ``accuracy``, with its standard error as ``accuracy_error``.
+        The values of `Perplexity`; for each task those of `ChoiceAccuracy` as ``TASK/acc`` and so on; the number of
+        ``examples`` in all tasks, and the mean of their ``accuracy``, with its standard error as ``accuracy_error``.
     """
     results: dict[str, float] = {}
     if perplexity.update_called:

@@ -1,4 +1,4 @@
-"""Finds what of a Trainer's options cannot be had, before a fit has done any work."""
+"""Finds options of a Trainer that cannot be honoured, before a fit has done any work."""
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -34,7 +34,7 @@ from qpruner.training.evaluation import num_batches
 from qpruner.training.sharding import FSDP2, ShardedStrategy, splits
 
 AT_LEAST_ONE = ("accumulate_grad_batches", "check_val_every_n_epoch", "val_check_interval")
-"""Options of a Trainer that it divides by without a look."""
+"""Options that a Trainer divides by without checking them."""
 NEEDS_LOGGER = (DeviceStatsMonitor, LearningRateMonitor)
 UNFIT = {
     BaseFinetuning: "trains weights of the base, which stays as it is",
@@ -49,18 +49,18 @@ UNFIT = {
 
 
 JSONARGPARSE = re.compile(r"Does not validate against any of|Problem with given class_path '(?P<name>[\w.]+)'")
-"""What it says around the error of a class that could not be made."""
+"""Text that jsonargparse puts around the error of a class that could not be instantiated."""
 
 
 @contextmanager
 def refusals_told(*others: type[Exception]) -> Iterator[None]:
-    """What Lightning refuses inside is told as the user's mistake.
+    """Reports what Lightning refuses within the context as a mistake of the user.
 
     Args:
-        others: errors, besides Lightning's own, that can mean nothing else inside.
+        others: classes of errors, besides Lightning's own, that can only mean a refusal within the context.
 
     Raises:
-        UserError: it refuses something.
+        UserError: Lightning refuses something.
     """
     refusals: tuple[type[Exception], ...] = (MisconfigurationException, *others)
     try:
@@ -73,26 +73,26 @@ def refusals_told(*others: type[Exception]) -> Iterator[None]:
 
 @contextmanager
 def options_told() -> Iterator[None]:
-    """What `refusals_told` does, around the making of a Trainer, which knows nothing but its options.
+    """Does what `refusals_told` does, around the construction of a Trainer, which depends on its options alone.
 
-    A package that is missing, a device that is not there, an option of a wrong kind are errors of several types.
+    A missing package, a device that does not exist and an option of the wrong type raise errors of several classes.
 
     Raises:
-        UserError: the Trainer cannot be made.
+        UserError: the Trainer cannot be constructed.
     """
     with refusals_told(ValueError, TypeError, ImportError, RuntimeError):
         yield
 
 
 def check_kept(options: Mapping[str, Any], *, keeps_checkpoint: bool) -> None:
-    """Finds that a Trainer is asked to leave out what a run lives on.
+    """Refuses options that make a Trainer leave out what a run depends on.
 
     Args:
         options: options of the Trainer.
-        keeps_checkpoint: whether the command keeps a checkpoint.
+        keeps_checkpoint: whether the command writes a checkpoint.
 
     Raises:
-        UserError: it is.
+        UserError: one of the options does.
     """
     if options.get("barebones"):
         raise UserError("--trainer.barebones leaves out the logs and metrics that a run is made of. Leave it out.")
@@ -104,13 +104,13 @@ def check_kept(options: Mapping[str, Any], *, keeps_checkpoint: bool) -> None:
 
 
 def check_trainer(trainer: Trainer) -> None:
-    """Finds options of a Trainer that no fit can go by, those of a search included.
+    """Refuses options of a Trainer that no fit supports, not even those of a search.
 
     Raises:
-        UserError: there is one.
+        UserError: such an option is set.
     """
     for name in AT_LEAST_ONE:
-        value = getattr(trainer, name, None)  # a Trainer that validates by the clock has no val_check_interval
+        value = getattr(trainer, name, None)  # a Trainer that validates at time intervals has no val_check_interval
         if isinstance(value, int) and value < 1:
             raise UserError(f"--trainer.{name} is {value}; it is at least 1.")
     strategy = trainer.strategy
@@ -127,10 +127,10 @@ def check_trainer(trainer: Trainer) -> None:
 
 
 def check_callbacks(trainer: Trainer, callbacks: Sequence[Callback]) -> None:
-    """Finds callbacks that cannot act on a fit of a Trainer.
+    """Refuses callbacks that cannot act on a fit of the Trainer.
 
     Raises:
-        UserError: there is one.
+        UserError: there is such a callback.
     """
     for callback in callbacks:
         name = type(callback).__name__
@@ -147,18 +147,18 @@ def check_callbacks(trainer: Trainer, callbacks: Sequence[Callback]) -> None:
 
 
 def check_lengths(trainer: Trainer, data: TokenDataModule) -> float:
-    """Finds options of a Trainer that do not go with how many batches there are.
+    """Refuses options of a Trainer that do not fit the number of batches.
 
     To be called in ``setup``.
 
     Returns:
-        Optimizer steps of the fit; infinite where only time ends it.
+        Number of optimizer steps of the fit; infinite where only time ends it.
 
     Raises:
-        UserError: there is one.
+        UserError: there is such an option.
     """
     training, validation = trainer.fit_loop, trainer.fit_loop.epoch_loop.val_loop
-    with refusals_told(ValueError):  # Lightning counts batches, and runs nothing of ours but the making of loaders
+    with refusals_told(ValueError):  # Lightning counts batches, and of our code only builds the loaders
         training.setup_data()
         validation.setup_data()
     if data.has("test"):
@@ -168,10 +168,10 @@ def check_lengths(trainer: Trainer, data: TokenDataModule) -> float:
 
 
 def check_monitored(trainer: Trainer, data: TokenDataModule, distillation: DistillationConfig | None = None) -> None:
-    """Finds callbacks that wait for a metric which nothing in the fit logs.
+    """Refuses callbacks that monitor a metric which nothing in the fit logs.
 
     Raises:
-        UserError: there is one.
+        UserError: there is such a callback.
     """
     callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
     if any(
@@ -193,7 +193,7 @@ def check_monitored(trainer: Trainer, data: TokenDataModule, distillation: Disti
 def logged_metrics(
     trainer: Trainer, data: TokenDataModule, distillation: DistillationConfig | None = None
 ) -> list[str]:
-    """Names of what a fit of a run logs."""
+    """Names of the metrics that a fit of a run logs."""
     names = ["train/loss", "train/tokens_per_second"]
     if distillation is not None:
         names += [f"train/{name}" for name in distillation.logged]
@@ -211,16 +211,16 @@ def logged_metrics(
 
 
 def check_checkpoint(module: CheckpointedModule, path: str, *, is_first: bool) -> None:
-    """Finds that a file that the user named is no checkpoint of a fit, or of one with other adapters or another base.
+    """Makes sure that a file is the checkpoint of a fit with the adapters and the base of a module.
 
     Args:
         module: module that the checkpoint is for.
         path: path of the file.
-        is_first: whether this is the first process, which alone reads all of the base to tell it from others. That is
-            before the processes can speak to each other; the rest hear of its hash when they load the checkpoint.
+        is_first: whether this is the first process, which alone reads all of the base to compute its fingerprint. The
+            processes cannot communicate yet; the others receive it when they load the checkpoint.
 
     Raises:
-        UserError: it is not, or of such a fit.
+        UserError: the file is no such checkpoint.
     """
     if not Path(path).is_file():
         raise UserError(
@@ -238,7 +238,7 @@ def check_checkpoint(module: CheckpointedModule, path: str, *, is_first: bool) -
 
 
 def class_refused(error: ValueError) -> UserError | None:
-    """What a class of the Trainer's options said when it was made, of all that jsonargparse says around it."""
+    """The error that a class in the Trainer's options raised, without the text that jsonargparse puts around it."""
     cause: BaseException = error
     while cause.__cause__ is not None:
         cause = cause.__cause__
@@ -249,7 +249,7 @@ def class_refused(error: ValueError) -> UserError | None:
 
 
 def _makers(error: BaseException) -> list[str]:
-    """Names of the classes whose objects were being made when an error was raised."""
+    """Names of the classes that were being instantiated when an error was raised."""
     frames = [frame for frame, _ in walk_tb(error.__traceback__) if frame.f_code.co_name == "__init__"]
     makers = [frame.f_locals.get("self") for frame in frames]
     return [type(maker).__name__ for maker in makers if isinstance(maker, Callback | Logger | Strategy)]

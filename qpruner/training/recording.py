@@ -1,9 +1,9 @@
-"""What a dense model says of training rows, kept in files that are mapped into memory.
+"""A teacher's outputs for training rows, stored in files that are memory-mapped.
 
-The rows of a split stand in parts, one file each, whose name is a hash of everything that the content depends on: a
-pass that was killed goes on behind its last whole file, and a second fit finds those of the first.
+The rows of a split are divided into parts, one file each, named by a hash of everything that the content depends on: a
+pass that was killed resumes after its last complete file, and a second fit finds the files of the first.
 
-Shapes: N scored tokens of a part or a batch, k words, H hidden size.
+Shapes: N scored tokens of a part or a batch, k tokens kept of each distribution, H hidden size.
 """
 
 import math
@@ -29,25 +29,26 @@ from qpruner.files import MALFORMED, hash_json, reading, replacing
 from qpruner.likelihood import Head, Scored
 from qpruner.training.distillation import Lesson, likeliest, truncated_kl
 
-FORMAT = 1  # raised when the same content would be written otherwise
+FORMAT = 1  # incremented when the same content would be written differently
 PART_BYTES = 2**26
-"""A part is about so large, which is what a killed pass loses at most, and what it holds in memory."""
+"""Approximate size of a part, in bytes: the most that a killed pass loses, and what recording holds in memory."""
 TOKENS_AT_ONCE = 4096
-"""Tokens of a batch of the pass, padding included; the content depends on it in its last bits."""
+"""Tokens in a batch of the recording pass, padding included; it affects the last bits of the content."""
 DELETE = "Delete that file and run again: what it held is recorded anew."
 ROOM_FOR_TEACHER = "Make room there, give another --run.dir, or have the teacher online."
 
 
 @dataclass(frozen=True)
 class Form:
-    """What is kept of each scored token.
+    """What is stored for each scored token.
 
     Args:
-        top_k: number of words whose log-probabilities are kept, as half floats, with that of all others; 0 for none.
-        temperature: number that logits are divided by.
-        hidden_size: width of the last hidden state; 0 to keep none.
+        top_k: number of tokens whose log-probabilities are stored in float16, beside that of all others together; 0 to
+            store none.
+        temperature: divisor of the logits.
+        hidden_size: width of the last hidden state; 0 to store none.
         dtype: number format of hidden states, such as ``bfloat16``.
-        vocab_size: number of words that the teacher knows.
+        vocab_size: size of the teacher's vocabulary.
     """
 
     top_k: int
@@ -57,7 +58,7 @@ class Form:
     vocab_size: int
 
     def empty(self, num_tokens: int) -> dict[str, Tensor]:
-        """The tensors of a part."""
+        """Uninitialized tensors for a part with some number of scored tokens."""
         tensors: dict[str, Tensor] = {}
         if self.top_k:
             tensors["log_probabilities"] = torch.empty(num_tokens, self.top_k + 1, dtype=torch.float16)
@@ -67,7 +68,7 @@ class Form:
         return tensors
 
     def is_sane(self, name: str, tensor: Tensor) -> bool:
-        """Whether a tensor of this name may hold these values."""
+        """Whether the values of a tensor are possible for its name."""
         if name == "words":
             return bool(((tensor >= 0) & (tensor < self.vocab_size)).all())
         return bool((tensor.isfinite() & ((name == "hidden") | (tensor <= 0.01))).all())
@@ -83,8 +84,8 @@ class Part:
 
     Args:
         path: path of the file.
-        rows: numbers of the rows that it holds, ascending.
-        num_tokens: scored tokens of all its rows.
+        rows: numbers of the rows in the file, ascending.
+        num_tokens: number of scored tokens in all these rows.
     """
 
     path: Path
@@ -93,14 +94,14 @@ class Part:
 
 
 class Recording:
-    """What a teacher says of some rows of a split: recorded once, then the teacher of a fit.
+    """A teacher's outputs for some rows of a split: recorded once, then used as the teacher of a fit.
 
     Args:
         folder: folder of the files; it need not exist.
         examples: all rows of the split.
-        numbers: numbers of the rows that are going to be asked for.
-        form: what is kept of each token.
-        source: plain data that, with rows and form, determine what is said: the teacher, and how it computes.
+        numbers: numbers of the rows that the fit will need.
+        form: what is stored for each token.
+        source: strings that, with rows and form, determine the outputs: the teacher, and how it computes.
     """
 
     def __init__(
@@ -118,20 +119,20 @@ class Recording:
         }
 
     def begin(self) -> None:
-        """Needs nothing."""
+        """Does nothing: a recording needs no preparation."""
 
     def missing(self) -> list[int]:
-        """Numbers of the parts that are not there yet."""
+        """Numbers of the parts that are not recorded yet."""
         return [number for number, part in enumerate(self.parts) if not part.path.exists()]
 
     def check_room(self, missing: Sequence[int]) -> int:
-        """Makes sure that the disk has room for parts, and makes their folder.
+        """Makes sure that the disk has room for some parts, and creates their folder.
 
         Returns:
-            The bytes that they take.
+            Size of these parts in bytes.
 
         Raises:
-            UserError: it has not, or the folder cannot be made.
+            UserError: the disk lacks room, or the folder cannot be created.
         """
         needed = sum(self.parts[number].num_tokens for number in missing) * self.form.bytes_per_token
         try:
@@ -154,16 +155,16 @@ class Recording:
         device: torch.device,
         forward_context: Callable[[], AbstractContextManager[Any]],
     ) -> None:
-        """Writes parts, each of them whole or not at all.
+        """Records parts, each file complete or not written at all.
 
         Args:
-            network: the teacher, a model of transformers; it is on the device.
-            missing: numbers of the parts.
+            network: the teacher, a transformers model that is on ``device``.
+            missing: numbers of the parts to record.
             device: device of the teacher.
-            forward_context: function that makes the context in which it computes.
+            forward_context: function that makes the context in which the teacher computes.
 
         Raises:
-            UserError: the folder cannot be written.
+            UserError: the folder cannot be written to.
         """
         for number in missing:
             part = self.parts[number]
@@ -171,14 +172,14 @@ class Recording:
             try:
                 with replacing(part.path, ROOM_FOR_TEACHER) as temporary:
                     save_file(tensors, temporary)
-            except (OSError, SafetensorError) as error:  # the second when the folder is not ours
+            except (OSError, SafetensorError) as error:  # the second when the folder is not writable
                 raise self._unwritable(error) from error
 
     @torch.no_grad()
     def _said(
         self, network: Any, part: Part, device: torch.device, forward_context: Callable[[], AbstractContextManager[Any]]
     ) -> dict[str, Tensor]:
-        """What the teacher says of the rows of a part, in the order of the rows."""
+        """The teacher's outputs for the rows of a part, in the order of the rows."""
         head, form, tensors = Head.of(network), self.form, self.form.empty(part.num_tokens)
         lengths, tokens_of = self.examples.rows.lengths[list(part.rows)], self._in(part)
         for rows in fill_batches(torch.ones_like(lengths), lengths, TOKENS_AT_ONCE):
@@ -195,10 +196,10 @@ class Recording:
         return tensors
 
     def lesson(self, batch: Batch) -> Lesson:
-        """What was recorded of the rows of a batch.
+        """The recorded outputs for the rows of a batch.
 
         Raises:
-            UserError: a file is damaged or gone.
+            UserError: a file is damaged or missing.
         """
         device = batch["input_ids"].device
         read = [self._read(*self._places[row]) for row in batch["example"].tolist() if row in self._places]
@@ -213,10 +214,10 @@ class Recording:
         return Lesson(kl, said.get("hidden"))
 
     def _read(self, part: Part, place: slice) -> dict[str, Tensor]:
-        """What a part says of the tokens at some place.
+        """The outputs in a part for a slice of its tokens.
 
         Raises:
-            UserError: the file is damaged or gone.
+            UserError: the file is damaged or missing.
         """
         said: dict[str, Tensor] = {}
         with reading(part.path, DELETE, (*MALFORMED, SafetensorError)), safe_open(part.path, framework="pt") as file:
@@ -240,7 +241,7 @@ class Recording:
         return Part(self.folder / f"{name[:32]}.safetensors", numbers, num_tokens)
 
     def _in(self, part: Part) -> list[slice]:
-        """Where the tokens of each row of a part lie in it."""
+        """The slice of a part's tokens that each of its rows takes."""
         ends = [0, *self.examples.rows.scored_tokens[list(part.rows)].cumsum(0).tolist()]
         return [slice(*bounds) for bounds in pairwise(ends)]
 
@@ -255,8 +256,8 @@ def rows_of_fit(loader: ResumableLoader, max_epochs: int | None, max_steps: int)
 
     Args:
         loader: loader of the fit.
-        max_epochs: passes over the rows; None and -1 for no limit.
-        max_steps: optimizer steps; -1 for no limit.
+        max_epochs: maximum passes over the rows; None or -1 for no limit.
+        max_steps: maximum number of optimizer steps; -1 for no limit.
     """
     if max_epochs in (None, -1) and max_steps == -1:
         return set(range(len(loader.examples)))

@@ -1,11 +1,11 @@
-"""A model that is split among devices by FSDP2, as Lightning's `ModelParallelStrategy` lets a module do.
+"""A model that is sharded across devices by FSDP2, on top of Lightning's `ModelParallelStrategy`.
 
-Of every decoder layer each device holds a part: of codes, scales and adapters alike, as parameters of one group, which
-are gathered as bytes before the layer computes and let go after it. Embedding, head and final norm stay whole on each
-device: the head speaks of as many chunks of positions as a device has, and devices that gathered it each time would
-wait for one another for ever.
+Each device holds a shard of every decoder layer. Codes, scales and adapters are parameters of one group, gathered as
+bytes before the layer computes and freed after it. Embedding, head and final norm stay whole on each device: the head
+runs once for each chunk of positions, whose number differs between devices, so that devices which gathered it each time
+would wait for one another forever.
 
-Source: `torch.distributed.fsdp.fully_shard`; parameters are split by rows, those of a device perhaps none.
+Source: `torch.distributed.fsdp.fully_shard`; parameters are split by rows, of which a device may get none.
 """
 
 from collections.abc import Mapping
@@ -30,19 +30,19 @@ from qpruner.errors import UserError
 from qpruner.likelihood import causal_model
 
 FSDP2 = "fsdp2"
-"""What ``--trainer.strategy`` names it by."""
+"""Name of the strategy for ``--trainer.strategy``."""
 
 
 class ShardedStrategy(ModelParallelStrategy):
-    """Splits the decoder layers among all devices, and rows of data as DDP does.
+    """Shards the decoder layers across all devices, and distributes rows of data as DDP does.
 
-    Callbacks compress the base as a whole, on all processes as with DDP; what comes of it is kept, then split. A
-    checkpoint is one file, whole adapters and their optimizer's state, as other strategies write it and read it.
-    Evaluation is without gradients and not in inference mode, whatever the Trainer was given.
+    Callbacks compress the whole base, on all processes as with DDP; the result is written to disk, then sharded. A
+    checkpoint is one file with the whole adapters and their optimizer state, as other strategies write and read it.
+    Evaluation runs without gradients but never in inference mode, whatever the Trainer was given.
 
     Args:
-        process_group_backend: backend of torch.distributed; by default that of the devices.
-        timeout: how long processes wait for one another.
+        process_group_backend: backend of torch.distributed; by default the one for the devices.
+        timeout: maximum time that processes wait for one another.
     """
 
     def __init__(
@@ -57,10 +57,10 @@ class ShardedStrategy(ModelParallelStrategy):
 
     @classmethod
     def of(cls, given: ModelParallelStrategy) -> Self:
-        """The strategy that does what Lightning's own leaves to a module.
+        """The strategy that does the sharding which Lightning's own leaves to the module.
 
         Raises:
-            UserError: linears themselves are to be split.
+            UserError: the given strategy splits the linears themselves (tensor parallelism).
         """
         if given._tensor_parallel_size not in ("auto", 1):
             raise UserError(
@@ -74,19 +74,19 @@ class ShardedStrategy(ModelParallelStrategy):
         super().setup_environment()
 
     def setup(self, trainer: Trainer) -> None:
-        # Layers that were gathered in inference mode, as for the first validation, could not be trained.
+        # Layers gathered in inference mode, such as for a first validation, could not be trained afterwards.
         loops = trainer.fit_loop.epoch_loop.val_loop, trainer.validate_loop, trainer.test_loop, trainer.predict_loop
         for loop in loops:
             loop.inference_mode = False
         super().setup(trainer)
 
     def shard_(self, network: nn.Module) -> None:
-        """Splits a model, see `shard_`, unless it is split already."""
+        """Shards a model unless it is sharded already; see the function `shard_`."""
         if not is_sharded(network):
             shard_(network, self.device_mesh["data_parallel"])
 
-    # Checkpoints: whole tensors in one file. The strategy of Lightning restores them after the optimizer was made, when
-    # a module cannot look for the base of a checkpoint any more.
+    # Checkpoints: whole tensors in one file. Lightning's strategy restores them after the optimizer was created, which
+    # is too late for a module to load the base of a checkpoint.
 
     @property
     def restore_checkpoint_after_setup(self) -> bool:
@@ -97,7 +97,7 @@ class ShardedStrategy(ModelParallelStrategy):
         return True
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
-        """What is trained, whole, on the first process; nothing on the others, without which it cannot be gathered."""
+        """The trained parameters, whole, on the first process; empty on the others, which take part in gathering."""
         assert self.lightning_module is not None
         trained = [(name, p.detach()) for name, p in self.lightning_module.named_parameters() if p.requires_grad]
         return self._gathered(dict(trained))
@@ -110,7 +110,7 @@ class ShardedStrategy(ModelParallelStrategy):
                     parameter.copy_(part_of(checkpoint["state_dict"][name], parameter))
 
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
-        """The state of an optimizer, whole, on the first process; that without tensors on the others."""
+        """The state of an optimizer, whole on the first process, without its values on the others."""
         state = getattr(optimizer, "_optimizer", optimizer).state_dict()
         return {**state, "state": {number: self._gathered(values) for number, values in state["state"].items()}}
 
@@ -130,23 +130,23 @@ class ShardedStrategy(ModelParallelStrategy):
         return ParallelStrategy.load_checkpoint(self, checkpoint_path, weights_only)
 
     def _gathered(self, values: Mapping[str, Any]) -> dict[str, Any]:
-        """Values on the first process, tensors whole; nothing on the others."""
+        """The values with whole tensors on the first process; empty on the others."""
         gathered = {}
         for name, value in values.items():
-            entire = whole(value)  # on all processes together, one after the other
+            entire = whole(value)  # a collective call, for one value after the other
             if self.is_global_zero:
                 gathered[name] = entire
         return gathered
 
 
 def strategy_of(given: Any) -> Any:
-    """The strategy of a Trainer, where it splits the model; any other as it was given.
+    """A `ShardedStrategy` where a Trainer's strategy shards the model; any other strategy as it was given.
 
     Args:
         given: name or object, as ``Trainer(strategy=...)`` takes it.
 
     Raises:
-        UserError: the model would be split in a way that packed weights cannot be.
+        UserError: the strategy would shard the model in a way that packed weights do not allow.
     """
     if given in (FSDP2, ModelParallelStrategy.__name__):
         return ShardedStrategy()
@@ -163,24 +163,24 @@ def strategy_of(given: Any) -> Any:
 
 
 def splits(strategy: Strategy) -> bool:
-    """Whether a strategy splits the model among devices."""
+    """Whether a strategy shards the model across devices."""
     return isinstance(strategy, ShardedStrategy)
 
 
 def is_sharded(network: nn.Module) -> bool:
-    """Whether a model is split among devices."""
+    """Whether a model is sharded across devices."""
     return any(is_part(parameter) for parameter in network.parameters())
 
 
 def shard_(network: nn.Module, mesh: Any) -> None:
-    """Splits the decoder layers of a causal language model among devices, each of which then holds a part of each.
+    """Shards the decoder layers of a causal language model, so that each device holds a part of every layer.
 
     Args:
         network: causal language model, perhaps with adapters; its layers are moved to the devices one by one.
-        mesh: device mesh of one dimension.
+        mesh: one-dimensional device mesh.
 
     Raises:
-        UserError: an unsupported family, or adapters elsewhere than in layers.
+        UserError: the family is not supported, or there are adapters outside the decoder layers.
     """
     from torch.distributed.fsdp import fully_shard
 
@@ -195,34 +195,34 @@ def shard_(network: nn.Module, mesh: Any) -> None:
         )
     for block in blocks:
         fully_shard(block, mesh=mesh)
-    fully_shard(causal.base_model, mesh=mesh, ignored_params={*outside.values()})  # so that layers are gathered ahead
+    fully_shard(causal.base_model, mesh=mesh, ignored_params={*outside.values()})  # lets FSDP prefetch layers
 
 
-# Parts are told by their method: to import the class takes longer than most commands.
+# Shards are recognized by their method, since importing the class takes longer than most commands.
 
 
 def is_part(value: Any) -> bool:
-    """Whether a value is a tensor that is split among devices."""
+    """Whether a value is a tensor that is sharded across devices."""
     return isinstance(value, Tensor) and hasattr(value, "full_tensor")
 
 
 def whole(value: Any) -> Any:
-    """A value, on the CPU and whole where it is a tensor that is split; by all processes together."""
+    """The value, where it is a tensor on the CPU and gathered if it is sharded; a collective call of all processes."""
     entire: Any = value.full_tensor() if is_part(value) else value
     return entire.cpu() if isinstance(entire, Tensor) else entire
 
 
 def part_of(value: Any, like: Tensor) -> Any:
-    """This device's part of a tensor, split as another one of its shape is; any other value as it is.
+    """This device's shard of a tensor, split like another tensor of its shape; any other value as it is.
 
     Args:
-        value: tensor that all processes have whole, or any other value.
-        like: tensor that may be split.
+        value: tensor that all processes hold whole, or any other value.
+        like: tensor that may be sharded.
     """
     if not (is_part(like) and isinstance(value, Tensor) and value.shape == like.shape):
         return value
     from torch.distributed.tensor import distribute_tensor
 
     split: Any = like
-    # Without a rank that gives its data to the others.
+    # All ranks hold the whole tensor, so that none needs to send it.
     return distribute_tensor(value.to(like.device), split.device_mesh, split.placements, src_data_rank=None)

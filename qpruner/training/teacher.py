@@ -1,4 +1,4 @@
-"""The dense model that teaches a fit: which one it is, and how it is held beside the student."""
+"""The dense model that serves as the teacher of a fit: how it is chosen, checked and loaded beside the student."""
 
 from pathlib import Path
 from typing import Any, Protocol
@@ -27,23 +27,23 @@ NO_ROOM = (
 
 
 class Teacher(Protocol):
-    """Says what a fit learns of each batch."""
+    """Provides what a fit learns from for each batch."""
 
     def begin(self) -> None:
-        """Makes ready for the first batch, once the student is on its device.
+        """Prepares for the first batch, once the student is on its device.
 
         Raises:
-            UserError: there is no room.
+            UserError: the device has no room for the teacher.
         """
         ...
 
     def lesson(self, batch: Batch) -> Lesson:
-        """What it says of the scored positions of a batch, in the precision of the context."""
+        """The teacher's outputs at the scored positions of a batch, in the precision of the current context."""
         ...
 
 
 def name_of_teacher(config: DistillationConfig, base: str) -> str:
-    """Name of the model that teaches: the one that is asked for, else the dense one that the base was made of.
+    """Name of the teacher: the one that the options name, else the dense model that the base was made from.
 
     Args:
         config: options of the distillation.
@@ -71,7 +71,8 @@ def check_teacher(config: DistillationConfig, base: str, student: Any, *, trust_
         Configuration of the teacher.
 
     Raises:
-        UserError: it is not there, or has another vocabulary or, where hidden states are taught, another width.
+        UserError: the teacher does not exist, or has another vocabulary or, where hidden states are taught, another
+            width.
     """
     name = name_of_teacher(config, base)
     if not is_reachable(name):
@@ -107,9 +108,9 @@ def check_teacher(config: DistillationConfig, base: str, student: Any, *, trust_
 
 
 def _words(name: str, trust_remote_code: bool) -> dict[str, int] | None:
-    """Words of a model's tokenizer, with their numbers; None where it has no tokenizer that can be loaded.
+    """Tokens of a model's tokenizer with their ids; None where it has no tokenizer that can be loaded.
 
-    Those that were added to its vocabulary are left out: a chat model gives reserved ones names of its own.
+    Tokens that were added to the vocabulary are left out: a chat model gives its own names to reserved ones.
     """
     try:
         tokenizer = load_tokenizer(name, trust_remote_code=trust_remote_code)
@@ -122,19 +123,19 @@ def _words(name: str, trust_remote_code: bool) -> dict[str, int] | None:
 def load_teacher(
     config: DistillationConfig, name: str, *, dtype: DType, trust_remote_code: bool, device: torch.device
 ) -> Any:
-    """The model that teaches, frozen and in evaluation mode, in the memory of the CPU.
+    """The teacher, frozen and in evaluation mode, in CPU memory.
 
-    What it takes is told, and compared with the room on the device, before any of it is read.
+    Its size is reported, and compared with the free memory of the device, before any of it is read.
 
     Args:
         config: options of the distillation.
         name: folder or hub name of the model.
-        dtype: number format of the student's base, which the teacher has unless it is told another.
+        dtype: number format of the student's base, which is the default for the teacher.
         trust_remote_code: whether code that comes with the model may run.
-        device: device that computes, also what packs weights.
+        device: device that the teacher will run on; its weights are packed there, too.
 
     Raises:
-        UserError: there is no such model, its family has no 8 bits, or the device has no room for it.
+        UserError: there is no such model, its family cannot be held in 8 bits, or the device has no room for it.
     """
     teacher = read_base_config(name, trust_remote_code=trust_remote_code)
     outline = outline_of_teacher(config, name, teacher, dtype)
@@ -144,7 +145,7 @@ def load_teacher(
         name,
         dtype=config.held_in(dtype),
         trust_remote_code=trust_remote_code,
-        say=lambda _: None,  # the loading of the base has said it
+        say=lambda _: None,  # loading the base has reported it
         fingerprint=lambda _: None,
         check_hashes=False,
     )
@@ -157,9 +158,9 @@ def load_teacher(
 
 
 def outline_of_teacher(config: DistillationConfig, name: str, teacher: Any, dtype: DType) -> torch.nn.Module | None:
-    """The shapes of a teacher in the number formats that it is going to be held in, on the meta device.
+    """The shapes of a teacher in the number formats that it will be held in, on the meta device.
 
-    Of 8 bits the codes are there, and the scales, a few thousandths of them, are not.
+    With 8 bits the codes are counted, but not the scales, which are a few thousandths of their size.
 
     Args:
         config: options of the distillation.
@@ -191,12 +192,12 @@ def _tell_size(network: torch.nn.Module, device: torch.device) -> None:
 class OnlineTeacher:
     """A dense model that is held beside the student and runs on each batch.
 
-    It is no part of the student's module: neither moved with it nor counted nor kept.
+    It is not a submodule of the student's module, and so is neither moved, counted nor saved with it.
 
     Args:
-        network: the model of transformers, frozen.
+        network: the transformers model, frozen.
         config: options of the distillation.
-        device: device that it computes on.
+        device: device that the teacher runs on.
     """
 
     def __init__(self, network: Any, config: DistillationConfig, device: torch.device) -> None:

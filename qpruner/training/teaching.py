@@ -1,4 +1,4 @@
-"""Finds the teacher of a fit, and records what it says where that is asked for."""
+"""Finds the teacher of a fit, and records its outputs where that is requested."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -20,23 +20,23 @@ from qpruner.training.recording import Form, Recording, rows_of_fit
 from qpruner.training.teacher import OnlineTeacher, Teacher, check_teacher, load_teacher, name_of_teacher
 
 RECORDED = "teacher"
-"""Folder under the Trainer's ``default_root_dir`` of what teachers said."""
+"""Folder of recorded teacher outputs under the Trainer's ``default_root_dir``."""
 
 
 def engage_teacher(
     config: DistillationConfig, module: CompressibleModule, trainer: Trainer, folder: Path | None
 ) -> Teacher:
-    """The teacher of a fit; to be called by all processes together, before anything is done to the student's base.
+    """The teacher of a fit; a collective call of all processes, before the student's base is changed.
 
     Args:
         config: options of the distillation.
         module: module that is taught, with its base.
         trainer: Trainer of the fit.
-        folder: folder of what teachers said; None for `RECORDED` under the Trainer's ``default_root_dir``.
+        folder: folder of recorded teacher outputs; None for `RECORDED` under the Trainer's ``default_root_dir``.
 
     Raises:
-        UserError: the teacher is not there, does not go with the student, or has no room, on one of the processes; or
-            a rehearsal would record it.
+        UserError: on one of the processes the teacher does not exist, does not match the student, or has no room; or
+            a rehearsal (``fast_dev_run``) would record it.
     """
     if config.teacher == "recorded" and trainer.fast_dev_run:  # type: ignore[attr-defined]
         raise UserError(
@@ -73,16 +73,16 @@ def engage_teacher(
 def record_missing(
     recording: Recording, load: Callable[[], torch.nn.Module], device: torch.device, processes: Processes
 ) -> None:
-    """Records what is not there yet, each process a share of the parts.
+    """Records the missing parts, a share of them on each process.
 
     Args:
-        recording: what is going to be asked for.
-        load: function that loads the teacher; it is called where there is something to record.
-        device: device that the teacher computes on.
+        recording: recording of the rows that the fit will need.
+        load: function that loads the teacher; it is called only where there is something to record.
+        device: device that the teacher runs on.
         processes: processes that share the parts.
 
     Raises:
-        UserError: one of the processes has no room, or does not see what others recorded.
+        UserError: one of the processes has no room, or does not see the files of the others.
     """
     missing = processes.of_first(recording.missing)
     if not missing:
@@ -106,12 +106,12 @@ def record_missing(
 
 
 def form_of(config: DistillationConfig, teacher: Any, dtype_of_base: DType) -> Form:
-    """What is recorded of each token.
+    """What is recorded for each token.
 
     Args:
         config: options of the distillation.
         teacher: configuration of the teacher.
-        dtype_of_base: number format that was asked for the student's base.
+        dtype_of_base: number format that was requested for the student's base.
     """
     text = teacher.get_text_config()
     dtype = held_in(teacher, config.held_in(dtype_of_base))
@@ -127,7 +127,7 @@ def form_of(config: DistillationConfig, teacher: Any, dtype_of_base: DType) -> F
 def _recording(
     config: DistillationConfig, module: CompressibleModule, trainer: Trainer, folder: Path, form: Form
 ) -> Recording:
-    """What is going to be, or was, recorded for a fit."""
+    """The recording for a fit, whether or not its files exist yet."""
     data = trainer.datamodule  # type: ignore[attr-defined]
     loader = data and data.train_dataloader()
     if not isinstance(loader, ResumableLoader) or not isinstance(loader.examples, TextExamples):

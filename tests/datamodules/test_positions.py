@@ -5,10 +5,13 @@ from transformers import GPT2Config, LlamaConfig
 
 from qpruner.datamodules import StoriesDataModule
 from qpruner.errors import UserError
+from qpruner.pretrained import EMBEDDED
 
 
 def stories(max_length: int) -> StoriesDataModule:
-    return StoriesDataModule(max_length=max_length, num_train=40, num_validation=4, num_test=4, num_choices=0)
+    return StoriesDataModule(
+        tokenizer=EMBEDDED, max_length=max_length, num_train=40, num_validation=4, num_test=4, num_choices=0
+    )
 
 
 def test_rows_and_calibration_stay_within_the_table_of_positions() -> None:
