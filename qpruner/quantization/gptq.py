@@ -1,8 +1,8 @@
-"""GPTQ (2022): the columns of a weight are rounded one after the other, and the remaining ones make up for each error.
+"""GPTQ (2022): columns of a weight are rounded one after the other, and the remaining ones make up for each error.
 
 With W the weight, Q the rounded weight, X the inputs of the linear and H = X^T X, the objective is the output error,
-|X (W - Q)^T|^2 = tr (W - Q) H (W - Q)^T. Once column q is rounded, with error e = w_q - round(w_q) in each row, the best
-update of the columns F after it is
+|X (W - Q)^T|^2 = tr (W - Q) H (W - Q)^T. Once column q is rounded, with error e = w_q - round(w_q) in each row, the
+best update of the columns F after it is
 
     W_F <- W_F - e [K]_qF / [K]_qq,    K the inverse of H among q and F,
 
