@@ -35,8 +35,9 @@ from qpruner.training.processes import processes_of
 class LoRAGuidedPruning(CompressionInTraining):
     """Removes KV groups and FFN channels during LoRA training, by the adapters' gradients (LoRAPrune, 2305.18403).
 
-    No gradient of a base weight is ever stored, so the base may be quantized: put `MixedPrecisionQuantization` before
-    this callback. It comes after every other callback that compresses. To quantize the result, add a phase to the run.
+    No gradient of a base weight is stored, except by `criterion: gradient`, so the base may be quantized: put
+    `MixedPrecisionQuantization` before this callback. It comes after every other callback that compresses. To quantize
+    the result, add a phase to the run.
 
     ```yaml
     trainer:

@@ -22,7 +22,7 @@ from qpruner.offload import passing
 from qpruner.processes import Processes
 
 TOKENS = 2048
-"""Largest number of predictions that are kept: with a vocabulary of 32,000, 128 MiB in half precision."""
+"""Largest number of predictions that are kept: with a vocabulary of 32,000, 125 MiB in half precision."""
 
 
 @dataclass(frozen=True)

@@ -128,7 +128,7 @@ class TrialRunner:
                 searched, also ``units``: how many units of each part stay; where ranks are searched, also ``ranks``.
 
         Returns:
-            Loss, perplexity and kl (to the dense model) in nats per token, accuracy where there is a choice task,
+            Loss and kl (to the dense model) in nats per token, perplexity, accuracy where there is a choice task,
             bytes, average_bits, multiply_adds, steps, and the seconds spent on assembling, training, evaluating, and in
             total.
         """
