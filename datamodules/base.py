@@ -177,10 +177,13 @@ class TokenDataModule(LightningDataModule):
         config = config.get_text_config()
         self._learned_positions = learned_positions(config)
         if self._learned_positions is not None and self.max_length > self._learned_positions:
-            raise UserError(
-                f"max_length is {self.max_length}, and the model has a table of {self._learned_positions} positions. "
-                f"Give --data.max_length {self._learned_positions}."
-            )
+            parts = [part for part in self.prepared.splits.values() if len(part)]
+            longest = max((int(part.lengths.max()) for part in parts), default=0)
+            if longest > self._learned_positions:
+                raise UserError(
+                    f"The longest row of the data has {longest} tokens, and the model has a table of "
+                    f"{self._learned_positions} positions. Give --data.max_length {self._learned_positions}."
+                )
         size = config.vocab_size
         self._positions = getattr(config, "max_position_embeddings", None) or DEFAULT_POSITIONS
         if size == self._vocabulary:

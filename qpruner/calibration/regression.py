@@ -66,7 +66,7 @@ class Sums:
         Args:
             inputs: what the linear gets, [N, I].
             missing: what its outputs lack, [N, O].
-            weights: how much each token counts, [N]; above 0.
+            weights: how much each token counts, [N]; at least 0.
         """
         roots = weights.float().sqrt().unsqueeze(1)
         self.tokens.add_(roots.square().sum(dtype=torch.float64))
@@ -104,10 +104,10 @@ class Sums:
         return float(error / self.size)
 
     def change(self, ridge: float, *, bias: bool) -> "Change | None":
-        """The least-squares change for these tokens; None where float32 products are too inexact with that ridge.
+        """The least-squares change for these tokens; None where the sums are too inexact for so small a ridge.
 
-        Products are sums over numbers of float32. About means that are far larger than what inputs differ by, they are
-        positive with a larger ridge alone.
+        The sums are of products in float32. Where inputs vary far less than their means are large, what is left of the
+        sums about the means is positive definite with a larger ridge alone.
 
         Args:
             ridge: weight of the square of the change, in units of the mean of the diagonal of X^T X; above 0.

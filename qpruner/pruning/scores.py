@@ -34,7 +34,7 @@ from qpruner.seeds import derive_seed
 
 @dataclass(frozen=True)
 class LayerScores:
-    """The importance of each unit of a layer, at least 0; float64, on the CPU.
+    """The importance of each unit of a layer, at least 0; float64.
 
     Args:
         kv_groups: [groups], scores of KV groups.

@@ -45,6 +45,18 @@ def test_inputs_that_hardly_differ_take_a_larger_ridge_or_no_change(offset: floa
     assert best.after < before if best.changes else best.after == before
 
 
+def test_held_out_tokens_that_spoil_the_sums_leave_the_linear_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A ridge that is large enough without the held-out tokens may be too small once they are added."""
+    sums, held_out = summed(*draw(1)), summed(*draw(2))
+    alone, change = float(sums.tokens), Sums.change
+    assert fit_(summed(*draw(1)), held_out, bias=True)[1].changes
+    monkeypatch.setattr(
+        Sums, "change", lambda self, *args, **given: change(self, *args, **given) if self.tokens <= alone else None
+    )
+    before = float(held_out.squares / held_out.size)
+    assert fit_(sums, held_out, bias=True) == (None, Fit(0.0, before, before))
+
+
 def brute_force(inputs: Tensor, missing: Tensor, weights: Tensor, ridge: float, *, bias: bool) -> tuple[Tensor, Tensor]:
     """Least squares on rows: those of the tokens, and one more for each input that asks its weight to be 0."""
     x, e, w = inputs.double(), missing.double(), weights.double().unsqueeze(1)

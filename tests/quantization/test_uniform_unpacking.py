@@ -11,7 +11,7 @@ from support.linears import random_linear
 from torch import Tensor
 
 from qpruner.modeling_compressed import uniform_scales_and_minima, uniform_values
-from qpruner.plan import ROW, Precision
+from qpruner.plan import ROW, Leading, Precision
 from qpruner.quantization.formats import quantize
 from qpruner.quantization.uniform_unpacking import kernel, unpack_uniform
 
@@ -83,7 +83,7 @@ def wrong(*arguments: Any) -> Tensor:
 def test_a_kernel_that_does_not_work_is_told_once_and_left(
     unpack: Any, told: str, monkeypatch: pytest.MonkeyPatch, recwarn: pytest.WarningsRecorder
 ) -> None:
-    monkeypatch.setitem(sys.modules, KERNELS, SimpleNamespace(unpack=unpack))  # type: ignore[arg-type]
+    monkeypatch.setitem(sys.modules, KERNELS, SimpleNamespace(unpack=unpack))
     assert [kernel(CPU, 2, torch.float16) for _ in range(2)] == [uniform_values] * 2
     (warning,) = recwarn.list
     assert told in str(warning.message)
@@ -93,5 +93,23 @@ def test_a_kernel_that_works_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     def right(*arguments: Any) -> Tensor:
         return uniform_values(*arguments)
 
-    monkeypatch.setitem(sys.modules, KERNELS, SimpleNamespace(unpack=right))  # type: ignore[arg-type]
+    monkeypatch.setitem(sys.modules, KERNELS, SimpleNamespace(unpack=right))
     assert [kernel(CPU, bits, torch.bfloat16) for bits in (1, 3, 8)] == [right] * 3
+
+
+def test_packed_linears_and_tables_are_read_by_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The whole weight, some rows, and both segments of one with leading columns."""
+    seen: list[tuple[int, ...]] = []
+
+    def recording(codes: Tensor, *arguments: Any) -> Tensor:
+        weight = uniform_values(codes, *arguments)
+        seen.append(tuple(weight.shape))
+        return weight
+
+    monkeypatch.setattr("qpruner.quantization.packed.unpack_uniform", recording)
+    linear = quantize(random_linear(96, 5), Precision("affine", 4, 32))
+    linear(torch.ones(1, 96))
+    linear.rows(torch.tensor([4, 0]), torch.float32)
+    led = Precision("affine", 3, 32, Leading(20, Precision("symmetric", 6)))
+    quantize(random_linear(96, 5), led).unpack(torch.float32)
+    assert seen == [(5, 96), (2, 96), (5, 20), (5, 76)]
