@@ -8,9 +8,8 @@ demo: $(VENV)/.installed
 	$(VENV)/bin/qpruner fit --config configs/quickstart.yaml
 	$(VENV)/bin/python scripts/tell_story.py runs/quickstart/model
 
-# By file, so that what the tests of a file share is made once.
 test: $(VENV)/.installed
-	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest --numprocesses=auto --dist=loadfile -m "not slow"
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest --numprocesses=auto -m "not slow"
 
 # What `test` leaves out: further kills and configurations, and 1,800 more files damaged in every way that one can be.
 test-slow: $(VENV)/.installed

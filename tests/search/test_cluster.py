@@ -18,7 +18,7 @@ from qpruner.search.local_cluster import local_cluster
 from qpruner.search.workers import Executor
 
 KINDS = ("serial", "processes", "dask")
-LIMIT = 1.0
+LIMIT = 3.0
 
 
 @pytest.fixture(scope="module")
