@@ -1,6 +1,6 @@
-"""The commands of qpruner: one table, which ``qpruner --help`` prints and a command line is dispatched by.
+"""The commands of qpruner: one table, from which ``qpruner --help`` is printed and a command line is dispatched.
 
-Nothing heavy is imported before a command is known: its module is imported when it runs.
+The module of a command is imported only when the command runs, so that nothing heavy is imported before.
 """
 
 from dataclasses import dataclass
@@ -14,12 +14,12 @@ DESCRIPTION = "Narrower layers, each at the bits it deserves, adapters that win 
 
 @dataclass(frozen=True)
 class Command:
-    """One command.
+    """A command of qpruner.
 
     Args:
-        summary: what the command does, in a line.
-        target: ``module:function`` that runs the command, called with the words after its name; None for commands that
-            need a Trainer, which the LightningCLI runs.
+        summary: one line about what the command does, for the help.
+        target: ``module:function`` that runs the command, called with the words after the command's name; None for a
+            command that needs a Trainer and is run by the LightningCLI.
     """
 
     summary: str
@@ -64,7 +64,7 @@ COMMANDS = {
 
 
 def run(arguments: list[str]) -> None:
-    """Runs one command.
+    """Runs the command of a command line.
 
     Args:
         arguments: words of the command line, the command first.
@@ -87,13 +87,13 @@ def _run_command(command: Command, arguments: list[str], rest: list[str]) -> Non
     if command.target is not None:
         resolve_name(command.target)(rest)
     else:
-        from qpruner.cli import run_trainer  # Lightning and all that trains takes seconds
+        from qpruner.cli import run_trainer  # Lightning takes seconds to import
 
         run_trainer(arguments)
 
 
 def overview() -> str:
-    """What ``qpruner --help`` says."""
+    """The text of ``qpruner --help``."""
     width = max(map(len, COMMANDS)) + 2
     lines = [f"  {name:{width}}{command.summary}" for name, command in COMMANDS.items()]
     return "\n".join(

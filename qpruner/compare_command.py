@@ -1,4 +1,4 @@
-"""`qpruner compare`: runs and evaluations side by side."""
+"""`qpruner compare`: compares runs and evaluations side by side."""
 
 from pathlib import Path
 
@@ -11,15 +11,15 @@ def compare_command(arguments: list[str]) -> None:
 
 
 def compare(runs: list[Path], *, names: list[str] | None = None, output: Path | None = None) -> None:
-    """Prints what was measured of models side by side, and how each differs from the first on the same questions.
+    """Prints the results of several models side by side, and how each differs from the first on the same questions.
 
     Args:
-        runs: folders of runs, or of what qpruner evaluate wrote; the others are compared with the first.
-        names: name of each, in the same order; null for the names of the folders.
-        output: folder to write comparison.md, comparison.json and pictures to; null to print only.
+        runs: folders of runs, or of results of qpruner evaluate; all others are compared with the first.
+        names: name of each model, in the order of the folders; null for the names of the folders.
+        output: folder for comparison.md, comparison.json and pictures; null to print only.
 
     Raises:
-        UserError: a folder that nothing was measured in, a damaged file, or names that do not fit the runs.
+        UserError: a folder has no results, a file is damaged, or the names do not match the runs.
     """
     comparison = compare_folders([run.expanduser() for run in runs], names)
     print("\n" + "\n".join(describe(comparison)))

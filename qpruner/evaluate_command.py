@@ -1,4 +1,4 @@
-"""`qpruner evaluate`: what a model can do, in figures that compare with those of others."""
+"""`qpruner evaluate`: measures what a model can do, in numbers that are comparable with published ones."""
 
 from collections.abc import Mapping
 from dataclasses import replace
@@ -21,7 +21,7 @@ from qpruner.records.evaluation_report import REPORT, evaluation_table
 from qpruner.stories import generate_stories
 
 ENDINGS: Mapping[str, Literal["untold", "told"]] = {"endings": "untold", "confusions": "told"}
-"""Tasks of the embedded stories, which need no file, and what stands in their other ending."""
+"""Tasks of the embedded stories, which need no files, and the kind of their wrong ending; see `ending_questions`."""
 NUM_ENDINGS = 1000
 DEFAULT_LENGTH = 2048
 
@@ -53,37 +53,37 @@ def evaluate(
     devices: int = 1,
     trust_remote_code: bool = False,
 ) -> None:
-    """Measures accuracy on tasks, perplexity of texts, and how a model writes; repeating the command goes on.
+    """Measures accuracy on tasks, perplexity of texts, and how a model writes; repeat the command to continue.
 
     Args:
         model: folder of a run, of a compressed model or of a model of transformers, a hub name, or qpruner/stories.
-        tasks: names of choice tasks: boolq, piqa, hellaswag, winogrande, arc_easy, arc_challenge, openbookqa, or
-            endings and confusions, of the embedded stories; with --harness any task of lm-evaluation-harness, such as
-            mmlu or gsm8k; with spaces or commas between them.
+        tasks: names of choice tasks, separated by spaces or commas: boolq, piqa, hellaswag, winogrande, arc_easy,
+            arc_challenge, openbookqa, or endings and confusions, which are about the embedded stories; with --harness,
+            any task of lm-evaluation-harness, such as mmlu or gsm8k.
         harness: whether lm-evaluation-harness asks the questions and scores the answers (pip install 'qpruner[eval]').
-        few_shot: number of solved examples before each question of the harness; by default what the task says.
-        folder: folder with the questions, FOLDER/TASK/validation.jsonl and test.jsonl; the harness takes those of the
-            hub where there is none.
-        split: part of a task's questions: test, validation, or all; of one file, half chooses and half is reported;
-            the harness takes what each of its tasks names.
-        items: most questions of a task, the first ones.
+        few_shot: number of solved examples before each question of the harness; by default, what the task defines.
+        folder: folder with the questions, in FOLDER/TASK/validation.jsonl and test.jsonl; by default, the harness takes
+            them from the hub.
+        split: part of a task's questions: test, validation, or all; a task with a single file is divided into halves
+            for test and validation; the harness uses the split that each of its tasks defines.
+        items: maximum number of questions of a task, taken from the beginning.
         texts: texts to measure perplexity on, each NAME=FILE or NAME=HUB_NAME:CONFIG@SPLIT.
-        lengths: tokens of the windows that texts are cut into, such as 128 2048; by default 2048, or the longest that
-            the model knows.
-        stride: tokens between the beginnings of two windows; by default windows follow each other.
-        separator: what stands between two records of a text; GPTQ and SparseGPT join PTB and C4 by a space.
-        new_tokens: most tokens that the model writes behind each prompt; 0 for none.
-        prompts: texts that the model goes on with; by default four short ones.
-        output: folder of the results; by default RUN/evaluation, or runs/evaluations/MODEL.
-        restart: whether to measure again what was measured before.
-        batch_tokens: most tokens in a batch, padding included; changes no result.
-        dtype: number format of the weights of a model that is not compressed.
+        lengths: numbers of tokens in the windows that texts are cut into, such as 128 2048; by default 2048, or the
+            maximum length of the model if that is smaller.
+        stride: number of tokens from the beginning of a window to that of the next; by default, windows do not overlap.
+        separator: text between two records of a text; GPTQ and SparseGPT join PTB and C4 by a space.
+        new_tokens: maximum number of tokens that the model generates after each prompt; 0 for none.
+        prompts: texts for the model to continue; by default, four short ones.
+        output: folder for the results; by default RUN/evaluation, or runs/evaluations/MODEL.
+        restart: whether to discard earlier results and measure again.
+        batch_tokens: maximum number of tokens in a batch, including padding; does not affect results.
+        dtype: dtype of the weights of a model that is not compressed.
         accelerator: kind of device: auto, cpu, gpu, ...
         devices: number of devices that share the work, each with the whole model.
         trust_remote_code: whether code that comes with the model may run.
 
     Raises:
-        UserError: something is not there or out of range, or there is nothing to do.
+        UserError: something is missing or out of range, or there is nothing to do.
     """
     at_least = {"items": (items, 1), "few-shot": (few_shot, 0), "new-tokens": (new_tokens, 0)}
     _check_least(at_least | {"batch-tokens": (batch_tokens, 1), "devices": (devices, 1)})
@@ -175,7 +175,7 @@ def _named(text: str) -> tuple[str, str]:
 
 
 def _place(model: str) -> Path:
-    """Where the results go unless told."""
+    """The default folder for the results."""
     folder = Path(model).expanduser()
     if folder.is_dir() and compressed_folder(model) not in (None, folder):  # that of a run
         return folder / "evaluation"

@@ -1,4 +1,4 @@
-"""`qpruner generate`: what a model writes, as it writes it, with tokens per second and memory."""
+"""`qpruner generate`: prints the text that a model generates, with its speed and memory use."""
 
 from typing import Literal
 
@@ -20,19 +20,23 @@ def generate(
     device: Literal["auto", "cpu", "cuda"] = "auto",
     trust_remote_code: bool = False,
 ) -> None:
-    """Lets a model go on with a prompt, and prints what it writes token by token.
+    """Lets a model continue a prompt, and prints the text as it is generated.
 
     Args:
         model: folder of a run, of a compressed model or of a model of transformers, a hub name, or qpruner/stories.
-        prompt: text to go on with; with chat what a person says.
+        prompt: text to continue; with --chat, the message of a user.
         chat: whether the prompt is put into the chat template of the tokenizer, for models that were trained on one.
-        max_new_tokens: most tokens to write, at least 1; the token that ends a text ends it sooner.
-        temperature: what logits are divided by before a token is drawn; with 0 the likeliest token is taken.
-        seed: seed of the draws.
-        device: device that the model computes on; auto takes the first CUDA device where there is one.
+        max_new_tokens: maximum number of tokens to generate, at least 1; fewer if the model ends the text.
+        temperature: divisor of the logits before a token is sampled, at least 0; with 0, the likeliest token is taken.
+        seed: seed of the sampling.
+        device: device that the model computes on; auto is the first CUDA device if there is one, otherwise the CPU.
         trust_remote_code: whether code that comes with the model may run.
+
+    Raises:
+        UserError: there is no such model or device, an option is out of range, the prompt has no tokens or too many, or
+            the tokenizer has no chat template.
     """
-    from qpruner.evaluation.streaming import stream  # what loads models takes seconds to import, and help needs it not
+    from qpruner.evaluation.streaming import stream  # takes seconds to import, and --help does without
 
     print(
         stream(

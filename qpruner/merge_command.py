@@ -1,4 +1,4 @@
-"""`qpruner merge`: a copy of a run's model with its adapters in its weights."""
+"""`qpruner merge`: copies a run's model and merges the adapters into its weights."""
 
 from pathlib import Path
 from typing import Literal
@@ -11,21 +11,25 @@ def merge_command(arguments: list[str]) -> None:
 
 
 def merge(run: Path, output: Path, dtype: Literal["bfloat16", "float16"] = "bfloat16", packed: bool = False) -> None:
-    """Merges the adapters of a run's model into a copy without any, and prints what that changed.
+    """Copies a run's model, merges its adapters into the weights of the copy, and prints what that changed.
 
-    The copy is dense, in 16 bits: packed again, its weights would be rounded a second time, which costs more than the
-    adapters gave. Adapters that were trained with --model.lora.pooled can be folded into the minima of packed weights,
-    and then the copy stays packed, with no weight rounded anew. Only the run's model is needed; where its data can
-    still be had, the perplexity is measured before and after.
+    The copy is dense, in 16 bits: packing its weights would round them a second time, which costs more than the
+    adapters gain. Adapters that were trained with --model.lora.pooled can instead be folded into the minima of packed
+    weights; the copy then stays packed, and no weight is requantized. Only the run's model is needed; if its data are
+    still available, the perplexity is measured before and after.
 
     Args:
         run: folder of a finished run, such as runs/quickstart, or of its model.
-        output: folder to write; it must not be there yet.
-        dtype: number format of a dense copy.
-        packed: whether the copy stays packed, with pooled adapters in its minima.
+        output: folder to write, which must not exist yet.
+        dtype: dtype of a dense copy.
+        packed: whether the copy stays packed, with pooled adapters folded into its minima.
+
+    Raises:
+        UserError: there is no such run, values are not finite, adapters cannot be folded into minima, or the output
+            exists or cannot be written.
     """
     from qpruner.dense_copy import (
-        merge_run,  # what loads and measures models takes seconds to import, and help needs it not
+        merge_run,  # takes seconds to import, and --help does without
     )
 
     merge_run(run, output, dtype, packed=packed)

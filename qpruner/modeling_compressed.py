@@ -1,23 +1,24 @@
-"""A compressed language model for transformers: layers of widths of their own, weights packed in one to eight bits.
+"""A compressed language model for transformers: layers with individual widths, weights packed in one to eight bits.
 
-This file needs torch, transformers and huggingface_hub alone. It lies beside the weights of every model that these
-cannot build by themselves, so that
+This file needs only torch, transformers and huggingface_hub. It is stored beside the weights of every model that
+transformers cannot build by itself, so that
 
     AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
 
-works wherever they are installed. What it has to know of a model stands in ``config.json``: the widths of the layers in
-``per_layer_config``, as transformers has it, and beside it ``compression``:
+works wherever these packages are installed. It reads the structure of the model from ``config.json``: the widths of the
+layers from ``per_layer_config``, an entry that transformers defines, and the rest from ``compression``:
 
-- ``modules``: by its path, each linear, embedding or norm that is not as the family's class makes it: its ``shape``
-  ([out, in] of a linear, [n] of a norm) and, where it is packed, ``format``, ``bits``, ``group`` and ``leading`` (the
-  first ``columns``, in a ``precision`` of their own); of an embedding also the ``scale`` of its rows; ``linear`` where
-  GPT-2's ``Conv1D`` has become a linear;
-- ``attributes``: what modules remember of their widths, by path;
-- ``layer_configs``: modules that read widths from their configuration as they compute, with the number of their layer;
-- ``experts``: by its path, each mixture of experts, which becomes a list of gated networks: how many it has
-  (``number``), and the names of their linears (``projections``);
-- ``parameters``: by its path, the shape of what else is narrower, such as a router's weight;
-- ``skeleton``: fields as the family's class has to see them to build the model at all.
+- ``modules``: each linear, embedding or norm that differs from what the family's class builds, by its path: its
+  ``shape`` ([out, in] of a linear, [n] of a norm) and, if it is packed, ``format``, ``bits``, ``group`` and ``leading``
+  (the number of leading ``columns``, and their ``precision``); for an embedding also the ``scale`` of its rows;
+  ``linear`` for a packed linear that has become dense, and is a linear even where GPT-2 has a ``Conv1D``;
+- ``attributes``: attributes in which modules store their widths, by path;
+- ``layer_configs``: modules that read widths from their configuration during computation, by path, with the index of
+  their layer;
+- ``experts``: each mixture of experts, by its path, which becomes a list of gated networks: their ``number``, and the
+  names of their linears (``projections``);
+- ``parameters``: shapes of other narrowed parameters, such as a router's weight, by path;
+- ``skeleton``: values of configuration fields with which the family's class can build the model.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -28,22 +29,22 @@ from typing import Any, ClassVar, Self, cast
 import torch
 from torch import Tensor, nn
 
-# What codes mean. Layouts are told where the formats are defined: each is a set of tensors by name.
+# The meaning of codes. Layouts (tensors by name) are documented where the number formats are defined.
 
 ROW = -1
-"""The group of a whole row."""
+"""The value of ``group`` that stands for a whole row."""
 PLANES: dict[int, tuple[int, ...]] = {1: (1,), 2: (2,), 3: (2, 1), 4: (4,), 5: (4, 1), 6: (4, 2), 8: (8,)}
-"""Widths in bits of the planes of a code by its own width, that of the lowest bits first."""
+"""Widths in bits of the planes that a code is split into, lowest bits first, by the width of the code."""
 SPREADING: dict[int, tuple[torch.dtype, tuple[tuple[int, int], ...]]] = {
     4: (torch.int16, ((4, 0x0F0F),)),
     2: (torch.int32, ((12, 0x000F000F), (6, 0x03030303))),
     1: (torch.int64, ((28, 0x0000000F0000000F), (14, 0x0003000300030003), (7, 0x0101010101010101))),
 }
-"""By the width of a plane: word that a byte grows to, and the bits by which its halves move, with what then counts."""
+"""How `_spread` unpacks a byte, by the width of a plane: dtype of the word, and the distance and mask of each step."""
 CHUNK = 2**20
-"""Weights that are unpacked at a time: few enough that one step finds in the cache what the one before left there."""
+"""Weights that are unpacked at a time: few enough that the results of each step are still in the cache for the next."""
 SCALE_GROUP = 256
-"""Scales that share a scale of their own in double quantization of NF4 and FP4."""
+"""Number of scales that share a second-level scale in double quantization of NF4 and FP4."""
 NF4 = (
     -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453,
     -0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0,
@@ -53,32 +54,32 @@ NF4 = (
 """Quantiles of the normal distribution scaled to [-1, 1], with an exact zero."""
 CODE_BOOKS: dict[str, tuple[float, ...]] = {
     "nf4": NF4,
-    # Sign, two bits of exponent and one of mantissa, over 12.
+    # One sign bit, two exponent bits and one mantissa bit; the values are divided by 12.
     "fp4": tuple(sign * value / 12 for sign in (1, -1) for value in (0, 0.0625, 8, 12, 4, 6, 2, 3)),
 }
 LEADING = "leading_"
-"""What the names of the leading segment's tensors begin with."""
+"""Prefix of the names of the leading segment's tensors."""
 
 State = Mapping[str, Tensor]
 
 
 def parted(state: State) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """The tensors of the leading columns of a weight, and of those behind them."""
+    """The tensors of the leading columns of a weight, without their prefix, and those of the columns after them."""
     leading = {name.removeprefix(LEADING): tensor for name, tensor in state.items() if name.startswith(LEADING)}
     return leading, {name: tensor for name, tensor in state.items() if not name.startswith(LEADING)}
 
 
 def bytes_of_row(columns: int, bits: int) -> int:
-    """Number of bytes of a row of codes."""
+    """Number of bytes in a row of packed codes."""
     return sum(-(-columns * width // 8) for width in PLANES[bits])
 
 
 def unpack_codes(packed: Tensor, columns: int, bits: int) -> Tensor:
-    """The codes, uint8 [rows, columns], in bytes, uint8 [rows, bytes of a row].
+    """Unpacks codes, uint8 [rows, columns], from bytes, uint8 [rows, bytes of a row].
 
-    A code is cut into planes whose widths divide eight, so that no byte holds a part of a code of a plane: three bits
-    are a plane of two and one of one. Within a byte of a plane the earlier code has the lower bits. A row is the bytes
-    of its planes, that of the lowest bits first; each plane of a row starts with a new byte.
+    The bits of a code are split into planes whose widths divide eight, so that no entry of a plane crosses the end of a
+    byte: codes of three bits have a plane of two bits and one of one bit. Within a byte, earlier codes have lower bits.
+    A row consists of the bytes of its planes, the plane of the lowest bits first; each plane starts with a new byte.
     """
     codes, first, shift = packed, 0, 0
     for width in PLANES[bits]:
@@ -90,10 +91,11 @@ def unpack_codes(packed: Tensor, columns: int, bits: int) -> Tensor:
 
 
 def _spread(plane: Tensor, width: int, shift: int) -> Tensor:
-    """The codes of the bytes [rows, n] of a plane, times 2^shift; uint8 [rows, n * 8 / width].
+    """The codes in the bytes [rows, n] of a plane, times 2^shift; uint8 [rows, n * 8 / width].
 
-    A byte becomes a word of as many bytes as it has codes, and halves of what is left together move apart, until each
-    byte of the word has a code: far faster on a processor than to look codes up, as all of a vector moves at once.
+    Each byte is extended to a word with one byte for each of its codes. Its bits are then repeatedly split in half and
+    moved apart, until each byte of the word holds one code. On CPUs, this is far faster than looking codes up, since it
+    is vectorized.
     """
     if width == 8:
         return plane
@@ -121,7 +123,7 @@ def uniform_scales_and_minima(state: State, bits: int, symmetric: bool) -> tuple
         return scales, scales * -float(1 << (bits - 1))
     if "minima" in state:
         return scales, state["minima"].float()
-    # The product of a code and a number of float16 is exact, so that all devices round alike.
+    # The product of a code and a float16 number is exact in float32, so all devices round in the same way.
     minima = (state["zero_points"] * scales) * (((1 << bits) - 1) / -255)
     return scales, minima.half().float()
 
@@ -131,11 +133,18 @@ def uniform_values(
 ) -> Tensor:
     """Weights [out, columns] = scale * code + minimum, rounded once from float32.
 
-    Of codes uint8 [out, bytes of a row], and of scales and minima float32 [out, m] for groups of so many columns.
+    Args:
+        codes: packed codes, uint8 [out, bytes of a row].
+        scales: scales of the m groups of each row, float32 [out, m].
+        minima: minima of the groups, float32 [out, m].
+        columns: number of columns.
+        bits: width of a code.
+        group: number of columns in a group, -1 for whole rows; the last group of a row may be short.
+        dtype: dtype of the weights.
     """
     scales, minima = scales.unsqueeze(2), minima.unsqueeze(2)  # [out, m, 1]
     group = columns if group == ROW else group
-    whole = columns // group  # groups; a short one may come behind them
+    whole = columns // group  # number of full groups; a short one may follow
     weight = torch.empty(len(scales), columns, dtype=dtype, device=scales.device)
     size = max(1, CHUNK // columns)
     for rows in (slice(first, first + size) for first in range(0, len(scales), size)):
@@ -149,7 +158,7 @@ def uniform_values(
 
 
 def blockwise4_scales(state: State, blocks: Tensor) -> Tensor:
-    """The scales of some blocks of NF4 or FP4 weights, in the shape of their numbers."""
+    """The scales of NF4 or FP4 blocks, in the shape of the tensor ``blocks`` of their indices."""
     if "scales" in state:
         return state["scales"][blocks]
     codes = state["scale_codes"][blocks]
@@ -158,17 +167,17 @@ def blockwise4_scales(state: State, blocks: Tensor) -> Tensor:
 
 
 def blockwise4_codes(codes: Tensor, name: str) -> Tensor:
-    """What bytes [n] of two codes of a code book each mean before they are scaled; float32 [2 n]."""
+    """The unscaled values of bytes [n] that hold two codes of a code book each; float32 [2 n]."""
     book = code_book(name, codes.device)  # [16]
-    pairs = torch.stack([book.repeat_interleave(16), book.repeat(16)], dim=1)  # [256, 2], a byte's two values
+    pairs = torch.stack([book.repeat_interleave(16), book.repeat(16)], dim=1)  # [256, 2], both values of each byte
     return pairs.index_select(0, codes.int()).flatten()
 
 
 def blockwise4_values(
     state: State, out_features: int, in_features: int, name: str, group: int, places: Tensor | None = None
 ) -> Tensor:
-    """Weights [out, in] in blocks of a code book, which run across the ends of rows, or some rows [n]; float32."""
-    if places is None or in_features % group:  # and so may bytes
+    """Weights [out, in], or their rows ``places`` [n], of a code book in blocks across the ends of rows; float32."""
+    if places is None or in_features % group:  # or blocks and bytes may span rows
         number = out_features * in_features
         values = blockwise4_codes(state["codes"], name)[:number]
         scales = blockwise4_scales(state, torch.arange(-(-number // group), device=values.device))
@@ -182,7 +191,7 @@ def blockwise4_values(
 
 
 def _kept(make: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """Makes a tensor once for a device, not at every product; while a graph is exported, whose tensors are none."""
+    """Caches the tensor that a function creates, except during graph export, whose tensors hold no values."""
     kept = cache(torch.inference_mode(False)(make))
 
     @wraps(make)
@@ -194,7 +203,7 @@ def _kept(make: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 @_kept
 def scale_shares(symmetric: bool, device: torch.device) -> Tensor:
-    """What each scale code of ``-double`` means as a share of the largest scale; float32 [256].
+    """The value of each scale code of ``-double``, as a share of the largest scale; float32 [256].
 
     Computed without torch, whose powers differ between devices.
     """
@@ -216,8 +225,8 @@ def code_book(name: str, device: torch.device) -> Tensor:
 def scale_code_book(device: torch.device) -> Tensor:
     """The 256 values, ascending, of the signed dynamic type for scales; float32 [256].
 
-    Zero, one, and, for each power of ten from 1e-6 to 1, with either sign, the middles of 1, 2, 4, .. 64 equal parts of
-    [0.1, 1] times that power.
+    They are zero, one, and for the powers of ten 1e-6, 1e-5, ..., 1, with both signs, the midpoints of 1, 2, ..., 64
+    equal parts of [0.1, 1], multiplied by the power.
 
     Source: Dettmers, 8-Bit Approximations for Parallelism in Deep Learning, 2015 (arXiv:1511.04561).
     """
@@ -229,7 +238,7 @@ def scale_code_book(device: torch.device) -> Tensor:
     return torch.cat(values).sort().values.to(device)
 
 
-# Precisions as `compression` names them.
+# Precisions, in the form that they have in `compression`.
 
 Precision = Mapping[str, Any]
 
@@ -282,10 +291,17 @@ def values(
     blockwise4: Callable[[State, int, int, str, int, Tensor | None], Tensor] = blockwise4_values,
     uniform: Callable[[Tensor, Tensor, Tensor, int, int, int, torch.dtype], Tensor] = uniform_values,
 ) -> Tensor:
-    """The weight [out, in] that packed tensors mean, or its rows at some places [n], rounded once from float32.
+    """The weight [out, in] that packed tensors encode, or some of its rows, rounded once from float32.
 
-    Where groups end with rows, no more than these is unpacked. What is in blocks of a code book, and what is uniform,
-    may be read by other functions than this file's, which give the same numbers.
+    Args:
+        state: packed tensors, by name.
+        out_features: rows of the weight.
+        in_features: columns of the weight.
+        precision: precision of the weight.
+        dtype: dtype of the result.
+        places: indices of the rows to return, [n]; None for all. Other rows are not unpacked, unless blocks span rows.
+        blockwise4: function that unpacks blocks of a code book, as `blockwise4_values`.
+        uniform: function that unpacks uniform weights, as `uniform_values`.
     """
     if leading := precision.get("leading"):
         columns, (first, rest) = leading["columns"], parted(state)
@@ -298,14 +314,14 @@ def values(
     if places is not None:
         state = {part: tensor[places] if tensor.dim() else tensor for part, tensor in state.items()}
     if name == "int8":
-        codes = state["codes"].to(dtype)  # exact in all of them
+        codes = state["codes"].to(dtype)  # exact in every dtype
         return codes.mul_((state["scales"] * (1 / 127)).unsqueeze(1))  # in float32, then rounded
     grid = uniform_scales_and_minima(state, bits, name.startswith("symmetric"))
     return uniform(state["codes"], *grid, in_features, bits, group, dtype)
 
 
 class UnpackedProduct(torch.autograd.Function):
-    """A linear whose weight is unpacked again for the backward pass rather than kept until then."""
+    """A product with a weight that is unpacked again in the backward pass, rather than kept until then."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, bias: Tensor | None, unpack: Callable[[torch.dtype], Tensor]) -> Tensor:
@@ -318,11 +334,11 @@ class UnpackedProduct(torch.autograd.Function):
         return gradient @ ctx.unpack(gradient.dtype), of_bias, None
 
 
-# Modules that hold packed weights.
+# Modules with packed weights.
 
 
 class UnpackedWeight(Tensor):
-    """The weight of a packed linear, which becomes dense, with this very tensor, when somebody asks for ``data``."""
+    """The unpacked weight of a packed linear; reading its ``data`` makes the linear dense, with this same tensor."""
 
     linear: nn.Module
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
@@ -338,24 +354,26 @@ class UnpackedWeight(Tensor):
         self.data.copy_(weight)
 
     def data_ptr(self) -> int:
-        """What tells two linears apart, as PEFT asks whether head and embedding are one."""
+        """The identity of the linear, by which PEFT recognises whether head and embedding are tied."""
         return id(self.linear)
 
 
 class PackedTable(nn.Module):
     """A frozen linear ``x W^T + b`` that unpacks W for every product, and computes in the dtype of x.
 
-    Reading ``weight`` unpacks it; reading ``weight.data``, as those do who are going to write to it, makes the linear
-    dense for good, so that what is merged into it is not lost. As it is it holds the table of an embedding, also where
-    that is the head, too: it is no linear to PEFT, whose adapters would be of no use there.
+    Reading ``weight`` unpacks it. Reading ``weight.data``, as code does that is about to write to it, makes the linear
+    dense for good, so that the result of a merge is not lost.
+
+    This class holds the table of an embedding, which may also be the tied head. It is not an `nn.Linear`, so PEFT adds
+    no adapters to it, which would have no effect on the embedding.
 
     Args:
-        state: codes and scales by name, and what else a subclass has, in their order.
+        state: tensors to register as parameters, in this order: codes and scales by name, and others of a subclass.
         out_features: rows of the weight.
         in_features: columns of the weight.
         entry: format, bits, group and leading columns.
         bias: bias [out], or None.
-        dtype: dtype of the weight as others see it, or when the linear becomes dense; follows ``to``.
+        dtype: dtype of ``weight``, also once the linear is dense; follows ``to``.
     """
 
     bias: nn.Parameter | None
@@ -370,15 +388,15 @@ class PackedTable(nn.Module):
         bias: nn.Parameter | None,
         dtype: torch.dtype,
     ) -> None:
-        nn.Module.__init__(self)  # that of `nn.Linear`, which may come next, makes a weight
+        nn.Module.__init__(self)  # not `nn.Linear`, a possible next class, which creates a weight
         self.out_features, self.in_features, self.entry, self.dtype = out_features, in_features, entry, dtype
         self.names = tuple(layout(out_features, in_features, entry))
-        for name, tensor in state.items():  # no buffers: DDP sends these around at every step
+        for name, tensor in state.items():  # not buffers, which DDP broadcasts at every step
             self.register_parameter(name, self.parameter(tensor, requires_grad=False))
         self.register_parameter("bias", bias)
 
     def packed(self) -> dict[str, Tensor]:
-        """Codes and scales by name: the module's own storage, not copies."""
+        """Codes and scales by name; they share the storage of the module's parameters."""
         return {name: self.get_parameter(name).data for name in self.names}
 
     def unpack(self, dtype: torch.dtype) -> Tensor:
@@ -386,7 +404,7 @@ class PackedTable(nn.Module):
         return values(self.packed(), self.out_features, self.in_features, self.entry, dtype)
 
     def rows(self, places: Tensor, dtype: torch.dtype) -> Tensor:
-        """Some rows [n] of the weight; [n, in]."""
+        """The rows of the weight at the indices ``places`` [n]; [n, in]."""
         return values(self.packed(), self.out_features, self.in_features, self.entry, dtype, places)
 
     def forward(self, x: Tensor) -> Tensor:  # [.., in] -> [.., out]
@@ -395,16 +413,19 @@ class PackedTable(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """The weight as others see it."""
+        """The unpacked weight [out, in]."""
         weight = self.unpack(self.dtype).as_subclass(UnpackedWeight)
         weight.linear = self
         return weight
 
     def become_dense_(self, weight: Tensor | None = None) -> nn.Linear:
-        """Turns into a dense linear of a weight [out, in], as a ``LazyLinear`` does; by default of that of its codes.
+        """Turns this object into a dense linear, by changing its class as ``LazyLinear`` does.
+
+        Args:
+            weight: weight [out, in] of the dense linear; by default the unpacked one.
 
         Raises:
-            TypeError: it is the table of an embedding.
+            TypeError: this is the table of an embedding.
         """
         if not isinstance(self, nn.Linear):
             raise TypeError(
@@ -412,7 +433,7 @@ class PackedTable(nn.Module):
                 "unpacked, or make a dense copy of the model first."
             )
         dense = self.unpack(self.dtype) if weight is None else weight.detach()
-        dense = dense.to(self.dtype, copy=isinstance(weight, nn.Parameter))  # which stays another's
+        dense = dense.to(self.dtype, copy=isinstance(weight, nn.Parameter))  # a parameter belongs to another module
         bias = self.bias
         self._parameters.clear()
         del self.entry, self.dtype, self.names
@@ -423,7 +444,7 @@ class PackedTable(nn.Module):
         return linear
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
-        if name == "weight" and param is not None:  # assigned by others
+        if name == "weight" and param is not None:  # assigned by other code
             self.become_dense_(param)
         else:
             super().register_parameter(name, param)
@@ -432,22 +453,22 @@ class PackedTable(nn.Module):
         before = self.packed()
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         self.dtype = fn(torch.empty(0, dtype=self.dtype)).dtype
-        for name, tensor in before.items():  # a cast of the model is none of the scales', split among devices or not
+        for name, tensor in before.items():  # casting the model must not cast the scales, on whichever devices they are
             if (moved := self.get_parameter(name)).dtype != tensor.dtype:
                 self.register_parameter(name, self.parameter(tensor.to(moved.device), requires_grad=False))
         return self
 
 
 class CompressedLinear(PackedTable, nn.Linear):  # type: ignore[misc, override]
-    """A frozen linear whose weight is packed; to PEFT a linear as any other."""
+    """A frozen linear with a packed weight, which PEFT treats like any other linear."""
 
 
 class CompressedEmbedding(nn.Module):
-    """A frozen embedding whose rows are those of a packed linear, which with tied embeddings is the head itself.
+    """A frozen embedding whose rows are those of a packed linear; with tied embeddings, that linear is the head itself.
 
     Args:
-        table: linear whose weight [vocabulary, hidden] is the table; rows have its dtype.
-        scale: what the rows are multiplied by.
+        table: linear whose weight [vocabulary, hidden] is the table, and whose dtype the rows have.
+        scale: factor that the rows are multiplied by.
     """
 
     def __init__(self, table: PackedTable, scale: float) -> None:
@@ -460,7 +481,7 @@ class CompressedEmbedding(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """The table as others see it."""
+        """The table, [vocabulary, hidden]."""
         return self.table.weight
 
 
@@ -468,15 +489,15 @@ class CompressedEmbedding(nn.Module):
 
 
 class Expert(nn.Module):
-    """One gated network of a mixture, of linears that may be narrower, packed, or have adapters.
+    """One gated network of a mixture, made of linears, which may be narrowed or packed, or have adapters.
 
     Args:
         names: names of its linears: gate, up and down.
-        sizes: hidden size, and number of its intermediate channels.
+        sizes: hidden size, and number of intermediate channels.
         bias: whether its linears have biases.
-        activation: what is applied to the gate.
-        clamped: ``alpha`` and ``limit`` of gpt-oss, whose gate is ``clamp(g) sigmoid(alpha clamp(g))`` and whose up is
-            ``clamp(u) + 1``; None for the others.
+        activation: activation function of the gate; None if ``clamped`` is given.
+        clamped: ``alpha`` and ``limit`` of gpt-oss, in which the gate is ``clamp(g) sigmoid(alpha clamp(g))``, and the
+            up projection is ``clamp(u) + 1``; None for other families.
     """
 
     def __init__(
@@ -508,22 +529,22 @@ class Expert(nn.Module):
 
 
 class Experts(nn.ModuleList):
-    """The experts of a layer as a list: each works on the tokens that its router sends there, and on no others.
+    """The experts of a layer as a list, each of which processes only the tokens that the router sends to it.
 
-    It stands in the place of transformers' module that holds all of them in one tensor, which could be packed only as a
-    whole. What is packed of an expert is unpacked when a token reaches it.
+    The list replaces transformers' module, whose tensors hold all experts together and could only be packed as a whole.
+    The packed weights of an expert are unpacked only if a token reaches it.
     """
 
     @classmethod
     def of(cls, fused: Any, names: tuple[str, str, str], number: int | None = None) -> "Experts":
-        """Experts of the shapes that transformers' module has, whose weights are not taken over.
+        """Creates experts with the shapes of transformers' module, but not its weights.
 
         Args:
-            fused: transformers' module.
+            fused: module of transformers.
             names: names of the linears of each expert: gate, up and down.
-            number: number of experts; that of ``fused`` by default.
+            number: number of experts; by default, as many as ``fused`` has.
         """
-        has_bias = hasattr(fused, "gate_up_proj_bias")  # gpt-oss, whose weights lie as [in, out]
+        has_bias = hasattr(fused, "gate_up_proj_bias")  # gpt-oss, whose weights are [in, out]
         sizes = fused.down_proj.shape[1:] if has_bias else fused.down_proj.shape[:0:-1]
         channels, hidden = sizes
         activation = None if has_bias else fused.act_fn
@@ -532,12 +553,12 @@ class Experts(nn.ModuleList):
         return cls(Expert(names, (hidden, channels), has_bias, activation, clamped) for _ in range(number))
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-        """What the experts give for tokens, by the weight that the router gave each of them.
+        """The outputs of the experts for each token, summed with the weights from the router.
 
         Args:
-            hidden_states: tokens, [N, hidden].
-            top_k_index: numbers of the experts of each token, [N, k].
-            top_k_weights: their weights, [N, k].
+            hidden_states: hidden states of the tokens, [N, hidden].
+            top_k_index: indices of the experts of each token, [N, k].
+            top_k_weights: weights of these experts, [N, k].
         """  # [N, hidden]
         total = torch.zeros_like(hidden_states)
         for number in sorted(set(top_k_index.flatten().tolist())):
@@ -551,31 +572,31 @@ class Experts(nn.ModuleList):
 # The configuration and the model.
 
 COMPRESSED = "compressed_"
-"""What the ``model_type`` of a model begins with when the family's class cannot build it."""
+"""Prefix of the ``model_type`` of models that the family's class cannot build."""
 
 
 class LayerConfig:
-    """The configuration of a model as one layer sees it, with that layer's widths.
+    """The configuration of a model as seen by one layer, with the widths of that layer.
 
-    What is not a width is read from the model's configuration whenever it is asked for, such as the implementation of
-    attention, which may change.
+    All other fields are read from the model's configuration at every access, since they may change, such as the
+    implementation of attention.
 
     Args:
         config: configuration of the model.
-        widths: widths of the layer, by field of the configuration.
+        widths: widths of the layer, by name of the field.
     """
 
     def __init__(self, config: Any, widths: Mapping[str, int]) -> None:
         self.config, self.widths = config, widths
 
     def __getattr__(self, name: str) -> Any:
-        if name in ("config", "widths") or name.startswith("__"):  # while it is copied
+        if name in ("config", "widths") or name.startswith("__"):  # looked up while the object is copied
             raise AttributeError(name)
         return self.widths[name] if name in self.widths else getattr(self.config, name)
 
 
 def layer_config(config: Any, number: int) -> Any:
-    """What a module that reads widths as it computes is to read; the configuration itself where layers are equal."""
+    """The configuration for a module of a layer that reads widths from it; the model's own if all layers are equal."""
     if not config.is_heterogeneous:
         return config
     layer = config.per_layer_config[number]
@@ -584,15 +605,15 @@ def layer_config(config: Any, number: int) -> Any:
 
 @cache
 def config_class(name: str) -> type:
-    """The configuration class of compressed models for a family's, such as ``LlamaConfig``: any head count will do."""
-    import transformers  # takes a while, and codes are read without it
+    """The class of compressed configurations for a family's, such as ``LlamaConfig``; allows any number of heads."""
+    import transformers  # slow to import, and not needed to read codes
     from huggingface_hub.dataclasses import strict
 
     parent = getattr(transformers, name)
 
     def validate_rope(self: Any) -> None:
-        # By all families' rules: Phi-3's reckon with as many heads as fit into the hidden size. Those of positions for
-        # long texts read the number of heads, of which there are several; the skeleton has been checked by them.
+        # By the common rules: Phi-3's own assume that the heads fill the hidden size. Rules of long positions read the
+        # number of heads, of which unequal layers have several; the skeleton has been checked by these rules.
         if not self.is_heterogeneous:
             transformers.PreTrainedConfig.validate_rope(self)
 
@@ -603,14 +624,14 @@ def config_class(name: str) -> type:
         "__module__": __name__,
         "__annotations__": {},
     }
-    # Without the decorator the parent's validators still run.
+    # Without the decorator, the validators of the parent class would still run.
     compressed_class: type = strict(type(f"Compressed{name}", (parent,), members))
     return compressed_class
 
 
 @cache
 def model_class(name: str) -> type:
-    """The class of compressed models for a family's, such as ``LlamaForCausalLM``."""
+    """The class of compressed models for a family's class, such as ``LlamaForCausalLM``."""
     import transformers
 
     parent: Any = getattr(transformers, name)
@@ -619,7 +640,7 @@ def model_class(name: str) -> type:
 
 
 def __getattr__(name: str) -> type:
-    """Makes the classes members of this module, as loading by name and pickling need them."""
+    """Creates the classes on access as members of this module, which loading by name and pickling need."""
     import transformers
 
     family = name.removeprefix("Compressed")
@@ -629,7 +650,7 @@ def __getattr__(name: str) -> type:
 
 
 class _Compressed:
-    """What the classes of compressed models have before their family's."""
+    """Mixin that comes before the family's class in the classes of compressed models."""
 
     config: Any
 
@@ -640,20 +661,20 @@ class _Compressed:
 
     @property
     def dtype(self) -> torch.dtype:
-        """The dtype of the dense parameters; the first ones may be the scales of packed weights."""
+        """The dtype of the dense parameters; transformers would take that of the first one, which may be scales."""
         packed = {id(part) for module in _packed(self) for part in module.parameters()}
         return next(part.dtype for part in self.parameters() if id(part) not in packed)  # type: ignore[attr-defined]
 
     @classmethod
     def from_pretrained(cls, *arguments: Any, **options: Any) -> Any:
-        """As ever; what is packed stays frozen, as transformers leaves no parameter of floats."""
+        """As in transformers, but packed parameters stay frozen; transformers makes those of floats trainable."""
         loaded: Any = super().from_pretrained(*arguments, **options)  # type: ignore[misc]
         for module in _packed(loaded[0] if isinstance(loaded, tuple) else loaded):
             module.requires_grad_(False)
         return loaded
 
     def save_pretrained(self, *arguments: Any, **options: Any) -> None:
-        """As ever; what has become dense since it was loaded is told so."""
+        """As in transformers, but first records in the configuration which modules have become dense since loading."""
         modules: dict[str, Any] = self.config.compression["modules"]
         for path, entry in list(modules.items()):
             part = self._part(path)
@@ -662,7 +683,7 @@ class _Compressed:
         super().save_pretrained(*arguments, **options)  # type: ignore[misc]
 
     def _part(self, path: str) -> Any:
-        """The module of a path in the whole model; None where a model without a head has it not."""
+        """The module at a path in the whole model; None if this is a model without a head that lacks it."""
         inside = dict(_inside(self, {path: path}))
         return self.get_submodule(*inside) if inside else None  # type: ignore[attr-defined]
 
@@ -677,10 +698,10 @@ def _packed(model: Any) -> Iterator[PackedTable]:
 
 @contextmanager
 def _as_skeleton(config: Any) -> Iterator[None]:
-    """A configuration as the family's class can build from it meanwhile: all layers equal.
+    """Changes a configuration, inside the context, to one from which the family's class can build: with equal layers.
 
-    The very object, which the model keeps: what a class finds out as it builds, such as which attention to use, has to
-    stand there afterwards.
+    It changes the object itself, which the model keeps, since classes store results in it while they build, such as
+    which attention to use.
     """
     record = config.__dict__.pop("_heterogeneity_spec", None)
     before = {name: getattr(config, name) for name in config.compression["skeleton"]}
@@ -696,7 +717,7 @@ def _as_skeleton(config: Any) -> Iterator[None]:
 
 
 def compress_(model: Any, compression: Mapping[str, Any]) -> None:
-    """Gives a model of equal dense layers the modules that ``compression`` tells of, with tensors to be loaded."""
+    """Replaces modules of a model with equal dense layers by those that ``compression`` describes, without values."""
     for name, entry in _inside(model, compression.get("experts", {})):
         model.set_submodule(name, Experts.of(model.get_submodule(name), tuple(entry["projections"]), entry["number"]))
     for name, entry in _inside(model, compression["modules"]):
@@ -713,7 +734,7 @@ def compress_(model: Any, compression: Mapping[str, Any]) -> None:
 
 
 def tie_(model: Any) -> None:
-    """Makes the head of a model with tied embeddings the table of its packed embedding; others stay as they are."""
+    """Makes the table of a packed embedding the head as well, if the embeddings are tied; changes no other model."""
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     if isinstance(embedding, CompressedEmbedding) and head is not None and model.config.tie_word_embeddings:
         names = {id(part): name for name, part in model.named_modules()}
@@ -723,7 +744,7 @@ def tie_(model: Any) -> None:
 
 
 def _inside(model: Any, by_path: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
-    """What is told of the parts of a model by their paths in it, which begin otherwise where it has no head."""
+    """Entries by path, for the parts that a model has; in a model without a head, without the prefix of its base."""
     if hasattr(model, model.base_model_prefix):
         yield from by_path.items()
         return
@@ -742,7 +763,7 @@ def _replacement(module: Any, entry: Mapping[str, Any]) -> nn.Module:
     if "format" not in entry:
         if isinstance(module, nn.Linear) or "linear" in entry:
             return nn.Linear(shape[1], shape[0], bias=has_bias)
-        return type(module)(*shape)  # GPT-2's Conv1D, whose weight lies as [in, out]
+        return type(module)(*shape)  # GPT-2's Conv1D, whose weight is [in, out]
     (rows, columns), dtype = shape, torch.get_default_dtype()
     precision = {name: entry.get(name) for name in ("format", "bits", "group", "leading")}
     like = layout(rows, columns, precision)

@@ -1,7 +1,7 @@
 """The shapes of a model, from its configuration alone.
 
-What only counts parameters and bytes needs no model that runs, and so not transformers' model classes either, whose
-import takes twice as long as that of torch.
+Counting parameters and bytes needs no model that can run. An outline therefore does without transformers' model
+classes, which take twice as long to import as torch.
 """
 
 from typing import Any
@@ -14,10 +14,10 @@ from qpruner.anatomy.layers import MEMBERS
 
 
 def outline_of(config: Any) -> nn.Module:
-    """A model that cannot run, with the parameters of the one that can, by the same names, on the meta device.
+    """A model that cannot run, but has the same parameters under the same names as the real one, on the meta device.
 
     Args:
-        config: configuration of a causal language model; its layers may differ in width.
+        config: configuration of a causal language model, whose layers may differ in width.
 
     Raises:
         UserError: an unsupported family.
@@ -45,7 +45,7 @@ def outline_of(config: Any) -> nn.Module:
             _put(model, f"{layer}.{family.mixture.router}", router)
             _put(model, f"{layer}.{family.mixture.path}", nn.ModuleList(nn.Module() for _ in range(experts)))
         for unit, names in MEMBERS.items():
-            has_bias = names[-1] in biased  # up rather than gate, which may be missing
+            has_bias = names[-1] in biased  # of gate and up, the latter, since gate may be missing
             for path, (outputs, inputs) in zip(paths[unit], shapes[unit], strict=True):
                 _put(model, f"{layer}.{path}", nn.Linear(inputs, outputs, bias=has_bias, device="meta"))
         for path in family.head_entries:
@@ -67,7 +67,7 @@ def outline_of(config: Any) -> nn.Module:
 
 
 def _table(rows: int, columns: int) -> nn.Embedding:
-    # Its weight is given to it: drawing one on meta imports a compiler.
+    # The weight is passed in, since initialising one on the meta device would import a compiler.
     return nn.Embedding(rows, columns, _weight=torch.empty(rows, columns, device="meta"))
 
 
@@ -76,7 +76,7 @@ def _rms_norm(channels: int) -> nn.RMSNorm:
 
 
 def _put(model: nn.Module, path: str, module: nn.Module) -> None:
-    """Gives a model a module at a dotted path, with empty ones above it."""
+    """Adds a module to a model at a dotted path, and creates empty parent modules where they are missing."""
     *above, name = path.split(".")
     for part in above:
         if not hasattr(model, part):

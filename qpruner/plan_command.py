@@ -11,7 +11,7 @@ from qpruner.options.functions import Function, run_one_of
 from qpruner.plan import UNITS, CompressionPlan, LayerPlan, describe_differences, format_ranges
 from qpruner.records.tables import markdown_table
 
-# torch and transformers, which take seconds to import, are for those that look at a model: `check` and `ratios`.
+# torch and transformers, which take seconds to import, are only imported by `check` and `ratios`.
 
 
 def plan_command(arguments: list[str]) -> None:
@@ -21,7 +21,7 @@ def plan_command(arguments: list[str]) -> None:
 
 
 def show(plan: Path) -> None:
-    """Says what a plan keeps of each layer.
+    """Prints what a plan keeps of each layer, and in which precision.
 
     Args:
         plan: file of the plan.
@@ -30,7 +30,7 @@ def show(plan: Path) -> None:
 
 
 def show_plan(plan: CompressionPlan) -> None:
-    """Prints what a plan keeps."""
+    """Prints what a plan keeps of each layer, as `show`."""
     dense, ranked = plan.architecture, any(plan.ranks)
     rows = [
         [
@@ -49,7 +49,7 @@ def show_plan(plan: CompressionPlan) -> None:
 
 
 def _rank(layer: LayerPlan) -> str:
-    """The rank of a layer's adapters, as a person reads it."""
+    """The rank of a layer's adapters, for printing."""
     return "lora.r" if layer.rank is None else str(layer.rank)
 
 
@@ -67,7 +67,7 @@ def _order_of_hidden(plan: CompressionPlan) -> str:
 
 
 def diff_plans(before: Path, after: Path) -> None:
-    """Says in which layers two plans differ; exit status 1 if they do.
+    """Prints how two plans differ; the exit status is 1 if they do.
 
     Args:
         before: file of a plan.
@@ -121,20 +121,20 @@ def _changes(before: LayerPlan, after: LayerPlan) -> list[str]:
 
 
 def _told(order: Sequence[int] | None) -> str:
-    """An order as a person writes it, no longer than a line."""
+    """An order of units or channels, for printing, shortened to 80 characters."""
     return "as in the model" if order is None else cut(format_ranges(order), 80)
 
 
 def check_plan(plan: Path, *, base: str, trust_remote_code: bool = False) -> None:
-    """Says whether a plan is for a model, and what would be left of that.
+    """Checks whether a plan fits a model, and prints the size of the model after compression.
 
     Args:
         plan: file of the plan.
-        base: model folder or hub name; its weights are only hashed.
+        base: folder or hub name of the model; its weights are only hashed.
         trust_remote_code: whether code that comes with the model may run.
 
     Raises:
-        UserError: the plan is for a model of another shape, or holds something in a precision that cannot be had.
+        UserError: the plan is for a model of another shape, or no format offers one of its precisions.
     """
     import torch
 
@@ -175,17 +175,19 @@ def list_ratios(
     """Lists the ratios that a model can be pruned to locally, without its weights.
 
     Args:
-        base: model folder or hub name; only its configuration is read.
+        base: folder or hub name of the model; only its configuration is read.
         trust_remote_code: whether code that comes with the model may run.
-        step: distance between two ratios listed, in (0, 1).
-        floor: share of a layer that stays; null for the default of the selection of StructuredPruning.
-        round_to: multiple that FFN widths are rounded to; null for the default of the selection of StructuredPruning.
-        leave_alone: numbers of the layers that stay as they are, one after the other; null for the default of the
-            selection of StructuredPruning.
-        mixtures: what goes of a mixture of experts; null for the default of the selection of StructuredPruning.
+        step: distance between listed ratios, in (0, 1).
+        floor: share of the units of a layer that always stays, in (0, 1); null for the default of StructuredPruning's
+            selection.
+        round_to: number of which FFN widths are multiples; null for the default of StructuredPruning's selection.
+        leave_alone: numbers of layers, from 0, that stay whole, separated by spaces; negative ones count from the last;
+            null for the default of StructuredPruning's selection.
+        mixtures: what is removed from a mixture of experts: channels of each expert, or whole experts; null for the
+            default of StructuredPruning's selection.
 
     Raises:
-        UserError: a step or a selection that cannot be.
+        UserError: the step or an option of the selection is out of range, or the model's family is not supported.
     """
     if not 0 < step < 1:
         raise UserError(f"--step is {step}; the distance between two ratios lies in (0, 1).")

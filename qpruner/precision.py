@@ -1,4 +1,4 @@
-"""How weights are held: a number format, bits and groups, and where the first columns are held otherwise."""
+"""Precisions of weights: number format, bits and groups, and another precision for leading columns if wanted."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -9,7 +9,7 @@ from qpruner.errors import UserError, brief
 from qpruner.ranges import MOST_UNITS
 
 ROW = -1
-"""The group of a whole row, as the field writes it."""
+"""The value of ``group`` that stands for a whole row."""
 
 
 @dataclass(frozen=True)
@@ -18,14 +18,14 @@ class Precision:
 
     Args:
         format: name of a number format; ``dense`` leaves the weights as they are.
-        bits: bits of a weight, scales not counted, from 1 to 16.
-        group: number of weights that share a scale; -1 for a whole row, None where the format itself says.
-        leading: the first columns of every linear of the unit, where they are held in another precision; a linear is
-            then packed as two contiguous segments. None where all columns are held alike.
+        bits: bits per weight without scales, from 1 to 16.
+        group: number of weights that share a scale; -1 for a whole row, None for the format's default.
+        leading: leading columns of every linear of the unit that are held in another precision; each linear is then
+            packed as two contiguous segments. None if all columns have the same precision.
 
     Raises:
-        UserError: another number of bits, a group without weights, a format that is no name, or a leading segment
-            beside dense weights or in the precision of the rest.
+        UserError: the bits are out of range, the group is empty, the format is not a name, or leading columns are
+            combined with dense weights or have the same precision as the rest.
     """
 
     format: str
@@ -58,11 +58,11 @@ class Precision:
 
     @property
     def rest(self) -> Self:
-        """The precision of the columns behind the leading ones, or of all."""
+        """The precision of the columns after the leading ones; of all columns if none lead."""
         return replace(self, leading=None)
 
     def mean_bits(self, columns: int) -> float:
-        """Bits of a weight in the mean over the columns of a linear, scales not counted.
+        """Average bits per weight over the columns of a linear, without scales.
 
         Args:
             columns: number of input columns of the linear.
@@ -72,13 +72,13 @@ class Precision:
         return self.bits + (self.leading.precision.bits - self.bits) * self.leading.columns / columns
 
     def of_columns(self, units: Sequence[int], width: int = 1) -> "Precision":
-        """The precision of a linear that keeps only some of its columns.
+        """The precision of a linear after it has been narrowed to some of its columns.
 
-        As many of them lead as were among the leading ones; a linear of which none or only leading ones are left is
-        one segment.
+        Those of the kept columns that were leading ones still lead. If none of them or only they are left, the linear
+        becomes a single segment.
 
         Args:
-            units: places of the units whose columns stay.
+            units: indices of the units whose columns stay.
             width: number of columns of a unit.
         """
         if self.leading is None:
@@ -91,7 +91,7 @@ class Precision:
         return replace(self, leading=replace(self.leading, columns=columns))
 
     def to_data(self) -> dict[str, Any]:
-        """Plain data for JSON, without a leading segment where there is none."""
+        """Plain data for JSON; the entry ``leading`` is left out if there are no leading columns."""
         data: dict[str, Any] = {"format": self.format, "bits": self.bits, "group": self.group}
         if self.leading is not None:
             data["leading"] = {"columns": self.leading.columns, "precision": self.leading.precision.to_data()}
@@ -99,11 +99,11 @@ class Precision:
 
     @classmethod
     def of_data(cls, data: Mapping[str, Any]) -> Self:
-        """Reads what `to_data` gave.
+        """Creates a precision from the data of `to_data`.
 
         Raises:
-            TypeError: an entry is missing, unknown or of a wrong kind.
-            UserError: an impossible entry.
+            TypeError: an entry is missing, unknown or of the wrong type.
+            UserError: an entry has an impossible value.
         """
         leading = data.get("leading")
         if leading is None:
@@ -113,14 +113,14 @@ class Precision:
 
 @dataclass(frozen=True)
 class Leading:
-    """The first columns of a linear, where these are held otherwise than the rest.
+    """The leading columns of a linear that are held in another precision than the rest.
 
     Args:
-        columns: number of input columns, at least 1; fewer than any linear of the unit has.
+        columns: number of leading input columns, at least 1 and fewer than any linear of the unit has.
         precision: precision of these columns, in a packed format.
 
     Raises:
-        UserError: no columns, or a precision that is dense or has leading columns of its own.
+        UserError: there are no columns, or the precision is dense or has leading columns of its own.
     """
 
     columns: int

@@ -1,4 +1,4 @@
-"""Base models whose weights are quantized already: made dense again where transformers can, refused where not."""
+"""Base models whose weights are already quantized: made dense if transformers supports it, refused otherwise."""
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -10,28 +10,28 @@ from safetensors import safe_open
 from qpruner.errors import UserError, brief
 
 DEQUANTIZED = ("bitsandbytes", "compressed-tensors", "fp8", "mxfp4")
-"""The methods, by their ``quant_method``, of which transformers makes dense weights on any machine."""
+"""The methods, by their ``quant_method``, whose weights transformers can make dense on any machine."""
 DENSE = ("F64", "F32", "F16", "BF16")
-"""The number formats of dense weights, as safetensors calls them."""
+"""The dtypes of dense weights, by their names in safetensors."""
 TRACES = ("is_loaded_in_4bit", "is_loaded_in_8bit", "is_quantized")
-"""What transformers leaves on a model that was quantized, by which PEFT chooses its adapters."""
+"""Attributes that transformers leaves on a model that was quantized, from which PEFT chooses its adapters."""
 
 
 def quantization_of(config: Any) -> dict[str, Any] | None:
-    """What a configuration says of how the weights are quantized; None where they are dense."""
+    """The entry of a configuration that describes how the weights are quantized; None if they are dense."""
     places = (config, config.get_text_config(decoder=True))
     return next((entry for place in places if (entry := getattr(place, "quantization_config", None))), None)
 
 
 def check_entry(content: dict[str, Any], name: str) -> None:
-    """Makes sure that transformers can read what a config.json says of quantization.
+    """Makes sure that the ``quantization_config`` of a config.json is an object, or missing.
 
     Args:
         content: content of the model's config.json.
         name: folder or hub name of the model, for the message.
 
     Raises:
-        UserError: it is no object.
+        UserError: it is something else.
     """
     entry = content.get("quantization_config")
     if entry is not None and not isinstance(entry, dict):
@@ -42,11 +42,11 @@ def check_entry(content: dict[str, Any], name: str) -> None:
 
 
 def stores_codes(files: Iterable[Path]) -> bool:
-    """Whether any weight of some safetensors is in another number format than dense ones are."""
+    """Whether any weight in some safetensors files has a dtype that dense weights do not have."""
     for file in files:
         with safe_open(file, framework="pt") as opened:
             names = opened.keys()
-            # Buffers are no weights. MXFP4 has blocks of codes in their place.
+            # Not buffers, whose dtype may be any. MXFP4 stores blocks of codes instead of weights.
             weights = [
                 name for name in names if name.rpartition(".")[2].startswith("weight") or name.endswith("_blocks")
             ]
@@ -56,20 +56,20 @@ def stores_codes(files: Iterable[Path]) -> bool:
 
 
 def describe(quantization: dict[str, Any]) -> str:
-    """The method, and the bits where they are said."""
+    """The method of a quantization entry and, if stated there, the number of bits, for messages."""
     bits = quantization.get("bits") or next((bits for bits in (4, 8) if quantization.get(f"load_in_{bits}bit")), None)
     return f"{_method(quantization)}{f', {bits} bits' if bits else ''}"
 
 
 def check_dequantizable(quantization: dict[str, Any], name: str) -> None:
-    """Makes sure that transformers can make dense weights of those of a model.
+    """Makes sure that transformers can make the weights of a quantized model dense.
 
     Args:
         quantization: quantization entry of the model's configuration.
         name: folder or hub name of the model, for the message.
 
     Raises:
-        UserError: it cannot, or needs a package that is not there.
+        UserError: the method is not supported, or needs a package that is not installed.
     """
     from transformers.quantizers.auto import AutoHfQuantizer
 
@@ -89,14 +89,14 @@ def check_dequantizable(quantization: dict[str, Any], name: str) -> None:
 
 
 def load_densely_(config: Any) -> None:
-    """Sets a configuration so that the weights are made dense as they are loaded, where the method has that."""
+    """Sets a configuration so that weights are made dense while they are loaded, if the method has such an option."""
     quantization = quantization_of(config)
     assert quantization is not None
     config.quantization_config = _to_dense(quantization)
 
 
 def dequantize(model: Any, dtype: torch.dtype) -> Any:
-    """The model with dense weights in place of quantized ones, and without a trace of these."""
+    """Makes the weights of a loaded model dense, and removes all traces of quantization; returns the model."""
     if model.is_quantized:
         model = model.dequantize(dtype=dtype)
     for trace in TRACES:
@@ -106,7 +106,7 @@ def dequantize(model: Any, dtype: torch.dtype) -> Any:
 
 
 def drop_quantization(config: Any) -> Any:
-    """The configuration as that of a dense model."""
+    """Removes the quantization from a configuration, in place, and returns the configuration."""
     for place in (config, config.get_text_config(decoder=True)):
         for attribute in ("quantization_config", "_is_quantized"):
             if hasattr(place, attribute):
@@ -115,7 +115,7 @@ def drop_quantization(config: Any) -> Any:
 
 
 def _method(quantization: dict[str, Any]) -> str:
-    # Older entries of bitsandbytes do not name it.
+    # Older entries of bitsandbytes do not name the method.
     of_bits = quantization.get("load_in_4bit") or quantization.get("load_in_8bit")
     return str(quantization.get("quant_method") or ("bitsandbytes" if of_bits else "an unnamed method"))
 

@@ -1,4 +1,4 @@
-"""What a plan costs in bytes before it is carried out: the sum of the tensors that its folder will hold."""
+"""The cost of a plan in bytes, before it is carried out: all tensors that the folder of its model will hold."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,15 +20,17 @@ ADAPTER_BYTES = 4  # adapters are float32
 
 @dataclass(frozen=True)
 class Price:
-    """Bytes of tensors, the headers of files apart.
+    """The cost of a plan: bytes of tensors, without the headers of files, and numbers of weights.
 
     Args:
-        units: bytes of the decoder's projections: codes, scales, weights that stay dense, and biases.
-        rest: bytes of embedding and head (tied ones once), dense or packed, and of norms.
+        units: bytes of the quantization units, which are the linears of the decoder layers: codes, scales, weights that
+            stay dense, and biases.
+        rest: bytes of all other parameters: embedding and head (counted once if tied), dense or packed, and norms.
         adapters: bytes of LoRA adapters.
-        weights: number of weights in the units, biases not counted.
+        weights: number of weights in the units, without biases.
         unit_weight_bytes: bytes of the weights in the units: ``units`` without the biases.
-        idle_weights: number of weights in the units that a token does not meet, of experts that it is not sent to.
+        idle_weights: number of weights in the units that a token does not pass through, because they belong to experts
+            that it is not sent to.
     """
 
     units: int
@@ -44,27 +46,27 @@ class Price:
 
     @property
     def average_bits(self) -> float:
-        """All bits that hold the weights of units, scales included, over the number of these weights."""
+        """Bits per weight in the units, including scales."""
         return 8 * self.unit_weight_bytes / self.weights
 
     @property
     def multiply_adds(self) -> int:
-        """Multiply-adds of the decoder linears for a token: one for each weight it meets, whatever its precision."""
+        """Multiply-adds of the decoder linears per token: one for each weight that the token passes through."""
         return self.weights - self.idle_weights
 
 
 def price(model: torch.nn.Module, plan: CompressionPlan, *, rank: int = 0, targets: Sequence[str] | str = ()) -> Price:
-    """Prices a plan.
+    """Computes the cost of a plan.
 
     Args:
-        model: dense model, of the plan's architecture and in the dtype that dense parts will be stored in; narrowed in
-            place. Its weights may lie on the meta device.
+        model: dense model of the plan's architecture, in the dtype in which dense parts will be stored; it is narrowed
+            in place. Its weights may be on the meta device.
         plan: plan to price.
-        rank: r of the adapters where the plan has no other for a layer; 0 for no adapters.
-        targets: linears that get adapters, as ``target_modules`` of `LoRAConfig`.
+        rank: rank of the adapters in layers for which the plan sets none; 0 for no adapters.
+        targets: linears that get adapters, in the form of ``target_modules`` of `LoRAConfig`.
 
     Raises:
-        UserError: the plan does not fit the model, or asks for a precision that cannot be had.
+        UserError: the plan does not fit the model, or no format offers one of its precisions.
     """
     apply_pruning_(model, plan)
     return price_narrowed(model, plan, rank=rank, targets=targets)
@@ -73,7 +75,7 @@ def price(model: torch.nn.Module, plan: CompressionPlan, *, rank: int = 0, targe
 def price_narrowed(
     model: torch.nn.Module, plan: CompressionPlan, *, rank: int = 0, targets: Sequence[str] | str = ()
 ) -> Price:
-    """Prices a plan whose widths a model has already, its linears and tables still dense; as `price`."""
+    """As `price`, for a model that already has the widths of the plan, with linears and tables that are still dense."""
     linears: dict[str, Any] = {
         name: model.get_submodule(name) for units in unit_linears(model) for names in units.values() for name in names
     }
@@ -106,25 +108,25 @@ def _idle_weights(widths: Architecture) -> int:
 
 
 def weight_bytes(shape: tuple[int, int], precision: Precision, dense_size: int) -> int:
-    """Bytes of a weight [out, in], its scales included.
+    """Bytes of a weight [out, in], including its scales.
 
     Args:
         shape: shape [out, in] of the weight.
-        precision: precision that the weight is held in.
-        dense_size: bytes of one weight that stays dense.
+        precision: precision of the weight.
+        dense_size: bytes per element of a weight that stays dense.
     """
     out_features, in_features = shape
     return out_features * in_features * dense_size if precision == DENSE else num_bytes(*shape, precision)
 
 
 def bytes_of_rank_one(model: torch.nn.Module, widths: Architecture, number: int, targets: Sequence[str] | str) -> int:
-    """Bytes of the adapters on a layer's linears for each rank that they have.
+    """Bytes of the adapters on a layer's linears if their rank is one.
 
     Args:
-        model: model whose linears have the names that targets are compared with.
+        model: model with the names of the linears.
         widths: widths of its layers.
-        number: number of the layer.
-        targets: linears that get adapters, as ``target_modules`` of `LoRAConfig`.
+        number: index of the layer, from 0.
+        targets: linears that get adapters, in the form of ``target_modules`` of `LoRAConfig`.
     """
     names, shapes = unit_linears(model)[number], unit_shapes(widths, number)
     return ADAPTER_BYTES * sum(
@@ -136,11 +138,11 @@ def bytes_of_rank_one(model: torch.nn.Module, widths: Architecture, number: int,
 
 
 def average_bits(plan: CompressionPlan, dense_size: int) -> float:
-    """All bits that hold the weights of the plan's units, scales included, over the number of these weights.
+    """Bits per weight in the units of a plan, including scales.
 
     Args:
-        plan: plan with the widths that are left.
-        dense_size: bytes of one weight that stays dense.
+        plan: compression plan; only the weights that it keeps are counted.
+        dense_size: bytes per element of a weight that stays dense.
     """
     widths = plan.widths
     held = [

@@ -1,4 +1,4 @@
-"""What lets transformers alone load a compressed folder: the modelling file, and what ``config.json`` says for it."""
+"""Makes compressed folders loadable by transformers alone: a modelling file, and its entries in ``config.json``."""
 
 import shutil
 from collections.abc import Iterator
@@ -21,16 +21,16 @@ CODE = Path(modeling_compressed.__file__).name
 
 
 def needs_code(config: Any) -> bool:
-    """Whether transformers alone cannot build the model of a configuration."""
+    """Whether transformers needs the modelling file to build the model of a configuration."""
     return str(config.model_type).startswith(COMPRESSED)
 
 
 def add_code(folder: Path, config: Any, network: Any) -> None:
-    """Puts the modelling file into a folder, and what it has to know of a model into its configuration.
+    """Copies the modelling file into a folder, and adds the entries that it needs to a configuration.
 
     Args:
         folder: folder of the compressed model.
-        config: configuration that is going to be written there, of a compressed class; changed in place.
+        config: configuration that will be written to the folder, of a compressed class; changed in place.
         network: compressed model without adapters.
     """
     name, family = family_of(config)
@@ -45,7 +45,7 @@ def add_code(folder: Path, config: Any, network: Any) -> None:
 
 
 def load_by_transformers(folder: Path) -> Any:
-    """The base of a folder as its modelling file loads it, by the file of this installation; in evaluation mode."""
+    """Loads a folder's base through the modelling file, in the version of this installation; in evaluation mode."""
     written = read_json(folder / "config.json")
     family = FAMILIES[written["model_type"].removeprefix(COMPRESSED)]
     config: Any = modeling_compressed.config_class(family.config_class)
@@ -54,7 +54,7 @@ def load_by_transformers(folder: Path) -> Any:
 
 
 def body_class(family: str) -> str:
-    """The name in transformers of a family's model without a head."""
+    """The name of the transformers class for a family's model without a head."""
     name: str = MODEL_MAPPING_NAMES[family]
     return name
 
@@ -64,7 +64,7 @@ def compression_of(network: Any, config: Any) -> dict[str, Any]:
 
     Args:
         network: compressed model without adapters.
-        config: its configuration, of a compressed class.
+        config: configuration of the model, of a compressed class.
     """
     from accelerate import init_empty_weights
 
@@ -96,12 +96,12 @@ def compression_of(network: Any, config: Any) -> dict[str, Any]:
 
 
 def _experts(network: Any, usual: nn.Module, family: Family) -> dict[str, Any]:
-    """What is told of mixtures of experts, and of parameters that are no module's weight; nothing where there are none.
+    """The entries ``experts`` and ``parameters``; none for a family without mixtures of experts.
 
     Args:
         network: compressed model.
-        usual: model as the family's class builds it, its experts as linears.
-        family: anatomy of both.
+        usual: model as the family's class builds it, with its experts as linears.
+        family: family of both models.
     """
     if family.mixture is None:
         return {}
@@ -120,7 +120,7 @@ def _experts(network: Any, usual: nn.Module, family: Family) -> dict[str, Any]:
 
 
 def _modules(network: Any, usual: nn.Module) -> Iterator[tuple[str, dict[str, Any]]]:
-    """What is told of each module that is not as usual, by its path."""
+    """The entry of each module that differs from what the family's class builds, by its path."""
     tables: set[nn.Module] = set()
     for name, module in network.named_modules():
         if isinstance(module, CompressedEmbedding):

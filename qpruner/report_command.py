@@ -1,4 +1,4 @@
-"""`qpruner report`: the report of a run again, from what its folder holds."""
+"""`qpruner report`: writes the report of a run again, from the contents of its folder."""
 
 from pathlib import Path
 
@@ -14,13 +14,13 @@ def report_command(arguments: list[str]) -> None:
 
 
 def report(run: Path) -> None:
-    """Writes the report of a run again, from what its folder holds, and prints its table.
+    """Writes the report of a run again, from the contents of its folder, and prints its table.
 
     Args:
         run: folder of the run, such as runs/quickstart.
 
     Raises:
-        UserError: nothing was measured there.
+        UserError: the folder has no results yet.
     """
     folder = RunFolder(run)
     if folder.results.exists():

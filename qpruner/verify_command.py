@@ -1,4 +1,4 @@
-"""`qpruner verify`: whether a folder still holds the compressed model that was written there."""
+"""`qpruner verify`: checks whether a folder still holds the compressed model that was written there."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -14,18 +14,18 @@ def verify_command(arguments: list[str]) -> None:
 
 
 def verify(folder: Path, load: bool = True) -> None:
-    """Reads every file of a compressed model, loads it, and holds what it says to what it said when it was written.
+    """Checks every file of a compressed model, loads it, and compares its logits with those recorded when written.
 
     Args:
         folder: folder of the model or of its run, such as runs/quickstart.
-        load: whether the model is loaded; without it sizes and SHA-256 alone are compared with the manifest.
+        load: whether the model is loaded; if not, only sizes and SHA-256 of the files are compared with the manifest.
 
     Raises:
-        UserError: there is no such folder, a file is missing, cut off or altered, the plan is not that of the weights,
-            or the model says something else.
+        UserError: there is no such folder, a file is missing, cut off or altered, the plan does not fit the weights, or
+            the logits differ.
     """
     folder = folder.expanduser()
-    if not is_compressed(folder) and is_compressed(folder / "model"):  # that of a run
+    if not is_compressed(folder) and is_compressed(folder / "model"):  # the folder of a run
         folder = folder / "model"
     manifest = read_checked_manifest(folder)
     sizes = [entry["size"] for entry in manifest["files"].values()]

@@ -1,7 +1,7 @@
-"""Calibration text passes through a model block by block: all of it through one block, then all through the next.
+"""Passes calibration text through a model block by block: all of it through one block, then all through the next.
 
-At any time only one block works, on one micro-batch. Between blocks a micro-batch is its hidden states [B, T, H], kept
-in host memory; whatever is wanted of a block is seen by hooks while it works, or made of what it gives:
+At any time only one block runs, on one micro-batch. Between blocks, a micro-batch is represented by its hidden states
+[B, T, H] in host memory. Statistics of a block are collected by hooks while it runs, or computed from its outputs:
 
     with block_runner(model, calibration) as runner:
         states = runner.embed()
@@ -10,15 +10,16 @@ in host memory; whatever is wanted of a block is seen by hooks while it works, o
                 for place, output in enumerate(runner.outputs(number, states)):
                     states[place] = runner.keep(output)
 
-A block may be changed and its outputs computed again before the text goes on. Whatever reads or changes its weights
-does so inside ``runner.working(number)``: of a model that is offloaded (`qpruner.offload`) they are on the device that
-computes only there, and hidden states that ``runner.keep`` keeps lie in files, too.
+A block may be changed, and its outputs computed again, before the text passes on to the next block. Code that reads or
+changes the weights of a block does so inside ``runner.working(number)``: the weights of an offloaded model
+(`qpruner.offload`) are on the compute device only there. For such a model, ``runner.keep`` also puts hidden states into
+files.
 
-Backward it goes from the last block to the first, with the states that entered each of them kept: a block works again,
-now with gradients, and is given the gradient at its outputs.
+A backward pass goes from the last block to the first. It needs the hidden states that entered each block: the block
+runs again, this time with gradients, and receives the gradient at its outputs.
 
-How a block is called (masks, rotary embeddings, which of them for which layer) is the model's business and is not
-repeated here: the model's own trunk runs once for each micro-batch with blocks that only remember their arguments.
+How a model calls its blocks (masks, rotary embeddings, and which of them for which layer) is not reimplemented here:
+the model's own trunk runs once for each micro-batch, with blocks that only record their arguments.
 
 Shapes: B sequences of a micro-batch, T tokens, H hidden size.
 """
@@ -41,20 +42,20 @@ from qpruner.offload import at_work, let_go, offload_of
 
 @dataclass(frozen=True)
 class BlockCall:
-    """What a model gives to one of its blocks beside the hidden states."""
+    """Arguments with which a model calls one of its blocks, apart from the hidden states."""
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
 
 
 class BlockRunner:
-    """Runs the blocks of a model one at a time on calibration text. Made by `block_runner`.
+    """Runs the blocks of a model one at a time on calibration text. Created by `block_runner`.
 
-    Hidden states and their gradients come in lists, one tensor [B, T, H] for each micro-batch of this process, on any
-    device; what is given back is on the device that computes.
+    Hidden states and their gradients are passed as lists with one tensor [B, T, H] for each micro-batch of this
+    process, on any device; returned tensors are on the compute device.
 
     Args:
-        model: causal language model of a supported family, perhaps with adapters, on the device that computes.
+        model: causal language model of a supported family, perhaps with adapters, on the compute device.
         calibration: this process's share of the text.
 
     Raises:
@@ -77,17 +78,17 @@ class BlockRunner:
 
     @torch.no_grad()
     def embed(self) -> list[Tensor]:
-        """The hidden states that enter the first block; how blocks are called is remembered from here on.
+        """The hidden states that enter the first block; also records how the model calls its blocks.
 
         Raises:
-            UserError: the model does something between its blocks, or after them, that is not known.
+            UserError: between its blocks or after them, the model computes something that is not supported.
         """
         states: list[Tensor] = []
         self._calls = []
         for batch in self.batches:
             with _recording(self.blocks) as (entered, calls), self.context():
                 left = hidden_states(self.model, batch.tokens.to(self._device))
-            # The recording blocks give what they get, so that each of them must have got the same tensor.
+            # The recording blocks return their input, so each of them must have received the same tensor.
             if len(calls) != len(self.blocks) or any(hidden is not entered[0] for hidden in entered):
                 raise self._unknown("between its blocks")
             if not torch.equal(left, self.last(entered[0])) and entered[0].isfinite().all():
@@ -99,7 +100,7 @@ class BlockRunner:
 
     @contextmanager
     def working(self, number: int) -> Iterator[nn.Module]:
-        """A block on the device that computes, with what it is given; of a model that is whole it always is there."""
+        """Moves a block to the compute device inside the context; only blocks of an offloaded model are elsewhere."""
         if number in self._working:
             yield self.blocks[number]
             return
@@ -111,15 +112,15 @@ class BlockRunner:
                 self._working.remove(number)
 
     def keep(self, tensor: Tensor) -> Tensor:
-        """A tensor off the device until it is wanted again: in host memory, or of an offloaded model in a file."""
+        """A tensor, detached and moved to host memory, or into a file if the model is offloaded."""
         return tensor.detach().cpu() if self.offload is None else self.offload.shelve(tensor.detach().cpu())
 
     def call(self, number: int, place: int, hidden: Tensor) -> Tensor:
-        """What a block makes of hidden states, with gradients if the caller has them.
+        """The output of a block for hidden states, with a graph for gradients if the caller has gradients enabled.
 
         Args:
-            number: place of the block among all.
-            place: place of the micro-batch that the states are of.
+            number: index of the block, from 0.
+            place: index of the micro-batch that the hidden states belong to.
             hidden: hidden states that enter the block, [B, T, H].
         """  # [B, T, H]
         call = self._calls[place][number]
@@ -129,9 +130,17 @@ class BlockRunner:
 
     @torch.no_grad()
     def outputs(self, number: int, states: Sequence[Tensor]) -> Iterator[Tensor]:
-        """What a block gives for the states that enter it, one micro-batch after the other.
+        """The outputs of a block, one micro-batch after the other.
 
-        A state is read when its turn comes, so that its output may take its place.
+        The hidden states of a micro-batch are read only when its turn comes, so the caller may overwrite them in the
+        list with the output.
+
+        Args:
+            number: index of the block, from 0.
+            states: hidden states that enter the block.
+
+        Yields:
+            Output of the block for each micro-batch, [B, T, H].
         """
         with self.working(number):
             for place in range(len(states)):
@@ -142,13 +151,16 @@ class BlockRunner:
     def backward(
         self, number: int, states: Sequence[Tensor], slope: Callable[[int, Tensor], Tensor]
     ) -> Iterator[Tensor]:
-        """The gradient at what enters a block, one micro-batch after the other.
+        """The gradient of a loss at the inputs of a block, one micro-batch after the other.
 
         Args:
-            number: place of the block among all.
+            number: index of the block, from 0.
             states: hidden states that enter the block.
-            slope: gives the gradient of a loss at what the block gives, from the place of the micro-batch and this
-                output [B, T, H]; so the last block, where it is that of the loss itself, need not have worked before.
+            slope: returns the gradient of the loss at the block's output, from the index of the micro-batch and that
+                output [B, T, H]. As it receives the output, the last block need not have run before.
+
+        Yields:
+            Gradient at the hidden states of each micro-batch, [B, T, H].
         """
         with self.working(number):
             for place, hidden in enumerate(states):
@@ -161,18 +173,18 @@ class BlockRunner:
                 self._let_go(hidden)
 
     def last(self, hidden: Tensor) -> Tensor:
-        """What the head gets when the last block gives hidden states [B, T, H]."""  # [B, T, H]
+        """The last norm of the output [B, T, H] of the last block: the input of the head."""  # [B, T, H]
         with self.context():
             normed: Tensor = self._norm(hidden.to(self._device))
         return normed
 
     def logits(self, last: Tensor) -> Tensor:
-        """What the head says of hidden states [..., H] that `last` gave; `Head.chunks` says of how many at a time."""
+        """The logits [..., V] of hidden states [..., H] from `last`; `Head.chunks` cuts these into parts that fit."""
         with self.context():
             return self.head(last)
 
     def _let_go(self, hidden: Tensor) -> None:
-        """Lets the memory go that holds a copy of kept states, which are not wanted for a while."""
+        """Lets the system reclaim the memory of hidden states that lie in a file and are not needed for a while."""
         if self.offload is not None:
             let_go([hidden])
 
@@ -185,20 +197,20 @@ class BlockRunner:
 
 @contextmanager
 def block_runner(model: Any, calibration: Calibration) -> Iterator[BlockRunner]:
-    """A runner on a model that is in evaluation mode meanwhile; see `BlockRunner`."""
+    """A `BlockRunner` for a model, which is in evaluation mode inside the context."""
     with evaluating(model):
         yield BlockRunner(model, calibration)
 
 
 def linears_within(block: nn.Module, linears: dict[str, nn.Linear]) -> dict[str, nn.Linear]:
-    """The linears, of those given by name, that are part of a block."""
+    """Those of the given linears that belong to a block, by name."""
     members = set(block.modules())
     return {name: linear for name, linear in linears.items() if linear in members}
 
 
 @contextmanager
 def watching(linears: dict[str, nn.Linear], see: Callable[[str, Tensor, Tensor], None]) -> Iterator[None]:
-    """Shows what linears get and give, while they work.
+    """Calls a function with the inputs and outputs of linears whenever they run inside the context.
 
     Args:
         linears: linears to watch, by name.
@@ -216,7 +228,7 @@ def watching(linears: dict[str, nn.Linear], see: Callable[[str, Tensor, Tensor],
 
 @contextmanager
 def watching_gradients(linears: dict[str, nn.Linear], see: Callable[[str, Tensor, Tensor], None]) -> Iterator[None]:
-    """Shows what linears got and the gradient at what they gave, while a backward pass goes through them.
+    """Calls a function with the inputs of linears and the gradients at their outputs, during a backward pass.
 
     Args:
         linears: linears to watch, by name.
@@ -233,7 +245,7 @@ def watching_gradients(linears: dict[str, nn.Linear], see: Callable[[str, Tensor
 
 @contextmanager
 def _recording(blocks: Sequence[nn.Module]) -> Iterator[tuple[list[Tensor], list[BlockCall]]]:
-    """Blocks that give back the hidden states they get, and what each of them was called with, in order."""
+    """Replaces blocks by ones that return their input, and records their inputs and other arguments, in order."""
     entered: list[Tensor] = []
     calls: list[BlockCall] = []
 
@@ -255,7 +267,7 @@ def _recording(blocks: Sequence[nn.Module]) -> Iterator[tuple[list[Tensor], list
 
 
 def _equal(first: Any, second: Any) -> bool:
-    """Whether two arguments are the same, tensors by what they hold."""
+    """Whether two arguments are equal; tensors are compared by dtype and values."""
     match first:
         case Tensor():
             return isinstance(second, Tensor) and first.dtype == second.dtype and torch.equal(first, second)
@@ -270,7 +282,7 @@ def _equal(first: Any, second: Any) -> bool:
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode, after which each module is in its own again."""
+    """Evaluation mode inside the context; afterwards every module is back in its previous mode."""
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:

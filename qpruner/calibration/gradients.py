@@ -1,11 +1,11 @@
-"""Gradients over calibration text of what lies within the blocks of a model, those of one block at a time.
+"""Gradients of the loss on calibration text for the weights within the blocks of a model, one block at a time.
 
 No weight requires a gradient. While a block runs backward, the inputs of each linear and the gradient at its output
-make what is wanted: the gradient of its weight, or that of gates on its inputs (see `qpruner.calibration.gates`). It is
-summed over all micro-batches and then over all processes, given away when the block is done and forgotten, so that
-above weights, kept states and the activations of one block there are never more than the gradients of one block, and
-what is made of them does not depend on how the text was cut. The gradient of each sequence alone comes out of the same
-pass.
+give the gradient that is needed: that of its weight, or that of gates on its inputs (see `qpruner.calibration.gates`).
+Gradients are summed over all micro-batches and then over all processes, handed over when the block is done, and freed.
+Besides the weights, the kept hidden states and the activations of one block, memory thus holds the gradients of one
+block at most, and the results do not depend on how the text is cut into micro-batches. The same pass can also give the
+gradient of each single sequence.
 
 Shapes: B sequences of a micro-batch, T tokens, H hidden size.
 """
@@ -37,21 +37,24 @@ def gradient_sums(
     sizes: dict[str, int],
     per_sequence: bool,
 ) -> dict[str, Tensor]:
-    """What is made of the gradient of each linear's weight; the same on all processes.
+    """Results computed from the gradient of each linear's weight; the same on all processes.
 
     Args:
         model: model whose weights stay frozen.
         linears: linears within the model's blocks, by name.
         calibration: this process's share of the text.
-        consume: makes a tensor [size], in float64, of a linear's name, the gradient of its weight [out, in] in float32
-            (of the mean loss over all sequences of all processes) and the mean over these sequences of their squared
-            gradients [out, in] (None unless ``per_sequence``). It is called once for each linear, from the last block
-            to the first.
-        sizes: number of elements of the tensors that ``consume`` makes, by linear.
-        per_sequence: whether squared gradients are wanted.
+        consume: computes a tensor [size], in float64, from a linear's name, the gradient of its weight [out, in] in
+            float32 (of the loss averaged over all sequences of all processes), and the average over these sequences of
+            the squared gradient of each one's loss, [out, in] (None unless ``per_sequence``). It is called once for
+            each linear, from the last block to the first.
+        sizes: number of elements of the tensor that ``consume`` returns for each linear, by name of the linear.
+        per_sequence: whether ``consume`` needs squared gradients.
+
+    Returns:
+        The tensor from ``consume`` for each linear, by name.
 
     Raises:
-        UserError: a gradient is not finite; the sequence is named.
+        UserError: a result is not finite; the message names the sequence that causes this, if this process has it.
     """
 
     def find(share: Calibration) -> dict[str, Tensor]:
@@ -77,13 +80,13 @@ def blocks_backward(
         linears: linears within the model's blocks, by name.
         calibration: this process's share of the text.
         see: takes a linear's name, its inputs [B, T, in] and the gradient at its output [B, T, out], of the sum over
-            sequences of each one's mean loss.
+            sequences of each one's mean loss. In a model with experts, B is 1.
 
     Yields:
-        The linears of a block, at work, once all text has passed backward through it.
+        The linears of each block by name, on the compute device, once all text has passed backward through the block.
     """
     if any(layer.experts for layer in decoder_layers(causal_model(model))):
-        # Which sequence the tokens are of that reach an expert is not told, so that each sequence passes alone.
+        # The tokens that reach an expert come without the number of their sequence, so sequences pass one by one.
         sequences = [
             sequence for batch in calibration.batches for sequence in micro_batches(batch.tokens, 1, batch.first)
         ]
@@ -103,7 +106,7 @@ def blocks_backward(
 
 
 def _slope_of_loss(runner: BlockRunner, place: int, output: Tensor) -> Tensor:
-    """The gradient at what the last block gives, of the sum over sequences of each one's mean loss."""  # [B, T, H]
+    """The gradient of the sum over sequences of each one's mean loss, at the output of the last block."""  # [B, T, H]
     with torch.enable_grad():
         leaf = output.requires_grad_()
         before_targets = runner.last(leaf)[:, :-1]
@@ -115,7 +118,7 @@ def _slope_of_loss(runner: BlockRunner, place: int, output: Tensor) -> Tensor:
 
 
 def _slope_after(slopes: list[Tensor], place: int, output: Tensor) -> Tensor:
-    """The gradient at what a block gives, as the block after it found it."""  # [B, T, H]
+    """The gradient at the output of a block, as computed by the block after it."""  # [B, T, H]
     return slopes[place]
 
 
@@ -136,7 +139,7 @@ class _BlockGradients:
         self._sums[name] = gradient, squared
 
     def take(self, name: str, linear: nn.Linear, calibration: Calibration) -> tuple[Tensor, Tensor | None]:
-        """Means over all sequences of all processes: of gradients, and of squared ones."""
+        """The averages over all sequences of all processes of the gradient and of the squared gradient."""
         processes = calibration.processes
         if name in self._sums:
             gradient, squared = self._sums.pop(name)
@@ -150,8 +153,13 @@ class _BlockGradients:
 def weight_gradient(at_output: Tensor, inputs: Tensor, per_sequence: bool) -> tuple[Tensor, Tensor | None]:
     """Gradient of a linear's weight, and the sum over sequences of its square, in float32.
 
-    Products are taken in the format of what the linear got, as a plain backward pass takes them; their sums are not.
-    Those of float16 would overflow, and are taken in float32.
+    Products are computed in the dtype of the inputs, as in an ordinary backward pass, but in float32 for float16, which
+    would overflow. Sums over sequences are always in float32.
+
+    Args:
+        at_output: gradient at the output of the linear, [B, T, out].
+        inputs: inputs of the linear, [B, T, in].
+        per_sequence: whether squares are computed; without them the second result is None.
     """  # [out, in]
     inputs = inputs.float() if inputs.dtype is torch.float16 else inputs  # [B, T, in]
     at_output = at_output.to(inputs.dtype)  # [B, T, out]
@@ -169,16 +177,16 @@ def weight_gradient(at_output: Tensor, inputs: Tensor, per_sequence: bool) -> tu
 def only_finite(
     find: Callable[[Calibration], dict[str, Tensor]], model: Any, calibration: Calibration
 ) -> dict[str, Tensor]:
-    """What is found on all text, once it is finite.
+    """Results on calibration text, after checking that they are finite.
 
     Args:
-        find: finds tensors on text.
+        find: computes tensors by name from calibration text.
         model: model that the text passes through.
         calibration: this process's share of the text.
 
     Raises:
-        UserError: a tensor is not finite. The sequences of this process are tried one by one, to name the first for
-            which that is so.
+        UserError: a tensor is not finite. To name the first sequence that causes this, those of this process are tried
+            one by one.
     """
     results = find(calibration)
     if _finite(results):

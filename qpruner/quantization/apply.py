@@ -1,4 +1,4 @@
-"""Quantizes a model to the precisions of a plan, with adapters that start from the rounding error."""
+"""Quantizes a model to the precisions of a plan, and computes initial adapters that reduce the rounding error."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -18,16 +18,16 @@ from qpruner.quantization.formats import dequantize, format_for, quantize, rebui
 from qpruner.quantization.packed import PackedLinear
 
 Factors = tuple[Tensor, Tensor]
-"""A [r, in] and B [out, r] of an adapter, float32."""
+"""Factors A [r, in] and B [out, r] of an adapter, float32."""
 
 
 @dataclass(frozen=True)
 class Quantized:
-    """A linear in a precision.
+    """A quantized linear and the initial factors of its adapter.
 
     Args:
         packed: packed linear.
-        factors: factors that its adapter starts from, on the CPU; None where it starts from zero.
+        factors: initial factors of the adapter, on the CPU; None where the adapter starts at zero.
     """
 
     packed: PackedLinear
@@ -36,12 +36,12 @@ class Quantized:
 
 @dataclass(frozen=True)
 class LoftQSettings:
-    """How the adapters of quantized linears start.
+    """How the adapters of quantized linears are initialised by LoftQ (see `qpruner.adapters.loftq`).
 
     Args:
         rank: rank r of the adapters.
         scale: factor by which the forward pass multiplies ``B A``.
-        targets: linears that get adapters, as ``target_modules`` of `LoRAConfig`.
+        targets: linears that get adapters, in the form of ``target_modules`` of `LoRAConfig`.
         num_iterations: number of iterations T of LoftQ, at least 1.
         seed: seed of the run.
     """
@@ -54,7 +54,7 @@ class LoftQSettings:
 
     @classmethod
     def of(cls, lora: LoRAConfig, num_iterations: int, seed: int) -> Self | None:
-        """The settings for a model's adapters; None where these start from zero: without iterations, or pooled."""
+        """The settings for a model's adapters; None if these start at zero: with 0 iterations, or if pooled."""
         if num_iterations == 0 or lora.pooled:
             return None
         return cls(lora.r, lora.alpha / lora.r, lora.target_modules, num_iterations, seed)
@@ -71,7 +71,7 @@ def linear_precisions(model: nn.Module, plan: CompressionPlan) -> dict[str, Prec
 
 
 def adapter_ranks(model: nn.Module, plan: CompressionPlan) -> dict[str, int | None]:
-    """The rank that a plan gives the adapter of each linear of a model's layers, by name; None where it gives none."""
+    """The rank that a plan sets for the adapter of each linear of a model's layers, by name; None where not set."""
     return {
         name: layer.rank
         for layer, units in zip(plan.layers, unit_linears(model), strict=True)
@@ -83,12 +83,13 @@ def adapter_ranks(model: nn.Module, plan: CompressionPlan) -> dict[str, int | No
 def starts_of(
     model: nn.Module, plan: CompressionPlan, settings: LoftQSettings | None
 ) -> dict[str, LoftQSettings | None]:
-    """How the adapter of each linear that a plan packs starts, at the rank that the plan gives its layer; by name.
+    """The initialisation of the adapter of each linear that a plan packs, by name of the linear.
 
     Args:
         model: model that the plan is for.
-        plan: plan that gives the precision of each linear, and may give the rank of a layer.
-        settings: settings, whose rank holds where the plan gives none; None where adapters start from zero.
+        plan: plan with the precision of each linear; it may also set the rank of a layer.
+        settings: settings of LoftQ, whose rank applies to layers for which the plan sets none; None if adapters start
+            at zero.
     """
     packed = [name for name, precision in linear_precisions(model, plan).items() if precision != DENSE]
     if settings is None:
@@ -109,14 +110,15 @@ def quantize_(
     Args:
         model: model to quantize, in place.
         plan: plan whose widths the model has.
-        settings: settings of LoftQ; None quantizes alone, and adapters start from zero.
-        device: device on which each linear is computed; the linear stays where the model is.
+        settings: settings of LoftQ; None for quantization alone, after which adapters start at zero.
+        device: device on which each linear is quantized; the results are on the model's device.
 
     Returns:
-        The factors that adapters start from, by the name of their linear; none without ``settings``.
+        Initial factors of the adapters, by the name of their linear; empty without ``settings``.
 
     Raises:
-        UserError: no format offers a precision, the rank is above that of a linear, or tied tables differ in precision.
+        UserError: no format offers a precision, an adapter's rank exceeds that of its linear, a weight that LoftQ
+            approximates is not finite, or tied tables have different precisions.
     """
     precisions = linear_precisions(model, plan)
     starts = starts_of(model, plan, settings)
@@ -136,7 +138,7 @@ def quantize_(
 def quantize_linear(
     linear: nn.Linear, precision: Precision, name: str, settings: LoftQSettings | None, device: torch.device
 ) -> Quantized:
-    """One linear in a precision, on a device, with the start of its adapter where it gets one."""
+    """Quantizes one linear on a device, and initialises its adapter if it gets one that does not start at zero."""
     if settings is None or not is_target(name, settings.targets):
         return Quantized(quantize(linear.to(device), precision), None)
     result = quantize_with_adapter(linear, precision, name, settings, device)
@@ -146,7 +148,7 @@ def quantize_linear(
 def quantize_with_adapter(
     linear: nn.Linear, precision: Precision, name: str, settings: LoftQSettings, device: torch.device
 ) -> LoftQResult[PackedLinear]:
-    """LoftQ of one linear, on a device."""
+    """Quantizes one linear and initialises its adapter by LoftQ, on a device."""
     bias = None if linear.bias is None else linear.bias.detach().clone().to(device)
 
     def packed(weight: Tensor) -> PackedLinear:
@@ -170,11 +172,11 @@ def check_rank(model: nn.Module, starts: Mapping[str, LoftQSettings | None]) -> 
     """Makes sure that no adapter has a higher rank than its linear.
 
     Args:
-        model: model that the linears are of.
-        starts: how the adapter of each linear starts, by the linear's name; None where it starts from zero.
+        model: model that contains the linears.
+        starts: initialisation of each linear's adapter, by name of the linear; None for an adapter that starts at zero.
 
     Raises:
-        UserError: one has; the message names the narrowest such linear, with the highest rank that it allows.
+        UserError: an adapter has a higher rank; the message names the narrowest such linear, and its highest rank.
     """
     too_high = {}
     for name, start in starts.items():

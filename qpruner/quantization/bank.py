@@ -1,13 +1,14 @@
 """A bank: every linear of a narrowed model in every precision that a plan may ask for, quantized once.
 
-A candidate plan is then assembled from it in place, bit for bit as if it had been quantized afresh, at the cost of
-swapping modules. The dense linears are the model's own; only packed ones take additional memory. Codes from calibrated
-rounding are for the dense model's inputs (`qpruner.quantization.calibrated_bank`): a plan that is carried out by
-`qpruner.quantization.calibrated` is rounded again, on the actual inputs of its linears.
+Candidate plans are then assembled from the bank in place, at the cost of swapping modules, and are bit for bit what
+quantizing the model anew would give. The dense linears are the model's own; only packed ones take additional memory.
+Calibrated rounding in a bank uses the inputs that linears have in the dense model
+(`qpruner.quantization.calibrated_bank`); when `qpruner.quantization.calibrated` carries out a plan, it rounds again, on
+the actual inputs of the linears.
 
-In a folder, the bank is one safetensors file per layer, either complete or absent, so that filling it resumes where it
-was interrupted and processes can share the work; tensors are memory-mapped and read when they are used. The name of a
-tensor is ``linear/precision/part``, where a part is one that the format documents, ``lora_A`` or ``lora_B``.
+In a folder, a bank is one safetensors file per layer, either complete or absent, so that an interrupted bank can be
+completed and processes can share the work; tensors are memory-mapped and read when they are used. The name of a tensor
+is ``linear/precision/part``, where a part is a tensor that the format documents, ``lora_A`` or ``lora_B``.
 """
 
 import shutil
@@ -44,11 +45,11 @@ from qpruner.quantization.packed import PackedLinear
 
 
 class Bank:
-    """The packed linears of a model, to assemble plans from.
+    """The packed linears of a model, from which plans are assembled.
 
     Args:
         model: narrowed model with its dense linears in place; these are used where a plan leaves a unit dense.
-        tensors: tensors that `fill` or `fill_folder` made.
+        tensors: tensors of the packed linears, named as the docstring of the module describes.
     """
 
     def __init__(self, model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
@@ -66,10 +67,10 @@ class Bank:
         return sum(tensor.nbytes for tensor in self.tensors.values())
 
     def linear(self, name: str, precision: Precision) -> nn.Linear | PackedLinear:
-        """A linear in a precision, on the tensors of the bank.
+        """A linear in a precision; a packed one shares the tensors of the bank.
 
         Raises:
-            UserError: the bank does not hold it.
+            UserError: the bank does not hold the linear in this precision.
         """
         dense = self.dense[name]
         if precision == DENSE:
@@ -80,16 +81,16 @@ class Bank:
         return rebuild(state, *shape, precision=precision, bias=bias, dtype=dense.weight.dtype)
 
     def factors(self, name: str, precision: Precision) -> Factors | None:
-        """What the adapter of a linear starts from in a precision; None where it starts from zero."""
+        """The initial factors of the adapter on a linear in a precision; None where the adapter starts at zero."""
         if precision == DENSE or "lora_A" not in (entry := self._entry(name, precision)):
             return None
         return entry["lora_A"], entry["lora_B"]
 
     def entry(self, name: str, precision: Precision) -> dict[str, Tensor]:
-        """The tensors of a linear in a precision, by the names that a bank has for them.
+        """The tensors of a linear in a precision, under the names that they have in a bank.
 
         Raises:
-            UserError: the bank does not hold it.
+            UserError: the bank does not hold the linear in this precision.
         """
         return {f"{_key(name, precision)}/{part}": tensor for part, tensor in self._entry(name, precision).items()}
 
@@ -99,8 +100,8 @@ class Bank:
         return dequantize(linear) if isinstance(linear, PackedLinear) else linear.weight.detach().float()
 
     def place_(self, model: nn.Module, names: Iterable[str], precision: Precision) -> None:
-        """Puts linears of the model into a precision, unless they are in it already."""
-        offloaded = offload_of(model) is not None  # then dense linears are where their block is
+        """Puts linears of the model, given by name, into a precision, unless they are in it already."""
+        offloaded = offload_of(model) is not None  # if so, dense linears stay where their block is
         for name in names:
             present: Any = model.get_submodule(name)
             if getattr(present, "precision", DENSE) != precision:
@@ -109,23 +110,23 @@ class Bank:
                     placed = placed.to(_device(model))
                 model.set_submodule(name, placed.train(present.training))
                 if precision != DENSE and not offloaded:
-                    self.dense[name].cpu()  # off a device that may have no room for both
+                    self.dense[name].cpu()  # the device may have no room for both
 
     def assemble_(self, model: nn.Module, plan: CompressionPlan) -> dict[str, Factors]:
         """Puts every linear of the model into the precision of a plan, whatever plan was assembled before.
 
-        Where the plan has a lower rank for a layer than the bank, adapters start from the leading part of the bank's
-        factors.
+        Where the plan sets a lower rank for a layer than the bank has, adapters start from the leading part of the
+        bank's factors.
 
         Args:
-            model: model that the bank was made for, without adapters; its tables are left alone.
+            model: model that the bank was made for, without adapters; its embedding and head are left alone.
             plan: plan whose widths the model has, with no rank above that of the bank.
 
         Returns:
-            The factors that adapters start from, by the name of their linear.
+            Initial factors of the adapters, by the name of their linear.
 
         Raises:
-            UserError: the bank does not hold a precision, or the plan has a rank above that of the bank.
+            UserError: the bank lacks a linear in a precision of the plan, or the plan has a rank above the bank's.
         """
         factors: dict[str, Factors] = {}
         ranks = adapter_ranks(model, plan)
@@ -161,18 +162,20 @@ def fill(
     device: torch.device,
     text: BankText | None = None,
 ) -> Bank:
-    """A bank in memory.
+    """Fills a bank in memory.
 
     Args:
-        model: narrowed and dense model; where text rounds, on the device that computes.
-        precisions: precisions to quantize to; dense linears are there anyway.
-        settings: settings of LoftQ, or of the start that ``text`` asks for; None where adapters start from zero.
-        layers: numbers of the layers to quantize, default all; the others can only be dense.
-        device: device on which each linear is computed; the bank is on the CPU.
-        text: how codes are rounded by text, by all processes that share it together; None to the nearest values.
+        model: narrowed and dense model; with ``text``, on the compute device.
+        precisions: precisions to quantize to; dense linears need not be listed.
+        settings: settings of LoftQ, or of the initialisation that ``text`` configures; None if adapters start at zero.
+        layers: numbers of the layers to quantize, all by default; the others can only be dense.
+        device: device on which each linear is quantized; the bank is on the CPU.
+        text: calibration text and options of rounding by it, which all processes that share the text do together; None
+            to round to nearest.
 
     Raises:
-        UserError: as `qpruner.quantization.apply.quantize_`, or what reaches a linear is not finite.
+        UserError: no format offers a precision, an adapter's rank exceeds that of its linear, a weight is not finite,
+            or, with ``text``, the model has experts, the text is too short, or what reaches a linear is not finite.
     """
     names = _linears(model)
     numbers = list(range(len(names)) if layers is None else layers)
@@ -198,22 +201,25 @@ def fill_folder(
     processes: Processes,
     text: BankText | None = None,
 ) -> Bank:
-    """A bank in a folder; existing files are reused, unless they are from another model or text, or truncated.
+    """Fills a bank in a folder, and opens it.
+
+    An existing file is reused if it is complete, has all precisions, and was made from the same model, settings and
+    text. Other files are made again, with a warning if they are damaged or belong to another bank.
 
     Args:
-        folder: folder of the bank, which all processes see.
-        model: narrowed and dense model; where text rounds, on the device that computes.
+        folder: folder of the bank, on a disk that all processes share.
+        model: narrowed and dense model; with ``text``, on the compute device.
         precisions: precisions to quantize to.
-        settings: settings of LoftQ, or of the start that ``text`` asks for; None where adapters start from zero.
+        settings: settings of LoftQ, or of the initialisation that ``text`` configures; None if adapters start at zero.
         base: hash that identifies the model that the bank belongs to.
-        layers: numbers of the layers to quantize, default all.
+        layers: numbers of the layers to quantize, all by default.
         processes: processes that share the work, each with the files of every ``world_size``-th layer, or with its part
             of the text.
-        text: how codes are rounded by text, which all layers before one that is missing pass on to it; None to the
-            nearest values.
+        text: calibration text and options of rounding by it; None to round to nearest. The text passes through all
+            layers up to the last one that is missing.
 
     Raises:
-        UserError: as `fill`, or the disk is full; on all processes, whichever one met the error.
+        UserError: as `fill`, or the disk is full; on all processes, whichever of them failed.
     """
     origin = _origin(base, settings, next(model.parameters()).dtype, text)
     names = _linears(model)
@@ -247,11 +253,11 @@ def fill_folder(
             )
         return open_folder(folder, model, settings, base=base, text=text)
 
-    missing = processes.of_each(look)  # before any makes a file
+    missing = processes.of_each(look)  # before any process writes a file
     if text is None:
         processes.of_each(lambda: quantize(missing))
     else:
-        missing = processes.broadcast(missing)  # on which text passes, of all processes at once
+        missing = processes.broadcast(missing)  # all processes pass the text through the same layers
         processes.of_each(lambda: check_disk(missing))
         for number, tensors in _rounded(model, names, wanted, settings, missing, text):
             processes.of_first(partial(write, number, tensors))
@@ -266,7 +272,7 @@ def open_folder(
     base: str | None,
     text: TextRounding | None = None,
 ) -> Bank:
-    """The bank that `fill_folder` left; arguments as there.
+    """Opens the bank that `fill_folder` left in a folder; the arguments are the same.
 
     Raises:
         UserError: the folder holds a bank of another model, other settings or another text, or a file was cut off.
@@ -291,7 +297,7 @@ def _quantized(
     settings: LoftQSettings | None,
     device: torch.device,
 ) -> dict[str, Tensor]:
-    """The tensors of the given linears in all precisions."""
+    """The tensors of the given linears in all precisions, rounded to nearest."""
     tensors: dict[str, Tensor] = {}
     for name in names:
         check_rank(model, dict.fromkeys([name] if precisions else [], settings))
@@ -300,7 +306,7 @@ def _quantized(
         with opened(model, linear):
             for precision in precisions:
                 tensors |= entry_of(name, quantize_linear(linear, precision, name, settings, device))
-            for parameter, home in homes:  # on which device it was quantized is no matter of the model's
+            for parameter, home in homes:  # quantizing moved them to the device
                 parameter.data = home
     return tensors
 
@@ -313,7 +319,7 @@ def _rounded(
     layers: Collection[int],
     text: BankText,
 ) -> Iterator[tuple[int, dict[str, Tensor]]]:
-    """The tensors of some layers in all precisions, rounded by text, layer by layer; the same on all processes."""
+    """The number and the tensors of each of some layers, in all precisions, rounded by text; same on all processes."""
     for number in layers:
         check_rank(model, dict.fromkeys(names[number] if precisions else [], settings))
     for number, layer in rounded_layers(model, precisions, text, settings, layers):
@@ -324,14 +330,14 @@ def _rounded(
 
 
 def entry_of(name: str, quantized: Quantized) -> dict[str, Tensor]:
-    """The tensors of a linear that was quantized, by the names that a bank has for them."""
+    """The tensors of a quantized linear, under the names that they have in a bank."""
     return entry_of_state(name, quantized.packed.precision, quantized.packed.packed(), quantized.factors)
 
 
 def entry_of_state(
     name: str, precision: Precision, state: Mapping[str, Tensor], factors: Factors | None
 ) -> dict[str, Tensor]:
-    """The tensors of a linear in a precision, and of what its adapter starts from, by a bank's names."""
+    """The tensors of a linear in a precision and the initial factors of its adapter, under their names in a bank."""
     parts = {**state, **({} if factors is None else dict(zip(("lora_A", "lora_B"), factors, strict=True)))}
     return {f"{_key(name, precision)}/{part}": tensor.detach().cpu().contiguous() for part, tensor in parts.items()}
 
@@ -352,7 +358,7 @@ def _origin(base: str | None, settings: LoftQSettings | None, dtype: torch.dtype
 
 
 def _holds(path: Path, names: Iterable[str], precisions: Sequence[Precision], origin: str) -> bool:
-    """Whether a file has all precisions of its layer; warns if it exists but cannot be used."""
+    """Whether a file has all precisions of its layer; warns if it is damaged or belongs to another bank."""
     if not path.exists():
         return False
     try:
@@ -378,10 +384,10 @@ def _check_disk(folder: Path, model: nn.Module, names: Iterable[str], precisions
 
 
 def _opened(path: Path, origin: str) -> Any:
-    """A file of a bank.
+    """Opens a file of a bank.
 
     Raises:
-        UserError: it is missing, cut off, or of another model.
+        UserError: the file is missing, cut off, or belongs to a bank of another origin.
     """
     try:
         file = safe_open(path, framework="pt")

@@ -1,4 +1,4 @@
-"""Packs codes of one to eight bits into bytes; `qpruner.modeling_compressed` documents their meaning."""
+"""Packs codes of one to eight bits into bytes; `qpruner.modeling_compressed` unpacks them."""
 
 import torch
 from torch import Tensor
@@ -8,9 +8,14 @@ from qpruner.modeling_compressed import PLANES
 
 
 def pack(codes: Tensor, bits: int) -> Tensor:
-    """The bytes, uint8 [rows, bytes of a row], of codes uint8 [rows, columns] below 2^bits.
+    """Packs codes into bytes; `qpruner.modeling_compressed.unpack_codes` documents the layout and is the inverse.
 
-    `qpruner.modeling_compressed.unpack_codes` documents their layout and is the inverse.
+    Args:
+        codes: codes below 2^bits, uint8 [rows, columns].
+        bits: width of a code, a key of `qpruner.modeling_compressed.PLANES`.
+
+    Returns:
+        Bytes of the codes, uint8 [rows, bytes of a row].
     """
     planes, shift = [], 0
     for width in PLANES[bits]:

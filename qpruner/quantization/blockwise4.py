@@ -1,4 +1,4 @@
-"""Four-bit floats in blocks that share a scale (NF4, FP4), by bitsandbytes."""
+"""Four-bit floats in blocks that share a scale (NF4, FP4), quantized by bitsandbytes."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -15,8 +15,8 @@ from qpruner.plan import Precision
 class Blockwise4:
     """NF4 or FP4: each weight is the nearest of 16 values, times the largest magnitude in its block.
 
-    Blocks run over the weights in row order, across the ends of rows; the last one may be short. Four bits and a
-    float32 scale for 64 weights make 4.5 bits per weight; with double quantization (``-double``) 4.13.
+    Blocks run over the weights in row order, across the ends of rows; the last one may be short. Four bits per weight
+    and a float32 scale for 64 weights add up to 4.5 bits per weight, with double quantization (``-double``) to 4.13.
 
     Layout, for n = out * in weights, m = ceil(n / group) blocks:
 
@@ -31,6 +31,10 @@ class Blockwise4:
     - ``scale_offset``: float32 []; scale = scale code book[scale code] * scale scale of its 256 scales + scale offset.
 
     Source: Dettmers et al., QLoRA, 2023 (arXiv:2305.14314), section 3 and appendix E.
+
+    Args:
+        code_book: name of the 16 values, ``nf4`` or ``fp4``.
+        double: whether the scales are quantized to eight bits each.
     """
 
     code_book: str
@@ -68,7 +72,7 @@ class Blockwise4:
     def take(
         self, state: Mapping[str, Tensor], axis: int, index: Tensor, in_features: int, precision: Precision
     ) -> None:
-        return None  # blocks run across columns, and from the end of a row into the next
+        return None  # blocks hold several columns, and run from the end of a row into the next
 
     def group(self, precision: Precision) -> int:
         return precision.group or self.groups[0]
@@ -87,7 +91,7 @@ def unpack_blocks(
     group: int,
     places: Tensor | None = None,
 ) -> Tensor:
-    """The result of `blockwise4_values`, bit for bit; whole weights use the kernel of bitsandbytes, which is faster."""
+    """Computes `blockwise4_values`, bit for bit; for a whole weight by the kernel of bitsandbytes, which is faster."""
     if places is not None:
         return blockwise4_values(state, out_features, in_features, name, group, places)
     bnb = _bitsandbytes()
@@ -95,8 +99,8 @@ def unpack_blocks(
     if scales is None:
         scales = bnb.functional.dequantize_blockwise(state["scale_codes"], _scale_state(state))
         scales = scales + state["scale_offset"]
-    # The kernel is told of a matrix with a block in each row, or of one long row: these it reads rightly. It knows
-    # three dtypes, and leaves memory as it is for others.
+    # The weight is passed to the kernel as a matrix with one block in each row, or as one long row, since those are the
+    # shapes that it reads correctly. It supports three dtypes only, and leaves the output uninitialised for others.
     length = 2 * codes.numel()
     shape = (1, length) if length % group else (length // group, group)
     values = torch.ops.bitsandbytes.dequantize_4bit(codes.view(-1, 1), scales, group, name, shape, torch.float32)
@@ -106,11 +110,19 @@ def unpack_blocks(
 def multiply_blocks(
     x: Tensor, bias: Tensor | None, state: Mapping[str, Tensor], out_features: int, name: str, group: int
 ) -> Tensor:
-    """The product ``x W^T + b`` [.., out] of a weight in blocks, on CUDA by the kernels of bitsandbytes.
+    """The product ``x W^T + b`` [.., out] with a weight in blocks, on CUDA, by the kernels of bitsandbytes.
 
-    Not for CPUs, where its ``Linear4bit`` would rewrite its weight in place at the first forward in evaluation where
-    there is AVX512-BF16, after which no gradient passes through it, silently; with AVX512 its kernel mixes up scales
-    when ``in`` is a multiple of 32 but not of the group.
+    Not for CPUs. With AVX512-BF16, ``Linear4bit`` of bitsandbytes rewrites its weight in place at the first forward
+    pass in evaluation mode, after which it silently passes no gradient on. With AVX512, the kernel mixes up scales when
+    ``in`` is a multiple of 32 but not of the group.
+
+    Args:
+        x: inputs [.., in], on a CUDA device.
+        bias: bias [out] in the dtype of ``x``, or None.
+        state: tensors of the weight in the layout of `Blockwise4`.
+        out_features: rows of the weight.
+        name: name of the code book.
+        group: number of weights in a block.
     """
     told = quant_state(state, (out_features, x.shape[-1]), name, group, x.dtype)
     product: Tensor = _bitsandbytes().matmul_4bit(x, state["codes"].view(-1, 1), bias=bias, quant_state=told)
@@ -118,7 +130,7 @@ def multiply_blocks(
 
 
 def quant_state(state: Mapping[str, Tensor], shape: tuple[int, int], name: str, group: int, dtype: torch.dtype) -> Any:
-    """The quantization state of bitsandbytes for a weight [out, in], for products in a dtype and their gradients."""
+    """The ``QuantState`` of bitsandbytes for a weight [out, in], for products in a dtype and for their gradients."""
     scales: dict[str, Any] = {"absmax": state.get("scales")}
     if "scale_codes" in state:
         scales = {"absmax": state["scale_codes"], "offset": state["scale_offset"], "state2": _scale_state(state)}
@@ -129,14 +141,14 @@ def quant_state(state: Mapping[str, Tensor], shape: tuple[int, int], name: str, 
 
 
 def _bitsandbytes() -> Any:
-    """Imported when something is computed: it takes longer than torch, and a plan's bytes are counted without it."""
+    """Imported on use: importing it takes longer than torch, and counting the bytes of a plan works without it."""
     import bitsandbytes
 
     return bitsandbytes
 
 
 def _scale_state(packed: Mapping[str, Tensor]) -> Any:
-    """The quantization state of bitsandbytes for scales that are quantized themselves."""
+    """The ``QuantState`` of bitsandbytes for the scales of double quantization."""
     scales = packed["scale_scales"]
     return _bitsandbytes().functional.QuantState(
         absmax=scales, blocksize=SCALE_GROUP, code=scale_code_book(scales.device), dtype=torch.float32

@@ -1,19 +1,20 @@
-"""Calibrated rounding on text, block by block, on the actual outputs of the quantized blocks before.
+"""Calibrated rounding: linears are rounded block by block, on text that has passed through the quantized blocks before.
 
 In each block, the units are rounded in forward order: ``qkv``, ``o``, ``gate_up``, ``down``. All text passes through
 the block with the units packed so far, and sums are accumulated over the inputs that reach the next unit and over those
 that it receives in the model before quantization. `qpruner.quantization.rounding` turns these sums into codes. At every
 point, all earlier errors are thus present, and the target may be the dense model's outputs in spite of them.
 
-One sequence in eight is held out. Where a linear's calibrated codes are worse on it than round-to-nearest codes, the
-latter are used, and the log says so.
+One sequence in eight is held out. Where a linear's calibrated codes are no better on these sequences than
+round-to-nearest codes, the latter are used, and the log says so.
 
 Some tokens, such as the first of a sequence, carry activations hundreds of times larger than the rest (arXiv
 2402.17762). The next module normalizes the hidden states, so what counts is an error of ``o`` or ``down`` relative to
 their size: see `Tokens`.
 
-The rounded linears of a block are on disk before the next block is begun. A calibration that was interrupted reads them
-and passes the text through them; each file records the hash of the previous one, so that a changed prefix is noticed.
+The rounded linears of a block are written to disk before the next block begins. When an interrupted calibration is
+repeated, it reads them and passes the text through them; each file records the hash of the previous one, so that a
+changed prefix is noticed.
 
 Shapes: B sequences of a micro-batch, T tokens, I inputs and O outputs of a linear, G groups of its rows.
 """
@@ -49,8 +50,8 @@ class Calibrated:
     """The result of calibrated rounding of a model.
 
     Args:
-        factors: factors that adapters start from, by the name of their linear.
-        outcomes: outcome of each linear that was rounded on text, by name.
+        factors: initial factors of the adapters, by the name of their linear.
+        outcomes: outcome of each linear that was rounded by text, by name.
         resumed: indices of the layers that were read from disk.
     """
 
@@ -78,10 +79,11 @@ def calibrate_(
 ) -> Calibrated:
     """Packs the linears of a model as a plan says, rounded by text; the same on all processes.
 
-    Beside the model it holds the hidden states of the text twice, and of one block the inputs of its linears and their
-    sums: in float64 five matrices [I, I] for each group of outputs, of which three are held out and, of a model that is
-    offloaded, lie in files. The text passes through each block six times. Where the loss counts it passes once more
-    through the model and back, with the states before every block in host memory.
+    Besides the model, memory holds the hidden states of the text twice, and for one block the inputs of its linears and
+    their sums: up to five float64 matrices [I, I] for each group of outputs, of which three are for held-out text and
+    lie in files if the model is offloaded. The text passes through each block up to six times. With
+    ``config.output_groups``, it first passes once through the model and back, with the hidden states before every block
+    in host memory, or in files if the model is offloaded.
 
     Args:
         model: narrowed and dense model, on the compute device.
@@ -92,8 +94,8 @@ def calibrate_(
         layers: storage of the layers that are rounded already.
 
     Raises:
-        UserError: no format offers a precision, the rank is above that of a linear, or what reaches a linear is not
-            finite.
+        UserError: the model has experts, no format offers a precision, an adapter's rank exceeds that of its linear, or
+            a weight or what reaches a linear is not finite.
     """
     precisions = {name: each for name, each in linear_precisions(model, plan).items() if each != DENSE}
     starts = starts_of(model, plan, adapters)
@@ -145,7 +147,7 @@ class Packing:
     Args:
         model: model whose linears are packed, one after the other.
         config: options of the rounding.
-        starts: how the adapter of each linear starts, by the linear's name; None to start it at zero.
+        starts: initialisation of each linear's adapter, by name of the linear; None to start it at zero.
 
     Raises:
         UserError: the layers of the model have experts.
@@ -156,7 +158,7 @@ class Packing:
         self._model, self._config, self._starts = model, config, starts
 
     def place(self, name: str, precision: Precision, state: Mapping[str, Tensor]) -> None:
-        """Puts a packed linear into the place of a dense one."""
+        """Replaces a dense linear by the packed linear of a state."""
         linear: Any = self._model.get_submodule(name)
         device = linear.weight.device
         packed = rebuild(
@@ -170,7 +172,12 @@ class Packing:
         self._model.set_submodule(name, packed.train(linear.training))
 
     def round(self, name: str, precision: Precision, sums: SplitSums) -> RoundedLinear:
-        """A linear's codes, by text where its format has a grid, and what its adapter starts from.
+        """Rounds a linear, by text if its format has a grid, and initialises its adapter if it gets one.
+
+        Args:
+            name: name of the linear.
+            precision: precision to round to.
+            sums: sums over the inputs of the linear.
 
         Raises:
             UserError: the weight, or what reaches the linear, is not finite.
@@ -185,7 +192,7 @@ class Packing:
         state = number_format.encode(weight, precision)
         if isinstance(number_format, GridFormat):
             if rounding.is_plain:
-                by_text = number_format.encode(target, precision)  # as the format itself rounds
+                by_text = number_format.encode(target, precision)  # plain rounding, which the format does itself
             else:
                 rounded = round_weight(target, number_format, precision, decide.hessian, rounding, name=name)
                 by_text = number_format.pack(rounded.codes, rounded.grid)
@@ -203,7 +210,7 @@ class Packing:
     def _start(
         self, name: str, target: Tensor, values: Tensor, hessian: Tensor | None, adapters: LoftQSettings
     ) -> Factors:
-        """The start of an adapter between what a linear should compute with and what it does, [O, I] both."""
+        """The initial factors of an adapter that corrects rounded values towards a target weight, [O, I] each."""
         start = calibrated_start(
             target,
             values,
@@ -218,7 +225,7 @@ class Packing:
 
 
 def _error(weight: Tensor, values: Tensor, sums: InputSums) -> float:
-    """Squared error of a linear with other values on some text, over the square of its true outputs."""
+    """Squared error of a linear's outputs with rounded values, divided by the squared norm of its true outputs."""
     size = sums.hessian if sums.dense is None else sums.dense
     whole = error(weight, torch.zeros_like(weight), size)
     return error(weight, values, sums.hessian, sums.cross, sums.dense) / whole if whole else 0.0

@@ -1,15 +1,15 @@
 """The linears of a model in many precisions, rounded by text that passes through the dense model once.
 
-A bank serves plans that are not known yet, so that there is no quantized prefix: each linear is rounded by what reaches
-it in the dense model, whatever the others are held in. Of each linear the inputs are summed up once, and each precision
-is rounded by the same sums (`qpruner.quantization.rounding`), with the same held-out text to fall back by, as where a
-plan is carried out (`qpruner.quantization.calibrated`). Only the target at the dense model's outputs
-(``rounding.alpha``) falls away, since the inputs are the dense ones.
+A bank serves plans that are not known yet, so there is no quantized prefix: each linear is rounded by its inputs in the
+dense model, whatever precisions the other linears have. The inputs of each linear are summed once, and every precision
+is rounded by these sums (`qpruner.quantization.rounding`). Held-out text decides whether plain codes are used instead,
+as when a plan is carried out (`qpruner.quantization.calibrated`). Only ``rounding.alpha`` has no effect: as the inputs
+are those of the dense model, there are no earlier errors to compensate for.
 
-**Why.** At few bits plain rounding costs many times what rounding by text does, and not by the same factor for all: a
-budget that is shared out by the costs of plain codes buys too much for what text rounds well. **Cost.** For each linear
-one rounding for each precision; the text passes through the model once, and once more and back where the loss weighs
-tokens.
+**Why.** At few bits, plain rounding costs many times what rounding by text does, and the factor differs between
+linears: an allocation by the costs of plain codes spends too much of the budget on linears that text rounds well.
+**Cost.** One rounding for each linear and precision. The text passes through the model once; with
+``config.output_groups``, it passes once more forward and backward.
 """
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -32,11 +32,12 @@ from qpruner.quantization.calibrated_layers import RoundedLinear
 
 @dataclass(frozen=True)
 class TextRounding:
-    """How the codes of a bank are rounded by text; plain data, without the text itself.
+    """How the codes of a bank are rounded by text, as plain data without the text itself.
 
     Args:
-        config: options of the rounding, of which ``rounding.alpha`` does not count.
-        made_from: plain data that tells the text and how the model computes on it, for a bank that is kept.
+        config: options of the rounding; ``rounding.alpha`` has no effect.
+        made_from: plain data that identifies the text and how the model computes on it, so that a stored bank is reused
+            only for the same.
     """
 
     config: CalibratedConfig
@@ -44,13 +45,13 @@ class TextRounding:
 
     @property
     def origin(self) -> list[Any]:
-        """What tells it from other roundings."""
+        """Plain data that distinguishes this rounding from others."""
         return [asdict(self.config), self.made_from]
 
 
 @dataclass(frozen=True)
 class BankText(TextRounding):
-    """The same with the text, by which a bank is filled.
+    """A `TextRounding` together with the text, from which a bank is filled.
 
     Args:
         calibration: this process's share of the text.
@@ -68,20 +69,22 @@ def rounded_layers(
 ) -> Iterator[tuple[int, dict[tuple[str, Precision], RoundedLinear]]]:
     """The linears of some layers in all precisions, layer by layer, the same on all processes.
 
-    Beside the model it holds the hidden states of the text, and of one block the inputs of its linears and their sums.
+    Besides the model, memory holds the hidden states of the text, and for one block the inputs of its linears and their
+    sums.
 
     Args:
-        model: narrowed and dense model, on the device that computes; it is left as it was.
-        precisions: precisions to round to, without dense. To a format that has no grid rounding is plain.
-        text: how to round.
+        model: narrowed and dense model, on the compute device; it is left unchanged.
+        precisions: precisions to round to, without dense. Rounding is plain in formats that have no grid.
+        text: text and options of the rounding.
         adapters: how adapters start; None to start them at zero.
         layers: numbers of the layers to round.
 
     Yields:
-        The number of each layer, lowest first, and its linears by name and precision.
+        Number of each layer, in ascending order, and its linears by name and precision.
 
     Raises:
-        UserError: fewer tokens that decide than a linear has inputs, or what reaches a linear is not finite.
+        UserError: the model has experts, the text has fewer tokens that are not held out than a linear has inputs, or a
+            weight or what reaches a linear is not finite.
     """
     if not layers:
         return

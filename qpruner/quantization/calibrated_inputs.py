@@ -19,9 +19,10 @@ from qpruner.offload import Shelf
 from qpruner.quantization.rounding import RoundingConfig
 
 Tokens = Literal["equal", "skip", "normed"]
-"""How much a token counts: all the same; all but the first four of a sequence; or, in ``o`` and ``down``, one over the
-mean square of the hidden states that leave the dense block, since these are normalised next. Where tokens are weighted
-by the gradient of the loss, it already accounts for that."""
+"""How much a token counts: ``equal``, all count the same; ``skip``, the first four of a sequence do not count;
+``normed``, in ``o`` and ``down`` each counts one over the mean square of the hidden state that leaves the dense block,
+since the next module normalises it. Weights from the gradient of the loss account for the normalisation already, and
+replace those of ``normed``."""
 HELD_OUT = 8
 """Every eighth sequence is held out."""
 NORMED_UNITS = ("o", "down")
@@ -33,12 +34,12 @@ class CalibratedConfig:
 
     Args:
         rounding: how codes and grids are chosen from the statistics of a linear's inputs.
-        output_groups: number of groups of a linear's outputs, each of which weights tokens by the gradient of the loss
-            at the end of the model; 0 leaves the loss out.
+        output_groups: number of groups that the outputs of a linear are divided into; each group weights tokens by the
+            gradient of the model's loss at its outputs. With 0, the loss is not used.
         adapters: initial values of the adapters: the low-rank matrix nearest to the rounding error of a weight
             (``weight``), or the one whose outputs on the text are nearest to those of this error (``calibrated``).
         tokens: how much each token counts: ``equal``, ``skip`` (the first four of a sequence do not count) or
-            ``normed`` (in ``o`` and ``down`` by one over the mean square of the hidden states).
+            ``normed`` (in ``o`` and ``down``, one over the mean square of the hidden state after the block).
         text: calibration text.
 
     Raises:
@@ -61,8 +62,8 @@ class CalibratedConfig:
             widest: largest number of inputs of a linear.
 
         Raises:
-            UserError: fewer tokens that are not held out than a linear has inputs, no token that counts, or no sequence
-                to hold out.
+            UserError: there are fewer tokens that are not held out than a linear has inputs, no tokens that count, or
+                too few sequences to hold one out.
         """
         text = self.text
         deciding = text.num_sequences - text.num_sequences // HELD_OUT
@@ -88,8 +89,8 @@ class SplitSums:
 
     Args:
         decide: sums from which codes are chosen.
-        held_out: sums by which codes are judged.
-        shelf: where the held-out sums of an offloaded model are kept until they are needed.
+        held_out: sums with which codes are judged.
+        shelf: place where the held-out sums are kept until they are needed: files, if the model is offloaded.
     """
 
     decide: InputSums
@@ -98,11 +99,11 @@ class SplitSums:
 
 
 class BlockInputs:
-    """One block while its units are rounded.
+    """Collects the inputs of one block's units while these are rounded.
 
     Args:
         runner: runner of the model.
-        number: number of the block.
+        number: index of the block, from 0.
         calibration: this process's share of the text.
         config: options of the rounding.
     """
@@ -145,10 +146,14 @@ class BlockInputs:
         """The sums over all text of the inputs of a unit, for each of its linears.
 
         Args:
-            unit: unit whose turn it is; those before it are already packed.
+            unit: unit that is rounded next; those before it are already packed.
             linear: a linear of the unit; all of them have the same inputs.
-            states: states that enter the block.
-            weights: how much each token counts for the outputs of each linear; None if all count the same.
+            states: hidden states that enter the block.
+            weights: weights of tokens by the gradient of the loss, by name of the linear: a tensor [B, T, G] for each
+                micro-batch; None for a linear that the loss does not weight.
+
+        Yields:
+            Name of each linear, and the sums for it.
         """
         if not weights:
             return
@@ -161,13 +166,13 @@ class BlockInputs:
     def dense_sums(
         self, unit: str, linear: nn.Linear, weights: Mapping[str, list[Tensor] | None]
     ) -> Iterator[tuple[str, SplitSums]]:
-        """As `sums`, of the inputs that the unit had when the dense model's states passed, without another pass."""
+        """As `sums`, but of the inputs that the unit received in `pass_dense`, without another pass."""
         yield from self._of_linears(unit, linear, self._dense_inputs[unit], weights)
 
     def _of_linears(
         self, unit: str, linear: nn.Linear, seen: list[Tensor], weights: Mapping[str, list[Tensor] | None]
     ) -> Iterator[tuple[str, SplitSums]]:
-        """The sums for each linear of a unit; linears that the loss does not weight share theirs."""
+        """The sums for each linear of a unit; linears that the loss does not weight share one object."""
         shared: SplitSums | None = None
         for name, of_outputs in weights.items():
             if of_outputs is not None:
@@ -177,7 +182,7 @@ class BlockInputs:
                 yield name, shared
 
     def _summed(self, unit: str, seen: list[Tensor], num_inputs: int, of_outputs: list[Tensor] | None) -> SplitSums:
-        # One after the other, so that the first may be in a file already when the second are computed.
+        # The held-out sums come first, so that they can move to a file before the others are computed.
         held_out = self._part(unit, seen, num_inputs, of_outputs, held_out=True)
         shelf = Shelf(held_out.tensors, self._runner.offload)
         return SplitSums(self._part(unit, seen, num_inputs, of_outputs, held_out=False), held_out, shelf)
@@ -210,6 +215,6 @@ class BlockInputs:
         weights = torch.ones_like(squares)
         if self._config.tokens == "skip":
             weights[:, :MASSIVE_POSITIONS] = 0
-        elif self._config.tokens == "normed" and unit in NORMED_UNITS and not by_loss:  # a gradient has the norm in it
+        elif self._config.tokens == "normed" and unit in NORMED_UNITS and not by_loss:  # gradients include the norm
             weights = torch.where(squares > 0, squares.reciprocal(), 0.0)
         return weights.unsqueeze(-1)

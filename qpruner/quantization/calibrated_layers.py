@@ -1,8 +1,8 @@
-"""The results of calibrated rounding on disk, layer by layer, so that an interrupted one can resume.
+"""Results of calibrated rounding on disk, layer by layer, so that an interrupted calibration can resume.
 
-A file holds one layer: states of its linears, and what their adapters start from, by ``linear/part``. It records what
-the calibration is made from and the hash of the previous layer's file, as a layer depends on all those rounded before
-it.
+A file holds one layer: the states of its linears and the initial factors of their adapters, by ``linear/part``. It
+records what the calibration was made from and the hash of the previous layer's file, since a layer depends on all those
+rounded before it.
 """
 
 import json
@@ -25,13 +25,14 @@ FACTORS = ("lora_A", "lora_B")
 
 @dataclass(frozen=True)
 class Outcome:
-    """What came of a linear.
+    """How well a linear was rounded by text, on held-out text.
 
     Args:
         kept: whether the calibrated codes were kept; if not, round-to-nearest codes were no worse on held-out text, and
             were used instead.
-        plain: squared error of plainly rounded codes on held-out text, over the square of the true outputs.
-        calibrated: the same of calibrated codes.
+        plain: squared error of the outputs with round-to-nearest codes, divided by the squared norm of the true
+            outputs.
+        calibrated: squared error of the outputs with calibrated codes, likewise.
     """
 
     kept: bool
@@ -40,18 +41,18 @@ class Outcome:
 
     @classmethod
     def of(cls, plain: float, calibrated: float) -> Self:
-        """The outcome that follows from the errors on held-out text."""
+        """The outcome for these errors on held-out text."""
         return cls(calibrated < plain, plain, calibrated)
 
 
 @dataclass(frozen=True)
 class RoundedLinear:
-    """A linear that is rounded.
+    """A linear that was rounded.
 
     Args:
         state: codes and scales, on the CPU.
-        factors: factors A [r, in] and B [out, r] that its adapter starts from, on the CPU; None for a start at zero.
-        outcome: what came of rounding by text; None where the format has no grid, and rounding was plain.
+        factors: initial factors A [r, in] and B [out, r] of the adapter, on the CPU; None for a start at zero.
+        outcome: outcome of rounding by text; None if the format has no grid, so that rounding was plain.
     """
 
     state: dict[str, Tensor]
@@ -64,11 +65,11 @@ Layer = dict[str, RoundedLinear]
 
 
 class CalibratedLayers:
-    """The folder of a calibration.
+    """The rounded layers of a calibration, in a folder.
 
     Args:
-        folder: folder of the files; None where nothing is kept.
-        made_from: plain data that tells what the calibration is made from: base, plan, text and options.
+        folder: folder of the files; None if nothing is stored.
+        made_from: plain data that identifies the base, plan, text and options of the calibration.
     """
 
     def __init__(self, folder: Path | None, made_from: Mapping[str, Any]) -> None:
@@ -76,11 +77,11 @@ class CalibratedLayers:
         self._origin = hash_json(made_from)
 
     def read(self, number: int, processes: Processes) -> Layer | None:
-        """A layer, on all processes; None where it has to be rounded. What is of no use is told and made again."""
+        """Reads a layer, on all processes; None if it must be rounded. Warns if a file exists but cannot be used."""
         return processes.of_first(lambda: self._read(number))
 
     def write(self, number: int, layer: Layer, processes: Processes) -> None:
-        """Keeps a layer, once."""
+        """Writes a layer to its file, by the first process alone."""
         processes.of_first(lambda: self._write(number, layer))
 
     def _read(self, number: int) -> Layer | None:
@@ -119,7 +120,7 @@ class CalibratedLayers:
             parts = dict(zip(FACTORS, linear.factors or (), strict=False))
             tensors |= {f"{name}/{part}": tensor.contiguous() for part, tensor in (linear.state | parts).items()}
         outcomes = {name: asdict(linear.outcome) for name, linear in layer.items() if linear.outcome is not None}
-        # In one entry: the order of several is not always the same, and the next layer names this file by its hash.
+        # One entry, since the order of several may vary, and the next layer records the hash of this file.
         metadata = {"layer": json.dumps({"origin": self._origin_of(number), "outcomes": outcomes})}
         self._folder.mkdir(parents=True, exist_ok=True)
         try:

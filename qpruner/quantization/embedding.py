@@ -1,8 +1,8 @@
-"""The tables of a model, token embedding and language-model head, held in a packed number format.
+"""The tables of a model, token embedding and language-model head, in a packed number format.
 
-Tied ones stay one table: the head is the very module that the embedding reads its rows from, so whatever moves, copies
-or counts modules treats both as one. Transformers is told of the tie in its own way, by ``_tied_weights_keys``; its
-``tie_weights`` then finds nothing to do, and ``save_pretrained`` writes the table once, as the embedding's.
+Tied tables remain one: the head is the same module that the embedding reads its rows from, so code that moves, copies
+or counts modules treats both as one. ``_tied_weights_keys`` declares the tie to transformers, whose ``tie_weights``
+then finds nothing to do, and whose ``save_pretrained`` writes the table once, under the name of the embedding.
 """
 
 import copy
@@ -22,33 +22,33 @@ from qpruner.quantization.packed import PackedLinear
 
 
 class PackedEmbedding(CompressedEmbedding):
-    """The embedding of a compressed folder, which can become dense again, and whose tied head may.
+    """A `CompressedEmbedding` that can become dense again; so can a head that is tied to it.
 
     Args:
-        table: linear whose weight [vocabulary, hidden] is the table; with tied embeddings the head itself.
-        dense: embedding that is replaced, with the rows of the table; its weight is let go.
+        table: linear whose weight [vocabulary, hidden] is the table; with tied embeddings, the head itself.
+        dense: embedding that is replaced; its weight is released.
     """
 
     def __init__(self, table: PackedLinear, dense: nn.Embedding) -> None:
         # Gemma's families multiply by the root of the hidden size, in the dtype of the weight.
         super().__init__(table, getattr(dense, "scalar_embed_scale", 1.0))
         dense.weight = None  # type: ignore[assignment]
-        self._without_weight = (dense,)  # in a tuple, so that it is no part of the model
+        self._without_weight = (dense,)  # the tuple keeps it from becoming a submodule
 
     def forward(self, ids: Tensor) -> Tensor:  # [..] -> [.., hidden]
         if isinstance(self.table, PackedLinear):
             return super().forward(ids)
-        weight = self.table.weight  # since something wrote to the weight of a tied head
+        weight = self.table.weight  # dense since something wrote to the tied head
         return weight[ids] * torch.tensor(self.scale, dtype=weight.dtype)
 
     def unpacked_(self) -> nn.Embedding:
-        """The embedding that it was made from, with the weight of the table, which is dense from now on."""
+        """The dense embedding that was replaced, with the weight of the table, which becomes dense for good."""
         embedding = copy.deepcopy(self._without_weight[0])
         embedding.weight = self.table.become_dense_().weight
         return embedding
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if name == "table" and not isinstance(value, PackedLinear):  # PEFT puts its layers in place this way
+        if name == "table" and not isinstance(value, PackedLinear):  # how PEFT inserts its layers
             raise UserError(
                 "A packed embedding takes no adapters. Name the linears of the layers as target modules, or leave the "
                 "embedding dense in the plan."
@@ -57,10 +57,15 @@ class PackedEmbedding(CompressedEmbedding):
 
 
 def table_precisions(config: Any, embedding: Precision, head: Precision) -> dict[str, Precision]:
-    """The precision of each table of a model by the name of its module; a tied head is the embedding's table.
+    """The precision of each table of a model, by name of its module; a tied head is part of the embedding's entry.
+
+    Args:
+        config: configuration of the model.
+        embedding: precision of the embedding.
+        head: precision of the head.
 
     Raises:
-        UserError: an unsupported family, or two precisions for one table.
+        UserError: an unsupported family, or two precisions for a tied table.
     """
     _, family = family_of(config)
     if not config.tie_word_embeddings:
@@ -74,13 +79,13 @@ def table_precisions(config: Any, embedding: Precision, head: Precision) -> dict
 
 
 def quantize_tables_(model: Any, embedding: Precision, head: Precision, *, device: torch.device) -> None:
-    """Replaces the dense embedding and head of a model by packed ones, where they are not to stay dense.
+    """Replaces the dense embedding and head of a model by packed ones, except where their precision is dense.
 
     Args:
         model: model that is changed in place.
         embedding: precision of the embedding.
         head: precision of the head.
-        device: device on which each table is computed; the table stays where the model is.
+        device: device on which each table is quantized; the result is on the model's device.
 
     Raises:
         UserError: as `table_precisions`, or no format offers a precision.
@@ -94,13 +99,13 @@ def quantize_tables_(model: Any, embedding: Precision, head: Precision, *, devic
 
 
 def rebuild_tables_(model: Any, embedding: Precision, head: Precision, state: Mapping[str, Tensor]) -> None:
-    """Puts packed tables from a state dict in the place of dense ones, whose weights are not read.
+    """Replaces the dense embedding and head of a model by packed ones from a state dict; reads no dense weights.
 
     Args:
         model: model that is changed in place; its dense tables may be on the meta device.
         embedding: precision of the embedding.
         head: precision of the head.
-        state: state dict of the model that was saved; packed tables take its tensors over without a copy.
+        state: state dict of the saved model; packed tables use its tensors without copying them.
 
     Raises:
         UserError: as `quantize_tables_`, or the state lacks a tensor or has one of another shape.
@@ -113,17 +118,17 @@ def rebuild_tables_(model: Any, embedding: Precision, head: Precision, state: Ma
 
 
 def unpack_embedding_(model: Any) -> None:
-    """Replaces a packed embedding by a dense one, and makes the head dense where that is the same table.
+    """Replaces a packed embedding by a dense one, and makes a head that is tied to it dense as well.
 
     Args:
-        model: model that is changed in place; left alone where its embedding is dense.
+        model: model that is changed in place; left unchanged if its embedding is dense.
     """
     _, family = family_of(model.config)
     packed = model.get_submodule(family.embedding)
     if isinstance(packed, PackedEmbedding):
         model.set_submodule(family.embedding, packed.unpacked_())
         if model.config.tie_word_embeddings:
-            del model._tied_weights_keys  # that of the class holds again
+            del model._tied_weights_keys  # the declaration of its class applies again
             model.all_tied_weights_keys = model.get_expanded_tied_weights_keys()
 
 

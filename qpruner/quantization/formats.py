@@ -1,4 +1,4 @@
-"""The number formats of weights, and what every one of them can do; a new format is a new file and a line here."""
+"""The number formats of weights behind one interface; a new format is a new file and an entry in `FORMATS`."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -19,10 +19,10 @@ from qpruner.quantization.uniform import Uniform
 
 
 class Format(Protocol):
-    """A number format: which widths it has, and how a weight comes to be held in it.
+    """A number format: the widths that it offers, and how weights are encoded in it.
 
-    A state is a set of tensors by name. How they are laid out and what they mean, `qpruner.modeling_compressed` says
-    (``layout``, ``values``). Everything after ``encode`` is exact.
+    An encoded weight is a state: tensors by name. `qpruner.modeling_compressed` defines their layout (``layout``) and
+    meaning (``values``). Only ``encode`` rounds.
     """
 
     @property
@@ -30,49 +30,54 @@ class Format(Protocol):
 
     @property
     def bits(self) -> tuple[int, ...]:
-        """Bits per weight that are offered."""
+        """Offered numbers of bits per weight."""
 
     @property
     def groups(self) -> Sequence[int | None]:
-        """Weights per scale that are offered, the default first; None where the format leaves no choice."""
+        """Offered numbers of weights that share a scale, the default first; ``(None,)`` if there is no choice."""
 
     def encode(self, weight: Tensor, precision: Precision) -> dict[str, Tensor]:
-        """The state nearest to a weight [out, in] of any float dtype, on its device."""
+        """The state nearest to a weight [out, in] of any float dtype, on the weight's device."""
 
     def take(
         self, state: Mapping[str, Tensor], axis: int, index: Tensor, in_features: int, precision: Precision
     ) -> dict[str, Tensor] | None:
-        """The state of some rows (``axis`` 0) or columns (1) exactly as they were; None where scales run across.
+        """The state of some rows or columns with their values unchanged, or None if their scales cannot be separated.
 
-        Of columns it is in the precision that `Precision.of_columns` gives.
+        Args:
+            state: state of the whole weight.
+            axis: 0 for rows, 1 for columns.
+            index: indices of the rows or columns, [n], in their new order.
+            in_features: columns of the whole weight.
+            precision: precision of the whole weight; of some columns, `Precision.of_columns` gives the new one.
         """
 
 
 @runtime_checkable
 class GridFormat(Format, Protocol):
-    """A number format whose values lie on a `Grid`, so that grid and codes may be chosen apart, by calibration."""
+    """A number format whose values lie on a `Grid`, so that calibration can choose grid and codes separately."""
 
     @property
     def symmetric(self) -> bool:
         """Whether minima follow from scales: each is the scale times -2^(b - 1)."""
 
     def storable(self, scales: Tensor, minima: Tensor, precision: Precision) -> AnyGrid:
-        """The grid nearest to scales and minima [out, groups] that the format can store.
+        """The storable grid that is nearest to scales and minima [out, groups].
 
-        A symmetric format takes its minima from the scales and does not look at those that are given.
+        A symmetric format computes its minima from the scales, and ignores the given ones.
         """
 
     def pack(self, codes: Tensor, grid: Any) -> dict[str, Tensor]:
-        """The state of codes uint8 [out, in] on a grid of `storable`; they mean ``grid.values(codes)``."""
+        """The state of codes uint8 [out, in] on a grid from `storable`; its values are ``grid.values(codes)``."""
 
     def grid(self, state: Mapping[str, Tensor], precision: Precision) -> AnyGrid:
         """The grid of a state."""
 
     def codes(self, state: Mapping[str, Tensor], in_features: int, precision: Precision) -> Tensor:
-        """The codes of a state, uint8 [out, in]; `pack` gives them back bit for bit."""
+        """The codes of a state, uint8 [out, in]; `pack` restores the state bit for bit."""
 
     def values(self, state: Mapping[str, Tensor], grid: Any, in_features: int, dtype: torch.dtype) -> Tensor:
-        """What the codes of a state mean on any grid; [out, in], rounded once from float32."""
+        """The values of a state's codes on any grid, [out, in], rounded once from float32 to a dtype."""
 
 
 FORMATS: tuple[Format, ...] = (
@@ -95,11 +100,11 @@ DEFAULTS: Mapping[int, str] = {
     6: "affine-double",
     8: "int8",
 }
-"""The number format of each number of bits where none is named."""
+"""The default number format for each number of bits."""
 
 
 def format_for(precision: Precision) -> Format:
-    """The format that offers a precision, of two segments where columns lead.
+    """The format that offers a precision; `Segments` for one with leading columns.
 
     Raises:
         UserError: there is no format of that name, or it does not offer these bits or this group.
@@ -137,8 +142,8 @@ def precision_of(bits: int, group: int, formats: Mapping[int, str]) -> Precision
 
     Args:
         bits: bits of a weight, one of those in `DEFAULTS`.
-        group: weights that share a scale, where the number format leaves the choice.
-        formats: names of number formats by their bits, where they shall be others than the `DEFAULTS`.
+        group: number of weights that share a scale; ignored if the format leaves no choice.
+        formats: names of number formats by number of bits, which take precedence over `DEFAULTS`.
 
     Raises:
         UserError: there is no format of that name, or it does not offer these bits or this group.
@@ -152,7 +157,7 @@ def precision_of(bits: int, group: int, formats: Mapping[int, str]) -> Precision
 
 
 def quantize(linear: nn.Linear, precision: Precision) -> PackedLinear:
-    """The packed linear nearest to a dense one, on its device and in its mode; the bias is copied, frozen.
+    """Quantizes a dense linear, on its device and with its training mode; the bias is copied and frozen.
 
     Raises:
         UserError: no format offers the precision.
@@ -165,20 +170,20 @@ def quantize(linear: nn.Linear, precision: Precision) -> PackedLinear:
 
 
 def dequantize(module: PackedLinear) -> Tensor:
-    """The weight that a packed linear computes with; float32 [out, in]."""
+    """The weight that a packed linear multiplies with; float32 [out, in]."""
     return module.unpack(torch.float32)
 
 
 def narrowed(module: PackedLinear, axis: int, index: Tensor) -> PackedLinear:
-    """Some rows or columns of a packed linear, packed likewise, with the bias that goes with them.
+    """A packed linear with some rows or columns of another one, and the bias that belongs to them.
 
-    Formats whose scales run across what goes round the rest anew: `dequantize` of the result then differs a little. So
-    do two segments of which leading columns come to stand behind others.
+    Values stay exactly the same wherever the format allows it. Where scales are shared with rows or columns that are
+    removed, or leading columns would come after others, what remains is quantized anew, and values change a little.
 
     Args:
-        module: packed linear to narrow, which stays as it is.
-        axis: axis of the weight that narrows: 0 for rows, 1 for columns.
-        index: places of the rows or columns that stay, [n].
+        module: packed linear to narrow; it is left unchanged.
+        axis: axis of the weight to narrow: 0 for rows, 1 for columns.
+        index: indices of the rows or columns that stay, [n], in their new order.
     """
     before, precision = module.precision, module.precision
     if axis == 1:
@@ -195,19 +200,19 @@ def narrowed(module: PackedLinear, axis: int, index: Tensor) -> PackedLinear:
 
 
 def num_bytes(out_features: int, in_features: int, precision: Precision) -> int:
-    """Bytes of codes and scales, the bias and the header of a file apart.
+    """Bytes of the codes and scales of a weight, without the bias and the headers of files.
 
     Raises:
-        UserError: no format offers the precision.
+        UserError: as `layout_of`.
     """
     return sum(tensor.nbytes for tensor in layout_of(out_features, in_features, precision).values())
 
 
 def layout_of(out_features: int, in_features: int, precision: Precision) -> dict[str, Tensor]:
-    """The state of a weight of that shape as tensors without storage (on the meta device).
+    """The state of a weight of this shape as tensors without storage (on the meta device).
 
     Raises:
-        UserError: no format offers the precision, or the weight has no more columns than are to lead.
+        UserError: no format offers the precision, or the weight has no columns beside the leading ones.
     """
     format_for(precision)
     if precision.leading is not None:
@@ -224,7 +229,7 @@ def rebuild(
     bias: Tensor | None,
     dtype: torch.dtype,
 ) -> PackedLinear:
-    """The packed linear of a state, bit for bit, on the state's device; it takes the tensors over without a copy.
+    """Builds the packed linear of a state, on the state's device; it uses the tensors without copying them.
 
     Args:
         state: tensors of ``PackedLinear.packed``; others are ignored.
@@ -232,7 +237,7 @@ def rebuild(
         in_features: columns of the weight.
         precision: precision that the state was made in.
         bias: bias [out], or None.
-        dtype: dtype of the dense linear that the packed one stands for.
+        dtype: dtype of the dense linear that the packed one replaces.
 
     Raises:
         UserError: no format offers the precision, or a tensor is missing or not of the shape and dtype of the layout.

@@ -1,4 +1,4 @@
-"""GPTQ (2022): columns of a weight are rounded one after the other, and the remaining ones make up for each error.
+"""GPTQ (2022): the columns of a weight are rounded one by one, and the remaining columns compensate for each error.
 
 With W the weight, Q the rounded weight, X the inputs of the linear and H = X^T X, the objective is the output error,
 |X (W - Q)^T|^2 = tr (W - Q) H (W - Q)^T. Once column q is rounded, with error e = w_q - round(w_q) in each row, the
@@ -10,17 +10,17 @@ and the remaining error is the sum over columns of e^2 / [K]_qq. With H^-1 = U^T
 U_qq U_q for every q, so that W_F <- W_F - (e / U_qq) U_qF (arXiv 2210.17323, section 3, step 3). Columns beyond a block
 are updated once per block.
 
-**First-order term.** FOEM (AAAI 2026) adds to the expansion of the error around the current weights a gradient in
-proportion to their deviation from the original ones, D = W - W_original. For the remaining columns that is the gradient
-2 D_F H_FF of tr D_F H_FF D_F^T; a share beta of the Newton step on it is -beta D_F, whatever H_FF is, and the whole of
-the step to the least of the expansion with column q rounded is
+**First-order term.** FOEM (AAAI 2026) adds a gradient to the expansion of the error around the current weights, in
+proportion to their deviation D = W - W_original from the original ones. For the remaining columns, this is the gradient
+2 D_F H_FF of tr D_F H_FF D_F^T. A share beta of its Newton step is -beta D_F, whatever H_FF is, and the full step to
+the minimum of the expansion with column q rounded is
 
     D_F <- (1 - beta) D_F - e [K]_qF / [K]_qq,    e = w_q - round(w_q) with w_q after its own share.
 
-Without it each step is the best on the calibration text already: there the gradient above and that of the rounded
-columns, 2 D_Q H_QF, add up to nothing. What the term buys is weights near the original ones, for other text, much as
-damping does. (The authors' code takes beta D_F for the gradient itself, so that its step is -beta D_F H_FF^-1; the form
-here needs no inverse of what is left.)
+On the calibration text, each step is optimal without the term already, since the gradient above and that of the rounded
+columns, 2 D_Q H_QF, cancel. The term keeps weights near the original ones, which helps on other text, much as damping
+does. (The authors' code uses beta D_F as the gradient itself, so that its step is -beta D_F H_FF^-1; the form here
+needs no inverse for the remaining columns.)
 
 Shapes: O rows (outputs), I columns (inputs), G columns in a group.
 """
@@ -38,17 +38,18 @@ from qpruner.quantization.grid_search import GridSearch, Segment, search
 BLOCK = 128
 """Maximum number of columns that are rounded before the columns after the block are updated."""
 Choose = Callable[[int, Tensor], tuple[Tensor, Tensor]]
+"""Function that returns the scale and the minimum of a group; see `gptq`."""
 
 
 def damped(hessian: Tensor, damping: float) -> Tensor:
-    """The Hessian with something added to its diagonal; float64, of the same shape.
+    """The Hessian with an addition to its diagonal; float64, of the same shape.
 
-    A channel that was always 0 is then treated as uncorrelated with all others: it neither compensates nor is
-    compensated.
+    An input that is always 0 is uncorrelated with all others, so its column neither compensates for errors nor has its
+    own compensated.
 
     Args:
         hessian: X^T X, [..., I, I].
-        damping: addition to the diagonal, in units of its mean; above 0.
+        damping: amount added to the diagonal, in units of its mean; above 0. A zero matrix gets 1 instead.
     """
     hessian = hessian.to(torch.float64, copy=True)
     diagonal = hessian.diagonal(dim1=-2, dim2=-1)
@@ -59,11 +60,11 @@ def damped(hessian: Tensor, damping: float) -> Tensor:
 
 @dataclass(frozen=True)
 class Factor:
-    """The inverse Cholesky factor of a linear's Hessian, by which columns make up for each other.
+    """The Cholesky factor of a linear's inverse Hessian, from which columns compensate for each other's errors.
 
     Args:
-        order: columns in the order in which they are rounded, [I]; None for that of the weight.
-        root: upper triangular U with U^T U the inverse of the Hessian in that order, [I, I] in float32.
+        order: columns in the order in which they are rounded, [I]; None for their order in the weight.
+        root: upper triangular U such that U^T U is the inverse of the Hessian in this order, [I, I] in float32.
     """
 
     order: Tensor | None
@@ -71,10 +72,10 @@ class Factor:
 
     @classmethod
     def of(cls, hessian: Tensor, *, act_order: bool, name: str) -> "Factor":
-        """The factor of a Hessian [I, I], damped, in float64.
+        """Computes the factor of a Hessian, in the Hessian's dtype.
 
         Args:
-            hessian: Hessian [I, I], damped already.
+            hessian: damped Hessian [I, I], in float64.
             act_order: whether columns are rounded in descending order of the Hessian's diagonal.
             name: name of the linear, for errors.
 
@@ -85,7 +86,7 @@ class Factor:
         if act_order:
             order = hessian.diagonal().argsort(descending=True, stable=True)
             hessian = hessian[order][:, order]
-        # Of the columns in reverse order H is L L^T; read backwards L is upper triangular, and so is its inverse U.
+        # With its columns in reverse order, H is L L^T. L read backwards is upper triangular, and so is its inverse U.
         lower, failed = torch.linalg.cholesky_ex(hessian.flip(0, 1))
         if failed:
             raise UserError(
@@ -99,19 +100,20 @@ class Factor:
 
 
 def gptq(weight: Tensor, factor: Factor, spans: Sequence[Span], choose: Choose, *, first_order: float) -> Tensor:
-    """The codes of a weight; uint8 [O, I].
+    """Rounds a weight by GPTQ; returns its codes, uint8 [O, I].
 
     Args:
         weight: weight, [O, I], in float32.
         factor: factor of the Hessian of its inputs.
-        spans: groups of all columns, in their order.
-        choose: returns the scale and the minimum [O] of a group from its index and, in the order of the weight, its
-            weights [O, G] at the time its first column is rounded; called wherever the group changes.
-        first_order: share beta of the remaining columns' deviation that is undone before each column.
+        spans: groups of all columns, in the order of the weight.
+        choose: returns the scale and the minimum [O] of a group from its index and its weights [O, G] when its first
+            column is about to be rounded; called wherever the group changes. The weights are those of the group only if
+            columns are rounded in the order of the weight.
+        first_order: share beta, in [0, 1), of the remaining columns' deviation that is undone before each column.
     """
     order = torch.arange(weight.shape[1], device=weight.device) if factor.order is None else factor.order
     numbers = numbers_of(spans, weight.device)[order].tolist()
-    # A column is a row of what follows: its weights lie side by side in memory.
+    # Transposed, so that the weights of a column are contiguous in memory.
     original = weight.T[order]
     now, codes = original.clone(), torch.empty_like(original)
     root, pivots = factor.root, factor.root.diagonal().tolist()
@@ -130,7 +132,7 @@ def gptq(weight: Tensor, factor: Factor, spans: Sequence[Span], choose: Choose, 
             error = (now[q] - torch.addcmul(minimum, scale, codes[q])).div_(pivots[q])
             now[q + 1 : last].addr_(root[q, q + 1 : last], error, alpha=-1)
             errors[q - first] = error
-        if first_order:  # as if each column behind the block had been taken back in each turn
+        if first_order:  # as if each column after the block had been pulled back before every column
             shares = keep ** torch.arange(last - first - 1, -1, -1, device=now.device, dtype=now.dtype)
             errors *= shares.unsqueeze(1)
             now[last:].lerp_(original[last:], 1 - keep ** (last - first))
@@ -141,13 +143,13 @@ def gptq(weight: Tensor, factor: Factor, spans: Sequence[Span], choose: Choose, 
 
 
 def numbers_of(spans: Sequence[Span], device: torch.device) -> Tensor:
-    """The number of the group of each column, [I]."""
+    """The index of the group of each column, [I]."""
     sizes = torch.tensor([span.size for span in spans], device=device)
     return torch.arange(len(spans), device=device).repeat_interleave(sizes)
 
 
 class FixedGrid:
-    """Returns the scale and the minimum of each group of a fixed grid, whatever its current weights."""
+    """Returns the scale and the minimum of each group of a fixed grid, regardless of its current weights."""
 
     def __init__(self, grid: AnyGrid) -> None:
         self._scales, self._minima = grid.scales.T.contiguous(), grid.minima.T.contiguous()  # [M, rows]
@@ -157,7 +159,7 @@ class FixedGrid:
 
 
 class FreshGrid:
-    """Chooses the grid of each group when the group is reached.
+    """Searches for the grid of each group, from its weights at the time the group is reached.
 
     Args:
         segments: segments of the linear that the grid is for.
@@ -184,8 +186,8 @@ class FreshGrid:
 
 
 def _blocks(spans: Sequence[Span]) -> Iterator[tuple[int, int]]:
-    """Blocks of at most `BLOCK` columns, such that where a group begins all its columns are up to date."""
-    together: list[tuple[int, int]] = []  # whole groups, as many as a block holds, or one that is longer
+    """Blocks of at most `BLOCK` columns, such that all columns of a group are up to date when the group begins."""
+    together: list[tuple[int, int]] = []  # as many whole groups as a block holds, or one longer group
     for span in spans:
         if together and span.last - together[-1][0] <= BLOCK:
             together[-1] = (together[-1][0], span.last)

@@ -6,9 +6,9 @@ In a group of G consecutive weights of a row, a grid of b bits has the 2^b value
 
 A linear of two segments has a grid for each, side by side (`GridOfTwo`).
 
-A grid holds its scales and minima exactly as a number format stores them, so that weights rounded to it lose nothing
-more when they are packed. `qpruner.quantization.grid_search` chooses scales and minima; the formats that have a grid
-store them.
+A grid holds its scales and minima exactly as a number format stores them, so packing weights that are rounded to it
+loses nothing more. `qpruner.quantization.grid_search` chooses scales and minima; the formats that have a grid store
+them.
 
 Shapes: O rows (outputs), I columns (inputs), G columns in a group, M = ceil(I / G) groups in a row, the last of which
 may be short.
@@ -29,9 +29,9 @@ class Grid:
     """The values that weights [O, I] may take.
 
     Args:
-        scales: distance from the value of a code to that of the next in each group, [O, M] in float32; below 0 where
-            higher codes have lower values, and 0 where all values of a group are one.
-        minima: value of code 0 in each group, the lowest one unless the scale is below 0; [O, M] in float32.
+        scales: step from the value of a code to the value of the next code in each group, [O, M] in float32; below 0
+            where higher codes have lower values, and 0 where all values of a group are equal.
+        minima: value of code 0 in each group, [O, M] in float32; the lowest value, unless the scale is below 0.
         bits: number of bits b of a code.
         group: number G of columns in a group; -1 where a group is a whole row.
     """
@@ -51,24 +51,24 @@ class Grid:
 
         Args:
             weight: weights of some neighbouring columns, [O, n].
-            first: number of the first of these columns.
+            first: index of the first of these columns.
         """  # uint8 [O, n]
         scales, minima = self._of_columns(first, weight.shape[1])
         places = (weight.float() - minima).mul_(inverse(scales))
         return places.add_(0.5).floor_().clamp_(0, self.levels - 1).to(torch.uint8)
 
     def values(self, codes: Tensor, first: int = 0) -> Tensor:
-        """What codes [O, n] of some neighbouring columns mean; see `round`."""  # float32 [O, n]
+        """The values of codes [O, n] of some neighbouring columns; see `round`."""  # float32 [O, n]
         scales, minima = self._of_columns(first, codes.shape[1])
         return torch.addcmul(minima, scales, codes.float())
 
     def cut(self, parts: int) -> list[Self]:
-        """The grids of some row groups, as `torch.Tensor.tensor_split` cuts rows."""
+        """The grids of ``parts`` groups of rows, which are cut like rows by `torch.Tensor.tensor_split`."""
         rows = zip(self.scales.tensor_split(parts), self.minima.tensor_split(parts), strict=True)
         return [self.on(*both) for both in rows]
 
     def on(self, scales: Tensor, minima: Tensor) -> Self:
-        """The grid with other scales and minima."""
+        """A copy of the grid with other scales and minima [O, M]."""
         return replace(self, scales=scales, minima=minima)
 
     def sums(self, values: Tensor) -> Tensor:
@@ -84,12 +84,12 @@ class Grid:
 
 @dataclass(frozen=True)
 class GridOfTwo:
-    """The grids of two segments of columns, as one grid with the groups of both.
+    """The grids of two segments of columns, combined into one grid with the groups of both.
 
     Args:
         leading: grid of the leading columns.
-        columns: number of the leading columns.
-        rest: grid of the columns behind them.
+        columns: number of leading columns.
+        rest: grid of the columns after them.
     """
 
     leading: Grid
@@ -118,7 +118,7 @@ class GridOfTwo:
         return torch.cat([self.leading.round(first), self.rest.round(behind)], 1)
 
     def values(self, codes: Tensor) -> Tensor:
-        """What codes [O, I] mean."""  # float32 [O, I]
+        """The values of codes [O, I]."""  # float32 [O, I]
         first, behind = codes[:, : self.columns], codes[:, self.columns :]
         return torch.cat([self.leading.values(first), self.rest.values(behind)], 1)
 
@@ -147,10 +147,10 @@ class Span:
     """The columns of a group, and the codes and minima that it can have.
 
     Args:
-        first: number of its first column.
-        last: number of the column behind its last one.
+        first: index of its first column.
+        last: index of the column after its last one.
         top: largest code.
-        offset: minimum in units of the scale, of a symmetric format; None where the minimum is free.
+        offset: minimum in units of the scale, for a symmetric format; None where the minimum is free.
     """
 
     first: int
@@ -164,22 +164,22 @@ class Span:
 
 
 def groups_of_columns(first: int, number: int, group: int, device: torch.device) -> Tensor:
-    """The number of the group of each of some neighbouring columns, [number]."""
+    """The index of the group of each of ``number`` neighbouring columns, beginning with column ``first``; [number]."""
     columns = torch.arange(first, first + number, device=device)
     return torch.zeros_like(columns) if group == ROW else columns // group
 
 
 def inverse(scales: Tensor) -> Tensor:
     """The factor that converts a difference into units of the scale; 0 where the scale is 0."""
-    tiny = torch.finfo(torch.float32).tiny  # of smaller ones the inverse is infinite
+    tiny = torch.finfo(torch.float32).tiny  # the inverse of a smaller number is infinite
     return torch.where(scales.abs() >= tiny, 1 / scales, 0.0)
 
 
 class GridStore(Protocol):
-    """What can store a grid; the part of a number format that the choice of a grid depends on."""
+    """The part of a number format on which the choice of a grid depends: how grids are stored."""
 
     def storable(self, scales: Tensor, minima: Tensor, precision: Precision) -> AnyGrid:
-        """The grid nearest to scales and minima [out, groups] that can be stored.
+        """The storable grid that is nearest to scales and minima [out, groups].
 
-        Where a symmetric format takes its minima from the scales, it does not look at those that are given.
+        A symmetric format computes its minima from the scales, and ignores the given ones.
         """

@@ -1,4 +1,4 @@
-"""The search for grids: the scale and the minimum with which each group of weights is rounded.
+"""The search for grids: the scale and the minimum by which each group of weights is rounded.
 
 With x_i the weights of a group, h_i >= 0 their importance (how much an error in weight i counts), s the scale and m the
 minimum of the group, the codes are c_i = clamp(round((x_i - m) / s), 0, L), L = 2^bits - 1, and the objective is
@@ -7,26 +7,27 @@ minimum of the group, the codes are c_i = clamp(round((x_i - m) / s), 0, L), L =
 
 - ``minmax``: s = (max x - min x) / L and m = min x. Nothing is clipped. The outermost weights determine how coarse the
   grid is in between.
-- ``mse``: of the ranges ``f min x ... f max x`` for the factors f of `SHRINKS`, the one of least error. A few weights
-  are clipped so that many are rounded more finely.
-- ``neuqi``: s and m are free, as in NeUQI (ICML 2026): m is no multiple of s, and no rule ties it to s. For given codes
-  E is quadratic, and its minimum is a weighted line through the points (c_i, x_i):
+- ``mse``: of the ranges ``f min x ... f max x`` for the factors f of `SHRINKS`, the one with the least error. A few
+  weights are clipped so that many are rounded more finely.
+- ``neuqi``: s and m are free, as in NeUQI (ICML 2026): m need not be a multiple of s. For given codes, E is quadratic,
+  and minimised by a weighted linear fit to the points (c_i, x_i):
 
       s = sum h_i (c_i - c)(x_i - x) / sum h_i (c_i - c)^2,   m = x - s c,   c and x the weighted means;
 
-  for a given line the best codes are those of its rounding. The two in turn never raise E, and end where neither lowers
-  it. There are many such ends. So each group starts from ranges of all `SHRINKS_OF_NEUQI`, at all `PLACES` within that
-  of ``minmax``, and takes a few turns from each; the best goes on from scales a little smaller and larger, `FINER` and
-  finer, and takes more turns. On groups of 64 real weights and importances that is in the mean 0.0, 0.1, 0.2 and 0.6 %
-  above the best of 25,600 lines at 1, 2, 3 and 4 bits. (The paper solves for the best m of each scale of a list by
-  sorting the places where a code changes, L for each weight: exact, and far slower from 3 bits on.)
+  for a given line, the best codes are the nearest ones. Taking turns between the two never raises E, and ends in a
+  local minimum, of which there are many. So each group starts from ranges of all sizes `SHRINKS_OF_NEUQI`, at all
+  `PLACES` within the range of ``minmax``, and takes a few turns from each; the best result continues from slightly
+  smaller and larger scales (`FINER`, in turn) and takes more turns. On groups of 64 real weights and importances, the
+  resulting error is on average 0.0, 0.1, 0.2 and 0.6 % above the best of 25,600 lines at 1, 2, 3 and 4 bits. (The paper
+  solves for the best m of each scale in a list by sorting the places where a code changes, L for each weight: exact,
+  and far slower from 3 bits on.)
 
-The importance is the diagonal of the Hessian X^T X: how large the squares of each input are.
+In calibrated rounding, the importance is the diagonal of the Hessian X^T X: the sum of the squares of each input.
 
-A symmetric format takes the minimum from the scale, m = a s with the a of the format (-2^(bits - 1) where zero is a
-value): only s is searched, of either sign, since one side of zero has a value more than the other; the line then goes
-through the origin, s = sum h_i u_i x_i / sum h_i u_i^2 with u = c + a. ``minmax`` puts the weight farthest from zero at
-the end of the longer side.
+In a symmetric format, the minimum follows from the scale, m = a s with a fixed by the format (-2^(bits - 1) where zero
+is a value). Only s is searched, with either sign, since one side of zero has one value more than the other; the line
+then goes through the origin, s = sum h_i u_i x_i / sum h_i u_i^2 with u = c + a. ``minmax`` puts the weight farthest
+from zero at the end of the longer side.
 
 Shapes: O rows, I columns, G columns in a group, M groups in a row.
 """
@@ -48,27 +49,27 @@ GridSearch = Literal["minmax", "mse", "neuqi"]
 SHRINKS = tuple(1 - 0.02 * step for step in range(31))
 """Factors of the range that ``mse`` tries: 1 down to 0.4."""
 SHRINKS_OF_NEUQI = tuple(1 - 0.1 * step for step in range(8))
-"""Ranges that ``neuqi`` starts from, in units of that of ``minmax``: 1 down to 0.3."""
+"""Sizes of the ranges that ``neuqi`` starts from, in units of the range of ``minmax``: 1 down to 0.3."""
 PLACES = (0.25, 0.5, 0.75)
-"""Where such a range lies: at 0 it has the same lower end as that of ``minmax``, at 1 the same upper end."""
+"""Positions of these ranges: at 0 a range has the same lower end as that of ``minmax``, at 1 the same upper end."""
 FINER = (0.1, 0.05)
-"""By how much the best scale is then changed, down and up."""
+"""Relative changes of the best scale that are tried afterwards, downwards and upwards."""
 FIRST_TURNS, LAST_TURNS = 2, 6
-"""Turns of codes and line from each start, and at the end."""
+"""Numbers of turns between codes and line: from each start, and at the end."""
 CHUNK = 1 << 16
-"""Weights that a CPU looks at together: as many as the caches of a core hold several times over."""
+"""Weights that a CPU processes at a time: few enough for the caches of a core to hold several such tensors."""
 CHUNK_OF_GPU = 1 << 22
-"""Weights that any other device looks at together: enough that it is not idle while the next step is on its way."""
+"""Weights that any other device processes at a time: enough to keep it busy while the next kernel is launched."""
 
 
 @dataclass(frozen=True)
 class Levels:
-    """Which grids a format can have at a precision.
+    """The grids that a format can store at a precision.
 
     Args:
         bits: number of bits of a code.
-        group: number of columns in a group; more than any row has where that is a group.
-        offset: minimum in units of the scale; None where the minimum is free.
+        group: number of columns in a group; ``sys.maxsize`` if a group is a whole row.
+        offset: minimum in units of the scale; None if the minimum is free.
     """
 
     bits: int
@@ -77,7 +78,7 @@ class Levels:
 
     @classmethod
     def of(cls, number_format: GridStore, precision: Precision) -> "Levels":
-        """As the format itself shows them: the minimum that it gives back is 0, as asked, or that of the scale."""
+        """Found by storing the scale 1 and the minimum 0: a symmetric format returns another minimum, its offset."""
         grid = number_format.storable(torch.ones(1, 1), torch.zeros(1, 1), precision)
         assert isinstance(grid, Grid), "each of two segments has levels of its own"
         minimum = float(grid.minima / grid.scales)
@@ -89,20 +90,20 @@ class Levels:
         return (1 << self.bits) - 1
 
     def spans(self, first: int, last: int) -> list[Span]:
-        """The groups of neighbouring columns, from one to before another; the last group may be short."""
+        """The groups of the columns from ``first`` up to, but without, ``last``; the last group may be short."""
         starts = range(first, last, min(self.group, last - first))
         return [Span(start, min(start + self.group, last), self.top, self.offset) for start in starts]
 
 
 @dataclass(frozen=True)
 class Segment:
-    """Neighbouring columns of a linear that are held alike.
+    """Neighbouring columns of a linear that are held in the same precision.
 
     Args:
-        store: format that holds them.
+        store: format of the columns.
         precision: precision within the format.
-        first: number of the first column.
-        last: number of the column behind the last one.
+        first: index of the first column.
+        last: index of the column after the last one.
     """
 
     store: GridStore
@@ -120,14 +121,14 @@ class Segment:
 
     @property
     def spans(self) -> list[Span]:
-        """The groups of its columns, in the numbers of the linear's columns."""
+        """The groups of its columns, which are counted in the whole linear."""
         return self.levels.spans(self.first, self.last)
 
 
 def search_segments(
     weight: Tensor, segments: Sequence[Segment], how: GridSearch, importance: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Scales and minima [O, M] of the groups of all segments; see `search`, with importance [I]."""
+    """Scales and minima [O, M] of the groups of all segments; as `search`, with an importance of shape [I]."""
     each = [
         search(weight[:, segment.columns], segment.levels, how, importance[segment.columns]) for segment in segments
     ]
@@ -136,17 +137,17 @@ def search_segments(
 
 
 def search(weight: Tensor, levels: Levels, how: GridSearch, importance: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Scales and minima [O, M] in float32, before a format stores them.
+    """Searches for scales and minima [O, M] in float32, which a format has yet to store.
 
     Args:
         weight: weight, [O, I], of any float dtype.
-        levels: which grids the format can have.
-        how: the search; see above.
-        importance: how much the square of an error counts, [I] or [O, I], at least 0; alike where None, and within a
-            group where it is 0 throughout. ``minmax`` does not look at it.
+        levels: grids that the format can store.
+        how: method of the search; see above.
+        importance: weight of each squared error, [I] or [O, I], at least 0. If it is None, or 0 throughout a group, all
+            errors count the same. ``minmax`` ignores it.
 
     Raises:
-        UserError: a search of another name.
+        UserError: there is no such method.
     """
     if how not in get_args(GridSearch):
         raise UserError(
@@ -169,7 +170,7 @@ def search(weight: Tensor, levels: Levels, how: GridSearch, importance: Tensor |
             counts = pad(counts, (0, missing)).reshape(
                 *counts.shape[:-1], -1, group
             )  # [M, G] or [n, M, G]; 0 beyond the end
-            # In units of the group's mean, so that no sum of squares of small ones vanishes.
+            # In units of the group's mean, so that sums of products with small importances do not underflow.
             mean = counts.mean(-1, keepdim=True)
             counts = torch.where(mean > 0, counts / mean, 1.0)
         grids.append(_Groups(part, counts, levels).search(how))
@@ -182,8 +183,8 @@ class _Groups:
 
     Args:
         weights: weights, [n, M, G].
-        counts: how much the error of each counts, broadcast to them.
-        levels: which grids they can have.
+        counts: weight of each squared error, of a shape that broadcasts to ``weights``.
+        levels: grids that the format can store.
     """
 
     def __init__(self, weights: Tensor, counts: Tensor, levels: Levels) -> None:
@@ -215,7 +216,7 @@ class _Groups:
         return scale, self.levels.offset * scale
 
     def reaching(self, low: Tensor, high: Tensor) -> list[tuple[Tensor, Tensor]]:
-        """The grids from one value to another; of a symmetric format the finest of either sign that reach both."""
+        """The grid between two values; for a symmetric format, the finest grid of each sign that reaches both."""
         top, offset = self.levels.top, self.levels.offset
         if offset is None:
             return [((high - low) / top, low)]
@@ -226,7 +227,7 @@ class _Groups:
         return [(scale, offset * scale) for scale in scales]
 
     def stretched(self, grid: tuple[Tensor, Tensor], factor: float) -> tuple[Tensor, Tensor]:
-        """The grid with another scale and the same middle."""
+        """The grid with its scale multiplied by a factor, and the same middle."""
         scale, minimum = grid
         if self.levels.offset is not None:
             return scale * factor, minimum * factor
@@ -241,7 +242,7 @@ class _Groups:
         return (left.square_() * self.counts).sum(-1, keepdim=True)
 
     def best(self, grids: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-        """For each group the grid of the least error; the earlier where two are alike."""
+        """The grid with the least error for each group; the first of several with equal errors."""
         scale, minimum = grids[0]
         least = self.error(grids[0])
         for grid in grids[1:]:
@@ -252,13 +253,13 @@ class _Groups:
         return scale, minimum
 
     def turned(self, grid: tuple[Tensor, Tensor], turns: int) -> tuple[Tensor, Tensor]:
-        """The grid after some turns of codes and line."""
+        """The grid after some turns between codes and line."""
         for _ in range(turns):
             grid = self.line(self.codes(grid), grid)
         return grid
 
     def line(self, codes: Tensor, grid: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-        """The best grid for codes; the one that there was, where all codes of a group are one."""
+        """The best grid for given codes; a scale that is undetermined or would flip its sign is kept."""
         offset = self.levels.offset
         if offset is None:
             middle = (codes * self.counts).sum(-1, keepdim=True) / self.total

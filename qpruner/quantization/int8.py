@@ -11,18 +11,17 @@ from qpruner.plan import Precision
 
 @dataclass(frozen=True)
 class Int8:
-    """Symmetric int8: the largest magnitude of each row of the weight becomes 127.
-
-    Eight bits and a float32 scale for each row.
+    """Symmetric int8 with one float32 scale per row: the largest magnitude in each row gets the code 127 or -127.
 
     Layout:
 
     - ``codes``: int8 [out, in], from -127 to 127;
-    - ``scales``: float32 [out], the largest magnitudes; weight = code * (scale * (1 / 127)), computed in float32.
+    - ``scales``: float32 [out], the largest magnitude in each row; weight = code * (scale * (1 / 127)), computed in
+      float32.
 
-    Activations stay as they are. The ``Linear8bitLt`` of bitsandbytes casts them to float16 and rounds each row of them
-    to int8, on CUDA always and on CPUs in evaluation but not in training. Here only the weight is int8, so a result is
-    the same in both modes, on both devices and from the stored codes and scales.
+    Activations are not quantized. ``Linear8bitLt`` of bitsandbytes casts them to float16 and rounds each of their rows
+    to int8, on CUDA always, on CPUs in evaluation but not in training. Here only the weight is int8, so that training
+    and evaluation, all devices, and other programs that read the codes and scales use the same weight.
 
     Source: Dettmers et al., LLM.int8(), 2022 (arXiv:2208.07339), section 2, without the decomposition of outliers.
     """
@@ -40,10 +39,10 @@ class Int8:
         return (None,)
 
     def encode(self, weight: Tensor, precision: Precision) -> dict[str, Tensor]:
-        # Not by bitsandbytes, which rounds the weight to float16 first.
+        # Without bitsandbytes, which rounds the weight to float16 first.
         weight = weight.float().contiguous()
         scales = weight.abs().amax(dim=1)  # [out]
-        steps = torch.where(scales > 0, scales, 1.0).unsqueeze(1)  # rows of zeros: not 0 / 0
+        steps = torch.where(scales > 0, scales, 1.0).unsqueeze(1)  # avoids 0 / 0 in rows of zeros
         return {"codes": (weight / steps * 127).round().to(torch.int8), "scales": scales}
 
     def take(

@@ -1,7 +1,7 @@
-"""Adapters merged into a dense copy of their base.
+"""Merges adapters into their base, which becomes dense.
 
-Always dense: packed into the base's formats again, the merged weights would be rounded again, which costs more than the
-adapters gave.
+The result is always dense: packing the merged weights into the formats of the base would round them a second time,
+which costs more than the adapters gain.
 """
 
 from collections.abc import Callable, Mapping
@@ -18,10 +18,10 @@ from qpruner.quantization.packed import PackedLinear
 
 
 def merge_(model: Any, dtype: torch.dtype, done: Callable[[nn.Module], object] = lambda linear: None) -> Any:
-    """Makes a PEFT model dense, in place, with its adapters in its weights, and returns the model below.
+    """Merges the adapters of a PEFT model into its weights, in place, and returns the dense model without PEFT.
 
     Args:
-        model: a PEFT model, or one without adapters; packed or not.
+        model: PEFT model, or model of transformers without adapters; packed or not.
         dtype: dtype of the merged model.
         done: called with each linear that was packed or had an adapter, once it is dense.
     """
@@ -37,20 +37,20 @@ def make_dense_(
     dtype: torch.dtype,
     done: Callable[[nn.Module], object] = lambda linear: None,
 ) -> Any:
-    """Makes a model without adapters dense, in place, with adapters added to its linears in float32, and returns it.
+    """Makes a model dense, in place, with adapters added to its linears in float32, and returns it.
 
-    One linear after the other is made dense and rounded to the dtype, so that never more than one is in float32. A head
-    that gets an adapter is tied no more; the embedding keeps the weight.
+    Linears are made dense and rounded to ``dtype`` one by one, so that only one of them is in float32 at a time, beside
+    an embedding that was packed. A tied head with an adapter becomes untied, and the embedding keeps its weight.
 
     Args:
-        network: model of transformers; packed or not.
+        network: model of transformers without PEFT; packed or not.
         adapters: adapters by the name of their linear.
         dtype: dtype of the dense model.
         done: called with each linear that was packed or has an adapter, once it is dense.
     """
     for module in network.modules():
         if isinstance(module, PackedLinear):
-            module.to(torch.float32)  # what codes are unpacked to
+            module.to(torch.float32)  # dtype that its codes are unpacked to
     unpack_embedding_(network)
     if network.config.tie_word_embeddings and family_of(network.config)[1].head in adapters:
         head = network.get_output_embeddings()

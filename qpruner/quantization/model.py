@@ -1,4 +1,4 @@
-"""Packed linears in the place of the dense ones of a model."""
+"""Replaces dense linears of a model by packed ones."""
 
 from collections.abc import Mapping
 
@@ -15,8 +15,8 @@ def quantize_linears_(model: nn.Module, precisions: Mapping[str, Precision]) -> 
 
     Args:
         model: model that is changed in place.
-        precisions: precision by name of the linear in ``model``; linears that are not named, or dense, stay as they
-            are.
+        precisions: precision of each linear, by its name in ``model``; linears that are not named, or whose precision
+            is dense, are left unchanged.
 
     Raises:
         UserError: a name is not that of a dense linear, or no format offers a precision.
@@ -26,14 +26,14 @@ def quantize_linears_(model: nn.Module, precisions: Mapping[str, Precision]) -> 
 
 
 def rebuild_linears_(model: nn.Module, precisions: Mapping[str, Precision], state: Mapping[str, Tensor]) -> None:
-    """Puts packed linears from a state dict in the place of dense ones, whose weights are not read.
+    """Replaces dense linears by packed ones from a state dict; reads no dense weights.
 
-    The rest of the state dict is for ``model.load_state_dict``, which then finds the names that it saved.
+    The rest of the state dict is left to ``model.load_state_dict``, for which all names then match.
 
     Args:
         model: model that is changed in place; its dense linears may be on the meta device.
-        precisions: precisions with which ``quantize_linears_`` made the model that was saved.
-        state: state dict of that model; packed linears take its tensors over without a copy.
+        precisions: precision of each linear of the saved model, by name; see `quantize_linears_`.
+        state: state dict of the saved model; packed linears use its tensors without copying them.
 
     Raises:
         UserError: as `quantize_linears_`, or the state lacks a tensor or has one of another shape.
@@ -43,10 +43,16 @@ def rebuild_linears_(model: nn.Module, precisions: Mapping[str, Precision], stat
 
 
 def rebuild_linear(name: str, linear: nn.Linear, precision: Precision, state: Mapping[str, Tensor]) -> PackedLinear:
-    """The packed linear that a model's state dict holds under a name, in place of a dense one of that shape.
+    """The packed linear that a model's state dict holds under a name.
+
+    Args:
+        name: name of the linear in the model.
+        linear: dense linear that it replaces, of the same shape; its weight is not read.
+        precision: precision that the state was made in.
+        state: state dict of the model.
 
     Raises:
-        UserError: the state lacks a tensor or has one of another shape, or a bias that the dense linear has not.
+        UserError: the state lacks a tensor, has one of another shape, or only one of state and linear has a bias.
     """
     parts = {key.removeprefix(f"{name}."): tensor for key, tensor in state.items() if key.startswith(f"{name}.")}
     if (linear.bias is not None) != ("bias" in parts):
@@ -63,7 +69,7 @@ def rebuild_linear(name: str, linear: nn.Linear, precision: Precision, state: Ma
 
 
 def _dense_linears(model: nn.Module, precisions: Mapping[str, Precision]) -> dict[str, nn.Linear]:
-    """The linears to replace, by name; exactly `nn.Linear`, since packed ones are subclasses of it."""
+    """The linears to replace, by name: instances of exactly `nn.Linear`, since packed linears are subclasses of it."""
     linears = {name: module for name, module in model.named_modules() if type(module) is nn.Linear}
     chosen = {name: precision for name, precision in precisions.items() if precision.format != DENSE.format}
     for name, precision in chosen.items():

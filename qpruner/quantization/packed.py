@@ -1,4 +1,4 @@
-"""The linear that holds packed weights while a model is worked on: that of a compressed folder, and what this takes."""
+"""The linear that holds a packed weight while qpruner trains, evaluates or changes a model."""
 
 from collections.abc import Mapping
 from typing import Any, ClassVar
@@ -14,22 +14,23 @@ from qpruner.quantization.weight import Frozen, PackedWeight
 
 
 class PackedLinear(CompressedLinear):
-    """The linear of a compressed folder, as a tool that changes models needs it.
+    """A `CompressedLinear` with faster kernels, whose ``weight`` is unpacked only when its values are needed.
 
-    It multiplies with exactly the weight that its codes and scales mean, in training and in evaluation; four-bit floats
-    are read by the kernels of bitsandbytes, which on CUDA multiply, too, and there uniform ones by a kernel of Triton.
+    It multiplies with exactly the weight that its codes and scales encode, in training and in evaluation. Four-bit
+    floats are unpacked by the kernels of bitsandbytes, which on CUDA also multiply; uniform weights are unpacked on
+    CUDA by a Triton kernel.
 
     Its state dict holds the tensors of ``packed``, in the layout that the format documents, and ``bias``, so that a
-    model with packed linears is saved and loaded as any other. To others, such as PEFT, it is a linear as any other,
-    too: its ``weight`` can be read, and only once it is written to the linear is dense; see `PackedWeight`.
+    model with packed linears is saved and loaded like any other. Other libraries, such as PEFT, see an ordinary linear:
+    they can read its ``weight``, and writing to that makes the linear dense; see `PackedWeight`.
 
     Args:
-        state: codes and scales by name, taken over without a copy.
+        state: codes and scales by name, used without copying them.
         out_features: rows of the weight.
         in_features: columns of the weight.
         precision: precision that the state was made in.
         bias: bias [out], or None.
-        dtype: dtype of the weight when others see it, or when the linear becomes dense; follows ``to``.
+        dtype: dtype of ``weight``, also once the linear is dense; follows ``to``.
     """
 
     like: Frozen
@@ -44,15 +45,15 @@ class PackedLinear(CompressedLinear):
         bias: nn.Parameter | None,
         dtype: torch.dtype,
     ) -> None:
-        # Transformers takes the dtype of a model from its first parameter of floats, which in a packed embedding would
-        # be the scales: an empty one goes before them.
+        # Transformers takes a model's dtype from its first floating-point parameter, which in a packed embedding would
+        # be the scales, so an empty parameter of the right dtype comes before them.
         device = next(iter(state.values())).device
         state = {"like": torch.empty(0, dtype=dtype, device=device), **state}
         super().__init__(state, out_features, in_features, precision.to_data(), bias, dtype)
 
     @property
     def precision(self) -> Precision:
-        """The precision that it is held in."""
+        """The precision of the weight."""
         return Precision.of_data(self.entry)
 
     def unpack(self, dtype: torch.dtype) -> Tensor:
@@ -74,7 +75,7 @@ class PackedLinear(CompressedLinear):
 
     @property
     def weight(self) -> Tensor:
-        """The weight as others see it."""
+        """The weight, unpacked only when its values are needed."""
         return PackedWeight.of(self, (self.out_features, self.in_features), self.like)
 
     @weight.setter
@@ -106,7 +107,7 @@ class PackedLinear(CompressedLinear):
                 missing_keys.append(prefix + name)
             elif given.shape != tensor.shape or (
                 given.dtype != tensor.dtype and name in self.names
-            ):  # casts alter codes
+            ):  # casts would alter codes
                 error_msgs.append(
                     f"{prefix}{name} is {given.dtype} {list(given.shape)}, but {self.precision} of "
                     f"{self.out_features} x {self.in_features} weights needs {tensor.dtype} {list(tensor.shape)}."

@@ -1,19 +1,20 @@
-"""Polishing: the grids of packed linears are trained by gradients while their codes stay.
+"""Polishing: the grids of packed linears are trained by gradient descent while their codes stay fixed.
 
-A weight is ``scale * code + minimum``, so the gradients of a loss L for the scale and the minimum of a group are
+A weight is ``scale * code + minimum``, so the gradients of a loss E for the scale and the minimum of a group are
 
-    dL/dscale = sum over the group of dL/dweight * code,    dL/dminimum = sum over the group of dL/dweight.
+    dE/dscale = sum over the group of dE/dweight * code,    dE/dminimum = sum over the group of dE/dweight.
 
-The trained parameters say how far a grid has moved from its start, in units that are comparable between groups, so that
-one learning rate suits all: the logarithm a of the factor by which the spacing of the values has grown, and the shift b
-of the middle of the values, in units of the distance between the outermost values. With L = 2^bits values,
+The trained parameters measure how far a grid has moved from its start, in units that are comparable between groups, so
+that one learning rate suits all: the logarithm a of the factor by which the spacing of the values has grown, and the
+shift b of the middle of the values, in units of the distance between the outermost values. With L = 2^bits values,
 
     scale = scale_0 exp(a),    minimum = minimum_0 + (L - 1) (|scale_0| b + (scale_0 - scale) / 2).
 
-A symmetric format has only a, and its minimum grows as its scale does. A group whose scale is 0 is unchanged.
+A symmetric format has only a, and its minimum is scaled like its scale. A group whose scale is 0 does not change.
 
-Source: EfficientQAT, Chen et al., 2024 (arXiv:2407.11062), section 3.3, trains scales alone, end to end; the error of
-the last hidden state beside the cross entropy is the loss of RILQ (arXiv:2412.01129). Minima and a and b are ours.
+Source: EfficientQAT, Chen et al., 2024 (arXiv:2407.11062), section 3.3, trains scales alone, end to end; adding the
+error of the last hidden state to the cross entropy is the loss of RILQ (arXiv:2412.01129). Training minima, and the
+parameters a and b, are our own.
 
 Shapes: O rows (outputs), I columns (inputs), M groups in a row, N positions of a batch.
 """
@@ -32,10 +33,10 @@ from qpruner.quantization.segments import GridSegments
 
 
 def moved(grid: AnyGrid, growths: Tensor, ways: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Scales and minima [O, M] of a grid that has moved; exactly those that it began with where all moves are 0.
+    """The scales and minima [O, M] of a grid that has moved; exactly the original ones where all parameters are 0.
 
     Args:
-        grid: grid where it began.
+        grid: original grid.
         growths: logarithms a of the factors by which the scales have grown, [O, M].
         ways: shifts b of the middles, [O, M]; None for a symmetric format.
     """
@@ -50,13 +51,13 @@ def gradients_of_grid(gradient: Tensor, inputs: Tensor, codes: Tensor, grid: Any
     """The gradients of a loss for the scales and for the minima of a linear, float32 [O, M] each.
 
     Args:
-        gradient: gradient of the loss by the outputs of the linear, [N, O].
-        inputs: inputs of the linear, [N, I] in the same dtype.
+        gradient: gradient of the loss at the outputs of the linear, [N, O].
+        inputs: inputs of the linear, [N, I], in the dtype of ``gradient``.
         codes: codes of the weight, [O, I].
-        grid: grid of the codes, whose groups are summed over.
+        grid: grid of the codes, which defines the groups.
     """
     of_scales, of_minima = [], []
-    size = max(1, CHUNK // codes.shape[1])  # the gradient of no more weights than that is there at a time
+    size = max(1, CHUNK // codes.shape[1])  # bounds the memory for gradients of weights
     for rows in (slice(first, first + size) for first in range(0, len(codes), size)):
         of_weight = (gradient[:, rows].T @ inputs).float()
         of_minima.append(grid.sums(of_weight))
@@ -65,11 +66,11 @@ def gradients_of_grid(gradient: Tensor, inputs: Tensor, codes: Tensor, grid: Any
 
 
 class PolishedLinear(PackedLinear):
-    """A packed linear whose grid is trained while its codes stay.
+    """A packed linear whose grid is trained while its codes stay fixed.
 
-    It shares the tensors of the packed one, which stay as they are, and has two more parameters, float32 [O, M]:
-    ``growths`` and, unless the format is symmetric, ``ways``; they begin at 0, where it computes what the packed one
-    does. No dense weight is kept between the forward and the backward pass.
+    It shares the tensors of the packed linear, which do not change, and has additional parameters, float32 [O, M]:
+    ``growths`` and, unless the format is symmetric, ``ways``. These start at 0, where both linears compute the same. No
+    dense weight is kept between the forward and the backward pass.
 
     Args:
         packed: packed linear.
@@ -89,11 +90,11 @@ class PolishedLinear(PackedLinear):
 
     @property
     def start(self) -> AnyGrid:
-        """The grid where it began."""
+        """The original grid."""
         return self.number_format.grid(self.packed(), self.precision)
 
     def on(self, scales: Tensor, minima: Tensor, dtype: torch.dtype) -> Tensor:
-        """The weight [O, I] that the codes mean by scales and minima [O, M]."""
+        """The weight [O, I] that the codes encode with given scales and minima [O, M]."""
         return self.number_format.values(self.packed(), self.start.on(scales, minima), self.in_features, dtype)
 
     @torch.no_grad()
@@ -107,12 +108,12 @@ class PolishedLinear(PackedLinear):
         return product
 
     def as_packed(self) -> PackedLinear:
-        """The packed linear that it was made of."""
+        """The packed linear with its original grid."""
         return self._rebuilt(self.packed())
 
     @torch.no_grad()
     def as_polished(self) -> PackedLinear:
-        """A packed linear with the codes that it has, and with its grid as near as the format can store it."""
+        """A packed linear with the same codes and the trained grid, rounded to what the format can store."""
         codes = self.number_format.codes(self.packed(), self.in_features, self.precision)
         grid = self.number_format.storable(*moved(self.start, self.growths, self.ways), self.precision)
         return self._rebuilt(self.number_format.pack(codes, grid))
@@ -128,7 +129,7 @@ class PolishedLinear(PackedLinear):
 
 
 class _MovedProduct(torch.autograd.Function):
-    """A linear whose weight is unpacked again for the backward pass, and whose scales and minima get gradients."""
+    """A product with a weight that is unpacked again in the backward pass, with gradients for its scales and minima."""
 
     @staticmethod
     def forward(
@@ -150,9 +151,9 @@ class _MovedProduct(torch.autograd.Function):
 
 
 def linears_with_grids(model: Any) -> dict[str, tuple[PackedLinear, GridFormat]]:
-    """The packed linears of a model whose format has a grid, by name, with that format; embedding and head apart.
+    """The packed linears of a model whose formats have grids, by name, with their formats; without embedding and head.
 
-    Linears of two segments are among them where minima are free in both or in neither.
+    Linears of two segments are included if the minima are free in both segments or in neither.
 
     Args:
         model: causal language model, perhaps with adapters.
@@ -169,24 +170,24 @@ def linears_with_grids(model: Any) -> dict[str, tuple[PackedLinear, GridFormat]]
 
 
 def _is_mixed(number_format: GridFormat) -> bool:
-    """Whether minima are free in one of two segments alone, so that they have no parameter for both."""
+    """Whether minima are free in only one of two segments, so that one parameter cannot describe both."""
     if not isinstance(number_format, GridSegments):
         return False
     return number_format.leading.symmetric != number_format.rest.symmetric
 
 
 def loosen_(model: Any) -> None:
-    """Puts linears whose grids are trained in the place of packed ones; see `linears_with_grids`."""
+    """Replaces the packed linears of `linears_with_grids` by linears whose grids can be trained."""
     for name, (linear, number_format) in linears_with_grids(model).items():
         model.set_submodule(name, PolishedLinear(linear, number_format))
 
 
 def settle_(model: Any, *, polished: bool) -> None:
-    """Puts packed linears in the place of those whose grids were trained.
+    """Replaces linears whose grids were trained by packed ones.
 
     Args:
         model: causal language model, perhaps with adapters, changed in place.
-        polished: whether they get the grids as trained; otherwise those that they began with.
+        polished: whether the packed linears get the trained grids; otherwise they get the original ones.
     """
     trained = {name: module for name, module in model.named_modules() if isinstance(module, PolishedLinear)}
     for name, linear in trained.items():

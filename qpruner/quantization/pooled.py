@@ -1,11 +1,12 @@
-"""Adapters that add one number to all weights of a group, and so can be folded into its minimum: QA-LoRA.
+"""Adapters that add the same number to all weights of a group in a row, and so fold into its minimum: QA-LoRA.
 
-The weight of a group is scale * code + minimum, so anything common to all of its weights can go into the minimum. The
-factor A of such an adapter has equal columns within each group: it reads the sum of a group's inputs, A x = A' pool(x).
-After folding, the model is packed as before, with as many bytes, no adapter and no weight requantized; only the minima
-are rounded, to float16, as they always are.
+The weights of a group are scale * code + minimum, so a number that is added to all of them can be added to the minimum
+instead. The factor A of such an adapter has equal columns within each group, so that it depends only on the sum of the
+group's inputs: A x = A' pool(x). After folding, the model is packed as before, in as many bytes and without adapters.
+No weight is requantized; only the minima are rounded to float16, as always.
 
-Source: Xu et al., QA-LoRA, 2023 (arXiv:2309.14717), section 3.3; sums stand for its means, which A makes up for.
+Source: Xu et al., QA-LoRA, 2023 (arXiv:2309.14717), section 3.3, which pools by means; with sums, A is smaller by a
+factor of the group size.
 """
 
 from functools import partial
@@ -21,14 +22,14 @@ from qpruner.quantization.grid import groups_of_columns
 from qpruner.quantization.packed import PackedLinear
 
 FORMAT = "affine"
-"""The number format whose minima are free and lie in float16."""
+"""The number format whose minima are free and stored in float16."""
 
 
 def check_poolable(name: str, precision: Precision) -> None:
     """Makes sure that an adapter on a linear in a precision can be folded into its minima.
 
     Raises:
-        UserError: its format has no free minima, or columns that lead.
+        UserError: the linear is dense, its format does not store free minima, or it has leading columns.
     """
     if precision == DENSE:
         raise UserError(
@@ -44,16 +45,17 @@ def check_poolable(name: str, precision: Precision) -> None:
 
 
 def pool_(model: Any) -> None:
-    """Makes the factors A of a PEFT model equal within groups, in place, and keeps them so as they train.
+    """Makes the factors A of a PEFT model equal within groups, in place, and keeps them equal during training.
 
-    Where they are equal already, as those that were trained so, they stay as they are. Gradients become their means
-    over groups; an optimizer that treats all numbers alike then moves a group's columns together.
+    Every column becomes the first column of its group. Gradients are averaged over each group, so that an optimizer
+    which treats all parameters alike moves the columns of a group together.
 
     Args:
-        model: PEFT model whose adapters lie on packed linears, and give nothing yet or are equal within groups.
+        model: PEFT model whose adapters are on packed linears, and either add nothing yet (B is 0) or are pooled
+            already.
 
     Raises:
-        UserError: an adapter lies on a linear that is not packed in `FORMAT`, or gives something that pooling changes.
+        UserError: an adapter is on a linear that is not packed in `FORMAT`, or pooling would change what it adds.
     """
     for adapter, linear in _adapters(model):
         groups = _groups(linear)
@@ -71,7 +73,8 @@ def check_foldable(model: Any) -> None:
     """Makes sure that the adapters of a model can be folded into minima.
 
     Raises:
-        UserError: it has none, or one lies on a linear that is not packed in `FORMAT`, or is not equal within groups.
+        UserError: the model has no adapters, or has one on a linear that is not packed in `FORMAT`, or one whose factor
+            A is not equal within groups.
     """
     if not hasattr(model, "peft_config"):
         raise UserError("This model has no adapters to fold into its packed weights. Leave --packed out.")
@@ -94,7 +97,7 @@ def fold_(model: Any) -> Any:
     """Adds the adapters of a PEFT model to the minima of its packed linears, in place, and returns the base.
 
     Args:
-        model: PEFT model whose adapters `pool_` keeps equal within groups.
+        model: PEFT model whose adapters were pooled by `pool_`.
 
     Raises:
         UserError: as `check_foldable`.
@@ -119,13 +122,13 @@ def _adapters(model: Any) -> list[tuple[Adapter, PackedLinear]]:
 
 
 def _is_pooled(adapter: Adapter, groups: Tensor) -> bool:
-    """Whether the factor A is equal within groups, as far as an optimizer's last bits leave it so."""
+    """Whether the factor A is equal within groups, up to the rounding of an optimizer."""
     lora_A = adapter.lora_A.detach().float()
     return torch.allclose(lora_A[:, _first_of(groups)].index_select(1, groups), lora_A, rtol=1e-3, atol=1e-6)
 
 
 def _groups(linear: PackedLinear) -> Tensor:
-    """The number of the group of each column of a packed linear, [in]."""
+    """The index of the group of each column of a packed linear, [in]."""
     columns = linear.in_features
     return groups_of_columns(0, columns, linear.precision.group or columns, linear.get_parameter("minima").device)
 
@@ -138,7 +141,7 @@ def _first_of(groups: Tensor) -> Tensor:
 
 
 def _means_within(groups: Tensor, gradient: Tensor) -> Tensor:
-    """The means of a gradient [r, in] over the columns of each group, for every column of it."""
+    """A gradient [r, in] averaged over the columns of each group, [r, in]."""
     groups = groups.to(gradient.device)
     sums = gradient.new_zeros(len(gradient), int(groups[-1]) + 1).index_add_(1, groups, gradient)
     return (sums / groups.bincount()).index_select(1, groups)

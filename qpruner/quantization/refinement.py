@@ -1,25 +1,26 @@
-"""Refinement of GPTQ's result: codes and grid in turn, each to the least error that the other allows.
+"""Refinement of GPTQ's result: grid and codes are improved in turn, each for the current state of the other.
 
-With W the weight, Q the rounded one and H = X^T X of the linear's inputs, the error at its outputs is, for each row
-alone, E = (w - q) H (w - q)^T.
+With W the weight, Q the rounded weight and H = X^T X for the linear's inputs X, the output error due to a row w of W is
+E = (w - q) H (w - q)^T, with q the row of Q.
 
-**Grid for given codes.** A row is q = B p: p holds its scales s_1 ... s_M and minima m_1 ... m_M, and column m of B the
-codes of group m, column M + m ones in its place, zero elsewhere. E is quadratic in p, least at
+**Grid for given codes.** A row is q = B p: p holds its scales s_1 ... s_M and minima m_1 ... m_M; column m of B holds
+the codes of group m, and column M + m ones for the weights of group m, with zeros elsewhere. E is quadratic in p, and
+least where
 
     (B^T H B) p = B^T H w.
 
-Of a symmetric format p holds the scales alone, and B codes less those of zero. While GPTQ goes through the columns, a
-grid can depend only on the weights of its own group; here all groups make up for each other.
+For a symmetric format, p holds only the scales, and B the codes minus the code of zero. While GPTQ goes through the
+columns, a grid can depend only on the weights of its own group; here all groups compensate for each other.
 
-**Codes for a given grid.** Coordinate descent (QuantEase, arXiv 2309.01885): with all other columns as they are, E is
-least in column j at
+**Codes for a given grid.** Coordinate descent (QuantEase, arXiv 2309.01885): with all other columns fixed, E as a
+function of column j is least at
 
     q_j + [(w - q) H]_j / H_jj,
 
-and, among the values of the grid, at the one nearest to that. One sweep goes through all columns; those beyond a block
-are updated once per block. GPTQ rounds a column while those after it are still free; a sweep sees their final values.
+so the best value of the grid is the one nearest to that. One sweep goes through all columns; those outside a block are
+updated once per block. GPTQ rounds a column while the ones after it are still free; a sweep sees their final values.
 
-Neither step raises E, except by how the format stores the grid.
+Neither step raises E, except where the format rounds the grid, or where a scale is kept because it would change sign.
 
 Shapes: O rows (outputs), I columns (inputs), G columns in a group, M groups in a row.
 """
@@ -33,13 +34,14 @@ from qpruner.quantization.gptq import BLOCK, numbers_of
 from qpruner.quantization.grid import AnyGrid, Span, inverse
 
 CHUNK = 1 << 24
-"""Numbers that are held beside the sums while a grid is fitted."""
+"""Maximum number of elements [n, M, I] of the products that are in memory while grids are fitted."""
 RIDGE = 1e-5
-"""Share of the diagonal of B^T H B that holds scales and minima where they are, if the codes do not tell."""
+"""Share of the diagonal of B^T H B added to it, which keeps scales and minima unchanged where codes do not determine
+them."""
 
 
 def losses(weight: Tensor, values: Tensor, hessian: Tensor) -> Tensor:
-    """The error of each row at the outputs.
+    """The output error E due to each row.
 
     Args:
         weight: weight, [O, I], in float32.
@@ -53,13 +55,13 @@ def losses(weight: Tensor, values: Tensor, hessian: Tensor) -> Tensor:
 def refitted(
     weight: Tensor, codes: Tensor, hessian: Tensor, grid: AnyGrid, spans: Sequence[Span]
 ) -> tuple[Tensor, Tensor]:
-    """The scales and minima [O, M] that leave the least error with the codes as they are.
+    """The scales and minima [O, M] with the least error for fixed codes, before a format stores them.
 
     Args:
         weight: weight, [O, I], in float32.
         codes: codes, [O, I].
         hessian: X^T X, damped, [I, I].
-        grid: grid of the codes.
+        grid: current grid of the codes.
         spans: groups of all columns, in their order.
     """
     whole = hessian.float()
@@ -74,7 +76,7 @@ def refitted(
     change = torch.cat(parts).float()
     scales, minima = grid.scales, grid.minima
     changed = scales + change[:, : len(spans)]
-    scales = torch.where(changed * scales > 0, changed, scales)  # codes would run the other way
+    scales = torch.where(changed * scales > 0, changed, scales)  # otherwise the order of the values would reverse
     free = torch.tensor([span.offset is None for span in spans], device=weight.device)
     minima = torch.where(free, minima, offsets * scales)
     minima[:, free] += change[:, len(spans) :]
@@ -82,13 +84,13 @@ def refitted(
 
 
 def _fit(away: Tensor, steps: Tensor, hessian: Tensor, spans: Sequence[Span]) -> Tensor:
-    """How the scales of all groups in some rows change, and behind them the minima of those where they are free.
+    """The changes of the scales of all groups in some rows, followed by those of the free minima.
 
     Args:
         away: (w - q) H, [n, I].
-        steps: codes, less those of zero where minima are not free, [n, I].
+        steps: codes, minus the code of zero where minima are not free, [n, I].
         hessian: H, [I, I].
-        spans: groups of all columns, of which F have free minima.
+        spans: groups of all columns, F of which have free minima.
     """  # [n, M + F], float64
     every = [slice(span.first, span.last) for span in spans]
     free = [slice(span.first, span.last) for span in spans if span.offset is None]
@@ -116,14 +118,14 @@ def swept(weight: Tensor, codes: Tensor, hessian: Tensor, grid: AnyGrid, spans: 
         weight: weight, [O, I], in float32.
         codes: codes, [O, I].
         hessian: X^T X, damped, [I, I].
-        grid: grid that they stay on.
+        grid: grid of the codes, which does not change.
         spans: groups of all columns, in their order.
     """
     columns, numbers = weight.shape[1], numbers_of(spans, weight.device).tolist()
     whole, pivots = hessian.float(), hessian.diagonal().tolist()
     scales, minima = grid.scales.T.contiguous(), grid.minima.T.contiguous()  # [M, O]
     inverses = inverse(scales)
-    # A column is a row of what follows: its weights lie side by side in memory.
+    # Transposed, so that the weights of a column are contiguous in memory.
     values = grid.values(codes).T.contiguous()
     now = codes.T.float().contiguous()
     slopes = whole @ (weight.T - values)  # [I, O], (w - q) H

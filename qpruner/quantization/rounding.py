@@ -1,4 +1,4 @@
-"""Calibrated rounding: the weights of a linear on a grid, judged by the outputs of the linear for real inputs.
+"""Calibrated rounding: rounds the weight of a linear to a grid so that its outputs on real inputs change little.
 
 With W the weight, Q the rounded one, X the inputs of the linear over tokens and H = X^T X, rounding leaves
 
@@ -6,22 +6,23 @@ With W the weight, Q the rounded one, X the inputs of the linear over tokens and
 
 - ``nearest`` takes the nearest value of the grid for each weight: it minimises |W - Q|^2, regardless of H.
 - ``gptq`` rounds column after column, and the remaining columns compensate for the error; see
-  `qpruner.quantization.gptq`. In the plain order the grid of a group is that of its weights as they are when its turn
-  comes. A format in which a stored scale depends on the others (one that quantizes scales again) gives the whole grid
-  at the end, and all columns are rounded once more on that. With ``act_order`` columns come in order of falling H_qq,
-  so that those that matter most are rounded while most columns are left, and the grid is that of the original weight
-  throughout. Then grid and codes are improved in turn (`qpruner.quantization.refinement`).
+  `qpruner.quantization.gptq`. In the plain order, the grid of a group is chosen from its weights at the time it is
+  reached. If a format's stored scales depend on each other (because they are quantized themselves), the whole grid is
+  known only at the end, and all columns are rounded once more on it. With ``act_order``, columns are rounded in order
+  of decreasing H_qq, so that those that matter most are rounded while most other columns can still compensate, and the
+  grid is chosen from the original weight. Afterwards grid and codes are improved in turn
+  (`qpruner.quantization.refinement`).
 
 **Upstream error** (QEP, NeurIPS 2025; GPTAQ, ICML 2025; see `corrected_weight`). With inputs Xq from a quantized prefix
-and X from the dense model, the weight that gives X W^T on Xq is W C (Xq^T Xq)^-1, C = X^T Xq. Rounding this instead of
-W, with H = Xq^T Xq, lets each linear compensate for the errors of those before it.
+and X from the dense model, the weight whose outputs on Xq are nearest to X W^T is W C (Xq^T Xq)^-1, C = X^T Xq.
+Rounding this weight instead of W, with H = Xq^T Xq, lets each linear compensate for the errors of those before it.
 
-**Output gradients** (GuidedQuant, ICML 2025). With g row groups, each with its own H_k = X^T diag(d_k) X, d_k being the
-mean over the group's rows of the squared gradient of the loss at the output, errors count by their effect on the loss.
-Each group of rows is rounded with its own matrix, as a separate linear.
+**Output gradients** (GuidedQuant, ICML 2025). The rows are divided into g groups, each with its own matrix
+H_k = X^T diag(d_k) X, where d_k is the squared gradient of the loss at the outputs, averaged over the rows of the
+group. Errors then count by their effect on the loss. Each group of rows is rounded as a separate linear.
 
 **Two segments.** If leading columns are held in another precision, each segment has its own grids, and all columns are
-rounded in one pass: those after the border compensate for those before it.
+rounded in one pass, so that columns of one segment compensate for those of the other.
 
 Shapes: O rows (outputs), I columns (inputs), M groups in a row, g row groups, as `torch.Tensor.tensor_split` cuts rows.
 """
@@ -55,12 +56,12 @@ class RoundingConfig:
         grid: search for the scale and minimum of each group of weights: ``minmax``, ``mse`` or ``neuqi``.
         act_order: whether gptq rounds the columns with the largest inputs first.
         damping: amount added to the diagonal of the Hessian, in units of its mean; above 0, at most 1.
-        alpha: strength with which errors of earlier linears are compensated for, from 0 (each linear keeps to its
-            weight) to 1 (each linear aims at the outputs of the dense model).
-        refinements: most rounds in which, after gptq, scales and minima are fitted to the codes and then codes are
-            chosen once more, at least 0; rounds stop once they no longer reduce the error on the calibration text.
-        first_order: share of the columns' deviation from the weight that gptq takes back before each column, from 0 to
-            below 1.
+        alpha: strength with which errors of earlier linears are compensated for, from 0 (each linear approximates its
+            own weight) to 1 (each linear aims at the outputs of the dense model).
+        refinements: maximum number of rounds after gptq, each of which fits scales and minima to the codes and then
+            chooses new codes; at least 0. Rounds end when they no longer reduce the error on the calibration text.
+        first_order: share of the remaining columns' deviation from the original weight that gptq undoes before it
+            rounds each column, in [0, 1).
 
     Raises:
         UserError: an option outside its range.
@@ -89,7 +90,7 @@ class RoundingConfig:
 
     @property
     def is_plain(self) -> bool:
-        """Whether each weight is rounded to the nearest value of the grid that its format chooses by itself."""
+        """Whether weights are rounded to nearest on the grid that their format chooses by itself."""
         return self.method == "nearest" and self.grid == "minmax"
 
 
@@ -99,7 +100,7 @@ class Rounded:
 
     Args:
         codes: codes on the grid, uint8 [O, I].
-        grid: grid as the format stores it.
+        grid: grid, as the format stores it.
     """
 
     codes: Tensor
@@ -107,7 +108,7 @@ class Rounded:
 
     @property
     def values(self) -> Tensor:
-        """What the linear computes with; float32 [O, I]."""
+        """The rounded weight; float32 [O, I]."""
         return self.grid.values(self.codes)
 
 
@@ -124,14 +125,15 @@ def round_weight(
 
     Args:
         weight: weight, [O, I], of any float dtype.
-        number_format: format that the weight is rounded for.
+        number_format: format that will store the rounded weight.
         precision: precision within the format.
-        hessian: X^T X, [I, I], or that of each row group, [g, I, I]; best in float64.
-        config: how to round; its ``alpha`` is only used by `corrected_weight`.
+        hessian: X^T X, [I, I], or one matrix for each row group, [g, I, I]; preferably in float64.
+        config: options of the rounding; ``alpha`` has no effect here, see `corrected_weight`.
         name: name of the linear, for error messages.
 
     Raises:
-        UserError: the weight or the Hessian is not finite, or the Hessian is not positive even with damping.
+        UserError: the weight or the Hessian is not finite, the Hessian is not positive definite even with damping, or
+            the weight has no columns beside the leading ones.
     """
     weight = weight.detach().float()
     _check_finite(name, weight, hessian)
@@ -146,7 +148,11 @@ def round_weight(
 
 
 def segments_of(number_format: GridStore, precision: Precision, columns: int) -> tuple[Segment, ...]:
-    """The segments of a linear with this number of input columns."""
+    """The segments of a linear with a number of input columns: one, or two if columns lead.
+
+    Raises:
+        UserError: the linear has no columns beside the leading ones.
+    """
     if not isinstance(number_format, GridSegments):
         return (Segment(number_format, precision, 0, columns),)
     leading = leading_of(precision, columns)
@@ -162,11 +168,11 @@ class _Linear:
 
     Args:
         weight: weight, [O, I], in float32.
-        hessians: Hessian of each row group, damped, [g, I, I].
-        store: format that the weight is rounded for.
+        hessians: damped Hessian of each row group, [g, I, I].
+        store: format that will store the rounded weight.
         precision: precision within the format.
         segments: segments of the columns.
-        config: how to round.
+        config: options of the rounding.
     """
 
     weight: Tensor
@@ -183,7 +189,7 @@ class _Linear:
 
     @property
     def importance(self) -> Tensor:
-        """How much an error of a weight counts, [g, I]."""
+        """The weight of a squared error in each column, for each row group, [g, I]."""
         return self.hessians.diagonal(dim1=1, dim2=2).float()
 
     def cut(self, tensor: Tensor) -> tuple[Tensor, ...]:
@@ -194,7 +200,7 @@ class _Linear:
         return grid.cut(len(self.hessians))
 
     def grid_of_all(self) -> AnyGrid:
-        """The grid of the weight as it is."""
+        """The grid for the original weight."""
         grouped = zip(self.cut(self.weight), self.importance, strict=True)
         return self.stored(search_segments(part, self.segments, self.config.grid, counts) for part, counts in grouped)
 
@@ -214,7 +220,7 @@ class _Linear:
         grid = self.stored(chosen)
         scales, minima = (torch.cat(parts) for parts in zip(*chosen, strict=True))
         if not (torch.equal(grid.scales, scales) and torch.equal(grid.minima, minima)):
-            # A stored scale depends on the others, which no group knew when its turn came.
+            # Stored scales depend on each other, and no group knew those of the later groups.
             codes = self.codes_on(grid, factors)
         return Rounded(codes, grid)
 
@@ -232,7 +238,7 @@ class _Linear:
         )
 
     def refined(self, rounded: Rounded) -> Rounded:
-        """The result of the last round of refinement that reduced the error."""
+        """The result after the last round of refinement that reduced the error."""
         least = self.loss(rounded)
         for _ in range(self.config.refinements):
             parts = list(zip(self.cut(self.weight), self.cut(rounded.codes), self.hessians, strict=True))
@@ -260,8 +266,8 @@ def corrected_weight(weight: Tensor, hessian: Tensor, cross: Tensor, alpha: floa
 
     Args:
         weight: weight W, [O, I].
-        hessian: H, [I, I], or that of each row group, [g, I, I].
-        cross: C, of the same shape; rows are the dense inputs.
+        hessian: H, [I, I], or one matrix for each row group, [g, I, I].
+        cross: C, of the same shape; its rows belong to the dense inputs.
         alpha: strength of the correction, from 0 to 1.
         damping: amount added to the diagonal of H, in units of its mean; above 0.
     """  # [O, I], float32
@@ -279,17 +285,17 @@ def corrected_weight(weight: Tensor, hessian: Tensor, cross: Tensor, alpha: floa
 def error(
     weight: Tensor, values: Tensor, hessian: Tensor, cross: Tensor | None = None, dense_gram: Tensor | None = None
 ) -> float:
-    """The error of a linear with other values on the calibration text, from sums alone.
+    """The squared error of a linear's outputs with other values on the calibration text, from sums alone.
 
-    With ``cross`` and ``dense_gram`` that is |X W^T - Xq Q^T|^2 = tr W G W^T - 2 tr W C Q^T + tr Q H Q^T, X being the
-    dense inputs; without them |Xq (W - Q)^T|^2 = tr (W - Q) H (W - Q)^T.
+    With ``cross`` and ``dense_gram``, the error is |X W^T - Xq Q^T|^2 = tr W G W^T - 2 tr W C Q^T + tr Q H Q^T, X being
+    the dense inputs; without them it is |Xq (W - Q)^T|^2 = tr (W - Q) H (W - Q)^T.
 
     Args:
         weight: weight W of the dense linear, [O, I].
-        values: values Q that take its place, [O, I].
-        hessian: H = Xq^T Xq, [I, I], or that of each row group, [g, I, I]; likewise for the next two.
-        cross: C = X^T Xq.
-        dense_gram: G = X^T X.
+        values: values Q that replace it, [O, I].
+        hessian: H = Xq^T Xq, [I, I], or one matrix for each row group, [g, I, I].
+        cross: C = X^T Xq, of the same shape; None together with ``dense_gram``.
+        dense_gram: G = X^T X, of the same shape; None together with ``cross``.
     """
     assert (cross is None) == (dense_gram is None)
     rows = 1 if hessian.dim() == 2 else len(hessian)

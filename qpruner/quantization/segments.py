@@ -1,7 +1,7 @@
-"""A weight of two segments: its first columns in one number format, the rest in another, both packed.
+"""Weights of two segments: the first columns in one precision, the rest in another, both packed.
 
-So a linear holds the inputs that count most in more bits. Which columns these are is a matter of their order (see
-`CompressionPlan`): a segment is contiguous, and needs no index of its columns.
+This holds the columns of a linear's most important inputs in more bits. Which columns lead is decided by the order of
+the channels (see `CompressionPlan`): segments are contiguous, and no index of columns is stored.
 """
 
 from collections.abc import Mapping
@@ -23,14 +23,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Segments:
-    """The format of a precision whose ``leading`` is set: the first columns in one format, those behind in another.
+    """The format of a precision with leading columns: these in one format, the columns after them in another.
 
-    Each segment is laid out as a weight of its own in its format, whose groups begin anew with it and of which the last
-    may be short. The tensors of the leading one have names that begin with ``leading_``.
+    Each segment is laid out in its format like a weight of its own: groups start with the segment, and its last group
+    may be short. The names of the leading segment's tensors begin with ``leading_``.
 
     Args:
         leading: format of the leading columns.
-        rest: format of the columns behind them.
+        rest: format of the columns after them.
     """
 
     leading: "Format"
@@ -63,7 +63,7 @@ class Segments:
             leads = index < leading.columns
             number = int(leads.sum())
             if not leads[:number].all():
-                return None  # one that leads comes behind one that does not
+                return None  # a leading column would come after one of the rest
             indices = index[:number], index[number:] - leading.columns
             if number == 0:
                 return self.rest.take(rest, axis, indices[1], behind, precision.rest)
@@ -76,7 +76,7 @@ class Segments:
 
 @dataclass(frozen=True)
 class GridSegments(Segments):
-    """Two segments whose formats both have a grid, so that theirs are chosen together, by calibration."""
+    """Two segments whose formats both have grids, which calibration can choose together."""
 
     leading: "GridFormat"
     rest: "GridFormat"
@@ -122,8 +122,12 @@ def _side_by_side(leading: AnyGrid, columns: int, rest: AnyGrid) -> GridOfTwo:
 def leading_of(precision: Precision, in_features: int) -> Leading:
     """The leading segment of a precision that has one.
 
+    Args:
+        precision: precision with leading columns.
+        in_features: number of input columns of the linear.
+
     Raises:
-        UserError: a linear has no more input columns than are to lead.
+        UserError: the linear has no columns beside the leading ones.
     """
     leading = precision.leading
     assert leading is not None
@@ -136,5 +140,5 @@ def leading_of(precision: Precision, in_features: int) -> Leading:
 
 
 def joined(leading: Mapping[str, Tensor], rest: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """One state of those of both segments."""
+    """The state of a weight from those of its two segments."""
     return {**{LEADING + name: tensor for name, tensor in leading.items()}, **rest}

@@ -1,4 +1,4 @@
-"""Integers of one to eight bits with a scale for every group of weights in a row, by torch alone."""
+"""Integers of one to eight bits with a scale for every group of weights in a row, in plain torch."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -19,48 +19,49 @@ from qpruner.quantization.grid import Grid, groups_of_columns, inverse
 
 LARGEST = torch.finfo(torch.float16).max
 LAST = 255
-"""The last code of eight bits."""
+"""The largest code of eight bits."""
 
 
 @dataclass(frozen=True)
 class Uniform:
-    """Values at equal distances: weight = scale * code + minimum, with scale and minimum for each group.
+    """Equally spaced values: weight = scale * code + minimum, with a scale and a minimum for each group.
 
-    Groups run within rows, over 64, 32 or 128 weights or, with -1, over a whole row; the last of a row may be short.
-    Scales and minima are numbers of float16, so that scale * code is exact in float32.
+    Groups lie within rows and hold 64, 32 or 128 weights or, with -1, a whole row; the last group of a row may be
+    short. Scales and minima are float16 numbers, so that scale * code is exact in float32.
 
-    ``affine`` stores both, in float16, and spans each group from its lowest to its highest weight. In groups of 32 with
-    4 bits it is Q4_1 of GGUF, number for number. With 1 bit the two values are the means of the weights below the mean
-    of the group and of the others: of weights drawn from a normal distribution 0.6 of the norm is lost, between lowest
-    and highest weight 1.6 of it would be.
+    ``affine`` stores both, in float16, and its values range from the lowest to the highest weight of a group. In groups
+    of 32 with 4 bits, it is exactly Q4_1 of GGUF. With 1 bit, the two values are the mean of the weights below the
+    group's mean and the mean of the others: for normally distributed weights, the norm of the error is 0.6 of that of
+    the weights; with the lowest and highest weight as values, it would be 1.6.
 
-    ``symmetric`` stores scales alone: weight = scale * (code - 2^(b - 1)). The weight of largest magnitude becomes
-    -2^(b - 1) times the scale, which therefore has either sign; with 8 bits +-127 times a scale of at least 0. In
-    groups of 32 with 4 and 8 bits it is Q4_0 and Q8_0 of GGUF. It starts at 2 bits: with one, a group would have zero
-    and one other value; ``affine`` has two free ones.
+    ``symmetric`` stores only scales: weight = scale * (code - 2^(b - 1)). The weight of largest magnitude becomes
+    -2^(b - 1) times the scale, which can therefore have either sign; with 8 bits, it becomes 127 or -127 times a scale
+    that is at least 0. In groups of 32 with 4 and 8 bits, it is Q4_0 and Q8_0 of GGUF. The fewest bits are 2: with one,
+    a group would have zero and one other value, whereas the two values of ``affine`` are free.
 
-    ``-double`` stores scales and minima in 8 bits each: 2 bits in groups of 64 cost 2.25 bits per weight, 1 bit 1.25.
-    Codes are chosen after scales and minima were, so that what these lose costs nearly nothing.
+    ``-double`` stores scales and minima in 8 bits each, so that in groups of 64, 2 bits cost 2.25 bits per weight, and
+    1 bit costs 1.25. Codes are chosen for the stored scales and minima, so rounding these costs next to nothing.
 
     Layout, for m groups in a row:
 
-    - ``codes``: uint8 [out, bytes of a row], as `qpruner.modeling_compressed.unpack_codes` says;
+    - ``codes``: uint8 [out, bytes of a row]; see `qpruner.modeling_compressed.unpack_codes`;
     - ``scales``: float16 [out, m];
-    - ``minima``: float16 [out, m], of ``affine`` alone.
+    - ``minima``: float16 [out, m], only for ``affine``.
 
     With ``-double``, instead of ``scales`` and ``minima``:
 
-    - ``largest_scale``: float32 [], above all magnitudes of scales or among them;
-    - ``scale_codes``: uint8 [out, m]; scale = largest scale * 2^(-scale code / 24) of ``affine``. Of ``symmetric`` the
-      upper bit is the sign, 1 for minus, and the lower seven bits c mean 2^(-c / 12). Rounded to float16;
-    - ``zero_points``: uint8 [out, m], of ``affine`` alone; minimum = -scale * (2^b - 1) * zero point / 255, rounded to
-      float16. A group always spans zero.
+    - ``largest_scale``: float32 [], at least as large as the magnitude of every scale;
+    - ``scale_codes``: uint8 [out, m]; for ``affine``, scale = largest scale * 2^(-scale code / 24). For ``symmetric``,
+      the highest bit is the sign, 1 for minus, and the lower seven bits c stand for largest scale * 2^(-c / 12). The
+      result is rounded to float16;
+    - ``zero_points``: uint8 [out, m], only for ``affine``; minimum = -scale * (2^b - 1) * zero point / 255, rounded to
+      float16. The values of a group thus always span zero.
 
-    Source: Q4_0, Q4_1 and Q8_0 as the package gguf 0.19 quantizes to them.
+    Source: the quantization to Q4_0, Q4_1 and Q8_0 in the package gguf 0.19.
 
     Args:
-        symmetric: whether minima follow from scales.
-        double: whether scales and minima are stored in 8 bits.
+        symmetric: whether minima follow from scales, rather than being stored.
+        double: whether scales and minima are stored in 8 bits each.
     """
 
     symmetric: bool = False
@@ -84,12 +85,12 @@ class Uniform:
         grid = self.storable(scales, minima, precision)
         if self.double:
             return self.pack(grid.round(weight), grid)
-        # Codes by the scales before they are rounded to float16, as GGUF has it.
+        # As in GGUF, codes are computed with the scales before these are rounded to float16.
         if not self.symmetric:
             return self.pack(Grid(scales, minima, grid.bits, grid.group).round(weight), grid)
         groups = groups_of_columns(0, weight.shape[1], grid.group, weight.device)
         places, middle = weight * inverse(scales).index_select(1, groups), grid.levels // 2
-        if grid.bits == 8:  # halves away from zero
+        if grid.bits == 8:  # rounds halves away from zero
             codes = places.abs().add_(0.5).floor_().copysign_(places).add_(middle)
         else:
             codes = places.add_(middle + 0.5).floor_()
@@ -118,9 +119,9 @@ class Uniform:
         if axis == 0:
             return {name: tensor[index] if tensor.dim() else tensor.clone() for name, tensor in state.items()}
         group = self.group(precision)
-        groups = torch.zeros_like(index) if group == ROW else index // group  # that the columns come from
+        groups = torch.zeros_like(index) if group == ROW else index // group  # group that each column comes from
         size = len(index) if group == ROW else group
-        taken = groups[::size]  # one for each group that is left, if all its columns come from it
+        taken = groups[::size]  # the old group of each new one, if all its columns share one
         if not torch.equal(taken.repeat_interleave(size)[: len(index)], groups):
             return None
         codes = unpack_codes(state["codes"], in_features, precision.bits).index_select(1, index)
@@ -131,11 +132,11 @@ class Uniform:
         return precision.group or self.groups[0]
 
     def _spans(self, weight: Tensor, precision: Precision) -> tuple[Tensor, Tensor]:
-        """The scales and minima [out, m] that weights are rounded to, before they are stored."""
+        """The scales and minima [out, m] that fit a weight, before they are stored."""
         group = self.group(precision)
         size = weight.shape[1] if group == ROW else group
         missing = -weight.shape[1] % size
-        # The last weight once more, for as many as a short group lacks, changes nothing.
+        # Filling a short group up with copies of its last weight changes nothing.
         groups = torch.cat([weight, weight[:, -1:].expand(-1, missing)], dim=1).view(len(weight), -1, size)
         if not self.symmetric:
             minima, maxima = groups.aminmax(dim=2) if precision.bits > 1 else _means_of_halves(weight, size)
@@ -154,7 +155,7 @@ class Uniform:
         return scales * -float(1 << (bits - 1))
 
     def _stored(self, scales: Tensor, minima: Tensor, bits: int) -> dict[str, Tensor]:
-        """What is stored of scales and minima; the same again for those that `uniform_scales_and_minima` gives."""
+        """The tensors that store scales and minima; exact for those that `uniform_scales_and_minima` returns."""
         if not self.double:
             stored = {"scales": scales, "minima": minima}
             if self.symmetric:
@@ -181,11 +182,11 @@ class Uniform:
 
 
 def _means_of_halves(weight: Tensor, size: int) -> tuple[Tensor, Tensor]:
-    """The means [out, m] of the weights below the mean of their group, and of the others."""
+    """The mean of the weights below the mean of their group, and the mean of the others, [out, m] each."""
     nothing = torch.tensor(torch.nan, device=weight.device)
     groups = functional.pad(weight, (0, -weight.shape[1] % size), value=torch.nan)
     groups = groups.view(len(weight), -1, size)
     means = groups.nanmean(dim=2, keepdim=True)
     upper = torch.where(groups >= means, groups, nothing).nanmean(dim=2)
     lower = torch.where(groups < means, groups, nothing).nanmean(dim=2)
-    return torch.where(lower.isnan(), upper, lower), upper  # where all weights are one none is below
+    return torch.where(lower.isnan(), upper, lower), upper  # if all weights are equal, none is below

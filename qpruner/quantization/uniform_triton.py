@@ -1,7 +1,7 @@
-"""The kernel that unpacks uniform weights on a GPU: each byte is read once, each weight written once.
+"""Triton kernel that unpacks uniform weights on a GPU in a single pass through memory.
 
-Torch takes a pass through memory for every step of it, a dozen in all. Only to be imported where Triton is installed;
-`qpruner.quantization.uniform_unpacking` says when it is used.
+Plain torch needs about a dozen passes, one for each step. To be imported only where Triton is installed;
+`qpruner.quantization.uniform_unpacking` decides when the kernel is used.
 """
 
 import torch
@@ -13,12 +13,12 @@ from qpruner.modeling_compressed import PLANES
 from qpruner.plan import ROW
 
 BLOCK = 1024
-"""Most columns of a row that a program unpacks."""
+"""Maximum number of columns of a row that a program unpacks."""
 
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _plane(start, column, inside, WIDTH: tl.constexpr):  # type: ignore[no-untyped-def]
-    """The bits of some columns in a plane, by the place of its first byte."""
+    """The bits of some columns in a plane that begins at ``start``."""
     place = column * WIDTH
     byte = tl.load(start + place // 8, mask=inside, other=0).to(tl.int32)
     return (byte >> place % 8) & ((1 << WIDTH) - 1)
@@ -29,8 +29,8 @@ def _unpack(  # type: ignore[no-untyped-def]
     codes, scales, minima, weight, columns, row_bytes, second_plane, groups, group,
     FIRST: tl.constexpr, SECOND: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Some columns of one row; ``SECOND`` is the width of the second plane, or 0."""
-    row = tl.program_id(0).to(tl.int64)  # a table may have more weights than int32 counts
+    """Unpacks some columns of one row; ``FIRST`` and ``SECOND`` are the widths of the planes, the latter 0 for none."""
+    row = tl.program_id(0).to(tl.int64)  # a table may have more weights than int32 can count
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = column < columns
     bytes_of_row = codes + row * row_bytes
@@ -47,7 +47,7 @@ def _unpack(  # type: ignore[no-untyped-def]
 def unpack(
     codes: Tensor, scales: Tensor, minima: Tensor, columns: int, bits: int, group: int, dtype: torch.dtype
 ) -> Tensor:
-    """What `qpruner.modeling_compressed.uniform_values` gives, bit for bit, and of the same arguments."""
+    """Computes `qpruner.modeling_compressed.uniform_values`, bit for bit, from the same arguments."""
     rows = len(codes)
     first, second = (*PLANES[bits], 0)[:2]
     weight = torch.empty(rows, columns, dtype=dtype, device=codes.device)
@@ -66,6 +66,6 @@ def unpack(
             FIRST=first,
             SECOND=second,
             BLOCK=block,
-            enable_fp_fusion=False,  # the product is rounded before the sum, as torch has it
+            enable_fp_fusion=False,  # rounds the product before the sum, as torch does
         )
     return weight

@@ -1,4 +1,4 @@
-"""Which code unpacks uniform weights: torch's passes everywhere, one kernel of Triton where that gives the same."""
+"""Decides how uniform weights are unpacked: by a Triton kernel on CUDA if it works there, otherwise by plain torch."""
 
 import warnings
 from collections.abc import Callable
@@ -11,23 +11,23 @@ from torch import Tensor
 from qpruner.modeling_compressed import bytes_of_row, uniform_values
 
 Unpack = Callable[[Tensor, Tensor, Tensor, int, int, int, torch.dtype], Tensor]
-"""Of codes, scales, minima, columns, bits, group and dtype; see `qpruner.modeling_compressed.uniform_values`."""
+"""Function with the arguments and the result of `qpruner.modeling_compressed.uniform_values`."""
 
 
 def unpack_uniform(
     codes: Tensor, scales: Tensor, minima: Tensor, columns: int, bits: int, group: int, dtype: torch.dtype
 ) -> Tensor:
-    """What `uniform_values` gives, bit for bit; on CUDA by a kernel of Triton, where there is one that works."""
+    """Computes `uniform_values`, bit for bit; on CUDA by a Triton kernel, if it works there."""
     unpack = kernel(codes.device, bits, dtype) if codes.is_cuda else uniform_values
     return unpack(codes, scales, minima, columns, bits, group, dtype)
 
 
 @cache
 def kernel(device: torch.device, bits: int, dtype: torch.dtype) -> Unpack:
-    """Triton's kernel, tried on a small weight first; `uniform_values` where Triton is missing, fails or differs.
+    """The Triton kernel, after a trial on a small weight; `uniform_values` if Triton is missing, fails or differs.
 
-    Triton comes with PyTorch for Linux, and compiles a kernel when it is first used, for which it needs a C compiler
-    and knowledge of the GPU: what is no more than faster must not end a run.
+    Triton comes with PyTorch for Linux, and compiles a kernel on first use, for which it needs a C compiler and support
+    for the GPU. An optimization must not end a run, so a kernel that fails or differs only causes a warning.
     """
     try:
         unpack: Unpack = import_module("qpruner.quantization.uniform_triton").unpack
@@ -40,7 +40,7 @@ def kernel(device: torch.device, bits: int, dtype: torch.dtype) -> Unpack:
     try:
         same = torch.equal(unpack(*arguments), uniform_values(*arguments))
         reason = "gives other numbers than torch"
-    except Exception as error:  # whatever a compiler or a driver has to say
+    except Exception as error:  # compilers and drivers may raise anything
         same, reason = False, f"fails: {type(error).__name__}: {error}"
     if same:
         return unpack

@@ -1,8 +1,8 @@
-"""The weight of a packed linear as others see it, PEFT above all: read and written like that of any linear.
+"""The ``weight`` of a packed linear, which other libraries, above all PEFT, can read and write like any weight.
 
-Reading it costs nothing as long as only shape, dtype and device are asked for; values are unpacked. Writing to it makes
-the linear dense. PEFT writes when it merges adapters, and then there is no other way: packed again, the sum would be
-rounded again, which costs more than the adapters gave.
+Its shape, dtype and device are known at no cost; its values are unpacked when they are needed. Writing to it makes the
+linear dense. PEFT writes to it to merge adapters, and only a dense linear can hold the result: packing the sum would
+round it a second time, which costs more than the adapters gain.
 """
 
 from collections.abc import Iterable, Iterator, Mapping
@@ -16,21 +16,21 @@ from qpruner.errors import UserError
 
 
 class Unpackable(Protocol):
-    """A linear that is packed, or was."""
+    """A linear that is packed, or was packed and has become dense."""
 
     @property
     def weight(self) -> Tensor:
-        """A parameter once the linear is dense."""
+        """The weight; a parameter if the linear has become dense."""
 
     def unpack(self, dtype: torch.dtype) -> Tensor:
-        """The weight [out, in]."""
+        """The weight [out, in] in a dtype."""
 
     def become_dense_(self, weight: Tensor) -> nn.Linear:
-        """Makes the linear, the very object, a dense one that holds a weight."""
+        """Turns this object into a dense linear with a given weight."""
 
 
 class PackedWeight(Tensor):
-    """A tensor without storage, in the place of a weight that is unpacked when its values are asked for."""
+    """A tensor without storage that stands for a packed weight, which is unpacked when its values are needed."""
 
     linear: Unpackable
 
@@ -43,7 +43,7 @@ class PackedWeight(Tensor):
 
     @property
     def data(self) -> Tensor:
-        """What the linear holds: unpacked, or by now dense."""
+        """The unpacked weight, or the data of the dense weight if the linear has become dense."""
         held = self.linear.weight
         return held.data if isinstance(held, nn.Parameter) else WatchedWeight.of(self.linear, self.dtype)
 
@@ -52,7 +52,7 @@ class PackedWeight(Tensor):
         self.data.copy_(weight)
 
     def data_ptr(self) -> int:
-        """An address by which two linears are told apart, or known to be one."""
+        """The identity of the linear, by which PEFT recognises whether two weights are the same."""
         return id(self.linear)
 
     @classmethod
@@ -69,13 +69,13 @@ class PackedWeight(Tensor):
     def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, types: Iterable[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        assert not func._schema.is_mutable, func  # it would be lost; but only getters, such as ``T``, come by here
+        assert not func._schema.is_mutable, func  # a write would be lost, but only getters, such as ``T``, get here
         args, kwargs = tree_map_only(cls, lambda weight: _plain(weight.data), (args, kwargs or {}))
         return func(*args, **kwargs)
 
 
 class WatchedWeight(Tensor):
-    """An unpacked weight, or a part of it, that a packed linear takes over when it is written to."""
+    """An unpacked weight, or a part of one; when it is written to, its linear becomes dense with this weight."""
 
     linear: Unpackable
     whole: Tensor
@@ -91,10 +91,11 @@ class WatchedWeight(Tensor):
         return weight
 
     def _take_over(self) -> None:
-        """Makes the linear hold what was written.
+        """Makes the linear dense with the weight that was written to.
 
         Raises:
-            UserError: it holds another weight by now, as when the weight was read twice and both were written to.
+            UserError: the linear has become dense with another weight, as happens if its weight is read twice and both
+                results are written to.
         """
         held = self.linear.weight
         if not isinstance(held, nn.Parameter):
@@ -128,7 +129,7 @@ class WatchedWeight(Tensor):
                     written._take_over()
             given = {_storage(tensor): tensor for tensor in tree_leaves((args, named)) if isinstance(tensor, cls)}
 
-            def watched(part: Tensor) -> Tensor:  # what shares the memory of the weight stands for it
+            def watched(part: Tensor) -> Tensor:  # a view of the weight is watched as well
                 source = given.get(_storage(part))
                 return part if source is None else cls._part(part, source.linear, source.whole)
 
@@ -136,7 +137,7 @@ class WatchedWeight(Tensor):
 
 
 class Frozen(nn.Parameter):
-    """A parameter that never trains."""
+    """A parameter that cannot be set to require gradients."""
 
     def __new__(cls, data: Tensor, requires_grad: bool = False) -> Self:
         return super().__new__(cls, data, requires_grad)
@@ -156,7 +157,7 @@ class Frozen(nn.Parameter):
 
 
 def refuse_training() -> None:
-    """Says that codes cannot be trained.
+    """Raises the error that codes cannot be trained.
 
     Raises:
         UserError: always.
@@ -171,15 +172,15 @@ WITHOUT_VALUES = (
     *("__get__", "size", "stride", "dim", "numel", "nelement", "element_size"),
     *("is_floating_point", "is_complex", "is_contiguous", "get_device", "__len__"),
 )
-"""Functions of tensors that ask for no value; getters that do come by the dispatcher."""
+"""Tensor functions that need no values. Getters (``__get__``) that do need them reach ``__torch_dispatch__``."""
 VIEWS = (Tensor.T, Tensor.mT, Tensor.H, Tensor.mH, Tensor.real)
-"""Getters of what shares the memory of the weight, and so may be written to."""
+"""Getters that return a view of the weight, which may be written to."""
 OPERATORS = ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "and", "or", "xor", "lshift", "rshift", "div")
 IN_PLACE = ("__setitem__", *(f"__i{operator}__" for operator in OPERATORS))
 
 
 def _written(name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Iterator[Any]:
-    """What a function of tensors writes to, by the conventions of torch."""
+    """The arguments that a tensor function writes to, by the naming conventions of torch."""
     if name in IN_PLACE or (name.endswith("_") and not name.endswith("__")):
         yield from args[:1] or [*kwargs.values()][:1]  # `torch.nn.init` names its tensor
     yield kwargs.get("out")
