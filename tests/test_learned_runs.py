@@ -253,7 +253,10 @@ def test_a_search_learns_nothing(arguments: list[str]) -> None:
         run(["search", *arguments])
 
 
-def test_numbers_that_are_not_finite_end_it(arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("every", ["2", "50"])  # 50: no checkpoint comes before the end
+def test_numbers_that_are_not_finite_end_it(
+    arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, every: str
+) -> None:
     loss = PlanLearner.loss
 
     def broken(learner: PlanLearner, batch: Any) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
@@ -263,7 +266,8 @@ def test_numbers_that_are_not_finite_end_it(arguments: list[str], monkeypatch: p
     monkeypatch.setattr(PlanLearner, "loss", broken)
     said = r"loss at step 3 of the gates is not finite. Lower joint.lr, which is 0.02"
     with pytest.raises(UserError, match=said):
-        run(["fit", *arguments])
+        run(["fit", *arguments, "--run.checkpoint_every_n_steps", every])
+    assert not RunFolder(tmp_path / "runs" / "x").learned_plan.exists()
 
 
 def test_a_restart_learns_anew_and_throws_no_base_away(

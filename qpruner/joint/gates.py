@@ -162,5 +162,6 @@ def entropy(logits: Gates, temperature: float) -> float:
 def _logistic(like: Tensor, generator: torch.Generator) -> Tensor:
     """Logistic noise, drawn on the CPU, so that it is the same on every device."""
     tiny = torch.finfo(torch.float32).eps
-    uniform = torch.rand(like.shape, generator=generator).clamp(tiny, 1 - tiny)
+    # Not the default dtype, which differs between a step and the projection of its gradient under half precision.
+    uniform = torch.rand(like.shape, generator=generator, dtype=torch.float32).clamp(tiny, 1 - tiny)
     return torch.logit(uniform).to(like.device)

@@ -21,7 +21,7 @@ from qpruner.joint.price import smooth_bytes
 from qpruner.joint.prior import Text, balanced, fisher_logits, loss_of
 from qpruner.joint.projection import differentiable_bytes, plan_within, relative, thresholds_within
 from qpruner.joint.space import Gates, JointSpace, Logits, acting
-from qpruner.likelihood import Head, Scored, losses_in_chunks, nll_of_logits
+from qpruner.likelihood import IGNORED, Head, Scored, losses_in_chunks, nll_of_logits
 from qpruner.plan import CompressionPlan
 from qpruner.processes import Processes
 from qpruner.seeds import derive_seed
@@ -29,7 +29,7 @@ from qpruner.training.distillation import forward_kl
 from qpruner.training.finite import LossWatch
 
 COMPARISONS = 10
-"""Number of times that gates are compared with the best so far."""
+"""Largest number of times that gates are compared with the best so far, after the start."""
 
 
 @dataclass(frozen=True)
@@ -118,7 +118,6 @@ class PlanLearner(L.LightningModule):
         self.gates = make_gates(self.config, space, derive_seed(self.seed, "gates"))
         for kind, shape in space.shapes.items():
             self.register_buffer(f"start_{kind}", torch.full(shape, math.nan))
-        self.register_buffer("threshold", torch.zeros(()))
 
     def on_fit_start(self) -> None:
         if self.start_is_known:
@@ -145,7 +144,7 @@ class PlanLearner(L.LightningModule):
             self.compare_with_best()
 
     def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
-        every = max(self.config.steps // COMPARISONS, 1)
+        every = math.ceil(self.config.steps / COMPARISONS)
         if self.global_step > self.compared_at and (
             self.global_step % every == 0 or self.global_step == self.config.steps
         ):
@@ -169,7 +168,11 @@ class PlanLearner(L.LightningModule):
         gates = self.gates_of_step(*self.step)
         limit, _ = self.step
         self.ground.gated.open(gates)
-        loss, parts = self.loss(batch)
+        mean, parts = self.loss(batch)
+        # As in a fit of adapters: a mean of the means of micro-batches and ranks would give tokens of those with few
+        # more weight than others.
+        num_tokens = (batch["labels"][:, 1:] != IGNORED).sum()
+        loss: Tensor = mean * num_tokens / batch.get("step_tokens", num_tokens.clamp(min=1))
         stored = differentiable_bytes(self.space, gates)
         if self.config.constraint == "penalty":
             loss = loss + self.config.penalty * (stored / limit).log().abs().float()
@@ -185,9 +188,10 @@ class PlanLearner(L.LightningModule):
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         """Lets gates learn along the budget: the component that would change the bytes is removed from the gradient.
 
-        The loss alone would open nearly every gate. With gradients g of the loss and b of the bytes, g - (g b / b b) b
-        leaves the bytes as they are, to first order, and opens gates whose effect on the loss per byte is above the
-        mean; g b / b b is the Lagrange multiplier of the budget.
+        The loss alone would open nearly every gate. With gradients g of the loss and b of the bytes, a step along
+        g - (g b / b b) b leaves the bytes as they are, to first order, and opens gates whose effect on the loss per
+        byte is above the mean; g b / b b is the Lagrange multiplier of the budget. AdamW rescales that step gate by
+        gate, so the bytes do move, and every step is projected to the budget.
         """
         if self.config.constraint == "projection":
             parameters = [parameter for parameter in self.gates.parameters() if parameter.grad is not None]
@@ -203,6 +207,14 @@ class PlanLearner(L.LightningModule):
         """
         assert self.best is not None
         checkpoint["best"], checkpoint["compared_at"] = vars(self.best), self.compared_at
+        self.check_losses()
+
+    def check_losses(self) -> None:
+        """Makes sure that all losses so far were finite; a collective call of all processes.
+
+        Raises:
+            UserError: a loss was not.
+        """
         strategy = self.trainer.strategy
         step = self._losses.first_broken(self.device, lambda number: strategy.reduce(number, reduce_op="min"))
         if step is not None:
@@ -234,15 +246,18 @@ class PlanLearner(L.LightningModule):
         return thresholds_within(self.space, acting(start), limit)
 
     def loss(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        """Mean loss of the scored tokens of a batch under the gates, and its parts, without a gradient."""
+        """Mean loss of the scored tokens of a batch under the gates, 0 if there are none, and its parts, without a
+        gradient.
+        """
         network = self.ground.gated.network
         scored = Scored.of(network, batch["input_ids"], batch["labels"], batch["attention_mask"])
-        head = Head.of(network)
+        head, num_tokens = Head.of(network), max(len(scored.targets), 1)
         if self.config.loss == "cross_entropy":
             nll, _ = losses_in_chunks(
                 head, scored.hidden, lambda logits, part: (nll_of_logits(logits, scored.targets[part]),)
             )
-            return nll.mean(), {"loss": nll.mean().detach()}
+            mean = nll.sum() / num_tokens
+            return mean, {"loss": mean.detach()}
         with torch.no_grad(), self.ground.gated.unchanged():
             taught = Scored.of(network, batch["input_ids"], batch["labels"], batch["attention_mask"]).hidden
 
@@ -252,7 +267,8 @@ class PlanLearner(L.LightningModule):
             return nll_of_logits(logits, scored.targets[part]), forward_kl(logits, of_dense, 1.0)
 
         total, values = losses_in_chunks(head, scored.hidden, losses, (0.0, 1.0), heads=2)
-        return total.mean(), dict(zip(("loss", "kl"), values.mean(0).unbind(), strict=True))
+        means = values.sum(0) / num_tokens
+        return total.sum() / num_tokens, dict(zip(("loss", "kl"), means.unbind(), strict=True))
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         decay = 0.05 if self.config.gates == "hypernetwork" else 0.0  # DISP-LLM's

@@ -98,7 +98,6 @@ class _GatedProduct(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, mixture: Tensor, lifted: Tensor | None, linear: GatedLinear) -> Tensor:
         ctx.linear, ctx.chosen = linear, linear.chosen
         ctx.save_for_backward(x, lifted)
-        ctx.is_dense = linear.is_dense
         return nn.functional.linear(x, linear.present(ctx.chosen, lifted, x.dtype))
 
     @staticmethod

@@ -17,6 +17,7 @@ Source of the expansion: Molchanov et al. 2019, "Importance Estimation for Neura
 for units; its use for widths, and per byte, is our addition.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Self
@@ -123,13 +124,19 @@ def balanced(gated: GatedNetwork, start: Logits, limit: int, text: Text, process
 
 @torch.no_grad()
 def loss_of(gated: GatedNetwork, logits: Logits, limit: int, text: Text, processes: Processes) -> float:
-    """Total negative log-likelihood of the text under the gates that a budget leaves open, over all processes."""
+    """Total negative log-likelihood of the text under the gates that a budget leaves open, over all processes.
+
+    Infinite where it is not a number or the logits are not, so that such gates are never the best of several.
+    """
+    if not all(bool(values.isfinite().all()) for values in logits.values()):
+        return math.inf
     gates = {kind: values.to(processes.device) for kind, values in acting(logits).items()}
     gated.open(hard(gates, thresholds_within(gated.space, gates, limit)))
     total = torch.zeros((), dtype=torch.float64, device=processes.device)
     for batch in text.batches:
         total += _losses(gated, batch, slice(None), processes).sum().double()
-    return float(processes.reduce(total))
+    loss = float(processes.reduce(total))
+    return loss if math.isfinite(loss) else math.inf
 
 
 def _losses(gated: GatedNetwork, batch: Batch, rows: slice, processes: Processes) -> Tensor:

@@ -27,8 +27,8 @@ class LearnedPlan(Callback):
         Now and then: what each layer would keep and in how many bits, for the picture, and how undecided the gates are
         (``joint/entropy``, in bits) for TensorBoard.
     on_train_end
-        Projects the gates to their budgets and writes the plan of each budget and the picture, on rank zero; the other
-        ranks wait.
+        Stops the run if a loss was not finite. Otherwise projects the gates to their budgets and writes the plan of
+        each budget and the picture, on rank zero; the other ranks wait.
 
     Args:
         folder: folder of the run.
@@ -58,6 +58,7 @@ class LearnedPlan(Callback):
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         assert isinstance(pl_module, PlanLearner)
+        pl_module.check_losses()  # before a plan marks the learning as finished; checkpoints may be rarer than steps
         if trainer.is_global_zero:
             limits, space = pl_module.limits, pl_module.space
             plans = pl_module.plans()

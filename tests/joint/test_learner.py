@@ -1,6 +1,7 @@
 """Learning, without a Trainer: the budget in the slopes, and the best gates."""
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from qpruner.joint.price import smooth_bytes
 from qpruner.joint.prior import loss_of
 from qpruner.joint.projection import differentiable_bytes
 from qpruner.joint.space import unit_bytes
+from qpruner.likelihood import IGNORED
 from qpruner.processes import Processes
 
 TEXT = text_of(torch.randint(0, VOCAB, (4, 12), generator=torch.Generator().manual_seed(3)))
@@ -82,6 +84,39 @@ def test_the_best_gates_are_taken_whatever_came_later() -> None:
     learner.compare_with_best()
     assert learner.plans() == expected
     assert unit_bytes(expected[0], 4) <= start
+
+
+def test_gates_that_are_not_finite_are_never_the_best() -> None:
+    learner = learner_of()
+    learner.compare_with_best()
+    best = learner.best
+    with torch.no_grad():
+        for parameter in learner.gates.parameters():
+            parameter.fill_(math.nan)
+    (limit,) = learner.limits
+    assert loss_of(learner.ground.gated, learner.logits(limit), limit, TEXT, Processes.alone()) == math.inf
+    learner.best = replace(best, loss=math.inf)  # which everything that is finite is better than
+    learner.compare_with_best()
+    assert learner.best.step == 0 and learner.best.loss == math.inf
+
+
+@pytest.mark.parametrize("loss", ["kl", "cross_entropy"])
+def test_every_target_of_a_step_counts_the_same_however_micro_batches_share_them(loss: str) -> None:
+    """As in a fit of adapters: the Trainer takes the mean of the micro-batches."""
+    learner = learner_of(loss=loss)
+    labels = BATCH["labels"].clone()
+    for row, prompt in enumerate((2, 9, 4, 12)):
+        labels[row, :prompt] = IGNORED
+    batch = {**BATCH, "labels": labels}
+    whole = float(learner.training_step(batch, 0).detach())  # type: ignore[arg-type]
+    counts = (labels[:, 1:] != IGNORED).sum(1).tolist()
+    assert counts == [10, 3, 8, 0]
+    losses = []
+    for rows in (slice(0, 1), slice(1, 3), slice(3, 4)):  # the last without a target
+        part = {name: values[rows] for name, values in batch.items()} | {"step_tokens": torch.tensor(21 / 3)}
+        losses.append(float(learner.training_step(part, 0).detach()))  # type: ignore[arg-type]
+    assert sum(losses) / 3 == pytest.approx(whole, rel=1e-6)
+    assert losses[2] == 0.0
 
 
 def test_a_penalty_is_the_distance_to_the_budget_on_a_logarithmic_scale() -> None:
