@@ -234,6 +234,7 @@ def test_what_is_no_finished_run_is_named(work: Path) -> None:
         run(["merge", "runs/x/model", "out"])
 
 
+@pytest.mark.slow
 def test_runs_of_phases_and_of_pruning_in_training_are_merged(work: Path, capsys: pytest.CaptureFixture[str]) -> None:
     guided = ["--trainer.callbacks+=LoRAGuidedPruning", "--trainer.callbacks.ratio=0.1", "--trainer.max_steps=6"]
     guided += ["--trainer.callbacks.schedule.every_n_steps=1"]

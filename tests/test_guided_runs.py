@@ -165,6 +165,7 @@ def test_a_phase_that_only_trains_a_quantized_base_has_one_row_killed_or_not(
     assert all(torch.equal(killed_adapters[name], tensor) for name, tensor in expected.items())
 
 
+@pytest.mark.slow
 def test_packed_tables_are_made_dense_between_the_phases(config: dict[str, Any], tmp_path: Path) -> None:
     """The tied embedding and head of 8 bits in the first phase, too, which the second holds in 4."""
     tables = {"bits": 16, "embedding": 8, "head": 8}

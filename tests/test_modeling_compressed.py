@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import save_file
 from support.families import FAMILIES, KEPT_EXPERTS, MIXTURES, logits_of, random_tokens
 from support.quantized import CPU, pruned
+from support.shared import filled_once
 from transformers import AttentionInterface, AttentionMaskInterface, AutoModel, AutoModelForCausalLM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
@@ -57,16 +58,20 @@ def write(folder: Path, family: str, *, tables: Precision = DENSE, layers: Any =
 @pytest.fixture(scope="module")
 def tried(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """What a process without qpruner says of a folder of each family."""
-    root = tmp_path_factory.mktemp("folders")
-    for number, family in enumerate(FAMILIES):
-        network = write(root / family, family, tables=(DENSE, TABLE)[number % 2])
-        inputs = {"tokens": random_tokens(), "logits": logits_of(network).contiguous()}
-        save_file(inputs, root / family / "inputs.safetensors")
-    command = [sys.executable, str(SCRIPT), str(root)]
-    environment = {"HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": str(root.with_name("modules")), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=root)
-    assert done.returncode == 0, done.stderr[-2000:]
-    return json.loads((root / "results.json").read_text())
+
+    def fill(root: Path) -> None:
+        for number, family in enumerate(FAMILIES):
+            network = write(root / family, family, tables=(DENSE, TABLE)[number % 2])
+            inputs = {"tokens": random_tokens(), "logits": logits_of(network).contiguous()}
+            save_file(inputs, root / family / "inputs.safetensors")
+        command = [sys.executable, str(SCRIPT), str(root)]
+        modules = str(root.with_name("modules"))
+        environment = {"HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": modules, "OMP_NUM_THREADS": "1"}
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=root)
+        assert done.returncode == 0, done.stderr[-2000:]
+
+    folder = filled_once(tmp_path_factory, "without_qpruner", fill)
+    return json.loads((folder / "results.json").read_text())
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 from support import environment
 from support.killed_search import IN_A_TRIAL, MOMENTS, NUM_TRIALS, WORKERS, key_of, loss_of, make_optimizer
+from support.shared import filled_once
 from support.toys import Counting, Toy, quadratic
 
 from qpruner.errors import UserError
@@ -222,11 +223,12 @@ def test_a_ledger_that_does_not_fit_is_refused(
 
 @pytest.fixture(scope="module")
 def killed(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("killed")
-    script = [sys.executable, "-m", "support.killed_search", str(folder)]
-    done = subprocess.run(script, capture_output=True, text=True, timeout=120, env=environment())
-    assert done.returncode == 0, done.stderr
-    return folder
+    def fill(folder: Path) -> None:
+        script = [sys.executable, "-m", "support.killed_search", str(folder)]
+        done = subprocess.run(script, capture_output=True, text=True, timeout=120, env=environment())
+        assert done.returncode == 0, done.stderr
+
+    return filled_once(tmp_path_factory, "killed_searches", fill)
 
 
 @pytest.mark.parametrize("moment", [*MOMENTS, *IN_A_TRIAL])

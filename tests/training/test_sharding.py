@@ -89,7 +89,7 @@ def test_a_part_is_of_the_rows_that_a_device_holds(tmp_path: Path) -> None:
     assert torch.equal(entire, torch.arange(6.0).view(3, 2)) and torch.equal(entire, again) and number == 7
 
 
-FAST = ("quantized", "dense")
+FAST = ("quantized",)
 
 
 @pytest.mark.parametrize(
