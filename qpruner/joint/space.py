@@ -48,6 +48,8 @@ class JointSpace:
         lifts: whether input channels may be held in the last of the offered precisions, whatever their unit has.
         multiple: number that the FFN channels of a layer, and lifted channels, are a multiple of.
         alone: numbers of the layers that keep all units.
+        least: fewest KV groups and FFN channels that each layer may keep; empty for one group and ``multiple``
+            channels.
 
     Raises:
         UserError: channels are to be lifted, but there is a single precision.
@@ -62,6 +64,7 @@ class JointSpace:
     lifts: bool = False
     multiple: int = 1
     alone: frozenset[int] = frozenset()
+    least: tuple[tuple[int, int], ...] = ()
 
     def __post_init__(self) -> None:
         if self.lifts and len(self.offered) < 2:
@@ -161,16 +164,13 @@ class JointSpace:
         by_groups, by_channels = self.weights[:, :2].sum(1), self.weights[:, 2:].sum(1)
         return int((by_groups * groups + by_channels * channels).sum())
 
-    @property
+    @cached_property
     def fewest(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """The fewest KV groups and FFN channels that each layer may keep, [L] each."""
-        all_groups, all_channels = self.widths.kv_groups, self.widths.ffn_channels
-        free = [self.prunes and layer not in self.alone for layer in range(self.num_layers)]
-        groups = tuple(1 if may else all_groups[layer] for layer, may in enumerate(free))
-        channels = tuple(
-            min(self.multiple, all_channels[layer]) if may else all_channels[layer] for layer, may in enumerate(free)
-        )
-        return groups, channels
+        whole = tuple(zip(self.widths.kv_groups, self.widths.ffn_channels, strict=True))
+        least = self.least or tuple((1, min(self.multiple, channels)) for _, channels in whole)
+        kept = [least[n] if self.prunes and n not in self.alone else whole[n] for n in range(self.num_layers)]
+        return tuple(groups for groups, _ in kept), tuple(channels for _, channels in kept)
 
     @cached_property
     def sizes(self) -> dict[str, tuple[int, ...]]:

@@ -1,6 +1,7 @@
 """Thresholds and plans within a budget."""
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from support.joint import FOUR, OFFERED, TWO, between, space_of
 
 from qpruner.errors import UserError
 from qpruner.joint.price import kept_weights, smooth_bytes
-from qpruner.joint.projection import hard, plan_of, plan_within, thresholds_within
+from qpruner.joint.projection import differentiable_bytes, hard, plan_of, plan_within, relative, thresholds_within
 from qpruner.joint.space import JointSpace, Logits, acting, unit_bytes
 from qpruner.plan import UNITS, Leading
 
@@ -81,6 +82,42 @@ def test_a_plan_keeps_the_units_of_the_highest_logits_in_legal_numbers() -> None
             set(layer.kv_groups) == {int(place) for place in (of_groups > 0.3).nonzero()} or len(layer.kv_groups) == 1
         )
     assert len(plan.layers[2].kv_groups) == 4 and len(plan.layers[2].ffn_channels) == 48
+
+
+KEPT_ANYWAY = [
+    {"alone": frozenset({0, 2})},
+    {"least": ((2, 16),) * 3},
+    {"least": ((2, 16),) * 3, "alone": frozenset({0, 2})},
+    {"least": ((2, 16),) * 3, "pins_weights": True, "most_weights": 30_000},
+]
+
+
+@pytest.mark.parametrize("changes", KEPT_ANYWAY, ids=["alone", "floor", "both", "pinned"])
+@pytest.mark.parametrize("share", [0.0, 0.1, 0.5])
+def test_what_stays_anyway_is_open_at_any_budget_and_paid_for(share: float, changes: dict[str, Any]) -> None:
+    """Hard gates, their bytes and the plan agree, so that no budget is spent twice."""
+    space = space_of(tiny_model("llama"), **changes)
+    limit = between(space, share)
+    for seed in range(3):
+        gates = {kind: values.double() for kind, values in acting(logits_of(space, seed)).items()}
+        for kind in ("groups", "channels"):  # without bounds, these layers would go first
+            for layer in space.alone:
+                space.by_layer(gates[kind], kind)[layer].sub_(10)
+        thresholds = thresholds_within(space, gates, limit)
+        opened = hard(gates, thresholds)
+        plan = plan_of(space, relative(gates, thresholds), 0.0)
+        assert float(smooth_bytes(space, opened)) <= limit + 1e-6
+        assert float(differentiable_bytes(space, opened)) == unit_bytes(plan, 4)
+        for kind, fewest in zip(("groups", "channels"), space.fewest, strict=True):
+            of_layers = zip(space.by_layer(opened[kind], kind), space.by_layer(gates[kind], kind), strict=True)
+            for number, (is_open, logits) in enumerate(of_layers):
+                kept = plan.layers[number].kv_groups if kind == "groups" else plan.layers[number].ffn_channels
+                assert is_open.nonzero().flatten().tolist() == list(kept)
+                assert is_open[logits.topk(fewest[number]).indices].all()
+                assert number not in space.alone or is_open.all()
+        final = plan_within(space, gates, limit)
+        assert unit_bytes(final, 4) <= limit
+        assert all(len(layer.kv_groups) >= groups for layer, groups in zip(final.layers, space.fewest[0], strict=True))
 
 
 def test_lifted_channels_come_first_and_lead() -> None:
