@@ -24,10 +24,13 @@ from qpruner.joint.prior import Text
 from qpruner.joint.space import JointSpace
 from qpruner.memory import num_parameters, place_
 from qpruner.model_folder import build_skeleton, rehearse_saving
+from qpruner.outline import outline_of
 from qpruner.plan import DENSE, UNITS, CompressionPlan
 from qpruner.pretrained import held_in
 from qpruner.pricing import price_narrowed
-from qpruner.pruning.rounds import round_to
+from qpruner.pruning.rounds import round_to, supplies
+from qpruner.pruning.widths import with_widths
+from qpruner.quantization.apply import LoftQSettings, check_rank, starts_of
 from qpruner.quantization.embedding import table_precisions
 from qpruner.records.folder import RunFolder
 from qpruner.runs.learned_plan import LearnedPlan
@@ -103,6 +106,10 @@ class Learning:
                 f"budget.multiply_adds is {allocator.budget.multiply_adds:g}, and nothing may be pruned. Add "
                 f"StructuredPruning to trainer.callbacks, or drop it."
             )
+        if pruning and pruning[0].selection.uniform:
+            raise UserError(
+                "selection.uniform is true, and joint gives each layer widths of its own. Drop one of both."
+            )
         if config.fixed_ratio and not pruning:
             raise UserError(
                 "joint.fixed_ratio is true, and nothing says a ratio. Add StructuredPruning with one, or drop it."
@@ -164,7 +171,8 @@ class Learning:
             [dict.fromkeys(UNITS, DENSE)] * architecture_of(config).num_layers, **self.quantization.tables
         )
         table_precisions(config, plan.embedding, plan.head)
-        self._space(skeleton, plan)
+        space, _ = self._space(skeleton, plan)
+        self._check_rank(config, space)
         if self.pruning is not None:
             self.pruning.compensating.check(skeleton)
         if self.quantization.calibrated is not None:
@@ -208,6 +216,8 @@ class Learning:
         budgets: list[Budget] = [allocator.budget, *self.config.further_budgets]
         limits = [budget.limit(price, plan) for budget in budgets]
         selection = None if pruning is None else pruning.selection
+        offers = [] if selection is None else supplies(network, selection)
+        alone = () if selection is None else selection.leave_alone
         space = JointSpace(
             dense=plan,
             offered=tuple(sorted(allocator.precisions, key=lambda precision: precision.bits)),
@@ -217,11 +227,28 @@ class Learning:
             prunes=selection is not None,
             lifts=self.config.lifts,
             multiple=1 if selection is None else round_to(network, selection),
-            alone=frozenset(() if selection is None else (layer % len(plan.layers) for layer in selection.leave_alone)),
+            alone=frozenset(layer % len(plan.layers) for layer in alone),
+            least=tuple((offer.least_groups, offer.least_channels) for offer in offers),
         )
         for limit in limits:
             space.check(limit)
         return space, limits
+
+    def _check_rank(self, config: Any, space: JointSpace) -> None:
+        """Checks, on the shapes of the narrowest layers, that no adapter of the run can get too high a rank.
+
+        Args:
+            config: configuration of the dense model.
+            space: gates that may be learned.
+
+        Raises:
+            UserError: an adapter's rank is above that of its linear once all is pruned that may be.
+        """
+        groups, channels = space.fewest
+        narrowest = outline_of(with_widths(config, replace(space.widths, kv_groups=groups, ffn_channels=channels)))
+        packed = space.dense.with_precision([dict.fromkeys(UNITS, space.offered[0])] * space.num_layers)
+        loftq = LoftQSettings.of(self.model.lora, self.quantization.loftq_iterations, self.model.seed)
+        check_rank(narrowest, starts_of(narrowest, packed, loftq))
 
     def _most_weights(self, plan: CompressionPlan, parameters: int) -> int | None:
         """The most weights that the units may keep, which equals the multiply-adds per token."""
