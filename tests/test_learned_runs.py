@@ -200,6 +200,19 @@ def test_two_gloo_ranks_learn_as_one(arguments: list[str], tmp_path: Path, monke
         ({"--joint.start_rows": "0"}, ["joint.start_rows is 0", "at least 1"]),
         ({"--joint.gates": "simple"}, ["simple", "hypernetwork"]),
         ({"--joint.further_budgets": "[{share: 0.1}]"}, ["plain gates are not told the budget"]),
+        (
+            {"--joint.gates": "hypernetwork", "--joint.further_budgets": "[{share: 0.15}, {average_bits: 3}]"},
+            ["further_budgets[1] of joint is 3 bits per weight, whatever is pruned", "Give a share"],
+        ),
+        (
+            {"--joint.gates": "hypernetwork", "--joint.further_budgets": "[{share: 0.15, multiply_adds: 0.7}]"},
+            ["further_budgets[0] of joint is 15.0 %", "70.0 % of the multiply-adds", "MixedPrecisionQuantization. Set"],
+        ),
+        (
+            {"--joint.fixed_ratio": "true", QUANTIZATION + "budget.multiply_adds": "0.7"},
+            ["joint.fixed_ratio is true", "budget.multiply_adds is 0.7", "Drop one of both"],
+        ),
+        ({"--joint.lifts": "true", QUANTIZATION + "deciding.widths": "[4, 16]"}, ["deciding.widths offers 16 bits"]),
         ({"--plan": "plan.json"}, ["--plan names 'plan.json'", "joint learns a plan"]),
         ({"--phases": "[{max_steps: 2}]"}, ["Leave --phases out"]),
     ],
@@ -233,6 +246,15 @@ def test_budgets_that_gates_cannot_meet_are_refused(
     path = tmp_path / "config.yaml"
     path.write_text(yaml.safe_dump(config))
     with pytest.raises(UserError, match=said):
+        run(["fit", "--config", str(path)])
+
+
+def test_one_width_and_no_pruning_leave_nothing_to_learn(config: dict[str, Any], tmp_path: Path) -> None:
+    del config["trainer"]["callbacks"][0]
+    config["trainer"]["callbacks"][0]["init_args"]["deciding"]["widths"] = [4]
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(config))
+    with pytest.raises(UserError, match="nothing to decide.*Add widths to deciding.widths, or StructuredPruning"):
         run(["fit", "--config", str(path)])
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from qpruner.anatomy import unit_shapes
 from qpruner.errors import UserError
-from qpruner.plan import UNITS, Architecture, CompressionPlan, Precision
+from qpruner.plan import DENSE, UNITS, Architecture, CompressionPlan, Precision
 from qpruner.pricing import weight_bytes
 
 Gates = Mapping[str, Tensor]
@@ -52,7 +52,8 @@ class JointSpace:
             channels.
 
     Raises:
-        UserError: channels are to be lifted, but there is a single precision.
+        UserError: channels are to be lifted, but there is a single precision, or the widest stays dense; or nothing is
+            left to decide.
     """
 
     dense: CompressionPlan
@@ -71,6 +72,17 @@ class JointSpace:
             raise UserError(
                 f"joint.lifts is true, and deciding.widths offers {self.offered[0]} alone. Offer at least two widths."
             )
+        if self.lifts and DENSE in self.offered:
+            raise UserError(
+                "joint.lifts is true, and deciding.widths offers 16 bits, in which lifted channels would stay dense; "
+                "they are held in a packed format, such as that of 8 bits. Leave 16 out of deciding.widths, or drop "
+                "joint.lifts."
+            )
+        if len(self.offered) < 2 and not self.prunes:
+            raise UserError(
+                f"joint has nothing to decide: deciding.widths offers {self.offered[0]} alone, and nothing may be "
+                f"pruned. Add widths to deciding.widths, or StructuredPruning to trainer.callbacks."
+            )
 
     def check(self, limit: int) -> None:
         """Makes sure that there are plans within a budget, and that the budget leaves something to decide.
@@ -79,7 +91,8 @@ class JointSpace:
             limit: most bytes that the weights of the decoder's units may take, scales included.
 
         Raises:
-            UserError: it is below the cheapest plan or above the most expensive, or layers cannot be narrow enough.
+            UserError: it is below the cheapest plan or above the most expensive, layers cannot be narrow enough, or
+                the weights that are pinned do not fit even in the fewest bits.
         """
         if not self.cheapest <= limit <= self.dearest:
             raise UserError(
@@ -91,6 +104,12 @@ class JointSpace:
             raise UserError(
                 f"The budget leaves {self.most_weights:,} multiply-adds per token, which are weights of the decoder's "
                 f"units; the narrowest layers have {self.fewest_weights:,}. Give a higher budget, or prune less."
+            )
+        if self.most_weights is not None and self.pins_weights and self.least_pinned > limit:
+            raise UserError(
+                f"The budget leaves {limit:,} bytes for the weights of the decoder's units; the {self.most_weights:,} "
+                f"weights that joint.fixed_ratio keeps take at least {self.least_pinned:,}, in the fewest bits. Give a "
+                f"higher budget, a higher ratio to StructuredPruning, or fewer bits to deciding.widths."
             )
 
     @property
@@ -163,6 +182,16 @@ class JointSpace:
         groups, channels = (torch.tensor(counts) for counts in self.fewest)
         by_groups, by_channels = self.weights[:, :2].sum(1), self.weights[:, 2:].sum(1)
         return int((by_groups * groups + by_channels * channels).sum())
+
+    @property
+    def least_pinned(self) -> int:
+        """The fewest bytes that as many weights as are kept can take, whichever these are.
+
+        They are counted at the rate of the unit that takes the fewest bytes per weight, so that no budget is refused
+        which some plan meets.
+        """
+        assert self.most_weights is not None
+        return math.floor(self.most_weights * float(self.bytes_per_weight[:, :, 0].min()))
 
     @cached_property
     def fewest(self) -> tuple[tuple[int, ...], tuple[int, ...]]:

@@ -91,11 +91,17 @@ class Learning:
                 "such as {share: 0.15}, to trainer.callbacks."
             )
         allocator = quantizations[0].allocator
-        if allocator.budget.average_bits is not None:
-            raise UserError(
-                f"The budget of joint is {allocator.budget}, whatever is pruned, so that pruning would gain nothing. "
-                f"Give a share of the dense bytes, or bytes."
-            )
+        for name, budget in _named(allocator.budget, config.further_budgets):
+            if budget.average_bits is not None:
+                raise UserError(
+                    f"The {name} of joint is {budget}, whatever is pruned, so that pruning would gain nothing. Give a "
+                    f"share of the dense bytes, or bytes."
+                )
+            if budget.multiply_adds not in (None, allocator.budget.multiply_adds):
+                raise UserError(
+                    f"The {name} of joint is {budget}, and multiply-adds are limited for all budgets at once, by the "
+                    f"budget of MixedPrecisionQuantization. Set multiply_adds there, or drop it."
+                )
         if allocator.config.leave_alone:
             raise UserError(
                 f"deciding.leave_alone is {list(allocator.config.leave_alone)}, and joint decides on all layers. Leave "
@@ -113,6 +119,11 @@ class Learning:
         if config.fixed_ratio and not pruning:
             raise UserError(
                 "joint.fixed_ratio is true, and nothing says a ratio. Add StructuredPruning with one, or drop it."
+            )
+        if config.fixed_ratio and allocator.budget.multiply_adds is not None:
+            raise UserError(
+                f"joint.fixed_ratio is true, so that the ratio of StructuredPruning alone says how many weights stay, "
+                f"and budget.multiply_adds is {allocator.budget.multiply_adds:g}, which says so, too. Drop one of both."
             )
         return cls(folder, model, data, config, quantizations[0], pruning[0] if pruning else None)
 
@@ -257,6 +268,13 @@ class Learning:
             return dense_weights(plan) - round(self.pruning.ratio * parameters)
         assert self.quantization.allocator is not None
         return self.quantization.allocator.budget.most_multiply_adds(plan)
+
+
+def _named(budget: Budget, further: Sequence[Budget]) -> Iterator[tuple[str, Budget]]:
+    """All budgets, each with the name of its option."""
+    yield "budget", budget
+    for number, one in enumerate(further):
+        yield f"further_budgets[{number}]", one
 
 
 def _shapes(plan: CompressionPlan) -> Iterator[tuple[int, int]]:

@@ -12,7 +12,7 @@ from qpruner.errors import UserError
 from qpruner.joint.price import kept_weights, smooth_bytes
 from qpruner.joint.projection import differentiable_bytes, hard, plan_of, plan_within, relative, thresholds_within
 from qpruner.joint.space import JointSpace, Logits, acting, unit_bytes
-from qpruner.plan import UNITS, Leading
+from qpruner.plan import DENSE, UNITS, Leading
 
 
 def logits_of(space: JointSpace, seed: int = 0) -> Logits:
@@ -158,3 +158,24 @@ def test_budgets_outside_the_space_are_refused_with_its_ends() -> None:
     space.check(space.cheapest)
     with pytest.raises(UserError, match=r"lifts is true, and deciding.widths offers affine-double 2/32 alone"):
         space_of(tiny_model("llama"), offered=(TWO,), lifts=True)
+
+
+def test_a_budget_below_the_pinned_weights_in_the_fewest_bits_is_refused() -> None:
+    """Otherwise the plan would keep fewer weights than were asked for, without a word."""
+    space = space_of(tiny_model("llama"), offered=(TWO, FOUR))
+    most, least = 49_152, 15_384  # `o` has 8,192 weights and takes 2,048 bytes of codes and 516 of scales and minima
+    pinned = replace(space, most_weights=most, pins_weights=True)
+    assert pinned.least_pinned == least == most * 2564 // 8192
+    pinned.check(least)
+    with pytest.raises(UserError, match=f"{most:,} weights that joint.fixed_ratio keeps take at least {least:,}"):
+        pinned.check(least - 1)
+    replace(pinned, pins_weights=False).check(least - 1)
+
+
+def test_spaces_that_leave_nothing_to_decide_or_lift_into_dense_weights_are_refused() -> None:
+    model = tiny_model("llama")
+    with pytest.raises(UserError, match="nothing to decide: deciding.widths offers affine-double 2/32 alone"):
+        space_of(model, offered=(TWO,), prunes=False)
+    with pytest.raises(UserError, match="deciding.widths offers 16 bits.*Leave 16 out of deciding.widths"):
+        space_of(model, offered=(TWO, DENSE), lifts=True)
+    assert space_of(model, offered=(TWO, DENSE)).shapes["upgrades"] == (3, 4, 1)
