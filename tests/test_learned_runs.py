@@ -200,6 +200,19 @@ def test_two_gloo_ranks_learn_as_one(arguments: list[str], tmp_path: Path, monke
         ({"--joint.start_rows": "0"}, ["joint.start_rows is 0", "at least 1"]),
         ({"--joint.gates": "simple"}, ["simple", "hypernetwork"]),
         ({"--joint.further_budgets": "[{share: 0.1}]"}, ["plain gates are not told the budget"]),
+        (
+            {"--joint.gates": "hypernetwork", "--joint.further_budgets": "[{share: 0.15}, {average_bits: 3}]"},
+            ["further_budgets[1] of joint is 3 bits per weight, whatever is pruned", "Give a share"],
+        ),
+        (
+            {"--joint.gates": "hypernetwork", "--joint.further_budgets": "[{share: 0.15, multiply_adds: 0.7}]"},
+            ["further_budgets[0] of joint is 15.0 %", "70.0 % of the multiply-adds", "MixedPrecisionQuantization. Set"],
+        ),
+        (
+            {"--joint.fixed_ratio": "true", QUANTIZATION + "budget.multiply_adds": "0.7"},
+            ["joint.fixed_ratio is true", "budget.multiply_adds is 0.7", "Drop one of both"],
+        ),
+        ({"--joint.lifts": "true", QUANTIZATION + "deciding.widths": "[4, 16]"}, ["deciding.widths offers 16 bits"]),
         ({"--plan": "plan.json"}, ["--plan names 'plan.json'", "joint learns a plan"]),
         ({"--phases": "[{max_steps: 2}]"}, ["Leave --phases out"]),
     ],
@@ -236,6 +249,53 @@ def test_budgets_that_gates_cannot_meet_are_refused(
         run(["fit", "--config", str(path)])
 
 
+def test_one_width_and_no_pruning_leave_nothing_to_learn(config: dict[str, Any], tmp_path: Path) -> None:
+    del config["trainer"]["callbacks"][0]
+    config["trainer"]["callbacks"][0]["init_args"]["deciding"]["widths"] = [4]
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(config))
+    with pytest.raises(UserError, match="nothing to decide.*Add widths to deciding.widths, or StructuredPruning"):
+        run(["fit", "--config", str(path)])
+
+
+@pytest.mark.parametrize(
+    ("selection", "rank", "said"),
+    [
+        ({"uniform": True}, 2, "selection.uniform is true, and joint gives each layer widths of its own. Drop one"),
+        ({"leave_alone": [2]}, 2, r"selection.leave_alone names layers \[2\]; the model has 0 to 1"),
+        ({"leave_alone": [0, -1]}, 2, "selection.leave_alone names every layer"),
+        ({"floor": 0.25}, 9, "LoRA rank 9 is above that of .*k_proj, which is 8. Lower --model.lora.r to at most 8"),
+    ],
+)
+def test_selections_that_gates_cannot_follow_are_refused_before_any_model_is_loaded(
+    config: dict[str, Any],
+    tmp_path: Path,
+    selection: dict[str, Any],
+    rank: int,
+    said: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("qpruner.dense_base.load_model", None)
+    config["trainer"]["callbacks"][0]["init_args"]["selection"] = selection
+    config["model"]["lora"]["r"] = rank
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(config))
+    with pytest.raises(UserError, match=said):
+        run(["fit", "--config", str(path)])
+
+
+def test_layers_left_alone_and_floors_are_kept(config: dict[str, Any], tmp_path: Path) -> None:
+    config["trainer"]["callbacks"][0]["init_args"]["selection"] = {"leave_alone": [-1], "floor": 0.7}
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(config))
+    run(["fit", "--config", str(path), "--trainer.callbacks.budget.share", "0.16"])
+    plan = CompressionPlan.read(RunFolder(tmp_path / "runs" / "x").learned_plan)
+    dense, widths = plan.architecture, plan.widths
+    assert (widths.kv_groups[1], widths.ffn_channels[1]) == (dense.kv_groups[1], dense.ffn_channels[1])
+    assert widths.kv_groups[0] >= 0.7 * dense.kv_groups[0] and widths.ffn_channels[0] >= 0.7 * dense.ffn_channels[0]
+    assert unit_bytes(plan, 4) <= 0.16 * unit_bytes(CompressionPlan.dense(dense, None), 2)
+
+
 @pytest.mark.slow
 def test_multiply_adds_are_bounded_beside_bytes(config: dict[str, Any], tmp_path: Path) -> None:
     config["trainer"]["callbacks"][1]["init_args"]["budget"] = {"share": 0.2, "multiply_adds": 0.6}
@@ -246,6 +306,12 @@ def test_multiply_adds_are_bounded_beside_bytes(config: dict[str, Any], tmp_path
     dense = CompressionPlan.dense(plan.architecture, None)
     assert unit_weights(plan) <= 0.6 * unit_weights(dense)
     assert unit_bytes(plan, 4) <= 0.2 * unit_bytes(dense, 2)
+
+
+@pytest.mark.parametrize("kind", ["bf16", "16"])
+def test_gates_in_half_precision_are_refused(arguments: list[str], kind: str) -> None:
+    with pytest.raises(UserError, match=f"--trainer.precision is {kind}-true, .* too coarse .* Use {kind}-mixed, with"):
+        run(["fit", *arguments, "--trainer.precision", f"{kind}-true"])
 
 
 def test_a_search_learns_nothing(arguments: list[str]) -> None:

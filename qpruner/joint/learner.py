@@ -19,7 +19,7 @@ from qpruner.joint.gates import Hypernetwork, LayerGates, PlainGates, opened, sa
 from qpruner.joint.network import GatedNetwork
 from qpruner.joint.price import smooth_bytes
 from qpruner.joint.prior import Text, balanced, fisher_logits, loss_of
-from qpruner.joint.projection import differentiable_bytes, plan_within, relative, thresholds_within
+from qpruner.joint.projection import Thresholds, differentiable_bytes, plan_within, relative, thresholds_within
 from qpruner.joint.space import Gates, JointSpace, Logits, acting
 from qpruner.likelihood import IGNORED, Head, Scored, losses_in_chunks, nll_of_logits
 from qpruner.plan import CompressionPlan
@@ -240,7 +240,7 @@ class PlanLearner(L.LightningModule):
         """The temperature of the step, which falls to a tenth."""
         return self.config.temperature * (1 - 0.9 * self.global_step / self.config.steps)
 
-    def start_thresholds(self, limit: int) -> dict[str, float]:
+    def start_thresholds(self, limit: int) -> Thresholds:
         """The thresholds at which the initial gates are within a budget."""
         start = {kind: getattr(self, f"start_{kind}") for kind in self.space.shapes}
         return thresholds_within(self.space, acting(start), limit)

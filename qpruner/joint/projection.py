@@ -16,14 +16,20 @@ from qpruner.plan import UNITS, CompressionPlan, LayerPlan, Leading, Precision
 
 HALVINGS = 30
 STRUCTURE = ("groups", "channels")
+FAR = 1e6
+"""How far below all logits the threshold of an open gate lies; finite, since 0 times infinity would be no slope."""
+
+Thresholds = dict[str, float | Tensor]
+"""Threshold by kind of gates: a number, or a tensor with one for each gate where some are always open."""
 
 
 @torch.no_grad()
-def thresholds_within(space: JointSpace, gates: Gates, limit: int) -> dict[str, float]:
+def thresholds_within(space: JointSpace, gates: Gates, limit: int) -> Thresholds:
     """The lowest thresholds, by kind of gates, at which hard gates are within a budget, disregarding short groups.
 
     There is one threshold for all kinds, unless the number of weights is limited: then structure has its own, if that
-    limit is binding.
+    limit is binding. Gates that are always open, see `always_open`, have thresholds below any logit, so that all that
+    follows from thresholds agrees on them: hard gates, those of a training step, their bytes and the plan.
 
     Args:
         space: space of the gates.
@@ -31,6 +37,19 @@ def thresholds_within(space: JointSpace, gates: Gates, limit: int) -> dict[str, 
         limit: most bytes that the weights of the decoder's units may take.
     """
     gates = {kind: values.cpu() for kind, values in gates.items()}  # small and used often: no device should wait
+    always = always_open(space, gates)
+    lowest = {kind: torch.where(is_open, -FAR, 0.0).to(gates[kind].dtype) for kind, is_open in always.items()}
+    gates = relative(gates, {**dict.fromkeys(gates, 0.0), **lowest})
+    of_others = _thresholds_of_closable(space, gates, limit)
+    return {
+        kind: torch.where(always[kind], lowest[kind], threshold) if kind in always else threshold
+        for kind, threshold in of_others.items()
+    }
+
+
+def _thresholds_of_closable(space: JointSpace, gates: Gates, limit: int) -> dict[str, float]:
+    """The thresholds of the gates that may close; those of the others are far above any threshold."""
+    may_close = closable(space, gates)
 
     def within(thresholds: dict[str, float]) -> bool:
         return float(smooth_bytes(space, hard(gates, thresholds))) <= limit
@@ -38,7 +57,7 @@ def thresholds_within(space: JointSpace, gates: Gates, limit: int) -> dict[str, 
     def equal(
         kinds: Iterable[str], fixed: dict[str, float], fits: Callable[[dict[str, float]], bool]
     ) -> dict[str, float]:
-        of_kinds = {kind: gates[kind] for kind in kinds}
+        of_kinds = {kind: may_close[kind] for kind in kinds}
         return dict.fromkeys(of_kinds, _lowest(of_kinds, lambda t: fits({**fixed, **dict.fromkeys(of_kinds, t)})))
 
     together = equal(gates, {}, within)
@@ -56,14 +75,42 @@ def thresholds_within(space: JointSpace, gates: Gates, limit: int) -> dict[str, 
     return fixed | (equal(rest, fixed, within) if rest else {})
 
 
-def hard(gates: Gates, thresholds: Mapping[str, float]) -> Gates:
+def always_open(space: JointSpace, gates: Gates) -> dict[str, Tensor]:
+    """Which gates of structure are open whatever the threshold, by kind; without kinds in which all may close.
+
+    They are all those of the layers that are left alone, and in other layers as many as must stay, those with the
+    highest logits. There are none in a space without either bound, where only the plan keeps a unit of each kind.
+
+    Args:
+        space: space of the gates.
+        gates: logits of the gates that act.
+    """
+    if not space.alone and not space.least:
+        return {}
+    always: dict[str, Tensor] = {}
+    for kind, fewest in zip(STRUCTURE, space.fewest, strict=True):
+        if kind in gates:
+            always[kind] = torch.zeros_like(gates[kind], dtype=torch.bool)
+            of_layers = zip(space.by_layer(always[kind], kind), space.by_layer(gates[kind], kind), fewest, strict=True)
+            for is_open, logits, number in of_layers:
+                is_open[logits.topk(number).indices] = True
+    return always
+
+
+def closable(space: JointSpace, gates: Gates) -> Gates:
+    """The logits, by kind, of the gates that some threshold closes, among which thresholds are sought."""
+    always = always_open(space, gates)
+    return {kind: values[~always[kind]] if kind in always else values for kind, values in gates.items()}
+
+
+def hard(gates: Gates, thresholds: Mapping[str, float | Tensor]) -> Gates:
     """1 for gates that are open, and 0 for the others."""
-    return {kind: (values > thresholds[kind]).float() for kind, values in gates.items()}
+    return {kind: (values > _on(values, thresholds[kind])).float() for kind, values in gates.items()}
 
 
-def relative(gates: Gates, thresholds: Mapping[str, float]) -> Gates:
+def relative(gates: Gates, thresholds: Mapping[str, float | Tensor]) -> Gates:
     """Logits relative to thresholds: gates with values above 0 are open."""
-    return {kind: values - thresholds[kind] for kind, values in gates.items()}
+    return {kind: values - _on(values, thresholds[kind]) for kind, values in gates.items()}
 
 
 def differentiable_bytes(space: JointSpace, gates: Gates) -> Tensor:
@@ -104,9 +151,10 @@ def plan_within(space: JointSpace, logits: Logits, limit: int) -> CompressionPla
         fixed = STRUCTURE if space.pins_weights else ()
         return plan_of(space, relative(gates, {kind: 0.0 if kind in fixed else threshold for kind in gates}), 0.0)
 
-    plan = at(_lowest(gates, lambda threshold: fits(at(threshold))))
+    may_close = closable(space, gates)
+    plan = at(_lowest(may_close, lambda threshold: fits(at(threshold))))
     if not fits(plan):  # what is pinned does not fit even in the fewest bits
-        plan = plan_of(space, gates, _lowest(gates, lambda threshold: fits(plan_of(space, gates, threshold))))
+        plan = plan_of(space, gates, _lowest(may_close, lambda threshold: fits(plan_of(space, gates, threshold))))
     for layer, unit in _by_worth(gates):
         present = plan.layers[layer].precision[unit]
         place = space.offered.index(replace(present, leading=None)) + 1
@@ -165,7 +213,8 @@ def _kept(space: JointSpace, gates: Gates, threshold: float, layer: int, kind: s
         return list(range(total))
     logits = space.by_layer(gates[kind], kind)[layer]
     multiple = space.multiple if kind == "channels" else 1
-    number = max(_rounded(int((logits > threshold).sum()), multiple, total), min(multiple, total))
+    fewest = space.fewest[STRUCTURE.index(kind)][layer]
+    number = max(_rounded(int((logits > threshold).sum()), multiple, total), fewest)
     return sorted(logits.topk(number).indices.tolist())
 
 
@@ -202,6 +251,8 @@ def _by_worth(gates: Gates) -> Iterator[tuple[int, str]]:
 def _lowest(gates: Gates, fits: Callable[[float], bool]) -> float:
     """The lowest threshold that fits, within the range of the logits; if one fits, all higher ones must, too."""
     values = torch.cat([logits.flatten() for logits in gates.values()])
+    if not len(values):  # none can close, so that any threshold is as good
+        return 0.0
     low, high = float(values.min()) - 1, float(values.max()) + 1
     if fits(low):
         return low
@@ -209,3 +260,8 @@ def _lowest(gates: Gates, fits: Callable[[float], bool]) -> float:
         middle = (low + high) / 2
         low, high = (low, middle) if fits(middle) else (middle, high)
     return high
+
+
+def _on(values: Tensor, threshold: float | Tensor) -> float | Tensor:
+    """A threshold that can be compared with values."""
+    return threshold.to(values.device) if isinstance(threshold, Tensor) else threshold

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from qpruner.anatomy import unit_shapes
 from qpruner.errors import UserError
-from qpruner.plan import UNITS, Architecture, CompressionPlan, Precision
+from qpruner.plan import DENSE, UNITS, Architecture, CompressionPlan, Precision
 from qpruner.pricing import weight_bytes
 
 Gates = Mapping[str, Tensor]
@@ -48,9 +48,12 @@ class JointSpace:
         lifts: whether input channels may be held in the last of the offered precisions, whatever their unit has.
         multiple: number that the FFN channels of a layer, and lifted channels, are a multiple of.
         alone: numbers of the layers that keep all units.
+        least: fewest KV groups and FFN channels that each layer may keep; empty for one group and ``multiple``
+            channels.
 
     Raises:
-        UserError: channels are to be lifted, but there is a single precision.
+        UserError: channels are to be lifted, but there is a single precision, or the widest stays dense; or nothing is
+            left to decide.
     """
 
     dense: CompressionPlan
@@ -62,11 +65,23 @@ class JointSpace:
     lifts: bool = False
     multiple: int = 1
     alone: frozenset[int] = frozenset()
+    least: tuple[tuple[int, int], ...] = ()
 
     def __post_init__(self) -> None:
         if self.lifts and len(self.offered) < 2:
             raise UserError(
                 f"joint.lifts is true, and deciding.widths offers {self.offered[0]} alone. Offer at least two widths."
+            )
+        if self.lifts and DENSE in self.offered:
+            raise UserError(
+                "joint.lifts is true, and deciding.widths offers 16 bits, in which lifted channels would stay dense; "
+                "they are held in a packed format, such as that of 8 bits. Leave 16 out of deciding.widths, or drop "
+                "joint.lifts."
+            )
+        if len(self.offered) < 2 and not self.prunes:
+            raise UserError(
+                f"joint has nothing to decide: deciding.widths offers {self.offered[0]} alone, and nothing may be "
+                f"pruned. Add widths to deciding.widths, or StructuredPruning to trainer.callbacks."
             )
 
     def check(self, limit: int) -> None:
@@ -76,7 +91,8 @@ class JointSpace:
             limit: most bytes that the weights of the decoder's units may take, scales included.
 
         Raises:
-            UserError: it is below the cheapest plan or above the most expensive, or layers cannot be narrow enough.
+            UserError: it is below the cheapest plan or above the most expensive, layers cannot be narrow enough, or
+                the weights that are pinned do not fit even in the fewest bits.
         """
         if not self.cheapest <= limit <= self.dearest:
             raise UserError(
@@ -88,6 +104,12 @@ class JointSpace:
             raise UserError(
                 f"The budget leaves {self.most_weights:,} multiply-adds per token, which are weights of the decoder's "
                 f"units; the narrowest layers have {self.fewest_weights:,}. Give a higher budget, or prune less."
+            )
+        if self.most_weights is not None and self.pins_weights and self.least_pinned > limit:
+            raise UserError(
+                f"The budget leaves {limit:,} bytes for the weights of the decoder's units; the {self.most_weights:,} "
+                f"weights that joint.fixed_ratio keeps take at least {self.least_pinned:,}, in the fewest bits. Give a "
+                f"higher budget, a higher ratio to StructuredPruning, or fewer bits to deciding.widths."
             )
 
     @property
@@ -162,15 +184,22 @@ class JointSpace:
         return int((by_groups * groups + by_channels * channels).sum())
 
     @property
+    def least_pinned(self) -> int:
+        """The fewest bytes that as many weights as are kept can take, whichever these are.
+
+        They are counted at the rate of the unit that takes the fewest bytes per weight, so that no budget is refused
+        which some plan meets.
+        """
+        assert self.most_weights is not None
+        return math.floor(self.most_weights * float(self.bytes_per_weight[:, :, 0].min()))
+
+    @cached_property
     def fewest(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """The fewest KV groups and FFN channels that each layer may keep, [L] each."""
-        all_groups, all_channels = self.widths.kv_groups, self.widths.ffn_channels
-        free = [self.prunes and layer not in self.alone for layer in range(self.num_layers)]
-        groups = tuple(1 if may else all_groups[layer] for layer, may in enumerate(free))
-        channels = tuple(
-            min(self.multiple, all_channels[layer]) if may else all_channels[layer] for layer, may in enumerate(free)
-        )
-        return groups, channels
+        whole = tuple(zip(self.widths.kv_groups, self.widths.ffn_channels, strict=True))
+        least = self.least or tuple((1, min(self.multiple, channels)) for _, channels in whole)
+        kept = [least[n] if self.prunes and n not in self.alone else whole[n] for n in range(self.num_layers)]
+        return tuple(groups for groups, _ in kept), tuple(channels for _, channels in kept)
 
     @cached_property
     def sizes(self) -> dict[str, tuple[int, ...]]:

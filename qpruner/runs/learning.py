@@ -24,10 +24,13 @@ from qpruner.joint.prior import Text
 from qpruner.joint.space import JointSpace
 from qpruner.memory import num_parameters, place_
 from qpruner.model_folder import build_skeleton, rehearse_saving
+from qpruner.outline import outline_of
 from qpruner.plan import DENSE, UNITS, CompressionPlan
 from qpruner.pretrained import held_in
 from qpruner.pricing import price_narrowed
-from qpruner.pruning.rounds import round_to
+from qpruner.pruning.rounds import round_to, supplies
+from qpruner.pruning.widths import with_widths
+from qpruner.quantization.apply import LoftQSettings, check_rank, starts_of
 from qpruner.quantization.embedding import table_precisions
 from qpruner.records.folder import RunFolder
 from qpruner.runs.learned_plan import LearnedPlan
@@ -88,11 +91,17 @@ class Learning:
                 "such as {share: 0.15}, to trainer.callbacks."
             )
         allocator = quantizations[0].allocator
-        if allocator.budget.average_bits is not None:
-            raise UserError(
-                f"The budget of joint is {allocator.budget}, whatever is pruned, so that pruning would gain nothing. "
-                f"Give a share of the dense bytes, or bytes."
-            )
+        for name, budget in _named(allocator.budget, config.further_budgets):
+            if budget.average_bits is not None:
+                raise UserError(
+                    f"The {name} of joint is {budget}, whatever is pruned, so that pruning would gain nothing. Give a "
+                    f"share of the dense bytes, or bytes."
+                )
+            if budget.multiply_adds not in (None, allocator.budget.multiply_adds):
+                raise UserError(
+                    f"The {name} of joint is {budget}, and multiply-adds are limited for all budgets at once, by the "
+                    f"budget of MixedPrecisionQuantization. Set multiply_adds there, or drop it."
+                )
         if allocator.config.leave_alone:
             raise UserError(
                 f"deciding.leave_alone is {list(allocator.config.leave_alone)}, and joint decides on all layers. Leave "
@@ -103,9 +112,18 @@ class Learning:
                 f"budget.multiply_adds is {allocator.budget.multiply_adds:g}, and nothing may be pruned. Add "
                 f"StructuredPruning to trainer.callbacks, or drop it."
             )
+        if pruning and pruning[0].selection.uniform:
+            raise UserError(
+                "selection.uniform is true, and joint gives each layer widths of its own. Drop one of both."
+            )
         if config.fixed_ratio and not pruning:
             raise UserError(
                 "joint.fixed_ratio is true, and nothing says a ratio. Add StructuredPruning with one, or drop it."
+            )
+        if config.fixed_ratio and allocator.budget.multiply_adds is not None:
+            raise UserError(
+                f"joint.fixed_ratio is true, so that the ratio of StructuredPruning alone says how many weights stay, "
+                f"and budget.multiply_adds is {allocator.budget.multiply_adds:g}, which says so, too. Drop one of both."
             )
         return cls(folder, model, data, config, quantizations[0], pruning[0] if pruning else None)
 
@@ -124,7 +142,16 @@ class Learning:
         Args:
             options: options of the run's Trainer, of which the length of the fit and validation are ignored.
             checkpoint_every_n_steps: number of optimizer steps between two checkpoints.
+
+        Raises:
+            UserError: gates cannot be learned with these options.
         """
+        precision = str(options.get("precision"))
+        if precision in ("bf16-true", "16-true"):
+            raise UserError(
+                f"--trainer.precision is {precision}, in which the gates that joint learns would be too coarse for "
+                f"their steps. Use {precision.replace('true', 'mixed')}, with --model.dtype for the weights of the model."
+            )
         of_fit = {"max_steps": self.config.steps, "max_epochs": -1, "max_time": None, "limit_val_batches": 0}
         callbacks = [
             LearnedPlan(self.folder),
@@ -164,7 +191,8 @@ class Learning:
             [dict.fromkeys(UNITS, DENSE)] * architecture_of(config).num_layers, **self.quantization.tables
         )
         table_precisions(config, plan.embedding, plan.head)
-        self._space(skeleton, plan)
+        space, _ = self._space(skeleton, plan)
+        self._check_rank(config, space)
         if self.pruning is not None:
             self.pruning.compensating.check(skeleton)
         if self.quantization.calibrated is not None:
@@ -208,6 +236,8 @@ class Learning:
         budgets: list[Budget] = [allocator.budget, *self.config.further_budgets]
         limits = [budget.limit(price, plan) for budget in budgets]
         selection = None if pruning is None else pruning.selection
+        offers = [] if selection is None else supplies(network, selection)
+        alone = () if selection is None else selection.leave_alone
         space = JointSpace(
             dense=plan,
             offered=tuple(sorted(allocator.precisions, key=lambda precision: precision.bits)),
@@ -217,11 +247,28 @@ class Learning:
             prunes=selection is not None,
             lifts=self.config.lifts,
             multiple=1 if selection is None else round_to(network, selection),
-            alone=frozenset(() if selection is None else (layer % len(plan.layers) for layer in selection.leave_alone)),
+            alone=frozenset(layer % len(plan.layers) for layer in alone),
+            least=tuple((offer.least_groups, offer.least_channels) for offer in offers),
         )
         for limit in limits:
             space.check(limit)
         return space, limits
+
+    def _check_rank(self, config: Any, space: JointSpace) -> None:
+        """Checks, on the shapes of the narrowest layers, that no adapter of the run can get too high a rank.
+
+        Args:
+            config: configuration of the dense model.
+            space: gates that may be learned.
+
+        Raises:
+            UserError: an adapter's rank is above that of its linear once all is pruned that may be.
+        """
+        groups, channels = space.fewest
+        narrowest = outline_of(with_widths(config, replace(space.widths, kv_groups=groups, ffn_channels=channels)))
+        packed = space.dense.with_precision([dict.fromkeys(UNITS, space.offered[0])] * space.num_layers)
+        loftq = LoftQSettings.of(self.model.lora, self.quantization.loftq_iterations, self.model.seed)
+        check_rank(narrowest, starts_of(narrowest, packed, loftq))
 
     def _most_weights(self, plan: CompressionPlan, parameters: int) -> int | None:
         """The most weights that the units may keep, which equals the multiply-adds per token."""
@@ -230,6 +277,13 @@ class Learning:
             return dense_weights(plan) - round(self.pruning.ratio * parameters)
         assert self.quantization.allocator is not None
         return self.quantization.allocator.budget.most_multiply_adds(plan)
+
+
+def _named(budget: Budget, further: Sequence[Budget]) -> Iterator[tuple[str, Budget]]:
+    """All budgets, each with the name of its option."""
+    yield "budget", budget
+    for number, further_budget in enumerate(further):
+        yield f"further_budgets[{number}]", further_budget
 
 
 def _shapes(plan: CompressionPlan) -> Iterator[tuple[int, int]]:

@@ -1,7 +1,9 @@
 """Learning, without a Trainer: the budget in the slopes, and the best gates."""
 
 import math
+from collections.abc import Mapping
 from dataclasses import replace
+from types import MappingProxyType
 from typing import Any
 
 import pytest
@@ -13,7 +15,7 @@ from qpruner.joint.config import JointConfig
 from qpruner.joint.learner import Ground, PlanLearner, take_out
 from qpruner.joint.price import smooth_bytes
 from qpruner.joint.prior import loss_of
-from qpruner.joint.projection import differentiable_bytes
+from qpruner.joint.projection import differentiable_bytes, hard
 from qpruner.joint.space import unit_bytes
 from qpruner.likelihood import IGNORED
 from qpruner.processes import Processes
@@ -22,8 +24,8 @@ TEXT = text_of(torch.randint(0, VOCAB, (4, 12), generator=torch.Generator().manu
 (BATCH,) = TEXT.batches
 
 
-def learner_of(**options: Any) -> PlanLearner:
-    network, _ = gated()
+def learner_of(space: Mapping[str, Any] = MappingProxyType({}), **options: Any) -> PlanLearner:
+    network, _ = gated(**space)
     config = JointConfig(**{"steps": 20, **options})
     limits = [between(network.space), *(between(network.space, 0.3) for _ in config.further_budgets)]
     learner = PlanLearner(config, lambda _: (Ground(network, TEXT, Processes.alone()), limits), seed=0)
@@ -67,6 +69,23 @@ def test_gates_of_a_step_are_those_of_its_number_and_within_the_budget() -> None
     for gates in (first, other):
         assert set(torch.cat([values.detach().flatten() for values in gates.values()]).unique().tolist()) == {0.0, 1.0}
         assert 0.9 * limit < float(smooth_bytes(learner.space, gates).detach()) <= limit
+
+
+@pytest.mark.parametrize("estimator", ["reinmax", "straight_through"])
+@pytest.mark.parametrize("constraint", ["projection", "penalty"])
+def test_layers_left_alone_are_whole_while_gates_learn_and_have_no_slopes(constraint: str, estimator: str) -> None:
+    learner = learner_of({"alone": frozenset({1})}, constraint=constraint, estimator=estimator)
+    space, kinds = learner.space, ("groups", "channels")
+    for kind in kinds:  # otherwise, this layer would go first
+        space.by_layer(getattr(learner, f"start_{kind}"), kind)[1].sub_(10)
+    learner.training_step(BATCH, 0).backward()
+    above = learner.above_threshold(learner.limits[0])
+    for gates in (learner.gates_of_step(*learner.step), hard(above, dict.fromkeys(above, 0.0))):
+        assert all(space.by_layer(gates[kind], kind)[1].eq(1).all() for kind in kinds)
+    for kind in kinds:
+        slopes = learner.gates.shifts[kind].grad
+        assert slopes.isfinite().all() and slopes.any()
+        assert not space.by_layer(slopes, kind)[1].any()
 
 
 def test_the_best_gates_are_taken_whatever_came_later() -> None:

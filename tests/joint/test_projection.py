@@ -1,6 +1,7 @@
 """Thresholds and plans within a budget."""
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -9,9 +10,9 @@ from support.joint import FOUR, OFFERED, TWO, between, space_of
 
 from qpruner.errors import UserError
 from qpruner.joint.price import kept_weights, smooth_bytes
-from qpruner.joint.projection import hard, plan_of, plan_within, thresholds_within
+from qpruner.joint.projection import differentiable_bytes, hard, plan_of, plan_within, relative, thresholds_within
 from qpruner.joint.space import JointSpace, Logits, acting, unit_bytes
-from qpruner.plan import UNITS, Leading
+from qpruner.plan import DENSE, UNITS, Leading
 
 
 def logits_of(space: JointSpace, seed: int = 0) -> Logits:
@@ -83,6 +84,42 @@ def test_a_plan_keeps_the_units_of_the_highest_logits_in_legal_numbers() -> None
     assert len(plan.layers[2].kv_groups) == 4 and len(plan.layers[2].ffn_channels) == 48
 
 
+KEPT_ANYWAY = [
+    {"alone": frozenset({0, 2})},
+    {"least": ((2, 16),) * 3},
+    {"least": ((2, 16),) * 3, "alone": frozenset({0, 2})},
+    {"least": ((2, 16),) * 3, "pins_weights": True, "most_weights": 30_000},
+]
+
+
+@pytest.mark.parametrize("changes", KEPT_ANYWAY, ids=["alone", "floor", "both", "pinned"])
+@pytest.mark.parametrize("share", [0.0, 0.1, 0.5])
+def test_what_stays_anyway_is_open_at_any_budget_and_paid_for(share: float, changes: dict[str, Any]) -> None:
+    """Hard gates, their bytes and the plan agree, so that no budget is spent twice."""
+    space = space_of(tiny_model("llama"), **changes)
+    limit = between(space, share)
+    for seed in range(3):
+        gates = {kind: values.double() for kind, values in acting(logits_of(space, seed)).items()}
+        for kind in ("groups", "channels"):  # without bounds, these layers would go first
+            for layer in space.alone:
+                space.by_layer(gates[kind], kind)[layer].sub_(10)
+        thresholds = thresholds_within(space, gates, limit)
+        opened = hard(gates, thresholds)
+        plan = plan_of(space, relative(gates, thresholds), 0.0)
+        assert float(smooth_bytes(space, opened)) <= limit + 1e-6
+        assert float(differentiable_bytes(space, opened)) == unit_bytes(plan, 4)
+        for kind, fewest in zip(("groups", "channels"), space.fewest, strict=True):
+            of_layers = zip(space.by_layer(opened[kind], kind), space.by_layer(gates[kind], kind), strict=True)
+            for number, (is_open, logits) in enumerate(of_layers):
+                kept = plan.layers[number].kv_groups if kind == "groups" else plan.layers[number].ffn_channels
+                assert is_open.nonzero().flatten().tolist() == list(kept)
+                assert is_open[logits.topk(fewest[number]).indices].all()
+                assert number not in space.alone or is_open.all()
+        final = plan_within(space, gates, limit)
+        assert unit_bytes(final, 4) <= limit
+        assert all(len(layer.kv_groups) >= groups for layer, groups in zip(final.layers, space.fewest[0], strict=True))
+
+
 def test_lifted_channels_come_first_and_lead() -> None:
     space = space_of(tiny_model("llama"), lifts=True, prunes=False, offered=(TWO, FOUR), multiple=8)
     gates = {
@@ -121,3 +158,24 @@ def test_budgets_outside_the_space_are_refused_with_its_ends() -> None:
     space.check(space.cheapest)
     with pytest.raises(UserError, match=r"lifts is true, and deciding.widths offers affine-double 2/32 alone"):
         space_of(tiny_model("llama"), offered=(TWO,), lifts=True)
+
+
+def test_a_budget_below_the_pinned_weights_in_the_fewest_bits_is_refused() -> None:
+    """Otherwise the plan would keep fewer weights than were asked for, without a word."""
+    space = space_of(tiny_model("llama"), offered=(TWO, FOUR))
+    most, least = 49_152, 15_384  # `o` has 8,192 weights and takes 2,048 bytes of codes and 516 of scales and minima
+    pinned = replace(space, most_weights=most, pins_weights=True)
+    assert pinned.least_pinned == least == most * 2564 // 8192
+    pinned.check(least)
+    with pytest.raises(UserError, match=f"{most:,} weights that joint.fixed_ratio keeps take at least {least:,}"):
+        pinned.check(least - 1)
+    replace(pinned, pins_weights=False).check(least - 1)
+
+
+def test_spaces_that_leave_nothing_to_decide_or_lift_into_dense_weights_are_refused() -> None:
+    model = tiny_model("llama")
+    with pytest.raises(UserError, match="nothing to decide: deciding.widths offers affine-double 2/32 alone"):
+        space_of(model, offered=(TWO,), prunes=False)
+    with pytest.raises(UserError, match="deciding.widths offers 16 bits.*Leave 16 out of deciding.widths"):
+        space_of(model, offered=(TWO, DENSE), lifts=True)
+    assert space_of(model, offered=(TWO, DENSE)).shapes["upgrades"] == (3, 4, 1)
