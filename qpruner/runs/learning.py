@@ -24,7 +24,6 @@ from qpruner.joint.prior import Text
 from qpruner.joint.space import JointSpace
 from qpruner.memory import num_parameters, place_
 from qpruner.model_folder import build_skeleton, rehearse_saving
-from qpruner.outline import outline_of
 from qpruner.plan import DENSE, UNITS, CompressionPlan
 from qpruner.pretrained import held_in
 from qpruner.pricing import price_narrowed
@@ -132,10 +131,6 @@ class Learning:
         """The folder in which the plan is learned."""
         return RunFolder(self.folder.learning)
 
-    @property
-    def is_done(self) -> bool:
-        return self.folder.learned_plan.exists()
-
     def run(self, options: Mapping[str, Any], checkpoint_every_n_steps: int) -> None:
         """Learns the plan, or resumes learning it, and writes it.
 
@@ -150,7 +145,8 @@ class Learning:
         if precision in ("bf16-true", "16-true"):
             raise UserError(
                 f"--trainer.precision is {precision}, in which the gates that joint learns would be too coarse for "
-                f"their steps. Use {precision.replace('true', 'mixed')}, with --model.dtype for the weights of the model."
+                f"their steps. Use {precision.replace('true', 'mixed')}, with --model.dtype for the weights of the "
+                f"model."
             )
         of_fit = {"max_steps": self.config.steps, "max_epochs": -1, "max_time": None, "limit_val_batches": 0}
         callbacks = [
@@ -265,7 +261,7 @@ class Learning:
             UserError: an adapter's rank is above that of its linear once all is pruned that may be.
         """
         groups, channels = space.fewest
-        narrowest = outline_of(with_widths(config, replace(space.widths, kv_groups=groups, ffn_channels=channels)))
+        narrowest = build_skeleton(with_widths(config, replace(space.widths, kv_groups=groups, ffn_channels=channels)))
         packed = space.dense.with_precision([dict.fromkeys(UNITS, space.offered[0])] * space.num_layers)
         loftq = LoftQSettings.of(self.model.lora, self.quantization.loftq_iterations, self.model.seed)
         check_rank(narrowest, starts_of(narrowest, packed, loftq))
