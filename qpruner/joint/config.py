@@ -15,9 +15,10 @@ class JointConfig:
     """Learns which units stay and which width each has, by gates on the frozen dense model, before a run's first fit.
 
     What may be decided follows from the callbacks of the run: ``StructuredPruning`` says that units may go, which
-    layers are left alone and what widths are multiples of; ``MixedPrecisionQuantization`` has the budget, the widths
-    (``deciding.widths``) and their number formats. The learned plan takes their place: it is carried out, with the
-    compensation and the calibrated rounding that they ask for, and recovered. So the variants of the paper are
+    layers are left alone, how much of the others always stays (``selection.floor``) and what widths are multiples of;
+    ``MixedPrecisionQuantization`` has the budget, the widths (``deciding.widths``) and their number formats. The
+    learned plan takes their place: it is carried out, with the compensation and the calibrated rounding that they ask
+    for, and recovered. So the variants of the paper are
 
     - structure and precision (TOGA): both callbacks;
     - precision alone (TOGA-q): no ``StructuredPruning``, and ``lifts: true``;
@@ -57,14 +58,15 @@ class JointConfig:
         estimator: gradient estimator of the gates: ``reinmax``, right for losses that are quadratic between open and
             closed; ``straight_through``, that of a Gumbel-sigmoid.
         lifts: whether input channels of a linear may be held in the widest precision while the others have that of
-            their unit; channels are then reordered so that the lifted ones come first.
+            their unit; channels are then reordered so that the lifted ones come first. All widths are then packed ones:
+            16 bits are not among them.
         fixed_ratio: whether the share of pruned parameters is fixed to ``StructuredPruning.ratio``, and only where to
-            prune is learned.
+            prune is learned; ``budget.multiply_adds`` is then left out.
         start_rows: number of training rows whose Fisher information initialises the gates, and whose loss compares
             their states, at least 1. They are the rows that an epoch reads last, so that a fit shorter than an epoch
             does not learn from them. If the split has fewer rows, all are used.
         further_budgets: further budgets for which the same gates learn plans, in turns; only with a hypernetwork, which
-            takes the budget as input.
+            takes the budget as input. Multiply-adds are limited by the main budget alone, for all of them.
 
     Raises:
         UserError: a value out of its range, or further budgets without a hypernetwork.
