@@ -200,8 +200,17 @@ class Run:
                         f"it. {proposed_by(results)} Give more --search.trials, start it anew with --restart, or give "
                         f"this search another --run.name."
                     )
-                rank_zero_info(f"The search {self.folder.path} is finished. {proposed_by(results)}")
+                if results.comparison == config.comparison:
+                    rank_zero_info(f"The search {self.folder.path} is finished. {proposed_by(results)}")
+                else:
+                    rank_zero_info(
+                        f"The trials of the search {self.folder.path} are finished. {proposed_by(results)} Its best "
+                        f"plans are compared anew, by {config.comparison}; fits that it has made are used again."
+                    )
+                    results = None
             else:
+                results = None
+            if results is None:
                 self.model.release()
                 results = trainer.search(self.model, self.data, config)
             print(f"\n{variants_table(results)}\n\nReport: {self.folder.report}\nPlan: {self.folder.plan}")
