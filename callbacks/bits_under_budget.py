@@ -7,6 +7,7 @@ from typing import Any
 
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
+from qpruner.adapters.lora import LoRAConfig
 from qpruner.allocation.budget import Budget
 from qpruner.allocation.decision import DecidingConfig, Method, affordable, decide, in_order
 from qpruner.allocation.items import Item, items_of
@@ -72,37 +73,48 @@ class Allocator:
         if not rehearsal.decides_on_widths:
             self._check_multiply_adds()
         plan = rehearsal.plan
-        items = self.items(plan)
+        self.items(plan)  # refuses layers that do not exist, whatever the widths
         if rehearsal.exact:
             plan = plan.with_precision([dict.fromkeys(UNITS, DENSE)] * len(plan.layers), **tables)
-            targets = rehearsal.lora.target_modules
+            self._affordable(rehearsal.model, plan, rehearsal.lora, rehearsal.least_rank)
 
-            def price_of(plan: CompressionPlan) -> Price:
-                return price_narrowed(rehearsal.model, plan, rank=rehearsal.lora.r, targets=targets)
+    def affordable(
+        self, job: CompressionJob, plan: CompressionPlan, least_rank: int | None = None
+    ) -> tuple[int, Price, Price]:
+        """The bytes that the budget leaves for the weights in the decoder linears, and the cheapest and dearest price.
 
-            dense_size = rehearsal.model.dtype.itemsize
-            affordable(plan, items, self.precisions, self.budget, dense_size=dense_size, price_of=price_of)
+        Args:
+            job: job with the model, pruned and dense.
+            plan: plan of the pruned model, with the precisions of embedding and head already set.
+            least_rank: lowest rank that adapters may have, at which plans are priced; None where all have that of the
+                job.
 
-    def allocate(self, job: CompressionJob, plan: CompressionPlan) -> tuple[CompressionPlan, Bank | None]:
+        Raises:
+            UserError: the budget is below the cheapest plan.
+        """
+        return self._affordable(job.model.network, plan, job.lora, least_rank)
+
+    def allocate(
+        self, job: CompressionJob, plan: CompressionPlan, rank: int | None = None
+    ) -> tuple[CompressionPlan, Bank | None]:
         """The plan that the budget buys, and the bank that sensitivities were measured with, if any.
 
         Args:
             job: job with the model, pruned and dense, and what may be used for it.
             plan: plan of the pruned model, with the precisions of embedding and head already set.
+            rank: rank of the adapters that the budget pays for, where it is not that of the job; None if it is.
 
         Raises:
             UserError: the budget is below the cheapest plan or limits multiply-adds, or there is too little calibration
                 text.
         """
         self._check_multiply_adds()
-        items = self.items(plan)
-        network = job.model.network
+        items, network = self.items(plan), job.model.network
 
         def price_of(plan: CompressionPlan) -> Price:
-            return price_narrowed(network, plan, rank=job.lora.r, targets=job.lora.target_modules)
+            return price_narrowed(network, plan, rank=rank or job.lora.r, targets=job.lora.target_modules)
 
-        dense_size = network.dtype.itemsize
-        affordable(plan, items, self.precisions, self.budget, dense_size=dense_size, price_of=price_of)
+        self.affordable(job, plan, rank)  # checked before slow work
         sensitivities, bank = self.measure(job, plan)
         decided, allocation = decide(
             plan,
@@ -112,7 +124,7 @@ class Allocator:
             method=self.method,
             config=self.config,
             sensitivities=sensitivities,
-            dense_size=dense_size,
+            dense_size=network.dtype.itemsize,
             price_of=price_of,
         )
         if allocation.above_dearest:
@@ -141,6 +153,22 @@ class Allocator:
             UserError: a layer that is to be left alone does not exist, or all layers are to be left alone.
         """
         return items_of(plan.architecture.num_layers, self.config.granularity, self.config.leave_alone)
+
+    def _affordable(
+        self, network: Any, plan: CompressionPlan, lora: LoRAConfig, least_rank: int | None
+    ) -> tuple[int, Price, Price]:
+        def price_of(plan: CompressionPlan) -> Price:
+            return price_narrowed(network, plan, rank=least_rank or lora.r, targets=lora.target_modules)
+
+        return affordable(
+            plan,
+            self.items(plan),
+            self.precisions,
+            self.budget,
+            dense_size=network.dtype.itemsize,
+            price_of=price_of,
+            least_rank=least_rank,
+        )
 
     def _check_multiply_adds(self) -> None:
         """Makes sure that the budget asks for nothing that bits cannot provide.

@@ -37,6 +37,8 @@ class Rehearsal:
         exact: whether the model's widths are those of the fit; they are not if they depend on scores.
         precisions: precisions that the model's linears may get; empty as long as nothing quantizes.
         decides_on_widths: whether the widths of layers are decided later, together with bits.
+        least_rank: lowest rank that the adapters of a layer may get, where ranks are decided later; None where all get
+            that of ``lora``.
 
     Attributes:
         plan: plan of the model, entirely dense; its choice of the units to keep is a placeholder.
@@ -50,6 +52,7 @@ class Rehearsal:
     exact: bool = True
     precisions: frozenset[Precision] = frozenset()
     decides_on_widths: bool = False
+    least_rank: int | None = None
 
     def __post_init__(self) -> None:
         target_linears(self.model, self.lora.target_modules)

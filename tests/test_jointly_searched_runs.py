@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import chain, pairwise
 from pathlib import Path
 from typing import Any
@@ -137,16 +138,23 @@ def test_a_search_of_widths_and_bits_records_what_it_tried_and_its_plan_is_carri
 
 
 @pytest.mark.parametrize(
-    "searches_widths", [pytest.param(True, marks=pytest.mark.slow, id="widths"), pytest.param(False, id="bits")]
+    ("searches_widths", "affordable"),
+    [
+        pytest.param(True, 1, marks=pytest.mark.slow, id="widths"),
+        pytest.param(False, 4, id="bits"),
+        pytest.param(False, 2, id="low"),  # below four bits with the highest rank in all layers
+    ],
 )
 def test_ranks_of_adapters_are_searched_and_carried_out(
-    changed: Callable[..., list[str]], tmp_path: Path, tiny_llama: Path, searches_widths: bool
+    changed: Callable[..., list[str]], tmp_path: Path, tiny_llama: Path, searches_widths: bool, affordable: int
 ) -> None:
     """The fit of the winner has its bytes, and PEFT alone gives the adapters the ranks of its plan."""
     config, lora = AutoConfig.from_pretrained(tiny_llama), LoRAConfig(r=4)
     whole = CompressionPlan.dense(architecture_of(config), None)
     at_four = whole.with_precision([dict.fromkeys(UNITS, precision_of(4, 32, {4: "affine"}))] * 2)
-    budget = price_of_plan(config, torch.float32, at_four, lora).total - (6000 if searches_widths else 0)
+    budget = price_of_plan(config, torch.float32, at_four, lora).total - 6000
+    if not searches_widths:
+        budget = price_of_plan(config, torch.float32, at_four, replace(lora, r=affordable)).total
 
     def change(content: dict[str, Any]) -> None:
         content["model"]["lora"]["r"] = 4
@@ -165,7 +173,7 @@ def test_ranks_of_adapters_are_searched_and_carried_out(
     assert all(one.num_bytes <= budget for one in results.trials)
     assert "ranks of adapters" in variants_table(results)
     unsearched = next(one for one in results.variants if one.name == "uniform")
-    assert unsearched.ranks == ((1, 1) if searches_widths else (4, 4))
+    assert unsearched.ranks == (affordable, affordable)
     lower = {one.name: one for one in results.trials if one.ranks != (4, 4)}
     row = next(row for row in read_json(folder.pareto) if row["name"] in lower)
     tried, plan = lower[row["name"]], CompressionPlan.read(path := folder.path / row["plan"])

@@ -272,6 +272,38 @@ def test_longer_fits_of_finalists_are_a_rung(arguments: list[str], tmp_path: Pat
     assert [one.scores["steps"] for one in records(folder.variants) if one.scores] == [2] * len(plans)
 
 
+def test_other_finalists_of_a_finished_search_are_compared(
+    arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Fits that were made before are not repeated, and the same finalists again are no work."""
+    ran: list[dict[str, Any]] = []
+    call = TrialRunner.__call__
+
+    def counted(runner: TrialRunner, key: dict[str, Any]) -> Any:
+        ran.append(key)
+        return call(runner, key)
+
+    monkeypatch.setattr(TrialRunner, "__call__", counted)
+    command = ["search", *arguments, "--search.trials", "3", "--search.finalists"]
+    run([*command, "1", "--search.finalist_seeds", "1"])
+    folder = RunFolder(tmp_path / "runs" / "x")
+    before, tried = folder.ledger.read_bytes(), len(ran)
+    assert [len(one.losses) for one in SearchResults.read(folder.results).variants if "trial" in one.name] == [1]
+    run([*command, "2", "--search.finalist_seeds", "2"])
+    results = SearchResults.read(folder.results)
+    assert [len(one.losses) for one in results.variants if "trial" in one.name] == [2, 2]
+    assert {len(one.losses) for one in results.variants} == {2} and folder.ledger.read_bytes() == before
+    assert {key["seed"] for key in ran[tried:]} == {1} and len({*map(str, ran)}) == len(ran)
+    assert "compared anew, by 2 finalist(s) with 2 seed(s) of 1 steps each" in folder.log.read_text()
+    tried = len(ran)
+    run([*command, "2", "--search.finalist_seeds", "2", "--search.finalist_steps", "2"])
+    assert {key["steps"] for key in ran[tried:]} == {2} and len(ran) > tried
+    tried = len(ran)
+    written = folder.results.stat().st_mtime_ns
+    run([*command, "2", "--search.finalist_seeds", "2", "--search.finalist_steps", "2"])
+    assert len(ran) == tried and folder.results.stat().st_mtime_ns == written
+
+
 @pytest.mark.slow
 def test_a_finished_search_goes_on_to_more_trials(arguments: list[str], tmp_path: Path) -> None:
     few = ["search", *arguments, "--search.finalists", "1", "--search.finalist_seeds", "1"]

@@ -257,8 +257,19 @@ def affordable(
     *,
     dense_size: int,
     price_of: Callable[[CompressionPlan], Price],
+    least_rank: int | None = None,
 ) -> tuple[int, Price, Price]:
     """The bytes that a budget leaves for the weights in the decoder linears, and the cheapest and dearest price.
+
+    Args:
+        plan: plan of the pruned model, with the precisions of what is not decided on.
+        items: items to decide on.
+        precisions: precisions to choose from.
+        budget: limit on what is stored.
+        dense_size: bytes of one dense weight.
+        price_of: function that prices a plan of the pruned model.
+        least_rank: rank of the adapters in the prices, where it is the lowest of several; None where there is no choice
+            of ranks.
 
     Raises:
         UserError: the budget is below the cheapest plan, which is named.
@@ -267,9 +278,10 @@ def affordable(
     cheapest, dearest = (price_of(with_choices(plan, items, [order[place]] * len(items))) for place in (0, -1))
     limit = budget.limit(cheapest, plan)
     if cheapest.unit_weight_bytes > limit:
+        adapters = "" if least_rank is None else f", and adapters of the lowest rank, {least_rank}"
         raise UserError(
             f"The budget is {budget}, and the cheapest plan has {describe_price(cheapest)}: every unit that is not "
-            f"left alone in {order[0]}. Raise the budget to that, prune more, or leave fewer layers alone."
+            f"left alone in {order[0]}{adapters}. Raise the budget to that, prune more, or leave fewer layers alone."
         )
     return limit, cheapest, dearest
 

@@ -89,9 +89,11 @@ class CalibratedLayers:
             return None
         try:
             with safe_open(path, framework="pt") as file:
-                recorded: dict[str, Any] = json.loads((file.metadata() or {}).get("layer", "{}"))
+                recorded = json.loads((file.metadata() or {}).get("layer", "{}"))
+                if not isinstance(recorded, dict):
+                    raise ValueError("its metadata is no record of a layer")
                 tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  # no mapping
-        except (SafetensorError, OSError) as error:
+        except (SafetensorError, OSError, ValueError, RecursionError) as error:  # the last two of JSON
             warnings.warn(f"{str(path)!r} is no whole file of a calibration: {error}. It is made again.", stacklevel=2)
             return None
         if recorded.get("origin") != self._origin_of(number):

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from qpruner.adapters.lora import Adapter, adapters_of, detach_adapters
 from qpruner.errors import UserError
+from qpruner.modeling_compressed import group_of
 from qpruner.plan import DENSE, Precision
 from qpruner.quantization.grid import groups_of_columns
 from qpruner.quantization.packed import PackedLinear
@@ -129,8 +130,8 @@ def _is_pooled(adapter: Adapter, groups: Tensor) -> bool:
 
 def _groups(linear: PackedLinear) -> Tensor:
     """The index of the group of each column of a packed linear, [in]."""
-    columns = linear.in_features
-    return groups_of_columns(0, columns, linear.precision.group or columns, linear.get_parameter("minima").device)
+    # Not the plan's group, which may be left open: then the format has its default.
+    return groups_of_columns(0, linear.in_features, group_of(linear.entry), linear.get_parameter("minima").device)
 
 
 def _first_of(groups: Tensor) -> Tensor:

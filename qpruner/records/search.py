@@ -106,6 +106,24 @@ class Proposer:
 
 
 @dataclass(frozen=True)
+class Comparison:
+    """How the best plans of a search were compared in the end.
+
+    Args:
+        finalists: number of plans that were to be tried again with other seeds.
+        seeds: number of seeds that each was to be tried with.
+        steps: number of optimizer steps of their fits.
+    """
+
+    finalists: int
+    seeds: int
+    steps: int
+
+    def __str__(self) -> str:
+        return f"{self.finalists} finalist(s) with {self.seeds} seed(s) of {self.steps} steps each"
+
+
+@dataclass(frozen=True)
 class SearchResults(Record):
     """Contents of ``search.json``.
 
@@ -124,6 +142,7 @@ class SearchResults(Record):
         parts: KV groups or FFN channels of layers, where widths are searched.
         units: how many units each part has before any are removed.
         ranked: numbers of the layers whose adapters have ranks of their own, where ranks are searched.
+        comparison: how the variants were compared; None in files that do not say so.
 
     Raises:
         UserError: no variants, no proposers, or a plan that does not have one of the bits for each item, at least one
@@ -145,6 +164,7 @@ class SearchResults(Record):
     parts: tuple[str, ...] = ()
     units: tuple[int, ...] = ()
     ranked: tuple[int, ...] = ()
+    comparison: Comparison | None = None
 
     def __post_init__(self) -> None:
         if not self.variants or not self.proposers:

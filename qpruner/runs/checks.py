@@ -75,7 +75,12 @@ def check_search(
 
 
 def rehearse(
-    model: LoRAFinetuner, data: TokenDataModule, phases: Sequence[Phase], *, decides_on_widths: bool = False
+    model: LoRAFinetuner,
+    data: TokenDataModule,
+    phases: Sequence[Phase],
+    *,
+    decides_on_widths: bool = False,
+    ranks: Sequence[int] = (),
 ) -> None:
     """Checks the base, whether it can be saved, and whether it has what the callbacks require.
 
@@ -84,6 +89,7 @@ def rehearse(
         data: data module whose tokens the base must know.
         phases: all phases of the run.
         decides_on_widths: whether a search decides on the widths of layers.
+        ranks: ranks of adapters that a search decides between; empty where it does not.
 
     Raises:
         UserError: a check fails.
@@ -94,7 +100,8 @@ def rehearse(
     if compressing:
         skeleton = build_skeleton(config)
         dense = skeleton.to(held_in(config, model.dtype_of_base))
-        rehearsal = Rehearsal(dense, model.lora, decides_on_widths=decides_on_widths)
+        least_rank = min(ranks, default=None)
+        rehearsal = Rehearsal(dense, model.lora, decides_on_widths=decides_on_widths, least_rank=least_rank)
         for callback in compressing:
             callback.check(rehearsal)
         rehearse_saving(model.base, config, data.tokenizer, trust_remote_code=model.trust_remote_code)

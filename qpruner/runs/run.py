@@ -184,7 +184,7 @@ class Run:
         """
         check_search(self.callbacks, self.phases, self.plan, self.joint)
         phases = phases_of(self.folder, self.callbacks, [])
-        self._check_base(phases, restart, decides_on_widths=config.structure is not None)
+        self._check_base(phases, restart, decides_on_widths=config.structure is not None, ranks=config.ranks)
         with self._locked():
             for callback in phases[0].compressing:
                 callback.folder = self.folder
@@ -200,8 +200,17 @@ class Run:
                         f"it. {proposed_by(results)} Give more --search.trials, start it anew with --restart, or give "
                         f"this search another --run.name."
                     )
-                rank_zero_info(f"The search {self.folder.path} is finished. {proposed_by(results)}")
+                if results.comparison == config.comparison:
+                    rank_zero_info(f"The search {self.folder.path} is finished. {proposed_by(results)}")
+                else:
+                    rank_zero_info(
+                        f"The trials of the search {self.folder.path} are finished. {proposed_by(results)} Its best "
+                        f"plans are compared anew, by {config.comparison}; fits that it has made are used again."
+                    )
+                    results = None
             else:
+                results = None
+            if results is None:
                 self.model.release()
                 results = trainer.search(self.model, self.data, config)
             print(f"\n{variants_table(results)}\n\nReport: {self.folder.report}\nPlan: {self.folder.plan}")
@@ -247,11 +256,18 @@ class Run:
         notes = [f"The plan {path} replaces {callback}; nothing is scored." for callback in replaced]
         return carrying_out(self.callbacks, plan), notes
 
-    def _check_base(self, phases: Sequence[Phase], restart: bool, *, decides_on_widths: bool = False) -> None:
+    def _check_base(
+        self,
+        phases: Sequence[Phase],
+        restart: bool,
+        *,
+        decides_on_widths: bool = False,
+        ranks: Sequence[int] = (),
+    ) -> None:
         """Checks the base, unless the run keeps what it has made of it."""
         self._check_restart(restart)
         if restart or self.folder.kept_base is None:
-            rehearse(self.model, self.data, phases, decides_on_widths=decides_on_widths)
+            rehearse(self.model, self.data, phases, decides_on_widths=decides_on_widths, ranks=ranks)
 
     def _check_restart(self, restart: bool) -> None:
         """Checks that a run that begins anew does not delete its own base."""

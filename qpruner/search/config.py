@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from qpruner.errors import UserError
+from qpruner.records.search import Comparison
 from qpruner.search.aim import ScoreOption, check_score
 from qpruner.search.executors import ExecutorConfig
 from qpruner.search.structure import StructureConfig
@@ -54,6 +55,11 @@ class SearchConfig:
     executor: ExecutorConfig = ExecutorConfig()
     structure: StructureConfig | None = None
     ranks: Sequence[int] = ()
+
+    @property
+    def comparison(self) -> Comparison:
+        """How the best plans are compared in the end."""
+        return Comparison(self.finalists, self.finalist_seeds, self.finalist_steps or self.steps)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "ranks", tuple(self.ranks))  # a list from YAML compares as a tuple

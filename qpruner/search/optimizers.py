@@ -15,6 +15,7 @@ expects of them (the "kriging believer"), so several can be evaluated at once.
 objectives: Knowles 2006, "ParEGO". Refinement of a prior's bits by a Gaussian process: QPruner (arXiv 2412.11629).
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -67,11 +68,9 @@ def make_optimizer(settings: OptimizerSettings) -> Optimizer:
     check_optimizer(name, num_workers)
     array = ng.p.Array(init=np.zeros(settings.space.dimension))
     array.random_state = np.random.RandomState(derive_seed(settings.seed, "search", name) % 2**32)
-    optimizer: Optimizer
     if name in OURS:
-        optimizer = OURS[name](array, budget, num_workers, space=settings.space, seed=settings.seed)
-    else:
-        optimizer = ng.optimizers.registry[name](array, budget, num_workers)
+        return OURS[name](array, budget, num_workers, space=settings.space, seed=settings.seed, starts=settings.starts)
+    optimizer = ng.optimizers.registry[name](array, budget, num_workers)
     for start in reversed(settings.starts):  # the point suggested last is asked about first
         optimizer.suggest(np.array(start))
     return optimizer
@@ -112,9 +111,19 @@ class PlanOptimizer(Optimizer):
         num_workers: number of trials that are evaluated at once.
         space: space of the plans.
         seed: seed of the random draws.
+        starts: points that are proposed before others, except for those whose plan is already known.
     """
 
-    def __init__(self, parametrization: Any, budget: int, num_workers: int, *, space: SearchSpace, seed: int) -> None:
+    def __init__(
+        self,
+        parametrization: Any,
+        budget: int,
+        num_workers: int,
+        *,
+        space: SearchSpace,
+        seed: int,
+        starts: Sequence[Sequence[float]] = (),
+    ) -> None:
         super().__init__(parametrization, budget, num_workers)
         self._no_hypervolume = True  # Nevergrad would reduce several objectives to one number
         self.space, self.seed = space, seed
@@ -122,13 +131,27 @@ class PlanOptimizer(Optimizer):
         self.plans: list[tuple[int, ...]] = []
         self.losses: list[Floats] = []  # one to three each
         self.pending: dict[str, tuple[int, ...]] = {}  # by candidate
+        self._starts = [np.array(start) for start in starts]
+        self._started: set[str] = set()  # candidates of starts
 
     def _internal_ask_candidate(self) -> Any:
-        seed = derive_seed(self.seed, "ask", len(self.plans) + len(self.pending))
-        point = self._propose(np.random.default_rng(seed))  # [dimension]
+        # Starts are not drawn: while they are pending, they do not count.
+        drawn = len(self.plans) + len(self.pending.keys() - self._started)
+        start = self._next_start()
+        point = self._propose(np.random.default_rng(derive_seed(self.seed, "ask", drawn))) if start is None else start
         candidate = self.parametrization.spawn_child(new_value=point)
-        self.pending[candidate.uid] = self._plan(point)
+        self.pending[candidate.uid] = self._plan(candidate.value)
+        if start is not None:
+            self._started.add(candidate.uid)
         return candidate
+
+    def _next_start(self) -> Floats | None:
+        """The next start whose plan is neither told nor pending; None if there is none."""
+        while self._starts:
+            start = self._starts.pop(0)
+            if self._plan(start) not in {*self.plans, *self.pending.values()}:
+                return start
+        return None
 
     def _internal_tell_candidate(self, candidate: Any, loss: float) -> None:
         self.pending.pop(candidate.uid, None)

@@ -170,11 +170,11 @@ class Structures:
                 f"of size. Give share or bytes."
             )
         cheapest, whole, dearest = (
-            self._price(widths, items, precision)
-            for widths, precision in (
-                (self.least, precisions[0]),
-                (self.plan.widths, precisions[0]),
-                (self.plan.widths, precisions[-1]),
+            self._price(widths, items, precision, rank)
+            for widths, precision, rank in (
+                (self.least, precisions[0], self.least_rank),
+                (self.plan.widths, precisions[0], self.lora.r),
+                (self.plan.widths, precisions[-1], self.lora.r),
             )
         )
         allowed = budget.most_multiply_adds(self.plan)
@@ -186,15 +186,21 @@ class Structures:
                 f"Raise budget.multiply_adds, lower search.structure.least, or leave fewer layers alone."
             )
         if cheapest.unit_weight_bytes > budget.limit(cheapest, self.plan):
+            adapters = "" if self.ranks is None else f", adapters of the lowest rank, {self.least_rank},"
+            has = f"{describe_price(cheapest)}; the dearest has {describe_price(dearest)}"
             raise UserError(
-                f"The budget is {budget}. The cheapest plan, with search.structure.least {self.config.least} and every "
-                f"unit that is not left alone in {precisions[0]}, has {describe_price(cheapest)}; the dearest has "
-                f"{describe_price(dearest)}. Raise the budget, lower search.structure.least, add fewer bits to "
-                f"deciding.widths, or leave fewer layers alone."
+                f"The budget is {budget}. The cheapest plan, with search.structure.least {self.config.least}{adapters} "
+                f"and every unit that is not left alone in {precisions[0]}, has {has}. Raise the budget, "
+                f"lower search.structure.least, add fewer bits to deciding.widths, or leave fewer layers alone."
             )
         of_items = sum(item.num_bytes(self.plan.widths, precisions[0], self.model.dtype.itemsize) for item in items)
         of_ranks = 0 if self.ranks is None else self.ranks.most_bytes
         return budget.limit(whole, self.plan) - (whole.unit_weight_bytes - of_items) + of_ranks
+
+    @property
+    def least_rank(self) -> int:
+        """The lowest rank that the adapters of a layer may have."""
+        return self.lora.r if self.ranks is None else self.ranks.choices[0]
 
     @property
     def least(self) -> Architecture:
@@ -211,12 +217,12 @@ class Structures:
             "ffn_channels": tuple(reversed(offer.ffn_widths(self.multiple))),
         }
 
-    def _price(self, widths: Architecture, items: Sequence[Item], precision: Precision) -> Price:
-        """The price of a plan with given widths that holds all items in one precision."""
+    def _price(self, widths: Architecture, items: Sequence[Item], precision: Precision, rank: int) -> Price:
+        """The price of a plan with given widths that holds all items in one precision, with adapters of one rank."""
         kept = zip(widths.kv_groups, widths.ffn_channels, strict=True)
         plan = self.plan.keeping([(range(groups), range(channels)) for groups, channels in kept])
         plan = with_choices(plan, items, [precision] * len(items))
-        return price_of_plan(self.model.config, self.model.dtype, plan, self.lora)
+        return price_of_plan(self.model.config, self.model.dtype, plan, replace(self.lora, r=rank))
 
     def _with(self, number: int, kind: Kind, count: int) -> Architecture:
         """The widths of the dense model, except for one part."""
@@ -273,7 +279,6 @@ class Structures:
         weights = layer.group_weights if kind == "kv_groups" else layer.channel_weights
         of_unit = sum(part.width for part in weights if part.axis == 0 and part.linear.bias is not None)
         of_unit += sum(norm.of.width for norm in layer.wide_norms) if kind == "kv_groups" else 0
-        least_rank = self.lora.r if self.ranks is None else self.ranks.choices[0]
         totals = []
         for count in counts:
             shapes = unit_shapes(self._with(number, kind, count), number)
@@ -283,7 +288,7 @@ class Structures:
                     if unit not in with_bits:
                         total += weight_bytes(shape, self.plan.layers[number].precision[unit], dense_size)
                     if budget.bytes is not None and is_target(name, self.lora.target_modules):
-                        total += least_rank * sum(shape) * ADAPTER_BYTES
+                        total += self.least_rank * sum(shape) * ADAPTER_BYTES
             totals.append(total + (of_unit * count * dense_size if budget.bytes is not None else 0))
         return tuple(total - totals[-1] for total in totals)
 

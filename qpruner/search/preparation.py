@@ -53,6 +53,8 @@ class Preparation:
             value.
         structured: what a search of widths needs; None where layers keep the widths of the base.
         ranks: ranks that adapters may have, where these are searched; None where they are not.
+        prior_rank: rank of the adapters beside which the prior's bits are within the budget, where ranks are searched
+            and widths are not.
     """
 
     base_sha256: str | None
@@ -63,13 +65,16 @@ class Preparation:
     rounding: TextRounding | None = None
     structured: Structured | None = None
     ranks: Ranks | None = None
+    prior_rank: int | None = None
 
     @property
     def limit(self) -> int:
         """The most bytes that items may take, in layers with the widths of the base."""
         if self.structured is not None:
             return self.structured.limit
-        return self.prior.for_items + (0 if self.ranks is None else self.ranks.most_bytes)
+        if self.ranks is None or self.prior_rank is None:
+            return self.prior.for_items
+        return self.prior.for_items + self.ranks.bytes_above(self.prior_rank)
 
     @property
     def candidates(self) -> Candidates:
@@ -100,19 +105,21 @@ class Preparation:
         """Rows of the plans that were not searched for, by the method that allocated their bits.
 
         Where widths are searched, these plans have the widths and ranks that the search starts from; otherwise their
-        adapters have the highest rank.
+        adapters have the highest rank that the budget pays for in all layers.
 
         Args:
             folder: folder of the search.
         """
         rows: dict[str, list[int]] = {}
         methods: tuple[Method, ...] = ("uniform", "mutual_information", self.prior.method)
-        highest = [] if self.ranks is None else [len(self.ranks.choices) - 1] * len(self.ranks.layers)
+        ranks: list[int] = []
+        if self.ranks is not None and self.prior_rank is not None:
+            ranks = [self.ranks.choices.index(self.prior_rank)] * len(self.ranks.layers)
         for method in methods:
             name = method.replace("_", " ")
             if self.structured is None:
                 allocation = Allocation.read(part_of(folder, method).allocation)
-                rows[name] = [*(decision.chosen for decision in allocation.decisions), *highest]
+                rows[name] = [*(decision.chosen for decision in allocation.decisions), *ranks]
             else:
                 space, items = self.space(self.structured.priors[method]), len(self.prior.decisions)
                 rows[name] = space.origin(alike=items if method == "uniform" else 0)
@@ -169,12 +176,17 @@ def prepare(
     plan = plan.with_precision([dict.fromkeys(UNITS, DENSE)] * len(plan.layers), **quantization.tables)
     job = CompressionJob(model, data, processes, module.lora, module.seed, keep_in=folder.base)
     offered = Ranks.of(ranks, model.network, module.lora) if ranks else None
+    prior_rank: int | None = None
     if structure is not None and scoring is not None:
         job = replace(job, folder=folder)
         structured = prepare_structures(job, plan, scoring, allocator, structure, offered, start)
         prior = structured.priors[allocator.method]
     else:
-        structured, prior = None, _allocated(allocator, job, plan, folder)
+        structured = None
+        if offered is not None:
+            limit, cheapest, _ = allocator.affordable(job, plan, offered.choices[0])
+            prior_rank = offered.highest_within(limit - cheapest.unit_weight_bytes)
+        prior = _allocated(allocator, job, plan, folder, prior_rank)
     return Preparation(
         base_sha256=model.base_sha256,
         kept_sha256=model.identity,
@@ -184,15 +196,26 @@ def prepare(
         rounding=allocator.rounding(job),
         structured=structured,
         ranks=offered,
+        prior_rank=prior_rank,
     )
 
 
-def _allocated(allocator: Allocator, job: CompressionJob, plan: CompressionPlan, folder: RunFolder) -> Allocation:
-    """The prior of a search of bits alone, with the allocations by other methods beside it, and the bank."""
+def _allocated(
+    allocator: Allocator, job: CompressionJob, plan: CompressionPlan, folder: RunFolder, rank: int | None
+) -> Allocation:
+    """The prior where widths are not searched, with the allocations by other methods beside it, and the bank.
+
+    Args:
+        allocator: allocator that spends the budget.
+        job: job with the pruned base.
+        plan: plan of the pruned base, with the precisions of its tables.
+        folder: folder of the search.
+        rank: rank of the adapters that the budget pays for, where ranks are searched; None where they are not.
+    """
     for method in dict.fromkeys(("uniform", "mutual_information", allocator.method)):
         part = part_of(folder, method)
         part.path.mkdir(parents=True, exist_ok=True)
-        replace(allocator, method=method).allocate(replace(job, folder=part), plan)
+        replace(allocator, method=method).allocate(replace(job, folder=part), plan, rank)
     part = part_of(folder, allocator.method)
     allocator.bank(replace(job, folder=part), plan)
     return Allocation.read(part.allocation)

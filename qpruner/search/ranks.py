@@ -67,7 +67,15 @@ class Ranks:
     @property
     def most_bytes(self) -> int:
         """Bytes that the highest rank takes above the lowest, over all layers, where all units stay."""
-        return int(self.steps[-1]) * sum(self.bytes_of_one)
+        return self.bytes_above(self.choices[-1])
+
+    def bytes_above(self, rank: int) -> int:
+        """Bytes that a rank takes above the lowest, over all layers, where all units stay."""
+        return (rank - self.choices[0]) * sum(self.bytes_of_one)
+
+    def highest_within(self, num_bytes: int) -> int:
+        """The highest rank for which, in all layers, this many bytes above those of the lowest rank suffice."""
+        return max(rank for rank in self.choices if self.bytes_above(rank) <= num_bytes)
 
     def items(self, price_of_bits: float) -> list[list[Choice]]:
         """[layers][choices], bytes above those of the lowest rank, with the prior's cost.

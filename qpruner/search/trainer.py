@@ -308,8 +308,8 @@ class Search:
             succeeded.values(),
             key=lambda trial: (self.aim.of_scores(trial.scores), trial.number),  # type: ignore[arg-type]
         )
-        finalists = best_first[: self.config.finalists]
-        steps, seeds = self.config.finalist_steps or self.config.steps, self.config.finalist_seeds
+        comparison = self.config.comparison
+        finalists, steps, seeds = best_first[: comparison.finalists], comparison.steps, comparison.seeds
         plans = {
             f"trial {trial.number + 1}": [
                 trial.key | {"steps": steps, "seed": self.module.seed + number} for number in range(seeds)
@@ -352,6 +352,7 @@ class Search:
             parts=tuple(map(str, parts)),
             units=tuple(part.counts[-1] for part in parts),
             ranked=() if self.prepared.ranks is None else self.prepared.ranks.layers,
+            comparison=self.config.comparison,
         )
         write_front(self.folder, front, self.plan)
         self.plan(results.winner).write(self.folder.plan)

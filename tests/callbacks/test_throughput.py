@@ -1,5 +1,6 @@
 """Tokens per second, by a clock of the test's own."""
 
+from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -32,9 +33,14 @@ class Clock(Callback):
 
 
 @pytest.mark.parametrize("every", [1, 2])
+@pytest.mark.parametrize(
+    ("accumulated", "ends"),
+    [(1, [1, 2, 3, 4]), (4, [4, 5, 9, 10])],  # an epoch has five batches
+)
 def test_it_is_tokens_without_padding_by_seconds_without_validation(
-    tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, every: int
+    tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, every: int, accumulated: int, ends: list[int]
 ) -> None:
+    """``ends`` are numbers of batches after which optimizer steps end."""
     data = StoriesDataModule(
         tokenizer=str(tiny_llama), max_length=200, num_train=22, num_validation=6, num_test=6, num_choices=0,
         loader=LoaderConfig(batch_size=4),
@@ -44,12 +50,14 @@ def test_it_is_tokens_without_padding_by_seconds_without_validation(
     running = Trainer(
         accelerator="cpu", max_steps=4, val_check_interval=1, limit_val_batches=1, log_every_n_steps=every,
         logger=TensorBoardLogger(tmp_path, name="", version=""), enable_checkpointing=False, enable_progress_bar=False,
-        enable_model_summary=False, use_distributed_sampler=False, callbacks=[clock, Throughput()],
+        enable_model_summary=False, use_distributed_sampler=False, accumulate_grad_batches=accumulated,
+        callbacks=[clock, Throughput()],
     )  # fmt: skip
     running.fit(finetuner(tiny_llama), datamodule=data)
-    assert len(clock.tokens) == 4 and len({*clock.tokens}) > 1
+    assert len(clock.tokens) == ends[-1] and len({*clock.tokens}) > 1
+    logged = [0, *ends[every - 1 :: every]]
     expected = [
-        (last, pytest.approx(sum(clock.tokens[last - every + 1 : last + 1]) / sum(range(last - every + 2, last + 2))))
-        for last in range(every - 1, 4, every)
+        (number * every - 1, pytest.approx(sum(clock.tokens[first:last]) / sum(range(first + 1, last + 1))))
+        for number, (first, last) in enumerate(pairwise(logged), 1)
     ]
     assert scalars(tmp_path, "train/tokens_per_second") == expected

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from support.calibration import calibration, hooks_of, in_processes
 from support.families import random_tokens, tiny_model
 from torch import Tensor
@@ -15,11 +16,12 @@ from qpruner.calibration.output_gradients import output_weights
 from qpruner.calibration.text import Calibration, CalibrationConfig
 from qpruner.errors import UserError
 from qpruner.plan import DENSE, UNITS, CompressionPlan, Leading, Precision
+from qpruner.processes import Processes
 from qpruner.quantization import calibrated
 from qpruner.quantization.apply import LoftQSettings
 from qpruner.quantization.calibrated import Calibrated, calibrate_
 from qpruner.quantization.calibrated_inputs import HELD_OUT, CalibratedConfig
-from qpruner.quantization.calibrated_layers import CalibratedLayers, Outcome
+from qpruner.quantization.calibrated_layers import CalibratedLayers, Outcome, RoundedLinear
 from qpruner.quantization.formats import dequantize, format_for, quantize
 from qpruner.quantization.packed import PackedLinear
 from qpruner.quantization.rounding import RoundingConfig, corrected_weight, error, round_weight
@@ -285,6 +287,19 @@ def test_layers_of_another_prefix_text_or_plan_are_made_again(tmp_path: Path) ->
     (tmp_path / "layer-001.safetensors").rename(tmp_path / "layer-000.safetensors")
     with pytest.warns(UserWarning, match=r"layer-000.*after other layers"):
         assert resumed({"text": "b"}) in ([], [2])
+
+
+@pytest.mark.parametrize("recorded", ["no JSON", "[1]", "null", "[" * 100_000, '{"origin": [1]}', None])
+def test_a_file_that_something_else_wrote_is_made_again(tmp_path: Path, recorded: str | None) -> None:
+    layers, path = CalibratedLayers(tmp_path, {"text": "a"}), tmp_path / "layer-000.safetensors"
+    layer = {"linear": RoundedLinear({"codes": torch.ones(2)}, None, Outcome(True, 2.0, 1.0))}
+    metadata = {"format": "pt"} if recorded is None else {"layer": recorded}
+    save_file({"weight": torch.ones(2)}, path, metadata)
+    with pytest.warns(UserWarning, match=r"layer-000.*It is made again"):
+        assert layers.read(0, Processes.alone()) is None
+    layers.write(0, layer, Processes.alone())
+    read = layers.read(0, Processes.alone())
+    assert read is not None and read["linear"].outcome == layer["linear"].outcome
 
 
 def test_two_processes_find_what_one_does() -> None:

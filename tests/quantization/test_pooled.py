@@ -21,9 +21,9 @@ from qpruner.quantization.pooled import check_poolable, fold_, pool_
 AFFINE = Precision("affine", 3, 32)
 
 
-def pooled_model(precision: Precision = AFFINE) -> Any:
+def pooled_model(precision: Precision = AFFINE, **changes: Any) -> Any:
     """A model whose adapters were pooled before they gave anything."""
-    model = adapted(packed(tiny_model("llama"), precision))
+    model = adapted(packed(tiny_model("llama", **changes), precision))
     given = [adapter.lora_B.detach().clone() for adapter in factors(model)]
     with torch.no_grad():
         for adapter in factors(model):
@@ -53,6 +53,19 @@ def test_a_linear_gets_the_sum_of_weight_and_adapter(group: int) -> None:
     minima = folded.get_parameter("minima").abs().max()
     assert (dequantize(folded) - expected).abs().max() < 2**-11 * minima  # half an ulp of float16
     assert (before - expected).abs().max() > 0.1
+
+
+def test_a_group_that_a_plan_leaves_open_is_that_of_the_format() -> None:
+    model = pooled_model(Precision("affine", 3, None), intermediate_size=160)
+    adapter = adapter_on(model.get_base_model().get_submodule("model.layers.1.mlp.down_proj"))
+    assert adapter is not None and adapter.base.get_parameter("minima").shape[1] == 3
+    parts = adapter.lora_A.detach().split(64, dim=1)  # 160 columns: two groups of 64 and a short one
+    assert [part.shape[1] for part in parts] == [64, 64, 32]
+    assert all(torch.equal(part, part[:, :1].expand_as(part)) for part in parts)
+    assert len({part[0, 0].item() for part in parts}) == 3
+    expected = dequantize(adapter.base) + adapter.scale * adapter.lora_B @ adapter.lora_A
+    folded = fold_(model).get_submodule("model.layers.1.mlp.down_proj")
+    assert (dequantize(folded) - expected).abs().max() < 2**-11 * folded.get_parameter("minima").abs().max()
 
 
 def test_factors_are_equal_within_groups_and_stay_so_as_they_train() -> None:

@@ -52,6 +52,32 @@ def test_the_prior_comes_first() -> None:
     assert plan_of(space, optimizer.ask()) != plan_of(space, first)  # while that is out, and nothing was told
 
 
+def waves(name: str, space: SearchSpace, starts: Any, num_workers: int) -> list[Plan]:
+    """The plans of three waves, each told before the next one."""
+    optimizer = make_optimizer(OptimizerSettings(name, space, 20, num_workers, seed=0, starts=starts))
+    plans = []
+    for _ in range(3):
+        wave = [optimizer.ask() for _ in range(num_workers)]
+        plans += [plan_of(space, candidate) for candidate in wave]
+        for candidate in wave:
+            optimizer.tell(candidate, weighed([1, 2, 3, 4, 5, 6])(plan_of(space, candidate)))
+    return plans
+
+
+@pytest.mark.parametrize("name", OURS)
+@pytest.mark.parametrize("num_workers", [1, 2, 3])
+def test_a_start_comes_first_and_not_again(name: str, num_workers: int) -> None:
+    """Even where it is the prior's plan, or given twice."""
+    space = space_of([1, 5, 2, 4, 3, 0], 3)
+    prior = tuple(space.decode(np.zeros((1, 6)))[0].tolist())
+    other = [9.0, -9, -9, 9, -9, 9]
+    for starts in ([[0.0] * 6], [[0.0] * 6] * 2, [other, [0.0] * 6]):
+        plans = waves(name, space, starts, num_workers)
+        assert len({*plans}) == len(plans)
+        assert plans[0] == (prior if starts[0] != other else (1, 0, 0, 1, 0, 1))
+        assert plans.index(prior) < len(starts)
+
+
 @pytest.mark.parametrize("name", OURS)
 def test_no_plan_comes_twice_while_there_are_others(name: str) -> None:
     space = space_of([5, 4, 1, 1, 0, 0], 2)

@@ -10,6 +10,7 @@ from support.families import LAYERS, tiny_config
 
 from qpruner.adapters.lora import LoRAConfig
 from qpruner.allocation.budget import Budget, dense_weights
+from qpruner.allocation.decision import with_choices
 from qpruner.allocation.items import Granularity, items_of
 from qpruner.allocation.solving import Choice
 from qpruner.anatomy import architecture_of
@@ -169,6 +170,24 @@ def test_ranks_of_adapters_count_to_the_byte(family: str) -> None:
     # The prior takes a rank for worth its bytes by what these save elsewhere.
     costs = space.costs(np.array([[0] * space.dimension, [0] * (space.dimension - 1) + [1]])[:, 1:])
     assert costs[1] < costs[0]
+
+
+def test_the_cheapest_plan_has_adapters_of_the_lowest_rank() -> None:
+    whole = Searched(Budget(share=1.0), ranks=(2, 1))
+    items, least = whole.items, whole.structures.least
+    kept = [
+        (range(groups), range(channels)) for groups, channels in zip(least.kv_groups, least.ffn_channels, strict=True)
+    ]
+    narrowest = with_choices(whole.base.keeping(kept), items, [PRECISIONS[0]] * len(items))
+    size = whole.price(narrowest.with_ranks([1] * LAYERS)).total
+    assert size < whole.price(narrowest).total
+    searched = Searched(Budget(bytes=size), ranks=(2, 1))
+    points = 3 * np.random.default_rng(1).standard_normal((20, searched.space.dimension))
+    for row in searched.space.decode(points):
+        assert searched.plan(row).ranks == [1] * LAYERS and searched.price(searched.plan(row)).total == size
+    said = rf"least 0\.25, adapters of the lowest rank, 1, and every unit .* has {size:,} bytes in all"
+    with pytest.raises(UserError, match=said):
+        Searched(Budget(bytes=size - 1), ranks=(2, 1))
 
 
 def test_the_price_from_shapes_is_that_of_the_model() -> None:
