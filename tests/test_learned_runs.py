@@ -309,9 +309,15 @@ def test_multiply_adds_are_bounded_beside_bytes(config: dict[str, Any], tmp_path
 
 
 @pytest.mark.parametrize("kind", ["bf16", "16"])
-def test_gates_in_half_precision_are_refused(arguments: list[str], kind: str) -> None:
+def test_gates_in_half_precision_are_refused_before_anything_is_thrown_away(
+    arguments: list[str], tmp_path: Path, kind: str
+) -> None:
+    before = tmp_path / "runs" / "x" / "learned.json"
+    before.parent.mkdir(parents=True)
+    before.write_text("of an earlier run")
     with pytest.raises(UserError, match=f"--trainer.precision is {kind}-true, .* too coarse .* Use {kind}-mixed, with"):
-        run(["fit", *arguments, "--trainer.precision", f"{kind}-true"])
+        run(["fit", *arguments, "--trainer.precision", f"{kind}-true", "--restart"])
+    assert before.read_text() == "of an earlier run"
 
 
 def test_a_search_learns_nothing(arguments: list[str]) -> None:

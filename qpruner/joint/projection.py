@@ -20,7 +20,7 @@ FAR = 1e6
 """How far below all logits the threshold of an open gate lies; finite, since 0 times infinity would be no slope."""
 
 Thresholds = dict[str, float | Tensor]
-"""Threshold by kind of gates: a number, or a tensor with one for each gate where some are always open."""
+"""Threshold by kind of gates: a number, or for gates of structure a tensor with one for each gate."""
 
 
 @torch.no_grad()
@@ -40,16 +40,15 @@ def thresholds_within(space: JointSpace, gates: Gates, limit: int) -> Thresholds
     always = always_open(space, gates)
     lowest = {kind: torch.where(is_open, -FAR, 0.0).to(gates[kind].dtype) for kind, is_open in always.items()}
     gates = relative(gates, {**dict.fromkeys(gates, 0.0), **lowest})
-    of_others = _thresholds_of_closable(space, gates, limit)
+    of_others = _thresholds_of_closable(space, gates, closable(gates, always), limit)
     return {
         kind: torch.where(always[kind], lowest[kind], threshold) if kind in always else threshold
         for kind, threshold in of_others.items()
     }
 
 
-def _thresholds_of_closable(space: JointSpace, gates: Gates, limit: int) -> dict[str, float]:
-    """The thresholds of the gates that may close; those of the others are far above any threshold."""
-    may_close = closable(space, gates)
+def _thresholds_of_closable(space: JointSpace, gates: Gates, may_close: Gates, limit: int) -> dict[str, float]:
+    """The thresholds of the gates that may close; the logits of the others are far above any threshold."""
 
     def within(thresholds: dict[str, float]) -> bool:
         return float(smooth_bytes(space, hard(gates, thresholds))) <= limit
@@ -76,17 +75,15 @@ def _thresholds_of_closable(space: JointSpace, gates: Gates, limit: int) -> dict
 
 
 def always_open(space: JointSpace, gates: Gates) -> dict[str, Tensor]:
-    """Which gates of structure are open whatever the threshold, by kind; without kinds in which all may close.
+    """Which gates of structure are open whatever the threshold, by kind.
 
     They are all those of the layers that are left alone, and in other layers as many as must stay, those with the
-    highest logits. There are none in a space without either bound, where only the plan keeps a unit of each kind.
+    highest logits.
 
     Args:
         space: space of the gates.
         gates: logits of the gates that act.
     """
-    if not space.alone and not space.least:
-        return {}
     always: dict[str, Tensor] = {}
     for kind, fewest in zip(STRUCTURE, space.fewest, strict=True):
         if kind in gates:
@@ -97,9 +94,8 @@ def always_open(space: JointSpace, gates: Gates) -> dict[str, Tensor]:
     return always
 
 
-def closable(space: JointSpace, gates: Gates) -> Gates:
-    """The logits, by kind, of the gates that some threshold closes, among which thresholds are sought."""
-    always = always_open(space, gates)
+def closable(gates: Gates, always: Mapping[str, Tensor]) -> Gates:
+    """The logits, by kind, of the gates that are not always open, among which thresholds are sought."""
     return {kind: values[~always[kind]] if kind in always else values for kind, values in gates.items()}
 
 
@@ -151,7 +147,7 @@ def plan_within(space: JointSpace, logits: Logits, limit: int) -> CompressionPla
         fixed = STRUCTURE if space.pins_weights else ()
         return plan_of(space, relative(gates, {kind: 0.0 if kind in fixed else threshold for kind in gates}), 0.0)
 
-    may_close = closable(space, gates)
+    may_close = closable(gates, always_open(space, gates))
     plan = at(_lowest(may_close, lambda threshold: fits(at(threshold))))
     if not fits(plan):  # what is pinned does not fit even in the fewest bits
         plan = plan_of(space, gates, _lowest(may_close, lambda threshold: fits(plan_of(space, gates, threshold))))

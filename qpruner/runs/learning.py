@@ -139,15 +139,8 @@ class Learning:
             checkpoint_every_n_steps: number of optimizer steps between two checkpoints.
 
         Raises:
-            UserError: gates cannot be learned with these options.
+            UserError: the strategy splits the model among devices, or a loss is not finite.
         """
-        precision = str(options.get("precision"))
-        if precision in ("bf16-true", "16-true"):
-            raise UserError(
-                f"--trainer.precision is {precision}, in which the gates that joint learns would be too coarse for "
-                f"their steps. Use {precision.replace('true', 'mixed')}, with --model.dtype for the weights of the "
-                f"model."
-            )
         of_fit = {"max_steps": self.config.steps, "max_epochs": -1, "max_time": None, "limit_val_batches": 0}
         callbacks = [
             LearnedPlan(self.folder),
@@ -173,12 +166,22 @@ class Learning:
         if trainer.is_global_zero:  # the other ranks do not need it any more either: all have reached the end
             drop_scaffolding(self.part)
 
-    def check(self) -> None:
+    def check(self, options: Mapping[str, Any]) -> None:
         """Checks, without weights, the base, the budgets and the requested options.
+
+        Args:
+            options: options of the run's Trainer.
 
         Raises:
             UserError: a check fails.
         """
+        precision = str(options.get("precision"))
+        if precision in ("bf16-true", "16-true"):
+            raise UserError(
+                f"--trainer.precision is {precision}, in which the gates that joint learns would be too coarse for "
+                f"their steps. Use {precision.replace('true', 'mixed')}, with --model.dtype for the weights of the "
+                f"model."
+            )
         config = self.model.check_base()
         self.data.check_model(config)
         skeleton = build_skeleton(config).to(held_in(config, self.model.dtype_of_base))

@@ -236,7 +236,7 @@ class Run:
     def _learn(self, joint: JointConfig, trainer_options: Mapping[str, Any], restart: bool) -> None:
         """Learns the plan that the phases carry out, or resumes learning it."""
         learning = Learning.of(self.folder, self.model, self.data, self.callbacks, joint)
-        learning.check()
+        learning.check(trainer_options)
         self._check_restart(restart)
         with self._locked():
             self._claim(restart)

@@ -12,6 +12,7 @@ from support.families import VOCAB
 from support.joint import between, gated, text_of
 
 from qpruner.joint.config import JointConfig
+from qpruner.joint.gates import sampled
 from qpruner.joint.learner import Ground, PlanLearner, take_out
 from qpruner.joint.price import smooth_bytes
 from qpruner.joint.prior import loss_of
@@ -119,6 +120,18 @@ def test_gates_that_are_not_finite_are_never_the_best() -> None:
     assert learner.best.step == 0 and learner.best.loss == math.inf
 
 
+@pytest.mark.parametrize(("steps", "times"), [(1, 1), (9, 9), (10, 10), (19, 10), (25, 9), (200, 10)])
+def test_gates_are_compared_at_most_ten_times_and_at_the_end(
+    steps: int, times: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    learner, at = learner_of(steps=steps), list[int]()
+    monkeypatch.setattr(learner, "compare_with_best", lambda: at.append(learner.global_step))
+    for step in range(1, steps + 1):
+        monkeypatch.setattr(PlanLearner, "global_step", step)
+        learner.on_train_batch_end(None, BATCH, step - 1)
+    assert len(at) == times and at[-1] == steps
+
+
 @pytest.mark.parametrize("loss", ["kl", "cross_entropy"])
 def test_every_target_of_a_step_counts_the_same_however_micro_batches_share_them(loss: str) -> None:
     """As in a fit of adapters: the Trainer takes the mean of the micro-batches."""
@@ -126,14 +139,14 @@ def test_every_target_of_a_step_counts_the_same_however_micro_batches_share_them
     labels = BATCH["labels"].clone()
     for row, prompt in enumerate((2, 9, 4, 12)):
         labels[row, :prompt] = IGNORED
-    batch = {**BATCH, "labels": labels}
-    whole = float(learner.training_step(batch, 0).detach())  # type: ignore[arg-type]
+    batch: Any = {**BATCH, "labels": labels}
+    whole = float(learner.training_step(batch, 0).detach())
     counts = (labels[:, 1:] != IGNORED).sum(1).tolist()
     assert counts == [10, 3, 8, 0]
     losses = []
     for rows in (slice(0, 1), slice(1, 3), slice(3, 4)):  # the last without a target
-        part = {name: values[rows] for name, values in batch.items()} | {"step_tokens": torch.tensor(21 / 3)}
-        losses.append(float(learner.training_step(part, 0).detach()))  # type: ignore[arg-type]
+        part: Any = {name: values[rows] for name, values in batch.items()} | {"step_tokens": torch.tensor(21 / 3)}
+        losses.append(float(learner.training_step(part, 0).detach()))
     assert sum(losses) / 3 == pytest.approx(whole, rel=1e-6)
     assert losses[2] == 0.0
 
@@ -150,3 +163,15 @@ def test_a_penalty_is_the_distance_to_the_budget_on_a_logarithmic_scale() -> Non
         stored = float(differentiable_bytes(learner.space, learner.gates_of_step(learner.limits[0], 0)).detach())
         losses[share] = loss - 2.0 * abs(math.log(stored / learner.limits[0]))
     assert losses[0.2] == pytest.approx(losses[0.5], abs=1e-4) == losses[0.9]
+
+
+def test_noise_does_not_depend_on_the_default_dtype() -> None:
+    """Which is another in a step than in the projection of its gradient, where a Trainer computes in float64."""
+    logits = {"groups": torch.zeros(7)}
+    expected = sampled(logits, 1.0, torch.Generator().manual_seed(5))["groups"]
+    torch.set_default_dtype(torch.float64)
+    try:
+        noisy = sampled(logits, 1.0, torch.Generator().manual_seed(5))["groups"]
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert torch.equal(noisy, expected)
