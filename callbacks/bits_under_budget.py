@@ -1,8 +1,9 @@
 """Decides in a fit which bits a budget buys, and leaves its findings in the run folder."""
 
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
@@ -110,10 +111,6 @@ class Allocator:
         """
         self._check_multiply_adds()
         items, network = self.items(plan), job.model.network
-
-        def price_of(plan: CompressionPlan) -> Price:
-            return price_narrowed(network, plan, rank=rank or job.lora.r, targets=job.lora.target_modules)
-
         self.affordable(job, plan, rank)  # checked before slow work
         sensitivities, bank = self.measure(job, plan)
         decided, allocation = decide(
@@ -125,7 +122,7 @@ class Allocator:
             config=self.config,
             sensitivities=sensitivities,
             dense_size=network.dtype.itemsize,
-            price_of=price_of,
+            price_of=_price_of(network, job.lora, rank),
         )
         if allocation.above_dearest:
             rank_zero_warn(f"The budget of {self.budget} is above the dearest plan, which is taken.")
@@ -157,16 +154,13 @@ class Allocator:
     def _affordable(
         self, network: Any, plan: CompressionPlan, lora: LoRAConfig, least_rank: int | None
     ) -> tuple[int, Price, Price]:
-        def price_of(plan: CompressionPlan) -> Price:
-            return price_narrowed(network, plan, rank=least_rank or lora.r, targets=lora.target_modules)
-
         return affordable(
             plan,
             self.items(plan),
             self.precisions,
             self.budget,
             dense_size=network.dtype.itemsize,
-            price_of=price_of,
+            price_of=_price_of(network, lora, least_rank),
             least_rank=least_rank,
         )
 
@@ -301,6 +295,11 @@ class Allocator:
         if self.calibrated is None or self.method == "mutual_information":
             return {}
         return {"calibrated": asdict(self.calibrated)}
+
+
+def _price_of(network: Any, lora: LoRAConfig, rank: int | None) -> Callable[[CompressionPlan], Price]:
+    """What prices plans of a model with adapters of a rank; None for that of all adapters."""
+    return partial(price_narrowed, network, rank=rank or lora.r, targets=lora.target_modules)
 
 
 def drop_scaffolding(folder: RunFolder | None) -> None:

@@ -129,7 +129,7 @@ class LoRAGuidedPruning(CompressionInTraining):
 
     def check(self, rehearsal: Rehearsal) -> None:
         refuse_experts(rehearsal.model, "LoRAGuidedPruning, which scores by adapters,", "StructuredPruning")
-        self._check_targets(rehearsal.model, rehearsal.lora)
+        self._check_adapters(rehearsal.model, rehearsal.lora)
         GradualPruning.of(rehearsal.model, self.ratio, self.selection)
         self.compensating.check(rehearsal.model)
         rehearsal.prune(self.ratio, self.selection)
@@ -140,7 +140,13 @@ class LoRAGuidedPruning(CompressionInTraining):
     def check_steps(self, num_steps: float) -> None:
         self.schedule.check(num_steps)
 
-    def _check_targets(self, model: Any, lora: LoRAConfig) -> None:
+    def _check_adapters(self, model: Any, lora: LoRAConfig) -> None:
+        if lora.pooled:
+            raise UserError(
+                "LoRAGuidedPruning removes columns of trained adapters, and --model.lora.pooled ties columns to the "
+                "groups of the base, which are others once some are gone. Drop one of both, or prune before the fit, "
+                "by StructuredPruning."
+            )
         _, family = family_of(model.config)
         layer_names = [f"{family.layers}.{number}" for number in range(model.config.num_hidden_layers)]
         for units, names in (("KV groups", ("q", "k", "v", "o")), ("FFN channels", ("gate", "up", "down"))):
@@ -170,7 +176,7 @@ class LoRAGuidedPruning(CompressionInTraining):
                 "With criterion gradient the gradients of weights would be those of a scaled loss under "
                 "--trainer.precision 16-mixed. Use bf16-mixed or 32-true, or criterion lora."
             )
-        self._check_targets(model.network, module.lora)
+        self._check_adapters(model.network, module.lora)
         self.compensating.begin(model, data_of(trainer))
         self.gradual = GradualPruning.of(model.network, self.ratio, self.selection)
         self._before = Size.of(model.network)

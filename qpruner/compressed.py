@@ -1,6 +1,6 @@
 """A language model under compression: its present state, what was done to it, and the folder that holds it."""
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from enum import StrEnum
@@ -599,6 +599,8 @@ class CompressedModel(nn.Module):
     def _without_adapters(self, kept: Kept | None = None) -> Iterator[None]:
         """Removes the adapters from the base within the context, and restores them, in their dtype, afterwards.
 
+        After an error they are restored whole, so that nothing that was trained is lost, such as to a full disk.
+
         Args:
             kept: [layers], indices of the units that the adapters keep; by default all.
         """
@@ -609,9 +611,16 @@ class CompressedModel(nn.Module):
         lora, seed = self._lora
         self.network, factors = detach_adapters(self.network)
         held_in = next(iter(factors.values()))[0].dtype  # of less than float32 with --trainer.precision bf16-true
-        if kept is not None:
-            factors = narrow_factors(self.network, factors, kept)
-        yield
+        narrowed = factors if kept is None else narrow_factors(self.network, factors, kept)
+        try:
+            yield
+            factors = narrowed
+        finally:
+            self._restore_adapters(lora, seed, factors, held_in)
+
+    def _restore_adapters(
+        self, lora: LoRAConfig, seed: int, factors: Mapping[str, Factors], held_in: torch.dtype
+    ) -> None:
         self._attach(lora, seed)
         set_factors_(self.network, factors)
         for factor in self.network.parameters():

@@ -107,12 +107,12 @@ def replacing_folder(folder: Path) -> Iterator[Path]:
     """Gives the path of a folder to make beside ``folder``, which takes the place of ``folder`` at the end.
 
     The folder above is made if it is not there. A process killed inside leaves ``folder`` as it was; killed in the
-    moment of the change, ``folder`` may be gone.
+    moment of the change, ``folder`` may be gone, but is never there in part.
 
     Raises:
         UserError: the disk has no room; ``folder`` is left as it was.
     """
-    temporary = folder.with_name(f".{folder.name}.tmp")
+    temporary, former = (folder.with_name(f".{folder.name}.{kind}") for kind in ("tmp", "old"))
     try:
         with writing(folder):
             folder.parent.mkdir(parents=True, exist_ok=True)
@@ -122,10 +122,18 @@ def replacing_folder(folder: Path) -> Iterator[Path]:
                 if path.is_file():
                     with path.open("r+b") as file:
                         os.fsync(file.fileno())
-            shutil.rmtree(folder, ignore_errors=True)
-            os.replace(temporary, folder)
+            shutil.rmtree(former, ignore_errors=True)
+            if folder.exists():
+                os.replace(folder, former)  # at once, where removing its files takes a while
+            try:
+                os.replace(temporary, folder)
+            except OSError:
+                if former.exists():
+                    os.replace(former, folder)
+                raise
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        for remains in (temporary, former):
+            shutil.rmtree(remains, ignore_errors=True)
 
 
 def write_text(path: Path, text: str) -> None:

@@ -298,6 +298,28 @@ def test_trained_adapters_do_not_change_by_what_a_base_is_known(tiny_llama: Path
     assert torch.equal(logits(going_on), logits(model))
 
 
+@pytest.mark.parametrize("step", ["keep", "prune"])
+def test_adapters_outlive_a_step_that_fails(
+    tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str
+) -> None:
+    model = dense(tiny_llama)
+    attach(model)
+    nudge(model)
+    expected = logits(model)
+
+    def fail(*args: Any, **options: Any) -> None:
+        raise OSError("no room")
+
+    with monkeypatch.context() as failing:
+        failing.setattr("qpruner.model_folder.write_base", fail)
+        failing.setattr("qpruner.compressed.narrow_", fail)
+        with pytest.raises(OSError, match="no room"):
+            model.keep(tmp_path / "model", tokenizer=None) if step == "keep" else model.prune(KEPT)
+    assert torch.equal(logits(model), expected) and model.state == State.ADAPTED
+    model.keep(tmp_path / "model", tokenizer=None)
+    model.prune(KEPT)
+
+
 def test_another_weight_another_recipe_or_another_state_is_another_base(tiny_llama: Path, tmp_path: Path) -> None:
     def known_by(change: Callable[[CompressedModel], object]) -> str | None:
         model = dense(tiny_llama)

@@ -4,6 +4,7 @@ import errno
 import hashlib
 import json
 import os
+import shutil
 import subprocess
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -45,6 +46,30 @@ def test_a_folder_takes_the_place_of_another_whole_or_not_at_all(tmp_path: Path)
         temporary.mkdir()
         (temporary / "new.txt").write_text("new")
     assert [path.name for path in folder.iterdir()] == ["new.txt"] and [*tmp_path.iterdir()] == [folder]
+
+
+def test_a_folder_is_never_there_in_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its files are removed elsewhere, and it comes back where the new one cannot take its place."""
+    folder, removed, replace = tmp_path / "model", list[Path](), os.replace
+    folder.mkdir()
+    (folder / "old.txt").write_text("old")
+    with monkeypatch.context() as patched:
+        patched.setattr(shutil, "rmtree", lambda path, **options: removed.append(Path(path)))
+        with replacing_folder(folder) as temporary:
+            temporary.mkdir()
+    assert folder not in removed and not [*folder.iterdir()]
+    assert (tmp_path / ".model.old" / "old.txt").exists() and tmp_path / ".model.old" in removed
+
+    def fail_for_new(source: Path, target: Path) -> None:
+        if source.suffix == ".tmp":
+            raise PermissionError("in use")
+        replace(source, target)
+
+    (folder / "kept.txt").write_text("kept")
+    monkeypatch.setattr(os, "replace", fail_for_new)
+    with pytest.raises(PermissionError), replacing_folder(folder) as temporary:
+        temporary.mkdir()
+    assert (folder / "kept.txt").read_text() == "kept" and [*tmp_path.iterdir()] == [folder]
 
 
 def test_a_folder_may_lie_in_one_that_is_not_there(tmp_path: Path) -> None:

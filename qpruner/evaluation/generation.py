@@ -110,10 +110,7 @@ def prompt_tokens(model: Any, tokenizer: Any, prompt: str, max_new_tokens: int) 
     Raises:
         UserError: there are none, or together with the new ones they exceed the model's positions.
     """
-    tokens: list[int] = tokenizer(prompt)["input_ids"]
-    ends = _ends(model, tokenizer)
-    if len(tokens) > 1 and tokens[-1] in ends:  # some tokenizers append an end token
-        tokens = tokens[:-1]
+    tokens = unended(tokenizer(prompt)["input_ids"], model, tokenizer)
     if not tokens:
         raise UserError(f"The prompt {prompt!r} has no tokens. Give one with at least a word.")
     check_positions(model, prompt, len(tokens), max_new_tokens)
@@ -143,6 +140,11 @@ def _sample(model: Any, tokenizer: Any, prompt: str, max_new_tokens: int) -> Sam
         distinct=tuple(distinct(written, n) for n in range(1, LONGEST_NGRAM + 1)),
         repetition=repetition(written),
     )
+
+
+def unended(tokens: list[int], model: Any, tokenizer: Any) -> list[int]:
+    """The tokens of a text without the end-of-text token that some tokenizers append."""
+    return tokens[:-1] if len(tokens) > 1 and tokens[-1] in _ends(model, tokenizer) else tokens
 
 
 def _ends(model: Any, tokenizer: Any) -> set[int]:

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from qpruner.errors import UserError
-from qpruner.evaluation.generation import check_positions
+from qpruner.evaluation.generation import check_positions, unended
 from qpruner.evaluation.subject import Subject
 from qpruner.memory import peak_meaning, read_peak, reset_peak, tensor_bytes
 
@@ -52,7 +52,7 @@ def stream(
     on = torch.device("cuda" if device != "cpu" and torch.cuda.is_available() else "cpu")
     reset_peak(on)
     subject = Subject.load(name, trust_remote_code=trust_remote_code)
-    network, tokens = subject.network.to(on), prompt_tokens(subject.tokenizer, prompt, chat=chat).to(on)
+    network, tokens = subject.network.to(on), prompt_tokens(subject, prompt, chat=chat).to(on)
     check_positions(network, prompt, tokens.shape[1], max_new_tokens)
     torch.manual_seed(seed)
     since = perf_counter()
@@ -77,19 +77,20 @@ def stream(
     )
 
 
-def prompt_tokens(tokenizer: Any, prompt: str, *, chat: bool) -> torch.Tensor:
+def prompt_tokens(subject: Subject, prompt: str, *, chat: bool) -> torch.Tensor:
     """The tokens of a prompt; int64 [1, tokens].
 
     Raises:
         UserError: the prompt has no tokens, or the tokenizer has no chat template.
     """
+    tokenizer = subject.tokenizer
     if chat:
         if not getattr(tokenizer, "chat_template", None):
             raise UserError("The tokenizer of this model has no chat template. Leave --chat out.")
         turns = [{"role": "user", "content": prompt}]
         tokens = tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_dict=True)["input_ids"]
     else:
-        tokens = tokenizer(prompt)["input_ids"]
+        tokens = unended(tokenizer(prompt)["input_ids"], subject.network, tokenizer)
     if not tokens:
         raise UserError("The prompt has no tokens. Give a few words.")
     return torch.tensor([tokens])

@@ -42,7 +42,7 @@ from qpruner.quantization.calibrated_inputs import BlockInputs, CalibratedConfig
 from qpruner.quantization.calibrated_layers import CalibratedLayers, Layer, Outcome, RoundedLinear
 from qpruner.quantization.embedding import quantize_tables_
 from qpruner.quantization.formats import GridFormat, format_for, rebuild
-from qpruner.quantization.rounding import corrected_weight, error, round_weight
+from qpruner.quantization.rounding import check_finite, corrected_weight, error, round_weight
 
 
 @dataclass(frozen=True)
@@ -187,6 +187,7 @@ class Packing:
         number_format, rounding, decide = format_for(precision), self._config.rounding, sums.decide
         target, outcome = weight, None
         if decide.cross is not None:
+            check_finite(name, weight, decide.hessian, decide.cross)  # or the corrected weight would be blamed
             target = corrected_weight(weight, decide.hessian, decide.cross, rounding.alpha, rounding.damping)
         shape = linear.out_features, linear.in_features
         state = number_format.encode(weight, precision)

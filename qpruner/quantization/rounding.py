@@ -136,7 +136,7 @@ def round_weight(
             the weight has no columns beside the leading ones.
     """
     weight = weight.detach().float()
-    _check_finite(name, weight, hessian)
+    check_finite(name, weight, hessian)
     hessians = damped(hessian, config.damping).view(-1, *hessian.shape[-2:])
     segments = segments_of(number_format, precision, weight.shape[1])
     linear = _Linear(weight, hessians, number_format, precision, segments, config)
@@ -313,10 +313,20 @@ def error(
     )
 
 
-def _check_finite(name: str, weight: Tensor, hessian: Tensor) -> None:
+def check_finite(name: str, weight: Tensor, *sums: Tensor) -> None:
+    """Makes sure that a linear can be rounded by text.
+
+    Args:
+        name: name of the linear, for the message.
+        weight: weight of the linear.
+        sums: sums over the inputs of the linear.
+
+    Raises:
+        UserError: the weight, or what reaches the linear, is not finite.
+    """
     if not weight.isfinite().all():
         raise UserError(f"The weight of {name} holds values that are not finite. Load an undamaged model.")
-    if not hessian.isfinite().all():
+    if not all(bool(part.isfinite().all()) for part in sums):
         raise UserError(
             f"What reaches {name} from the calibration text is not finite. Use --model.dtype bfloat16 or float32, "
             f"another base model, or rounding.method nearest."

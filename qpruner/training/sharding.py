@@ -194,7 +194,10 @@ def shard_(network: nn.Module, mesh: Any) -> None:
             f"on each device. Name linears of layers in --model.lora.target_modules, or use --trainer.strategy ddp."
         )
     for block in blocks:
-        fully_shard(block, mesh=mesh)
+        scalars = {parameter for parameter in block.parameters() if parameter.ndim == 0}  # such as those of scales
+        for scalar in scalars:
+            scalar.data = scalar.data.to(mesh.device_type)  # FSDP leaves alone what it cannot split
+        fully_shard(block, mesh=mesh, ignored_params=scalars)
     fully_shard(causal.base_model, mesh=mesh, ignored_params={*outside.values()})  # lets FSDP prefetch layers
 
 

@@ -56,6 +56,15 @@ def test_units_without_adapters_are_refused(
         fit(finetuner(tiny_llama, lora=LoRAConfig(target_modules=targets)), stories, guided())
 
 
+def test_pooled_adapters_are_refused(tiny_llama: Path, stories: StoriesDataModule) -> None:
+    lora = LoRAConfig(r=2, pooled=True)
+    with pytest.raises(UserError, match="model.lora.pooled ties columns to the groups of the base"):
+        fit(finetuner(tiny_llama, lora=lora), stories, guided())
+    skeleton = build_skeleton(read_base_config(str(tiny_llama)))
+    with pytest.raises(UserError, match="model.lora.pooled ties columns to the groups of the base"):
+        guided().check(Rehearsal(skeleton, lora))
+
+
 def test_one_adapter_for_each_kind_of_unit_suffices(tiny_llama: Path, stories: StoriesDataModule) -> None:
     lora = LoRAConfig(r=2, target_modules=("v_proj", "down_proj"))
     at_end = At("on_train_end", masked_logits)

@@ -1,6 +1,8 @@
 """What `qpruner generate` writes, against transformers' own greedy text, and what it refuses."""
 
 import re
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -55,7 +57,8 @@ def test_what_cannot_be_is_refused(options: list[str], message: str) -> None:
         run(["generate", "qpruner/stories", "--prompt", PROMPT, "--device", "cpu", *options])
 
 
-class Templated:
+class Tokenizer:
+    eos_token_id = 9
     chat_template = "yes"
 
     def apply_chat_template(self, turns: list[dict[str, str]], **options: bool) -> dict[str, list[int]]:
@@ -63,6 +66,11 @@ class Templated:
         assert options["add_generation_prompt"]
         return {"input_ids": [1, 2]}
 
+    def __call__(self, text: str) -> dict[str, list[int]]:
+        return {"input_ids": [3, 9, 4, 9]}
 
-def test_chats_take_the_template() -> None:
-    assert prompt_tokens(Templated(), "Hi", chat=True).tolist() == [[1, 2]]
+
+def test_chats_take_the_template_and_texts_are_open_at_their_end() -> None:
+    subject: Any = SimpleNamespace(tokenizer=Tokenizer(), network=SimpleNamespace(generation_config=None))
+    assert prompt_tokens(subject, "Hi", chat=True).tolist() == [[1, 2]]
+    assert prompt_tokens(subject, "Hi", chat=False).tolist() == [[3, 9, 4]]

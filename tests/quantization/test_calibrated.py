@@ -12,15 +12,17 @@ from support.families import random_tokens, tiny_model
 from torch import Tensor
 
 from qpruner.anatomy import architecture_of, unit_linears
+from qpruner.calibration.input_sums import InputSums
 from qpruner.calibration.output_gradients import output_weights
 from qpruner.calibration.text import Calibration, CalibrationConfig
 from qpruner.errors import UserError
+from qpruner.offload import Shelf
 from qpruner.plan import DENSE, UNITS, CompressionPlan, Leading, Precision
 from qpruner.processes import Processes
 from qpruner.quantization import calibrated
 from qpruner.quantization.apply import LoftQSettings
-from qpruner.quantization.calibrated import Calibrated, calibrate_
-from qpruner.quantization.calibrated_inputs import HELD_OUT, CalibratedConfig
+from qpruner.quantization.calibrated import Calibrated, Packing, calibrate_
+from qpruner.quantization.calibrated_inputs import HELD_OUT, CalibratedConfig, SplitSums
 from qpruner.quantization.calibrated_layers import CalibratedLayers, Outcome, RoundedLinear
 from qpruner.quantization.formats import dequantize, format_for, quantize
 from qpruner.quantization.packed import PackedLinear
@@ -381,3 +383,12 @@ def test_skipped_tokens_do_not_count() -> None:
     with pytest.raises(UserError, match=r"224 tokens decide.*at least"):
         CalibratedConfig(tokens="skip", text=CalibrationConfig(64, 8)).check_text(230)
     CalibratedConfig(text=CalibrationConfig(64, 8)).check_text(230)
+
+
+def test_what_overflows_before_a_linear_is_not_blamed_on_its_weight() -> None:
+    model, name = tiny_model("llama"), "model.layers.1.mlp.up_proj"
+    size = model.get_submodule(name).in_features
+    broken = InputSums(torch.eye(size)[None].double(), torch.full((1, size, size), float("inf")).double(), None)
+    packing = Packing(model, CalibratedConfig(rounding=GPTQ), {name: None})
+    with pytest.raises(UserError, match=f"What reaches {name} from the calibration text is not finite"):
+        packing.round(name, TWO_BITS, SplitSums(broken, broken, Shelf((), None)))

@@ -42,11 +42,13 @@ def at_call(number: int, function: Callable[..., Any], then: Callable[..., Any])
 
 
 def of_folders(function: Callable[..., Any]) -> Callable[..., Any]:
-    """A function in place of `os.replace` for folders alone."""
+    """A function in place of `os.replace` for new folders alone."""
     replace = os.replace
 
     def sorted_out(source: Any, *args: Any, **kwargs: Any) -> Any:
-        return (function if Path(source).is_dir() else replace)(source, *args, **kwargs)
+        return (function if Path(source).is_dir() and Path(source).suffix == ".tmp" else replace)(
+            source, *args, **kwargs
+        )
 
     return sorted_out
 

@@ -24,12 +24,13 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "bf16-true": {"callback": {"bits": 4}, "trainer": {"precision": "bf16-true"}},
     "distilled": {"callback": {"bits": 4}, "module": {"distillation": DistillationConfig(hidden=0.5)}},
     "polished": {"callback": AFFINE, "polishes": True, "module": {"optimizer": OptimizerConfig(lr=0.003)}},
+    "double": {"callback": {"bits": 3, "group": 32}},  # with parameters without dimensions
     "tables": {"callback": {"bits": 4, "embedding": 8, "head": 8}},
 }
 
 
 class Watch(Callback):
-    """The loss of every training step, and what a rank holds of the layers."""
+    """The loss of every training step, and what a rank holds of the layers, without what all ranks hold whole."""
 
     def __init__(self) -> None:
         self.losses: list[float] = []
@@ -39,7 +40,7 @@ class Watch(Callback):
         for block in decoder_blocks(causal_model(pl_module.model)):
             for parameter in block.parameters():
                 part = parameter.to_local() if hasattr(parameter, "to_local") else parameter
-                self.bytes += part.numel() * part.element_size()
+                self.bytes += part.numel() * part.element_size() if part.ndim else 0
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, *args: Any) -> None:
         self.losses.append(float(outputs["loss"]))

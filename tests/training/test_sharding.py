@@ -26,14 +26,14 @@ from qpruner.training.optimization import OptimizerConfig
 from qpruner.training.sharding import ShardedStrategy, is_sharded, part_of, shard_, strategy_of, whole
 
 RANKS = 2
-AFFINE = Precision("affine", 4, 32)
+DOUBLE = Precision("affine-double", 4, 32)  # with parameters without dimensions
 QUICK = ("llama", "gemma2", "gpt2", "mixtral")
 """Families that the quick tests split: of plain layers, of further norms, with biases, and of experts."""
 
 
 def step_of(family: str, rows: torch.Tensor) -> tuple[Any, torch.Tensor]:
     """A model in four bits with adapters of rank 3, and its loss on some rows."""
-    model = adapted(packed(tiny_model(family), AFFINE))
+    model = adapted(packed(tiny_model(family), DOUBLE))
     return model, token_nll(model, rows, rows).mean()
 
 
