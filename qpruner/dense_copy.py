@@ -81,11 +81,11 @@ def merge_run(run: Path, output: Path, dtype: str, *, packed: bool = False) -> N
 
 def merged_by_blocks(model: Any, dtype: torch.dtype, folder: Path) -> Any:
     """The result of `merge_`; its weights lie in files of a folder where they do not fit into memory."""
+    model.cpu()  # where the perplexity was measured there may be room for the packed model alone
     offloads, reason = choose("auto", num_parameters(model) * dtype.itemsize, torch.device("cpu"))
     if not offloads:
         return merge_(model, dtype)
     print(reason)
-    model.cpu()  # files are of host memory
     offload = Offload(folder)
     merged = merge_(model, dtype, done=offload.shelve_)
     offload_(merged, offload)

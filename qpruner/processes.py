@@ -100,6 +100,17 @@ class Processes:
         return answer
 
 
+def accelerator_for(given: Any) -> Any:
+    """What Lightning is given as an accelerator: ``auto`` is the CPU on machines whose GPU it would reach by MPS.
+
+    Calibration, metrics and the price of gates are computed in float64, which MPS does not have.
+
+    Args:
+        given: what the user gave: a name, or an object of Lightning's.
+    """
+    return "cpu" if given == "auto" and torch.backends.mps.is_available() else given
+
+
 def of_first(find: Callable[[], T], *, is_first: bool, broadcast: Callable[[Any], Any]) -> T:
     """Calls a function on the first process alone and gives its result to all processes.
 

@@ -10,7 +10,7 @@ from support.ranks import together
 
 from qpruner.compressed import CompressedModel
 from qpruner.errors import UserError
-from qpruner.processes import Processes
+from qpruner.processes import Processes, accelerator_for
 
 
 class Wire:
@@ -105,3 +105,10 @@ def test_hashes_of_a_compressed_base_are_left_to_one_who_has_compared_them(
     assert loaded.base_sha256 == "known"
     weights = zip(model.network.parameters(), loaded.network.parameters(), strict=True)
     assert all(torch.equal(one, other) for one, other in weights)
+
+
+@pytest.mark.parametrize("has_mps", [True, False])
+def test_the_automatic_accelerator_is_one_with_double_precision(has_mps: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: has_mps)
+    assert accelerator_for("auto") == ("cpu" if has_mps else "auto")
+    assert accelerator_for("cuda") == "cuda"

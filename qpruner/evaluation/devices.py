@@ -4,7 +4,7 @@ from lightning.fabric import Fabric
 from torch import Tensor
 
 from qpruner.errors import UserError, cut
-from qpruner.processes import Processes
+from qpruner.processes import Processes, accelerator_for
 
 
 def launch(accelerator: str, devices: int) -> Processes:
@@ -21,7 +21,9 @@ def launch(accelerator: str, devices: int) -> Processes:
         UserError: there are no such devices, or fewer than requested.
     """
     try:
-        fabric = Fabric(accelerator=accelerator, devices=devices, strategy="ddp" if devices > 1 else "auto")
+        fabric = Fabric(
+            accelerator=accelerator_for(accelerator), devices=devices, strategy="ddp" if devices > 1 else "auto"
+        )
     except (RuntimeError, TypeError, ValueError) as error:  # Lightning raises each of them for another kind of mistake
         raise UserError(f"Cannot use --accelerator {accelerator} with --devices {devices}: {cut(error)}") from error
     fabric.launch()

@@ -19,7 +19,7 @@ OURS = {name: getattr(package, name) for package in (callbacks, datamodules) for
 FOR_PEOPLE = (callbacks.Compression, TokenDataModule)
 """Base classes of what users choose from; the other callbacks are added by the commands."""
 NAMES: dict[type, Sequence[str]] = {
-    Accelerator: ("auto", "cpu", "gpu", "cuda", "mps"),
+    Accelerator: ("auto", "cpu", "gpu", "cuda"),
     Strategy: ("auto", "ddp", "fsdp2"),
 }
 """Words that stand for objects of Lightning, as far as a fit supports them."""

@@ -100,11 +100,11 @@ def calibrate_(
     precisions = {name: each for name, each in linear_precisions(model, plan).items() if each != DENSE}
     starts = starts_of(model, plan, adapters)
     check_rank(model, starts)
+    packing = Packing(model, config, starts)
     weights: dict[str, list[Tensor]] = {}
     if config.output_groups:
         linears = {name: model.get_submodule(name) for name in precisions}
         weights = output_weights(model, linears, calibration, config.output_groups)
-    packing = Packing(model, config, starts)
     result = Calibrated()
     with block_runner(model, calibration) as runner:
         dense_states = runner.embed()

@@ -8,6 +8,7 @@ from lightning.pytorch import Callback
 from lightning.pytorch.loggers import TensorBoardLogger
 
 from qpruner.errors import UserError
+from qpruner.processes import accelerator_for
 from qpruner.records.folder import RunFolder
 from qpruner.search.trainer import SearchTrainer
 from qpruner.training.preflight import check_kept, options_told
@@ -56,6 +57,7 @@ def make_trainer(
         "logger": logger,
         "default_root_dir": str(folder.path),
         "callbacks": list(callbacks),
+        "accelerator": accelerator_for(options.get("accelerator", "auto")),
         "strategy": strategy_of(options.get("strategy", "auto")),
     }
     with options_told():

@@ -265,6 +265,20 @@ class CompressibleModule(LightningModule):
         else:
             yield
 
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Self:
+        """Moves the module as ever, but leaves buffers in their number formats.
+
+        ``--trainer.precision bf16-true`` casts whole modules, and rotary frequencies of bfloat16 turn a position of
+        some thousands by radians too much or too little; transformers keeps them in float32 in any model, too.
+        """
+        before = dict(self.named_buffers())
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        for name, buffer in self.named_buffers():
+            if buffer.dtype != before[name].dtype:
+                owner, _, own = name.rpartition(".")
+                self.get_submodule(owner)._buffers[own] = before[name].to(buffer.device)
+        return self
+
     # Keeping.
 
     def setup(self, stage: str) -> None:

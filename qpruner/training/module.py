@@ -5,6 +5,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Self
 
@@ -33,7 +34,7 @@ from qpruner.training.optimization import OptimizerConfig, make_optimizer, make_
 from qpruner.training.processes import processes_of
 from qpruner.training.recording import Recording
 from qpruner.training.sharding import FSDP2, splits
-from qpruner.training.teacher import Teacher, check_teacher
+from qpruner.training.teacher import Teacher, check_teacher, order_of_base
 from qpruner.training.teaching import engage_teacher
 
 SMALLEST_SCALE = 2.0**-14
@@ -78,8 +79,8 @@ class LoRAFinetuner(CheckpointedModule):
             same.
 
     Raises:
-        UserError: in a fit, a loss, a gradient that no loss scale can mend, an adapter or a metric is not finite; or
-            the teacher is unsuitable.
+        UserError: pooled adapters have an optimizer of 8 bits; in a fit, a loss, a gradient that no loss scale can
+            mend, an adapter or a metric is not finite; or the teacher is unsuitable.
     """
 
     def __init__(
@@ -98,6 +99,12 @@ class LoRAFinetuner(CheckpointedModule):
         lora = LoRAConfig(**lora) if isinstance(lora, dict) else lora
         optimizer = OptimizerConfig(**optimizer) if isinstance(optimizer, dict) else optimizer
         distillation = DistillationConfig(**distillation) if isinstance(distillation, dict) else distillation
+        if lora.pooled and "8bit" in optimizer.name:
+            raise UserError(
+                f"--model.optimizer.name is {optimizer.name}, which rounds its state by blocks that may end within a "
+                f"group, so that the columns of pooled adapters drift apart. Use adamw or paged_adamw, or leave "
+                f"--model.lora.pooled out."
+            )
         targets = lora.target_modules
         super().__init__(base, dtype, trust_remote_code, gradient_checkpointing, lora, seed, offload)
         self.save_hyperparameters(
@@ -157,6 +164,12 @@ class LoRAFinetuner(CheckpointedModule):
         if self.distillation is not None and self.teacher is None and fits:
             self.teacher = engage_teacher(self.distillation, self, self.trainer, self.recorded_in)
 
+    @cached_property
+    def _order_of_base(self) -> tuple[int, ...] | None:
+        """The channels of the teacher that those of the base are, before callbacks change it; see `order_of_base`."""
+        assert self.distillation is not None
+        return order_of_base(self.distillation, self.base)
+
     def release(self) -> None:
         super().release()
         self.teacher = None
@@ -195,8 +208,8 @@ class LoRAFinetuner(CheckpointedModule):
         """Losses of the scored tokens of a batch relative to labels and teacher."""
         assert self.distillation is not None
         lesson = teacher.lesson(batch)
-        if self.plan is not None and self.plan.hidden is not None:
-            lesson = lesson.ordered(self.plan.hidden)
+        for order in (self._order_of_base, None if self.plan is None else self.plan.hidden):
+            lesson = lesson if order is None else lesson.ordered(order)
         scored = Scored.of(self.model, batch["input_ids"], batch["labels"], batch["attention_mask"])
         return distillation_losses(self.distillation, Head.of(self.model), scored, lesson)
 

@@ -58,6 +58,22 @@ def name_of_teacher(config: DistillationConfig, base: str) -> str:
     return name
 
 
+def order_of_base(config: DistillationConfig, base: str) -> tuple[int, ...] | None:
+    """Order of a base's hidden channels, as indices of the teacher's; None where they are in the same order.
+
+    A compressed folder may have them reordered. A teacher other than the folder itself is taken to have them in the
+    order of the model that the folder was made from.
+
+    Args:
+        config: options of the distillation.
+        base: base of the student, a dense model or the folder of a compressed one.
+    """
+    folder = Path(resolve(base))
+    if not is_compressed(folder) or name_of_teacher(config, base) == base:
+        return None
+    return read_plan(folder).hidden
+
+
 def check_teacher(config: DistillationConfig, base: str, student: Any, *, trust_remote_code: bool) -> Any:
     """Makes sure that a model can teach a student, without reading its weights.
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from lightning.pytorch.plugins import HalfPrecision
 from support.fits import PRUNING, adapters, finetuner, fit, logits
 
 from qpruner.callbacks import KeepModel, StructuredPruning
@@ -44,6 +45,18 @@ def test_the_dense_base_is_loaded_once_and_gets_its_adapters_once(tiny_llama: Pa
     module.release()
     module.load_base()
     assert module.held is not held and module.compressed.state is State.DENSE
+
+
+def test_half_precision_is_of_parameters_alone(tiny_llama: Path) -> None:
+    """As ``--trainer.precision bf16-true`` casts a module: rotary frequencies stay as transformers has them."""
+    module = finetuner(tiny_llama)
+    module.configure_model()
+    rotary = module.model.get_base_model().model.rotary_emb
+    frequencies = rotary.inv_freq
+    HalfPrecision("bf16-true").convert_module(module)
+    assert {parameter.dtype for parameter in module.parameters()} == {torch.bfloat16}
+    assert rotary.inv_freq.dtype == torch.float32 and torch.equal(rotary.inv_freq, frequencies)
+    assert module.to("meta") and {buffer.device.type for buffer in module.buffers()} == {"meta"}
 
 
 def test_what_is_kept_goes_before_what_an_earlier_fit_left_and_that_before_the_dense(

@@ -52,6 +52,13 @@ def test_adapters_start_without_effect_and_add_b_a_scaled_by_alpha_over_r(tiny_l
     assert torch.allclose(module(batch), merged, atol=1e-5)
 
 
+@pytest.mark.parametrize("name", ["adamw_8bit", "paged_adamw_8bit"])
+def test_pooled_adapters_are_not_trained_with_a_state_of_eight_bits(tiny_llama: Path, name: Any) -> None:
+    with pytest.raises(UserError, match=f"optimizer.name is {name}, .* Use adamw or paged_adamw"):
+        LoRAFinetuner(str(tiny_llama), lora=LoRAConfig(pooled=True), optimizer=OptimizerConfig(name))
+    LoRAFinetuner(str(tiny_llama), lora=LoRAConfig(pooled=True), optimizer=OptimizerConfig("paged_adamw"))
+
+
 def test_only_adapters_of_all_seven_projections_train(tiny_llama: Path) -> None:
     trained = {name for name, parameter in make(tiny_llama).named_parameters() if parameter.requires_grad}
     projections = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")

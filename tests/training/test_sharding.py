@@ -166,6 +166,18 @@ def test_a_stage_that_no_device_has_room_for_is_measured_once_it_is_split(
     assert stages == [("dense", False), ("quantized", False), ("quantized + LoftQ", True), ("recovered", True)]
 
 
+@pytest.mark.slow
+def test_a_rehearsal_of_polishing_leaves_nothing(tiny_llama: Path, tmp_path: Path) -> None:
+    rehearsed = {**VARIANTS["polished"], "trainer": {"fast_dev_run": 2, "max_steps": -1, "val_check_interval": None}}
+
+    def work(rank: int) -> list[float]:
+        losses: list[float] = fit(str(tiny_llama), tmp_path / "fit", ShardedStrategy(), rehearsed)["losses"]
+        return losses
+
+    losses, _ = on_two_ranks(work, tmp_path)
+    assert len(losses) == 2 and not (tmp_path / "fit" / "model").exists()
+
+
 @pytest.mark.parametrize("given", ["fsdp", "fsdp_cpu_offload", "deepspeed_stage_3"])
 def test_strategies_that_flatten_weights_are_refused_with_the_one_that_does_not(given: str) -> None:
     with pytest.raises(UserError, match=f"strategy is {given}, which lays .* Use fsdp2 to split"):

@@ -18,7 +18,8 @@ from qpruner.pretrained import load_tokenizer
 from qpruner.quantization.packed import PackedLinear
 from qpruner.training import teacher
 from qpruner.training.distillation import DistillationConfig
-from qpruner.training.teacher import OnlineTeacher, check_teacher, load_teacher, name_of_teacher
+from qpruner.training.module import LoRAFinetuner
+from qpruner.training.teacher import OnlineTeacher, check_teacher, load_teacher, name_of_teacher, order_of_base
 
 
 def load(name: Path, on: str = "cpu", **options: Any) -> Any:
@@ -44,6 +45,28 @@ def test_it_is_the_one_asked_for_else_the_dense_one_behind_the_base(compressed: 
     shutil.rmtree(compressed.with_name("dense"))
     with pytest.raises(UserError, match=r"dense', is not there. Give one as --model.distillation.base"):
         check_teacher(usual, str(compressed), None, trust_remote_code=False)
+
+
+@pytest.mark.parametrize("taught_by", ["what it was made from", "itself"])
+def test_hidden_states_are_compared_channel_by_channel(taught_by: str, tiny_llama: Path, tmp_path: Path) -> None:
+    model = CompressedModel.load(str(tiny_llama), dtype="float32")
+    order = torch.randperm(model.network.config.hidden_size).tolist()
+    model.reorder(order)
+    model.keep(tmp_path / "reordered", tokenizer=None)
+    base = str(tmp_path / "reordered")
+    config = DistillationConfig(hidden=1.0, base=base if taught_by == "itself" else None)
+    assert order_of_base(config, base) == (None if taught_by == "itself" else tuple(order))
+    assert order_of_base(config, str(tiny_llama)) is None
+
+    module = LoRAFinetuner(base, dtype="float32", distillation=config)
+    module.load_base()
+    module.attach_adapters()
+    network = load(Path(name_of_teacher(config, base)))
+    teacher = OnlineTeacher(network, config, torch.device("cpu"))
+    tokens = torch.randint(0, 2048, (2, 9))
+    batch: Any = {"input_ids": tokens, "labels": tokens, "attention_mask": torch.ones_like(tokens)}
+    parts = module.distilled(batch, teacher).parts
+    assert float(parts["hidden"].max()) < 1e-6 and float(parts["kl"].abs().max()) < 1e-4
 
 
 def test_it_is_held_as_told(tiny_llama: Path) -> None:
