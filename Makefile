@@ -11,7 +11,7 @@ demo: $(VENV)/.installed
 test: $(VENV)/.installed
 	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest --numprocesses=auto -m "not slow"
 
-# What `test` leaves out: further kills and configurations, and 1,800 more files damaged in every way that one can be.
+# What `test` leaves out: further kills and configurations, and 1,900 more files damaged in every way that one can be.
 test-slow: $(VENV)/.installed
 	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest --numprocesses=auto -m slow
 

@@ -17,7 +17,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from support import environment
-from support.families import KEPT, PLAIN, logits_of, tiny_config, tiny_model
+from support.families import KEPT, PLAIN, each_of, logits_of, tiny_config, tiny_model
 from transformers import AutoModelForCausalLM
 
 import qpruner
@@ -198,7 +198,7 @@ def test_adapters_that_peft_merged_leave_a_model_for_everybody(
     assert read_config(tmp_path / "merged").architectures == [type(again).__name__]
 
 
-@pytest.mark.parametrize("family", PLAIN)
+@each_of(PLAIN)
 @pytest.mark.parametrize("kept", SHAPES.values(), ids=list(SHAPES))
 def test_the_model_comes_back_with_identical_logits(tmp_path: Path, family: str, kept: Any) -> None:
     model, plan = write(tmp_path / "model", family, kept)
@@ -223,7 +223,7 @@ def test_biases_of_every_projection_come_back(tmp_path: Path, kept: Any) -> None
     assert torch.equal(logits_of(loaded), logits_of(model))
 
 
-@pytest.mark.parametrize("family", PLAIN)
+@each_of(PLAIN)
 def test_a_loaded_model_is_frozen_in_evaluation_mode_and_on_the_cpu(tmp_path: Path, family: str) -> None:
     write(tmp_path / "model", family)
     model = load_base(tmp_path / "model").network
@@ -234,7 +234,7 @@ def test_a_loaded_model_is_frozen_in_evaluation_mode_and_on_the_cpu(tmp_path: Pa
     assert tied == tiny_config(family).tie_word_embeddings
 
 
-@pytest.mark.parametrize("family", PLAIN)
+@each_of(PLAIN)
 def test_a_loaded_model_generates_the_same(tmp_path: Path, family: str) -> None:
     model, plan = compress(family)
     model.generation_config.eos_token_id = [3, 4]
@@ -246,7 +246,7 @@ def test_a_loaded_model_generates_the_same(tmp_path: Path, family: str) -> None:
     assert torch.equal(loaded.generate(tokens, **options), model.generate(tokens, **options))
 
 
-@pytest.mark.parametrize("family", PLAIN)
+@each_of(PLAIN)
 @pytest.mark.parametrize("kept", SHAPES.values(), ids=list(SHAPES))
 def test_saving_what_was_loaded_writes_the_same_files(tmp_path: Path, family: str, kept: Any) -> None:
     write(tmp_path / "first", family, kept)
@@ -259,7 +259,7 @@ def test_saving_what_was_loaded_writes_the_same_files(tmp_path: Path, family: st
     assert second == first
 
 
-@pytest.mark.parametrize("family", PLAIN)
+@each_of(PLAIN)
 def test_bfloat16_is_kept(tmp_path: Path, family: str) -> None:
     tiny_model(family).save_pretrained(tmp_path / "dense")
     dense = conv1d_to_linear_(AutoModelForCausalLM.from_pretrained(tmp_path / "dense", dtype=torch.bfloat16))
@@ -291,7 +291,7 @@ def test_weights_in_several_files_come_back(tmp_path: Path) -> None:
     assert torch.equal(logits_of(load_compressed(tmp_path / "model")), expected)
 
 
-@pytest.mark.parametrize("family", PLAIN)
+@each_of(PLAIN)
 @pytest.mark.parametrize("kept", [KEPT, SHAPES["three groups"]], ids=["unequal", "three groups"])
 def test_adapters_come_back_with_identical_logits(tmp_path: Path, family: str, kept: Any) -> None:
     model, _ = write(tmp_path / "model", family, kept)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from support.calibration import calibration
 from support.disks import files_end_at
-from support.families import logits_of, tiny_model
+from support.families import each_of, logits_of, tiny_model
 from support.fits import finetuner, fit
 from torch import Tensor, nn
 
@@ -183,7 +183,7 @@ def test_room_is_asked_for_what_is_outside_and_the_largest_block(
     assert asked == [block]
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@each_of(FAMILIES)
 def test_text_passes_through_an_offloaded_model(tmp_path: Path, family: str) -> None:
     model = tiny_model(family).requires_grad_(False)
     expected = logits_of(model)
@@ -225,7 +225,16 @@ COMPRESSIONS: dict[str, Callable[[], list[Any]]] = {
 }
 
 
-@pytest.mark.parametrize(("name", "dtype"), [*((name, "auto") for name in COMPRESSIONS), ("sequential", "bfloat16")])
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [
+        *(
+            pytest.param(name, "auto", marks=[pytest.mark.slow] if name in ("local", "sensitivity", "marginal") else [])
+            for name in COMPRESSIONS
+        ),
+        ("sequential", "bfloat16"),
+    ],
+)
 def test_a_fit_makes_the_same_of_it(
     tmp_path: Path, tiny_llama: Path, stories: StoriesDataModule, name: str, dtype: Any
 ) -> None:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
-from support.families import EXPLICIT, FFN, HIDDEN, KEPT, LAYERS, PLAIN, tiny_config, tiny_model
+from support.families import EXPLICIT, FFN, HIDDEN, KEPT, LAYERS, PLAIN, each_of, tiny_config, tiny_model
 from support.runs import payload
 
 from qpruner.adapter_files import save_adapters
@@ -77,7 +77,7 @@ def layers(draw: st.DrawFn) -> tuple[int, list[tuple[list[int], range]], list[di
     return channels, kept, precision
 
 
-@pytest.mark.parametrize("family", PLAIN)
+@each_of(PLAIN)
 @settings(
     max_examples=6, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck), phases=[Phase.generate]
 )
@@ -124,7 +124,7 @@ def test_every_format_costs_what_its_file_holds(tmp_path: Path, precision: Preci
     assert (priced.total - priced.adapters, priced.adapters) == (base, adapters)
 
 
-@pytest.mark.parametrize("family", PLAIN)
+@each_of(PLAIN)
 @pytest.mark.parametrize("tied", [True, False])
 def test_a_skeleton_costs_the_same_and_stays_without_weights(family: str, tied: bool) -> None:
     changes = {"tie_word_embeddings": tied, **BIASES[family]}

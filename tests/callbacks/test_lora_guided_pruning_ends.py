@@ -136,7 +136,14 @@ def test_a_checkpoint_of_a_second_fit_gives_back_the_packed_base_as_it_was_narro
 
 @pytest.mark.parametrize(
     ("every", "bits", "changes"),
-    [(1, 16, {}), (2, 16, {}), (3, 16, COMPENSATION), (5, 4, {}), (9, 16, {}), (10, 16, {})],
+    [
+        pytest.param(1, 16, {}, marks=pytest.mark.slow),
+        (2, 16, {}),
+        (3, 16, COMPENSATION),
+        (5, 4, {}),
+        pytest.param(9, 16, {}, marks=pytest.mark.slow),
+        pytest.param(10, 16, {}, marks=pytest.mark.slow),
+    ],
     ids=lambda value: "compensated" if value == COMPENSATION else str(value),
 )
 @pytest.mark.filterwarnings("error:The fit ended")

@@ -250,8 +250,8 @@ def test_a_base_that_was_kept_without_its_start_is_not_taken_for_whole(
     assert all(torch.equal(adapters(second)[name], tensor) for name, tensor in adapters(whole).items())
 
 
-@pytest.mark.parametrize("sessions", [1, 2])
-@pytest.mark.parametrize("iterations", [0, 1, 3])
+@pytest.mark.parametrize("sessions", [pytest.param(1, marks=pytest.mark.slow), 2])
+@pytest.mark.parametrize("iterations", [0, pytest.param(1, marks=pytest.mark.slow), 3])
 def test_load_from_checkpoint_gives_identical_logits_and_says_which_folder_is_gone(
     tiny_llama: Path, stories: StoriesDataModule, tmp_path: Path, sessions: int, iterations: int
 ) -> None:

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from support.families import adapted, logits_of, random_tokens
+from support.families import adapted, each_of, logits_of, random_tokens
 from support.quantized import MIXED, pruned
 from torch import Tensor, nn
 
@@ -54,7 +54,7 @@ def test_repetition_of_other_lengths() -> None:
     assert repetition([1, 2, 1], n=1) == pytest.approx(1 / 3)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@each_of(FAMILIES)
 def test_pruned_and_packed_models_write_with_their_cache_as_without(family: str, tmp_path: Path) -> None:
     """Each layer has another number of key-value heads; sliding windows are shorter than the text."""
     model, plan = pruned(family, MIXED)

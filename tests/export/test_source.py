@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 from support.exports import source_of
-from support.families import KEPT, KEPT_EXPERTS, MIXTURES, logits_of, random_tokens
+from support.families import KEPT, KEPT_EXPERTS, MIXTURES, each_of, logits_of, random_tokens
 from support.quantized import INT8, NF4
 
 from qpruner.anatomy import FAMILIES
@@ -17,7 +17,7 @@ from qpruner.model_folder import load_compressed
 AFFINE = NF4.__class__("affine", 4, 32)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@each_of(FAMILIES)
 def test_its_weights_are_those_of_the_dense_model(tmp_path: Path, family: str) -> None:
     """Logits computed from them one by one are those of the packed model with its adapters."""
     kept = KEPT_EXPERTS if family in MIXTURES else KEPT

@@ -22,7 +22,7 @@ from qpruner.errors import UserError
 
 SECONDS, BYTES = 20, 2 * 2**30
 LONGEST = 1000
-CASES, OF_THESE_QUICK = 2000 // len(TARGETS), 200 // len(TARGETS)
+CASES, OF_THESE_QUICK = 2000 // len(TARGETS), 100 // len(TARGETS)
 
 
 class TooLong(BaseException):

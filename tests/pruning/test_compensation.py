@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 from support.calibration import calibration, in_processes
-from support.families import FFN, KEPT, LAYERS, PLAIN, adapted, random_tokens, tiny_model
+from support.families import FFN, KEPT, LAYERS, PLAIN, adapted, each_of, random_tokens, tiny_model
 from torch import Tensor
 
 from qpruner.anatomy import architecture_of, decoder_blocks, decoder_layers, family_of
@@ -94,7 +94,7 @@ def _double(bias: Tensor | None) -> Tensor | None:
 
 
 @pytest.mark.parametrize("how", ["sequential", "local"])
-@pytest.mark.parametrize("family", PLAIN)
+@each_of(PLAIN)
 def test_each_linear_is_solved_on_what_the_narrowed_prefix_gives_it(family: str, how: How) -> None:
     dense, narrow = pruned(family)
     fits = compensate_(narrow, dense, KEPT, calibration(5, TEXT), how)

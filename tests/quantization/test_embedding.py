@@ -9,7 +9,7 @@ import pytest
 import torch
 from lightning.pytorch import Trainer
 from safetensors.torch import load_file
-from support.families import FAMILIES, HIDDEN, LAYERS, VOCAB, logits_of, random_tokens, tiny_config, tiny_model
+from support.families import FAMILIES, HIDDEN, LAYERS, VOCAB, each_of, logits_of, random_tokens, tiny_config, tiny_model
 from support.linears import PRECISIONS, quantize_dequantize
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -97,7 +97,7 @@ def test_whole_rows_are_read_without_the_rest_of_the_table(precision: Precision)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("family", FAMILIES)
+@each_of(FAMILIES)
 def test_the_embedding_is_the_dense_one_of_the_rounded_table(family: str, dtype: torch.dtype) -> None:
     model = tiny_model(family).to(dtype)
     reference = copy.deepcopy(model.get_input_embeddings())

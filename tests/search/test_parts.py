@@ -103,8 +103,16 @@ class Searched:
         return price_of_plan(self.config, torch.bfloat16, plan, LORA)
 
 
-@pytest.mark.parametrize("multiply_adds", [None, 0.85])
-@pytest.mark.parametrize("of_all", [False, True], ids=["share", "bytes"])
+@pytest.mark.parametrize(
+    ("of_all", "multiply_adds"),
+    [
+        (False, None),
+        (True, 0.85),
+        pytest.param(False, 0.85, marks=pytest.mark.slow),
+        pytest.param(True, None, marks=pytest.mark.slow),
+    ],
+    ids=["share", "bytes and multiply-adds", "share and multiply-adds", "bytes"],
+)
 @pytest.mark.parametrize(
     ("share", "options"),
     [

@@ -1,7 +1,9 @@
 """A tiny random model of every family that can be pruned, with nothing left at a value that would hide a mistake."""
 
+from collections.abc import Iterable
 from typing import Any
 
+import pytest
 import torch
 import transformers
 
@@ -19,7 +21,16 @@ PLAIN = [family for family, anatomy in FAMILIES.items() if anatomy.mixture is No
 MIXTURES = [family for family in FAMILIES if family not in PLAIN]
 """Families whose layers have one FFN, and those whose layers have experts."""
 
+QUICK = ("llama", "gemma2", "gpt2", "mixtral")
+"""One family of each kind: of plain layers, of further norms, with biases and combined projections, of experts."""
+
 EACH, TOP_K = 12, 2
+
+
+def each_of(families: Iterable[str]) -> pytest.MarkDecorator:
+    """One test for each family as ``family``; those beyond `QUICK` are left to ``make test-slow``."""
+    marked = [pytest.param(name, marks=[] if name in QUICK else [pytest.mark.slow]) for name in families]
+    return pytest.mark.parametrize("family", marked)
 
 
 def in_experts(places: dict[int, Any]) -> tuple[int, ...]:

@@ -22,7 +22,7 @@ from support.toys import Toy
 NUM_TRIALS, WORKERS = 14, 2
 MOMENTS = (
     "never",
-    *(f"{moment}-{n}" for moment in ("before", "half", "after") for n in (1, 2, 3, 4, 12, 23)),
+    *(f"{moment}-{n}" for moment in ("before", "half", "after") for n in (1, 2, 3, 12)),
     "tell-5",
 )
 IN_A_TRIAL = ("serial-3", "serial-4", "processes-5")

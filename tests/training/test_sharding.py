@@ -9,7 +9,7 @@ import torch
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from lightning.pytorch.trainer.states import TrainerState
 from safetensors.torch import load_file
-from support.families import EXPLICIT, adapted, packed, random_tokens, tiny_model
+from support.families import EXPLICIT, adapted, each_of, packed, random_tokens, tiny_model
 from support.fits import finetuner
 from support.ranks import on_two_ranks
 from support.sharded_fits import VARIANTS, fit
@@ -27,8 +27,6 @@ from qpruner.training.sharding import ShardedStrategy, is_sharded, part_of, shar
 
 RANKS = 2
 DOUBLE = Precision("affine-double", 4, 32)  # with parameters without dimensions
-QUICK = ("llama", "gemma2", "gpt2", "mixtral")
-"""Families that the quick tests split: of plain layers, of further norms, with biases, and of experts."""
 
 
 def step_of(family: str, rows: torch.Tensor) -> tuple[Any, torch.Tensor]:
@@ -43,10 +41,7 @@ def bytes_of_layers(model: Any) -> int:
     return sum(part.numel() * part.element_size() for part in parts)
 
 
-@pytest.mark.parametrize(
-    "family",
-    [pytest.param(family, marks=[] if family in QUICK else [pytest.mark.slow]) for family in EXPLICIT],
-)
+@each_of(EXPLICIT)
 def test_losses_and_gradients_are_those_of_a_whole_model(family: str, tmp_path: Path) -> None:
     """Of rank 3, adapters have rows that two devices cannot share alike; the loss is the mean over both."""
     rows = random_tokens(4)
