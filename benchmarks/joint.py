@@ -40,14 +40,15 @@ import torch
 from measured import AfterCompression, add_report_arguments, perplexities
 from studies import Row, add_arguments, complete, name_of, recovery, text_data
 
-from qpruner.allocation.budget import Budget, dense_weights
+from qpruner.allocation.budget import Budget
 from qpruner.allocation.decision import DecidingConfig
+from qpruner.anatomy import unit_weights
 from qpruner.calibration.text import CalibrationConfig
 from qpruner.callbacks import KeepModel, MixedPrecisionQuantization, PlannedPruning, StructuredPruning
 from qpruner.datamodules import TextDataModule
 from qpruner.datamodules.base import LoaderConfig
 from qpruner.joint.config import JointConfig
-from qpruner.joint.space import unit_bytes, unit_weights
+from qpruner.joint.space import unit_bytes
 from qpruner.memory import tensor_bytes
 from qpruner.plan import CompressionPlan
 from qpruner.pretrained import held_in, load_config
@@ -128,8 +129,8 @@ def measure(given: argparse.Namespace, key: Row) -> Row:
         done = module.compressed.known_plan()
         return {
             "bits": round(module.compressed.average_bits or 0, 3),
-            "kept": round(unit_weights(done) / dense_weights(done), 3),
-            "of_budget": round(unit_bytes(done, 2) / (key["share"] * 2 * dense_weights(done)), 4),
+            "kept": round(unit_weights(done.widths) / unit_weights(done.architecture), 3),
+            "of_budget": round(unit_bytes(done, 2) / (key["share"] * 2 * unit_weights(done.architecture)), 4),
             "bytes": tensor_bytes(module.compressed.network),
             "quantized": after.perplexities,
             "recovered": reports(trainer, module),

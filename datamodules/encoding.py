@@ -12,11 +12,6 @@ from qpruner.datamodules.tokens import in_batches
 from qpruner.errors import UserError, brief
 
 
-def encode_pair(tokenizer: Any, context: str, continuation: str) -> tuple[list[int], list[int]]:
-    """What `encode_pairs` gives for a single context with its continuation."""
-    return encode_pairs(tokenizer, [(context, continuation)])[0]
-
-
 def encode_pairs(tokenizer: Any, pairs: Sequence[tuple[str, str]]) -> list[tuple[list[int], list[int]]]:
     """The tokens of each context and of its continuation, at least one each; every distinct text is tokenized once.
 

@@ -105,24 +105,12 @@ def model_folder(given: Path) -> Path:
         raise UserError(f"There is no folder {str(given)!r}. Give the folder of a run, such as runs/quickstart.")
     run = RunFolder(given)
     if run.config.exists():
-        if run.results.exists():
-            raise UserError(
-                f"{str(given)!r} is a search, which keeps no trained model. Recover its plan first: "
-                f"`qpruner fit --plan {run.plan}`, and merge that run."
-            )
-        if run.finished and not is_compressed(run.model):
-            raise UserError(
-                f"The run {str(given)!r} keeps no model: {str(run.model)!r} holds none. Put it back, or run the fit "
-                f"again with --restart; of a base whose family cannot be compressed a run keeps only the adapters."
-            )
-        model, unfinished = run.model, not run.finished
-    elif is_compressed(given):
-        model, unfinished = given, has_initial_adapters(given)
-    else:
+        return run.finished_model()
+    if not is_compressed(given):
         raise UserError(f"{str(given)!r} is the folder of no run. Give one, such as runs/quickstart.")
-    if unfinished:
+    if has_initial_adapters(given):
         raise UserError(f"The fit of {str(given)!r} is not over. Finish it first: repeat its command.")
-    return model
+    return given
 
 
 def prepare_output(folder: Path) -> None:

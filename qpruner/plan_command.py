@@ -138,8 +138,7 @@ def check_plan(plan: Path, *, base: str, trust_remote_code: bool = False) -> Non
     """
     import torch
 
-    from qpruner.allocation.budget import dense_weights
-    from qpruner.anatomy import architecture_of
+    from qpruner.anatomy import architecture_of, unit_weights
     from qpruner.model_folder import read_base_config
     from qpruner.outline import outline_of
     from qpruner.pretrained import model_fingerprint
@@ -159,7 +158,7 @@ def check_plan(plan: Path, *, base: str, trust_remote_code: bool = False) -> Non
         f"Its precisions make of that, with what stays dense in bfloat16, {cost.total:,} bytes of tensors, headers of "
         f"files apart: {cost.units:,} in the decoder linears ({cost.average_bits:.2f} bits per weight with scales) and "
         f"{cost.rest:,} in embeddings, norms and head. A token costs {cost.multiply_adds:,} multiply-adds in the "
-        f"decoder linears, {cost.multiply_adds / dense_weights(read):.1%} of those of the dense model."
+        f"decoder linears, {cost.multiply_adds / unit_weights(read.architecture):.1%} of those of the dense model."
     )
 
 

@@ -1,16 +1,15 @@
 """Logits of a compressed model from when it was written, stored beside it to verify loaded copies."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from qpruner.errors import UserError
 from qpruner.folder_manifest import COPY_AGAIN, REFERENCE
+from qpruner.modes import evaluating
 from qpruner.offload import passing
 from qpruner.tensor_files import load_tensors
 
@@ -65,16 +64,6 @@ def says_the_same(difference: float, dtype: torch.dtype) -> bool:
 def last_logits(model: Any, tokens: Tensor) -> Tensor:
     """The logits behind the last token of each row of tokens; float32 [rows, vocabulary], on the CPU."""
     device = next(model.parameters()).device
-    with _evaluating(model), passing(model):
+    with evaluating(model), passing(model):
         logits: Tensor = model(input_ids=tokens.to(device), use_cache=False, logits_to_keep=1).logits
     return logits[:, -1].float().cpu().contiguous()
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    was_training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(was_training)

@@ -226,7 +226,7 @@ def test_what_is_no_finished_run_is_named(work: Path) -> None:
     (work / "kept").rename(work / "runs/x/model")
     summary = read_json(work / "runs/x/summary.json")
     write_json(work / "runs/x/summary.json", summary | {"finished": False})
-    with pytest.raises(UserError, match="The fit of 'runs/x' is not over"):
+    with pytest.raises(UserError, match="The run 'runs/x' is not over"):
         run(["merge", "runs/x", "out"])
     manifest = read_json(work / "runs/x/model/manifest.json")
     write_json(work / "runs/x/model/manifest.json", manifest | {"adapters": "initial"})

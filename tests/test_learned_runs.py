@@ -12,13 +12,13 @@ from support.forks import in_fork
 from support.runs import KILL_AT, adapters, in_own_process, payload, stages
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from qpruner.anatomy import architecture_of
+from qpruner.anatomy import architecture_of, unit_weights
 from qpruner.commands import run
 from qpruner.datamodules.base import LoaderConfig
 from qpruner.datamodules.stories import StoriesDataModule
 from qpruner.errors import UserError
 from qpruner.joint.learner import Ground, PlanLearner
-from qpruner.joint.space import unit_bytes, unit_weights
+from qpruner.joint.space import unit_bytes
 from qpruner.model_folder import build_skeleton, load_compressed, read_base_config
 from qpruner.plan import CompressionPlan
 from qpruner.pricing import price
@@ -123,7 +123,7 @@ def test_variants_end_within_the_budget(
     assert (plan.widths == plan.architecture) == without_pruning
     if "joint.fixed_ratio" in changes:  # 5 % of all parameters, but for the rounding to legal widths
         skeleton = build_skeleton(read_base_config(config["model"]["base"]))
-        gone = unit_weights(dense) - unit_weights(plan)
+        gone = unit_weights(dense.widths) - unit_weights(plan.widths)
         assert gone / sum(parameter.numel() for parameter in skeleton.parameters()) == pytest.approx(0.05, abs=0.02)
     assert stages(folder.path)[-1]["name"] == "recovered"
 
@@ -304,7 +304,7 @@ def test_multiply_adds_are_bounded_beside_bytes(config: dict[str, Any], tmp_path
     run(["fit", "--config", str(path)])
     plan = CompressionPlan.read(RunFolder(tmp_path / "runs" / "x").learned_plan)
     dense = CompressionPlan.dense(plan.architecture, None)
-    assert unit_weights(plan) <= 0.6 * unit_weights(dense)
+    assert unit_weights(plan.widths) <= 0.6 * unit_weights(dense.widths)
     assert unit_bytes(plan, 4) <= 0.2 * unit_bytes(dense, 2)
 
 

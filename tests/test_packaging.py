@@ -44,7 +44,7 @@ ALLOWED: dict[str, set[str]] = {
     },
     "anatomy": {"architecture", "errors", "plan"},
     "architecture": {"errors", "ranges"},
-    "calibration": {"anatomy", "errors", "likelihood", "offload", "processes"},
+    "calibration": {"anatomy", "errors", "likelihood", "modes", "offload", "processes"},
     "auto_classes": {"anatomy", "modeling_compressed", "remote_code"},
     "callbacks": {
         "adapters", "allocation", "anatomy", "calibration", "compressed", "datamodules", "errors", "files",
@@ -72,8 +72,8 @@ ALLOWED: dict[str, set[str]] = {
         "datamodules", "errors", "evaluation", "options", "pretrained", "processes", "records", "stories",
     },
     "evaluation": {
-        "adapter_files", "calibration", "datamodules", "errors", "files", "folder_manifest", "likelihood", "memory",
-        "model_folder", "pretrained", "pricing", "processes", "records", "training",
+        "adapter_files", "datamodules", "errors", "files", "folder_manifest", "likelihood", "memory", "model_folder",
+        "modes", "pretrained", "pricing", "processes", "records", "training",
     },
     "export": {
         "adapters", "anatomy", "dense_copy", "errors", "files", "folder_manifest", "model_folder",
@@ -96,6 +96,7 @@ ALLOWED: dict[str, set[str]] = {
         "adapter_files", "anatomy", "architecture", "conv1d", "errors", "experts", "files", "folder_manifest", "memory",
         "plan", "pretrained", "pruning", "quantization", "reference_logits", "remote_code", "schema", "tensor_files",
     },
+    "modes": set(),
     "offload": {"anatomy", "errors", "files", "likelihood"},
     "options": {"callbacks", "datamodules", "errors"},
     "outline": {"anatomy"},
@@ -121,12 +122,12 @@ ALLOWED: dict[str, set[str]] = {
     },
     "records": {"allocation", "errors", "files", "folder_manifest", "plan", "schema"},
     "ranges": {"errors"},
-    "reference_logits": {"errors", "folder_manifest", "offload", "tensor_files"},
+    "reference_logits": {"errors", "folder_manifest", "modes", "offload", "tensor_files"},
     "remote_code": {"anatomy", "experts", "files", "modeling_compressed", "pruning"},
     "report_command": {"errors", "options", "records"},
     "runs": {
         "adapter_files", "allocation", "anatomy", "callbacks", "compressed", "datamodules", "errors", "files",
-        "folder_manifest", "joint", "memory", "model_folder", "plan", "pretrained", "pricing", "pruning",
+        "folder_manifest", "joint", "memory", "model_folder", "plan", "pretrained", "pricing", "processes", "pruning",
         "quantization", "records", "search", "training",
     },
     "schema": {"errors", "files"},
@@ -139,8 +140,8 @@ ALLOWED: dict[str, set[str]] = {
     "tensor_files": {"errors", "files", "folder_manifest"},
     "training": {
         "adapters", "anatomy", "compressed", "datamodules", "dense_base", "errors", "files", "folder_manifest",
-        "likelihood", "memory", "model_folder", "offload", "outline", "plan", "pretrained", "processes", "records",
-        "schema", "seeds",
+        "likelihood", "memory", "model_folder", "modes", "offload", "outline", "plan", "pretrained", "processes",
+        "records", "schema", "seeds",
     },
     "verify_command": {
         "errors", "folder_manifest", "model_folder", "options", "reference_logits", "remote_code",

@@ -5,7 +5,7 @@ import re
 from dataclasses import asdict, dataclass, replace
 from fractions import Fraction
 
-from qpruner.anatomy import unit_shapes
+from qpruner.anatomy import unit_weights
 from qpruner.errors import UserError
 from qpruner.plan import CompressionPlan
 from qpruner.pricing import Price
@@ -80,7 +80,7 @@ class Budget:
         if self.average_bits is not None:
             return _most(self.average_bits, 8, price.weights)
         assert self.share is not None
-        return _most(self.share, 1, 2 * dense_weights(plan))
+        return _most(self.share, 1, 2 * unit_weights(plan.architecture))
 
     def most_multiply_adds(self, plan: CompressionPlan) -> int | None:
         """The most multiply-adds that a token may cost in the decoder linears; None if there is no limit.
@@ -88,7 +88,7 @@ class Budget:
         Args:
             plan: plan of the model, pruned or not.
         """
-        return None if self.multiply_adds is None else _most(self.multiply_adds, 1, dense_weights(plan))
+        return None if self.multiply_adds is None else _most(self.multiply_adds, 1, unit_weights(plan.architecture))
 
     def __str__(self) -> str:
         if self.multiply_adds is not None:
@@ -120,16 +120,6 @@ def parse_bytes(amount: int | str) -> int:
             f"{', '.join(filter(None, BYTES_IN))}. Write it as 7_000_000, '1.5 GB' or '900 MiB'."
         )
     return size
-
-
-def dense_weights(plan: CompressionPlan) -> int:
-    """Number of weights in the units of all layers before pruning."""
-    return sum(
-        out_features * in_features
-        for layer in range(plan.architecture.num_layers)
-        for shapes in unit_shapes(plan.architecture, layer).values()
-        for out_features, in_features in shapes
-    )
 
 
 def _check(name: str, value: float | None, meaning: str) -> None:

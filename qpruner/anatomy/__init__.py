@@ -22,6 +22,7 @@ from qpruner.anatomy.layers import (
     unit_parameters,
     unit_paths,
     unit_shapes,
+    unit_weights,
 )
 
 __all__ = [
@@ -46,4 +47,5 @@ __all__ = [
     "unit_parameters",
     "unit_paths",
     "unit_shapes",
+    "unit_weights",
 ]

@@ -335,6 +335,19 @@ def unit_shapes(widths: Architecture, layer: int) -> dict[str, tuple[tuple[int, 
     return {unit: shapes(names) for unit, names in MEMBERS.items()}
 
 
+def unit_weights(widths: Architecture) -> int:
+    """Number of weights in the quantization units of all layers.
+
+    Without experts, it is the number of multiply-adds per token, too.
+    """
+    return sum(
+        out_features * in_features
+        for layer in range(widths.num_layers)
+        for shapes in unit_shapes(widths, layer).values()
+        for out_features, in_features in shapes
+    )
+
+
 def unit_parameters(layer: DecoderLayer) -> tuple[int, int]:
     """Numbers of parameters of one KV group and of one FFN channel, including biases and norms over all heads."""
 

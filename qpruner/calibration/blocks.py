@@ -37,6 +37,7 @@ from qpruner.anatomy import decoder_blocks, family_of
 from qpruner.calibration.text import Calibration
 from qpruner.errors import UserError
 from qpruner.likelihood import Head, causal_model, hidden_states
+from qpruner.modes import evaluating
 from qpruner.offload import at_work, let_go, offload_of
 
 
@@ -278,15 +279,3 @@ def _equal(first: Any, second: Any) -> bool:
         case list() | tuple():
             return len(first) == len(second) and all(map(_equal, first, second))
     return first is second or bool(first == second)
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode inside the context; afterwards every module is back in its previous mode."""
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True

@@ -11,6 +11,7 @@ import torch
 
 from qpruner.errors import UserError, cut
 from qpruner.likelihood import causal_model
+from qpruner.modes import evaluating
 from qpruner.records.evaluation import Sample
 
 PROMPTS = (
@@ -42,12 +43,8 @@ def generate_samples(model: Any, tokenizer: Any, prompts: Sequence[str], *, max_
     """
     if max_new_tokens < 1:
         raise UserError(f"max_new_tokens is {max_new_tokens}; give at least 1.")
-    was_training = model.training
-    model.eval()
-    try:
+    with evaluating(model):
         return [_sample(model, tokenizer, prompt, max_new_tokens) for prompt in prompts]
-    finally:
-        model.train(was_training)
 
 
 def distinct(tokens: Sequence[int], n: int) -> float:

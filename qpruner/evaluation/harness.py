@@ -8,12 +8,12 @@ from pathlib import Path
 from time import perf_counter
 from typing import Any, Self
 
-from qpruner.calibration.blocks import evaluating
 from qpruner.datamodules.documents import Skipped, read_file
 from qpruner.datamodules.layout import Layout, read_layout
 from qpruner.datamodules.questions import TASKS, Record
 from qpruner.errors import UserError, cut, listed, nearest
 from qpruner.files import hash_file
+from qpruner.modes import evaluating
 from qpruner.records.evaluation import Item, TaskScore, accuracies
 
 INSTALL = "pip install 'qpruner[eval]'"
@@ -122,33 +122,6 @@ class Harness:
             score = _score(scored, task, items, metrics, self.local.get(scored), seconds) if items else None
             scores[scored] = HarnessScore(metrics, items, score)
         return scores
-
-
-def run_harness(
-    model: Any,
-    tokenizer: Any,
-    tasks: Sequence[str],
-    *,
-    folder: str | Path | None = None,
-    **options: Any,
-) -> dict[str, HarnessScore]:
-    """Scores of several tasks of the harness, including all tasks in given groups or tags, by name.
-
-    Args:
-        model: causal model on the device that it is to run on.
-        tokenizer: tokenizer of the model.
-        tasks: tasks, groups or tags of the harness.
-        folder: folder with local records; see `Harness.open`.
-        **options: options of `Harness.run`.
-
-    Raises:
-        UserError: see `Harness.open` and `Harness.run`.
-    """
-    harness = Harness.open(tasks, folder)
-    scores: dict[str, HarnessScore] = {}
-    for name in tasks:
-        scores |= harness.run(model, tokenizer, name, **options)
-    return scores
 
 
 def _library(manager: Any = None) -> tuple[Any, Any, Any]:

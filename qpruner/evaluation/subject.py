@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any, Self
 
 from qpruner.adapter_files import has_adapters
-from qpruner.errors import UserError
 from qpruner.files import hash_json
 from qpruner.folder_manifest import is_compressed, read_manifest
 from qpruner.model_folder import load_compressed, read_plan
@@ -81,18 +80,6 @@ def compressed_folder(name: str) -> Path | None:
     run = RunFolder(folder)
     if not run.config.exists():
         return None
-    if run.results.exists():
-        raise UserError(
-            f"{name!r} is a search, which keeps no trained model. Recover its plan first: `qpruner fit --plan "
-            f"{run.plan}`, and evaluate that run."
-        )
-    if not run.finished:
-        # Its present model is not the final one, but would be reported as the result of the run.
-        there = "" if (kept := run.kept_base) is None else f", or name the model that it came to: {kept}"
-        raise UserError(f"The run {name!r} is not over. Finish it first: repeat its command{there}.")
-    if not is_compressed(run.model):
-        raise UserError(
-            f"The run {name!r} keeps no model: {str(run.model)!r} holds none. Put it back, or run the fit again with "
-            f"--restart; of a base whose family cannot be compressed a run keeps only the adapters."
-        )
-    return run.model
+    # The present model of an unfinished run is not the final one, but would be reported as the result of the run.
+    kept = run.kept_base
+    return run.finished_model("" if kept is None else f", or name the model that it came to: {kept}")

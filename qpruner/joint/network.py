@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
 from qpruner.anatomy import Coupled, decoder_layers, unit_linears
 from qpruner.joint.space import Gates, JointSpace
@@ -133,9 +132,7 @@ class GatedNetwork:
     def __init__(self, network: Any, bank: Bank, space: JointSpace) -> None:
         self.network, self.space = network, space
         self.linears: list[dict[str, list[GatedLinear]]] = []
-        self._names: dict[str, nn.Linear] = {}
         self._inputs: list[dict[str, _InputGate]] = []
-        self._handles: list[RemovableHandle] = []
         for layer in decoder_layers(network):  # before linears are replaced
             self._inputs.append(self._hook(layer))
         for units in unit_linears(network):
@@ -146,18 +143,15 @@ class GatedNetwork:
         parts = {"groups": layer.group_weights[-1], "channels": layer.channel_weights[-1]}
         gates = {kind: _InputGate(part) for kind, part in parts.items()}
         for kind, part in parts.items():
-            self._handles.append(part.linear.register_forward_pre_hook(gates[kind]))
+            part.linear.register_forward_pre_hook(gates[kind])
         for norm in layer.wide_norms:  # over all heads: closed ones must not count in the mean square
             of_norm = _NormGate(gates["groups"], norm.of)
-            self._handles += [
-                norm.norm.register_forward_pre_hook(of_norm.before),
-                norm.norm.register_forward_hook(of_norm.after),
-            ]
+            norm.norm.register_forward_pre_hook(of_norm.before)
+            norm.norm.register_forward_hook(of_norm.after)
         return gates
 
     def _put(self, name: str, bank: Bank) -> GatedLinear:
         dense: Any = self.network.get_submodule(name)
-        self._names[name] = dense
         device = dense.weight.device
         packed = [bank.linear(name, precision).to(device) for precision in self.space.offered]
         gated = GatedLinear(dense, lambda number, dtype: _weight(packed[number], dtype), len(packed))
@@ -224,13 +218,6 @@ class GatedNetwork:
 
     def _each(self) -> Iterator[GatedLinear]:
         return (linear for units in self.linears for unit in units.values() for linear in unit)
-
-    def remove(self) -> None:
-        """Restores the model as it was."""
-        for handle in self._handles:
-            handle.remove()
-        for name, dense in self._names.items():
-            self.network.set_submodule(name, dense)
 
 
 def mixture_of(gates: Gates, space: JointSpace) -> Tensor:

@@ -10,8 +10,9 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from qpruner.anatomy import unit_weights
 from qpruner.joint.price import kept_weights, smooth_bytes
-from qpruner.joint.space import Gates, JointSpace, Logits, acting, unit_bytes, unit_weights
+from qpruner.joint.space import Gates, JointSpace, Logits, acting, unit_bytes
 from qpruner.plan import UNITS, CompressionPlan, LayerPlan, Leading, Precision
 
 HALVINGS = 30
@@ -139,7 +140,7 @@ def plan_within(space: JointSpace, logits: Logits, limit: int) -> CompressionPla
 
     def fits(plan: CompressionPlan) -> bool:
         bounded = space.most_weights is not None and not space.pins_weights
-        if bounded and unit_weights(plan) > space.most_weights:  # type: ignore[operator]
+        if bounded and unit_weights(plan.widths) > space.most_weights:  # type: ignore[operator]
             return False
         return unit_bytes(plan, space.dense_size) <= limit
 

@@ -241,15 +241,6 @@ def unit_bytes(plan: CompressionPlan, dense_size: int) -> int:
     )
 
 
-def unit_weights(plan: CompressionPlan) -> int:
-    """Number of weights in the decoder's units of a plan, which are the multiply-adds per token."""
-    widths = plan.widths
-    shapes = (
-        shape for layer in range(widths.num_layers) for unit in unit_shapes(widths, layer).values() for shape in unit
-    )
-    return sum(rows * columns for rows, columns in shapes)
-
-
 def acting(logits: Logits) -> Gates:
     """The logits of all gates, made from those that are learned."""
     gates = dict(logits)

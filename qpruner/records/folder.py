@@ -179,6 +179,30 @@ class RunFolder:
         places = (place for phase in reversed(self.all_phases) for place in (phase.model, phase.base))
         return next(filter(is_compressed, places), None)
 
+    def finished_model(self, otherwise: str = "") -> Path:
+        """The folder of the compressed model that a finished run has left.
+
+        Args:
+            otherwise: what else a user may do about a run that is not finished, to follow "repeat its command".
+
+        Raises:
+            UserError: this is the folder of a search, or of a run that is unfinished or has left no compressed model.
+        """
+        name = repr(str(self.path))
+        if self.results.exists():
+            raise UserError(
+                f"{name} is a search, which keeps no trained model. Recover its plan first: `qpruner fit --plan "
+                f"{self.plan}`, and name that run."
+            )
+        if not self.finished:
+            raise UserError(f"The run {name} is not over. Finish it first: repeat its command{otherwise}.")
+        if not is_compressed(self.model):
+            raise UserError(
+                f"The run {name} keeps no model: {str(self.model)!r} holds none. Put it back, or run the fit again "
+                f"with --restart; of a base whose family cannot be compressed a run keeps only the adapters."
+            )
+        return self.model
+
     @property
     def begun(self) -> bool:
         """Whether the run has compressed or trained anything."""

@@ -9,8 +9,8 @@ from typing import Any
 from lightning.pytorch import Callback
 from lightning.pytorch.utilities import rank_zero_info
 
-from qpruner.allocation.budget import Budget, dense_weights
-from qpruner.anatomy import architecture_of, refuse_experts, unit_shapes
+from qpruner.allocation.budget import Budget
+from qpruner.anatomy import architecture_of, refuse_experts, unit_shapes, unit_weights
 from qpruner.callbacks import MixedPrecisionQuantization, RunCheckpoint, StructuredPruning, Throughput
 from qpruner.callbacks.bits_under_budget import drop_scaffolding
 from qpruner.callbacks.compression import Compression, CompressionJob, Rehearsal
@@ -273,7 +273,7 @@ class Learning:
         """The most weights that the units may keep, which equals the multiply-adds per token."""
         if self.config.fixed_ratio:
             assert self.pruning is not None
-            return dense_weights(plan) - round(self.pruning.ratio * parameters)
+            return unit_weights(plan.architecture) - round(self.pruning.ratio * parameters)
         assert self.quantization.allocator is not None
         return self.quantization.allocator.budget.most_multiply_adds(plan)
 

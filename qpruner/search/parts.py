@@ -17,7 +17,7 @@ from qpruner.adapters.lora import LoRAConfig, is_target
 from qpruner.allocation.budget import Budget
 from qpruner.allocation.decision import describe_price, with_choices
 from qpruner.allocation.items import Item
-from qpruner.anatomy import decoder_layers, refuse_experts, unit_linears, unit_shapes
+from qpruner.anatomy import decoder_layers, refuse_experts, unit_linears, unit_shapes, unit_weights
 from qpruner.errors import UserError
 from qpruner.memory import num_parameters
 from qpruner.outline import outline_of
@@ -147,7 +147,7 @@ class Structures:
         changes += [] if self.ranks is None else [self._rank_changes(number, parts) for number in self.ranks.layers]
         allowed = budget.most_multiply_adds(self.plan)
         if allowed is not None:
-            allowed -= _multiply_adds_of(self.plan.widths) - sum(part.multiply_adds[-1] for part in parts)
+            allowed -= unit_weights(self.plan.widths) - sum(part.multiply_adds[-1] for part in parts)
         return Structure(parts, changes, self.config.least, allowed)
 
     def limit(self, items: Sequence[Item], precisions: Sequence[Precision], budget: Budget) -> int:
@@ -297,16 +297,6 @@ def price_of_plan(config: Any, dtype: torch.dtype, plan: CompressionPlan, lora: 
     """The price of a plan, from the configuration of the model before it is narrowed."""
     outline = outline_of(with_widths(config, plan.widths)).to(dtype)
     return price_narrowed(outline, plan, rank=lora.r, targets=lora.target_modules)
-
-
-def _multiply_adds_of(widths: Architecture) -> int:
-    """Multiply-adds per token in all decoder linears."""
-    return sum(
-        rows * columns
-        for number in range(widths.num_layers)
-        for shapes in unit_shapes(widths, number).values()
-        for rows, columns in shapes
-    )
 
 
 def _scores_gone(scores: Tensor, counts: Sequence[int]) -> list[float]:

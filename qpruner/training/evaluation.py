@@ -16,6 +16,7 @@ from qpruner.datamodules.rows import Batch
 from qpruner.errors import UserError
 from qpruner.likelihood import token_nll
 from qpruner.memory import place_
+from qpruner.modes import evaluating
 from qpruner.offload import passing
 from qpruner.training.answers import option_log_likelihoods, tree_limit
 from qpruner.training.metrics import ChoiceAccuracy, Perplexity, evaluation_results
@@ -89,17 +90,12 @@ def evaluate(
     """
     place_(model, device)
     measures = Measures(device)
-    was_training = model.training
-    model.eval()
-    try:
-        with passing(model):
-            for loader in loaders:
-                number = num_batches(loader, limit)
-                for batch in tqdm(islice(loader, number), title, number, disable=not progress, leave=False):
-                    with precision.forward_context():
-                        measures.add(model, move_data_to_device(batch, device))
-    finally:
-        model.train(was_training)
+    with evaluating(model), passing(model):
+        for loader in loaders:
+            number = num_batches(loader, limit)
+            for batch in tqdm(islice(loader, number), title, number, disable=not progress, leave=False):
+                with precision.forward_context():
+                    measures.add(model, move_data_to_device(batch, device))
     return measures.results()
 
 

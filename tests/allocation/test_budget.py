@@ -5,8 +5,8 @@ import pytest
 from jsonargparse import ArgumentParser
 from support.families import FFN, LAYERS, tiny_config, tiny_model
 
-from qpruner.allocation.budget import Budget, dense_weights, parse_bytes
-from qpruner.anatomy import architecture_of
+from qpruner.allocation.budget import Budget, parse_bytes
+from qpruner.anatomy import architecture_of, unit_weights
 from qpruner.errors import UserError
 from qpruner.model_folder import build_skeleton
 from qpruner.plan import DENSE, UNITS, CompressionPlan, Precision
@@ -55,7 +55,7 @@ def test_all_plans_of_the_same_widths_have_the_same_limit() -> None:
 
 def test_limits_by_hand() -> None:
     whole, plan = priced(NF4, WHOLE)
-    assert whole.average_bits == 4.5 and dense_weights(plan) == whole.weights == DENSE_WEIGHTS
+    assert whole.average_bits == 4.5 and unit_weights(plan.architecture) == whole.weights == DENSE_WEIGHTS
     assert Budget(average_bits=4.5).limit(whole, plan) == whole.unit_weight_bytes == DENSE_WEIGHTS * 9 // 16
     assert Budget(average_bits=5).limit(whole, plan) == DENSE_WEIGHTS * 5 // 8
     assert Budget(share=0.5).limit(whole, plan) == DENSE_WEIGHTS
@@ -67,7 +67,7 @@ def test_limits_by_hand() -> None:
 
 def test_the_share_is_of_the_model_before_pruning() -> None:
     whole, plan = priced(NF4)
-    assert whole.weights < dense_weights(plan) == DENSE_WEIGHTS
+    assert whole.weights < unit_weights(plan.architecture) == DENSE_WEIGHTS
     linears = tiny_model("llama").model.layers.parameters()
     assert sum(p.numel() for p in linears if p.dim() == 2) == DENSE_WEIGHTS
 

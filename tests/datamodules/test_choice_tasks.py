@@ -11,7 +11,7 @@ from transformers import AutoConfig
 from qpruner.commands import run
 from qpruner.datamodules import ChoiceTasksDataModule
 from qpruner.datamodules.choice_tasks import ChoiceTasksConfig, Part, read_task
-from qpruner.datamodules.encoding import encode_pair
+from qpruner.datamodules.encoding import encode_pairs
 from qpruner.datamodules.questions import TASKS, Question
 from qpruner.errors import UserError
 from qpruner.files import hash_file, read_json
@@ -217,9 +217,7 @@ def test_questions_that_are_too_long_lose_their_beginning_as_in_the_harness(
     given = read_task(folder, "openbookqa", "test").questions
     rows, long = [], 0
     for question in given:
-        pairs = [
-            encode_pair(data.tokenizer, *pair) for pair in zip(question.contexts, question.continuations, strict=True)
-        ]
+        pairs = encode_pairs(data.tokenizer, list(zip(question.contexts, question.continuations, strict=True)))
         rows += [(context + option)[-31:] for context, option in pairs]
         long += any(len(context + option) > 31 for context, option in pairs)
     assert [examples.rows.tokens[slice(*examples.rows.offsets[n : n + 2])].tolist() for n in range(20)] == rows

@@ -6,7 +6,7 @@ from tokenizers import Tokenizer, models, processors
 from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
 
 from qpruner.datamodules import tokens
-from qpruner.datamodules.encoding import encode_pair, encode_pairs, fit_length
+from qpruner.datamodules.encoding import encode_pairs, fit_length
 from qpruner.datamodules.questions import TASKS
 from qpruner.errors import UserError
 from qpruner.pretrained import EMBEDDED, load_tokenizer
@@ -43,19 +43,19 @@ def test_many_at_once_are_the_same_as_each_alone(tokenizer: Any, monkeypatch: py
     assert encode_pairs(tokenizer, pairs) == expected
     monkeypatch.setattr(tokens, "BATCH", 300)  # in several batches
     assert encode_pairs(tokenizer, pairs) == expected
-    assert [encode_pair(tokenizer, *pair) for pair in pairs[:5]] == expected[:5]
+    assert [encode_pairs(tokenizer, [pair])[0] for pair in pairs[:5]] == expected[:5]
     assert encode_pairs(tokenizer, []) == []
 
 
 def test_spaces_at_the_end_of_a_context_go_to_its_continuation() -> None:
-    assert encode_pair(letters(**SPECIAL), "a  ", " c") == ([BEGIN, A], [SPACE, SPACE, SPACE, C])
+    assert encode_pairs(letters(**SPECIAL), [("a  ", " c")]) == [([BEGIN, A], [SPACE, SPACE, SPACE, C])]
 
 
 def test_a_token_across_the_border_is_cut_where_the_context_alone_would_end() -> None:
     # The whole is a, bc; the context alone a, b.
-    assert encode_pair(letters(**SPECIAL), "ab", "ca") == ([BEGIN, A, B], [A])
+    assert encode_pairs(letters(**SPECIAL), [("ab", "ca")]) == [([BEGIN, A, B], [A])]
     with pytest.raises(UserError, match="no token of its own for 'c' behind 'ab'"):
-        encode_pair(letters(**SPECIAL), "ab", "c")
+        encode_pairs(letters(**SPECIAL), [("ab", "c")])
 
 
 def test_a_text_that_begins_as_the_tokenizer_would_begin_it_gets_nothing_more() -> None:
@@ -64,13 +64,13 @@ def test_a_text_that_begins_as_the_tokenizer_would_begin_it_gets_nothing_more() 
 
 
 def test_an_empty_context_is_the_beginning_or_end_of_a_text() -> None:
-    assert encode_pair(letters(**SPECIAL), "", "ab") == ([BEGIN], [A, B])
-    assert encode_pair(letters(**SPECIAL), "", "<s>ab") == ([BEGIN], [A, B])
-    assert encode_pair(letters(**SPECIAL), " ", "a") == ([BEGIN], [SPACE, A])
-    assert encode_pair(letters(begin=False, eos_token="</s>"), "", "ab") == ([END], [A, B])
+    assert encode_pairs(letters(**SPECIAL), [("", "ab")]) == [([BEGIN], [A, B])]
+    assert encode_pairs(letters(**SPECIAL), [("", "<s>ab")]) == [([BEGIN], [A, B])]
+    assert encode_pairs(letters(**SPECIAL), [(" ", "a")]) == [([BEGIN], [SPACE, A])]
+    assert encode_pairs(letters(begin=False, eos_token="</s>"), [("", "ab")]) == [([END], [A, B])]
     with pytest.raises(UserError, match="context of 'ab' is empty.*Set its bos_token"):
-        encode_pair(letters(begin=False), "", "ab")
-    assert encode_pair(letters(begin=False), "a", "b") == ([A], [B])
+        encode_pairs(letters(begin=False), [("", "ab")])
+    assert encode_pairs(letters(begin=False), [("a", "b")]) == [([A], [B])]
 
 
 def test_what_is_too_long_is_cut_from_the_left_to_a_token_more_than_the_model_is_given() -> None:

@@ -13,7 +13,7 @@ from support.choice_records import many_records, write_records
 from support.ranks import together
 
 from qpruner.datamodules.choice_tasks import TaskQuestions, read_task
-from qpruner.datamodules.encoding import encode_pair
+from qpruner.datamodules.encoding import encode_pairs
 from qpruner.datamodules.questions import TASKS, Question
 from qpruner.errors import UserError
 from qpruner.evaluation.evaluator import Evaluator
@@ -39,7 +39,7 @@ def folder(tmp_path: Path) -> Path:
 
 @torch.no_grad()
 def likelihood(subject: Subject, context: str, continuation: str) -> float:
-    before, tokens = encode_pair(subject.tokenizer, context, continuation)
+    ((before, tokens),) = encode_pairs(subject.tokenizer, [(context, continuation)])
     logits = subject.network(torch.tensor([before + tokens[:-1]])).logits[0, -len(tokens) :]
     return float(logits.log_softmax(-1)[range(len(tokens)), tokens].sum())
 

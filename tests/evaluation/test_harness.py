@@ -16,11 +16,11 @@ from qpruner.adapters.lora import LoRAConfig
 from qpruner.compressed import CompressedModel
 from qpruner.datamodules.choice_tasks import TaskQuestions
 from qpruner.datamodules.choices import ChoiceExamples
-from qpruner.datamodules.encoding import encode_pair
+from qpruner.datamodules.encoding import encode_pairs
 from qpruner.datamodules.loader import EvaluationLoader
 from qpruner.datamodules.questions import TASKS, Question, Record
 from qpruner.errors import UserError
-from qpruner.evaluation.harness import run_harness
+from qpruner.evaluation.harness import Harness, HarnessScore
 from qpruner.files import hash_file
 from qpruner.model_folder import load_compressed
 from qpruner.plan import UNITS, Precision
@@ -77,6 +77,17 @@ def likelihoods(model: Any, tokenizer: Any, name: str, records: Sequence[Record 
     return [scores[number] for number in range(len(given))]
 
 
+def run_harness(
+    model: Any, tokenizer: Any, tasks: list[str], folder: Path | None = None, **options: Any
+) -> dict[str, HarnessScore]:
+    """The scores of some tasks, by name."""
+    harness = Harness.open(tasks, folder)
+    scores: dict[str, HarnessScore] = {}
+    for name in tasks:
+        scores |= harness.run(model, tokenizer, name, **options)
+    return scores
+
+
 @needs_harness
 @pytest.mark.parametrize("name", TASKS)
 def test_questions_and_their_tokens_are_those_of_the_harness(name: str, tiny_llama: Path, manager: Any) -> None:
@@ -97,7 +108,7 @@ def test_questions_and_their_tokens_are_those_of_the_harness(name: str, tiny_lla
     assert [q.gold for q in questions] == [gold(doc) for doc in task.eval_docs]
     model, tokenizer = loaded(tiny_llama)
     harnessed = HFLM(pretrained=model, tokenizer=tokenizer)
-    assert [encode_pair(tokenizer, *pair) for pair in pairs] == [harnessed._encode_pair(*pair) for pair in requests]
+    assert encode_pairs(tokenizer, pairs) == [harnessed._encode_pair(*pair) for pair in requests]
 
 
 @needs_harness

@@ -9,11 +9,11 @@ import torch
 from support.families import LAYERS, tiny_config
 
 from qpruner.adapters.lora import LoRAConfig
-from qpruner.allocation.budget import Budget, dense_weights
+from qpruner.allocation.budget import Budget
 from qpruner.allocation.decision import with_choices
 from qpruner.allocation.items import Granularity, items_of
 from qpruner.allocation.solving import Choice
-from qpruner.anatomy import architecture_of
+from qpruner.anatomy import architecture_of, unit_weights
 from qpruner.errors import UserError
 from qpruner.model_folder import build_skeleton
 from qpruner.plan import CompressionPlan
@@ -218,7 +218,7 @@ def test_the_origin_is_what_pruning_keeps_and_less_where_that_does_not_fit() -> 
     narrow = widths_of(Budget(share=0.3, multiply_adds=0.5))
     assert all(new <= old for new, old in zip(narrow, searched.start, strict=True)) and narrow != searched.start
     plan = searched.base.keeping([(range(groups), range(channels)) for groups, channels in narrow])
-    assert searched.price(plan).multiply_adds <= 0.5 * dense_weights(plan)
+    assert searched.price(plan).multiply_adds <= 0.5 * unit_weights(plan.architecture)
 
 
 def test_fewer_units_leave_bytes_for_bits() -> None:
