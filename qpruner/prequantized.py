@@ -36,8 +36,8 @@ def check_entry(content: dict[str, Any], name: str) -> None:
     entry = content.get("quantization_config")
     if entry is not None and not isinstance(entry, dict):
         raise UserError(
-            f"The quantization_config in the config.json of {name!r} is {brief(entry)}, which is no object. Take it "
-            f"out there if the weights are dense, or fetch the file again."
+            f"The quantization_config in the config.json of {name!r} is {brief(entry)}, which is not a JSON object. "
+            f"If the weights are dense, remove it there; else fetch the file again."
         )
 
 

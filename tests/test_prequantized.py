@@ -163,7 +163,7 @@ def test_an_entry_that_is_no_object(entry: Any, tiny_llama: Path, tmp_path: Path
         lambda: load_config(str(folder)),
     ):
         with pytest.raises(
-            UserError, match=r"quantization_config in the config.json of .*base' is .*, which is no object"
+            UserError, match=r"quantization_config in the config.json of .*base' is .*, which is not a JSON object"
         ):
             refuse()
 

@@ -191,8 +191,8 @@ class BlockRunner:
 
     def _unknown(self, where: str) -> UserError:
         return UserError(
-            f"Models of type {self.model.config.model_type!r} do something {where} that qpruner does not know, so that "
-            f"calibration text cannot pass block by block. Use another base."
+            f"Models of type {self.model.config.model_type!r} do something {where} that qpruner does not know, so "
+            f"calibration text cannot pass through them block by block. Use another base."
         )
 
 

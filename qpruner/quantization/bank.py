@@ -392,10 +392,10 @@ def _opened(path: Path, origin: str) -> Any:
     try:
         file = safe_open(path, framework="pt")
     except (SafetensorError, OSError) as error:
-        raise UserError(f"{str(path)!r} is no whole file of a bank: {error}.") from error
+        raise UserError(f"{str(path)!r} is not a whole file of a bank: {error}.") from error
     metadata: dict[str, str] = file.metadata() or {}  # type: ignore[no-untyped-call]
     if metadata.get("origin") != origin:
-        raise UserError(f"{str(path)!r} is of a bank of another model, pruning, LoftQ or calibration.")
+        raise UserError(f"{str(path)!r} belongs to a bank of another model, pruning, LoftQ start or calibration.")
     return file
 
 

@@ -151,7 +151,7 @@ def search(weight: Tensor, levels: Levels, how: GridSearch, importance: Tensor |
     """
     if how not in get_args(GridSearch):
         raise UserError(
-            f"There is no search for grids {how!r}.{nearest(str(how), get_args(GridSearch))} "
+            f"There is no grid search {how!r}.{nearest(str(how), get_args(GridSearch))} "
             f"Choose one of {', '.join(get_args(GridSearch))}."
         )
     rows, columns = weight.shape

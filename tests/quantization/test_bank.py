@@ -298,9 +298,9 @@ def test_a_file_that_was_cut_off_is_named_and_made_again(tmp_path: Path, size: i
     path = tmp_path / "layer-002.safetensors"
     whole_bytes = path.read_bytes()
     path.write_bytes(whole_bytes[:size])
-    with pytest.raises(UserError, match=rf"{path}' is no whole file of a bank"):
+    with pytest.raises(UserError, match=rf"{path}' is not a whole file of a bank"):
         open_folder(tmp_path, model, LOFTQ[0], base=known_by(plan))
-    with pytest.warns(UserWarning, match=rf"{path}' is no whole file of a bank: .* It is made again"):
+    with pytest.warns(UserWarning, match=rf"{path}' is not a whole file of a bank: .* It is made again"):
         again = in_folder(tmp_path, model, plan).tensors
     assert path.read_bytes() == whole_bytes
     assert again.keys() == whole.keys() and all(torch.equal(again[key], whole[key]) for key in whole)
@@ -353,9 +353,9 @@ def test_the_bank_of_another_model_or_start_is_refused_and_made_again(tmp_path: 
     made = modified(tmp_path)
     assert modified(tmp_path) == made
     other_model, other_plan, loftq = OTHERS[other](model, plan)
-    with pytest.raises(UserError, match=rf"{tmp_path}/layer-000\.safetensors' is of a bank of another model"):
+    with pytest.raises(UserError, match=rf"{tmp_path}/layer-000\.safetensors' belongs to a bank of another model"):
         open_folder(tmp_path, other_model, loftq, base=known_by(other_plan))
-    with pytest.warns(UserWarning, match="is of a bank of another model.* It is made again"):
+    with pytest.warns(UserWarning, match="belongs to a bank of another model.* It is made again"):
         bank = in_folder(tmp_path, other_model, other_plan, loftq)
     fresh = fill(other_model, [NF4, INT8], loftq, device=CPU)
     assert all(torch.equal(bank.tensors[key], tensor) for key, tensor in fresh.tensors.items())

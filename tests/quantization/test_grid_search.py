@@ -170,5 +170,5 @@ def test_the_grid_is_what_the_format_stores() -> None:
 
 
 def test_another_search() -> None:
-    with pytest.raises(UserError, match="no search for grids 'mes'. Did you mean 'mse'. Choose one of minmax, mse"):
+    with pytest.raises(UserError, match="no grid search 'mes'. Did you mean 'mse'. Choose one of minmax, mse"):
         choose_grid(drawn(2, 8), HalfGrid(), Precision("half", 4, 8), "mes")  # type: ignore[arg-type]
