@@ -253,7 +253,9 @@ OTHERS = {
 def test_a_bank_of_another_text_or_other_options_is_made_again(tmp_path: Path, other: str) -> None:
     model = frozen()
     first = in_folder(tmp_path, model, by(FAST), precisions=[TWO])
-    with pytest.raises(UserError, match=r"layer-000.* belongs to a bank of another model, pruning, LoftQ start or calibration"):
+    with pytest.raises(
+        UserError, match=r"layer-000.* belongs to a bank of another model, .*LoftQ start or calibration"
+    ):
         open_folder(tmp_path, model, None, base="tiny", text=OTHERS[other])
     first = Bank(model, {key: tensor.clone() for key, tensor in first.tensors.items()})  # not mapped
     with pytest.warns(UserWarning, match="It is made again"):
