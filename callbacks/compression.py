@@ -18,7 +18,7 @@ from qpruner.memory import num_parameters
 from qpruner.plan import CompressionPlan, Precision
 from qpruner.processes import Processes
 from qpruner.pruning.mixtures import first
-from qpruner.pruning.rounds import check_ratio, round_to, supplies
+from qpruner.pruning.rounds import round_to, supplies_for
 from qpruner.pruning.selection import SelectionConfig, local_widths
 from qpruner.pruning.surgery import first_units, narrow_
 from qpruner.records.folder import RunFolder
@@ -71,12 +71,12 @@ class Rehearsal:
         """Narrows the model as pruning would, if that does not depend on scores.
 
         Raises:
-            UserError: the ratio cannot be reached by any legal widths.
+            UserError: the ratio cannot be reached by any legal widths, or removes nothing.
         """
-        offers, total = supplies(self.model, selection), num_parameters(self.model)
-        check_ratio(ratio, offers, total)
+        offers = supplies_for(ratio, self.model, selection, self._dense.architecture)
         if selection.scope == "local":
-            widths = local_widths(offers, round(total * ratio), round_to(self.model, selection))
+            removed = round(num_parameters(self.model) * ratio)
+            widths = local_widths(offers, removed, round_to(self.model, selection))
             narrow_(self.model, first(widths, decoder_layers(self.model), selection.mixtures))
         else:
             self.exact = False

@@ -31,6 +31,8 @@ from qpruner.pruning.weight_gradients import WeightGradients
 from qpruner.training.holding import HoldsModel, expect_holder
 from qpruner.training.processes import processes_of
 
+SCORER = "LoRAGuidedPruning, which scores by adapters,"
+
 
 class LoRAGuidedPruning(CompressionInTraining):
     """Removes KV groups and FFN channels during LoRA training, by the adapters' gradients (LoRAPrune, 2305.18403).
@@ -80,8 +82,9 @@ class LoRAGuidedPruning(CompressionInTraining):
         compensation_text: calibration text for the compensation.
 
     Raises:
-        UserError: a ratio that no legal widths reach, an unsupported model family, a kind of unit without adapters on
-            any of its linears, a schedule longer than the fit, or no step with finite gradients before an event.
+        UserError: a ratio that no legal widths reach, an unsupported model family, a layer that may lose units of a
+            kind without an adapter on any of their linears, a schedule longer than the fit, or no step with finite
+            gradients before an event.
     """
 
     leaves = "pruned in training"
@@ -128,9 +131,9 @@ class LoRAGuidedPruning(CompressionInTraining):
         return self.compensating.how != "none"
 
     def check(self, rehearsal: Rehearsal) -> None:
-        refuse_experts(rehearsal.model, "LoRAGuidedPruning, which scores by adapters,", "StructuredPruning")
+        refuse_experts(rehearsal.model, SCORER, "StructuredPruning")
         self._check_adapters(rehearsal.model, rehearsal.lora)
-        GradualPruning.of(rehearsal.model, self.ratio, self.selection)
+        GradualPruning.of(rehearsal.model, self.ratio, self.selection, rehearsal.plan.architecture)
         self.compensating.check(rehearsal.model)
         rehearsal.prune(self.ratio, self.selection)
 
@@ -148,18 +151,18 @@ class LoRAGuidedPruning(CompressionInTraining):
                 "by StructuredPruning."
             )
         _, family = family_of(model.config)
-        layer_names = [f"{family.layers}.{number}" for number in range(model.config.num_hidden_layers)]
+        num_layers, targets = model.config.num_hidden_layers, lora.target_modules
+        spared = {number % num_layers for number in self.selection.leave_alone}
         for units, names in (("KV groups", ("q", "k", "v", "o")), ("FFN channels", ("gate", "up", "down"))):
             paths = [family.projections[first] for first, *_ in family.fused(names)]
-            ends = [path.rpartition(".")[2] for path in paths]
-            targets = lora.target_modules
-            linears = [f"{name}.{path}" for name in layer_names for path in paths]
-            if not any(is_target(name, targets) for name in linears):
-                raise UserError(
-                    f"LoRAGuidedPruning scores {units} by the adapters on {', '.join(ends)}, and there are none: "
-                    f"--model.lora.target_modules is {targets if isinstance(targets, str) else ', '.join(targets)}. "
-                    f"Add some of them."
-                )
+            for number in sorted({*range(num_layers)} - spared):
+                if not any(is_target(f"{family.layers}.{number}.{path}", targets) for path in paths):
+                    ends = ", ".join(path.rpartition(".")[2] for path in paths)
+                    raise UserError(
+                        f"LoRAGuidedPruning scores {units} by the adapters on {ends}, and layer {number} has none: "
+                        f"--model.lora.target_modules is {targets if isinstance(targets, str) else ', '.join(targets)}."
+                        f" Add some of them, or name the layer in selection.leave_alone."
+                    )
 
     # In the order of a fit.
 
@@ -171,6 +174,7 @@ class LoRAGuidedPruning(CompressionInTraining):
         self.check_unadapted(model)
         if model.base_state is State.DENSE:
             check_dense(model)
+        refuse_experts(model.network, SCORER, "StructuredPruning")
         if self.criterion == "gradient" and trainer.precision == "16-mixed":
             raise UserError(
                 "With criterion gradient the gradients of weights would be those of a scaled loss under "
@@ -178,9 +182,10 @@ class LoRAGuidedPruning(CompressionInTraining):
             )
         self._check_adapters(model.network, module.lora)
         self.compensating.begin(model, data_of(trainer))
-        self.gradual = GradualPruning.of(model.network, self.ratio, self.selection)
+        dense = model.known_plan().architecture
+        self.gradual = GradualPruning.of(model.network, self.ratio, self.selection, dense)
         self._before = Size.of(model.network)
-        self._asked = asked_for(self.ratio, model.network, self.selection)
+        self._asked = asked_for(self.ratio, model.network, self.selection, dense)
         zeros = [
             LayerScores(*(torch.zeros(n, dtype=torch.float64) for n in (supply.kv_groups, supply.ffn_channels)))
             for supply in self.gradual.dense

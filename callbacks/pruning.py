@@ -86,9 +86,9 @@ class StructuredPruning(CompressionInSetup):
         """Checks, before any work, that the options can be satisfied.
 
         Raises:
-            UserError: a ratio that no legal widths reach, or too little text.
+            UserError: a ratio that no legal widths reach or that removes nothing, or too little text.
         """
-        check_criterion(rehearsal.model, self.criterion)
+        check_criterion(rehearsal.model, self.criterion, self.calibration.length)
         self.compensating.check(rehearsal.model)
         rehearsal.prune(self.ratio, self.selection)
 
@@ -112,7 +112,8 @@ class StructuredPruning(CompressionInSetup):
     def compress(self, job: CompressionJob) -> None:
         model = job.model
         before = Size.of(model.network)
-        asked = asked_for(self.ratio, model.network, self.selection)
+        architecture = model.known_plan().architecture
+        asked = asked_for(self.ratio, model.network, self.selection, architecture)
         self.compensating.begin(model, job.data)
         dense = self.compensating.remember(model)
         calibration = self._calibration(job)
@@ -126,7 +127,7 @@ class StructuredPruning(CompressionInSetup):
 
         prune_(
             model.network,
-            model.known_plan().architecture,
+            architecture,
             ratio=self.ratio,
             rounds=self.rounds,
             selection=self.selection,

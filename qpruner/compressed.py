@@ -305,9 +305,14 @@ class CompressedModel(nn.Module):
             rounded anew, by ``layer.projection``.
 
         Raises:
-            UserError: packed weights without adapters, or widths of the weights that are not those of the plan.
+            UserError: pooled adapters, or widths of the weights that are not those of the plan.
         """
         self._expect("pruned", NARROWABLE)
+        if self._lora is not None and self._lora[0].pooled:
+            raise UserError(
+                "A model with pooled adapters cannot be pruned: they tie columns to the groups of the base, which are "
+                "others once some are gone. Prune before adapters are attached, or leave --model.lora.pooled out."
+            )
         plan = self.known_plan()
         # A uniform Llama may have been written as a Mistral.
         stated = replace(stated_by_weights(self._below()), model_type=plan.architecture.model_type)
@@ -458,7 +463,7 @@ class CompressedModel(nn.Module):
         self._expect("freed of adapters", ADAPTED)
         self._drop_masks()
         self.network, _ = detach_adapters(self.network)
-        self._lora, self.initial_adapters = None, {}
+        self._lora, self.initial_adapters, self._adapter_files = None, {}, None
 
     def loosen(self) -> None:
         """Makes scales and minima of packed linears trainable in place of the adapters, which stay active but frozen.
@@ -514,7 +519,9 @@ class CompressedModel(nn.Module):
         self._drop_masks()
         self.network = merge_(self.network, dtype).requires_grad_(False)
         if self.plan is not None:
-            self.plan = self.plan.with_precision([dict.fromkeys(UNITS, DENSE)] * len(self.plan.layers))
+            num_layers = len(self.plan.layers)
+            self.plan = self.plan.with_precision([dict.fromkeys(UNITS, DENSE)] * num_layers)
+            self.plan = self.plan.with_ranks([None] * num_layers)
         self._lora, self.initial_adapters = None, {}
         self._changed(State.MERGED)
         self.record(Step(name="merge", options={"dtype": str(dtype).removeprefix("torch.")}))
@@ -523,6 +530,8 @@ class CompressedModel(nn.Module):
 
     def keep(self, folder: Path, *, tokenizer: Any | None, trained: bool = False) -> None:
         """Writes the base, and its adapters if it has any, to a folder that appears whole or not at all.
+
+        Adapters then are new parameters of the same values, so that optimizers have to be made afterwards.
 
         Args:
             folder: folder to write, whose present content is removed. The base is identified by it from now on.
@@ -599,7 +608,8 @@ class CompressedModel(nn.Module):
     def _without_adapters(self, kept: Kept | None = None) -> Iterator[None]:
         """Removes the adapters from the base within the context, and restores them, in their dtype, afterwards.
 
-        After an error they are restored whole, so that nothing that was trained is lost, such as to a full disk.
+        Masks are restored, too, unless units go. After an error adapters are restored whole, so that nothing that was
+        trained is lost, such as to a full disk.
 
         Args:
             kept: [layers], indices of the units that the adapters keep; by default all.
@@ -607,8 +617,9 @@ class CompressedModel(nn.Module):
         if self._lora is None:
             yield
             return
+        masked = None if self.masks is None or kept is not None else self.masks.kept
         self._drop_masks()
-        lora, seed = self._lora
+        (lora, seed), trains = self._lora, self.network.training
         self.network, factors = detach_adapters(self.network)
         held_in = next(iter(factors.values()))[0].dtype  # of less than float32 with --trainer.precision bf16-true
         narrowed = factors if kept is None else narrow_factors(self.network, factors, kept)
@@ -617,6 +628,9 @@ class CompressedModel(nn.Module):
             factors = narrowed
         finally:
             self._restore_adapters(lora, seed, factors, held_in)
+            self.network.train(trains)
+            if masked is not None:
+                self.mask(masked)
 
     def _restore_adapters(
         self, lora: LoRAConfig, seed: int, factors: Mapping[str, Factors], held_in: torch.dtype

@@ -245,6 +245,7 @@ def test_average_bits_are_those_of_the_plan_and_none_of_a_base_as_it_came(tiny_l
 def test_merged_it_is_dense_with_the_adapters_in_its_weights(tiny_llama: Path) -> None:
     model = dense(tiny_llama)
     prune(model)
+    model.rank_adapters([1, 2])
     quantize(model)
     attach(model)
     nudge(model)
@@ -252,6 +253,7 @@ def test_merged_it_is_dense_with_the_adapters_in_its_weights(tiny_llama: Path) -
     model.merge(torch.float32)
     torch.testing.assert_close(logits(model), adapted, rtol=1e-4, atol=1e-4)
     assert model.plan is not None and not model.plan.quantized and not model.has_packed_weights()
+    assert set(model.plan.ranks) == {None}  # those of adapters that are gone
     assert model.recipe == (Step(name="merge", options={"dtype": "float32"}),)
     assert not any(parameter.requires_grad for parameter in model.parameters())
 
@@ -296,6 +298,45 @@ def test_trained_adapters_do_not_change_by_what_a_base_is_known(tiny_llama: Path
     going_on = CompressedModel.open(tmp_path / "model", trained_adapters=True)
     attach(going_on)
     assert torch.equal(logits(going_on), logits(model))
+
+
+def test_keeping_leaves_masks_and_mode_as_they_were(tiny_llama: Path, tmp_path: Path) -> None:
+    model = dense(tiny_llama)
+    model.attach(LoRAConfig(r=2, dropout=0.5), seed=3)
+    nudge(model)
+    model.mask(KEPT)
+    expected = logits(model)  # in evaluation mode
+    model.keep(tmp_path / "model", tokenizer=None)
+    assert not any(module.training for module in model.network.modules())
+    assert model.masks is not None
+    assert [tuple(map(list, units)) for units in model.masks.kept] == [tuple(map(list, units)) for units in KEPT]
+    assert torch.equal(logits(model), expected)
+    model.network.train()
+    model.keep(tmp_path / "model", tokenizer=None)
+    assert all(module.training for module in model.network.modules())
+
+
+def test_pooled_adapters_are_not_narrowed(tiny_llama: Path) -> None:
+    model = dense(tiny_llama)
+    model.quantize(quantized_plan(model, dict.fromkeys(UNITS, Precision("affine", 4, 32))), None, device=CPU)
+    model.attach(LoRAConfig(r=2, dropout=0.0, pooled=True), seed=3)
+    before, plan = logits(model), model.plan
+    with pytest.raises(UserError, match="pooled adapters cannot be pruned"):
+        model.prune(KEPT)
+    assert model.plan == plan and torch.equal(logits(model), before)
+
+
+def test_detached_adapters_do_not_come_back(tiny_llama: Path, tmp_path: Path) -> None:
+    model = dense(tiny_llama)
+    attach(model)
+    nudge(model)
+    model.keep(tmp_path / "model", tokenizer=None, trained=True)
+    again = CompressedModel.open(tmp_path / "model", trained_adapters=True)
+    attach(again)
+    again.detach()
+    assert again.starts_as_peft
+    attach(again)
+    assert torch.equal(logits(again), logits(dense(tiny_llama)))
 
 
 @pytest.mark.parametrize("step", ["keep", "prune"])

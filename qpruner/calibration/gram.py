@@ -44,6 +44,23 @@ class Gram:
 Consume = Callable[[str, Gram], Tensor]
 
 
+def check_length(length: int, skip_positions: int) -> None:
+    """Makes sure that calibration sequences have tokens that count.
+
+    Args:
+        length: number of tokens of a sequence.
+        skip_positions: number of tokens left out at the start of each.
+
+    Raises:
+        UserError: none would be left.
+    """
+    if length <= skip_positions:
+        raise UserError(
+            f"Calibration sequences have {length} tokens, of which the first {skip_positions} are left out. "
+            f"Set calibration.length to more than {skip_positions}."
+        )
+
+
 def input_grams(
     model: Any, linears: dict[str, nn.Linear], calibration: Calibration, consume: Consume, *, skip_positions: int
 ) -> dict[str, Tensor]:
@@ -61,12 +78,8 @@ def input_grams(
         UserError: sequences of which no token would be left.
     """
     processes, results = calibration.processes, {}
-    lengths = {batch.tokens.shape[1] for batch in calibration.batches}
-    if any(length <= skip_positions for length in lengths):
-        raise UserError(
-            f"Calibration sequences have {min(lengths)} tokens, of which the first {skip_positions} are left out. "
-            f"Set calibration.length to more than {skip_positions}."
-        )
+    for batch in calibration.batches:
+        check_length(batch.tokens.shape[1], skip_positions)
     counted = sum(len(batch.tokens) * (batch.tokens.shape[1] - skip_positions) for batch in calibration.batches)
     tokens = int(processes.reduce(torch.tensor(float(counted), dtype=torch.float64, device=processes.device)))
     with block_runner(model, calibration) as runner:

@@ -3,6 +3,7 @@
 Shapes: N sequences over all processes, T tokens in each, B sequences of a micro-batch.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Self
@@ -67,15 +68,18 @@ class Calibration:
 
     @classmethod
     def share(cls, tokens: Tensor, processes: Processes, batch_size: int) -> Self:
-        """This process's share of some text, which is cut so finely that each process has some if it can.
+        """This process's share of some text, which is cut so finely that each process has some if there are as many
+        sequences.
 
         Args:
             tokens: tokens of all sequences, [N, T], the same on all processes.
             processes: processes that share the text.
             batch_size: tokens that pass through a block together; see `CalibrationConfig`.
         """
-        fair = -(-len(tokens) // processes.world_size) * tokens.shape[1]
-        batches = micro_batches(tokens, min(batch_size, fair))
+        fair = math.ceil(len(tokens) / processes.world_size)
+        if math.ceil(len(tokens) / fair) < processes.world_size:
+            fair = max(len(tokens) // processes.world_size, 1)
+        batches = micro_batches(tokens, min(batch_size, fair * tokens.shape[1]))
         return cls(batches[processes.rank :: processes.world_size], len(tokens), processes)
 
 

@@ -6,7 +6,8 @@ from typing import Any, Self
 
 from qpruner.anatomy import num_linear_parameters
 from qpruner.memory import num_parameters
-from qpruner.pruning.rounds import check_ratio, less_than_a_step, round_to, step_parameters, supplies
+from qpruner.plan import Architecture
+from qpruner.pruning.rounds import round_to, supplies_for
 from qpruner.pruning.scores import LayerScores
 from qpruner.pruning.selection import (
     Kept,
@@ -43,16 +44,19 @@ class GradualPruning:
     round_to: int
 
     @classmethod
-    def of(cls, model: Any, ratio: float, selection: SelectionConfig) -> Self:
+    def of(cls, model: Any, ratio: float, selection: SelectionConfig, dense: Architecture) -> Self:
         """Gradual pruning, to a ratio, of a model without adapters, which may be packed.
 
+        Args:
+            model: model to prune.
+            ratio: share of all its parameters to remove, in (0, 1).
+            selection: how the layers share what is removed.
+            dense: dense widths, of which the floors are shares.
+
         Raises:
-            UserError: the ratio is above what any legal widths reach, or less than half a step; see also `supplies`.
+            UserError: see `supplies_for`.
         """
-        offers, total = supplies(model, selection), num_parameters(model)
-        check_ratio(ratio, offers, total)
-        if ratio * total < step_parameters(model, selection) / 2:
-            raise less_than_a_step(ratio, model, selection)
+        offers, total = supplies_for(ratio, model, selection, dense), num_parameters(model)
         return cls(ratio, selection, offers, total, num_linear_parameters(model), round_to(model, selection))
 
     def removed(self, kept: Kept) -> int:

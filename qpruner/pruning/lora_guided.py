@@ -139,10 +139,11 @@ class MovingAverage:
 def score_adapted(model: Any, variant: Variant, gradients: Mapping[nn.Module, Tensor] | None) -> list[LayerScores]:
     """Scores the units of every layer from the gradients of its adapters.
 
-    Linears without an adapter do not contribute. Base layers are unpacked one linear at a time.
+    Linears without an adapter do not contribute; units without any have a score of 0. Base layers are unpacked one
+    linear at a time.
 
     Args:
-        model: model below PEFT, with adapters on at least one linear of each kind of unit.
+        model: model below PEFT.
         variant: ``paper`` or ``code``.
         gradients: gradients of W + s B A by linear, [out, in] each, to use in place of those made from the adapters'
             gradients; None to use the latter.
@@ -151,8 +152,8 @@ def score_adapted(model: Any, variant: Variant, gradients: Mapping[nn.Module, Te
         Scores on the model's device; not finite where a gradient is not.
     """
 
-    def together(parts: Sequence[Coupled]) -> Tensor:
-        scores = []
+    def together(parts: Sequence[Coupled], number: int) -> Tensor:
+        scores = [torch.zeros(number, dtype=torch.float64, device=parts[0].linear.weight.device)]
         for part in parts:
             if (adapter := adapter_on(part.linear)) is not None:
                 base: Any = adapter.base
@@ -162,5 +163,6 @@ def score_adapted(model: Any, variant: Variant, gradients: Mapping[nn.Module, Te
         return torch.stack(scores).sum(0)
 
     return [
-        LayerScores(together(layer.group_weights), together(layer.channel_weights)) for layer in decoder_layers(model)
+        LayerScores(together(layer.group_weights, layer.kv_groups), together(layer.channel_weights, layer.ffn_channels))
+        for layer in decoder_layers(model)
     ]

@@ -75,7 +75,7 @@ class _InputMask:
     def of(cls, part: Coupled, alive: Sequence[int]) -> Self:
         """A mask that lets only the channels of some units of a projection pass."""
         mask = torch.zeros(part.num_units, dtype=torch.bool)
-        mask[alive] = True
+        mask[list(alive)] = True
         return cls(mask.repeat_interleave(part.width))
 
     def __call__(self, module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:

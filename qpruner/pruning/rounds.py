@@ -49,11 +49,10 @@ def prune_(
         narrow: removes all units from the model except those given, the same on all processes.
 
     Raises:
-        UserError: the ratio is above what any legal widths reach; see also `supplies`.
+        UserError: see `supplies_for`.
     """
     total, multiple = num_parameters(model), round_to(model, selection)
-    supply = supplies(model, selection)
-    check_ratio(ratio, supply, total)
+    supply = supplies_for(ratio, model, selection, dense)
     goal = local_widths(supply, round(total * ratio), multiple)
     for number in range(1, rounds + 1):
         scores, layers = score(model), decoder_layers(model)
@@ -67,29 +66,30 @@ def prune_(
             widths = competing_widths(of_units, offers, remove, multiple, uniform=selection.uniform, last=last)
         narrow(keep(scores, widths, layers, selection.mixtures))
     if num_parameters(model) == total:
-        raise less_than_a_step(ratio, model, selection)
+        raise _less_than_a_step(ratio, step_parameters(model, selection, dense) / total)
 
 
-def less_than_a_step(ratio: float, model: Any, selection: SelectionConfig) -> UserError:
-    """The error for a ratio so small that it removes nothing."""
-    step = step_parameters(model, selection) / num_parameters(model)
+def _less_than_a_step(ratio: float, step: float) -> UserError:
     return UserError(
         f"A ratio of {ratio} is less than half a step and would remove nothing; the smallest step removes {step:.2%} "
         f"of all parameters. Ask for more, or lower selection.round_to."
     )
 
 
-def check_ratio(ratio: float, offers: Sequence[Supply], total: int) -> None:
-    """Makes sure that a ratio can be reached.
+def supplies_for(ratio: float, model: Any, selection: SelectionConfig, dense: Architecture) -> list[Supply]:
+    """What can be removed from each layer of a model that is to lose a share of its parameters.
 
     Args:
         ratio: share of all parameters to remove.
-        offers: what can be removed from each layer.
-        total: number of parameters of the model.
+        model: model to prune, in its current state.
+        selection: layers to leave alone, floor and rounding.
+        dense: dense widths, of which the floors are shares.
 
     Raises:
-        UserError: it cannot; the message names the highest ratio that can.
+        UserError: the ratio is above what any legal widths reach, and the highest one that they reach is named; or it
+            is less than half a step; see also `supplies`.
     """
+    offers, total = supplies(model, selection, dense), num_parameters(model)
     removable = sum(offer.parameters for offer in offers)
     if not 0 < ratio < 1 or ratio * total > removable:
         highest = math.floor(removable / total * 10_000) / 10_000
@@ -97,6 +97,10 @@ def check_ratio(ratio: float, offers: Sequence[Supply], total: int) -> None:
             f"The ratio is {ratio}; it is the share of all parameters to remove and must be above 0 and at most "
             f"{highest} with this model and selection. Lower it, lower selection.floor, or leave fewer layers alone."
         )
+    step = step_parameters(model, selection, dense)
+    if ratio * total < step / 2:
+        raise _less_than_a_step(ratio, step / total)
+    return offers
 
 
 def round_to(model: Any, selection: SelectionConfig) -> int:
@@ -162,15 +166,22 @@ def _ceil(number: float) -> int:
     return math.ceil(round(number, 6))  # 0.55 * 6400 is a little more than 3520
 
 
-def step_parameters(model: Any, selection: SelectionConfig) -> int:
-    """Number of parameters of the smallest step: `round_to` channels of one layer, or of all that change together."""
-    costs = [s.channel_parameters * round_to(model, selection) for s in supplies(model, selection) if s.parameters]
+def step_parameters(model: Any, selection: SelectionConfig, dense: Architecture | None = None) -> int:
+    """Number of parameters of the smallest step: `round_to` channels of one layer, or of all that change together.
+
+    Args:
+        model: model to prune.
+        selection: layers to leave alone, floor and rounding.
+        dense: widths that the floor is a share of; those of the model when not given.
+    """
+    multiple = round_to(model, selection)
+    costs = [offer.channel_parameters * multiple for offer in supplies(model, selection, dense) if offer.parameters]
     return sum(costs) if selection.scope == "local" or selection.uniform else max(costs)
 
 
-def asked_for(ratio: float, model: Any, selection: SelectionConfig) -> str:
+def asked_for(ratio: float, model: Any, selection: SelectionConfig, dense: Architecture | None = None) -> str:
     """What was asked for, in words, with the size of a step where that is coarse."""
-    step = step_parameters(model, selection) / num_parameters(model)
+    step = step_parameters(model, selection, dense) / num_parameters(model)
     return f"asked for {ratio:.2%}" + (f", in steps of {step:.2%}" if step > COARSE else "")
 
 

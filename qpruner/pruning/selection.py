@@ -41,9 +41,10 @@ class SelectionConfig:
             gives up the same share.
         uniform: whether all layers must end up equally wide, as required by engines without per-layer widths.
         leave_alone: numbers of layers, from 0, that stay whole; negative ones count from the last.
-        floor: share of the units of a layer that always stays, in (0, 1).
+        floor: share of the units of a layer of the dense model that always stays, in (0, 1), however many have gone
+            in earlier phases.
         round_to: number of which FFN widths become multiples; default ``hidden_size / 32`` rounded down to a power of
-            two, at most 128.
+            two, at most 128. Has no effect on models of which whole experts are removed.
         mixtures: what is removed from a mixture of experts: ``channels``, the same number from each expert, or whole
             ``experts``, of which at least as many stay as a token is sent to, however low the floor. Has no effect on
             models without experts.

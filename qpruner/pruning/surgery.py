@@ -79,7 +79,7 @@ def narrow_(model: Any, kept: Sequence[tuple[Sequence[int], Sequence[int]]]) -> 
             reader: Any = block.get_submodule(path)
             reader.config = layer_config(model.config, number)
     # The rotary module reads a number of heads, without using it, when it rescales positions for long texts. An outline
-    # of # a model has no such module.
+    # of a model has no such module.
     if family.rotary is not None and family.rotary in dict(model.named_modules()):
         model.get_submodule(family.rotary).config = layer_config(model.config, 0)
     return rounded

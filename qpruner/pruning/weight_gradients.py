@@ -44,9 +44,10 @@ class WeightGradients:
         return {linear: reduce(total) for linear, total in sums.items()}
 
     def remove(self) -> None:
-        """Stops collecting."""
+        """Stops collecting, and drops what was collected."""
         for handle in self._handles:
             handle.remove()
+        self._sums.clear()
 
     def _on_forward(self, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
         if not output.requires_grad:  # in evaluation

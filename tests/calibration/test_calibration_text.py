@@ -35,6 +35,21 @@ def test_processes_share_all_sequences_and_each_has_some(world_size: int, batch_
     assert all(share.batches and share.num_sequences == N for share in shares)
 
 
+@pytest.mark.parametrize(
+    ("sequences", "world_size", "shares"),
+    [(5, 4, [2, 1, 1, 1]), (9, 8, [2, 1, 1, 1, 1, 1, 1, 1]), (7, 3, [3, 3, 1]), (6, 4, [2, 2, 1, 1])],
+)
+def test_no_process_is_idle_where_there_are_as_many_sequences(
+    sequences: int, world_size: int, shares: list[int]
+) -> None:
+    tokens = torch.zeros(sequences, T, dtype=torch.long)
+    found = [
+        Calibration.share(tokens, replace(Processes.alone(), rank=rank, world_size=world_size), 1000)
+        for rank in range(world_size)
+    ]
+    assert [sum(len(batch.tokens) for batch in share.batches) for share in found] == shares
+
+
 def test_more_processes_than_sequences_leave_some_without() -> None:
     share = Calibration.share(TOKENS[:2], replace(Processes.alone(), rank=2, world_size=3), 1000)
     assert (share.batches, share.num_sequences) == ([], 2)

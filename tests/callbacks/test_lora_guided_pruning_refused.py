@@ -8,6 +8,7 @@ import pytest
 import torch
 from lightning.pytorch import Callback, Trainer
 from support.compensated import COMPENSATION
+from support.families import tiny_model
 from support.fits import finetuner, logits, trainer
 from support.guided_fits import At, fit, guided, masked_logits
 
@@ -41,7 +42,11 @@ def test_impossible_options_are_refused_when_they_are_made(options: dict[str, An
     [
         (
             ("q_proj", "o_proj"),
-            r"FFN channels by the adapters on gate_proj, up_proj, down_proj, .*target_modules is q_proj, o_proj. Add",
+            r"FFN channels by the adapters on gate_proj, up_proj, down_proj, and layer 0 has none: .*o_proj. Add",
+        ),
+        (
+            r"model\.layers\.0\..*_proj",
+            r"KV groups by the adapters on q_proj, k_proj, v_proj, o_proj, and layer 1 has none: .*leave_alone",
         ),
         (
             ("up_proj",),
@@ -50,7 +55,7 @@ def test_impossible_options_are_refused_when_they_are_made(options: dict[str, An
     ],
 )
 def test_units_without_adapters_are_refused(
-    tiny_llama: Path, stories: StoriesDataModule, targets: tuple[str, ...], said: str
+    tiny_llama: Path, stories: StoriesDataModule, targets: tuple[str, ...] | str, said: str
 ) -> None:
     with pytest.raises(UserError, match=said):
         fit(finetuner(tiny_llama, lora=LoRAConfig(target_modules=targets)), stories, guided())
@@ -63,6 +68,23 @@ def test_pooled_adapters_are_refused(tiny_llama: Path, stories: StoriesDataModul
     skeleton = build_skeleton(read_base_config(str(tiny_llama)))
     with pytest.raises(UserError, match="model.lora.pooled ties columns to the groups of the base"):
         guided().check(Rehearsal(skeleton, lora))
+
+
+def test_layers_that_stay_whole_need_no_adapters(tiny_llama: Path, stories: StoriesDataModule) -> None:
+    lora = LoRAConfig(r=2, target_modules=r"model\.layers\.0\..*_proj")
+    pruning = guided(ratio=0.04, selection=SelectionConfig(scope="local", leave_alone=[1]))
+    plan = fit(finetuner(tiny_llama, lora=lora), stories, pruning).plan
+    assert plan is not None
+    gone = [
+        before - after for before, after in zip(plan.architecture.ffn_channels, plan.widths.ffn_channels, strict=True)
+    ]
+    assert gone[0] > 0 and gone[1] == 0
+
+
+def test_mixtures_are_refused_without_a_run_too(stories: StoriesDataModule, tmp_path: Path) -> None:
+    tiny_model("mixtral", vocab_size=2048).save_pretrained(tmp_path)
+    with pytest.raises(UserError, match="LoRAGuidedPruning.* does not work on mixtures of experts"):
+        fit(finetuner(tmp_path), stories, guided())
 
 
 def test_one_adapter_for_each_kind_of_unit_suffices(tiny_llama: Path, stories: StoriesDataModule) -> None:

@@ -14,10 +14,11 @@ from qpruner.adapters.lora import LoRAConfig
 from qpruner.anatomy import architecture_of, decoder_layers
 from qpruner.calibration.text import CalibrationConfig
 from qpruner.callbacks import PlannedPruning, RunCheckpoint, StructuredPruning
+from qpruner.callbacks.compression import Rehearsal
 from qpruner.datamodules import StoriesDataModule
 from qpruner.errors import UserError
 from qpruner.memory import num_parameters
-from qpruner.model_folder import load_compressed
+from qpruner.model_folder import build_skeleton, load_compressed, read_base_config
 from qpruner.plan import CompressionPlan
 from qpruner.pretrained import EMBEDDED, load_model, load_tokenizer
 from qpruner.pruning.selection import SelectionConfig
@@ -227,3 +228,19 @@ def test_an_unsupported_family_is_named_with_those_that_are_supported(
             stories,
             StructuredPruning(**PRUNING),
         )
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"ratio": 0.0005}, "less than half a step and would remove nothing"),
+        (
+            {"criterion": "reconstruction", "calibration": CalibrationConfig(num_sequences=6, length=4)},
+            "sequences have 4 tokens, of which the first 4 are left out",
+        ),
+    ],
+)
+def test_what_cannot_be_had_is_told_in_the_rehearsal(tiny_llama: Path, options: dict[str, Any], said: str) -> None:
+    skeleton = build_skeleton(read_base_config(str(tiny_llama)))
+    with pytest.raises(UserError, match=said):
+        StructuredPruning(**PRUNING | options).check(Rehearsal(skeleton, LoRAConfig()))

@@ -8,7 +8,7 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from support.families import tiny_model
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from qpruner.anatomy import num_linear_parameters
+from qpruner.anatomy import architecture_of, num_linear_parameters
 from qpruner.callbacks.pruning_event import PruningEvent
 from qpruner.memory import num_parameters
 from qpruner.pruning.gradual import GradualPruning
@@ -20,7 +20,8 @@ LAYERS = 3
 
 @pytest.fixture
 def gradual() -> GradualPruning:
-    return GradualPruning.of(tiny_model("llama"), 0.2, SelectionConfig(scope="local"))
+    model = tiny_model("llama")
+    return GradualPruning.of(model, 0.2, SelectionConfig(scope="local"), architecture_of(model.config))
 
 
 def event(gradual: GradualPruning, **changes: object) -> PruningEvent:

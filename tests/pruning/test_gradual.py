@@ -54,7 +54,8 @@ def widths(kept: Kept) -> list[tuple[int, int]]:
 
 
 def gradual(ratio: float, selection: SelectionConfig) -> GradualPruning:
-    return GradualPruning.of(tiny_model("llama"), ratio, selection)
+    model = tiny_model("llama")
+    return GradualPruning.of(model, ratio, selection, architecture_of(model.config))
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -62,7 +63,7 @@ def gradual(ratio: float, selection: SelectionConfig) -> GradualPruning:
 def test_what_is_gone_stays_gone_and_the_ratio_is_met_at_the_end(way: str, ratio: float) -> None:
     """Whatever later scores say."""
     model, selection = tiny_model("llama"), WAYS[way]
-    pruning = GradualPruning.of(model, ratio, selection)
+    pruning = GradualPruning.of(model, ratio, selection, architecture_of(model.config))
     alive, gone = everything(), [0]
     for number, share in enumerate((0.2, 0.5, 0.9, 1.0)):
         kept = pruning.keep(random_scores(number), alive, share)
@@ -145,9 +146,24 @@ def test_removed_by_hand() -> None:
     assert (pruning.total, pruning.in_linears) == (TOTAL, LAYERS * (4 * GROUP + FFN * CHANNEL))
 
 
+def test_floors_are_shares_of_the_dense_widths() -> None:
+    model = tiny_model("llama")
+    dense = architecture_of(model.config)
+    narrow_(model, [(range(2), range(24))] * LAYERS)
+    floored = SelectionConfig(scope="local", floor=0.25)
+    (supply, *_) = GradualPruning.of(model, 0.1, floored, dense).dense
+    assert (supply.kv_groups, supply.least_groups) == (2, 1) and (supply.ffn_channels, supply.least_channels) == (
+        24,
+        12,
+    )
+    with pytest.raises(UserError, match="floor 0.5 and FFN widths in multiples of 2 nothing can be removed"):
+        GradualPruning.of(model, 0.1, SelectionConfig(scope="local", floor=0.5), dense)
+
+
 def test_a_packed_model_is_counted_as_the_dense_one() -> None:
     for precision in (Precision("nf4", 4), Precision("int8", 8)):
-        found = GradualPruning.of(packed(tiny_model("llama"), precision), 0.2, WAYS["global"])
+        model = packed(tiny_model("llama"), precision)
+        found = GradualPruning.of(model, 0.2, WAYS["global"], architecture_of(model.config))
         assert found == gradual(0.2, WAYS["global"])
 
 

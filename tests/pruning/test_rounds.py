@@ -269,6 +269,39 @@ def test_too_low_a_ratio_names_the_smallest_step(selection: SelectionConfig) -> 
     assert num_parameters(model) == total - step
 
 
+@each_scope
+def test_what_cannot_be_had_is_told_before_units_are_scored(selection: SelectionConfig) -> None:
+    def never(model: Any) -> list[LayerScores]:
+        pytest.fail("units were scored")
+
+    for ratio in (1e-5, 0.99):
+        with pytest.raises(UserError, match="less than half a step|must be above 0 and at most"):
+            prune(build(), ratio, selection, score=never)
+
+
+@each_scope
+def test_floors_are_shares_of_the_dense_widths_however_often_a_model_is_pruned(selection: SelectionConfig) -> None:
+    """Half of 41 channels in steps of two are 22, half of 4 groups 2: after the first pruning nothing may go."""
+    model = build()
+    dense = architecture_of(model.config)
+    selection = replace(selection, floor=0.5)
+    highest = sum(supply.parameters for supply in supplies(model, selection)) / num_parameters(model)
+
+    def again(ratio: float, floored: SelectionConfig) -> None:
+        prune_(model, dense, ratio=ratio, rounds=1, selection=floored, score=by_magnitude,
+               narrow=lambda kept: narrow_(model, kept))  # fmt: skip
+
+    again(highest, selection)
+    widths = stated_by_weights(model)
+    assert (widths.kv_groups, widths.ffn_channels) == ((2,) * LAYERS, (22,) * LAYERS)
+    with pytest.raises(UserError, match="nothing can be removed"):
+        again(0.1, selection)
+    before = num_parameters(model)
+    again(0.1, replace(selection, floor=0.3))
+    assert 1 - num_parameters(model) / before == pytest.approx(0.1, abs=0.02)
+    assert min(stated_by_weights(model).ffn_channels) >= 0.3 * CHANNELS
+
+
 def test_layers_to_leave_alone_must_be_there_and_not_be_all() -> None:
     for numbers in ([0, 1, 2], [0, 1, -1], [-1, -2, -3]):
         with pytest.raises(UserError, match="names every layer"):
