@@ -34,8 +34,9 @@ class TextDataModule(TokenDataModule):
         layout: ``packed`` joins the documents with the tokenizer's end-of-text token and cuts them into rows of
             exactly ``max_length`` tokens (the rest is dropped); ``per_document`` gives each a row, truncated to
             ``max_length`` tokens.
-        separator: text between two documents in a text file, such as ``<|endoftext|>``; without it a text file is one
-            document. White space around a separated document is dropped.
+        separator: text between two documents in a text file, such as ``<|endoftext|>``, or in the text of a record;
+            without it a text file is one document, and so is a record. White space around a separated document is
+            dropped.
         end_token: whether a ``per_document`` row that is not truncated ends with the end-of-text token, as a target;
             packed rows have it between documents.
         text_column: name of the field that holds the text of a record.

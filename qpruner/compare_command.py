@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from qpruner.errors import UserError
 from qpruner.options.functions import run_function
 from qpruner.records.comparison import compare_folders, describe, write_comparison
 
@@ -21,8 +22,14 @@ def compare(runs: list[Path], *, names: list[str] | None = None, output: Path | 
     Raises:
         UserError: a folder has no results, a file is damaged, or the names do not match the runs.
     """
+    if output is not None:
+        output = output.expanduser()
+        try:
+            output.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"Cannot make the folder {str(output)!r} ({error}). Name another as --output.") from error
     comparison = compare_folders([run.expanduser() for run in runs], names)
     print("\n" + "\n".join(describe(comparison)))
     if output is not None:
-        write_comparison(comparison, output.expanduser())
+        write_comparison(comparison, output)
         print(f"\nWritten to {output}: comparison.md with its pictures, and comparison.json.")

@@ -17,7 +17,7 @@ from qpruner.datamodules.rows import TextExamples
 from qpruner.errors import UserError, user_error
 from qpruner.files import write_text
 from qpruner.folder_manifest import ADAPTER, CONFIG, PLAN, REFERENCE, Step, is_compressed, read_manifest
-from qpruner.memory import num_parameters, tensor_bytes
+from qpruner.memory import num_parameters, place_, tensor_bytes
 from qpruner.model_folder import GENERATION, load_compressed, read_plan, save_base
 from qpruner.offload import Offload, choose, offload_
 from qpruner.plan import DENSE, UNITS
@@ -203,13 +203,22 @@ def run_data(model: Path) -> TokenDataModule | str:
 
 
 def measured_perplexity(model: Any, data: TokenDataModule) -> float | None:
-    """Perplexity of a model on the test split, on the CPU or the first CUDA device; None where nothing is scored."""
+    """Perplexity of a model on the test split, on the first CUDA device if it has room there, else on the CPU.
+
+    Returns:
+        None where nothing is scored.
+    """
     data.check_model(model.config)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        place_(model, device)
+    except UserError:  # a merge needs no GPU
+        device = torch.device("cpu")
     results = evaluate(
         model,
         [loader for loader in data.evaluation_loaders("test") if isinstance(loader.examples, TextExamples)],
         limit=1.0,
-        device=torch.device("cuda" if torch.cuda.is_available() else "cpu"),
+        device=device,
         precision=Precision(),
         title="Testing",
         progress=True,

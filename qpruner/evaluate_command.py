@@ -150,8 +150,13 @@ def _without_repetition(option: str, names: list[str]) -> list[str]:
 
 def _questions(name: str, folder: Path | None, part: Part, items: int | None) -> tuple[Measure, TaskQuestions]:
     if name in ENDINGS:
+        if part == "all":
+            raise UserError(
+                f"--split is all, and the stories of {name} are of validation or of test. Give one of these, and "
+                f"evaluate other tasks apart."
+            )
         stories = generate_stories(
-            "validation" if part == "validation" else "test",
+            part,
             num_stories=items or NUM_ENDINGS,
             seed=list(ENDINGS).index(name),
         )

@@ -43,6 +43,9 @@ def test_mistakes_are_told(two: list[str], tmp_path: Path) -> None:
         run(["compare", *two, "--names", "a"])
     with pytest.raises(UserError, match=f"'{tmp_path}' holds nothing that was measured"):
         run(["compare", two[0], str(tmp_path)])
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="Cannot make the folder .*file'.*Name another as --output"):
+        run(["compare", *two, "--output", str(tmp_path / "file")])
     (Path(two[1]) / "evaluation.json").write_text('{"model": ')
     with pytest.raises(UserError, match="Cannot read .*evaluation.json"):
         run(["compare", *two])

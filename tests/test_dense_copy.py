@@ -87,6 +87,20 @@ def test_where_the_data_are_there_the_perplexity_is_measured(work: Path, capsys:
     assert "base_model" not in card  # a run is no name of the hub
 
 
+def test_a_gpu_without_room_is_not_needed(
+    work: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = merged("runs/x", "one", capsys).splitlines()[-1]
+
+    def refuse(model: Any, device: torch.device) -> None:
+        assert device.type == "cuda"
+        raise UserError("There is no room.")
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr("qpruner.dense_copy.place_", refuse)
+    assert merged("runs/x", "other", capsys).splitlines()[-1] == expected and "Perplexity" in expected
+
+
 @pytest.mark.parametrize("given", ["moved", "model"])
 def test_the_runs_model_is_enough(work: Path, capsys: pytest.CaptureFixture[str], given: str) -> None:
     shutil.rmtree(work / "base")

@@ -197,6 +197,7 @@ def test_two_gloo_ranks_measure_as_one(tiny_llama: Path, folder: Path, text: str
         (["--tasks", "endings", "--few-shot", "2"], "--few-shot is for tasks of the harness"),
         (["--tasks", "piqa", "--harness", "--devices", "2"], "harness works on one device here. Give --devices 1"),
         (["--tasks", "piqa", "--harness", "--split", "all"], "--split is all, and the harness takes the split"),
+        (["--tasks", "endings", "--split", "all"], "--split is all, and the stories of endings are of validation or"),
         (["--tasks", "endings", "--accelerator", "abacus"], "Cannot use --accelerator abacus .*invalid accelerator"),
         (["--tasks", "endings", "--devices", "0"], "--devices is 0; it must be at least 1"),
         (["--tasks", "endings", "--batch-tokens", "0"], "--batch-tokens is 0"),

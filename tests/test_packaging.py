@@ -54,7 +54,7 @@ ALLOWED: dict[str, set[str]] = {
         "commands", "datamodules", "errors", "joint", "options", "pretrained", "records", "runs", "search", "training",
     },
     "commands": {"__version__", "cli", "errors"},
-    "compare_command": {"options", "records"},
+    "compare_command": {"errors", "options", "records"},
     "compressed": {
         "adapter_files", "adapters", "anatomy", "calibration", "dense_base", "errors", "files", "folder_manifest",
         "model_folder", "offload", "plan", "pretrained", "pricing", "pruning", "quantization",

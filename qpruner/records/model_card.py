@@ -36,7 +36,8 @@ def model_card(model: Path, name: str, summary: Summary) -> str:
     of_layers = [number for number in widths.experts if number]
     experts = f" of {_between(of_layers)} experts" if of_layers else ""
     lines = ["---", "library_name: transformers", "pipeline_tag: text-generation"]
-    if not Path(base).expanduser().exists() and not base.startswith(("/", "~", ".")):  # it is a name on the hub
+    # A name on the hub, unless it is a path or the name of the embedded model.
+    if not Path(base).expanduser().exists() and not base.startswith(("/", "~", ".", "qpruner/")):
         lines.append(f"base_model: {base}")
     lines += ["tags: [qpruner, pruning, quantization, lora]", "---", "", f"# {name}", ""]
     lines += [

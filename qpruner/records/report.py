@@ -117,9 +117,9 @@ def tasks_table(summary: Summary) -> str | None:
 def protocol_line(summary: Summary, split: str = "test") -> str:
     tokens = {int(stage.results["tokens"]) for stage in summary.stages if "tokens" in stage.results}
     counted = " and ".join(f"{count:,}" for count in sorted(tokens))
+    perplexity = f"Perplexity on the {split} split: {summary.protocol}; {counted} tokens scored. " if tokens else ""
     return (
-        f"Perplexity on the {split} split: {summary.protocol}; {counted} tokens scored. "
-        f"Bytes: all tensors as held here and on disk. "
+        f"{perplexity}Bytes: all tensors as held here and on disk. "
         f"Average bits: of the decoder linears, scales included. Peak memory: {summary.peak_of}."
     )
 

@@ -7,6 +7,8 @@ from inspect import signature
 from pathlib import Path
 from typing import Any
 
+from lightning.pytorch.loggers import Logger
+
 from qpruner.callbacks import Compression
 from qpruner.datamodules.base import TokenDataModule
 from qpruner.files import hash_json
@@ -41,10 +43,13 @@ def _options_of(value: Any) -> dict[str, Any]:
     if isinstance(value, TokenDataModule):
         rows = {name: _short(option) for name, option in value.options().items()}
         return {"rows": rows, "max_length": value.max_length, "loader": value.loader, "seed": value.seed}
+    # A logger without a version of its own takes the next number that no folder has.
+    unsteady = {"version"} if isinstance(value, Logger) else set()
     return {
         name: getattr(value, name)
         for name in _parameters(type(value))
-        if isinstance(getattr(value, name, None), str | int | float | Path | Sequence | Mapping)
+        if name not in unsteady
+        and isinstance(getattr(value, name, None), str | int | float | Path | Sequence | Mapping)
     }
 
 

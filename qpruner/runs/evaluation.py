@@ -24,6 +24,7 @@ def measure_stages(
     *,
     checkpoint: str | None,
     trained: bool,
+    finished: bool,
 ) -> Summary:
     """Measures the dense model and, if a fit has produced them, the compressed and the recovered one.
 
@@ -37,6 +38,7 @@ def measure_stages(
         split: split to measure on.
         checkpoint: file of the trained adapters, where they are not stored beside the base.
         trained: whether trained adapters are stored beside the base.
+        finished: whether the run is over.
     """
     device = trainer.strategy.root_device
     evaluation = trainer.validate if split == "validation" else trainer.test
@@ -66,4 +68,4 @@ def measure_stages(
             measure(module.compressed.base_state.value)
     if checkpoint is not None or trained:
         measure("recovered", adapted=True)
-    return Summary(True, data.protocol, peak_meaning(device), tuple(stages))
+    return Summary(finished, data.protocol, peak_meaning(device), tuple(stages))

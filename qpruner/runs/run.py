@@ -98,6 +98,7 @@ class Run:
         self.checkpoint_every_n_steps = checkpoint_every_n_steps
         self.trainer = trainer or {}
         self.options = options
+        self._callbacks_as_given = plain(self.callbacks)  # a fit changes some, such as the folder of ModelCheckpoint
 
     @property
     def summary(self) -> Summary:
@@ -138,6 +139,8 @@ class Run:
                     phases[-1].end()  # in case the run was interrupted before it could do so
                     show_summary(self.summary)
             else:
+                if trainer.is_global_zero and not rehearses:
+                    self._forget_measurements()
                 fits.run(number, module, trainer, continues=continues, ckpt_path=ckpt_path)
 
     def evaluate(self, split: Measured = "test", ckpt_path: str | None = None) -> Summary:
@@ -151,8 +154,9 @@ class Run:
             module, trainer = self._prepare_evaluation([])
             checkpoint = self._checkpoint(module, ckpt_path)
             summary = measure_stages(
-                trainer, module, self.data, split, checkpoint=checkpoint, trained=is_trained(module)
-            )
+                trainer, module, self.data, split, checkpoint=checkpoint, trained=is_trained(module),
+                finished=ckpt_path is None and self.folder.finished,
+            )  # fmt: skip
             if trainer.is_global_zero:
                 summary.write(self.folder.test_summary if split == "test" else self.folder.validation_summary)
                 show_summary(summary, split)
@@ -226,7 +230,7 @@ class Run:
             "run": {"checkpoint_every_n_steps": self.checkpoint_every_n_steps},
             "model": plain(self.model.hparams),
             "data": plain(self.data),
-            "trainer": plain({**options_of_trainer(self.trainer), "callbacks": self.callbacks}),
+            "trainer": {**plain(options_of_trainer(self.trainer)), "callbacks": self._callbacks_as_given},
             "plan": self.plan,
             "joint": self.joint and plain(asdict(self.joint)),
             "phases": [plain(vars(phase)) for phase in self.phases],
@@ -291,6 +295,11 @@ class Run:
         if not is_rank_zero():
             return not restart
         return claim_folder(self.folder, self.options or self.bound_options(**sections), restart=restart)
+
+    def _forget_measurements(self) -> None:
+        """Removes what was measured of a model that a fit is about to change."""
+        for file in (self.folder.test_summary, self.folder.validation_summary, self.folder.predictions):
+            file.unlink(missing_ok=True)
 
     def _prepare_evaluation(self, callbacks: Sequence[Callback]) -> tuple[LoRAFinetuner, Trainer]:
         """A module that continues from what the run has made of its base, and a Trainer that measures it."""

@@ -1,5 +1,6 @@
 """The card beside a compressed model: figures, recipe, and a way to load it that works."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ import yaml
 from support.summaries import SUMMARY
 
 from qpruner.compressed import CompressedModel
-from qpruner.folder_manifest import Step
+from qpruner.folder_manifest import Step, read_manifest
 from qpruner.plan import UNITS, CompressionPlan, Precision
 from qpruner.records.folder import RunFolder
 from qpruner.records.model_card import write_model_card
@@ -49,6 +50,16 @@ def test_the_card_has_the_figures_and_loads_the_model(run: RunFolder, tiny_llama
     exec(code.replace("tokenizer = ", "# "), made)
     assert type(made["model"]).__name__ == "CompressedLlamaForCausalLM"
     assert "`modeling_compressed.py` in the folder" in body
+
+
+@pytest.mark.parametrize(("base", "on_hub"), [("org/model", True), ("qpruner/stories", False), ("./model", False)])
+def test_only_models_of_the_hub_are_named_as_such(run: RunFolder, base: str, on_hub: bool) -> None:
+    manifest = read_manifest(run.model)
+    manifest["base"]["name"] = base
+    (run.model / "manifest.json").write_text(json.dumps(manifest))
+    write_model_card(run, SUMMARY)
+    _, head, _ = (run.model / "README.md").read_text().split("---\n", 2)
+    assert yaml.safe_load(head).get("base_model") == (base if on_hub else None)
 
 
 def test_a_run_without_a_model_has_no_card(tmp_path: Path) -> None:

@@ -50,6 +50,12 @@ def test_the_protocol_is_told_with_the_number_of_tokens() -> None:
     assert "resident set" in line
 
 
+def test_no_perplexity_is_told_where_no_token_was_scored() -> None:
+    stages = tuple(replace(stage, results={}) for stage in SUMMARY.stages)
+    line = protocol_line(replace(SUMMARY, stages=stages))
+    assert line.startswith("Bytes: ") and "erplexity" not in line
+
+
 def test_the_later_value_of_a_step_that_was_logged_twice_counts(tmp_path: Path) -> None:
     for values in ({1: 10.0, 2: 20.0, 3: 30.0}, {2: 21.0, 3: 31.0, 4: 41.0}):
         with SummaryWriter(str(tmp_path)) as writer:

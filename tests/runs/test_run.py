@@ -9,7 +9,8 @@ import pytest
 import torch
 import yaml
 from lightning.pytorch import Callback
-from lightning.pytorch.callbacks import EarlyStopping
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
+from lightning.pytorch.loggers import TensorBoardLogger
 from safetensors.torch import load_file
 
 from qpruner.adapters.lora import LoRAConfig
@@ -138,6 +139,36 @@ def test_evaluation_measures_every_stage_and_leaves_the_fit_alone(given: dict[st
     run.predict()
     assert len(run.folder.predictions.read_text().splitlines()) == 6 + 4
     assert run.summary == before
+
+
+def test_what_was_measured_of_a_fit_that_was_cut_off_does_not_outlive_it(given: dict[str, Any]) -> None:
+    options = Run(**given).bound_options()
+    cut = anew(given, callbacks=[CutAt(2)], options=options)
+    with pytest.raises(PowerCut):
+        cut.fit()
+    assert not cut.evaluate("test").finished and not Summary.read(cut.folder.test_summary).finished
+    cut.evaluate("validation")
+    cut.predict()
+    whole = anew(given, options=options)
+    whole.fit()
+    stale = (whole.folder.test_summary, whole.folder.validation_summary, whole.folder.predictions)
+    assert not any(file.exists() for file in stale)
+    assert whole.evaluate("test").finished
+    whole.fit()  # nothing is left to do, and so what was measured stays
+    assert whole.folder.test_summary.exists()
+
+
+def test_callbacks_and_loggers_that_a_fit_changes_are_bound_as_they_were_given(given: dict[str, Any]) -> None:
+    def run() -> Run:
+        logger = TensorBoardLogger(given["folder"].with_name("logs"))
+        return anew(given, callbacks=[ModelCheckpoint()], trainer={**given["trainer"], "logger": logger})
+
+    first = run()
+    first.fit()
+    first.fit()
+    again = run()  # whose logger would count on
+    again.fit()
+    assert len(read_json(again.folder.manifest)["sessions"]) == 1
 
 
 def test_cut_off_in_each_phase_and_run_again_equals_uninterrupted(given: dict[str, Any]) -> None:

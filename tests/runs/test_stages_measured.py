@@ -23,7 +23,7 @@ def measure(tiny_llama: Path, stories: StoriesDataModule) -> Measure:
     def of(kept: Path | None, *, trained: bool = False) -> Summary:
         module = finetuner(tiny_llama)
         module.continues_from = kept
-        return measure_stages(trainer(), module, stories, "test", checkpoint=None, trained=trained)
+        return measure_stages(trainer(), module, stories, "test", checkpoint=None, trained=trained, finished=True)
 
     return of
 
