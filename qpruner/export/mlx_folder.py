@@ -27,6 +27,8 @@ EQUAL = {"llama": "llama", "mistral": "llama", "qwen2": "llama", "qwen3": "qwen3
 UNEQUAL = ("llama", "mistral", "qwen3")
 """The families that OpenELM, whose layers may differ in width, can compute: it has no biases."""
 ROPES = ("default", "linear", "llama3")
+ACTIVATIONS = ("silu", "swish")
+"""The names in transformers of the activation that all of these models of mlx-lm compute, whatever is configured."""
 
 
 @dataclass(frozen=True)
@@ -91,10 +93,20 @@ class Mlx:
                 f"The rotary positions of this model are of type {rope}; mlx gets {', '.join(allowed)}. Export with "
                 f"--format onnx or dense."
             )
-        if unequal and any(name.endswith(".bias") for name in source.names()):
+        if config.hidden_act not in ACTIVATIONS:
+            raise UserError(
+                f"The activation of this model's FFNs is {config.hidden_act}; mlx computes {ACTIVATIONS[0]} in every "
+                f"{family}. Export with --format onnx or dense."
+            )
+        biased = any(name.endswith(".bias") for name in source.names())
+        if unequal and biased:
             raise UserError(
                 "The layers of this model differ in width and have biases, which OpenELM has not. Prune with "
                 "selection.uniform true, or export with --format onnx or dense."
+            )
+        if biased and EQUAL[family] == "qwen3":
+            raise UserError(
+                "The attention of this model has biases, which mlx's qwen3 has not. Export with --format onnx or dense."
             )
 
     def write(self, source: Source, folder: Path, dtype: torch.dtype) -> Written:
