@@ -20,8 +20,9 @@ from qpruner.export.source import Source
 from qpruner.export.written import Written
 from qpruner.folder_manifest import CONFIG, entries_of
 from qpruner.model_folder import build_skeleton, model_class_name
-from qpruner.plan import ROW
+from qpruner.plan import DENSE, ROW, CompressionPlan
 from qpruner.pruning.widths import portable_config, skeleton_config
+from qpruner.quantization.apply import linear_precisions
 from qpruner.remote_code import add_code, needs_code
 
 WIDTHS = (2, 4, 8)
@@ -97,17 +98,19 @@ class CompressedTensors:
     extra = None
     module = None
 
-    def check(self, source: Source) -> None:
-        refuse_experts(source.network, f"--format {self.name}", "--format dense")
-        linears = _linears(source)
-        if not linears:
-            raise UserError("No linear of this model is quantized. Export it with --format dense.")
-        stock = _stock_linears(portable_config(source.dense_config))
-        if others := [name for name in linears if name not in stock]:
+    def check_plan(self, config: Any, plan: CompressionPlan) -> None:
+        refuse_experts(config, f"--format {self.name}", "--format dense")
+        precisions, stock = linear_precisions(build_skeleton(config), plan), _stock_linears(portable_config(config))
+        if others := [name for name, each in precisions.items() if each != DENSE and name not in stock]:
             raise UserError(
                 f"{listed(others)} are no linears in transformers' own model, and so cannot be packed. Export with "
                 f"--format onnx or dense."
             )
+
+    def check(self, source: Source) -> None:
+        self.check_plan(source.config, source.plan)
+        if not _linears(source):
+            raise UserError("No linear of this model is quantized. Export it with --format dense.")
 
     def write(self, source: Source, folder: Path, dtype: torch.dtype) -> Written:
         from huggingface_hub import save_torch_state_dict

@@ -18,6 +18,7 @@ from qpruner.export.source import Source
 from qpruner.export.written import Written
 from qpruner.files import write_json
 from qpruner.folder_manifest import CONFIG, entries_of
+from qpruner.plan import CompressionPlan
 
 SIZES = (128, 64, 32)
 SMALLEST = 32
@@ -69,9 +70,9 @@ class Mlx:
     extra = None
     module = None
 
-    def check(self, source: Source) -> None:
-        refuse_experts(source.network, f"--format {self.name}", "--format dense")
-        config, unequal = source.dense_config, source.config.is_heterogeneous
+    def check_plan(self, config: Any, plan: CompressionPlan) -> None:
+        refuse_experts(config, f"--format {self.name}", "--format dense")
+        unequal = config.is_heterogeneous
         family, _ = family_of(config)
         if family not in EQUAL or (unequal and family not in UNEQUAL):
             allowed = UNEQUAL if unequal else tuple(EQUAL)
@@ -98,13 +99,17 @@ class Mlx:
                 f"The activation of this model's FFNs is {config.hidden_act}; mlx computes {ACTIVATIONS[0]} in every "
                 f"{family}. Export with --format onnx or dense."
             )
-        biased = any(name.endswith(".bias") for name in source.names())
-        if unequal and biased:
+
+    def check(self, source: Source) -> None:
+        self.check_plan(source.config, source.plan)
+        if not any(name.endswith(".bias") for name in source.names()):
+            return
+        if source.config.is_heterogeneous:
             raise UserError(
                 "The layers of this model differ in width and have biases, which OpenELM has not. Prune with "
                 "selection.uniform true, or export with --format onnx or dense."
             )
-        if biased and EQUAL[family] == "qwen3":
+        if EQUAL[family_of(source.config)[0]] == "qwen3":
             raise UserError(
                 "The attention of this model has biases, which mlx's qwen3 has not. Export with --format onnx or dense."
             )
