@@ -131,7 +131,7 @@ class LoRAGuidedPruning(CompressionInTraining):
         return self.compensating.how != "none"
 
     def check(self, rehearsal: Rehearsal) -> None:
-        refuse_experts(rehearsal.model, SCORER, "StructuredPruning")
+        refuse_experts(rehearsal.model.config, SCORER, "StructuredPruning")
         self._check_adapters(rehearsal.model, rehearsal.lora)
         GradualPruning.of(rehearsal.model, self.ratio, self.selection, rehearsal.plan.architecture)
         self.compensating.check(rehearsal.model)
@@ -174,7 +174,7 @@ class LoRAGuidedPruning(CompressionInTraining):
         self.check_unadapted(model)
         if model.base_state is State.DENSE:
             check_dense(model)
-        refuse_experts(model.network, SCORER, "StructuredPruning")
+        refuse_experts(model.network.config, SCORER, "StructuredPruning")
         if self.criterion == "gradient" and trainer.precision == "16-mixed":
             raise UserError(
                 "With criterion gradient the gradients of weights would be those of a scaled loss under "

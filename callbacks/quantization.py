@@ -174,7 +174,7 @@ class MixedPrecisionQuantization(CompressionInSetup):
             settings = LoftQSettings.of(rehearsal.lora, self.loftq_iterations, seed=0)  # nothing is drawn
             check_rank(rehearsal.model, starts_of(rehearsal.model, plan, settings))
         if self.calibrated is not None:
-            refuse_experts(rehearsal.model, CALIBRATED, "the nearest values: leave calibrated out")
+            refuse_experts(rehearsal.model.config, CALIBRATED, "the nearest values: leave calibrated out")
             if self.plan is None:  # a plan names its formats itself, and only some have a grid
                 _check_grids({*units} if self.allocator is None else {*self.allocator.precisions})
             self.calibrated.check_text(_widest_input(rehearsal.model, plan))

@@ -128,6 +128,9 @@ class ChoiceExamples:
         inputs = torch.segment_reduce((self.rows.lengths - 1).double(), "sum", lengths=options).long()
         return torch.ones_like(options), inputs - (options - 1) * self.trunks
 
+    def width(self, length: int) -> int:
+        return round_up(length)
+
     @cached_property
     def trunks(self) -> Tensor:
         """Number of tokens that all options of a question begin with and that none is scored on."""  # [E] int64
@@ -146,7 +149,8 @@ class ChoiceExamples:
 
     def collate(self, indices: Sequence[int]) -> ChoiceBatch:
         trees = [self._tree(index) for index in indices]
-        width, scored = (max(len(tree[name]) for tree in trees) for name in ("input_ids", "targets"))
+        longest, scored = (max(len(tree[name]) for tree in trees) for name in ("input_ids", "targets"))
+        width = self.width(longest)
 
         def together(name: str, size: int, fill: int = 0) -> Tensor:
             return torch.stack([_padded(tree[name], size, fill) for tree in trees])
@@ -154,9 +158,9 @@ class ChoiceExamples:
         return ChoiceBatch(
             task=self.task,
             measure=self.measure,
-            input_ids=together("input_ids", round_up(width), self.pad_token),
-            positions=together("positions", round_up(width)),
-            branch=together("branch", round_up(width), NOTHING),
+            input_ids=together("input_ids", width, self.pad_token),
+            positions=together("positions", width),
+            branch=together("branch", width, NOTHING),
             targets=together("targets", scored),
             sources=together("sources", scored),
             options=together("options", scored, NOTHING),

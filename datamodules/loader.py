@@ -29,6 +29,10 @@ class Examples(Protocol):
         """Number of rows of each example, and number of tokens in the longest of these."""  # [E] int64, [E] int64
         ...
 
+    def width(self, length: int) -> int:
+        """Number of tokens to which the rows of a batch are padded where the longest of them has ``length``."""
+        ...
+
 
 class _Numbers(Dataset[int]):
     """Maps a number to itself: examples are gathered batch by batch, by `Examples.collate`."""
@@ -164,8 +168,8 @@ class EvaluationLoader:
 
     Args:
         examples: examples to load.
-        tokens: most tokens in a batch, padding included: number of rows times length of the longest. An example is
-            never split, so an example with more tokens becomes a batch of its own.
+        tokens: most tokens in a batch, padding included: number of rows times the width that they are padded to. An
+            example is never split, so an example with more tokens becomes a batch of its own.
         rank: rank of this process among the ``world_size`` that share the examples, from 0.
         world_size: number of processes that share the examples.
         num_workers: number of processes that prepare batches ahead of time; 0 prepares them in this process.
@@ -191,7 +195,7 @@ class EvaluationLoader:
 
     @cached_property
     def _all_batches(self) -> list[list[int]]:
-        filled = fill_batches(*self.examples.sizes(), self.tokens)
+        filled = fill_batches(*self.examples.sizes(), self.tokens, self.examples.width)
         generator = torch.Generator().manual_seed(derive_seed(0, "evaluation order"))
         return [sorted(filled[place]) for place in torch.randperm(len(filled), generator=generator).tolist()]
 
@@ -199,13 +203,14 @@ class EvaluationLoader:
         yield from _gathered(self.examples, self.batches(), self.num_workers)
 
 
-def fill_batches(rows: Tensor, longest: Tensor, tokens: int) -> list[list[int]]:
+def fill_batches(rows: Tensor, longest: Tensor, tokens: int, width: Callable[[int], int]) -> list[list[int]]:
     """Batches examples of similar length, as many per batch as the number of tokens allows.
 
     Args:
         rows: [E], number of rows of each example.
         longest: [E], number of tokens in the longest row of each example.
         tokens: most tokens in a batch, padding included; see `EvaluationLoader`.
+        width: function from the length of the longest row of a batch to the width of all; see `Examples.width`.
 
     Returns:
         The numbers of the examples of each batch, from the shortest to the longest examples.
@@ -215,7 +220,7 @@ def fill_batches(rows: Tensor, longest: Tensor, tokens: int) -> list[list[int]]:
     order = longest.argsort(stable=True)
     for example, more, length in zip(order.tolist(), rows[order].tolist(), longest[order].tolist(), strict=True):
         num_rows += more
-        if not batches or num_rows * max(length, 1) > tokens:
+        if not batches or num_rows * width(max(length, 1)) > tokens:
             batches.append([])
             num_rows = more
         batches[-1].append(example)

@@ -115,12 +115,16 @@ class TokenRows:
         """Number of targets in all rows."""
         return int(self.scored_tokens.sum())
 
-    def pad(self, indices: Sequence[int], pad_token: int) -> Batch:
-        """The rows with these numbers as a batch; a `FILLER` or an empty row becomes one unscored token.
+    def width(self, length: int) -> int:
+        """The width of a batch whose longest row has ``length`` tokens.
 
         Long batches get one of a few widths: oneDNN compiles and keeps separate kernels for each shape of matrices, and
         the heap is fragmented into pieces that fit no other.
         """
+        return max(length, min(round_up(length), self.longest))
+
+    def pad(self, indices: Sequence[int], pad_token: int) -> Batch:
+        """The rows with these numbers as a batch; a `FILLER` or an empty row becomes one unscored token."""
         bounds = [self.offsets[i : i + 2].tolist() if i != FILLER else (0, 0) for i in indices]
         rows = [slice(first, last) if first < last else slice(0, 0) for first, last in bounds]
         nothing = torch.tensor([pad_token])
@@ -136,7 +140,7 @@ class TokenRows:
             for row, label in zip(rows, labels, strict=True)
         ]
         longest = max(map(len, input_ids))
-        missing = max(0, min(round_up(longest), self.longest) - longest)
+        missing = self.width(longest) - longest
 
         def together(parts: list[Tensor], value: int) -> Tensor:
             return F.pad(pad_sequence(parts, batch_first=True, padding_value=value), (0, missing), value=value)
@@ -170,6 +174,9 @@ class TextExamples:
 
     def sizes(self) -> tuple[Tensor, Tensor]:
         return torch.ones(len(self), dtype=torch.int64), self.rows.lengths
+
+    def width(self, length: int) -> int:
+        return self.rows.width(length)
 
     def collate(self, indices: Sequence[int]) -> Batch:
         return self.rows.pad(indices, self.pad_token)

@@ -121,6 +121,15 @@ def prepare_output(folder: Path) -> None:
     """
     if os.path.lexists(folder):
         raise UserError(f"{str(folder)!r} is there already. Name a folder that is not.")
+    prepare_parent(folder)
+
+
+def prepare_parent(folder: Path) -> None:
+    """Makes the folder that a folder is going to lie in.
+
+    Raises:
+        UserError: it cannot be made, or may not be written.
+    """
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         writable = os.access(folder.parent, os.W_OK)

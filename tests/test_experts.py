@@ -489,8 +489,8 @@ def test_what_does_not_know_experts_says_what_does() -> None:
     with pytest.raises(UserError, match=r"search\.structure does not work on mixtures .* leave search\.structure out"):
         Structures(model, dense_plan("mixtral"), StructureConfig(), SelectionConfig(), LoRAConfig())
     with pytest.raises(UserError, match="joint does not work on mixtures"):
-        refuse_experts(model, "joint", "another")
-    refuse_experts(tiny_model("llama"), "joint", "another")
+        refuse_experts(model.config, "joint", "another")
+    refuse_experts(tiny_model("llama").config, "joint", "another")
 
 
 @each_mixture

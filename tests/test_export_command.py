@@ -12,6 +12,7 @@ from qpruner.errors import UserError
 from qpruner.export import formats
 from qpruner.export.dense import Dense
 from qpruner.export.formats import exporter_for
+from qpruner.export.source import Source
 from qpruner.files import read_json
 from qpruner.folder_manifest import is_compressed
 from qpruner.pretrained import EMBEDDED, load_tokenizer
@@ -72,6 +73,35 @@ def test_nothing_but_an_export_is_replaced(folder: Path, tmp_path: Path, output:
     with pytest.raises(UserError, match="it holds no export"):
         run(["export", str(folder), "--format=dense", f"--output={tmp_path / output}", "--overwrite"])
     assert is_compressed(folder) and (tmp_path / "file").read_text() == "mine"
+
+
+@pytest.mark.parametrize(
+    ("format", "family", "output", "message"),
+    [
+        ("gguf", "phi3", "out", "llama.cpp has no architecture for this phi3: only llama,"),
+        ("mlx", "gemma", "out", "mlx has no model that computes what a gemma does"),
+        ("onnx", "mixtral", "out", "does not work on mixtures of experts, as mixtral is. Use --format dense"),
+        ("compressed-tensors", "mixtral", "out", "does not work on mixtures of experts, as mixtral is"),
+        ("compressed-tensors", "gpt2", "out", "c_attn.* are no linears in transformers' own model"),
+        ("dense", "llama", "file/out", "file.* Name another folder to write"),
+    ],
+)
+def test_what_cannot_be_exported_is_told_before_any_weight_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, format: str, family: str, output: str, message: str
+) -> None:
+    if (module := formats.EXPORTS[format].module) is not None:
+        pytest.importorskip(module)
+    source_of(tmp_path / "model", family, precision=NF4)
+    (tmp_path / "file").write_text("mine")
+
+    def read(_: Path) -> None:
+        raise AssertionError("Weights are read.")
+
+    monkeypatch.setattr(Source, "read", read)
+    before = {*tmp_path.iterdir()}
+    with pytest.raises(UserError, match=message):
+        run(["export", str(tmp_path / "model"), f"--format={format}", f"--output={tmp_path / output}"])
+    assert {*tmp_path.iterdir()} == before
 
 
 def test_an_unknown_format_is_told(folder: Path) -> None:

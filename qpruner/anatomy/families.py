@@ -246,18 +246,18 @@ def learned_positions(config: Any) -> int | None:
     return number
 
 
-def refuse_experts(model: Any, what: str, remedy: str) -> None:
+def refuse_experts(config: Any, what: str, remedy: str) -> None:
     """Makes sure that the layers of a model have no experts.
 
     Args:
-        model: causal language model.
+        config: configuration of the model.
         what: what cannot be done to experts, as the start of the message.
         remedy: what to use instead.
 
     Raises:
         UserError: the layers have experts.
     """
-    name = model.config.model_type.removeprefix(COMPRESSED)
+    name = config.model_type.removeprefix(COMPRESSED)
     if name in FAMILIES and FAMILIES[name].mixture is not None:
         raise UserError(f"{what} does not work on mixtures of experts, as {name} is. Use {remedy}.")
 

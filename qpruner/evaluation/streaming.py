@@ -8,6 +8,7 @@ import torch
 from qpruner.errors import UserError
 from qpruner.evaluation.generation import check_positions, unended
 from qpruner.evaluation.subject import Subject
+from qpruner.likelihood import causal_model
 from qpruner.memory import peak_meaning, read_peak, reset_peak, tensor_bytes
 
 
@@ -56,24 +57,37 @@ def stream(
     check_positions(network, prompt, tokens.shape[1], max_new_tokens)
     torch.manual_seed(seed)
     since = perf_counter()
-    # Sampling settings of the model's own generation config must not interfere with the temperature.
-    choice: dict[str, Any] = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
-    if not temperature:
-        choice = {"do_sample": False, "num_beams": 1, "temperature": None, "top_p": None, "top_k": None}
+    # What a given generation config leaves out is taken from that of the model, so the model gets this one as its own.
+    config = generation_config(subject, temperature, max_new_tokens)
+    causal_model(network).generation_config = config
     with torch.inference_mode():
         written = network.generate(
             tokens,
             attention_mask=torch.ones_like(tokens),
-            max_new_tokens=max_new_tokens,
+            generation_config=config,
             streamer=TextStreamer(subject.tokenizer, skip_prompt=chat, skip_special_tokens=True),
-            pad_token_id=subject.tokenizer.pad_token_id or subject.tokenizer.eos_token_id or 0,
-            **choice,
         )
     seconds, number = perf_counter() - since, written.shape[1] - tokens.shape[1]
     peak = read_peak(on)
     return (
         f"\n{number} tokens in {seconds:.1f} s, {number / seconds:.1f} a second on {on}; weights of "
         f"{tensor_bytes(network):,} bytes" + (f", peak of {peak:,} bytes ({peak_meaning(on)})." if peak else ".")
+    )
+
+
+def generation_config(subject: Subject, temperature: float, max_new_tokens: int) -> Any:
+    """How tokens are chosen: by likelihood alone, without the penalties, beams and cuts of the model's own config."""
+    from transformers import GenerationConfig
+
+    own, tokenizer = subject.network.generation_config, subject.tokenizer
+    # transformers otherwise samples from 50 tokens only.
+    choice = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0} if temperature else {}
+    return GenerationConfig(
+        max_new_tokens=max_new_tokens,
+        bos_token_id=own.bos_token_id,
+        eos_token_id=own.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id or tokenizer.eos_token_id or 0,
+        **choice,
     )
 
 

@@ -3,7 +3,7 @@
 import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,7 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from qpruner.anatomy import family_of, refuse_experts
+from qpruner.anatomy import family_of, refuse_experts, unit_linears
 from qpruner.dense_copy import TokenizerFiles
 from qpruner.errors import UserError, listed
 from qpruner.export.bit_stream import bit_stream, codes_of_stream, words
@@ -20,8 +20,9 @@ from qpruner.export.source import Source
 from qpruner.export.written import Written
 from qpruner.folder_manifest import CONFIG, entries_of
 from qpruner.model_folder import build_skeleton, model_class_name
-from qpruner.plan import ROW
+from qpruner.plan import DENSE, ROW, CompressionPlan
 from qpruner.pruning.widths import portable_config, skeleton_config
+from qpruner.quantization.apply import linear_precisions
 from qpruner.remote_code import add_code, needs_code
 
 WIDTHS = (2, 4, 8)
@@ -85,8 +86,8 @@ class CompressedTensors:
 
     and the value scale * (code - 2^(b - 1)). So symmetric codes are exported unchanged; those of 3, 5 and 6 bits in the
     next larger width. Other formats, linears with adapters and rows whose length is no multiple of 32 are quantized
-    anew. Units that engines fuse, queries with keys and values and gate with up, share a scheme as they share a
-    precision in the plan.
+    anew. Linears that engines fuse, queries with keys and values and gate with up, share a scheme, even if only some of
+    them have adapters.
 
     The engine multiplies scales and codes in the dtype of the model, so that values are rounded to it.
 
@@ -97,22 +98,24 @@ class CompressedTensors:
     extra = None
     module = None
 
-    def check(self, source: Source) -> None:
-        refuse_experts(source.network, f"--format {self.name}", "--format dense")
-        linears = _linears(source)
-        if not linears:
-            raise UserError("No linear of this model is quantized. Export it with --format dense.")
-        stock = _stock_linears(portable_config(source.dense_config))
-        if others := [name for name in linears if name not in stock]:
+    def check_plan(self, config: Any, plan: CompressionPlan) -> None:
+        refuse_experts(config, f"--format {self.name}", "--format dense")
+        precisions, stock = linear_precisions(build_skeleton(config), plan), _stock_linears(portable_config(config))
+        if others := [name for name, each in precisions.items() if each != DENSE and name not in stock]:
             raise UserError(
                 f"{listed(others)} are no linears in transformers' own model, and so cannot be packed. Export with "
                 f"--format onnx or dense."
             )
 
+    def check(self, source: Source) -> None:
+        self.check_plan(source.config, source.plan)
+        if not _linears(source):
+            raise UserError("No linear of this model is quantized. Export it with --format dense.")
+
     def write(self, source: Source, folder: Path, dtype: torch.dtype) -> Written:
         from huggingface_hub import save_torch_state_dict
 
-        held = {name: _held(source, name) for name in _linears(source)}
+        held = _all_held(source)
         state: dict[str, Tensor] = {}
         for name in source.names():
             linear, _, kind = name.rpartition(".")
@@ -159,7 +162,31 @@ def _stock_linears(config: Any) -> set[str]:
     return {name for name, module in model.named_modules() if isinstance(module, nn.Linear)}
 
 
+def _all_held(source: Source) -> dict[str, Held]:
+    """How each packed linear is stored, by name: in the same way as those that engines fuse it with."""
+    held = {name: _held(source, name) for name in _linears(source)}
+    for units in unit_linears(source.network):
+        for names in units.values():
+            held |= _fused({name: held[name] for name in names if name in held})
+    return held
+
+
+def _fused(members: Mapping[str, Held]) -> dict[str, Held]:
+    """The linears of a unit in one scheme, in which those whose codes are the model's keep them."""
+    schemes = {each.scheme for each in members.values()}
+    if len(schemes) < 2:  # they have the same precision in the plan, so that only adapters can tell them apart
+        return {**members}
+    (size,) = {each.scheme.size for each in members.values() if each.exact}
+    scheme = Scheme(max(scheme.bits for scheme in schemes), size)
+    wider = "engines fuse them with linears that have adapters"
+    return {
+        name: replace(each, scheme=scheme, reason=wider if each.scheme.bits < scheme.bits else each.reason)
+        for name, each in members.items()
+    }
+
+
 def _held(source: Source, name: str) -> Held:
+    """How a packed linear would be stored on its own."""
     linear = source.packed(name)
     assert linear is not None
     layout, columns = GroupLayout.of(linear), linear.in_features

@@ -2,6 +2,7 @@
 
 import copy
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -10,7 +11,7 @@ from qpruner.export.source import Source
 from qpruner.export.written import Written
 from qpruner.folder_manifest import Step, entries_of, read_manifest
 from qpruner.model_folder import save_base
-from qpruner.plan import DENSE, UNITS
+from qpruner.plan import DENSE, UNITS, CompressionPlan
 from qpruner.quantization.merging import make_dense_
 
 
@@ -20,6 +21,9 @@ class Dense:
     name = "dense"
     extra = None
     module = None
+
+    def check_plan(self, config: Any, plan: CompressionPlan) -> None:
+        """Accepts every compressed model."""
 
     def check(self, source: Source) -> None:
         """Accepts every compressed model: each can be made dense."""

@@ -16,6 +16,7 @@ from qpruner.export.mlx_folder import Mlx
 from qpruner.export.onnx_file import Onnx
 from qpruner.export.source import Source
 from qpruner.export.written import Written
+from qpruner.plan import CompressionPlan
 
 
 class Exporter(Protocol):
@@ -32,8 +33,19 @@ class Exporter(Protocol):
     def module(self) -> str | None:
         """The import name of the module that the extra provides; None without an extra."""
 
+    def check_plan(self, config: Any, plan: CompressionPlan) -> None:
+        """Makes sure, before any weight is read, that the format can represent the model as far as these say.
+
+        Args:
+            config: configuration of the model, with the widths of each layer.
+            plan: plan that the model follows.
+
+        Raises:
+            UserError: it cannot; the message gives the reason and the nearest alternative that works.
+        """
+
     def check(self, source: Source) -> None:
-        """Makes sure, before any work, that the format can represent the model completely.
+        """Makes sure, before any work, that the format can represent the model completely; includes `check_plan`.
 
         Raises:
             UserError: it cannot; the message gives the reason and the nearest alternative that works.

@@ -57,6 +57,16 @@ WRITTEN = ("llama", "mistral", "qwen2", "qwen3", *OF_EQUAL_LAYERS)
 """The families whose models can be written."""
 
 
+def check_family(config: Any) -> None:
+    """Makes sure that there is an architecture for models of a family.
+
+    Raises:
+        UserError: there is none.
+    """
+    if family_of(config)[0] not in WRITTEN:
+        raise _refusal(config, f"only {', '.join(WRITTEN)} are written so far")
+
+
 def architecture_for(source: Source) -> Architecture:
     """The architecture that computes what a model does.
 
@@ -64,10 +74,9 @@ def architecture_for(source: Source) -> Architecture:
         UserError: there is none; the message gives the reason and the nearest alternative that works.
     """
     config, widths = source.config, source.plan.widths
+    check_family(config)
     family, _ = family_of(config)
     equal = len(set(widths.kv_groups)) == len(set(widths.ffn_channels)) == 1
-    if family not in WRITTEN:
-        raise _refusal(source, f"only {', '.join(WRITTEN)} are written so far")
     if family in ("llama", "mistral"):
         chosen = LLAMA if equal else DECI
     elif family == "qwen2":
@@ -78,11 +87,11 @@ def architecture_for(source: Source) -> Architecture:
     else:
         chosen = OF_EQUAL_LAYERS[family]
     if chosen == OPENELM and not source.tied:
-        raise _refusal(source, "its layers differ in width and its head is not its embedding", EQUAL_WIDTHS)
+        raise _refusal(config, "its layers differ in width and its head is not its embedding", EQUAL_WIDTHS)
     if not equal and chosen not in (DECI, OPENELM):
-        raise _refusal(source, "its layers are not equally wide", EQUAL_WIDTHS)
+        raise _refusal(config, "its layers are not equally wide", EQUAL_WIDTHS)
     if reason := _difference(source, chosen):
-        raise _refusal(source, reason)
+        raise _refusal(config, reason)
     return chosen
 
 
@@ -200,6 +209,6 @@ def uses_window(config: Any) -> bool:
     return getattr(config, "sliding_window", None) is not None and (kinds is None or "sliding_attention" in kinds)
 
 
-def _refusal(source: Source, reason: str, remedy: str = "Use --format dense") -> UserError:
-    family = family_of(source.config)[0]
+def _refusal(config: Any, reason: str, remedy: str = "Use --format dense") -> UserError:
+    family = family_of(config)[0]
     return UserError(f"llama.cpp has no architecture for this {family}: {reason}. {remedy}.")

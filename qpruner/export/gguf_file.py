@@ -10,7 +10,7 @@ from torch import Tensor
 
 from qpruner.errors import UserError, nearest
 from qpruner.export.gguf_adapter import alpha_of, factors_of
-from qpruner.export.gguf_architecture import architecture_for, metadata, rope_factors
+from qpruner.export.gguf_architecture import architecture_for, check_family, metadata, rope_factors
 from qpruner.export.gguf_choices import Choice, choose, told
 from qpruner.export.gguf_io import Reader, rounded, write_adapters, write_model
 from qpruner.export.gguf_names import Entry, entries
@@ -18,6 +18,7 @@ from qpruner.export.gguf_tokenizer import TokenizerFile, describe_tokenizer
 from qpruner.export.gguf_types import ROUNDED_TYPES, carried, num_bytes
 from qpruner.export.source import Source
 from qpruner.export.written import Written
+from qpruner.plan import CompressionPlan
 from qpruner.pretrained import load_tokenizer
 
 MODEL, ADAPTER = Path("model.gguf"), Path("adapter.gguf")
@@ -46,12 +47,16 @@ class Gguf:
     extra = "gguf"
     module = "gguf"
 
-    def check(self, source: Source) -> None:
+    def check_plan(self, config: Any, plan: CompressionPlan) -> None:
         if self.round_to not in ROUNDED_TYPES:
             raise UserError(
                 f"--round_to is {self.round_to!r}; it must be one of {', '.join(ROUNDED_TYPES)}."
                 f"{nearest(self.round_to, ROUNDED_TYPES)}"
             )
+        check_family(config)
+
+    def check(self, source: Source) -> None:
+        self.check_plan(source.config, source.plan)
         architecture_for(source)
         self._tokenizer(source)
 

@@ -18,6 +18,7 @@ from qpruner.export.source import Source
 from qpruner.export.written import Written
 from qpruner.files import write_json
 from qpruner.folder_manifest import CONFIG, entries_of
+from qpruner.plan import CompressionPlan
 
 SIZES = (128, 64, 32)
 SMALLEST = 32
@@ -27,6 +28,8 @@ EQUAL = {"llama": "llama", "mistral": "llama", "qwen2": "llama", "qwen3": "qwen3
 UNEQUAL = ("llama", "mistral", "qwen3")
 """The families that OpenELM, whose layers may differ in width, can compute: it has no biases."""
 ROPES = ("default", "linear", "llama3")
+ACTIVATIONS = ("silu", "swish")
+"""The names in transformers of the activation that all of these models of mlx-lm compute, whatever is configured."""
 
 
 @dataclass(frozen=True)
@@ -67,9 +70,9 @@ class Mlx:
     extra = None
     module = None
 
-    def check(self, source: Source) -> None:
-        refuse_experts(source.network, f"--format {self.name}", "--format dense")
-        config, unequal = source.dense_config, source.config.is_heterogeneous
+    def check_plan(self, config: Any, plan: CompressionPlan) -> None:
+        refuse_experts(config, f"--format {self.name}", "--format dense")
+        unequal = config.is_heterogeneous
         family, _ = family_of(config)
         if family not in EQUAL or (unequal and family not in UNEQUAL):
             allowed = UNEQUAL if unequal else tuple(EQUAL)
@@ -91,10 +94,24 @@ class Mlx:
                 f"The rotary positions of this model are of type {rope}; mlx gets {', '.join(allowed)}. Export with "
                 f"--format onnx or dense."
             )
-        if unequal and any(name.endswith(".bias") for name in source.names()):
+        if config.hidden_act not in ACTIVATIONS:
+            raise UserError(
+                f"The activation of this model's FFNs is {config.hidden_act}; mlx computes {ACTIVATIONS[0]} in every "
+                f"{family}. Export with --format onnx or dense."
+            )
+
+    def check(self, source: Source) -> None:
+        self.check_plan(source.config, source.plan)
+        if not any(name.endswith(".bias") for name in source.names()):
+            return
+        if source.config.is_heterogeneous:
             raise UserError(
                 "The layers of this model differ in width and have biases, which OpenELM has not. Prune with "
                 "selection.uniform true, or export with --format onnx or dense."
+            )
+        if EQUAL[family_of(source.config)[0]] == "qwen3":
+            raise UserError(
+                "The attention of this model has biases, which mlx's qwen3 has not. Export with --format onnx or dense."
             )
 
     def write(self, source: Source, folder: Path, dtype: torch.dtype) -> Written:

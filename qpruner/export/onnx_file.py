@@ -19,6 +19,7 @@ from qpruner.export.source import Source
 from qpruner.export.written import Written
 from qpruner.folder_manifest import CONFIG, entries_of
 from qpruner.model_folder import build_skeleton
+from qpruner.plan import CompressionPlan
 from qpruner.quantization.formats import dequantize
 from qpruner.quantization.packed import PackedLinear
 
@@ -54,9 +55,12 @@ class Onnx:
     extra = "onnx"
     module = "onnxscript"
 
-    def check(self, source: Source) -> None:
+    def check_plan(self, config: Any, plan: CompressionPlan) -> None:
         """Accepts every compressed model, except mixtures of experts, where the text decides which experts run."""
-        refuse_experts(source.network, "--format onnx", "--format dense")
+        refuse_experts(config, "--format onnx", "--format dense")
+
+    def check(self, source: Source) -> None:
+        self.check_plan(source.config, source.plan)
 
     def write(self, source: Source, folder: Path, dtype: torch.dtype) -> Written:
         import onnx_ir

@@ -103,7 +103,7 @@ def check_criterion(model: Any, criterion: Criterion, length: int | None = None)
     if criterion == "reconstruction":
         if length is not None:
             check_length(length, MASSIVE_POSITIONS)
-        refuse_experts(model, f"The criterion {criterion!r}", "another, such as fisher")
+        refuse_experts(model.config, f"The criterion {criterion!r}", "another, such as fisher")
 
 
 def needs_text(criterion: Criterion) -> bool:

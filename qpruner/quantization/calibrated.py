@@ -154,7 +154,7 @@ class Packing:
     """
 
     def __init__(self, model: Any, config: CalibratedConfig, starts: Mapping[str, LoftQSettings | None]) -> None:
-        refuse_experts(model, "Rounding by text", "the nearest values: leave calibrated out")
+        refuse_experts(model.config, "Rounding by text", "the nearest values: leave calibrated out")
         self._model, self._config, self._starts = model, config, starts
 
     def place(self, name: str, precision: Precision, state: Mapping[str, Tensor]) -> None:

@@ -185,7 +185,7 @@ class Learning:
         config = self.model.check_base()
         self.data.check_model(config)
         skeleton = build_skeleton(config).to(held_in(config, self.model.dtype_of_base))
-        refuse_experts(skeleton, "joint", "StructuredPruning and MixedPrecisionQuantization without it")
+        refuse_experts(skeleton.config, "joint", "StructuredPruning and MixedPrecisionQuantization without it")
         plan = Rehearsal(skeleton, self.model.lora).plan.with_precision(
             [dict.fromkeys(UNITS, DENSE)] * architecture_of(config).num_layers, **self.quantization.tables
         )

@@ -58,7 +58,7 @@ class Structures:
     ranks: Ranks | None = None
 
     def __post_init__(self) -> None:
-        refuse_experts(self.model, "search.structure", "a search of bits alone: leave search.structure out")
+        refuse_experts(self.model.config, "search.structure", "a search of bits alone: leave search.structure out")
         if self.selection.uniform:
             raise UserError(
                 "selection.uniform is true, and search.structure gives each layer widths of its own. Drop one of both."

@@ -17,6 +17,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from qpruner.datamodules.choices import NOTHING, ChoiceBatch
 from qpruner.likelihood import Head, causal_model, nll_of_targets
+from qpruner.training.sharding import is_sharded
 
 SAME = 0.05
 """Largest relative difference of hidden states that rounding alone can cause: bfloat16 has 8 bits of precision, and a
@@ -104,14 +105,20 @@ def _mask(causal: Any, branch: Tensor) -> Tensor:
 
 
 def _states_apart(model: Any, batch: ChoiceBatch, question: Tensor, option: Tensor, source: Tensor) -> Tensor:
-    """Hidden states that predict the scored tokens, computed with each option as a row of its own."""  # [N, H]
+    """Hidden states that predict the scored tokens, computed with each option as a row of its own.
+
+    No pass has more tokens than the batch of trees, unless the model is sharded: its devices gather the layers together
+    in each pass, and so have to make equally many.
+    """  # [N, H]
     branch = batch["branch"]
     pairs, row_of = torch.unique(torch.stack([question, option], dim=1), dim=0, return_inverse=True)
     belongs = [(branch[q] == 0) | (branch[q] == o + 1) for q, o in pairs.tolist()]
     rows = [batch["input_ids"][q][mask] for (q, _), mask in zip(pairs.tolist(), belongs, strict=True)]
     tokens = pad_sequence(rows, batch_first=True, padding_value=0)
     real = pad_sequence([torch.zeros_like(row) for row in rows], batch_first=True, padding_value=NOTHING)
-    hidden = tree_states(model, tokens, torch.zeros_like(tokens), real)
+    at_once = len(rows) if is_sharded(model) else branch.numel() // tokens.shape[1]
+    parts = [slice(first, first + at_once) for first in range(0, len(rows), at_once)]
+    hidden = torch.cat([tree_states(model, tokens[part], torch.zeros_like(tokens[part]), real[part]) for part in parts])
     places = torch.stack(belongs).cumsum(1) - 1  # position of each token of the tree in its option's row
     return hidden[row_of, places[row_of, source]]
 

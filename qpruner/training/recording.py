@@ -182,7 +182,7 @@ class Recording:
         """The teacher's outputs for the rows of a part, in the order of the rows."""
         head, form, tensors = Head.of(network), self.form, self.form.empty(part.num_tokens)
         lengths, tokens_of = self.examples.rows.lengths[list(part.rows)], self._in(part)
-        for rows in fill_batches(torch.ones_like(lengths), lengths, TOKENS_AT_ONCE):
+        for rows in fill_batches(torch.ones_like(lengths), lengths, TOKENS_AT_ONCE, self.examples.width):
             batch = move_data_to_device(self.examples.collate([part.rows[row] for row in rows]), device)
             places = torch.cat([torch.arange(part.num_tokens)[tokens_of[row]] for row in rows])
             with forward_context():

@@ -2,6 +2,7 @@ import numpy as np
 import torch
 
 from qpruner.datamodules.choices import NOTHING, ChoiceExamples
+from qpruner.datamodules.loader import EvaluationLoader
 from qpruner.datamodules.rows import FILLER, Row, TokenRows
 
 PAD = 99
@@ -78,3 +79,12 @@ def test_sizes_are_those_of_the_trees() -> None:
     rows, tokens = examples(SHARED, SINGLE, DIFFERENT, gold=[0, 0, 0]).sizes()
     assert rows.tolist() == [1, 1, 1] and tokens.tolist() == [6, 4, 6]
     assert examples(SHARED, SINGLE, gold=[0, 0]).num_scored([0, 1]) == 8
+
+
+def test_widths_of_long_trees_are_rounded_up_and_count_as_tokens_of_a_batch() -> None:
+    trunk = list(range(64))
+    question = [(trunk, [70]), (trunk, [71, 72])]  # which has a branch of one token
+    given = examples(*[question] * 12, gold=[0] * 12)
+    assert given.sizes()[1].tolist() == [65] * 12 and given.width(65) == 80
+    batches = list(EvaluationLoader(given, tokens=400))
+    assert sorted(tuple(batch["input_ids"].shape) for batch in batches) == [(2, 80), (5, 80), (5, 80)]

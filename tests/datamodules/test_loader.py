@@ -1,10 +1,11 @@
 from itertools import islice
 
+import numpy as np
 import pytest
 import torch
 
 from qpruner.datamodules.loader import EvaluationLoader, ResumableLoader, fill_batches
-from qpruner.datamodules.rows import FILLER, TextExamples, TokenRows
+from qpruner.datamodules.rows import FILLER, Row, TextExamples, TokenRows
 from qpruner.errors import UserError
 
 EPOCHS = 3
@@ -46,12 +47,31 @@ def test_evaluation_shows_every_example_once_over_all_ranks(number: int, world_s
 def test_evaluation_batches_are_as_full_as_their_tokens_allow() -> None:
     lengths = torch.tensor([5, 1, 9, 2, 2, 30, 4, 0])
     one = torch.ones_like(lengths)
+    ten, six, any_number = ((tokens, lambda length: length) for tokens in (10, 6, 10**9))
     # From the shortest: 0 1 2 2 are 4 rows of 2; with 4 they would be 5 x 4. Then 4 and 5 (2 x 5), 9, and 30 alone.
-    assert fill_batches(one, lengths, 10) == [[7, 1, 3, 4], [6, 0], [2], [5]]
+    assert fill_batches(one, lengths, *ten) == [[7, 1, 3, 4], [6, 0], [2], [5]]
     # Examples of 3, 1, 1, 2, ... rows stay together: 1 x 0 and 1 x 1, then 2 + 1 rows of 2, ...
-    assert fill_batches(torch.tensor([3, 1, 1, 2, 1, 1, 1, 1]), lengths, 6) == [[7, 1], [3, 4], [6], [0], [2], [5]]
-    assert fill_batches(one, lengths, 10**9) == [[7, 1, 3, 4, 6, 0, 2, 5]]
-    assert fill_batches(one[:0], lengths[:0], 10) == []
+    assert fill_batches(torch.tensor([3, 1, 1, 2, 1, 1, 1, 1]), lengths, *six) == [[7, 1], [3, 4], [6], [0], [2], [5]]
+    assert fill_batches(one, lengths, *any_number) == [[7, 1, 3, 4, 6, 0, 2, 5]]
+    assert fill_batches(one[:0], lengths[:0], *ten) == []
+
+
+def rows_of(lengths: list[int]) -> TokenRows:
+    return TokenRows.of(Row(np.ones(n, np.int32), np.ones(n, np.bool_), np.ones(n, np.int32)) for n in lengths)
+
+
+def test_widths_that_are_rounded_up_count_as_tokens_of_a_batch() -> None:
+    """65 tokens are padded to 80, and 129 to 144, of which 51 and 28 are in 4096; unrounded, 63 and 31 would be."""
+    source = EvaluationLoader(TextExamples(rows_of([65] * 120 + [129] * 60 + [300]), 0), tokens=4096)
+    shapes = sorted(tuple(batch["input_ids"].shape) for batch in source)
+    # The last rows of a length are in a batch with the first of the next: 18 of 65 with 10 of 129.
+    assert shapes == [(1, 300), (22, 144), (28, 144), (28, 144), (51, 80), (51, 80)]
+    assert max(rows * width for rows, width in shapes) == 4080
+
+
+def test_no_width_is_rounded_beyond_the_longest_row() -> None:
+    source = EvaluationLoader(TextExamples(rows_of([100] * 8), 0), tokens=400)
+    assert [tuple(batch["input_ids"].shape) for batch in source] == [(4, 100)] * 2
 
 
 def test_sizes_of_text_are_its_rows() -> None:

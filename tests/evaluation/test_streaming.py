@@ -1,15 +1,17 @@
 """What `qpruner generate` writes, against transformers' own greedy text, and what it refuses."""
 
 import re
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 
 from qpruner.commands import run
 from qpruner.errors import UserError
-from qpruner.evaluation.streaming import prompt_tokens
+from qpruner.evaluation.streaming import generation_config, prompt_tokens
 from qpruner.evaluation.subject import Subject
 
 PROMPT = "Once upon a time"
@@ -41,6 +43,37 @@ def test_the_likeliest_text_is_printed_with_its_speed(capsys: pytest.CaptureFixt
 def test_draws_repeat_by_their_seed(capsys: pytest.CaptureFixture[str]) -> None:
     texts = [written(capsys, "--temperature", "3", "--seed", seed)[0] for seed in ("1", "1", "2")]
     assert texts[0] == texts[1] != texts[2]
+
+
+@pytest.mark.parametrize("adapters", [False, True])
+def test_the_generation_config_of_a_model_chooses_no_token(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], adapters: bool
+) -> None:
+    """Penalties would change the likeliest text, and beams cannot be printed token by token."""
+    drawn = ("--temperature", "3")
+    expected = [written(capsys)[0], written(capsys, *drawn)[0]]
+    load = Subject.load
+
+    def penalizing(*arguments: Any, **options: Any) -> Subject:
+        subject = load(*arguments, **options)
+        if adapters:
+            lora = LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM")
+            subject = replace(subject, network=get_peft_model(subject.network, lora))
+        own = subject.network.generation_config
+        own.update(repetition_penalty=9.0, no_repeat_ngram_size=1, min_new_tokens=8, num_beams=4, top_k=1)
+        return subject
+
+    monkeypatch.setattr(Subject, "load", penalizing)
+    assert [written(capsys)[0], written(capsys, *drawn)[0]] == expected
+
+
+def test_a_text_ends_with_the_token_of_the_models_generation_config() -> None:
+    subject = Subject.load("qpruner/stories")
+    subject.network.generation_config.eos_token_id = [3, 5]
+    config = generation_config(subject, 0.5, 7)
+    assert (config.eos_token_id, config.max_new_tokens, config.temperature, config.top_k) == ([3, 5], 7, 0.5, 0)
+    assert config.pad_token_id == subject.tokenizer.pad_token_id
+    assert not generation_config(subject, 0.0, 7).do_sample
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,7 @@ from qpruner.export.compressed_tensors_folder import CompressedTensors
 from qpruner.export.fidelity import logits
 from qpruner.export.source import Source
 from qpruner.files import read_json
-from qpruner.plan import UNITS, Precision
+from qpruner.plan import ROW, UNITS, Precision
 from qpruner.tensor_files import load_tensors
 
 FOUR, THREE, EIGHT = (Precision("symmetric", bits, group) for bits, group in ((4, 32), (3, 64), (8, -1)))
@@ -145,6 +145,41 @@ def test_each_scheme_is_a_group_that_matches_its_linears_alone(tmp_path: Path) -
     assert matching["model.layers.1.self_attn.q_proj"] == matching["model.layers.0.self_attn.o_proj"] == [8]
     assert matching["model.layers.0.mlp.gate_proj"] == matching["model.layers.1.mlp.down_proj"] == [2]
     assert matching["lm_head"] == matching["model.layers.0.mlp"] == []
+
+
+@pytest.mark.parametrize(
+    ("precision", "bits", "group"),
+    [
+        (Precision("symmetric", 2, 32), 4, 32),
+        (Precision("symmetric", 2, ROW), 4, None),
+        (THREE, 4, None),
+        (FOUR, 4, 32),
+        (EIGHT, 8, None),
+    ],
+)
+def test_linears_that_engines_fuse_share_a_scheme_where_some_have_adapters(
+    tmp_path: Path, precision: Precision, bits: int, group: int | None
+) -> None:
+    """Those without adapters keep their codes, if need be in more bits."""
+    lora = {"target_modules": ["q_proj", "v_proj", "up_proj"]}
+    source = source_of(tmp_path / "m", precision=precision, lora=lora, intermediate_size=64)
+    written = CompressedTensors().write(source, tmp_path / "out", torch.float16)
+    groups = read_json(tmp_path / "out" / "config.json")["quantization_config"]["config_groups"].values()
+    for linear in ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "mlp.gate_proj", "mlp.up_proj"):
+        name = f"model.layers.1.{linear}"
+        (weights,) = [g["weights"] for g in groups if any(matches(target, name) for target in g["targets"])]
+        assert (weights["num_bits"], weights["group_size"]) == (bits, group), name
+        read, value = written.read(f"{name}.weight"), source.weight(f"{name}.weight")
+        if linear in ("self_attn.k_proj", "mlp.gate_proj"):
+            assert torch.equal(read, value.half().float()), name
+        else:
+            assert 0 < (read - value).norm() < 0.25 * value.norm(), name
+    tensors = load_tensors(tmp_path / "out" / "model.safetensors")
+    assert written.predicted_bytes == sum(tensor.nbytes for tensor in tensors.values())
+    wider = (
+        f"6 linears of {precision} became .* the codes as they were: engines fuse them with linears that have adapters"
+    )
+    assert any(re.match(wider, change) for change in written.changes) == (precision.bits == 2)
 
 
 def matches(target: str, name: str) -> bool:

@@ -167,6 +167,9 @@ def test_what_it_cannot_say_is_encoded_anew_and_told(tmp_path: Path) -> None:
             {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}},
             r"of type linear; mlx gets default\.",
         ),
+        ("llama", None, {"hidden_act": "gelu"}, r"FFNs is gelu; mlx computes silu in every llama\. .* --format onnx"),
+        ("qwen3", KEPT, {"hidden_act": "relu"}, r"FFNs is relu; mlx computes silu in every qwen3\."),
+        ("qwen3", None, {"attention_bias": True}, r"has biases, which mlx's qwen3 has not\. .* --format onnx or dense"),
     ],
 )
 def test_what_it_cannot_hold_is_refused(
@@ -176,3 +179,7 @@ def test_what_it_cannot_hold_is_refused(
     source = source_of(tmp_path / "m", family, kept=kept, intermediate_size=128, **changes)
     with pytest.raises(UserError, match=message):
         Mlx().check(source)
+
+
+def test_the_same_activation_by_its_other_name_is_exported(tmp_path: Path) -> None:
+    Mlx().check(source_of(tmp_path / "m", "llama", hidden_act="swish"))

@@ -9,7 +9,7 @@ import torch
 
 from qpruner.datamodules.choices import ChoiceBatch, ChoiceExamples
 from qpruner.datamodules.rows import FILLER, Row, TokenRows
-from qpruner.training.answers import answers, option_log_likelihoods, tree_limit
+from qpruner.training.answers import answers, option_log_likelihoods, tree_limit, tree_states
 from tests.support.families import EXPLICIT, FAMILIES, tiny_model
 
 
@@ -90,6 +90,29 @@ def test_attention_that_hides_nothing_reads_no_trees(monkeypatch: pytest.MonkeyP
     assert tree_limit(model) == 0
     examples = questions()
     assert_plain(model, examples.collate(range(6)), examples, tree_limit(model))
+
+
+@pytest.mark.parametrize("sharded", [False, True])
+def test_options_apart_are_read_in_passes_of_no_more_tokens_than_their_trees(
+    monkeypatch: pytest.MonkeyPatch, sharded: bool
+) -> None:
+    """Devices that share a model make one pass each, because they would wait for one another forever."""
+    model, passes = tiny_model("llama"), []
+    examples = questions(number=12)
+    batch = examples.collate(range(12))
+
+    def counted(model: Any, tokens: torch.Tensor, *rest: torch.Tensor) -> torch.Tensor:
+        passes.append(tuple(tokens.shape))
+        return tree_states(model, tokens, *rest)
+
+    monkeypatch.setattr("qpruner.training.answers.tree_states", counted)
+    monkeypatch.setattr("qpruner.training.answers.is_sharded", lambda model: sharded)
+    assert_plain(model, batch, examples, 0)
+    options, most = len(examples.rows), batch["input_ids"].numel()
+    assert sum(rows for rows, _ in passes) == options
+    assert options * passes[0][1] > most
+    assert (len(passes) == 1) == sharded
+    assert sharded or all(rows * width <= most for rows, width in passes)
 
 
 def test_the_answer_goes_by_the_measure_of_the_task() -> None:
