@@ -10,11 +10,11 @@ from qpruner.datamodules.questions import Measure, find_task
 from qpruner.datamodules.stories import ending_questions
 from qpruner.errors import UserError
 from qpruner.evaluation.devices import launch
-from qpruner.evaluation.evaluator import Evaluator
+from qpruner.evaluation.evaluator import Evaluator, check_place, positions_of
 from qpruner.evaluation.generation import PROMPTS
 from qpruner.evaluation.harness import Harness
 from qpruner.evaluation.protocols import Protocol, read_text
-from qpruner.evaluation.subject import Subject, compressed_folder
+from qpruner.evaluation.subject import Subject, compressed_folder, read_subject_config
 from qpruner.options.functions import run_function
 from qpruner.pretrained import DType
 from qpruner.records.evaluation_report import REPORT, evaluation_table
@@ -109,8 +109,12 @@ def evaluate(
     whole_texts = {name: read_text(spec, separator) for name, spec in named_texts}
 
     processes = launch(accelerator, devices)
-    subject = Subject.load(model, dtype=dtype, trust_remote_code=trust_remote_code, say=processes.say)
     place = output.expanduser() if output else _place(model)
+    processes.of_first(lambda: check_place(place))
+    if texts and not protocols:
+        config = read_subject_config(model, trust_remote_code=trust_remote_code)
+        protocols = [Protocol(min(DEFAULT_LENGTH, positions_of(config)), stride)]
+    subject = Subject.load(model, dtype=dtype, trust_remote_code=trust_remote_code, say=processes.say)
     evaluator = Evaluator(subject, processes, place, batch_tokens=batch_tokens, restart=restart)
 
     # Everything is cut and checked before anything is measured.
@@ -120,7 +124,6 @@ def evaluate(
             processes.say(f"{name}: {len(given.questions):,} questions were answered before.")
         else:
             examples[name] = evaluator.tokenize(name, measure, given)
-    protocols = protocols or [Protocol(min(DEFAULT_LENGTH, evaluator.positions), stride)]
     windows = {name: evaluator.windows(name, text, protocols) for name, text in whole_texts.items()}
     if new_tokens:
         evaluator.check_prompts(prompts or PROMPTS, new_tokens)

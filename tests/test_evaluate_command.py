@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import yaml
+from filelock import FileLock
 from support.choice_records import many_records, write_records
 from support.forks import in_fork
 from support.runs import KILL_AT, in_own_process
@@ -210,6 +211,26 @@ def test_mistakes_are_told_before_the_model_is_loaded(
     with pytest.raises(UserError, match=said):
         run(words("qpruner/stories", *options))
     assert not any(here.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--output", "file"], "Cannot write into 'file': 'file' is no folder. Give another --output"),
+        (["--output", "file/out"], "Cannot write into 'file/out': '.*file' is no folder. Give another --output"),
+        (["--output", "used"], "Another process writes its results into 'used'. Wait for it"),
+        (["--output", "new", "--stride", "600"], r"The stride 600 is not in 1\.\.256"),
+    ],
+)
+def test_places_and_strides_are_refused_before_the_model_is_loaded(
+    options: list[str], said: str, text: str, here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("qpruner.evaluate_command.Subject", None)
+    Path("file").write_text("mine")
+    Path("used").mkdir()
+    with FileLock("used/.lock"), pytest.raises(UserError, match=said):
+        run(words("qpruner/stories", "--texts", text, *options))
+    assert {path.name for path in here.iterdir()} == {"file", "used"}
 
 
 def test_the_missing_harness_is_told_before_the_model_is_loaded(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,5 +1,6 @@
 """Evaluates a model part by part; each part is saved before the next begins, and is not measured again."""
 
+import os
 import shutil
 import time
 from collections.abc import Sequence
@@ -50,6 +51,49 @@ HARNESS_TOKENS = 256
 """Assumed tokens in a text of the harness, to convert a batch size in tokens to one in texts."""
 
 
+def check_place(folder: Path) -> None:
+    """Makes sure, before a model is loaded, that its results can be written into a folder, without making that.
+
+    Raises:
+        UserError: the folder cannot be written or is in use.
+    """
+    if folder.is_dir():
+        lock = _lock_of(folder)
+        _acquire(lock, folder)
+        lock.release()
+        return
+    there = next(path for path in (folder, *folder.absolute().parents) if os.path.lexists(path))
+    if not there.is_dir() or not os.access(there, os.W_OK):
+        why = "may not be written" if there.is_dir() else "is no folder"
+        raise UserError(f"Cannot write into {str(folder)!r}: {str(there)!r} {why}. Give another --output.")
+
+
+def positions_of(config: Any) -> int:
+    """Maximum number of positions of a model, or an assumed one where its configuration does not state it."""
+    return getattr(config.get_text_config(), "max_position_embeddings", None) or DEFAULT_POSITIONS
+
+
+def _lock_of(folder: Path) -> FileLock:
+    return FileLock(folder / ".lock", timeout=0)
+
+
+def _acquire(lock: FileLock, folder: Path) -> None:
+    """Locks a folder for results, which is made if it is not there.
+
+    Raises:
+        UserError: the folder cannot be written or is in use.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock.acquire()
+    except Timeout:
+        raise UserError(
+            f"Another process writes its results into {str(folder)!r}. Wait for it, or give another --output."
+        ) from None
+    except OSError as error:
+        raise UserError(f"Cannot write into {str(folder)!r} ({error}). Give another --output.") from error
+
+
 class Evaluator:
     """Measures a model and stores the results in a folder.
 
@@ -75,7 +119,7 @@ class Evaluator:
         check_room(subject.network, processes.device, "Use a larger device or --dtype bfloat16.")
         subject.network.to(processes.device)
         self.measures = Measures(processes.device)  # of all tasks: tests only once if trees are read
-        self._lock = FileLock(folder / ".lock", timeout=0)
+        self._lock = _lock_of(folder)
         self.evaluation = processes.of_first(lambda: self._begin(restart))
         reset_peak(processes.device)
 
@@ -85,9 +129,8 @@ class Evaluator:
 
     @property
     def positions(self) -> int:
-        """Maximum number of positions of the model, or an assumed one where its configuration does not state it."""
-        config = self.subject.network.config.get_text_config()
-        return getattr(config, "max_position_embeddings", None) or DEFAULT_POSITIONS
+        """Maximum number of positions of the model; see `positions_of`."""
+        return positions_of(self.subject.network.config)
 
     def has_answered(self, name: str, questions: TaskQuestions, part: Part) -> bool:
         """Whether the questions of a task were answered before, and the answers are still on disk.
@@ -293,15 +336,7 @@ class Evaluator:
             (),
             {},
         )
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            self._lock.acquire()  # until the process ends
-        except Timeout:
-            raise UserError(
-                f"Another process writes its results into {str(self.folder)!r}. Wait for it, or give another --output."
-            ) from None
-        except OSError as error:
-            raise UserError(f"Cannot write into {str(self.folder)!r} ({error}). Give another --output.") from error
+        _acquire(self._lock, self.folder)  # until the process ends
         if restart:
             self.path.unlink(missing_ok=True)
             shutil.rmtree(self.folder / ITEMS, ignore_errors=True)

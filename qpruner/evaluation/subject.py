@@ -8,7 +8,7 @@ from typing import Any, Self
 from qpruner.adapter_files import has_adapters
 from qpruner.files import hash_json
 from qpruner.folder_manifest import is_compressed, read_manifest
-from qpruner.model_folder import load_compressed, read_plan
+from qpruner.model_folder import load_compressed, read_base_config, read_plan
 from qpruner.pretrained import DType, load_model, load_tokenizer, model_fingerprint
 from qpruner.pricing import average_bits
 from qpruner.records.folder import RunFolder
@@ -66,6 +66,15 @@ class Subject:
         bits = average_bits(read_plan(folder), network.dtype.itemsize) if compresses else None
         content = [manifest["files"], manifest.get("adapters") if has_adapters(folder) else None]
         return cls(name, network, load_tokenizer(str(folder)), hash_json(content), bits)
+
+
+def read_subject_config(name: str, *, trust_remote_code: bool) -> Any:
+    """The configuration of the model that `Subject.load` loads, without its weights.
+
+    Raises:
+        UserError: there is no such model, or the run has left none.
+    """
+    return read_base_config(str(compressed_folder(name) or name), trust_remote_code=trust_remote_code)
 
 
 def compressed_folder(name: str) -> Path | None:
