@@ -154,7 +154,7 @@ def test_a_class_is_abstract_where_a_method_is() -> None:
     [
         (int | None, "a whole number or null"),
         (LoRAConfig, "a mapping with r, alpha, dropout, target_modules, pooled"),
-        (str | Accelerator, "one of auto, cpu, gpu, cuda, mps"),
+        (str | Accelerator, "one of auto, cpu, gpu, cuda"),
         (str | Strategy, "one of auto, ddp, fsdp2"),
         (TokenDataModule, "one of InstructionDataModule, StoriesDataModule, TextDataModule"),
         (list[Unfinished] | None, "one of Square"),

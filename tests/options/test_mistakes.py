@@ -148,7 +148,7 @@ def callbacks(**entry: Any) -> dict[str, Any]:
         ({"model": {"lora": None}}, "model.lora is null, but it is a group of options."),
         ({"model": None}, "model is null, but it is a group of options."),
         ({"trainer": None}, "trainer is null, but it is a group of options."),
-        ({"trainer": {"accelerator": None}}, "trainer.accelerator is null; it must be one of auto, cpu, gpu, cuda, mp"),
+        ({"trainer": {"accelerator": None}}, "trainer.accelerator is null; it must be one of auto, cpu, gpu, cuda"),
         ({"trainer": {"strategy": 3}}, "trainer.strategy is 3; it must be one of auto, ddp, fsdp2."),
         # Nulls and wrong values inside lists, classes and dataclasses.
         ({"phases": [{"max_steps": 1, "callbacks": None}]}, "phases.callbacks is null; it must be one of GridPolish"),

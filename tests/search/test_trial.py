@@ -270,5 +270,5 @@ def test_trials_have_the_linears_and_the_starts_that_text_rounded(tiny_llama: Pa
         assert all(torch.equal(tensor, rounded.state[part]) for part, tensor in linear.packed().items()), name
         assert rounded.factors is not None
         assert all(map(torch.equal, model.initial_adapters[name], rounded.factors)), name
-    with pytest.raises(UserError, match="of a bank of another"):
+    with pytest.raises(UserError, match="to a bank of another"):
         replace(work, rounding=None).prepare()
