@@ -18,6 +18,9 @@ def main() -> None:
         sys.exit(_complain(str(error)))
     except KeyboardInterrupt:
         sys.exit(130)
+    except SystemExit as ended:
+        # Lightning's own, on SIGTERM, has no status, which would count as success.
+        sys.exit(143 if ended.code is None else ended.code)
     except BrokenPipeError:  # the reader, such as `head`, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains as it flushes at the end
         sys.exit(141)
