@@ -271,9 +271,9 @@ class CompressibleModule(LightningModule):
         ``--trainer.precision bf16-true`` casts whole modules, and rotary frequencies of bfloat16 turn a position of
         some thousands by radians too much or too little; transformers keeps them in float32 in any model, too.
         """
-        before = dict(self.named_buffers())
+        before = dict(self.named_buffers(remove_duplicate=False))  # one tensor may be two buffers, which then part
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        for name, buffer in self.named_buffers():
+        for name, buffer in self.named_buffers(remove_duplicate=False):
             if buffer.dtype != before[name].dtype:
                 owner, _, own = name.rpartition(".")
                 self.get_submodule(owner)._buffers[own] = before[name].to(buffer.device)

@@ -56,6 +56,8 @@ def test_half_precision_is_of_parameters_alone(tiny_llama: Path) -> None:
     HalfPrecision("bf16-true").convert_module(module)
     assert {parameter.dtype for parameter in module.parameters()} == {torch.bfloat16}
     assert rotary.inv_freq.dtype == torch.float32 and torch.equal(rotary.inv_freq, frequencies)
+    module.register_buffer("one", torch.ones(2))
+    module.register_buffer("same", module.one)
     assert module.to("meta") and {buffer.device.type for buffer in module.buffers()} == {"meta"}
 
 
