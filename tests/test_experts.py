@@ -17,6 +17,7 @@ from support.families import (
     LAYERS,
     MIXTURES,
     PLAIN,
+    each_of,
     in_experts,
     logits_of,
     random_tokens,
@@ -64,7 +65,7 @@ from qpruner.quantization.packed import PackedLinear
 from qpruner.search.parts import Structures
 from qpruner.search.structure import StructureConfig
 
-each_mixture = pytest.mark.parametrize("family", MIXTURES)
+each_mixture = each_of(MIXTURES)
 WHOLE = tuple(range(4 * EACH))
 NF4, INT8, AFFINE = Precision("nf4", 4, 64), Precision("int8", 8), Precision("affine-double", 3, 32)
 MIXED = [dict(zip(UNITS, (NF4, INT8, AFFINE, NF4), strict=True))] * LAYERS

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import peft
 import pytest
 import torch
 from safetensors.torch import save_file
-from support.families import FAMILIES, KEPT_EXPERTS, MIXTURES, logits_of, random_tokens
+from support.families import FAMILIES, KEPT_EXPERTS, MIXTURES, QUICK, each_of, logits_of, random_tokens
 from support.quantized import CPU, pruned
 from support.shared import filled_once
 from transformers import AttentionInterface, AttentionMaskInterface, AutoModel, AutoModelForCausalLM
@@ -56,27 +57,32 @@ def write(folder: Path, family: str, *, tables: Precision = DENSE, layers: Any =
 
 
 @pytest.fixture(scope="module")
-def tried(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """What a process without qpruner says of a folder of each family."""
+def tried(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], dict[str, Any]]:
+    """What a process without qpruner says of a family's folder; one for all that are quick, one for the rest."""
 
-    def fill(root: Path) -> None:
-        for number, family in enumerate(FAMILIES):
-            network = write(root / family, family, tables=(DENSE, TABLE)[number % 2])
-            inputs = {"tokens": random_tokens(), "logits": logits_of(network).contiguous()}
-            save_file(inputs, root / family / "inputs.safetensors")
-        command = [sys.executable, str(SCRIPT), str(root)]
-        modules = str(root.with_name("modules"))
-        environment = {"HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": modules, "OMP_NUM_THREADS": "1"}
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=root)
-        assert done.returncode == 0, done.stderr[-2000:]
+    def result(of: str) -> dict[str, Any]:
+        families = [family for family in FAMILIES if (family in QUICK) == (of in QUICK)]
 
-    folder = filled_once(tmp_path_factory, "without_qpruner", fill)
-    return json.loads((folder / "results.json").read_text())
+        def fill(root: Path) -> None:
+            for number, family in enumerate(families):
+                network = write(root / family, family, tables=(DENSE, TABLE)[number % 2])
+                inputs = {"tokens": random_tokens(), "logits": logits_of(network).contiguous()}
+                save_file(inputs, root / family / "inputs.safetensors")
+            command = [sys.executable, str(SCRIPT), str(root)]
+            modules = str(root.with_name(f"{root.name}_modules"))
+            environment = {"HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": modules, "OMP_NUM_THREADS": "1"}
+            done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=root)
+            assert done.returncode == 0, done.stderr[-2000:]
+
+        folder = filled_once(tmp_path_factory, f"without_qpruner_with_{families[0]}", fill)
+        return json.loads((folder / "results.json").read_text())[of]
+
+    return result
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_transformers_alone_loads_a_folder(tried: dict[str, Any], family: str) -> None:
-    result = tried[family]
+@each_of(FAMILIES)
+def test_transformers_alone_loads_a_folder(tried: Callable[[str], dict[str, Any]], family: str) -> None:
+    result = tried(family)
     assert result["class"] == f"Compressed{FAMILIES[family].model_class}"
     assert result["told"] == {}
     assert [result[name] for name in ("identical", "copied", "saved again", "body")] == [True] * 4
@@ -86,9 +92,9 @@ def test_transformers_alone_loads_a_folder(tried: dict[str, Any], family: str) -
     assert set(result["codes"]) == kept  # of codes, scales and what is dense
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_it_generates_the_same_with_and_without_a_cache(tried: dict[str, Any], family: str) -> None:
-    assert [tried[family][name] for name in ("greedy", "beams", "static")] == [True] * 3
+@each_of(FAMILIES)
+def test_it_generates_the_same_with_and_without_a_cache(tried: Callable[[str], dict[str, Any]], family: str) -> None:
+    assert [tried(family)[name] for name in ("greedy", "beams", "static")] == [True] * 3
 
 
 @pytest.mark.parametrize("precision", [precision for layer in LAYERS for precision in layer], ids=str)

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from support.families import LAYERS, adapted, random_tokens, tiny_model
+from support.families import LAYERS, adapted, each_of, random_tokens, tiny_model
 from torch import Tensor, nn
 
 from qpruner.anatomy import FAMILIES, decoder_blocks, family_of
@@ -19,7 +19,7 @@ from qpruner.offload import Offload, offload_
 from qpruner.processes import Processes
 
 S, T = 5, 20  # more tokens than the sliding windows of the tiny models
-each_family = pytest.mark.parametrize("family", FAMILIES)
+each_family = each_of(FAMILIES)
 
 
 def autocast() -> Any:

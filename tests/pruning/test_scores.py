@@ -4,7 +4,7 @@ from typing import Any, get_args
 
 import pytest
 import torch
-from support.families import PLAIN, random_tokens, tiny_model
+from support.families import PLAIN, each_of, random_tokens, tiny_model
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -102,7 +102,7 @@ def test_a_unit_without_weights_scores_nothing(model: Any, criterion: Criterion)
 
 
 @each_criterion
-@pytest.mark.parametrize("family", PLAIN)
+@each_of(PLAIN)
 def test_units_of_every_family_have_scores(family: str, criterion: Criterion) -> None:
     text = Calibration.share(random_tokens(), Processes.alone(), 96)
     scores = score_units(tiny_model(family).requires_grad_(False), criterion, "sum", text, seed=0)

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 import torch
-from support.families import FAMILIES, LAYERS, adapted, logits_of, tiny_model
+from support.families import FAMILIES, LAYERS, adapted, each_of, logits_of, tiny_model
 from torch import nn
 
 from qpruner.anatomy import architecture_of
@@ -25,7 +25,7 @@ def quantized(model: Any, *, units: Precision = NF4, embedding: Precision = DENS
 
 
 @pytest.mark.parametrize("tied", [True, False])
-@pytest.mark.parametrize("family", FAMILIES)
+@each_of(FAMILIES)
 def test_packed_tables_and_linears_become_dense_ones_of_the_same_function(family: str, tied: bool) -> None:
     model = tiny_model(family, tie_word_embeddings=tied)
     kinds = type(model.get_input_embeddings()), type(model.get_output_embeddings())

@@ -23,11 +23,6 @@ from qpruner.search.loop import Judge, run_trials
 from qpruner.search.workers import Executor, Outcome
 
 
-@pytest.fixture(autouse=True)
-def _no_waiting_for_the_disk(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(os, "fsync", lambda file: None)
-
-
 class Scripted:
     """Proposes what it is told to, and keeps what it hears."""
 
