@@ -147,7 +147,7 @@ class QPrunerCLI(LightningCLI):
             plan=options.plan,
             joint=options.joint,
             checkpoint_every_n_steps=options.run.checkpoint_every_n_steps,
-            options=yaml.safe_load(self._parser(self.subcommand).dump(self.config[self.subcommand], skip_none=False)),
+            options=yaml.safe_load(self._parser(self.subcommand).dump(self.config[self.subcommand], skip_unset=False)),
         )
 
     def trainer_options(self) -> dict[str, Any]:
