@@ -2,6 +2,7 @@
 
 import os
 import sys
+from typing import Any
 
 from qpruner.commands import run
 from qpruner.errors import UserError
@@ -19,11 +20,17 @@ def main() -> None:
     except KeyboardInterrupt:
         sys.exit(130)
     except SystemExit as ended:
-        # Lightning's own, on SIGTERM, has no status, which would count as success.
-        sys.exit(143 if ended.code is None else ended.code)
+        sys.exit(_status(ended))
     except BrokenPipeError:  # the reader, such as `head`, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains as it flushes at the end
         sys.exit(141)
+
+
+def _status(ended: SystemExit) -> Any:
+    """The status of an exit; after SIGINT Lightning has 1, and after SIGTERM none, which would count as success."""
+    if isinstance(ended.__context__, KeyboardInterrupt):
+        return 130
+    return 143 if ended.code is None else ended.code
 
 
 def _complain(message: str) -> int:

@@ -20,7 +20,7 @@ from qpruner.errors import UserError
 from qpruner.files import replacing_folder
 from qpruner.folder_manifest import Step, identity_of, read_manifest
 from qpruner.offload import Offload, offload_, offload_of
-from qpruner.plan import DENSE, UNITS, CompressionPlan, describe_differences
+from qpruner.plan import CompressionPlan, describe_differences
 from qpruner.pretrained import DType, model_fingerprint
 from qpruner.pricing import average_bits
 from qpruner.pruning.compensation import How, compensate_, places_among
@@ -518,10 +518,7 @@ class CompressedModel(nn.Module):
         self._expect("merged", ADAPTED)
         self._drop_masks()
         self.network = merge_(self.network, dtype).requires_grad_(False)
-        if self.plan is not None:
-            num_layers = len(self.plan.layers)
-            self.plan = self.plan.with_precision([dict.fromkeys(UNITS, DENSE)] * num_layers)
-            self.plan = self.plan.with_ranks([None] * num_layers)
+        self.plan = None if self.plan is None else self.plan.merged()
         self._lora, self.initial_adapters = None, {}
         self._changed(State.MERGED)
         self.record(Step(name="merge", options={"dtype": str(dtype).removeprefix("torch.")}))
@@ -608,8 +605,8 @@ class CompressedModel(nn.Module):
     def _without_adapters(self, kept: Kept | None = None) -> Iterator[None]:
         """Removes the adapters from the base within the context, and restores them, in their dtype, afterwards.
 
-        Masks are restored, too, unless units go. After an error adapters are restored whole, so that nothing that was
-        trained is lost, such as to a full disk.
+        Masks are restored, too, unless units went. After an error adapters and masks are restored whole, so that
+        nothing that was trained is lost, such as to a full disk.
 
         Args:
             kept: [layers], indices of the units that the adapters keep; by default all.
@@ -617,7 +614,7 @@ class CompressedModel(nn.Module):
         if self._lora is None:
             yield
             return
-        masked = None if self.masks is None or kept is not None else self.masks.kept
+        masked = None if self.masks is None else self.masks.kept
         self._drop_masks()
         (lora, seed), trains = self._lora, self.network.training
         self.network, factors = detach_adapters(self.network)
@@ -625,7 +622,7 @@ class CompressedModel(nn.Module):
         narrowed = factors if kept is None else narrow_factors(self.network, factors, kept)
         try:
             yield
-            factors = narrowed
+            factors, masked = narrowed, masked if kept is None else None
         finally:
             self._restore_adapters(lora, seed, factors, held_in)
             self.network.train(trains)

@@ -20,7 +20,6 @@ from qpruner.folder_manifest import ADAPTER, CONFIG, PLAN, REFERENCE, Step, is_c
 from qpruner.memory import num_parameters, place_, tensor_bytes
 from qpruner.model_folder import GENERATION, load_compressed, read_plan, save_base
 from qpruner.offload import Offload, choose, offload_
-from qpruner.plan import DENSE, UNITS
 from qpruner.quantization.merging import merge_
 from qpruner.quantization.pooled import check_foldable, fold_
 from qpruner.records.folder import RESTORE, RunFolder
@@ -58,10 +57,11 @@ def merge_run(run: Path, output: Path, dtype: str, *, packed: bool = False) -> N
     options: dict[str, Any] = {"packed": True} if packed else {"dtype": dtype}
     if packed:
         merged, state = fold_(model), None
+        plan = plan.with_ranks([None] * len(plan.layers))
         what = f"{tensor_bytes(merged):,} bytes, packed as before"
     else:
         merged, state = merged_by_blocks(model, getattr(torch, dtype), output.parent), "merged"
-        plan = plan.with_precision([dict.fromkeys(UNITS, DENSE)] * len(plan.layers))
+        plan = plan.merged()
         what = f"{num_parameters(merged):,} dense parameters in {dtype}"
     remedy = "Merge into a dense copy: leave --packed out." if packed else "Merge with --dtype bfloat16."
     check_finite(merged, "the merged model" + ("" if packed else f" in {dtype}"), remedy)

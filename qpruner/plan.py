@@ -188,6 +188,11 @@ class CompressionPlan:
         layers = zip(self.layers, ranks, strict=True)
         return replace(self, layers=tuple(replace(layer, rank=rank) for layer, rank in layers))
 
+    def merged(self) -> "CompressionPlan":
+        """The plan of the dense model that results as adapters are merged: the same units, dense and without ranks."""
+        dense = self.with_precision([dict.fromkeys(UNITS, DENSE)] * len(self.layers))
+        return dense.with_ranks([None] * len(self.layers))
+
     @property
     def ranks(self) -> list[int | None]:
         """[layers], rank of the adapters of each layer; None for that of all adapters."""

@@ -111,6 +111,18 @@ def accelerator_for(given: Any) -> Any:
     return "cpu" if given == "auto" and torch.backends.mps.is_available() else given
 
 
+def check_device(device: torch.device) -> None:
+    """Refuses a device that cannot compute everything that is computed on one.
+
+    Raises:
+        UserError: it is that of MPS.
+    """
+    if device.type == "mps":
+        raise UserError(
+            "The accelerator is mps, which has no float64, and calibration and metrics are computed in it. Use cpu."
+        )
+
+
 def of_first(find: Callable[[], T], *, is_first: bool, broadcast: Callable[[Any], Any]) -> T:
     """Calls a function on the first process alone and gives its result to all processes.
 

@@ -316,6 +316,26 @@ def test_keeping_leaves_masks_and_mode_as_they_were(tiny_llama: Path, tmp_path: 
     assert all(module.training for module in model.network.modules())
 
 
+def test_masks_outlive_a_pruning_that_fails(tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = dense(tiny_llama)
+    model.attach(LoRAConfig(r=2, dropout=0.0), seed=3)
+    nudge(model)
+    model.mask(KEPT)
+    expected = logits(model)
+
+    def narrow(network: Any, kept: Any) -> None:
+        raise MemoryError
+
+    with monkeypatch.context() as patch:
+        patch.setattr("qpruner.compressed.narrow_", narrow)
+        with pytest.raises(MemoryError):
+            model.prune(KEPT)
+    assert torch.equal(logits(model), expected)
+    model.prune(KEPT)
+    assert model.masks is None
+    torch.testing.assert_close(logits(model), expected)
+
+
 def test_pooled_adapters_are_not_narrowed(tiny_llama: Path) -> None:
     model = dense(tiny_llama)
     model.quantize(quantized_plan(model, dict.fromkeys(UNITS, Precision("affine", 4, 32))), None, device=CPU)

@@ -6,11 +6,13 @@ from typing import Any
 
 import pytest
 import torch
+from lightning.fabric import Fabric
 from support.ranks import together
 
 from qpruner.compressed import CompressedModel
 from qpruner.errors import UserError
-from qpruner.processes import Processes, accelerator_for
+from qpruner.evaluation.devices import launch
+from qpruner.processes import Processes, accelerator_for, check_device
 
 
 class Wire:
@@ -105,6 +107,13 @@ def test_hashes_of_a_compressed_base_are_left_to_one_who_has_compared_them(
     assert loaded.base_sha256 == "known"
     weights = zip(model.network.parameters(), loaded.network.parameters(), strict=True)
     assert all(torch.equal(one, other) for one, other in weights)
+
+
+def test_devices_without_double_precision_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    check_device(torch.device("cpu"))
+    monkeypatch.setattr(Fabric, "device", torch.device("mps"))
+    with pytest.raises(UserError, match="mps, which has no float64"):
+        launch("cpu", 1)
 
 
 @pytest.mark.parametrize("has_mps", [True, False])

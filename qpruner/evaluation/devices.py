@@ -4,7 +4,7 @@ from lightning.fabric import Fabric
 from torch import Tensor
 
 from qpruner.errors import UserError, cut
-from qpruner.processes import Processes, accelerator_for
+from qpruner.processes import Processes, accelerator_for, check_device
 
 
 def launch(accelerator: str, devices: int) -> Processes:
@@ -26,6 +26,7 @@ def launch(accelerator: str, devices: int) -> Processes:
         )
     except (RuntimeError, TypeError, ValueError) as error:  # Lightning raises each of them for another kind of mistake
         raise UserError(f"Cannot use --accelerator {accelerator} with --devices {devices}: {cut(error)}") from error
+    check_device(fabric.device)
     fabric.launch()
 
     def reduce(tensor: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from qpruner.export.source import Source
 from qpruner.export.written import Written
 from qpruner.folder_manifest import Step, entries_of, read_manifest
 from qpruner.model_folder import save_base
-from qpruner.plan import DENSE, UNITS, CompressionPlan
+from qpruner.plan import CompressionPlan
 from qpruner.quantization.merging import make_dense_
 
 
@@ -36,7 +36,7 @@ class Dense:
         save_base(
             folder,
             network,
-            source.plan.with_precision([dict.fromkeys(UNITS, DENSE)] * len(source.plan.layers)),
+            source.plan.merged(),
             base_name=manifest["base"]["name"],
             state="merged",
             recipe=[*manifest["recipe"], Step(name="export", options={"format": self.name, "dtype": name})],

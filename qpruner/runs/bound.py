@@ -28,6 +28,8 @@ def plain(value: Any) -> Any:
             return {str(key): plain(content) for key, content in value.items()}
         case Sequence() | set() | frozenset():
             return [plain(item) for item in value]
+        case Logger():  # it changes no result, and to read its properties may start what it logs to
+            return {"class_path": plain(type(value))}
         case type():
             return f"{value.__module__}.{value.__qualname__}"
         case _ if is_dataclass(value) and not isinstance(value, type):
@@ -43,13 +45,10 @@ def _options_of(value: Any) -> dict[str, Any]:
     if isinstance(value, TokenDataModule):
         rows = {name: _short(option) for name, option in value.options().items()}
         return {"rows": rows, "max_length": value.max_length, "loader": value.loader, "seed": value.seed}
-    # A logger without a version of its own takes the next number that no folder has.
-    unsteady = {"version"} if isinstance(value, Logger) else set()
     return {
         name: getattr(value, name)
         for name in _parameters(type(value))
-        if name not in unsteady
-        and isinstance(getattr(value, name, None), str | int | float | Path | Sequence | Mapping)
+        if isinstance(getattr(value, name, None), str | int | float | Path | Sequence | Mapping)
     }
 
 

@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import asdict
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -98,7 +99,12 @@ class Run:
         self.checkpoint_every_n_steps = checkpoint_every_n_steps
         self.trainer = trainer or {}
         self.options = options
-        self._callbacks_as_given = plain(self.callbacks)  # a fit changes some, such as the folder of ModelCheckpoint
+
+    @cached_property
+    def _callbacks_as_given(self) -> list[Any]:
+        """The callbacks as plain data, before the first fit changes some, such as the folder of ModelCheckpoint."""
+        bound: list[Any] = plain(self.callbacks)
+        return bound
 
     @property
     def summary(self) -> Summary:
@@ -148,17 +154,19 @@ class Run:
 
         Args:
             split: part of the data to measure on.
-            ckpt_path: checkpoint whose adapters are measured; by default those that the run trained.
+            ckpt_path: checkpoint whose adapters are measured, without being recorded in the run's folder; by default
+                those that the run trained.
         """
         with self._locked():
             module, trainer = self._prepare_evaluation([])
             checkpoint = self._checkpoint(module, ckpt_path)
             summary = measure_stages(
                 trainer, module, self.data, split, checkpoint=checkpoint, trained=is_trained(module),
-                finished=ckpt_path is None and self.folder.finished,
+                finished=self.folder.finished,
             )  # fmt: skip
             if trainer.is_global_zero:
-                summary.write(self.folder.test_summary if split == "test" else self.folder.validation_summary)
+                if ckpt_path is None:  # another checkpoint's results are not those of the run
+                    summary.write(self.folder.test_summary if split == "test" else self.folder.validation_summary)
                 show_summary(summary, split)
         return summary
 

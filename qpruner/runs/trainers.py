@@ -8,7 +8,7 @@ from lightning.pytorch import Callback
 from lightning.pytorch.loggers import TensorBoardLogger
 
 from qpruner.errors import UserError
-from qpruner.processes import accelerator_for
+from qpruner.processes import accelerator_for, check_device
 from qpruner.records.folder import RunFolder
 from qpruner.search.trainer import SearchTrainer
 from qpruner.training.preflight import check_kept, options_told
@@ -61,4 +61,6 @@ def make_trainer(
         "strategy": strategy_of(options.get("strategy", "auto")),
     }
     with options_told():
-        return SearchTrainer(**{**options, **ours})
+        trainer = SearchTrainer(**{**options, **ours})
+    check_device(trainer.strategy.root_device)
+    return trainer

@@ -119,11 +119,6 @@ def check_trainer(trainer: Trainer) -> None:
             f"--trainer.strategy is {type(strategy).__name__}, which a fit cannot go by. Use auto, ddp, or {FSDP2}, "
             f"which splits the model among devices."
         )
-    if strategy.root_device.type == "mps":
-        raise UserError(
-            "--trainer.accelerator is mps, which has no float64, and calibration and metrics are computed in it. Use "
-            "cpu."
-        )
     if isinstance(strategy.checkpoint_io, AsyncCheckpointIO):
         raise UserError(
             "--trainer.plugins has AsyncCheckpointIO, and a run must know when its checkpoint is on disk. Leave it out."

@@ -61,17 +61,35 @@ def name_of_teacher(config: DistillationConfig, base: str) -> str:
 def order_of_base(config: DistillationConfig, base: str) -> tuple[int, ...] | None:
     """Order of a base's hidden channels, as indices of the teacher's; None where they are in the same order.
 
-    A compressed folder may have them reordered. A teacher other than the folder itself is taken to have them in the
-    order of the model that the folder was made from.
+    A compressed folder may have the channels of the model that it was made from in another order, and that model those
+    of another one. Dense models, where this ends, are taken to have them in the same order. Where hidden states are not
+    taught, their order does not matter.
 
     Args:
         config: options of the distillation.
         base: base of the student, a dense model or the folder of a compressed one.
     """
-    folder = Path(resolve(base))
-    if not is_compressed(folder) or name_of_teacher(config, base) == base:
+    if config.hidden == 0:
         return None
-    return read_plan(folder).hidden
+    student, teacher = _order_of(base), _order_of(name_of_teacher(config, base))
+    if student == teacher:
+        return None
+    if teacher is None:
+        return student
+    places = {channel: place for place, channel in enumerate(teacher)}
+    return tuple(places[channel] for channel in student or sorted(places))
+
+
+def _order_of(name: str) -> tuple[int, ...] | None:
+    """Order of a model's hidden channels, as indices of those of the dense model that it was made from, or None."""
+    order: tuple[int, ...] | None = None
+    seen: set[Path] = set()
+    while is_reachable(name) and is_compressed(folder := Path(resolve(name)).resolve()) and folder not in seen:
+        seen.add(folder)
+        if (hidden := read_plan(folder).hidden) is not None:
+            order = hidden if order is None else tuple(hidden[channel] for channel in order)
+        name = read_manifest(folder)["base"]["name"]
+    return order
 
 
 def check_teacher(config: DistillationConfig, base: str, student: Any, *, trust_remote_code: bool) -> Any:

@@ -1,5 +1,6 @@
 """Export to a dense folder of 16 bits."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from qpruner.errors import UserError
 from qpruner.export.dense import Dense
 from qpruner.export.source import Source
 from qpruner.files import read_json
-from qpruner.model_folder import load_compressed
+from qpruner.model_folder import load_compressed, read_plan
 
 UNIFORM = [((0, 2), tuple(range(20)))] * 3
 
@@ -34,6 +35,13 @@ def test_it_is_the_model_with_its_adapters_rounded_once(tmp_path: Path, family: 
     on_disk = (tmp_path / "out" / "model.safetensors").stat().st_size
     assert written.predicted_bytes < on_disk < written.predicted_bytes + 10_000
     assert written.changes[1].startswith(f"{len(source.adapters)} adapters are in")
+
+
+def test_ranks_of_adapters_go_with_them(tmp_path: Path) -> None:
+    source = source_of(tmp_path / "m", "llama", lora={})
+    ranked = replace(source, plan=source.plan.with_ranks([1, 2, 3]))
+    Dense().write(ranked, tmp_path / "out", torch.bfloat16)
+    assert read_plan(tmp_path / "out").ranks == [None] * 3
 
 
 def test_equal_widths_load_without_this_package(tmp_path: Path) -> None:

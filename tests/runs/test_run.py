@@ -1,5 +1,6 @@
 """A run from Python: what the command line does, in a few lines of a notebook."""
 
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -10,7 +11,7 @@ import torch
 import yaml
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
-from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from safetensors.torch import load_file
 
 from qpruner.adapters.lora import LoRAConfig
@@ -169,6 +170,36 @@ def test_callbacks_and_loggers_that_a_fit_changes_are_bound_as_they_were_given(g
     again = run()  # whose logger would count on
     again.fit()
     assert len(read_json(again.folder.manifest)["sessions"]) == 1
+
+
+def test_binding_reads_no_property_of_a_logger_and_sees_callbacks_that_come_later(given: dict[str, Any]) -> None:
+    class Remote(CSVLogger):
+        def __init__(self, save_dir: Path, run_id: str | None = None) -> None:
+            super().__init__(save_dir)
+
+        @property
+        def run_id(self) -> str:
+            pytest.fail("a remote run was started")
+
+    logger = Remote(given["folder"].with_name("logs"))
+    run = anew(given, trainer={**given["trainer"], "logger": logger})
+    run.callbacks.append(StructuredPruning(0.2))
+    (callback,) = run.bound_options()["trainer"]["callbacks"]
+    assert callback["class_path"].endswith("StructuredPruning") and callback["init_args"]["ratio"] == 0.2
+
+
+def test_another_checkpoint_is_measured_without_being_recorded(given: dict[str, Any], tmp_path: Path) -> None:
+    given["checkpoint_every_n_steps"] = 2
+    cut = anew(given, callbacks=[CutAt(3)], options=Run(**given).bound_options())
+    with pytest.raises(PowerCut):
+        cut.fit()
+    shutil.copy(cut.folder.checkpoint, tmp_path / "early.ckpt")
+    whole = anew(given, options=cut.options)
+    whole.fit()
+    of_run = whole.evaluate("test")
+    other = whole.evaluate("test", str(tmp_path / "early.ckpt"))
+    assert other.finished and other.stages[-1].results != of_run.stages[-1].results
+    assert Summary.read(whole.folder.test_summary) == of_run
 
 
 def test_cut_off_in_each_phase_and_run_again_equals_uninterrupted(given: dict[str, Any]) -> None:

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 from lightning.pytorch.callbacks import Timer
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch.strategies import SingleDeviceStrategy
 
 from qpruner.errors import UserError
 from qpruner.records.folder import RunFolder
@@ -47,6 +48,11 @@ def test_a_logger_that_is_given_stays(tmp_path: Path) -> None:
     logger = CSVLogger(tmp_path / "logs")
     assert make_trainer({**QUIET, "logger": logger}, RunFolder(tmp_path), []).logger is logger
     assert make_trainer({**QUIET, "logger": False}, RunFolder(tmp_path), []).logger is None
+
+
+def test_devices_without_double_precision_are_told(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="mps, which has no float64"):
+        make_trainer({**QUIET, "strategy": SingleDeviceStrategy("mps")}, RunFolder(tmp_path), [])
 
 
 def test_options_that_cannot_be_had_are_told(tmp_path: Path) -> None:

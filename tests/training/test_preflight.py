@@ -8,7 +8,6 @@ import torch
 import yaml
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import EarlyStopping
-from lightning.pytorch.strategies import SingleDeviceStrategy
 from support.fits import finetuner, fit
 
 from qpruner.adapters.lora import LoRAConfig
@@ -21,7 +20,7 @@ from qpruner.records.folder import RunFolder
 from qpruner.training import preflight
 from qpruner.training.compressible import CompressibleModule
 from qpruner.training.distillation import DistillationConfig
-from qpruner.training.preflight import check_checkpoint, check_monitored, check_trainer, class_refused
+from qpruner.training.preflight import check_checkpoint, check_monitored, class_refused
 
 LIGHTNING = "lightning.pytorch."
 
@@ -97,12 +96,6 @@ def test_options_that_do_not_go_together_are_told(
     (path := tmp_path / "wrong.yaml").write_text(yaml.safe_dump(config))
     with pytest.raises(UserError, match=r"--trainer.logger is off|'val/loss', which nothing logs|should be an integer"):
         run(["fit", "--config", str(path)])
-
-
-def test_devices_without_double_precision_are_told() -> None:
-    trainer = Trainer(accelerator="cpu", strategy=SingleDeviceStrategy("mps"), logger=False)
-    with pytest.raises(UserError, match="mps, which has no float64"):
-        check_trainer(trainer)
 
 
 def test_a_search_is_looked_at_as_a_fit_is(arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
