@@ -29,6 +29,7 @@ from qpruner.quantization.calibrated_inputs import CalibratedConfig
 from qpruner.records.folder import RunFolder
 
 CALIBRATED = "MixedPrecisionQuantization.calibrated"
+DECIDING = "MixedPrecisionQuantization.deciding.calibration"
 
 
 @dataclass(frozen=True)
@@ -193,9 +194,7 @@ class Allocator:
             serves_the_plan = self.method != "mutual_information" and self.calibrated is None
             return stored, self.bank(job, plan) if serves_the_plan else None
         bank = None
-        calibration = calibration_of(
-            network, job.data, self.config.calibration, processes, f"allocation: {self.method}"
-        )
+        calibration = calibration_of(network, job.data, self.config.calibration, processes, DECIDING)
         if self.method == "mutual_information":
             information = layer_information(network, calibration, self.config.mutual_information)
             measured = Sensitivities(made_from, mutual_information=tuple(information))

@@ -37,4 +37,4 @@ def text_of(data: TokenDataModule | None, config: CalibrationConfig, whose: str)
     """  # [num_sequences, length] int64
     if not isinstance(data, TokenDataModule):
         raise UserError(f"{whose} needs calibration text; give fit a data module.")
-    return data.calibration(config.num_sequences, config.length)
+    return data.calibration(config.num_sequences, config.length, whose=whose)

@@ -8,7 +8,7 @@ from lightning.pytorch.utilities import rank_zero_info
 
 from qpruner.anatomy import architecture_of
 from qpruner.calibration.text import Calibration, CalibrationConfig
-from qpruner.callbacks.calibration import calibration_of
+from qpruner.callbacks.calibration import calibration_of, text_of
 from qpruner.callbacks.compensation import Compensating
 from qpruner.callbacks.compression import CompressionInSetup, CompressionJob, Rehearsal
 from qpruner.compressed import State
@@ -21,6 +21,9 @@ from qpruner.pruning.rounds import Size, asked_for, describe, prune_
 from qpruner.pruning.scores import LayerScores, check_criterion, needs_text, score_units
 from qpruner.pruning.selection import Kept, SelectionConfig
 from qpruner.pruning.surgery import apply_pruning_
+
+TEXT = "StructuredPruning.calibration"
+"""What messages call the text that units are scored on."""
 
 
 class StructuredPruning(CompressionInSetup):
@@ -95,7 +98,7 @@ class StructuredPruning(CompressionInSetup):
     def check_text(self, data: TokenDataModule) -> None:
         self.compensating.check_text(data)
         if needs_text(self.criterion):
-            data.calibration(self.calibration.num_sequences, self.calibration.length)
+            text_of(data, self.calibration, TEXT)
 
     @property
     def options(self) -> dict[str, Any]:
@@ -141,9 +144,7 @@ class StructuredPruning(CompressionInSetup):
         """This device's share of the text, with the model moved to the device; None if no text is needed."""
         if not needs_text(self.criterion):
             return None
-        return calibration_of(
-            job.model.network, job.data, self.calibration, job.processes, f"The criterion {self.criterion!r}"
-        )
+        return calibration_of(job.model.network, job.data, self.calibration, job.processes, TEXT)
 
 
 class PlannedPruning(CompressionInSetup):

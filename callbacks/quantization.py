@@ -11,7 +11,7 @@ from qpruner.adapters.lora import ALL_LINEAR
 from qpruner.allocation.budget import Budget
 from qpruner.allocation.decision import DecidingConfig, Method
 from qpruner.anatomy import architecture_of, refuse_experts
-from qpruner.callbacks.bits_under_budget import CALIBRATED, Allocator, drop_scaffolding
+from qpruner.callbacks.bits_under_budget import CALIBRATED, DECIDING, Allocator, drop_scaffolding
 from qpruner.callbacks.calibration import calibration_of, text_of
 from qpruner.callbacks.compression import CompressionInSetup, CompressionJob, Rehearsal
 from qpruner.compressed import State
@@ -186,7 +186,7 @@ class MixedPrecisionQuantization(CompressionInSetup):
             calibration = self.allocator.config.calibration
             if self.allocator.method == "mutual_information":
                 self.allocator.config.mutual_information.check_samples(calibration.num_sequences * calibration.length)
-            data.calibration(calibration.num_sequences, calibration.length)
+            text_of(data, calibration, DECIDING)
 
     def precision(self, num_layers: int) -> list[dict[str, Precision]]:
         """The precision of each unit of each layer.
@@ -206,7 +206,7 @@ class MixedPrecisionQuantization(CompressionInSetup):
         """The precision of each unit of one layer."""
         bits = dict.fromkeys(UNITS, entry) if isinstance(entry, int) else dict(entry)
         if bits.keys() != set(UNITS):
-            raise UserError(f"bits names the units {', '.join(bits)}; a layer has {', '.join(UNITS)}.")
+            raise UserError(f"bits names {', '.join(bits)}; it must name each unit of a layer: {', '.join(UNITS)}.")
         return {unit: self._offered("bits", value) for unit, value in bits.items()}
 
     def _offered(self, option: str, bits: int) -> Precision:

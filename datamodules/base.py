@@ -338,7 +338,9 @@ class TokenDataModule(LightningDataModule):
             for examples in sets
         ]
 
-    def calibration(self, num_sequences: int, length: int, rank: int = 0, world_size: int = 1) -> Tensor:
+    def calibration(
+        self, num_sequences: int, length: int, rank: int = 0, world_size: int = 1, *, whose: str = "Calibration"
+    ) -> Tensor:
         """This rank's share of the sequences on which scores and error compensation are computed.
 
         The sequences do not depend on the number of ranks: they are drawn without replacement from the training rows
@@ -350,16 +352,17 @@ class TokenDataModule(LightningDataModule):
             length: number of tokens in each sequence, at least 2.
             rank: rank of this process, from 0.
             world_size: number of processes.
+            whose: name of what needs the text, for the error message.
 
         Raises:
             UserError: there is less training text than that, or the sequences are longer than the model's table of
                 positions.
         """  # [num_sequences / world_size, length] int64
         if num_sequences < 1 or length < 2:
-            raise UserError(f"Calibration needs at least 1 sequence of 2 tokens, not {num_sequences} of {length}.")
+            raise UserError(f"{whose} needs at least 1 sequence of 2 tokens, not {num_sequences} of {length}.")
         if self._learned_positions is not None and length > self._learned_positions:
             raise UserError(
-                f"Calibration asks for sequences of {length} tokens, and the model has a table of "
+                f"{whose} asks for sequences of {length} tokens, and the model has a table of "
                 f"{self._learned_positions} positions. Ask for shorter ones."
             )
         rows = self.examples("train").rows
@@ -373,7 +376,7 @@ class TokenDataModule(LightningDataModule):
             starts = torch.randperm(pieces, generator=generator)[:num_sequences] * length
         else:
             raise UserError(
-                f"Calibration asks for {num_sequences} sequences of {length} tokens; the {len(rows)} training rows "
+                f"{whose} asks for {num_sequences} sequences of {length} tokens; the {len(rows)} training rows "
                 f"have {len(rows.tokens):,} tokens, enough for {pieces}. Ask for fewer or shorter ones, or give more "
                 f"text."
             )

@@ -14,7 +14,7 @@ from torch import nn
 from qpruner.adapter_files import has_initial_adapters
 from qpruner.datamodules.base import TokenDataModule
 from qpruner.datamodules.rows import TextExamples
-from qpruner.errors import UserError, user_error
+from qpruner.errors import UserError, cut, user_error
 from qpruner.files import write_text
 from qpruner.folder_manifest import ADAPTER, CONFIG, PLAN, REFERENCE, Step, is_compressed, read_manifest
 from qpruner.memory import num_parameters, place_, tensor_bytes
@@ -202,8 +202,12 @@ def run_data(model: Path) -> TokenDataModule | str:
             read_as(run.manifest, Recorded, remedy=RESTORE)["data"].get("test") if run.manifest.exists() else held
         )
     except Exception as error:  # data modules may be anyone's, and a merge needs none
-        reason = str(user_error(error) or error).strip().splitlines() or [type(error).__name__]
-        return f"the data of the run cannot be had from here ({reason[-1].strip(' .')})."
+        said = str(user_error(error) or error)
+        reason = [line for line in said.splitlines() if line.strip() and "Given value" not in line]
+        return (
+            f"the data of the run cannot be had from here ({cut(reason[-1] if reason else type(error).__name__)}). "
+            f"Measure it where they are, such as by Run.evaluate for a run that was made from Python."
+        )
     if held is None:
         return "the data of the run have no test split."
     if recorded != held:

@@ -174,5 +174,5 @@ def test_too_little_text_is_told_before_anything_is_measured(
 ) -> None:
     monkeypatch.setattr("qpruner.callbacks.report.evaluate", None)
     few = ["--trainer.callbacks.deciding.calibration.num_sequences", "49"]
-    with pytest.raises(UserError, match="Calibration asks for 49 sequences of 12 tokens; .* enough for 48"):
+    with pytest.raises(UserError, match="asks for 49 sequences of 12 tokens; .* enough for 48"):
         run(["fit", *arguments, *few])

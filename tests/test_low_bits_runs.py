@@ -162,7 +162,7 @@ def test_a_plan_is_carried_out_with_the_calibration_that_is_configured_and_chang
         ({"calibrated.rounding.damping": "-1"}, ["damping is -1"]),
         ({"calibrated.text.num_sequences": "4"}, ["has 4 sequences of 12 tokens", "Give at least 8 sequences"]),
         ({"calibrated.text.length": "4"}, ["28 tokens decide", "has 43 inputs", "Give at least 12 sequences"]),
-        ({"calibrated.text.num_sequences": "49"}, ["Calibration asks for 49 sequences of 12 tokens", "enough for 48"]),
+        ({"calibrated.text.num_sequences": "49"}, ["asks for 49 sequences of 12 tokens", "enough for 48"]),
         (
             {"bits": "[4, 8]", "formats": "{4: nf4}"},
             ["held in int8 and nf4 alone", "formats of affine, affine-double, symmetric"],

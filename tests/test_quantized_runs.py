@@ -214,7 +214,7 @@ def test_changed_bits_are_refused_by_name(arguments: list[str]) -> None:
         (["bits", "7"], "bits asks for 7; choose from 1, 2, 3, 4, 5, 6, 8, 16"),
         (["bits", "[8,4,4]"], "bits has 3 entries; the model has 2 layers"),
         (["bits", "[8,7]"], "bits asks for 7"),
-        (["bits", "{qkv: 4, o: 4}"], "bits names the units qkv, o; a layer has qkv, o, gate_up, down"),
+        (["bits", "{qkv: 4, o: 4}"], "bits names qkv, o; it must name each unit of a layer: qkv, o, gate_up, down"),
         (["bits", "four"], "bits"),
         (["formats", "{4: nf5}"], "nf4"),
         (["group", "48"], "nf4 has no groups of 48"),

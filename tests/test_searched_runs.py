@@ -373,7 +373,7 @@ def test_a_search_whose_optimizer_fails_goes_on_with_another(
         ),
         (["trainer.devices", "2"], ["the Trainer has 2", "--search.executor.kind processes"]),
         (["trainer.callbacks.budget", "{average_bits: 4}"], ["The budget is 4 bits per weight, and the cheapest plan"]),
-        (["trainer.callbacks.deciding.calibration.num_sequences", "49"], ["Calibration asks for 49 sequences"]),
+        (["trainer.callbacks.deciding.calibration.num_sequences", "49"], ["asks for 49 sequences"]),
         (["search.trails", "3"], ["trails"]),
         (["trainer.overfit_batches", "2"], ["overfit_batches is 2", "--trainer.limit_train_batches"]),
         (["trainer.profiler", "simple"], ["profiler is 'simple'", "profile a fit"]),
@@ -415,7 +415,7 @@ def test_a_search_needs_a_budget_text_and_a_validation_split(
     for changes, said in (
         ({"trainer": {**trainer, "callbacks": [pruning, without_budget]}}, "MixedPrecisionQuantization has none"),
         ({"trainer": {**trainer, "callbacks": [pruning]}}, "add MixedPrecisionQuantization"),
-        ({"trainer": {**trainer, "callbacks": [without_text]}}, "Calibration asks for 25 sequences"),
+        ({"trainer": {**trainer, "callbacks": [without_text]}}, "asks for 25 sequences"),
         ({"data": no_validation}, "chooses on the validation split, and there is none"),
     ):
         path = tmp_path / "changed.yaml"

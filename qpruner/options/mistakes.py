@@ -106,13 +106,18 @@ class Mistakes:
             raise UserError(f"There is no option {prefix + name!r}{of}.{self._suggestion(prefix + name, offered)}")
 
     def _suggestion(self, name: str, offered: Sequence[str]) -> str:
-        """The option that was probably meant: one with a prefix, a similar name in its group, or any similar name."""
+        """The option that was probably meant.
+
+        One with a prefix, one of that name further inside the group, a similar name in the group, or any similar name.
+        """
         group, _, leaf = name.rpartition(".")
         if leaf in REPLACED:
             return f" {REPLACED[leaf]}"
         beside = {option.rpartition(".")[2]: option for option in offered if option.rpartition(".")[0] == group}
+        inside = [option for option in offered if option.startswith(f"{group}.") and option.endswith(f".{leaf}")]
         close = (
             [option for option in offered if option.endswith(f".{name}")]
+            or (inside if group else [])
             or [beside[near] for near in get_close_matches(leaf, beside, n=1)]
             or ([] if beside else get_close_matches(name, offered, n=1))
         )
@@ -153,7 +158,10 @@ class Mistakes:
             if not (appends or any(map(is_class, members(option_type)))):
                 raise wrong_value(option_type, value, name)  # one object where several are asked for
             if isinstance(loaded, dict) and "class_path" not in loaded and not (is_dataclass(base) or kept):
-                raise wrong_value(option_type, value, name)  # neither it nor anything before it names a class
+                raise UserError(  # neither it nor anything before it names a class
+                    f"{name} is {shown(value)}, which names no class. Give one as {name}.class_path, "
+                    f"{allowed(base)}, and its options below {name}.init_args."
+                )
             self._check_object(base, loaded, name)
             for chosen in self.chosen.get(name, [])[-1:]:
                 chosen.given |= kept

@@ -79,7 +79,7 @@ def claim_folder(folder: RunFolder, options: Mapping[str, Any], *, restart: bool
         listed = "\n".join(f"  {name}: was {was}, is now {now}" for name, (was, now) in changes.items())
         raise UserError(
             f"{str(folder.path)!r} holds a run with other options:\n{listed}\nContinue it with its own options, "
-            f"start it anew with --restart, or give this run another --run.name."
+            f"start it anew with --restart (restart=True), or give this run another --run.name (folder)."
         )
     return True
 

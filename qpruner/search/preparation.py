@@ -8,7 +8,8 @@ from lightning.pytorch.utilities import rank_zero_info
 
 from qpruner.allocation.decision import Allocation, Method
 from qpruner.allocation.solving import Choice
-from qpruner.callbacks.bits_under_budget import Allocator
+from qpruner.callbacks.bits_under_budget import DECIDING, Allocator
+from qpruner.callbacks.calibration import text_of
 from qpruner.callbacks.compression import (
     Compression,
     CompressionInSetup,
@@ -243,7 +244,7 @@ def check_text(allocator: Allocator, data: TokenDataModule) -> None:
     """
     config = allocator.config  # mutual information is measured for every method
     config.mutual_information.check_samples(config.calibration.num_sequences * config.calibration.length)
-    data.calibration(config.calibration.num_sequences, config.calibration.length)
+    text_of(data, config.calibration, DECIDING)
 
 
 def _prepared_base(

@@ -192,7 +192,7 @@ def test_too_little_text_is_told_before_the_model_is_needed(
     tiny_llama: Path, stories: StoriesDataModule, method: Any
 ) -> None:
     stories.prepare_data()
-    with pytest.raises(UserError, match="Calibration asks for 45 sequences of 12 tokens.* enough for 44"):
+    with pytest.raises(UserError, match="asks for 45 sequences of 12 tokens.* enough for 44"):
         allocating(method, calibration=CalibrationConfig(num_sequences=45, length=12)).check_text(stories)
     allocating("uniform", calibration=CalibrationConfig(num_sequences=45, length=12)).check_text(stories)
     MixedPrecisionQuantization(4).check_text(stories)

@@ -207,7 +207,7 @@ def test_too_little_text_for_the_channels_is_refused_before_any_work(
 def test_more_text_than_there_is_is_refused_before_any_work(
     tiny_llama: Path, stories: StoriesDataModule, prunes: Callable[..., Any]
 ) -> None:
-    said = "Calibration asks for 45 sequences of 12 tokens; .* have 528 tokens, enough for 44"
+    said = "asks for 45 sequences of 12 tokens; .* have 528 tokens, enough for 44"
     with pytest.raises(UserError, match=said):
         prunes(45, 12).check_text(stories)
     with pytest.raises(UserError, match=said):

@@ -67,9 +67,9 @@ def test_other_bits_are_in_values_at_equal_distances_unless_told(bits: int) -> N
         ({"bits": {**MIXED[0], "o": 12}}, "bits asks for 12"),
         (
             {"bits": {"qkv": 4, "o": 4, "mlp": 4, "down": 4}},
-            "names the units qkv, o, mlp, down; a layer has qkv, o, gate_up",
+            "bits names qkv, o, mlp, down; it must name each unit of a layer: qkv, o, gate_up",
         ),
-        ({"bits": [MIXED[0], {"qkv": 4}]}, "names the units qkv; a layer has"),
+        ({"bits": [MIXED[0], {"qkv": 4}]}, "bits names qkv; it must name each unit"),
         ({"loftq_iterations": -1}, "loftq_iterations is -1; it is at least 0"),
         ({"formats": {4: "nf5"}}, "no number format 'nf5'.* Did you mean 'nf4'"),
         ({"formats": {4: "int8"}}, "int8 has no 4 bits. Give 8 bits"),

@@ -57,6 +57,9 @@ def tell(monkeypatch: pytest.MonkeyPatch) -> Tell:
         (["--data.init_args.num_train", "many"], "data.num_train is 'many'; it must be a whole number."),
         (["--data.loader.batch_size", "four"], "data.loader.batch_size is 'four'; it must be a whole number."),
         (["--data.loader", "5"], "data.loader is '5', but it is a group of options."),
+        (["--data", "StoriesDataModule", "--data.batch_size", "4"], "Did you mean 'data.loader.batch_size'?"),
+        (["--model.lr", "0.1"], "Did you mean 'model.optimizer.lr'?"),
+        ([*QUANTIZATION, "--trainer.callbacks.widths", "[2, 4]"], "Did you mean 'trainer.callbacks.deciding.widths'?"),
         (["--data.loader.eval_batch_size", "4"], "not by rows: give eval_tokens_per_batch instead"),
         (["--data", "{class_path: StoriesDataModule, init_args: {num_train: x}}"], "data.num_train is 'x'; it must be"),
         # ... of nested dataclasses, unions, booleans, lists and literals.

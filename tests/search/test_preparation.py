@@ -182,7 +182,7 @@ def test_a_base_that_is_not_pruned_is_kept_for_the_trials_too(tiny_llama: Path, 
                 "budget": Budget(average_bits=6),
                 "deciding": DecidingConfig(calibration=replace(TEXT, num_sequences=73)),
             },
-            "Calibration asks for 73 sequences",
+            "asks for 73 sequences",
         ),
     ],
 )
