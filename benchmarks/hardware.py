@@ -33,8 +33,8 @@ from qpruner.offload import WHOLE
 from qpruner.outline import outline_of
 from qpruner.plan import UNITS, CompressionPlan
 from qpruner.pricing import price
-from qpruner.pruning.rounds import round_to, supplies
 from qpruner.pruning.selection import SelectionConfig, local_widths
+from qpruner.pruning.supplies import round_to, supplies
 from qpruner.quantization.formats import precision_of
 from qpruner.records.tables import markdown_table
 
@@ -100,7 +100,8 @@ def needs_of(shape: tuple[int, int, int, int, int, int], given: argparse.Namespa
     block = tensor_bytes(decoder_blocks(dense)[0])
     outside = dense_bytes - layers * block
     selection = SelectionConfig(scope="local", leave_alone=())
-    widths = local_widths(supplies(dense, selection), round(parameters * given.ratio), round_to(dense, selection))
+    offers = supplies(dense, selection, architecture_of(config))
+    widths = local_widths(offers, round(parameters * given.ratio), round_to(dense, selection))
     plan = CompressionPlan.dense(architecture_of(config), None).keeping([(range(g), range(c)) for g, c in widths])
     precision = precision_of(given.bits, 64, {})
     plan = plan.with_precision([dict.fromkeys(UNITS, precision)] * layers)

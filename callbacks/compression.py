@@ -18,8 +18,8 @@ from qpruner.memory import num_parameters
 from qpruner.plan import CompressionPlan, Precision
 from qpruner.processes import Processes
 from qpruner.pruning.mixtures import first
-from qpruner.pruning.rounds import round_to, supplies_for
-from qpruner.pruning.selection import SelectionConfig, local_widths
+from qpruner.pruning.selection import SelectionConfig, Supply, local_widths
+from qpruner.pruning.supplies import round_to, supplies_for
 from qpruner.pruning.surgery import first_units, narrow_
 from qpruner.records.folder import RunFolder
 from qpruner.training.holding import HoldsModel, expect_holder
@@ -67,19 +67,24 @@ class Rehearsal:
         """Sets the rank of the adapters of each layer; None for the rank common to all adapters."""
         self._dense = self._dense.with_ranks(ranks)
 
-    def prune(self, ratio: float, selection: SelectionConfig) -> None:
+    def prune(self, ratio: float, selection: SelectionConfig) -> list[Supply]:
         """Narrows the model as pruning would, if that does not depend on scores.
+
+        Returns:
+            What could be removed from each layer.
 
         Raises:
             UserError: the ratio cannot be reached by any legal widths, or removes nothing.
         """
-        offers = supplies_for(ratio, self.model, selection, self._dense.architecture)
+        is_start = self.decides_on_widths
+        offers = supplies_for(ratio, self.model, selection, self._dense.architecture, is_start=is_start)
         if selection.scope == "local":
             removed = round(num_parameters(self.model) * ratio)
             widths = local_widths(offers, removed, round_to(self.model, selection))
             narrow_(self.model, first(widths, decoder_layers(self.model), selection.mixtures))
         else:
             self.exact = False
+        return offers
 
 
 @dataclass(frozen=True)

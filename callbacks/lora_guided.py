@@ -20,13 +20,15 @@ from qpruner.callbacks.pruning_event import PruningEvent
 from qpruner.compressed import State
 from qpruner.datamodules.base import TokenDataModule
 from qpruner.errors import UserError
+from qpruner.plan import format_ranges
 from qpruner.pruning.compensation import COMPENSATION_TEXT, Compensation
 from qpruner.pruning.gradual import GradualPruning, agreement
 from qpruner.pruning.lora_guided import MovingAverage, Variant, score_adapted
-from qpruner.pruning.rounds import Size, asked_for, describe
+from qpruner.pruning.rounds import Size, describe
 from qpruner.pruning.schedule import CubicSchedule
 from qpruner.pruning.scores import LayerScores
-from qpruner.pruning.selection import SelectionConfig
+from qpruner.pruning.selection import SelectionConfig, Supply
+from qpruner.pruning.supplies import asked_for
 from qpruner.pruning.weight_gradients import WeightGradients
 from qpruner.training.holding import HoldsModel, expect_holder
 from qpruner.training.processes import processes_of
@@ -82,9 +84,9 @@ class LoRAGuidedPruning(CompressionInTraining):
         compensation_text: calibration text for the compensation.
 
     Raises:
-        UserError: a ratio that no legal widths reach, an unsupported model family, a layer that may lose units of a
-            kind without an adapter on any of their linears, a schedule longer than the fit, or no step with finite
-            gradients before an event.
+        UserError: a ratio that no legal widths reach or that removes nothing, an unsupported model family, a layer that
+            may lose units of a kind without an adapter on any of their linears, a schedule longer than the fit, or no
+            step with finite gradients before an event.
     """
 
     leaves = "pruned in training"
@@ -132,10 +134,9 @@ class LoRAGuidedPruning(CompressionInTraining):
 
     def check(self, rehearsal: Rehearsal) -> None:
         refuse_experts(rehearsal.model.config, SCORER, "StructuredPruning")
-        self._check_adapters(rehearsal.model, rehearsal.lora)
-        GradualPruning.of(rehearsal.model, self.ratio, self.selection, rehearsal.plan.architecture)
         self.compensating.check(rehearsal.model)
-        rehearsal.prune(self.ratio, self.selection)
+        offers = rehearsal.prune(self.ratio, self.selection)
+        self._check_adapters(rehearsal.model, rehearsal.lora, offers)
 
     def check_text(self, data: TokenDataModule) -> None:
         self.compensating.check_text(data)
@@ -143,7 +144,7 @@ class LoRAGuidedPruning(CompressionInTraining):
     def check_steps(self, num_steps: float) -> None:
         self.schedule.check(num_steps)
 
-    def _check_adapters(self, model: Any, lora: LoRAConfig) -> None:
+    def _check_adapters(self, model: Any, lora: LoRAConfig, offers: Sequence[Supply]) -> None:
         if lora.pooled:
             raise UserError(
                 "LoRAGuidedPruning removes columns of trained adapters, and --model.lora.pooled ties columns to the "
@@ -151,18 +152,28 @@ class LoRAGuidedPruning(CompressionInTraining):
                 "by StructuredPruning."
             )
         _, family = family_of(model.config)
-        num_layers, targets = model.config.num_hidden_layers, lora.target_modules
-        spared = {number % num_layers for number in self.selection.leave_alone}
-        for units, names in (("KV groups", ("q", "k", "v", "o")), ("FFN channels", ("gate", "up", "down"))):
+        targets = lora.target_modules
+        for units, names, losing in (
+            ("KV groups", ("q", "k", "v", "o"), [n for n, offer in enumerate(offers) if offer.loses_groups]),
+            ("FFN channels", ("gate", "up", "down"), [n for n, offer in enumerate(offers) if offer.loses_channels]),
+        ):
             paths = [family.projections[first] for first, *_ in family.fused(names)]
-            for number in sorted({*range(num_layers)} - spared):
-                if not any(is_target(f"{family.layers}.{number}.{path}", targets) for path in paths):
-                    ends = ", ".join(path.rpartition(".")[2] for path in paths)
-                    raise UserError(
-                        f"LoRAGuidedPruning scores {units} by the adapters on {ends}, and layer {number} has none: "
-                        f"--model.lora.target_modules is {targets if isinstance(targets, str) else ', '.join(targets)}."
-                        f" Add some of them, or name the layer in selection.leave_alone."
-                    )
+            without = [
+                number
+                for number in losing
+                if not any(is_target(f"{family.layers}.{number}.{path}", targets) for path in paths)
+            ]
+            if without:
+                ends = ", ".join(path.rpartition(".")[2] for path in paths)
+                remedy = "Add some of them"
+                others = any(offer.parameters for number, offer in enumerate(offers) if number not in without)
+                if others and not self.selection.uniform:
+                    remedy += ", or name these layers in selection.leave_alone, which spares all their units"
+                raise UserError(
+                    f"LoRAGuidedPruning scores {units} by the adapters on {ends}, and there are none in layers "
+                    f"{format_ranges(without)}: --model.lora.target_modules is "
+                    f"{targets if isinstance(targets, str) else ', '.join(targets)}. {remedy}."
+                )
 
     # In the order of a fit.
 
@@ -180,10 +191,10 @@ class LoRAGuidedPruning(CompressionInTraining):
                 "With criterion gradient the gradients of weights would be those of a scaled loss under "
                 "--trainer.precision 16-mixed. Use bf16-mixed or 32-true, or criterion lora."
             )
-        self._check_adapters(model.network, module.lora)
-        self.compensating.begin(model, data_of(trainer))
         dense = model.known_plan().architecture
         self.gradual = GradualPruning.of(model.network, self.ratio, self.selection, dense)
+        self._check_adapters(model.network, module.lora, self.gradual.dense)
+        self.compensating.begin(model, data_of(trainer))
         self._before = Size.of(model.network)
         self._asked = asked_for(self.ratio, model.network, self.selection, dense)
         zeros = [

@@ -7,6 +7,7 @@ from typing import Any, Self
 from lightning.pytorch.utilities import rank_zero_info
 
 from qpruner.anatomy import architecture_of
+from qpruner.calibration.gram import MASSIVE_POSITIONS, check_length
 from qpruner.calibration.text import Calibration, CalibrationConfig
 from qpruner.callbacks.calibration import calibration_of, text_of
 from qpruner.callbacks.compensation import Compensating
@@ -17,9 +18,10 @@ from qpruner.errors import UserError
 from qpruner.plan import CompressionPlan
 from qpruner.pruning.compensation import COMPENSATION_TEXT, Compensation
 from qpruner.pruning.criteria import Aggregate, Criterion
-from qpruner.pruning.rounds import Size, asked_for, describe, prune_
+from qpruner.pruning.rounds import Size, describe, prune_
 from qpruner.pruning.scores import LayerScores, check_criterion, needs_text, score_units
 from qpruner.pruning.selection import Kept, SelectionConfig
+from qpruner.pruning.supplies import asked_for
 from qpruner.pruning.surgery import apply_pruning_
 
 TEXT = "StructuredPruning.calibration"
@@ -56,8 +58,8 @@ class StructuredPruning(CompressionInSetup):
             channels.
 
     Raises:
-        UserError: a ratio that no legal widths reach, an unsupported model family, no room on the device, too little
-            calibration text, or a gradient that is not finite.
+        UserError: a ratio that no legal widths reach or that removes nothing, an unsupported model family, no room on
+            the device, too little calibration text, or a gradient that is not finite.
     """
 
     leaves = State.PRUNED
@@ -91,7 +93,9 @@ class StructuredPruning(CompressionInSetup):
         Raises:
             UserError: a ratio that no legal widths reach or that removes nothing, or too little text.
         """
-        check_criterion(rehearsal.model, self.criterion, self.calibration.length)
+        check_criterion(rehearsal.model, self.criterion)
+        if self.criterion == "reconstruction":
+            check_length(self.calibration.length, MASSIVE_POSITIONS)
         self.compensating.check(rehearsal.model)
         rehearsal.prune(self.ratio, self.selection)
 

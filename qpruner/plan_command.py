@@ -1,5 +1,6 @@
 """`qpruner plan`: shows, compares and checks plans, and lists the ratios that a model can be pruned to."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -201,7 +202,7 @@ def list_ratios(
     model = outline_of(read_base_config(base, trust_remote_code=trust_remote_code))
     rows = [
         [
-            f"{legal.ratio:.4f}",
+            f"{math.floor(legal.ratio * 10_000) / 10_000:.4f}",  # rounded up, the highest would be refused
             f"{legal.parameters:,}",
             f"{legal.linears_removed:.1%}",
             legal.kv_groups,

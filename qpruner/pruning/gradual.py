@@ -7,7 +7,6 @@ from typing import Any, Self
 from qpruner.anatomy import num_linear_parameters
 from qpruner.memory import num_parameters
 from qpruner.plan import Architecture
-from qpruner.pruning.rounds import round_to, supplies_for
 from qpruner.pruning.scores import LayerScores
 from qpruner.pruning.selection import (
     Kept,
@@ -18,6 +17,7 @@ from qpruner.pruning.selection import (
     local_widths,
     part_way,
 )
+from qpruner.pruning.supplies import round_to, supplies_for
 
 
 @dataclass(frozen=True)

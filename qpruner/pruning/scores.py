@@ -10,7 +10,7 @@ from torch import Tensor
 from qpruner.anatomy import Coupled, by_linear, decoder_blocks, decoder_layers, refuse_experts, unit_parameters
 from qpruner.calibration.gates import squared_gate_gradients
 from qpruner.calibration.gradients import gradient_sums
-from qpruner.calibration.gram import MASSIVE_POSITIONS, Gram, check_length, input_grams
+from qpruner.calibration.gram import MASSIVE_POSITIONS, Gram, input_grams
 from qpruner.calibration.norms import input_norms, input_variances
 from qpruner.calibration.text import Calibration
 from qpruner.errors import UserError
@@ -88,21 +88,17 @@ def score_units(
     ]
 
 
-def check_criterion(model: Any, criterion: Criterion, length: int | None = None) -> None:
+def check_criterion(model: Any, criterion: Criterion) -> None:
     """Makes sure that the units of a model can be scored by a criterion.
 
     Args:
         model: model to prune, with or without its weights.
         criterion: criterion to score by.
-        length: number of tokens of a calibration sequence; None where that is checked elsewhere.
 
     Raises:
-        UserError: the criterion is ``reconstruction``, and the model is a mixture of experts or no token of a sequence
-            would count.
+        UserError: the criterion is ``reconstruction``, and the model is a mixture of experts.
     """
     if criterion == "reconstruction":
-        if length is not None:
-            check_length(length, MASSIVE_POSITIONS)
         refuse_experts(model.config, f"The criterion {criterion!r}", "another, such as fisher")
 
 

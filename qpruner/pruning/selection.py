@@ -107,6 +107,16 @@ class Supply:
         gone = self.kv_groups - groups, self.ffn_channels - channels
         return gone[0] * self.group_parameters + gone[1] * self.channel_parameters
 
+    @property
+    def loses_groups(self) -> bool:
+        """Whether any KV group can go."""
+        return self.least_groups < self.kv_groups
+
+    @property
+    def loses_channels(self) -> bool:
+        """Whether any FFN channel can go."""
+        return self.least_channels < self.ffn_channels
+
     def ffn_widths(self, round_to: int) -> list[int]:
         """The widths that the FFN may end up with, widest first."""
         first = (self.ffn_channels - 1) // round_to * round_to
@@ -127,6 +137,11 @@ def keep_highest(scores: Sequence[LayerScores], widths: Widths) -> Kept:
     ]
 
 
+def num_removed(supplies: Sequence[Supply], kept: Widths) -> int:
+    """Number of parameters removed if layers keep these widths."""
+    return sum(supply.cost(*widths) for supply, widths in zip(supplies, kept, strict=True))
+
+
 def part_way(supplies: Sequence[Supply], goal: Widths, share: float) -> Widths:
     """Widths at a given fraction of the way from the present ones to a goal."""
     return [
@@ -145,8 +160,8 @@ def local_widths(supplies: Sequence[Supply], remove: int, round_to: int) -> Widt
     """  # [layers]
     prunable = [supply for supply in supplies if supply.parameters]
     share = remove / sum(supply.cost(0, 0) for supply in prunable)
-    grouped = max(prunable, key=lambda supply: supply.kv_groups)
-    widest = max(prunable, key=lambda supply: supply.ffn_channels)
+    grouped = max(prunable, key=lambda supply: (supply.loses_groups, supply.kv_groups))
+    widest = max(prunable, key=lambda supply: (supply.loses_channels, supply.ffn_channels))
     group_shares = [gone / grouped.kv_groups for gone in range(grouped.kv_groups - grouped.least_groups + 1)]
     channel_shares = [1 - width / widest.ffn_channels for width in widest.ffn_widths(round_to)]
 
@@ -162,8 +177,7 @@ def local_widths(supplies: Sequence[Supply], remove: int, round_to: int) -> Widt
         ]
 
     def removed(group_share: float, channel_share: float) -> int:
-        kept = widths(group_share, channel_share)
-        return sum(supply.cost(*widths_of_layer) for supply, widths_of_layer in zip(supplies, kept, strict=True))
+        return num_removed(supplies, widths(group_share, channel_share))
 
     def miss(shares: tuple[float, float]) -> int:
         return abs(removed(*shares) - remove)

@@ -27,7 +27,7 @@ from qpruner.model_folder import build_skeleton, rehearse_saving
 from qpruner.plan import DENSE, UNITS, CompressionPlan
 from qpruner.pretrained import held_in
 from qpruner.pricing import price_narrowed
-from qpruner.pruning.rounds import round_to, supplies
+from qpruner.pruning.supplies import round_to, supplies
 from qpruner.pruning.widths import with_widths
 from qpruner.quantization.apply import LoftQSettings, check_rank, starts_of
 from qpruner.quantization.embedding import table_precisions
@@ -235,7 +235,7 @@ class Learning:
         budgets: list[Budget] = [allocator.budget, *self.config.further_budgets]
         limits = [budget.limit(price, plan) for budget in budgets]
         selection = None if pruning is None else pruning.selection
-        offers = [] if selection is None else supplies(network, selection)
+        offers = [] if selection is None else supplies(network, selection, plan.architecture)
         alone = () if selection is None else selection.leave_alone
         space = JointSpace(
             dense=plan,

@@ -23,9 +23,9 @@ from qpruner.memory import num_parameters
 from qpruner.outline import outline_of
 from qpruner.plan import Architecture, CompressionPlan, Precision
 from qpruner.pricing import ADAPTER_BYTES, Price, bytes_of_rank_one, price_narrowed, weight_bytes
-from qpruner.pruning.rounds import round_to, supplies
 from qpruner.pruning.scores import LayerScores
 from qpruner.pruning.selection import SelectionConfig, Supply, Widths, competing_widths, local_widths
+from qpruner.pruning.supplies import round_to, supplies
 from qpruner.pruning.widths import with_widths
 from qpruner.search.ranks import Ranks
 from qpruner.search.structure import Integers, Kind, Part, Structure, StructureConfig
@@ -68,7 +68,7 @@ class Structures:
     @cached_property
     def supplies(self) -> list[Supply]:
         """[layers], what each layer may lose."""
-        offers = supplies(self.model, replace(self.selection, floor=self.config.least))
+        offers = supplies(self.model, replace(self.selection, floor=self.config.least), self.plan.architecture)
         if not self.config.groups:
             offers = [replace(offer, least_groups=offer.kv_groups) for offer in offers]
         if not self.config.channels:

@@ -22,8 +22,8 @@ from qpruner.errors import UserError
 from qpruner.files import hash_json
 from qpruner.outline import outline_of
 from qpruner.plan import CompressionPlan
-from qpruner.pruning.rounds import asked_for
 from qpruner.pruning.scores import LayerScores, needs_text, score_units
+from qpruner.pruning.supplies import asked_for
 from qpruner.pruning.widths import with_widths
 from qpruner.quantization.apply import LoftQSettings, check_rank, starts_of
 from qpruner.records.folder import RunFolder
@@ -161,9 +161,10 @@ def prepare_structures(
         price_of_all=price_of_bits(priors[allocator.method]),
     )
     parts = tuple((part.layer, part.kind) for part in structure.parts)
+    asked = asked_for(scoring.ratio, network, scoring.selection, plan.architecture)
     rank_zero_info(
         f"Widths of {len(parts)} parts of layers are searched, from all units down to {config.least:.0%} of them; the "
-        f"search starts from what StructuredPruning keeps ({asked_for(scoring.ratio, network, scoring.selection)})."
+        f"search starts from what StructuredPruning keeps ({asked})."
     )
     return Structured(structure, Ranking(parts, scores, start), limit, priors, compensates, network.dtype)
 

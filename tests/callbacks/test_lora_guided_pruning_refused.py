@@ -1,6 +1,6 @@
 """What pruning in training refuses, and when."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +8,7 @@ import pytest
 import torch
 from lightning.pytorch import Callback, Trainer
 from support.compensated import COMPENSATION
-from support.families import tiny_model
+from support.families import tiny_config, tiny_model
 from support.fits import finetuner, logits, trainer
 from support.guided_fits import At, fit, guided, masked_logits
 
@@ -42,11 +42,11 @@ def test_impossible_options_are_refused_when_they_are_made(options: dict[str, An
     [
         (
             ("q_proj", "o_proj"),
-            r"FFN channels by the adapters on gate_proj, up_proj, down_proj, and layer 0 has none: .*o_proj. Add",
+            r"FFN channels by the adapters on gate_proj, up_proj, down_proj, .* in layers 0-1: .*Add some of them\.$",
         ),
         (
             r"model\.layers\.0\..*_proj",
-            r"KV groups by the adapters on q_proj, k_proj, v_proj, o_proj, and layer 1 has none: .*leave_alone",
+            r"KV groups by .* none in layers 1: .*, or name these layers in selection\.leave_alone, which",
         ),
         (
             ("up_proj",),
@@ -81,6 +81,51 @@ def test_layers_that_stay_whole_need_no_adapters(tiny_llama: Path, stories: Stor
     assert gone[0] > 0 and gone[1] == 0
 
 
+def refusal_in_rehearsal(config: Any, targets: Sequence[str], **options: Any) -> str | None:
+    try:
+        guided(**options).check(Rehearsal(build_skeleton(config), LoRAConfig(r=2, target_modules=targets)))
+    except UserError as error:
+        return str(error)
+    return None
+
+
+def test_units_that_cannot_go_need_no_adapters() -> None:
+    """With one KV group, or with a floor that keeps all of them, the FFN gives all; and the other way round."""
+    ffn, attention = ("gate_proj", "up_proj", "down_proj"), ("q_proj", "v_proj")
+    assert refusal_in_rehearsal(tiny_config("llama", num_key_value_heads=1), ffn, ratio=0.1) is None
+    high = SelectionConfig(scope="local", floor=0.9, round_to=1)
+    assert refusal_in_rehearsal(tiny_config("llama"), ffn, ratio=0.02, selection=high) is None
+    wide = SelectionConfig(scope="local", round_to=64)
+    assert refusal_in_rehearsal(tiny_config("llama"), attention, ratio=0.2, selection=wide) is None
+    for lower in (SelectionConfig(scope="local"), SelectionConfig(scope="local", floor=0.7)):
+        said = refusal_in_rehearsal(tiny_config("llama"), ffn, ratio=0.1, selection=lower)
+        assert said is not None and "scores KV groups by the adapters on q_proj, k_proj, v_proj, o_proj" in said
+
+
+def test_layers_that_are_not_there_are_told_before_adapters_that_are_not() -> None:
+    missing = SelectionConfig(scope="local", leave_alone=[99])
+    said = refusal_in_rehearsal(tiny_config("llama"), ("up_proj",), ratio=0.1, selection=missing)
+    assert said is not None and "names layers [99]; the model has 0 to 2" in said
+
+
+def test_layers_that_must_end_equal_cannot_be_left_alone_for_want_of_adapters() -> None:
+    first_alone = r"model\.layers\.0\..*_proj"
+    for uniform in (True, False):
+        selection = SelectionConfig(uniform=uniform)
+        said = refusal_in_rehearsal(tiny_config("llama"), first_alone, ratio=0.1, selection=selection)
+        assert said is not None and "none in layers 1-2" in said
+        assert ("selection.leave_alone" in said) is not uniform
+
+
+def test_what_would_remove_nothing_in_the_end_is_told_in_the_rehearsal() -> None:
+    """The FFN is at its floor, and a group is dearer than what is asked for."""
+    rehearsal = Rehearsal(build_skeleton(tiny_config("llama")), LoRAConfig(r=2))
+    at_floor = SelectionConfig(floor=0.75, round_to=32)
+    with pytest.raises(UserError, match=r"0\.02 would remove nothing; the smallest step removes 5\.36% of all"):
+        guided(ratio=0.02, selection=at_floor).check(rehearsal)
+    guided(ratio=0.03, selection=at_floor).check(rehearsal)
+
+
 def test_mixtures_are_refused_without_a_run_too(stories: StoriesDataModule, tmp_path: Path) -> None:
     tiny_model("mixtral", vocab_size=2048).save_pretrained(tmp_path)
     with pytest.raises(UserError, match="LoRAGuidedPruning.* does not work on mixtures of experts"):
@@ -98,7 +143,7 @@ def test_one_adapter_for_each_kind_of_unit_suffices(tiny_llama: Path, stories: S
     ("changes", "said"),
     [
         ({"ratio": 0.9}, "The ratio is 0.9; .* at most 0.1.* Lower it"),
-        ({"ratio": 0.0005}, "less than half a step and would remove nothing; .* Ask for more"),
+        ({"ratio": 0.0005}, "would remove nothing; .* Ask for more"),
         ({"selection": SelectionConfig(leave_alone=[0, 1])}, "names every layer"),
         ({"selection": SelectionConfig(leave_alone=[2])}, r"names layers \[2\]; the model has 0 to 1"),
         ({"schedule": CubicSchedule()}, "every_n_steps is 10, .* lie 8 of the fit's 10 optimizer steps. Train longer"),

@@ -233,7 +233,7 @@ def test_an_unsupported_family_is_named_with_those_that_are_supported(
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"ratio": 0.0005}, "less than half a step and would remove nothing"),
+        ({"ratio": 0.0005}, "would remove nothing"),
         (
             {"criterion": "reconstruction", "calibration": CalibrationConfig(num_sequences=6, length=4)},
             "sequences have 4 tokens, of which the first 4 are left out",
@@ -244,3 +244,12 @@ def test_what_cannot_be_had_is_told_in_the_rehearsal(tiny_llama: Path, options: 
     skeleton = build_skeleton(read_base_config(str(tiny_llama)))
     with pytest.raises(UserError, match=said):
         StructuredPruning(**PRUNING | options).check(Rehearsal(skeleton, LoRAConfig()))
+
+
+@pytest.mark.parametrize("scope", ["local", "global"])
+def test_a_search_of_widths_may_start_from_the_whole_model(tiny_llama: Path, scope: Any) -> None:
+    skeleton = build_skeleton(read_base_config(str(tiny_llama)))
+    pruning = StructuredPruning(**PRUNING | {"ratio": 0.0005, "selection": SelectionConfig(scope=scope)})
+    rehearsal = Rehearsal(skeleton, LoRAConfig(), decides_on_widths=True)
+    pruning.check(rehearsal)
+    assert rehearsal.plan.widths == rehearsal.plan.architecture

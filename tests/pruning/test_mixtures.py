@@ -9,9 +9,10 @@ from qpruner.errors import UserError
 from qpruner.memory import num_parameters
 from qpruner.plan import CompressionPlan
 from qpruner.pruning.mixtures import first, gather, keep
-from qpruner.pruning.rounds import legal_ratios, prune_, supplies
+from qpruner.pruning.rounds import legal_ratios, prune_
 from qpruner.pruning.scores import LayerScores, score_units
 from qpruner.pruning.selection import SelectionConfig
+from qpruner.pruning.supplies import supplies
 from qpruner.pruning.surgery import narrow_
 
 
@@ -48,11 +49,11 @@ def test_layers_with_a_plain_ffn_have_channels_as_ever() -> None:
     layers, scores = decoder_layers(model), scored(model)
     assert gather(scores, layers, "experts")[1] is scores[1]
     assert keep(scores, [(4, 2), (4, 5), (4, 4)], layers, "experts")[1][1] == [0, 13, 26, 36, 39]
-    offers = supplies(model, SelectionConfig(round_to=4, floor=0.25))
+    offers = supplies(model, SelectionConfig(round_to=4, floor=0.25), architecture_of(model.config))
     assert [(offer.ffn_channels, offer.channels_of_unit, offer.least_channels) for offer in offers] == [
         *((12, 4, 4), (48, 1, 12), (12, 4, 4))
     ]
-    offers = supplies(model, SelectionConfig(floor=0.25, mixtures="experts"))
+    offers = supplies(model, SelectionConfig(floor=0.25, mixtures="experts"), architecture_of(model.config))
     assert [(offer.ffn_channels, offer.channels_of_unit, offer.least_channels) for offer in offers] == [
         *((4, 12, 2), (48, 1, 12), (4, 12, 2))
     ]
@@ -71,7 +72,7 @@ def test_pruning_leaves_what_a_plan_says(family: str, mixtures: Any, scope: Any)
         narrow_(model, kept)
 
     selection = SelectionConfig(scope=scope, mixtures=mixtures, floor=0.25, round_to=1)
-    offers = supplies(model, selection)
+    offers = supplies(model, selection, dense)
     prune_(
         model,
         dense,
@@ -101,8 +102,9 @@ def test_pruning_leaves_what_a_plan_says(family: str, mixtures: Any, scope: Any)
 
 def test_as_many_experts_stay_as_a_token_is_sent_to() -> None:
     model = tiny_model("mixtral", num_experts_per_tok=3)
-    assert {offer.least_channels for offer in supplies(model, SelectionConfig(floor=0.1, mixtures="experts"))} == {3}
-    ratios = list(legal_ratios(model, SelectionConfig(floor=0.1, mixtures="experts"), 0.05))
+    selection = SelectionConfig(floor=0.1, mixtures="experts")
+    assert {offer.least_channels for offer in supplies(model, selection, architecture_of(model.config))} == {3}
+    ratios = list(legal_ratios(model, selection, 0.05))
     assert ratios[-1].ffn_channels == "36"
     with pytest.raises(UserError, match="Layer 0 has 2 experts, but each token is sent to 3 of them"):
         narrow_(model, [(range(4), range(24))] * 3)

@@ -13,9 +13,10 @@ from qpruner.errors import UserError
 from qpruner.memory import num_parameters
 from qpruner.model_folder import build_skeleton
 from qpruner.plan import CompressionPlan
-from qpruner.pruning.rounds import Size, describe, legal_ratios, prune_, round_to, step_parameters, supplies
+from qpruner.pruning.rounds import Size, describe, legal_ratios, prune_
 from qpruner.pruning.scores import LayerScores, score_units
-from qpruner.pruning.selection import Kept, SelectionConfig
+from qpruner.pruning.selection import Kept, SelectionConfig, Supply
+from qpruner.pruning.supplies import round_to, smallest_step, supplies
 from qpruner.pruning.surgery import narrow_, stated_by_weights
 
 LAYERS, GROUPS, CHANNELS, HIDDEN, HEAD = 3, 4, 41, 64, 8
@@ -50,6 +51,14 @@ def build(family: str = "llama", **overrides: Any) -> Any:
         if name.endswith("bias"):
             parameter.normal_()
     return model
+
+
+def offers_of(model: Any, selection: SelectionConfig) -> list[Supply]:
+    return supplies(model, selection, architecture_of(model.config))
+
+
+def step_of(model: Any, selection: SelectionConfig) -> int:
+    return smallest_step(offers_of(model, selection), selection, round_to(model, selection))
 
 
 def by_magnitude(model: Any) -> list[LayerScores]:
@@ -211,14 +220,14 @@ def test_the_floor_is_a_share_of_the_dense_model(selection: SelectionConfig) -> 
 
 
 def test_what_layers_can_give_by_hand() -> None:
-    one, other, _ = supplies(build(), SelectionConfig(leave_alone=[1], floor=0.3, round_to=8))
+    one, other, _ = offers_of(build(), SelectionConfig(leave_alone=[1], floor=0.3, round_to=8))
     assert (one.kv_groups, one.ffn_channels, one.group_parameters, one.channel_parameters) == (4, 41, GROUP, CHANNEL)
     assert (one.least_groups, one.least_channels, other.least_groups, other.least_channels) == (2, 16, 4, 41)
-    with_biases, *_ = supplies(build("qwen2"), LOCAL)
+    with_biases, *_ = offers_of(build("qwen2"), LOCAL)
     assert (with_biases.group_parameters, with_biases.channel_parameters) == (GROUP + 4 * HEAD, CHANNEL)
     assert (round_to(build(), LOCAL), round_to(build(), SelectionConfig(round_to=5))) == (2, 5)
-    assert step_parameters(build(), LOCAL) == step_parameters(build(), UNIFORM) == LAYERS * 2 * CHANNEL
-    assert step_parameters(build(), GLOBAL) == 2 * CHANNEL
+    assert step_of(build(), LOCAL) == step_of(build(), UNIFORM) == LAYERS * CHANNEL  # from 41 channels to 40
+    assert step_of(build(), GLOBAL) == CHANNEL
 
 
 # Bad input.
@@ -260,7 +269,7 @@ def test_too_low_a_ratio_names_the_smallest_step(selection: SelectionConfig) -> 
         return [LayerScores(one.kv_groups * 1e9, one.ffn_channels) for one in by_magnitude(model)]
 
     step = 8 * CHANNEL * (1 if selection.scope == "global" and not selection.uniform else LAYERS)
-    with pytest.raises(UserError, match=r"less than half a step.*lower selection\.round_to") as error:
+    with pytest.raises(UserError, match=r"would remove nothing; .*lower selection\.round_to") as error:
         prune(copy.deepcopy(dense), 0.49 * step / total, selection)
     named = float(re.findall(r"removes ([\d.]+)% of all", str(error.value))[0]) / 100
     assert named == pytest.approx(step / total, abs=5e-5)
@@ -275,7 +284,7 @@ def test_what_cannot_be_had_is_told_before_units_are_scored(selection: Selection
         pytest.fail("units were scored")
 
     for ratio in (1e-5, 0.99):
-        with pytest.raises(UserError, match="less than half a step|must be above 0 and at most"):
+        with pytest.raises(UserError, match="would remove nothing|must be above 0 and at most"):
             prune(build(), ratio, selection, score=never)
 
 
@@ -285,7 +294,7 @@ def test_floors_are_shares_of_the_dense_widths_however_often_a_model_is_pruned(s
     model = build()
     dense = architecture_of(model.config)
     selection = replace(selection, floor=0.5)
-    highest = sum(supply.parameters for supply in supplies(model, selection)) / num_parameters(model)
+    highest = sum(supply.parameters for supply in offers_of(model, selection)) / num_parameters(model)
 
     def again(ratio: float, floored: SelectionConfig) -> None:
         prune_(model, dense, ratio=ratio, rounds=1, selection=floored, score=by_magnitude,
@@ -394,9 +403,9 @@ def test_legal_ratios_are_what_pruning_gives(family: str, selection: SelectionCo
     assert all(parameter.is_meta for parameter in skeleton.parameters())
     assert stated_by_weights(skeleton) == stated_by_weights(dense)
     total, linears = num_parameters(dense), num_linear_parameters(dense)
-    highest = sum(supply.parameters for supply in supplies(dense, selection)) / total
+    highest = sum(supply.parameters for supply in offers_of(dense, selection)) / total
     assert int(highest / 0.05) <= len(found) <= int(highest / 0.05) + 1  # the last may be the one before it
-    half_step = step_parameters(dense, selection) / total / 2
+    half_step = LAYERS * (selection.round_to or 2) * CHANNEL / total / 2
     for number, legal in enumerate(found, 1):
         assert legal.ratio == pytest.approx(min(0.05 * number, highest), abs=half_step + 1e-9)
         model = copy.deepcopy(dense)
@@ -426,3 +435,12 @@ def test_rounds_wait_for_a_step_that_is_too_large_for_one_of_them() -> None:
         once, often = (prune(build(), 0.3, selection, rounds=rounds, score=score).widths for rounds in (1, 6))
         assert often == once
         assert sum(once.kv_groups) < LAYERS * 4
+
+
+@each_scope
+@pytest.mark.parametrize("rounds", [2, 3])
+def test_a_step_that_takes_all_there_is_may_come_before_the_last_round(selection: SelectionConfig, rounds: int) -> None:
+    model = build(num_key_value_heads=1, intermediate_size=64, num_hidden_layers=1)
+    selection = replace(selection, round_to=32)
+    highest = 32 * CHANNEL / num_parameters(model)
+    assert prune(model, highest, selection, rounds=rounds).widths.ffn_channels == (32,)

@@ -179,6 +179,13 @@ def test_where_channels_do_not_suffice_groups_go_beyond_the_nearest() -> None:
     assert local_widths(supplies, 140, 4) == [(3, 4)]  # 104 is as near as it gets
 
 
+def test_layers_that_can_lose_units_set_the_steps() -> None:
+    """The layer with most groups must keep them, and the widest its channels."""
+    supplies = [Supply(4, 8, 100, 1, 4, 4), Supply(2, 32, 100, 1, 1, 32)]
+    assert local_widths(supplies, 104, 4) == [(4, 4), (1, 32)]
+    assert local_widths(supplies, 4, 4) == [(4, 4), (2, 32)]
+
+
 def test_local_shares_do_not_look_at_scores() -> None:
     scores = [layer_scores([1, 2, 3, 4], range(32)), layer_scores([400, 300, 200, 100], range(3200, 0, -100))]
     kept = choose_kept(scores, EQUAL, 960, LOCAL, 4)

@@ -20,6 +20,7 @@ from qpruner.plan import CompressionPlan
 from qpruner.pricing import Price, price
 from qpruner.pruning.scores import LayerScores
 from qpruner.pruning.selection import SelectionConfig
+from qpruner.pruning.surgery import narrow_
 from qpruner.quantization.formats import precision_of
 from qpruner.search.candidates import Candidates, Ranking
 from qpruner.search.parts import Structures, price_of_plan
@@ -267,3 +268,12 @@ def test_structures_that_cannot_be() -> None:
         StructureConfig(least=1.0)
     with pytest.raises(UserError, match="groups false and channels false"):
         StructureConfig(groups=False, channels=False)
+
+
+def test_the_least_of_a_narrowed_model_is_a_share_of_the_dense_widths() -> None:
+    model = build_skeleton(tiny_config("llama"))
+    whole = CompressionPlan.dense(architecture_of(model.config), None)
+    kept = [(range(2), range(32))] * LAYERS
+    narrow_(model, kept)
+    structures = Structures(model, whole.keeping(kept), StructureConfig(least=0.5), SELECTION, LORA)
+    assert {(offer.least_groups, offer.least_channels) for offer in structures.supplies} == {(2, 24)}
