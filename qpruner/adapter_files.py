@@ -8,9 +8,12 @@ from qpruner.files import read_json, reading, replacing_folder, write_json
 from qpruner.folder_manifest import ADAPTER, ANYTHING, COPY_AGAIN, MANIFEST, entries_of, read_manifest
 from qpruner.reference_logits import record_logits
 from qpruner.schema import read_as
-from qpruner.tensor_files import load_tensors
+from qpruner.tensor_files import load_tensors, tensor_names
 
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = f"{ADAPTER}/adapter_config.json", f"{ADAPTER}/adapter_model.safetensors"
+
+WRAPPED, FACTOR = "base_model.model.", ".lora_A.weight"
+"""Beginning and end, around the name of its linear, of the name of an adapter's first factor."""
 
 
 def save_adapters(folder: Path, model: Any, *, trained: bool, place: Path | None = None) -> None:
@@ -93,6 +96,17 @@ def load_adapters(folder: Path, model: Any) -> None:
             )
         if integers := [name for name, tensor in state.items() if not tensor.is_floating_point()]:
             raise UserError(f"The weights of adapters are floating point, not {state[integers[0]].dtype}.")
+
+
+def adapted_linears(folder: Path) -> set[str]:
+    """The names of the linears of a compressed folder that have adapters, without reading any weight.
+
+    Raises:
+        UserError: the file is damaged.
+    """
+    names = tensor_names(folder / ADAPTER_WEIGHTS) if has_adapters(folder) else []
+    ends = [name for name in names if name.endswith(FACTOR)]
+    return {name.removeprefix(WRAPPED).removesuffix(FACTOR) for name in ends}
 
 
 def has_adapters(folder: Path) -> bool:

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from qpruner.errors import UserError
+from qpruner.files import check_place
 from qpruner.options.functions import run_function
 from qpruner.records.comparison import compare_folders, describe, write_comparison
 
@@ -20,14 +20,12 @@ def compare(runs: list[Path], *, names: list[str] | None = None, output: Path | 
         output: folder for comparison.md, comparison.json and pictures; null to print only.
 
     Raises:
-        UserError: a folder has no results, a file is damaged, or the names do not match the runs.
+        UserError: a folder has no results, a file is damaged, the names do not match the runs, or the output cannot be
+            written.
     """
     if output is not None:
         output = output.expanduser()
-        try:
-            output.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(f"Cannot make the folder {str(output)!r} ({error}). Name another as --output.") from error
+        check_place(output)
     comparison = compare_folders([run.expanduser() for run in runs], names)
     print("\n" + "\n".join(describe(comparison)))
     if output is not None:

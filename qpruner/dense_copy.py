@@ -15,7 +15,7 @@ from qpruner.adapter_files import has_initial_adapters
 from qpruner.datamodules.base import TokenDataModule
 from qpruner.datamodules.rows import TextExamples
 from qpruner.errors import UserError, cut, user_error
-from qpruner.files import write_text
+from qpruner.files import check_place, write_text
 from qpruner.folder_manifest import ADAPTER, CONFIG, PLAN, REFERENCE, Step, is_compressed, read_manifest
 from qpruner.memory import num_parameters, place_, tensor_bytes
 from qpruner.model_folder import GENERATION, load_compressed, read_plan, save_base
@@ -47,7 +47,7 @@ def merge_run(run: Path, output: Path, dtype: str, *, packed: bool = False) -> N
             write is there or cannot be written.
     """
     folder, output = model_folder(run.expanduser()), output.expanduser()
-    prepare_output(output)
+    check_new(output)
     model, plan = load_compressed(folder), read_plan(folder)
     check_finite(model, f"the model in {str(folder)!r}", "Train again with a lower --model.optimizer.lr.")
     if packed:
@@ -86,6 +86,7 @@ def merged_by_blocks(model: Any, dtype: torch.dtype, folder: Path) -> Any:
     if not offloads:
         return merge_(model, dtype)
     print(reason)
+    folder.mkdir(parents=True, exist_ok=True)
     offload = Offload(folder)
     merged = merge_(model, dtype, done=offload.shelve_)
     offload_(merged, offload)
@@ -113,30 +114,15 @@ def model_folder(given: Path) -> Path:
     return given
 
 
-def prepare_output(folder: Path) -> None:
-    """Makes the place for a folder, before the expensive work.
+def check_new(folder: Path) -> None:
+    """Makes sure, before the expensive work, that a folder is not there and can be written.
 
     Raises:
-        UserError: the folder is there already, or cannot be written.
+        UserError: it is there already, or cannot be written.
     """
     if os.path.lexists(folder):
         raise UserError(f"{str(folder)!r} is there already. Name a folder that is not.")
-    prepare_parent(folder)
-
-
-def prepare_parent(folder: Path) -> None:
-    """Makes the folder that a folder is going to lie in.
-
-    Raises:
-        UserError: it cannot be made, or may not be written.
-    """
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        writable = os.access(folder.parent, os.W_OK)
-    except OSError as error:
-        raise UserError(f"Cannot make {str(folder.parent)!r} ({error}). Name another folder to write.") from error
-    if not writable:
-        raise UserError(f"{str(folder.parent)!r} may not be written. Name another folder to write.")
+    check_place(folder)
 
 
 def check_finite(model: nn.Module, what: str, remedy: str) -> None:

@@ -10,7 +10,7 @@ from qpruner.datamodules.questions import Measure, find_task
 from qpruner.datamodules.stories import ending_questions
 from qpruner.errors import UserError
 from qpruner.evaluation.devices import launch
-from qpruner.evaluation.evaluator import Evaluator, check_place, positions_of
+from qpruner.evaluation.evaluator import Evaluator, check_unused, positions_of
 from qpruner.evaluation.generation import PROMPTS
 from qpruner.evaluation.harness import Harness
 from qpruner.evaluation.protocols import Protocol, read_text
@@ -110,7 +110,7 @@ def evaluate(
 
     processes = launch(accelerator, devices)
     place = output.expanduser() if output else _place(model)
-    processes.of_first(lambda: check_place(place))
+    processes.of_first(lambda: check_unused(place))
     if texts and not protocols:
         config = read_subject_config(model, trust_remote_code=trust_remote_code)
         protocols = [Protocol(min(DEFAULT_LENGTH, positions_of(config)), stride)]

@@ -60,6 +60,30 @@ def _lack_of_room(error: BaseException | None) -> str | None:
     return None
 
 
+def check_place(folder: Path) -> None:
+    """Makes sure, before the work for it, that a folder can be written, without making anything.
+
+    Raises:
+        UserError: the folder, or the nearest one above it that is there, is no folder or may not be written.
+    """
+    try:
+        there = next(path for path in (folder, *folder.absolute().parents) if _is_there(path))
+        why = "may not be written" if there.is_dir() else "is no folder"
+    except OSError as error:  # such as too long a name
+        raise UserError(f"Cannot write into {str(folder)!r} ({error}). Name another folder to write.") from error
+    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+        raise UserError(f"Cannot write into {str(folder)!r}: {str(there)!r} {why}. Name another folder to write.")
+
+
+def _is_there(path: Path) -> bool:
+    """Whether there is something at a path, be it a link to nothing."""
+    try:
+        path.lstat()
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    return True
+
+
 @contextmanager
 def replacing(path: Path, remedy: str = MAKE_ROOM) -> Iterator[Path]:
     """Gives a temporary path beside ``path`` to write to; what was written takes the place of ``path`` at the end.

@@ -1,5 +1,6 @@
 """`qpruner compare` as a person types it."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -43,11 +44,23 @@ def test_mistakes_are_told(two: list[str], tmp_path: Path) -> None:
         run(["compare", *two, "--names", "a"])
     with pytest.raises(UserError, match=f"'{tmp_path}' holds nothing that was measured"):
         run(["compare", two[0], str(tmp_path)])
-    (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match="Cannot make the folder .*file'.*Name another as --output"):
-        run(["compare", *two, "--output", str(tmp_path / "file")])
     (Path(two[1]) / "evaluation.json").write_text('{"model": ')
     with pytest.raises(UserError, match="Cannot read .*evaluation.json"):
         run(["compare", *two])
     with pytest.raises(UserError, match="required: runs"):
         run(["compare"])
+
+
+def test_the_output_is_checked_before_the_runs_are_read_and_made_when_it_is_written(
+    two: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(UserError, match="There are 2 folders and the names a"):
+        run(["compare", *two, "--names", "a", "--output", str(tmp_path / "deep" / "out")])
+    assert not (tmp_path / "deep").exists()
+    monkeypatch.setattr("qpruner.compare_command.compare_folders", lambda *_: pytest.fail("too late"))
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"Cannot write into .*file' is no folder. Name another folder to write"):
+        run(["compare", *two, "--output", str(tmp_path / "file")])
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    with pytest.raises(UserError, match=f"'{tmp_path}' may not be written"):
+        run(["compare", *two, "--output", str(tmp_path)])

@@ -185,8 +185,8 @@ def broken(work: Path, file: str, change: Any) -> None:
 def test_what_is_not_finite_is_refused_by_name(work: Path, file: str) -> None:
     broken(work, file, lambda tensor: tensor * torch.nan)
     with pytest.raises(UserError, match=r"Of the model in 'runs/x/model', .*(lora_|embed).* not finite.*lower"):
-        run(["merge", "runs/x", "out"])
-    assert not (work / "out").exists()
+        run(["merge", "runs/x", "deep/out"])
+    assert not (work / "deep").exists()
 
 
 def test_what_float16_cannot_hold_is_refused(work: Path) -> None:
@@ -201,13 +201,14 @@ def test_places_that_cannot_be_written_are_found_first(work: Path, monkeypatch: 
     for output, said in (
         ("text", "is there already"),
         ("dangling", "is there already"),
-        ("text/test.txt/out", "Cannot make 'text/test.txt'"),
+        ("text/test.txt/out", "text/test.txt' is no folder"),
     ):
         with pytest.raises(UserError, match=said):
             run(["merge", "runs/x", output])
     monkeypatch.setattr(os, "access", lambda path, mode: False)
     with pytest.raises(UserError, match="may not be written"):
-        run(["merge", "runs/x", "out"])
+        run(["merge", "runs/x", "deep/out"])
+    assert not Path("deep").exists()
 
 
 def test_a_run_that_compressed_nothing_is_merged(work: Path, capsys: pytest.CaptureFixture[str]) -> None:

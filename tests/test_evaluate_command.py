@@ -216,10 +216,11 @@ def test_mistakes_are_told_before_the_model_is_loaded(
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        (["--output", "file"], "Cannot write into 'file': 'file' is no folder. Give another --output"),
-        (["--output", "file/out"], "Cannot write into 'file/out': '.*file' is no folder. Give another --output"),
+        (["--output", "file"], "Cannot write into 'file': 'file' is no folder. Name another folder to write"),
+        (["--output", "file/out"], "Cannot write into 'file/out': '.*file' is no folder. Name another folder to write"),
         (["--output", "used"], "Another process writes its results into 'used'. Wait for it"),
         (["--output", "new", "--stride", "600"], r"The stride 600 is not in 1\.\.256"),
+        (["--output", "empty", "--stride", "600"], r"The stride 600 is not in 1\.\.256"),
     ],
 )
 def test_places_and_strides_are_refused_before_the_model_is_loaded(
@@ -228,9 +229,10 @@ def test_places_and_strides_are_refused_before_the_model_is_loaded(
     monkeypatch.setattr("qpruner.evaluate_command.Subject", None)
     Path("file").write_text("mine")
     Path("used").mkdir()
+    Path("empty").mkdir()
     with FileLock("used/.lock"), pytest.raises(UserError, match=said):
         run(words("qpruner/stories", "--texts", text, *options))
-    assert {path.name for path in here.iterdir()} == {"file", "used"}
+    assert {path.name for path in here.iterdir()} == {"file", "used", "empty"} and not any(Path("empty").iterdir())
 
 
 def test_the_missing_harness_is_told_before_the_model_is_loaded(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,6 +1,9 @@
 """What `qpruner export` says and refuses, and where it writes."""
 
+import os
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from support.exports import source_of
@@ -15,6 +18,7 @@ from qpruner.export.formats import exporter_for
 from qpruner.export.source import Source
 from qpruner.files import read_json
 from qpruner.folder_manifest import is_compressed
+from qpruner.plan import DENSE
 from qpruner.pretrained import EMBEDDED, load_tokenizer
 
 
@@ -23,6 +27,16 @@ def folder(tmp_path: Path) -> Path:
     tokenizer = load_tokenizer(EMBEDDED)
     source_of(tmp_path / "x/model", kept=KEPT, precision=NF4, tokenizer=tokenizer, vocab_size=len(tokenizer))
     return tmp_path / "x/model"
+
+
+@pytest.fixture
+def weights_unread(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
+    """Makes every further reading of weights an error."""
+
+    def read(_: Path) -> None:
+        raise AssertionError("Weights are read.")
+
+    return lambda: monkeypatch.setattr(Source, "read", read)
 
 
 def test_it_says_bytes_and_errors(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -76,32 +90,46 @@ def test_nothing_but_an_export_is_replaced(folder: Path, tmp_path: Path, output:
 
 
 @pytest.mark.parametrize(
-    ("format", "family", "output", "message"),
+    ("format", "family", "changes", "message"),
     [
-        ("gguf", "phi3", "out", "llama.cpp has no architecture for this phi3: only llama,"),
-        ("mlx", "gemma", "out", "mlx has no model that computes what a gemma does"),
-        ("onnx", "mixtral", "out", "does not work on mixtures of experts, as mixtral is. Use --format dense"),
-        ("compressed-tensors", "mixtral", "out", "does not work on mixtures of experts, as mixtral is"),
-        ("compressed-tensors", "gpt2", "out", "c_attn.* are no linears in transformers' own model"),
-        ("dense", "llama", "file/out", "file.* Name another folder to write"),
+        ("gguf", "phi3", {}, "llama.cpp has no architecture for this phi3: only llama,"),
+        ("gguf", "gemma2", {"kept": KEPT}, "its layers are not equally wide"),
+        ("gguf", "qwen3", {"kept": KEPT}, "its layers differ in width and its head is not its embedding"),
+        ("gguf", "gemma", {"lora": {"target_modules": ["lm_head"]}}, "its head is not its embedding"),
+        ("gguf", "llama", {"hidden_act": "gelu"}, "silu is computed where it has gelu"),
+        ("gguf", "llama", {}, "holds no tokenizer.*--tokenizer false"),
+        ("mlx", "gemma", {}, "mlx has no model that computes what a gemma does"),
+        ("mlx", "llama", {"kept": KEPT, "attention_bias": True}, "have biases, which OpenELM has not"),
+        ("mlx", "qwen3", {"attention_bias": True}, "has biases, which mlx's qwen3 has not"),
+        ("onnx", "mixtral", {}, "does not work on mixtures of experts, as mixtral is. Use --format dense"),
+        ("compressed-tensors", "mixtral", {}, "does not work on mixtures of experts, as mixtral is"),
+        ("compressed-tensors", "gpt2", {}, "c_attn.* are no linears in transformers' own model"),
+        ("compressed-tensors", "llama", {"precision": DENSE}, "No linear of this model is quantized"),
     ],
 )
 def test_what_cannot_be_exported_is_told_before_any_weight_is_read(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, format: str, family: str, output: str, message: str
+    tmp_path: Path, weights_unread: Callable[[], None], format: str, family: str, changes: dict[str, Any], message: str
 ) -> None:
     if (module := formats.EXPORTS[format].module) is not None:
         pytest.importorskip(module)
-    source_of(tmp_path / "model", family, precision=NF4)
-    (tmp_path / "file").write_text("mine")
-
-    def read(_: Path) -> None:
-        raise AssertionError("Weights are read.")
-
-    monkeypatch.setattr(Source, "read", read)
-    before = {*tmp_path.iterdir()}
+    source_of(tmp_path / "model", family, **{"precision": NF4} | changes)
+    weights_unread()
     with pytest.raises(UserError, match=message):
-        run(["export", str(tmp_path / "model"), f"--format={format}", f"--output={tmp_path / output}"])
-    assert {*tmp_path.iterdir()} == before
+        run(["export", str(tmp_path / "model"), f"--format={format}", f"--output={tmp_path / 'deep' / 'out'}"])
+    assert [*tmp_path.iterdir()] == [tmp_path / "model"]
+
+
+def test_places_that_cannot_be_written_are_told_before_any_weight_is_read(
+    folder: Path, tmp_path: Path, weights_unread: Callable[[], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weights_unread()
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(UserError, match=r"file' is no folder. Name another folder to write"):
+        run(["export", str(folder), "--format=dense", f"--output={tmp_path / 'file' / 'out'}"])
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != tmp_path)
+    with pytest.raises(UserError, match=f"'{tmp_path}' may not be written. Name another folder to write"):
+        run(["export", str(folder), "--format=dense", f"--output={tmp_path / 'deep' / 'out'}"])
+    assert not (tmp_path / "deep").exists()
 
 
 def test_an_unknown_format_is_told(folder: Path) -> None:

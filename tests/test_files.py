@@ -13,7 +13,17 @@ from pathlib import Path
 import pytest
 
 from qpruner.errors import UserError
-from qpruner.files import hash_file, hash_json, read_json, reading, replacing, replacing_folder, write_json, writing
+from qpruner.files import (
+    check_place,
+    hash_file,
+    hash_json,
+    read_json,
+    reading,
+    replacing,
+    replacing_folder,
+    write_json,
+    writing,
+)
 
 
 def cut_off(place: AbstractContextManager[Path], begin: Callable[[Path], object]) -> None:
@@ -157,3 +167,27 @@ def test_other_errors_stay_as_they_are(error: Exception, tmp_path: Path) -> None
 def fail_in(place: AbstractContextManager[None], error: Exception) -> None:
     with place:
         raise error
+
+
+def test_places_are_checked_and_not_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / "dangling").symlink_to("nowhere")
+    before = {*tmp_path.rglob("*")}
+    for place, said in (
+        ("file", "file' is no folder. Name another folder to write"),
+        ("file/deep/out", "file' is no folder"),
+        ("dangling", "dangling' is no folder"),
+        ("dangling/out", "dangling' is no folder"),
+        (300 * "x", "too long.* Name another folder to write"),
+    ):
+        with pytest.raises(UserError, match=rf"Cannot write into '{tmp_path / place}'.*{said}"):
+            check_place(tmp_path / place)
+    check_place(tmp_path)
+    check_place(tmp_path / "new" / "deep")
+    monkeypatch.chdir(tmp_path)
+    check_place(Path("new"))
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != tmp_path)
+    for place in (tmp_path, Path("new/deep")):
+        with pytest.raises(UserError, match=f"'{tmp_path}' may not be written"):
+            check_place(place)
+    assert {*tmp_path.rglob("*")} == before

@@ -54,7 +54,7 @@ ALLOWED: dict[str, set[str]] = {
         "commands", "datamodules", "errors", "joint", "options", "pretrained", "records", "runs", "search", "training",
     },
     "commands": {"__version__", "cli", "errors"},
-    "compare_command": {"errors", "options", "records"},
+    "compare_command": {"files", "options", "records"},
     "compressed": {
         "adapter_files", "adapters", "anatomy", "calibration", "dense_base", "errors", "files", "folder_manifest",
         "model_folder", "offload", "plan", "pretrained", "pricing", "pruning", "quantization",
@@ -76,7 +76,7 @@ ALLOWED: dict[str, set[str]] = {
         "modes", "pretrained", "pricing", "processes", "records", "training",
     },
     "export": {
-        "adapters", "anatomy", "dense_copy", "errors", "files", "folder_manifest", "model_folder",
+        "adapter_files", "adapters", "anatomy", "dense_copy", "errors", "files", "folder_manifest", "model_folder",
         "modeling_compressed", "plan", "pretrained", "pruning", "quantization", "remote_code",
     },
     "export_command": {"export", "options"},

@@ -32,6 +32,7 @@ from qpruner.evaluation.protocols import (
     tokens_of,
 )
 from qpruner.evaluation.subject import Subject
+from qpruner.files import check_place
 from qpruner.memory import check_room, num_parameters, peak_meaning, read_peak, reset_peak, tensor_bytes
 from qpruner.processes import Processes
 from qpruner.records.evaluation import (
@@ -47,25 +48,23 @@ from qpruner.records.evaluation import (
 from qpruner.records.evaluation_report import write_evaluation_report
 from qpruner.training.evaluation import Measures
 
+LOCK = ".lock"
+"""File that is locked while an evaluation is written beside it."""
 HARNESS_TOKENS = 256
 """Assumed tokens in a text of the harness, to convert a batch size in tokens to one in texts."""
 
 
-def check_place(folder: Path) -> None:
-    """Makes sure, before a model is loaded, that its results can be written into a folder, without making that.
+def check_unused(folder: Path) -> None:
+    """Makes sure, before a model is loaded, that its results can be written into a folder, without making anything.
 
     Raises:
         UserError: the folder cannot be written or is in use.
     """
-    if folder.is_dir():
+    check_place(folder)
+    if os.path.lexists(folder / LOCK):
         lock = _lock_of(folder)
         _acquire(lock, folder)
         lock.release()
-        return
-    there = next(path for path in (folder, *folder.absolute().parents) if os.path.lexists(path))
-    if not there.is_dir() or not os.access(there, os.W_OK):
-        why = "may not be written" if there.is_dir() else "is no folder"
-        raise UserError(f"Cannot write into {str(folder)!r}: {str(there)!r} {why}. Give another --output.")
 
 
 def positions_of(config: Any) -> int:
@@ -74,7 +73,7 @@ def positions_of(config: Any) -> int:
 
 
 def _lock_of(folder: Path) -> FileLock:
-    return FileLock(folder / ".lock", timeout=0)
+    return FileLock(folder / LOCK, timeout=0)
 
 
 def _acquire(lock: FileLock, folder: Path) -> None:

@@ -15,12 +15,13 @@ from qpruner.anatomy import family_of, refuse_experts, unit_linears
 from qpruner.dense_copy import TokenizerFiles
 from qpruner.errors import UserError, listed
 from qpruner.export.bit_stream import bit_stream, codes_of_stream, words
+from qpruner.export.description import Description
 from qpruner.export.groups import GroupedWeight, GroupLayout, rounded
 from qpruner.export.source import Source
 from qpruner.export.written import Written
 from qpruner.folder_manifest import CONFIG, entries_of
 from qpruner.model_folder import build_skeleton, model_class_name
-from qpruner.plan import DENSE, ROW, CompressionPlan
+from qpruner.plan import DENSE, ROW
 from qpruner.pruning.widths import portable_config, skeleton_config
 from qpruner.quantization.apply import linear_precisions
 from qpruner.remote_code import add_code, needs_code
@@ -98,19 +99,19 @@ class CompressedTensors:
     extra = None
     module = None
 
-    def check_plan(self, config: Any, plan: CompressionPlan) -> None:
-        refuse_experts(config, f"--format {self.name}", "--format dense")
-        precisions, stock = linear_precisions(build_skeleton(config), plan), _stock_linears(portable_config(config))
-        if others := [name for name, each in precisions.items() if each != DENSE and name not in stock]:
+    def check(self, model: Description) -> None:
+        refuse_experts(model.config, f"--format {self.name}", "--format dense")
+        precisions = linear_precisions(build_skeleton(model.config), model.plan)
+        packed = [name for name, precision in precisions.items() if precision != DENSE]
+        # The table of a tied head is the embedding, which the format holds dense.
+        if not packed and (model.plan.head == DENSE or model.tied):
+            raise UserError("No linear of this model is quantized. Export it with --format dense.")
+        stock = _stock_linears(portable_config(model.config))
+        if others := [name for name in packed if name not in stock]:
             raise UserError(
                 f"{listed(others)} are no linears in transformers' own model, and so cannot be packed. Export with "
                 f"--format onnx or dense."
             )
-
-    def check(self, source: Source) -> None:
-        self.check_plan(source.config, source.plan)
-        if not _linears(source):
-            raise UserError("No linear of this model is quantized. Export it with --format dense.")
 
     def write(self, source: Source, folder: Path, dtype: torch.dtype) -> Written:
         from huggingface_hub import save_torch_state_dict

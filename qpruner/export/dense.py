@@ -2,16 +2,15 @@
 
 import copy
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from qpruner.dense_copy import TokenizerFiles, check_finite
+from qpruner.export.description import Description
 from qpruner.export.source import Source
 from qpruner.export.written import Written
 from qpruner.folder_manifest import Step, entries_of, read_manifest
 from qpruner.model_folder import save_base
-from qpruner.plan import CompressionPlan
 from qpruner.quantization.merging import make_dense_
 
 
@@ -22,10 +21,7 @@ class Dense:
     extra = None
     module = None
 
-    def check_plan(self, config: Any, plan: CompressionPlan) -> None:
-        """Accepts every compressed model."""
-
-    def check(self, source: Source) -> None:
+    def check(self, model: Description) -> None:
         """Accepts every compressed model: each can be made dense."""
 
     def write(self, source: Source, folder: Path, dtype: torch.dtype) -> Written:

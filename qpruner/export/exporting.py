@@ -9,13 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qpruner.dense_copy import model_folder, prepare_parent, run_data
+from qpruner.dense_copy import run_data
 from qpruner.errors import UserError, user_error
+from qpruner.export.description import Description
 from qpruner.export.fidelity import any_tokens, logit_errors, sentences
 from qpruner.export.formats import exporter_for
 from qpruner.export.source import Source
-from qpruner.files import replacing_folder, write_json
-from qpruner.model_folder import read_config, read_plan
+from qpruner.files import check_place, replacing_folder, write_json
 from qpruner.pretrained import load_tokenizer
 
 NUM_SEQUENCES, LENGTH = 8, 32
@@ -49,14 +49,13 @@ def export_model(
             written.
     """
     exporter = exporter_for(name, options or {})
-    model = model_folder(given.expanduser())
-    output = model.parent / "exports" / name if output is None else output.expanduser()
+    model = Description.read(given)
+    output = model.folder.parent / "exports" / name if output is None else output.expanduser()
     if os.path.lexists(output):
         _check_replaceable(output, overwrite=overwrite)
-    exporter.check_plan(read_config(model), read_plan(model))
-    prepare_parent(output)
+    check_place(output.parent)  # where it is written under another name, and then moved
+    exporter.check(model)
     source = Source.read(given)
-    exporter.check(source)
     tokens, text = text_of(source)
     with replacing_folder(output) as temporary:
         written = exporter.write(source, temporary, _dense_dtype(source, dtype))

@@ -11,12 +11,12 @@ import torch
 from qpruner.errors import UserError, nearest
 from qpruner.export.compressed_tensors_folder import CompressedTensors
 from qpruner.export.dense import Dense
+from qpruner.export.description import Description
 from qpruner.export.gguf_file import Gguf
 from qpruner.export.mlx_folder import Mlx
 from qpruner.export.onnx_file import Onnx
 from qpruner.export.source import Source
 from qpruner.export.written import Written
-from qpruner.plan import CompressionPlan
 
 
 class Exporter(Protocol):
@@ -33,19 +33,8 @@ class Exporter(Protocol):
     def module(self) -> str | None:
         """The import name of the module that the extra provides; None without an extra."""
 
-    def check_plan(self, config: Any, plan: CompressionPlan) -> None:
-        """Makes sure, before any weight is read, that the format can represent the model as far as these say.
-
-        Args:
-            config: configuration of the model, with the widths of each layer.
-            plan: plan that the model follows.
-
-        Raises:
-            UserError: it cannot; the message gives the reason and the nearest alternative that works.
-        """
-
-    def check(self, source: Source) -> None:
-        """Makes sure, before any work, that the format can represent the model completely; includes `check_plan`.
+    def check(self, model: Description) -> None:
+        """Makes sure, before any weight is read, that the format can represent a model.
 
         Raises:
             UserError: it cannot; the message gives the reason and the nearest alternative that works.

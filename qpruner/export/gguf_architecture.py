@@ -14,6 +14,7 @@ from torch import Tensor
 
 from qpruner.anatomy import family_of
 from qpruner.errors import UserError
+from qpruner.export.description import Description
 from qpruner.export.gguf_types import BLOCK
 from qpruner.export.source import Source
 from qpruner.plan import DENSE
@@ -57,25 +58,16 @@ WRITTEN = ("llama", "mistral", "qwen2", "qwen3", *OF_EQUAL_LAYERS)
 """The families whose models can be written."""
 
 
-def check_family(config: Any) -> None:
-    """Makes sure that there is an architecture for models of a family.
-
-    Raises:
-        UserError: there is none.
-    """
-    if family_of(config)[0] not in WRITTEN:
-        raise _refusal(config, f"only {', '.join(WRITTEN)} are written so far")
-
-
-def architecture_for(source: Source) -> Architecture:
+def architecture_for(model: Description) -> Architecture:
     """The architecture that computes what a model does.
 
     Raises:
         UserError: there is none; the message gives the reason and the nearest alternative that works.
     """
-    config, widths = source.config, source.plan.widths
-    check_family(config)
+    config, widths = model.config, model.plan.widths
     family, _ = family_of(config)
+    if family not in WRITTEN:
+        raise _refusal(config, f"only {', '.join(WRITTEN)} are written so far")
     equal = len(set(widths.kv_groups)) == len(set(widths.ffn_channels)) == 1
     if family in ("llama", "mistral"):
         chosen = LLAMA if equal else DECI
@@ -86,18 +78,18 @@ def architecture_for(source: Source) -> Architecture:
         chosen = QWEN3 if equal else OPENELM
     else:
         chosen = OF_EQUAL_LAYERS[family]
-    if chosen == OPENELM and not source.tied:
+    if chosen == OPENELM and not model.tied:
         raise _refusal(config, "its layers differ in width and its head is not its embedding", EQUAL_WIDTHS)
     if not equal and chosen not in (DECI, OPENELM):
         raise _refusal(config, "its layers are not equally wide", EQUAL_WIDTHS)
-    if reason := _difference(source, chosen):
+    if reason := _difference(model, chosen):
         raise _refusal(config, reason)
     return chosen
 
 
-def _difference(source: Source, architecture: Architecture) -> str | None:
+def _difference(model: Description, architecture: Architecture) -> str | None:
     """How a model's computation differs from its architecture's; None for no difference."""
-    config, rope = source.config, rope_of(source.config)
+    config, rope = model.config, rope_of(model.config)
     gemma = architecture.norms_from_one
     activation = getattr(config, "hidden_activation", None) or config.hidden_act
     expected = "gelu_pytorch_tanh" if gemma else "silu"
@@ -116,14 +108,14 @@ def _difference(source: Source, architecture: Architecture) -> str | None:
         scalar = config.query_pre_attn_scalar
         capped = config.attn_logit_softcapping is not None
         differences |= {
-            f"its query_pre_attn_scalar is {scalar}, not the channels of a head": scalar != source.plan.widths.head_dim,
+            f"its query_pre_attn_scalar is {scalar}, not the channels of a head": scalar != model.plan.widths.head_dim,
             "attention is capped, or is not, otherwise": capped != (architecture == GEMMA2),
             "the last logits are not capped": architecture == GEMMA2 and not config.final_logit_softcapping,
         }
     if architecture in (GEMMA2, OF_EQUAL_LAYERS["gemma"]):
-        differences["its head is not its embedding"] = not source.tied
+        differences["its head is not its embedding"] = not model.tied
     if architecture == SMOLLM3:
-        turned = [int((number + 1) % 4 != 0) for number in range(source.plan.widths.num_layers)]
+        turned = [int((number + 1) % 4 != 0) for number in range(model.plan.widths.num_layers)]
         differences["layers other than every fourth have no positions"] = list(config.no_rope_layers) != turned
     return next((difference for difference, holds in differences.items() if holds), None)
 

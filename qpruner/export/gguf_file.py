@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from qpruner.errors import UserError, nearest
+from qpruner.export.description import Description
 from qpruner.export.gguf_adapter import alpha_of, factors_of
-from qpruner.export.gguf_architecture import architecture_for, check_family, metadata, rope_factors
+from qpruner.export.gguf_architecture import architecture_for, metadata, rope_factors
 from qpruner.export.gguf_choices import Choice, choose, told
 from qpruner.export.gguf_io import Reader, rounded, write_adapters, write_model
 from qpruner.export.gguf_names import Entry, entries
@@ -18,7 +19,6 @@ from qpruner.export.gguf_tokenizer import TokenizerFile, describe_tokenizer
 from qpruner.export.gguf_types import ROUNDED_TYPES, carried, num_bytes
 from qpruner.export.source import Source
 from qpruner.export.written import Written
-from qpruner.plan import CompressionPlan
 from qpruner.pretrained import load_tokenizer
 
 MODEL, ADAPTER = Path("model.gguf"), Path("adapter.gguf")
@@ -47,18 +47,14 @@ class Gguf:
     extra = "gguf"
     module = "gguf"
 
-    def check_plan(self, config: Any, plan: CompressionPlan) -> None:
+    def check(self, model: Description) -> None:
         if self.round_to not in ROUNDED_TYPES:
             raise UserError(
                 f"--round_to is {self.round_to!r}; it must be one of {', '.join(ROUNDED_TYPES)}."
                 f"{nearest(self.round_to, ROUNDED_TYPES)}"
             )
-        check_family(config)
-
-    def check(self, source: Source) -> None:
-        self.check_plan(source.config, source.plan)
-        architecture_for(source)
-        self._tokenizer(source)
+        architecture_for(model)
+        self._tokenizer(model)
 
     def write(self, source: Source, folder: Path, dtype: torch.dtype) -> Written:
         folder.mkdir()
@@ -97,14 +93,14 @@ class Gguf:
         """Whether an adapter on a tensor is merged into it: llama.cpp accepts no separate adapter on a tied head."""
         return self.adapters == "merged" or not entry.name.startswith("blk.")
 
-    def _tokenizer(self, source: Source) -> TokenizerFile | None:
+    def _tokenizer(self, model: Description) -> TokenizerFile | None:
         if not self.tokenizer:
             return None
         try:
-            tokenizer = load_tokenizer(str(source.folder))
+            tokenizer = load_tokenizer(str(model.folder))
         except UserError as error:
             raise UserError(f"{error} Or export with --tokenizer false, for prompts of token ids.") from error
-        return describe_tokenizer(tokenizer, source.config.vocab_size)
+        return describe_tokenizer(tokenizer, model.config.vocab_size)
 
     def _contents(
         self, source: Source, tensors: list[Entry], choices: Mapping[str, Choice], frequencies: Tensor | None

@@ -13,12 +13,12 @@ from qpruner.anatomy import architecture_of, family_of, refuse_experts
 from qpruner.dense_copy import TokenizerFiles
 from qpruner.errors import UserError
 from qpruner.export.bit_stream import bit_stream, codes_of_stream, words
+from qpruner.export.description import Description
 from qpruner.export.groups import GroupedWeight, GroupLayout, rounded
 from qpruner.export.source import Source
 from qpruner.export.written import Written
 from qpruner.files import write_json
 from qpruner.folder_manifest import CONFIG, entries_of
-from qpruner.plan import CompressionPlan
 
 SIZES = (128, 64, 32)
 SMALLEST = 32
@@ -70,10 +70,11 @@ class Mlx:
     extra = None
     module = None
 
-    def check_plan(self, config: Any, plan: CompressionPlan) -> None:
+    def check(self, model: Description) -> None:
+        config = model.config
         refuse_experts(config, f"--format {self.name}", "--format dense")
         unequal = config.is_heterogeneous
-        family, _ = family_of(config)
+        family, anatomy = family_of(config)
         if family not in EQUAL or (unequal and family not in UNEQUAL):
             allowed = UNEQUAL if unequal else tuple(EQUAL)
             raise UserError(
@@ -99,17 +100,14 @@ class Mlx:
                 f"The activation of this model's FFNs is {config.hidden_act}; mlx computes {ACTIVATIONS[0]} in every "
                 f"{family}. Export with --format onnx or dense."
             )
-
-    def check(self, source: Source) -> None:
-        self.check_plan(source.config, source.plan)
-        if not any(name.endswith(".bias") for name in source.names()):
+        if not any(switch is None or getattr(config, switch) for switch in anatomy.biases.values()):
             return
-        if source.config.is_heterogeneous:
+        if unequal:
             raise UserError(
                 "The layers of this model differ in width and have biases, which OpenELM has not. Prune with "
                 "selection.uniform true, or export with --format onnx or dense."
             )
-        if EQUAL[family_of(source.config)[0]] == "qwen3":
+        if EQUAL[family] == "qwen3":
             raise UserError(
                 "The attention of this model has biases, which mlx's qwen3 has not. Export with --format onnx or dense."
             )

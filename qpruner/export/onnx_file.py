@@ -14,12 +14,12 @@ from torch import Tensor, nn
 from qpruner.adapters.lora import Adapter
 from qpruner.anatomy import architecture_of, family_of, refuse_experts
 from qpruner.dense_copy import TokenizerFiles
+from qpruner.export.description import Description
 from qpruner.export.groups import rounded
 from qpruner.export.source import Source
 from qpruner.export.written import Written
 from qpruner.folder_manifest import CONFIG, entries_of
 from qpruner.model_folder import build_skeleton
-from qpruner.plan import CompressionPlan
 from qpruner.quantization.formats import dequantize
 from qpruner.quantization.packed import PackedLinear
 
@@ -55,12 +55,9 @@ class Onnx:
     extra = "onnx"
     module = "onnxscript"
 
-    def check_plan(self, config: Any, plan: CompressionPlan) -> None:
+    def check(self, model: Description) -> None:
         """Accepts every compressed model, except mixtures of experts, where the text decides which experts run."""
-        refuse_experts(config, "--format onnx", "--format dense")
-
-    def check(self, source: Source) -> None:
-        self.check_plan(source.config, source.plan)
+        refuse_experts(model.config, "--format onnx", "--format dense")
 
     def write(self, source: Source, folder: Path, dtype: torch.dtype) -> Written:
         import onnx_ir

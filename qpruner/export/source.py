@@ -13,31 +13,27 @@ from torch import Tensor, nn
 from qpruner.adapters.lora import Adapter, adapters_of, detach_adapters
 from qpruner.anatomy import family_of
 from qpruner.dense_copy import check_finite, model_folder
+from qpruner.export.description import Description
 from qpruner.model_folder import load_compressed, read_plan
-from qpruner.plan import CompressionPlan
 from qpruner.quantization.embedding import PackedEmbedding
 from qpruner.quantization.formats import dequantize
 from qpruner.quantization.packed import PackedLinear
 
 
 @dataclass(frozen=True)
-class Source:
+class Source(Description):
     """A compressed model, and the dense model that it represents.
 
     Parameters have the names of the dense model in transformers, such as ``model.layers.0.self_attn.q_proj.weight``;
     weights are [out, in], those of GPT-2 too.
 
     Args:
-        folder: folder of the compressed model.
-        network: packed base as a transformers model, frozen, in evaluation mode on the CPU, without adapters.
-        plan: plan that the network follows.
         adapters: trained adapters by the name of their linear.
+        network: packed base as a transformers model, frozen, in evaluation mode on the CPU, without adapters.
     """
 
-    folder: Path
-    network: Any
-    plan: CompressionPlan
     adapters: Mapping[str, Adapter]
+    network: Any
 
     @classmethod
     def read(cls, folder: Path) -> Self:
@@ -51,19 +47,9 @@ class Source:
         model, plan = load_compressed(folder), read_plan(folder)
         check_finite(model, f"the model in {str(folder)!r}", "Train again with a lower --model.optimizer.lr.")
         if not hasattr(model, "peft_config"):
-            return cls(folder, model, plan, {})
-        adapters = adapters_of(model)
-        return cls(folder, detach_adapters(model)[0].eval(), plan, adapters)
-
-    @property
-    def config(self) -> Any:
-        """The configuration of the network, with the widths of each layer."""
-        return self.network.config
-
-    @property
-    def tied(self) -> bool:
-        """Whether the dense model has tied embeddings, which an adapter on the head rules out."""
-        return bool(self.config.tie_word_embeddings) and family_of(self.config)[1].head not in self.adapters
+            return cls(folder, model.config, plan, {}, model)
+        adapters, network = adapters_of(model), detach_adapters(model)[0].eval()
+        return cls(folder, network.config, plan, adapters, network)
 
     @cached_property
     def dense_config(self) -> Any:

@@ -214,4 +214,8 @@ def test_what_it_cannot_hold_is_refused(tmp_path: Path) -> None:
         CompressedTensors().check(source_of(tmp_path / "gpt2", "gpt2", precision=NF4))
     with pytest.raises(UserError, match=r"No linear .* is quantized. Export it with --format dense"):
         CompressedTensors().check(source_of(tmp_path / "dense"))
+    tied = source_of(tmp_path / "tied", embedding=INT8, tie_word_embeddings=True)
+    with pytest.raises(UserError, match=r"No linear .* is quantized"):
+        CompressedTensors().check(tied)
+    CompressedTensors().check(source_of(tmp_path / "head", head=INT8))
     CompressedTensors().check(source_of(tmp_path / "whole", kept=[((0, 1), (3, 4))] * 3, precision=NF4))

@@ -8,8 +8,9 @@ from support.exports import source_of
 from support.families import KEPT, KEPT_EXPERTS, MIXTURES, each_of, logits_of, random_tokens
 from support.quantized import INT8, NF4
 
-from qpruner.anatomy import FAMILIES
+from qpruner.anatomy import FAMILIES, architecture_of
 from qpruner.errors import UserError
+from qpruner.export.description import Description
 from qpruner.export.fidelity import logits
 from qpruner.export.source import Source
 from qpruner.model_folder import load_compressed
@@ -46,6 +47,21 @@ def test_a_tied_head_is_left_out_unless_it_has_an_adapter(tmp_path: Path) -> Non
         other.weight("lm_head.weight") - other.weight("model.embed_tokens.weight"),
         2 * adapter.lora_B @ adapter.lora_A,  # alpha 6 over rank 3
     )
+
+
+@pytest.mark.parametrize("targets", [None, ["q_proj", "down_proj"], ["lm_head"]])
+def test_its_description_needs_no_weights(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, targets: list[str] | None
+) -> None:
+    lora = targets and {"target_modules": targets}
+    source = source_of(tmp_path / "m", kept=KEPT, precision=NF4, tie_word_embeddings=True, lora=lora)
+    for module in ("model_folder", "adapter_files"):
+        monkeypatch.setattr(f"qpruner.{module}.load_tensors", lambda path: pytest.fail("weights are read"))
+    described = Description.read(tmp_path / "m")
+    assert (described.folder, described.plan) == (source.folder, source.plan)
+    assert architecture_of(described.config) == architecture_of(source.config)
+    assert {*described.adapters} == {*source.adapters}
+    assert described.tied == source.tied == (targets != ["lm_head"])
 
 
 def test_codes_are_there_as_they_are_held(tmp_path: Path) -> None:
