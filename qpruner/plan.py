@@ -201,8 +201,15 @@ class CompressionPlan:
     @property
     def quantized(self) -> bool:
         """Whether any unit, the embedding or the head is held in fewer bits than it came with."""
+        return bool(self.packed_precisions)
+
+    @property
+    def packed_precisions(self) -> set[Precision]:
+        """The precisions of all units, the embedding and the head, each segment by itself, but `DENSE`."""
         units = (precision for layer in self.layers for precision in layer.precision.values())
-        return any(precision != DENSE for precision in (self.embedding, self.head, *units))
+        held = {self.embedding, self.head, *units}
+        segments = {precision.leading.precision for precision in held if precision.leading is not None}
+        return (segments | {precision.rest for precision in held}) - {DENSE}
 
     @property
     def widths(self) -> Architecture:

@@ -128,6 +128,19 @@ def test_the_example_without_a_trainer_leaves_a_folder(tmp_path: Path, monkeypat
     assert read_plan(tmp_path / "narrow").widths.ffn_channels == (256,) * 6
 
 
+def test_the_example_of_own_data_feeds_a_fit(tiny_llama: Path) -> None:
+    page = (ROOT / "docs" / "reference" / "python.md").read_text()
+    (example,) = (code for code in re.findall(r"^```python\n(.*?)^```", page, re.M | re.S) if "class Texts" in code)
+    exec(example, names := {})
+    texts = {split: ["One day Tom went home.", "Max had a stamp."] * 4 for split in ("train", "validation", "test")}
+    data = names["Texts"](texts, tokenizer=str(tiny_llama), max_length=24)
+    trainer = Trainer(
+        accelerator="cpu", max_steps=1, logger=False, enable_checkpointing=False, use_distributed_sampler=False
+    )
+    trainer.fit(LoRAFinetuner(str(tiny_llama)), datamodule=data)
+    assert trainer.callback_metrics["val/loss"] > 0 and "one document per row" in data.protocol
+
+
 def test_marks_of_docstrings_become_markdown() -> None:
     pytest.importorskip("griffe", reason="installed by `make docs`")
     to_markdown = run_path(str(ROOT / "scripts" / "docstring_markup.py"))["to_markdown"]

@@ -14,14 +14,18 @@ from torch import Tensor, nn
 from qpruner.adapters.lora import Adapter
 from qpruner.anatomy import architecture_of, family_of, refuse_experts
 from qpruner.dense_copy import TokenizerFiles
+from qpruner.errors import UserError
 from qpruner.export.description import Description
 from qpruner.export.groups import rounded
 from qpruner.export.source import Source
 from qpruner.export.written import Written
 from qpruner.folder_manifest import CONFIG, entries_of
 from qpruner.model_folder import build_skeleton
-from qpruner.quantization.formats import dequantize
+from qpruner.quantization.blockwise4 import Blockwise4
+from qpruner.quantization.formats import dequantize, format_for
+from qpruner.quantization.int8 import Int8
 from qpruner.quantization.packed import PackedLinear
+from qpruner.quantization.uniform import Uniform
 
 FILE, DATA = "model.onnx", "model.onnx.data"
 ONE_FILE = 2**30
@@ -58,6 +62,12 @@ class Onnx:
     def check(self, model: Description) -> None:
         """Accepts every compressed model, except mixtures of experts, where the text decides which experts run."""
         refuse_experts(model.config, "--format onnx", "--format dense")
+        for precision in model.plan.packed_precisions:
+            if not isinstance(format_for(precision), Uniform | Int8 | Blockwise4):
+                raise UserError(
+                    f"ONNX has no operator for weights in {precision.format}, which has neither a uniform grid nor a "
+                    f"code book. Use --format dense."
+                )
 
     def write(self, source: Source, folder: Path, dtype: torch.dtype) -> Written:
         import onnx_ir

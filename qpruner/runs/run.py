@@ -72,7 +72,8 @@ class Run:
         options: plain data that the folder is bound to; by default all arguments given here.
 
     Raises:
-        UserError: in its methods, something that is given is not possible, or is not what the folder is bound to.
+        UserError: data of another kind; in its methods, something that is given is not possible, or is not what the
+            folder is bound to.
     """
 
     def __init__(
@@ -89,6 +90,11 @@ class Run:
         checkpoint_every_n_steps: int = 50,
         options: Mapping[str, Any] | None = None,
     ) -> None:
+        if not isinstance(data, TokenDataModule):
+            raise UserError(
+                f"The data of a run are a {type(data).__name__}, and must be a TokenDataModule, whose rows are tokens. "
+                f"Use one of qpruner.datamodules, or derive a class from it, as docs/reference/python.md shows."
+            )
         self.folder = RunFolder(Path(folder).expanduser())
         self.model = model
         self.data = data

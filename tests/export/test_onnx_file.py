@@ -11,6 +11,7 @@ from support.families import random_tokens
 from support.quantized import DOUBLE, INT8, NF4
 from torch import Tensor
 
+from qpruner.errors import UserError
 from qpruner.export.fidelity import logits
 from qpruner.export.onnx_file import Onnx
 from qpruner.export.source import Source
@@ -107,3 +108,11 @@ def test_families(tmp_path: Path, family: str) -> None:
         tmp_path / "m", family, kept=KEPT, precision=MIXED, embedding=INT8, num_hidden_layers=2, **changes
     )
     check(source, tmp_path / "out", torch.bfloat16)
+
+
+def test_formats_that_it_has_no_operator_for_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    described = source_of(tmp_path / "m", "llama", precision=INT8)
+    Onnx().check(described)
+    monkeypatch.setattr("qpruner.export.onnx_file.format_for", lambda precision: object())
+    with pytest.raises(UserError, match="no operator for weights in int8.* Use --format dense"):
+        Onnx().check(described)

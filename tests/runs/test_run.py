@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from lightning.pytorch import Callback
+from lightning.pytorch import Callback, LightningDataModule
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from safetensors.torch import load_file
@@ -186,6 +186,11 @@ def test_binding_reads_no_property_of_a_logger_and_sees_callbacks_that_come_late
     run.callbacks.append(StructuredPruning(0.2))
     (callback,) = run.bound_options()["trainer"]["callbacks"]
     assert callback["class_path"].endswith("StructuredPruning") and callback["init_args"]["ratio"] == 0.2
+
+
+def test_data_of_other_kinds_are_refused(given: dict[str, Any]) -> None:
+    with pytest.raises(UserError, match="are a LightningDataModule, and must be a TokenDataModule"):
+        Run(given["folder"], given["model"], LightningDataModule())  # type: ignore[arg-type]
 
 
 def test_another_checkpoint_is_measured_without_being_recorded(given: dict[str, Any], tmp_path: Path) -> None:
