@@ -38,7 +38,7 @@ def test_without_data_it_is_told_who_needs_them() -> None:
 def test_too_little_text_is_told_before_the_model_moves(stories: StoriesDataModule) -> None:
     model = tiny_model("llama")
     meta = Processes.alone("meta")
-    with pytest.raises(UserError, match="Calibration asks for 9999 sequences of 8 tokens"):
+    with pytest.raises(UserError, match="x asks for 9999 sequences of 8 tokens"):
         calibration_of(model, stories, replace(CONFIG, num_sequences=9999), meta, "x")
     assert next(model.parameters()).device.type == "cpu"
     calibration_of(model, stories, CONFIG, meta, "x")
