@@ -418,6 +418,6 @@ def _remedy(name: str, error: Exception) -> str:
     if Path(resolve(name)).is_dir():
         return "Put right what is named, or fetch the folder again."
     return (
-        f"Give a folder in the Hugging Face layout, the name of a hub model that is reachable or already downloaded, "
-        f"or {EMBEDDED!r}."
+        f"There is no folder {name!r}, and no model of the hub by that name within reach. Give a folder in the "
+        f"Hugging Face layout, the name of a hub model, or {EMBEDDED!r}."
     )
