@@ -18,8 +18,11 @@ def test_an_interrupted_fit_ends_with_the_status_of_the_signal(monkeypatch: pyte
             raise KeyboardInterrupt
 
     def run(arguments: list[str]) -> None:
-        quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
-        Trainer(accelerator="cpu", max_steps=1, callbacks=[Interrupted()], **quiet).fit(BoringModel())  # type: ignore[arg-type]
+        trainer = Trainer(
+            accelerator="cpu", max_steps=1, callbacks=[Interrupted()], logger=False, enable_checkpointing=False,
+            enable_progress_bar=False,
+        )  # fmt: skip
+        trainer.fit(BoringModel())
 
     monkeypatch.setattr("qpruner.__main__.quieten", lambda: None)
     monkeypatch.setattr("qpruner.__main__.run", run)

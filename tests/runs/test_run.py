@@ -190,7 +190,7 @@ def test_binding_reads_no_property_of_a_logger_and_sees_callbacks_that_come_late
 
 def test_data_of_other_kinds_are_refused(given: dict[str, Any]) -> None:
     with pytest.raises(UserError, match="are a LightningDataModule, and must be a TokenDataModule"):
-        Run(given["folder"], given["model"], LightningDataModule())  # type: ignore[arg-type]
+        Run(given["folder"], given["model"], LightningDataModule())
 
 
 def test_another_checkpoint_is_measured_without_being_recorded(given: dict[str, Any], tmp_path: Path) -> None:
