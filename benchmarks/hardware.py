@@ -11,7 +11,7 @@ Arithmetic on shapes alone; no weight is made. What is counted:
     + compensation    the same, with float64 matrices of the widest linear, by inputs and by outputs: inputs by inputs
                 two (sums that decide beside those held out, or beside the factor), inputs by outputs four
     + by text   the same, with rounding by text and adapters that start by it: inputs by inputs eight (sums that decide,
-                and what an eigendecomposition takes), inputs by outputs two
+                and what their factors take), inputs by outputs two
     recovery    packed weights, adapters with gradients and two moments of Adam in float32, hidden states of
                 ``--tokens`` tokens for each layer (gradient checkpointing), activations of one block, a chunk of logits
     running     packed weights, adapters, and keys and values of 4096 tokens

@@ -3,23 +3,24 @@
 **Idea.** LoftQ corrects the weight: its start is nearest to W in the Frobenius norm, where every input counts alike.
 What matters is the output. With X the inputs of the linear over tokens, H = X^T X and s = alpha / r, the start here is
 
-    min |X (W - Q - s B A)^T|^2 = min |(W - Q - s B A) S|_F^2,    S = H^1/2 the symmetric root,
+    min |X (W - Q - s B A)^T|^2 = min |(W - Q - s B A) L|_F^2,    H = L L^T,
 
 over all A and B of rank r (CLoQ, arXiv 2501.18475; EoRA, arXiv 2410.21271; QERA, arXiv 2410.06040).
 
-**Formula.** S is invertible once H is damped, so (s B A) S can be any matrix of rank r, and the Eckart-Young theorem
-gives the best one: with U Sigma V^T the r leading terms of the SVD of (W - Q) S,
+**Formula.** L is invertible once H is damped, so (s B A) L can be any matrix of rank r, and the Eckart-Young theorem
+gives the best one: with U Sigma V^T the r leading terms of the SVD of (W - Q) L,
 
-    s B A = U Sigma V^T S^-1.
+    s B A = U Sigma V^T L^-1.
 
-Any other root of H gives the same product; the symmetric one comes from an eigendecomposition, which yields S^-1, too.
+Every root of H gives the same product. That of Cholesky is the cheapest, a third of I^3 multiplications where an
+eigendecomposition takes nine, and r rows are multiplied by its inverse without computing it.
 
 **The split** is that of `qpruner.adapters.loftq`: the rows of A have the norm that they have in plain LoRA, and B holds
-the rest. The rows of V^T S^-1 are neither of equal length nor orthogonal, so each row of A is one of them divided by
+the rest. The rows of V^T L^-1 are neither of equal length nor orthogonal, so each row of A is one of them divided by
 its length, and the matching column of B is multiplied by that length, which leaves the product unchanged.
 
-**Trade-off.** An eigendecomposition of H, about 9 I^3 multiplications, in addition to the SVD. In directions that the
-calibration inputs hardly cover, the correction is noise, which is larger the smaller the damping.
+**Trade-off.** In directions that the calibration inputs hardly cover, the correction is noise, which is larger the
+smaller the damping.
 """
 
 from dataclasses import dataclass
@@ -40,8 +41,8 @@ class CalibratedStart:
     Args:
         lora_A: factor A, [r, in], float32.
         lora_B: factor B, [out, r], float32.
-        quantization_error: ``|(W - Q) S| / |W S|``, the relative error of quantization alone.
-        error: ``|(W - Q - scale B A) S| / |W S|``, the relative error at the start.
+        quantization_error: ``|(W - Q) L| / |W L|``, the relative error of quantization alone.
+        error: ``|(W - Q - scale B A) L| / |W L|``, the relative error at the start.
     """
 
     lora_A: Tensor
@@ -92,16 +93,17 @@ def calibrated_start(
         )
     weight = weight.detach().float()
     residual = weight - quantized.detach().float()
-    root, inverse = (None, None) if hessian is None else roots(hessian, damping)
+    lower = None if hessian is None else root(hessian, damping, name=name)
+    at_inputs = None if lower is None else lower.float()
 
     def at_outputs(change: Tensor) -> Tensor:
-        return change if root is None else change @ root
+        return change if at_inputs is None else change @ at_inputs
 
     wanted = at_outputs(residual)  # [out, in], error at the outputs
     generator = torch.Generator().manual_seed(derive_seed(seed, "calibrated", name))
     size = torch.linalg.vector_norm(at_outputs(weight)).clamp_min(torch.finfo(torch.float32).tiny)
     u, s, vh = truncated_svd(wanted, rank, generator=generator)
-    rows = vh if inverse is None else vh @ inverse  # [r, in]
+    rows = vh if lower is None else torch.linalg.solve_triangular(lower, vh.double(), upper=False, left=False).float()
     lengths = torch.linalg.vector_norm(rows, dim=1).clamp_min(torch.finfo(torch.float32).tiny)
     negligible = torch.finfo(torch.float32).eps * size * lengths / scale
     lora_A, lora_B = split(u, s * lengths / scale, rows / lengths[:, None], negligible=negligible, generator=generator)
@@ -110,20 +112,25 @@ def calibrated_start(
     return CalibratedStart(lora_A, lora_B, before, error)
 
 
-def roots(hessian: Tensor, damping: float) -> tuple[Tensor, Tensor]:
-    """The symmetric root of a Hessian [in, in] and its inverse, in units in which the mean of its diagonal is 1.
+def root(hessian: Tensor, damping: float, *, name: str) -> Tensor:
+    """The Cholesky root of a damped Hessian [in, in], in units in which the mean of its diagonal was 1.
 
     Args:
         hessian: X^T X, [in, in]; if all inputs are zero, the identity is used instead.
         damping: addition to its diagonal, in units of the diagonal's mean; above 0.
-    """  # float32, computed in float64
+        name: name of the layer, for errors.
+
+    Raises:
+        UserError: the damped Hessian is not positive definite.
+    """  # lower triangular, float64
     hessian = hessian.double()
     mean = hessian.diagonal().mean()
     relative = hessian / mean if mean > 0 else torch.eye(len(hessian), dtype=hessian.dtype, device=hessian.device)
     relative.diagonal().add_(damping)
-    values, vectors = torch.linalg.eigh(relative)
-    del relative
-    # The eigenvalues are at least the damping up to rounding errors, which must not make a square root's input
-    # negative.
-    values = values.clamp_min(damping / 2).sqrt()
-    return ((vectors * values) @ vectors.T).float(), ((vectors / values) @ vectors.T).float()
+    lower, failed = torch.linalg.cholesky_ex(relative)
+    if failed:
+        raise UserError(
+            f"The Hessian of {name} is not positive, although damping ({damping:g}) was added to its diagonal. "
+            f"Raise rounding.damping, or give more calibration text."
+        )
+    return lower

@@ -5,7 +5,7 @@ import torch
 from support.grids import correlated
 from torch import Tensor
 
-from qpruner.adapters.calibrated import CalibratedStart, calibrated_start, roots
+from qpruner.adapters.calibrated import CalibratedStart, calibrated_start, root
 from qpruner.adapters.loftq import loftq
 from qpruner.errors import UserError
 
@@ -35,7 +35,7 @@ def layer() -> tuple[Tensor, Tensor, Tensor]:
 
 
 def test_by_hand() -> None:
-    """Of the errors 0.4 and 0.3 the second counts more: its input is twice as large. S = diag(1, 2) up to a factor."""
+    """Of the errors 0.4 and 0.3 the second counts more: its input is twice as large. L = diag(1, 2) up to a factor."""
     weight = torch.diag(torch.tensor([2.4, 1.3]))
     start = run(weight, weight.round(), torch.diag(torch.tensor([1.0, 4.0])), rank=1, scale=2.0, damping=1e-9)
     assert torch.allclose(2 * start.lora_B @ start.lora_A, torch.diag(torch.tensor([0.0, 0.3])), atol=1e-5)
@@ -45,11 +45,12 @@ def test_by_hand() -> None:
 
 
 def test_leaves_the_tail_of_the_svd_at_the_outputs(layer: tuple[Tensor, Tensor, Tensor]) -> None:
-    """Any root of H shows Eckart and Young's bound; here that of Cholesky."""
+    """Any root of H shows Eckart and Young's bound; here the symmetric one."""
     weight, quantized, hessian = layer
     start = run(weight, quantized, hessian)
-    whole = hessian + DAMPING * hessian.diagonal().mean() * torch.eye(40)
-    values = torch.linalg.svdvals((weight - quantized).double() @ torch.linalg.cholesky(whole))
+    whole = (hessian + DAMPING * hessian.diagonal().mean() * torch.eye(40)).double()
+    squares, vectors = torch.linalg.eigh(whole)
+    values = torch.linalg.svdvals((weight - quantized).double() @ (vectors * squares.sqrt()) @ vectors.T)
     left = output_error(weight - quantized - start.lora_B @ start.lora_A, hessian)
     assert left == pytest.approx(float(values[4:].square().sum()), rel=1e-4)
     assert start.error**2 * output_error(weight, hessian) == pytest.approx(left, rel=1e-4)
@@ -61,11 +62,11 @@ def test_leaves_the_tail_of_the_svd_at_the_outputs(layer: tuple[Tensor, Tensor, 
 def test_no_step_downhill_leads_lower(layer: tuple[Tensor, Tensor, Tensor]) -> None:
     """At the start the gradient of the error is zero, and from another start descent ends no lower."""
     weight, quantized, hessian = layer
-    residual, (root, _) = (weight - quantized).double(), roots(hessian, DAMPING)
+    residual, lower = (weight - quantized).double(), root(hessian, DAMPING, name="layer")
     start = run(weight, quantized, hessian, scale=2.0)
 
     def lost(a: Tensor, b: Tensor) -> Tensor:
-        return ((residual - 2.0 * b @ a) @ root.double()).square().sum()
+        return ((residual - 2.0 * b @ a) @ lower).square().sum()
 
     a, b = start.lora_A.double().requires_grad_(), start.lora_B.double().requires_grad_()
     lost_at_start = lost(a, b)
@@ -127,13 +128,12 @@ def test_inputs_that_are_all_zero_count_alike() -> None:
     assert torch.equal(start.lora_B @ start.lora_A, alike.lora_B @ alike.lora_A)
 
 
-def test_roots_are_symmetric_and_inverse(layer: tuple[Tensor, Tensor, Tensor]) -> None:
+def test_the_root_is_lower_triangular_and_that_of_the_damped_hessian(layer: tuple[Tensor, Tensor, Tensor]) -> None:
     hessian = layer[2]
-    root, inverse = roots(hessian, DAMPING)
-    whole = hessian / hessian.diagonal().mean() + DAMPING * torch.eye(40)
-    assert torch.equal(root, root.T) or torch.allclose(root, root.T, atol=1e-6)
-    assert torch.allclose(root.double() @ root.double(), whole, rtol=1e-4, atol=1e-5)
-    assert torch.allclose(root @ inverse, torch.eye(40), atol=1e-4)
+    lower = root(hessian, DAMPING, name="layer")
+    whole = (hessian / hessian.diagonal().mean() + DAMPING * torch.eye(40)).double()
+    assert torch.equal(lower, lower.tril())
+    assert torch.allclose(lower @ lower.T, whole, rtol=1e-5, atol=1e-6)
 
 
 def test_bad_input(layer: tuple[Tensor, Tensor, Tensor]) -> None:
@@ -144,3 +144,5 @@ def test_bad_input(layer: tuple[Tensor, Tensor, Tensor]) -> None:
         run(weight, quantized, hessian * float("nan"))
     with pytest.raises(UserError, match="weight of layer holds values that are not finite"):
         run(weight / 0, quantized, hessian)
+    with pytest.raises(UserError, match=r"Hessian of layer is not positive, although damping \(0.01\)"):
+        run(weight, quantized, torch.diag(torch.tensor([1.0] * 39 + [-1.0])))
