@@ -92,8 +92,10 @@ def test_a_run_learns_a_plan_within_the_budget_and_carries_it_out(
     events = EventAccumulator(str(RunFolder(folder.learning).tensorboard)).Reload()
     assert {"train/loss", "train/kl", "joint/bytes", "joint/entropy"} <= {*events.Tags()["scalars"]}
     assert events.Tags()["images"] == ["joint/layers"]
+    RunFolder(folder.learning).bank.mkdir()  # as if the run had been killed right after it wrote the plan
     run(["fit", *arguments])  # again, and nothing is left to do
     assert folder.log.read_text().count("Learned a plan") == 1
+    assert not RunFolder(folder.learning).bank.exists()
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 
 from qpruner.adapter_files import has_trained_adapters
 from qpruner.callbacks import PredictionsWriter
+from qpruner.callbacks.bits_under_budget import drop_scaffolding
 from qpruner.datamodules.base import TokenDataModule
 from qpruner.errors import UserError
 from qpruner.files import writing
@@ -143,6 +144,8 @@ class Run:
         with nullcontext() if rehearses else self._locked():
             module, trainer = fits.prepare(number, trainer_options)
             continues = not rehearses and self._claim(restart)
+            if continues and self.joint is not None and trainer.is_global_zero:
+                drop_scaffolding(RunFolder(self.folder.learning))  # in case learning was interrupted before it could
             for note in notes:
                 rank_zero_info(note)
             if continues and self.folder.finished:
