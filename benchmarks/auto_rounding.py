@@ -105,7 +105,11 @@ def table(rows: list[Row]) -> str:
     texts = list(dict.fromkeys(text for row in rows for text in row["report"]))
     lines = [
         [row["base"], row["method"], f"{row['bits']:.2f}"]
-        + [f"{row[when][text]:,.2f}" for when in ("quantized", "recovered") for text in texts]
+        + [
+            f"{row[when][text]:,.2f}" if text in row[when] else "-"
+            for when in ("quantized", "recovered")
+            for text in texts
+        ]
         + [f"{row['seconds']:.0f}"]
         for row in rows
     ]

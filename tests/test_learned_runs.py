@@ -22,6 +22,7 @@ from qpruner.joint.space import unit_bytes
 from qpruner.model_folder import build_skeleton, load_compressed, read_base_config
 from qpruner.plan import CompressionPlan
 from qpruner.pricing import price
+from qpruner.pruning import order
 from qpruner.records.folder import RunFolder
 
 TEXT = {"num_sequences": 8, "length": 12, "batch_size": 24}
@@ -169,6 +170,10 @@ def test_killed_while_it_learns_and_repeated_equals_uninterrupted(
     ]
     assert of_gates[0].keys() == of_gates[1].keys()
     assert all(torch.equal(of_gates[0][name], tensor) for name, tensor in of_gates[1].items())
+    best, of_whole = (
+        torch.load(RunFolder(folder.learning).checkpoint, weights_only=True)["best"] for folder in (pieces, whole)
+    )
+    assert (best["step"], best["loss"]) == (of_whole["step"], of_whole["loss"])
     assert pieces.learned_plan.read_text() == whole.learned_plan.read_text()
     trained, expected = adapters(pieces.path), adapters(whole.path)
     assert all(torch.equal(trained[name], tensor) for name, tensor in expected.items())
@@ -284,6 +289,18 @@ def test_selections_that_gates_cannot_follow_are_refused_before_any_model_is_loa
     path.write_text(yaml.safe_dump(config))
     with pytest.raises(UserError, match=said):
         run(["fit", "--config", str(path)])
+
+
+def test_lifts_without_a_known_order_of_hidden_channels_are_refused_before_any_model_is_loaded(
+    arguments: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("qpruner.dense_base.load_model", None)
+    holders = order._holders
+    monkeypatch.setattr(order, "_holders", lambda model: [*holders(model)][:-1])  # as if a family had one linear more
+    with pytest.raises(
+        UserError, match=r"hidden channels of this compressed_llama .* whether .*down_proj.weight would"
+    ):
+        run(["fit", *arguments, "--joint.lifts", "true"])
 
 
 def test_layers_left_alone_and_floors_are_kept(config: dict[str, Any], tmp_path: Path) -> None:

@@ -67,7 +67,8 @@ class PlanLearner(L.LightningModule):
 
     At every step logits become gates of 0 and 1 within the budget; the model computes as the compressed one would,
     except for compensation, for rounding in the groups that are left, and for adapters; and the loss moves the logits.
-    Nothing of the model itself is trained, and checkpoints hold only gates.
+    Nothing of the model itself is trained, and checkpoints hold only gates. `qpruner.runs.learned_plan` says when gates
+    are compared with the best so far, and writes the plan.
 
     ``train/loss`` and, with the divergence as the loss, ``train/kl`` are those of the compressed model at the step;
     ``joint/bytes`` is the size of its units, ``joint/entropy`` how undecided gates are, in bits.
@@ -96,6 +97,7 @@ class PlanLearner(L.LightningModule):
         self.seed = seed
         self.best: Best | None = None
         self.compared_at = -1
+        self._costs: list[Tensor] | None = None
         self._losses = LossWatch()
         self._ground: list[Ground] = []  # in a list, so that it is no submodule
 
@@ -139,16 +141,12 @@ class PlanLearner(L.LightningModule):
 
     # Learning.
 
-    def on_train_start(self) -> None:
-        if self.best is None:
-            self.compare_with_best()
-
-    def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
+    @property
+    def comparison_is_due(self) -> bool:
+        """Whether to compare the gates with the best: at the start, and after each tenth of the steps and the last."""
         every = math.ceil(self.config.steps / COMPARISONS)
-        if self.global_step > self.compared_at and (
-            self.global_step % every == 0 or self.global_step == self.config.steps
-        ):
-            self.compare_with_best()
+        at_end = self.global_step == self.config.steps
+        return self.global_step != self.compared_at and (self.global_step % every == 0 or at_end)
 
     def compare_with_best(self) -> None:
         """Remembers the gates if they are the best so far on the rows that initialised them, within their budgets.
@@ -164,23 +162,33 @@ class PlanLearner(L.LightningModule):
             self.best = Best(self.global_step, loss, state)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        self.step = self.limits[self.global_step % len(self.limits)], batch_idx
-        gates = self.gates_of_step(*self.step)
-        limit, _ = self.step
+        limit = self.limits[self.global_step % len(self.limits)]
+        gates = self.gates_of_step(limit, batch_idx)
         self.ground.gated.open(gates)
         mean, parts = self.loss(batch)
         # As in a fit of adapters: a mean of the means of micro-batches and ranks would give tokens of those with few
         # more weight than others.
         num_tokens = (batch["labels"][:, 1:] != IGNORED).sum()
         loss: Tensor = mean * num_tokens / batch.get("step_tokens", num_tokens.clamp(min=1))
-        stored = differentiable_bytes(self.space, gates)
         if self.config.constraint == "penalty":
+            stored = differentiable_bytes(self.space, gates)
             loss = loss + self.config.penalty * (stored / limit).log().abs().float()
+        else:
+            stored = smooth_bytes(self.space, gates)
+            self._add_costs(stored)
         self._losses.see(loss, self.global_step + 1)
         size = len(batch["input_ids"])
         self.log_dict({f"train/{name}": value for name, value in parts.items()}, prog_bar=True, batch_size=size)
         self.log("joint/bytes", stored.detach().float(), batch_size=size)
         return loss
+
+    def _add_costs(self, stored: Tensor) -> None:
+        """Adds the gradient of the bytes to that of the micro-batches before, while the graph of the gates exists."""
+        costs = torch.autograd.grad(
+            stored, [*self.gates.parameters()], retain_graph=True, allow_unused=True, materialize_grads=True
+        )
+        before = self._costs or [torch.zeros_like(cost) for cost in costs]
+        self._costs = [total + cost for total, cost in zip(before, costs, strict=True)]
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self.best, self.compared_at = Best(**checkpoint["best"]), checkpoint["compared_at"]
@@ -193,11 +201,11 @@ class PlanLearner(L.LightningModule):
         byte is above the mean; g b / b b is the Lagrange multiplier of the budget. AdamW rescales that step gate by
         gate, so the bytes do move, and every step is projected to the budget.
         """
-        if self.config.constraint == "projection":
-            parameters = [parameter for parameter in self.gates.parameters() if parameter.grad is not None]
-            stored = smooth_bytes(self.space, self.gates_of_step(*self.step))
-            costs = torch.autograd.grad(stored, parameters, allow_unused=True, materialize_grads=True)
-            take_out([parameter.grad for parameter in parameters], costs)  # type: ignore[misc]
+        if self._costs is not None:
+            slopes = [parameter.grad for parameter in self.gates.parameters()]
+            pairs = [(slope, cost) for slope, cost in zip(slopes, self._costs, strict=True) if slope is not None]
+            take_out(*zip(*pairs, strict=True))
+            self._costs = None
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Stores the best gates; no checkpoint is written with gates that are not finite.
@@ -228,10 +236,7 @@ class PlanLearner(L.LightningModule):
         logits = acting(self.logits(limit))
         generator = torch.Generator().manual_seed(derive_seed(self.seed, "noise", self.current_epoch, batch_idx))
         noisy = sampled(logits, self.temperature, generator)
-        if self.config.constraint == "projection":
-            thresholds = thresholds_within(self.space, noisy, limit)
-        else:
-            thresholds = self.start_thresholds(limit)
+        thresholds = self.thresholds(noisy, limit)
         above, noisy_above = relative(logits, thresholds), relative(noisy, thresholds)
         return opened(above, noisy_above, self.temperature, self.config.estimator)
 
@@ -239,6 +244,11 @@ class PlanLearner(L.LightningModule):
     def temperature(self) -> float:
         """The temperature of the step, which falls to a tenth."""
         return self.config.temperature * (1 - 0.9 * self.global_step / self.config.steps)
+
+    def thresholds(self, logits: Logits, limit: int) -> Thresholds:
+        """The thresholds above which gates are open: those of the budget, or with a penalty those of the start."""
+        projects = self.config.constraint == "projection"
+        return thresholds_within(self.space, logits, limit) if projects else self.start_thresholds(limit)
 
     def start_thresholds(self, limit: int) -> Thresholds:
         """The thresholds at which the initial gates are within a budget."""
@@ -279,12 +289,15 @@ class PlanLearner(L.LightningModule):
     # What comes out.
 
     def above_threshold(self, limit: int) -> Gates:
-        """Logits of gates for a budget, relative to the threshold; without noise, gates above 0 are open."""
+        """Logits of gates for a budget, relative to the threshold; without noise, gates above 0 are open.
+
+        Gates that a penalty draws to the budget are open as in a step, whether within the budget or not.
+        """
         logits = acting(self.logits(limit))
-        return relative(logits, thresholds_within(self.space, logits, limit))
+        return relative(logits, self.thresholds(logits, limit))
 
     def plans(self) -> list[CompressionPlan]:
-        """The plan of the best gates for each budget, within it to the byte."""
+        """The plan of the best gates, which are taken back, for each budget; within it to the byte."""
         assert self.best is not None
         self.gates.load_state_dict(self.best.gates)
         return [plan_within(self.space, self.logits(limit), limit) for limit in self.limits]

@@ -46,10 +46,11 @@ def _in_widths(space: JointSpace, gates: Gates, table: Tensor) -> Tensor:
     table = table.to(device)
     dearest, per_weight = table[:, :, -1], of_width(table, gates)  # [L, 4]
     present = {kind: _present(space, gates, kind, device) for kind in ("groups", "channels")}
+    numbers = {kind: _sums(space, values, kind) for kind, values in present.items()}
     kept, lifted = [], []
     for unit in UNITS:
         kind = "groups" if unit in BY_GROUPS else "channels"
-        kept.append(_sums(space, present[kind], kind))
+        kept.append(numbers[kind])
         if not space.lifts:
             lifted.append(torch.zeros_like(kept[-1]))
         elif unit in ("o", "down"):  # whose input channels are the units themselves

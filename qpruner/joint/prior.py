@@ -87,6 +87,9 @@ def fisher_logits(gated: GatedNetwork, text: Text, processes: Processes) -> Logi
         gated: dense model with its gates.
         text: rows by whose losses gates are judged.
         processes: processes that share the text.
+
+    Raises:
+        UserError: the loss of the dense model, or its slopes, are not finite.
     """
     gates = _at_dense(gated.space, processes.device)
     sums = {kind: torch.zeros_like(gate, dtype=torch.float64) for kind, gate in gates.items()}
@@ -98,6 +101,11 @@ def fisher_logits(gated: GatedNetwork, text: Text, processes: Processes) -> Logi
                 for kind, slope in zip(gates, torch.autograd.grad(losses.sum(), [*gates.values()]), strict=True):
                     sums[kind] += slope.double().square()
     means = {kind: processes.reduce(values).cpu() / text.num_rows for kind, values in sums.items()}
+    if not all(bool(values.isfinite().all()) for values in means.values()):
+        raise UserError(
+            f"On the {text.num_rows} training rows that gates begin with, the loss of the dense model or one of its "
+            f"slopes is not finite. Use --model.dtype bfloat16 or float32, or another base model."
+        )
     return _logits(gated.space, {kind: 0.5 * mean for kind, mean in means.items()})
 
 

@@ -15,7 +15,6 @@ from qpruner.joint.price import kept_weights, smooth_bytes
 from qpruner.joint.space import Gates, JointSpace, Logits, acting, unit_bytes
 from qpruner.plan import UNITS, CompressionPlan, LayerPlan, Leading, Precision
 
-HALVINGS = 30
 STRUCTURE = ("groups", "channels")
 FAR = 1e6
 """How far below all logits the threshold of an open gate lies; finite, since 0 times infinity would be no slope."""
@@ -246,17 +245,17 @@ def _by_worth(gates: Gates) -> Iterator[tuple[int, str]]:
 
 
 def _lowest(gates: Gates, fits: Callable[[float], bool]) -> float:
-    """The lowest threshold that fits, within the range of the logits; if one fits, all higher ones must, too."""
-    values = torch.cat([logits.flatten() for logits in gates.values()])
+    """The lowest threshold that fits: a logit, or less than all. If one fits, all higher ones must, too."""
+    values = torch.cat([logits.flatten() for logits in gates.values()]).sort().values
     if not len(values):  # none can close, so that any threshold is as good
         return 0.0
-    low, high = float(values.min()) - 1, float(values.max()) + 1
-    if fits(low):
-        return low
-    for _ in range(HALVINGS):
-        middle = (low + high) / 2
-        low, high = (low, middle) if fits(middle) else (middle, high)
-    return high
+    if fits(below := float(values[0]) - 1):
+        return below
+    first, last = 0, len(values) - 1  # with the last one as the threshold, all gates that can close are closed
+    while first < last:
+        middle = (first + last) // 2
+        first, last = (first, middle) if fits(float(values[middle])) else (middle + 1, last)
+    return float(values[first])
 
 
 def _on(values: Tensor, threshold: float | Tensor) -> float | Tensor:

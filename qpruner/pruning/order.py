@@ -41,7 +41,8 @@ def reorder_hidden_(model: Any, places: Sequence[int]) -> None:
     if others := [name for name, parameter in model.named_parameters() if id(parameter) not in known]:
         raise UserError(
             f"The hidden channels of this {model.config.model_type} cannot be put into another order: whether "
-            f"{listed(others)} would have to follow is not known. Leave hidden null in the plan."
+            f"{listed(others)} would have to follow is not known. Leave hidden null in the plan; of joint, leave "
+            f"out lifts."
         )
     index = torch.tensor(places)
     again: dict[int, nn.Parameter] = {}  # tied tables stay tied

@@ -27,6 +27,7 @@ from qpruner.model_folder import build_skeleton, rehearse_saving
 from qpruner.plan import DENSE, UNITS, CompressionPlan
 from qpruner.pretrained import held_in
 from qpruner.pricing import price_narrowed
+from qpruner.pruning.order import reorder_hidden_
 from qpruner.pruning.supplies import round_to, supplies
 from qpruner.pruning.widths import with_widths
 from qpruner.quantization.apply import LoftQSettings, check_rank, starts_of
@@ -192,6 +193,8 @@ class Learning:
         table_precisions(config, plan.embedding, plan.head)
         space, _ = self._space(skeleton, plan)
         self._check_rank(config, space)
+        if space.lifts:  # the channels of the residual stream are put into another order by the plan
+            reorder_hidden_(build_skeleton(config), range(plan.architecture.hidden_size))
         if self.pruning is not None:
             self.pruning.compensating.check(skeleton)
         if self.quantization.calibrated is not None:

@@ -132,9 +132,12 @@ class Run:
         check_fit(self.phases, self.plan, self.joint)
         trainer_options = options_of_trainer(self.trainer)
         rehearses = bool(trainer_options.get("fast_dev_run"))
-        if self.joint is not None and not rehearses and (restart or not self.folder.learned_plan.exists()):
-            self._learn(self.joint, trainer_options, restart)
-            restart = False
+        if self.joint is not None and (rehearses or restart or not self.folder.learned_plan.exists()):
+            learning = Learning.of(self.folder, self.model, self.data, self.callbacks, self.joint)
+            learning.check(trainer_options)
+            if not rehearses:
+                self._learn(learning, trainer_options, restart)
+                restart = False
         callbacks, notes = self._planned(restart)
         phases = phases_of(self.folder, callbacks, self.phases)
         self._check_base(phases, restart)
@@ -254,14 +257,13 @@ class Run:
             **plain(sections),
         }
 
-    def _learn(self, joint: JointConfig, trainer_options: Mapping[str, Any], restart: bool) -> None:
+    def _learn(self, learning: Learning, trainer_options: Mapping[str, Any], restart: bool) -> None:
         """Learns the plan that the phases carry out, or resumes learning it."""
-        learning = Learning.of(self.folder, self.model, self.data, self.callbacks, joint)
-        learning.check(trainer_options)
         self._check_restart(restart)
         with self._locked():
             self._claim(restart)
             learning.run(trainer_options, self.checkpoint_every_n_steps)
+        assert self.folder.learned_plan.exists()  # otherwise the callbacks would decide as they do without joint
 
     def _planned(self, restart: bool) -> tuple[list[Callback], list[str]]:
         """The callbacks of the first phase, some of them replaced where a plan is carried out, and notes about that."""

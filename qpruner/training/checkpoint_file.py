@@ -70,6 +70,8 @@ class GatesCheckpoint(TypedDict):
     """Contents of a checkpoint of a fit that learns gates."""
 
     state_dict: dict[str, Tensor]
+    best: dict[str, Any]
+    compared_at: int
 
 
 def read_checkpoint(path: Path, kind: Any = FitCheckpoint) -> dict[str, Any]:

@@ -1,39 +1,21 @@
 """Learning, without a Trainer: the budget in the slopes, and the best gates."""
 
 import math
-from collections.abc import Mapping
 from dataclasses import replace
-from types import MappingProxyType
 from typing import Any
 
 import pytest
 import torch
-from support.families import VOCAB
-from support.joint import between, gated, text_of
+from support.joint import BATCH, TEXT, between, learner_of
 
-from qpruner.joint.config import JointConfig
 from qpruner.joint.gates import sampled
-from qpruner.joint.learner import Ground, PlanLearner, take_out
+from qpruner.joint.learner import PlanLearner, take_out
 from qpruner.joint.price import smooth_bytes
 from qpruner.joint.prior import loss_of
 from qpruner.joint.projection import differentiable_bytes, hard
 from qpruner.joint.space import unit_bytes
 from qpruner.likelihood import IGNORED
 from qpruner.processes import Processes
-
-TEXT = text_of(torch.randint(0, VOCAB, (4, 12), generator=torch.Generator().manual_seed(3)))
-(BATCH,) = TEXT.batches
-
-
-def learner_of(space: Mapping[str, Any] = MappingProxyType({}), **options: Any) -> PlanLearner:
-    network, _ = gated(**space)
-    config = JointConfig(**{"steps": 20, **options})
-    limits = [between(network.space), *(between(network.space, 0.3) for _ in config.further_budgets)]
-    learner = PlanLearner(config, lambda _: (Ground(network, TEXT, Processes.alone()), limits), seed=0)
-    learner.setup("fit")
-    learner.on_fit_start()
-    learner.log = learner.log_dict = lambda *args, **kwargs: None  # type: ignore[method-assign]
-    return learner
 
 
 def test_slopes_lose_what_would_change_the_bytes_and_nothing_else() -> None:
@@ -81,7 +63,7 @@ def test_layers_left_alone_are_whole_while_gates_learn_and_have_no_slopes(constr
         space.by_layer(getattr(learner, f"start_{kind}"), kind)[1].sub_(10)
     learner.training_step(BATCH, 0).backward()
     above = learner.above_threshold(learner.limits[0])
-    for gates in (learner.gates_of_step(*learner.step), hard(above, dict.fromkeys(above, 0.0))):
+    for gates in (learner.gates_of_step(learner.limits[0], 0), hard(above, dict.fromkeys(above, 0.0))):
         assert all(space.by_layer(gates[kind], kind)[1].eq(1).all() for kind in kinds)
     for kind in kinds:
         slopes = learner.gates.shifts[kind].grad
@@ -125,11 +107,13 @@ def test_gates_are_compared_at_most_ten_times_and_at_the_end(
     steps: int, times: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     learner, at = learner_of(steps=steps), list[int]()
-    monkeypatch.setattr(learner, "compare_with_best", lambda: at.append(learner.global_step))
-    for step in range(1, steps + 1):
+    for step in range(steps + 1):
         monkeypatch.setattr(PlanLearner, "global_step", step)
-        learner.on_train_batch_end(None, BATCH, step - 1)
-    assert len(at) == times and at[-1] == steps
+        for _ in range(2):  # as the batches of one step
+            if learner.comparison_is_due:
+                learner.compared_at = step
+                at.append(step)
+    assert at[0] == 0 and at[-1] == steps and len(set(at)) == len(at) == times + 1
 
 
 @pytest.mark.parametrize("loss", ["kl", "cross_entropy"])

@@ -1,6 +1,7 @@
 """Tiny models with gates in them."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -9,13 +10,15 @@ from torch import Tensor
 
 from qpruner.anatomy import architecture_of
 from qpruner.datamodules.rows import Row, TextExamples, TokenRows
+from qpruner.joint.config import JointConfig
+from qpruner.joint.learner import Ground, PlanLearner
 from qpruner.joint.network import GatedNetwork
 from qpruner.joint.prior import Text
 from qpruner.joint.space import Gates, JointSpace
 from qpruner.plan import UNITS, CompressionPlan, Precision
 from qpruner.processes import Processes
 from qpruner.quantization.bank import Bank, fill
-from support.families import tiny_model
+from support.families import VOCAB, tiny_model
 
 TWO, THREE, FOUR = (Precision("affine-double", bits, 32) for bits in (2, 3, 4))
 OFFERED = (TWO, THREE, FOUR)
@@ -74,3 +77,19 @@ def gates_of(space: JointSpace, seed: int = 0, share: float = 0.6) -> Gates:
         counts = torch.randint(0, len(order) + 1, (space.num_layers, 2, 1), generator=generator)
         gates["lifted_hidden"] = (order < counts).float()
     return gates
+
+
+TEXT = text_of(torch.randint(0, VOCAB, (4, 12), generator=torch.Generator().manual_seed(3)))
+(BATCH,) = TEXT.batches
+
+
+def learner_of(space: Mapping[str, Any] = MappingProxyType({}), **options: Any) -> PlanLearner:
+    """What learns gates of a tiny model at their start, without a Trainer; its text is `TEXT`."""
+    network, _ = gated(**space)
+    config = JointConfig(**{"steps": 20, **options})
+    limits = [between(network.space), *(between(network.space, 0.3) for _ in config.further_budgets)]
+    learner = PlanLearner(config, lambda _: (Ground(network, TEXT, Processes.alone()), limits), seed=0)
+    learner.setup("fit")
+    learner.on_fit_start()
+    learner.log = learner.log_dict = lambda *args, **kwargs: None  # type: ignore[method-assign]
+    return learner
