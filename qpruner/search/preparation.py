@@ -105,8 +105,10 @@ class Preparation:
     def unsearched(self, folder: RunFolder) -> dict[str, list[int]]:
         """Rows of the plans that were not searched for, by the method that allocated their bits.
 
-        Where widths are searched, these plans have the widths and ranks that the search starts from; otherwise their
-        adapters have the highest rank that the budget pays for in all layers.
+        Where widths are searched, these plans have the widths that the search starts from. If ranks are searched, too,
+        all adapters of ``uniform`` have the lowest, beside the widest bits that all items can have then; the other
+        plans buy ranks together with bits, by the costs of their method. Where widths are not searched, all adapters
+        have the highest rank that the budget pays for in all layers beside the fewest bits.
 
         Args:
             folder: folder of the search.

@@ -47,7 +47,9 @@ class StructureConfig:
             it the number of units of each part and the bits of each item, or the nearest to these that the search has;
             and the units themselves, in every trial that keeps as many of the part as the plan does. In parts that are
             not searched all units stay, and input channels that the plan holds wider than others (``leading``) have the
-            bits of their unit.
+            bits of their unit. If this exceeds the budget, bits are fewer and, where that is not enough, all shares are
+            lowered by the same number; if it leaves bytes, these buy bits. Where the plan that is tried differs from
+            the one in the file, the log says how.
 
     Raises:
         UserError: a share out of its range, or nothing to search.

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
-from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from qpruner.datamodules.base import TokenDataModule
 from qpruner.datamodules.choices import ChoiceExamples
@@ -34,6 +34,7 @@ from qpruner.search.proposals import OptimizerFailed, Point, Score, open_proposa
 from qpruner.search.rehearsal import check_runs
 from qpruner.search.results import named, proposers, timed, tried, write_front
 from qpruner.search.speed import measured
+from qpruner.search.start import departures
 from qpruner.search.structured import part_of
 from qpruner.search.succession import settings_of, succeed
 from qpruner.search.trial import TrialWork
@@ -164,6 +165,7 @@ class Search:
         )  # fmt: skip
         self.prior = self.prepared.prior
         self.space = self.prepared.space(self.prior, spends=self.config.front)
+        self.tell_start()
 
     @cached_property
     def start(self) -> CompressionPlan | None:
@@ -184,6 +186,19 @@ class Search:
             return ()
         row = self.prepared.candidates.row(self.start, self.space.structure)
         return (self.space.encode(row).tolist(),)
+
+    def tell_start(self) -> None:
+        """Says what the plan that is tried for `start` has otherwise, if this search cannot try `start` itself."""
+        if self.start is None or self.config.structure is None:
+            return
+        (row,) = self.space.decode(np.array(self.starts)).tolist()
+        tried = self.prepared.candidates.plan(self.key(row, 0, self.config.steps))
+        if told := departures(self.start, tried, self.module.lora.r):
+            rank_zero_info(
+                f"The plan {str(self.config.structure.start)!r} is not one that this search can try, with "
+                f"search.structure.least {self.config.structure.least} under a budget of {self.prior.budget}; the one "
+                f"tried in its place {'; '.join(told)}."
+            )
 
     def work(self) -> TrialWork:
         """What workers are sent; each reads the rows of the data from the cache."""
@@ -277,7 +292,9 @@ class Search:
         for name in ("structure", "ranks"):
             if not getattr(self.config, name):
                 del options[name]
-        start = {} if self.start is None else {"start": hash_json(self.start.to_json())}  # its content, not its path
+        if "structure" in options:  # of the plan to start from the content counts, not the path: its file may move
+            options["structure"]["start"] = None
+        start = {} if self.start is None else {"start": hash_json(self.start.to_json())}
         rounding = {} if self.prepared.rounding is None else {"rounding": hash_json(self.prepared.rounding.origin)}
         return {
             "part": part,
