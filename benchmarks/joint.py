@@ -16,6 +16,7 @@ from what rounding left, and a recovery of equal length. Shares are of the 16-bi
     start                  the plan that gates begin with, by Fisher information: nothing learned
     joint, joint+lifts ..  gates over both; ``+hyper``, ``+penalty``, ``+lifts``, ``+text`` and ``+straight`` change how
                            they learn, wherever gates do
+    once                   a hypernetwork that learns for all ``--shares`` in turns, the first as its main budget
     searched               widths of layers and bits by a search of short fits
     searched-from-joint    the same, begun at the plan that gates have learned
 
@@ -103,7 +104,8 @@ def wanted(given: argparse.Namespace) -> list[Row]:
     return [
         shared
         | {"share": share, "method": method, "seed": seed}
-        | ({"learning": given.learning} if "joint" in method or "gates" in method else {})
+        | ({"learning": given.learning} if any(name in method for name in ("joint", "gates", "once")) else {})
+        | ({"shares": given.shares} if method == "once" else {})
         | ({"trials": given.trials} if "searched" in method else {})
         for seed in given.seeds
         for share in given.shares
@@ -239,6 +241,14 @@ def plan_of(given: argparse.Namespace, key: Row, folder: Path) -> CompressionPla
             return learned(given, seed, folder, [pruning, mixed], JointConfig(steps=1, lr=1e-9))
         case "joint":
             return learned(given, seed, folder, [pruning, mixed], config)
+        case "once":
+            first, *further = given.shares
+            config = JointConfig(
+                given.learning, gates="hypernetwork", further_budgets=[Budget(share=other) for other in further]
+            )
+            main = learned(given, seed, folder, [pruning, quantization(given, first)], config)
+            place = RunFolder(folder / "run").plans / f"budget-{given.shares.index(share)}.json"
+            return main if share == first else CompressionPlan.read(place)
     raise ValueError(f"There is no method {method!r}.")
 
 
