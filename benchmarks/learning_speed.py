@@ -94,6 +94,7 @@ def step_of(config: JointConfig, gated: GatedNetwork, limit: int, batch: object)
 
     def step() -> None:
         learner.training_step(batch, 0).backward()  # type: ignore[arg-type]
+        learner.on_before_optimizer_step(optimizer)
         optimizer.step()
         optimizer.zero_grad()
 

@@ -188,10 +188,9 @@ def test_two_gloo_ranks_learn_as_one(arguments: list[str], tmp_path: Path, monke
     assert done.returncode == 0, done.stderr
     one, two = (RunFolder(tmp_path / "runs" / name) for name in ("1", "2"))
     states = [torch.load(RunFolder(run.learning).checkpoint, weights_only=True)["state_dict"] for run in (one, two)]
-    for name, values in states[0].items():
-        assert torch.allclose(values, states[1][name], atol=2e-2), name
-    first, second = (CompressionPlan.read(folder.learned_plan) for folder in (one, two))
-    assert unit_bytes(first, 4) == pytest.approx(unit_bytes(second, 4), rel=0.05)
+    for name, values in states[0].items():  # a step of AdamW is 0.02, whatever the size of the gradient
+        assert torch.allclose(values, states[1][name], rtol=0, atol=1e-4), name
+    assert one.learned_plan.read_text() == two.learned_plan.read_text()
 
 
 @pytest.mark.parametrize(
