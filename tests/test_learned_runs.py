@@ -199,6 +199,7 @@ def test_two_gloo_ranks_learn_as_one(arguments: list[str], tmp_path: Path, monke
         ({QUANTIZATION + "budget.share": "0.001"}, ["the cheapest plan takes", "the dearest"]),
         ({QUANTIZATION + "budget.share": "0.9"}, ["the cheapest plan takes", "the dearest"]),
         ({QUANTIZATION + "budget": "null"}, ["within a budget, and there is none", "share: 0.15"]),
+        ({QUANTIZATION + "budget": "null", "--trainer.fast_dev_run": "1"}, ["within a budget, and there is none"]),
         ({QUANTIZATION + "deciding.widths": "[2, 7]"}, ["7; choose from"]),
         ({QUANTIZATION + "deciding.leave_alone": "[0]"}, ["deciding.leave_alone is [0]", "selection.leave_alone"]),
         ({"--joint.steps": "0"}, ["joint.steps is 0"]),

@@ -8,6 +8,7 @@ import pytest
 import torch
 from support.joint import BATCH, TEXT, between, learner_of
 
+from qpruner.errors import UserError
 from qpruner.joint.gates import sampled
 from qpruner.joint.learner import PlanLearner, take_out
 from qpruner.joint.price import smooth_bytes
@@ -100,6 +101,15 @@ def test_gates_that_are_not_finite_are_never_the_best() -> None:
     learner.best = replace(best, loss=math.inf)  # which everything that is finite is better than
     learner.compare_with_best()
     assert learner.best.step == 0 and learner.best.loss == math.inf
+
+
+def test_a_base_that_is_not_finite_is_told_before_the_first_step() -> None:
+    learner = learner_of()
+    learner.start_groups.fill_(math.nan)  # so that the start is computed again
+    with torch.no_grad():
+        learner.ground.gated.network.model.norm.weight.fill_(math.inf)
+    with pytest.raises(UserError, match="On the 4 training rows that gates begin with, the loss .* is not finite"):
+        learner.on_fit_start()
 
 
 @pytest.mark.parametrize(("steps", "times"), [(1, 1), (9, 9), (10, 10), (19, 10), (25, 9), (200, 10)])
