@@ -164,7 +164,7 @@ def prepare_structures(
     asked = asked_for(scoring.ratio, network, scoring.selection, plan.architecture)
     rank_zero_info(
         f"Widths of {len(parts)} parts of layers are searched, from all units down to {config.least:.0%} of them; the "
-        f"search starts from what StructuredPruning keeps ({asked})."
+        f"search starts from what StructuredPruning keeps ({asked}), or from less if the budget has no room for that."
     )
     return Structured(structure, Ranking(parts, scores, start), limit, priors, compensates, network.dtype)
 
