@@ -142,7 +142,8 @@ def test_a_search_of_widths_and_bits_records_what_it_tried_and_its_plan_is_carri
     [
         pytest.param(True, 1, marks=pytest.mark.slow, id="widths"),
         pytest.param(False, 4, id="bits"),
-        pytest.param(False, 2, id="low"),  # below four bits with the highest rank in all layers
+        # Below four bits with the highest rank in all layers.
+        pytest.param(False, 2, marks=pytest.mark.slow, id="low"),
     ],
 )
 def test_ranks_of_adapters_are_searched_and_carried_out(

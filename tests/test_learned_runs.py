@@ -303,6 +303,7 @@ def test_lifts_without_a_known_order_of_hidden_channels_are_refused_before_any_m
         run(["fit", *arguments, "--joint.lifts", "true"])
 
 
+@pytest.mark.slow
 def test_layers_left_alone_and_floors_are_kept(config: dict[str, Any], tmp_path: Path) -> None:
     config["trainer"]["callbacks"][0]["init_args"]["selection"] = {"leave_alone": [-1], "floor": 0.7}
     path = tmp_path / "config.yaml"
