@@ -76,7 +76,8 @@ def calibrated_start(
         seed: seed of the run.
 
     Raises:
-        UserError: the rank is above that of the layer, or a weight or the Hessian is not finite.
+        UserError: the rank is above that of the layer, a weight or the Hessian is not finite, or the damped Hessian is
+            not positive definite.
     """
     assert scale > 0 and damping > 0
     if rank > min(weight.shape):

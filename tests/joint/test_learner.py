@@ -44,6 +44,28 @@ def test_a_small_step_lowers_the_loss_along_the_budget(gates: str) -> None:
     assert slope > 0 and abs(along) < 1e-4 * size * slope
 
 
+def test_all_micro_batches_of_a_step_count_for_the_direction_of_the_bytes() -> None:
+    """Each has noise of its own; what is left of the slopes is orthogonal to the sum of their costs."""
+    learner = learner_of(gates="plain")
+    parameters = [*learner.gates.parameters()]
+
+    def along_costs_of(*numbers: int) -> float:
+        """Cosine between the slopes and the gradient of the bytes of these micro-batches."""
+        stored = sum(smooth_bytes(learner.space, learner.gates_of_step(learner.limits[0], each)) for each in numbers)
+        costs = torch.autograd.grad(stored, parameters)
+        pairs = [(parameter.grad, cost) for parameter, cost in zip(parameters, costs, strict=True)]
+        slopes, costs = (torch.cat([part.double().flatten() for part in parts]) for parts in zip(*pairs, strict=True))
+        return float(slopes @ costs / slopes.norm() / costs.norm())
+
+    for step in range(2):  # the second with nothing left of the first
+        for parameter in parameters:
+            parameter.grad = None
+        for number in (2 * step, 2 * step + 1):
+            learner.training_step(BATCH, number).backward()
+        learner.on_before_optimizer_step(None)  # type: ignore[arg-type]
+        assert abs(along_costs_of(2 * step, 2 * step + 1)) < 1e-4 < abs(along_costs_of(2 * step + 1))
+
+
 def test_gates_of_a_step_are_those_of_its_number_and_within_the_budget() -> None:
     learner = learner_of()
     limit = learner.limits[0]
